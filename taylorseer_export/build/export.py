@@ -1,0 +1,331 @@
+"""Export: from a checkpoint to a bundle, in the order trace, split, weights, graphs, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from taylorseer_export.build.onnx import OPSET, write_onnx
+from taylorseer_export.build.weights import WEIGHTS, write_weights
+from taylorseer_export.bundle.manifest import (
+    MANIFEST,
+    Dimension,
+    Engine,
+    Graph,
+    Manifest,
+    Model,
+    PlanDefaults,
+    Sampling,
+    Site,
+    State,
+    Tensor,
+)
+from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.bundle.store import hash_files, writing
+from taylorseer_export.errors import BuildError, ConfigError
+from taylorseer_export.graph.checkpoint import Checkpoint
+from taylorseer_export.graph.split import Cut, Granularity, Layout, Split, split
+from taylorseer_export.graph.trace import trace
+from taylorseer_export.method import Plan
+from taylorseer_export.method.plan import Dialect
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ENGINES = ("onnxruntime",)
+Progress = Callable[[str, int, int], object]
+_MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to export.
+
+    Attributes:
+        order: Highest order kept in the Taylor buffers and default order of the forecasts, dimensionless.
+        interval, warmup, steps, dialect: The default plan; a request may bring its own.
+        granularity: What is forecast: `module`, `residual` or `last`.
+        layout: What the Taylor buffers hold: `snapshots` or `derivatives`.
+        engine: Kind of engine.
+        precision: `fp32`, `fp16` or `bf16`.
+        latent_size: (height, width) of the latent image; None accepts the family's range.
+        batch: Samples per call of the transformer; None accepts the family's range.
+    """
+
+    order: int
+    interval: int
+    warmup: int
+    steps: int = 50
+    dialect: Dialect = "original"
+    granularity: Granularity = "module"
+    layout: Layout = "snapshots"
+    engine: str = "onnxruntime"
+    precision: str = "fp32"
+    latent_size: tuple[int, int] | None = None
+    batch: int | None = None
+
+    def plan(self) -> Plan:
+        """The default plan."""
+        return Plan.regular(self.steps, self.interval, self.warmup, self.dialect)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A model traced and split, with everything known about the bundle before anything is written.
+
+    Attributes:
+        sizes: Dimension -> its one size, or None where the bundle accepts a range.
+        typical: Dimension -> the size that estimates are quoted at.
+        stored: Tensor name -> (dtype, shape) of every weight that some graph reads.
+        buffers: Tensors that are computed when the model is built and are in no checkpoint.
+    """
+
+    checkpoint: Checkpoint
+    options: Options
+    split: Split
+    sizes: dict[str, int | None]
+    typical: dict[str, int]
+    stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    buffers: dict[str, torch.Tensor]
+
+    def state_bytes(self) -> int:
+        """Bytes of the Taylor buffers of one slot at the typical size."""
+        once = sum(_bytes(t, self.typical) for t in self.split.forecast.inputs if t.role == "taylor_in")
+        return once * (2 if self.options.layout == "derivatives" else 1)
+
+    def table_bytes(self) -> int:
+        """Bytes of the step tables of one request at the typical size."""
+        return sum(_bytes(t, self.typical) for t in self.split.prepare.outputs if t.role == "step")
+
+    def weights_bytes(self, cut: Cut | None = None) -> int:
+        """Bytes of the weights of one graph, or of the bundle."""
+        names = self.stored if cut is None else cut.parameters()
+        return sum(self.stored[n][0].itemsize * math.prod(self.stored[n][1]) for n in names)
+
+
+def check_options(options: Options) -> None:
+    """Refuse contradictions before any file is read.
+
+    Raises:
+        ConfigError: An option is out of range, or this engine does not do what is asked.
+    """
+    options.plan()
+    if not 0 <= options.order <= 4:
+        raise ConfigError(f"--order is {options.order}, expected 0 to 4 (dimensionless); the paper uses 1 to 4")
+    if options.engine not in ENGINES:
+        raise ConfigError(
+            f"--engine is {options.engine}, expected one this version builds ({', '.join(ENGINES)}); "
+            "use --engine onnxruntime"
+        )
+    if options.precision != "fp32":
+        raise ConfigError(
+            f"--precision is {options.precision}, expected fp32 for --engine onnxruntime, whose CPU kernels have no "
+            "other matrix product; leave --precision out"
+        )
+    if options.batch is not None and options.batch < 1:
+        raise ConfigError(f"--batch is {options.batch}, expected at least 1 (samples); leave it out for any batch")
+
+
+def draft(checkpoint: Checkpoint, options: Options) -> Draft:
+    """Trace and split a checkpoint; reads no weights and writes nothing.
+
+    Raises:
+        ConfigError, CheckpointError, ExportError: See the parts.
+    """
+    check_options(options)
+    family = checkpoint.family
+    dtype = PRECISIONS[options.precision]
+    skeleton = checkpoint.skeleton(dtype)
+    full_config = dict(skeleton.config)  # type: ignore[arg-type]
+    ranges = family.dimensions(full_config)
+    sizes: dict[str, int | None] = dict.fromkeys(ranges)
+    fixed = {} if options.latent_size is None else family.latent_sizes(full_config, *options.latent_size)
+    if options.batch is not None:
+        fixed["batch"] = options.batch
+    for name, size in fixed.items():
+        if name not in ranges:
+            continue
+        low, high = ranges[name]
+        if not low <= size <= high:
+            raise ConfigError(
+                f"size `{name}` is {size}, expected {low} to {high} for family {family.name}; change --size or --batch"
+            )
+        sizes[name] = size
+    traced = trace(skeleton, family, dtype)
+    pieces = split(traced, options.granularity, options.layout, options.order)
+    default = family.latent_sizes(full_config, *_latent_size(checkpoint))
+    typical = {name: sizes[name] or default.get(name) or ranges[name][0] for name in ranges} | {"steps": options.steps}
+    if "text_tokens" in ranges and sizes["text_tokens"] is None:
+        typical["text_tokens"] = ranges["text_tokens"][1]
+    computed = {name: value for name, value in skeleton.named_buffers() if name not in checkpoint.files}
+    buffers = computed | traced.constants
+    stored = {}
+    for name in dict.fromkeys(n for cut in pieces.graphs for n in cut.parameters()):
+        value = traced.module.get_parameter(name) if name not in buffers else buffers[name]
+        stored[name] = (value.dtype, tuple(value.shape))
+    return Draft(checkpoint, options, pieces, sizes, typical, stored, buffers)
+
+
+def write_bundle(plan: Draft, out: Path, name: str, progress: Progress | None = None) -> Path:
+    """Build the engines of a draft and write its bundle `out/<family>-<name>/`, whole or not at all.
+
+    Args:
+        plan: What to write.
+        out: Folder that gets the bundle.
+        name: Name of the bundle within its family.
+        progress: Called with (stage, done, total); bytes for weights, graphs for graphs.
+
+    Raises:
+        ConfigError: `out` cannot hold a bundle.
+        BuildError: A graph has no form in this engine.
+        BundleError: The disk is full.
+    """
+    say = progress or (lambda *_: None)
+    checkpoint, options = plan.checkpoint, plan.options
+    family = checkpoint.family
+    target = out / f"{family.name}-{name}"
+    total = plan.weights_bytes()
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        say("weights", done, total)
+
+    def read(tensor: str) -> torch.Tensor:
+        return plan.buffers[tensor] if tensor in plan.buffers else checkpoint.tensor(tensor)
+
+    with writing(target, total + (32 << 20)) as folder:
+        places = write_weights(folder / WEIGHTS, plan.stored, read, count)
+        graphs = {}
+        for k, cut in enumerate(plan.split.graphs):
+            say("graphs", k, len(plan.split.graphs))
+            file = f"{cut.name}.onnx"
+            write_onnx(cut, {**plan.sizes, "steps": None}, places, folder / file)
+            graphs[cut.name] = Graph(file=file, inputs=cut.inputs, outputs=cut.outputs)
+        say("graphs", len(plan.split.graphs), len(plan.split.graphs))
+        text = checkpoint.root / "text"
+        if checkpoint.embedded and text.is_dir():
+            shutil.copytree(text, folder / "text")
+        weights_hash = checkpoint.sha256()
+        manifest = Manifest(
+            tool_version=tool_version(),
+            family=family.name,
+            name=name,
+            precision=options.precision,  # type: ignore[arg-type]
+            model=Model(
+                reference=checkpoint.reference,
+                class_name=family.model_class,
+                config=checkpoint.config,
+                weights_sha256=weights_hash,
+                embedded=checkpoint.embedded,
+            ),
+            dimensions=_dimensions(plan),
+            sites=tuple(Site(name=site, shape=shape) for site, shape in plan.split.sites.items()),
+            state=State(
+                granularity=options.granularity,
+                layout=options.layout,
+                order=options.order,
+                dtype=str(PRECISIONS[options.precision]).removeprefix("torch."),  # type: ignore[arg-type]
+            ),
+            graphs=graphs,  # type: ignore[arg-type]
+            plan=PlanDefaults(
+                steps=options.steps,
+                interval=options.interval,
+                warmup=options.warmup,
+                order=options.order,
+                dialect=options.dialect,
+                text=str(options.plan()),
+            ),
+            sampling=_sampling(checkpoint),
+            engine=Engine(
+                kind="onnxruntime",
+                versions=library_versions("onnxruntime", "onnx", "torch", "diffusers"),
+                device={"devices": "cpu cuda", "opset": str(OPSET)},
+            ),
+            files=hash_files(folder),
+            cache_key=_cache_key(weights_hash, options),
+        )
+        (folder / MANIFEST).write_bytes(manifest.to_json())
+    return target
+
+
+def tool_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("taylorseer-export")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+def library_versions(*names: str) -> dict[str, str]:
+    """Exact installed version of each library.
+
+    Raises:
+        BuildError: One is not installed.
+    """
+    try:
+        return {name: version(name) for name in names}
+    except PackageNotFoundError as error:
+        raise BuildError(
+            f"{error.name} is not installed, expected it for --engine onnxruntime; "
+            "pip install 'taylorseer-export[export,onnxruntime]'"
+        ) from error
+
+
+def _dimensions(plan: Draft) -> dict[str, Dimension]:
+    ranges = plan.checkpoint.family.dimensions(plan.checkpoint.config) | {"steps": (1, _MOST_STEPS)}
+    return {
+        name: Dimension(minimum=plan.sizes.get(name) or low, maximum=plan.sizes.get(name) or high)
+        for name, (low, high) in ranges.items()
+    }
+
+
+def _card(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    path = checkpoint.root / "card.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # type: ignore[no-any-return]
+
+
+def _latent_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Size of the latent image that estimates are quoted at."""
+    size = _card(checkpoint).get("latent_size") or checkpoint.config.get("sample_size")
+    if isinstance(size, int):
+        return size, size
+    height, width = size or checkpoint.family.latent_size
+    return int(height), int(width)
+
+
+def _sampling(checkpoint: Checkpoint) -> Sampling:
+    """Scheduler and guidance: what the checkpoint says, else what the family's pipeline uses."""
+    family = checkpoint.family
+    path = checkpoint.root / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    scheduler = str(config.get("_class_name", family.scheduler))
+    guidance = family.guidance
+    if guidance == "embedded" and not checkpoint.config.get("guidance_embeds", True):
+        guidance = "none"
+    scale = _card(checkpoint).get("guidance_scale") or family.guidance_scale
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    return Sampling(scheduler=scheduler, config=config, guidance=guidance, guidance_scale=scale)
+
+
+def _cache_key(weights_hash: str, options: Options) -> str:
+    """Hash of everything the engines are made of; engines themselves are not reproducible bit by bit."""
+    inputs = {
+        "weights": weights_hash,
+        "options": asdict(options),
+        "tool": tool_version(),
+        "libraries": library_versions("onnxruntime", "onnx", "torch", "diffusers"),
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _bytes(tensor: Tensor, sizes: Mapping[str, int]) -> int:
+    return math.prod(resolve(tensor.shape, sizes)) * int(getattr(torch, tensor.dtype).itemsize)

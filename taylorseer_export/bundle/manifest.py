@@ -1,0 +1,317 @@
+"""The manifest: what a bundle contains, how each graph is called, and the hash of every file.
+
+It is one JSON file, `manifest.json`, in one canonical form (sorted keys, two spaces, ASCII, a final
+newline), so a bundle has exactly one correct manifest and any other byte is noticed.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import PureWindowsPath
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from taylorseer_export.bundle import shapes
+from taylorseer_export.errors import BundleError
+from taylorseer_export.method.plan import Dialect, Plan
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+GraphName = Literal["prepare", "full", "forecast", "probe", "rest"]
+Role = Literal["latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred"]
+Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
+
+
+def _plain_json(value: Any) -> Any:
+    """The value as JSON reads it back: tuples become lists, keys become text."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"is not plain JSON ({error})") from error
+
+
+def _inside(path: str) -> str:
+    """The path itself, if it is relative, posix and stays in the folder."""
+    foreign = "\\" in path or PureWindowsPath(path).anchor or not path.isprintable()
+    if foreign or any(part in ("", ".", "..") for part in path.split("/")):
+        raise ValueError("path escapes the folder")
+    return path
+
+
+def _shape_entry(entry: int | str) -> int | str:
+    shapes.names(entry)
+    if isinstance(entry, int):
+        shapes.evaluate(entry, {})
+    return entry
+
+
+Config = Annotated[dict[str, Any], BeforeValidator(_plain_json)]
+RelativePath = Annotated[str, AfterValidator(_inside)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Shape = tuple[Annotated[int | str, AfterValidator(_shape_entry)], ...]
+
+
+class _Part(BaseModel):
+    """A part of the manifest: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Tensor(_Part):
+    """One input or output of a graph."""
+
+    name: str = Field(description="Name of the tensor in the graph file.")
+    dtype: Dtype = Field(description="Element type.")
+    shape: Shape = Field(
+        description="Extent of each dimension in elements: a number, the name of a dimension, or "
+        "an expression over them with + - * // and parentheses."
+    )
+    role: Role = Field(
+        description="What it is for. latent: the noisy sample. step: changes with the step alone. "
+        "constant: fixed for the request. weights: the forecast weights. taylor_in, taylor_out: "
+        "the Taylor buffers read and written. noise_pred: the prediction of the denoiser."
+    )
+
+
+class Graph(_Part):
+    """One graph of the bundle and its I/O contract."""
+
+    file: RelativePath = Field(description="Engine or ONNX file, relative posix path.")
+    inputs: tuple[Tensor, ...] = Field(description="Inputs in the order of the graph.")
+    outputs: tuple[Tensor, ...] = Field(description="Outputs in the order of the graph.")
+
+
+class Dimension(_Part):
+    """Accepted range of one symbolic size; equal ends make it static."""
+
+    minimum: int = Field(ge=1, description="Smallest accepted size, in elements.")
+    maximum: int = Field(ge=1, description="Largest accepted size, in elements.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Dimension":
+        if self.maximum < self.minimum:
+            raise ValueError(f"maximum {self.maximum} is below minimum {self.minimum}")
+        return self
+
+
+class Site(_Part):
+    """One tapped module output that is forecast on forecast steps."""
+
+    name: str = Field(description="Dotted module name in the transformer.")
+    shape: Shape = Field(description="Shape of one snapshot, as in a tensor's shape.")
+
+
+class State(_Part):
+    """How the Taylor buffers are laid out."""
+
+    granularity: Literal["module", "residual", "last"] = Field(
+        description="What is forecast. module: attention and MLP outputs. residual: the whole "
+        "block stack's output minus its input. last: the hidden state before the final norm."
+    )
+    layout: Literal["snapshots", "derivatives"] = Field(
+        description="What the buffers hold: the last order + 1 features, or D0 to D_order."
+    )
+    order: int = Field(ge=0, le=4, description="Highest order kept, dimensionless.")
+    dtype: Dtype = Field(description="Element type of the Taylor buffers.")
+
+
+class PlanDefaults(_Part):
+    """The plan used when a request names none."""
+
+    steps: int = Field(ge=1, description="Denoising steps.")
+    interval: int = Field(ge=1, description="Steps from one full step to the next after warm-up.")
+    warmup: int = Field(ge=1, description="Full steps at the start.")
+    order: int = Field(ge=0, le=4, description="Order of the forecast, dimensionless.")
+    dialect: Dialect = Field(description="Rule that places the full steps after warm-up.")
+    text: str = Field(description="The plan printed: F for a full step, . for a forecast step.")
+
+    @model_validator(mode="after")
+    def _text_is_the_plan(self) -> "PlanDefaults":
+        plan = Plan.regular(self.steps, self.interval, self.warmup, self.dialect)
+        if self.text != str(plan):
+            raise ValueError(f"text is {self.text}, its own numbers give {plan}")
+        return self
+
+
+class Model(_Part):
+    """The model that was exported."""
+
+    reference: str = Field(description="Folder or hub id it was loaded from.")
+    class_name: str = Field(description="Class of the transformer in diffusers.")
+    config: Config = Field(description="Config of the transformer, as diffusers stores it.")
+    weights_sha256: Sha256 = Field(description="SHA-256 of its weights, hexadecimal.")
+    embedded: bool = Field(description="Whether it is the tiny model shipped with this package.")
+
+
+class Sampling(_Part):
+    """How the denoiser is meant to be sampled."""
+
+    scheduler: str = Field(description="Class of the scheduler in diffusers.")
+    config: Config = Field(description="Config of the scheduler, as diffusers stores it.")
+    guidance: Literal["none", "embedded", "batched"] = Field(
+        description="How guidance reaches the model: not at all, as an input, or as a second branch in the batch."
+    )
+    guidance_scale: float = Field(description="Default guidance scale, dimensionless.")
+
+
+class Engine(_Part):
+    """What the engines were built with, and what they are tied to."""
+
+    kind: Literal["onnxruntime", "inductor", "tensorrt", "tensorrt-rtx", "torch-tensorrt"] = Field(
+        description="Kind of engine."
+    )
+    versions: dict[str, str] = Field(description="Exact version of each library, by its name.")
+    device: dict[str, str] = Field(description="Limits of the device, such as its capability.")
+
+
+class File(_Part):
+    """Hash and size of one file of the bundle."""
+
+    sha256: Sha256 = Field(description="SHA-256 of its bytes, hexadecimal.")
+    size: int = Field(ge=0, description="Size in bytes.")
+
+
+class Manifest(_Part):
+    """Everything needed to check, load and call a bundle.
+
+    `digest` is the SHA-256 of the canonical JSON of all the other fields. It makes a slip of an
+    editor or a disk visible; it is no signature and proves nothing about who wrote the bundle.
+    """
+
+    model_config = ConfigDict(title="taylorseer-export manifest")
+
+    schema_version: int = Field(
+        default=SCHEMA_VERSION, ge=1, description="Version of this schema; rises when it changes."
+    )
+    tool_version: str = Field(description="Version of taylorseer-export that wrote it.")
+    family: str = Field(description="Model family, as on the command line.")
+    name: str = Field(description="Name of the bundle within its family.")
+    precision: Literal["fp32", "fp16", "bf16"] = Field(description="Precision of the engines.")
+    model: Model = Field(description="The model that was exported.")
+    dimensions: dict[str, Dimension] = Field(description="Range of every symbolic size, by name.")
+    sites: tuple[Site, ...] = Field(description="The tapped module outputs, in graph order.")
+    state: State = Field(description="Layout of the Taylor buffers.")
+    graphs: dict[GraphName, Graph] = Field(description="I/O contract of every graph, by name.")
+    plan: PlanDefaults = Field(description="The plan used when a request names none.")
+    sampling: Sampling = Field(description="How the denoiser is meant to be sampled.")
+    engine: Engine = Field(description="What the engines were built with and are tied to.")
+    files: dict[RelativePath, File] = Field(
+        description="Hash and size of every file but the manifest, by relative posix path."
+    )
+    cache_key: str = Field(description="Hash of the inputs and options of the build.")
+    digest: str = Field(
+        default="",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="SHA-256 of the canonical JSON of all other fields, hexadecimal.",
+    )
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self, info: ValidationInfo) -> "Manifest":
+        if self.plan.order > self.state.order:
+            raise ValueError(f"plan order {self.plan.order} exceeds state order {self.state.order}")
+        for name, graph in self.graphs.items():
+            if graph.file not in self.files:
+                raise ValueError(f"file {graph.file} of graph {name} is not listed in files")
+        for owner, shape in self._shapes():
+            unknown = frozenset().union(*map(shapes.names, shape)) - self.dimensions.keys()
+            if unknown:
+                raise ValueError(f"shape of {owner} uses {sorted(unknown)}, not in dimensions")
+        return self
+
+    def _shapes(self) -> Iterator[tuple[str, Shape]]:
+        for site in self.sites:
+            yield site.name, site.shape
+        for graph in self.graphs.values():
+            for tensor in (*graph.inputs, *graph.outputs):
+                yield tensor.name, tensor.shape
+
+    def seal(self) -> "Manifest":
+        """This manifest with the `digest` that its other fields have."""
+        return self.model_copy(update={"digest": self._computed_digest()})
+
+    def to_json(self) -> bytes:
+        """The canonical bytes of the sealed manifest: what `manifest.json` must contain."""
+        return _canonical(self.seal().model_dump(mode="json"))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: object) -> "Manifest":
+        """Read a manifest, refusing all but the exact bytes that `to_json` wrote.
+
+        Args:
+            data: The content of the file.
+            path: Where it came from, for the errors.
+
+        Returns:
+            The manifest, sealed.
+
+        Raises:
+            BundleError: The bytes are not JSON, of another schema version, have a missing, unknown
+                or contradictory field, a path that leaves the folder, a digest that does not
+                belong to them, or differ from the canonical form in any byte.
+        """
+        try:
+            raw = json.loads(data.decode("ascii"), parse_constant=_refuse)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{path} is not readable as JSON ({error}), expected a manifest; {_REMEDY}") from error
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if type(version) is int and version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{path} is of schema version {version}, expected at most {SCHEMA_VERSION}: it was "
+                "written by a newer taylorseer-export; upgrade taylorseer-export"
+            )
+        try:
+            manifest = cls.model_validate(raw)
+        except ValidationError as error:
+            raise BundleError(f"{path} {_first_problem(error)}; {_REMEDY}") from error
+        if manifest.digest != (computed := manifest._computed_digest()):
+            raise BundleError(
+                f"{path} digest is {manifest.digest or 'empty'}, expected {computed}: it was "
+                f"changed after it was written; {_REMEDY}"
+            )
+        if data != manifest.to_json():
+            raise BundleError(
+                f"{path} is {len(data)} bytes in another layout, expected the canonical form "
+                f"(sorted keys, two spaces, no extra whitespace); {_REMEDY}"
+            )
+        return manifest
+
+    def _computed_digest(self) -> str:
+        body = self.model_dump(mode="json", exclude={"digest"})
+        return hashlib.sha256(_canonical(body)).hexdigest()
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of the manifest, as published in `manifest.schema.json`."""
+    return Manifest.model_json_schema(mode="serialization")
+
+
+_REMEDY = "copy the bundle again, or rebuild it with `taylorseer-export <family> ... --out ...`"
+
+
+def _canonical(value: object) -> bytes:
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return f"{text}\n".encode("ascii")
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(map(str, problem["loc"])) or "manifest"
+    seen = repr(problem["input"])
+    if len(seen) > 60:
+        seen = f"{seen[:60]}…"
+    return f"field `{where}` is {seen}, expected otherwise: {problem['msg']}"

@@ -1,0 +1,165 @@
+"""Symbolic shapes: what `"frames*(height//2)*(width//2)"` in a manifest means.
+
+An entry of a shape is a number, the name of a size, or an expression over sizes with `+ - * //` and
+parentheses. Entries are parsed with `ast` and walked by hand; nothing is ever evaluated as code.
+"""
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from operator import add, floordiv, mul, sub
+
+from taylorseer_export.errors import ConfigError, StepError
+
+Entry = int | str
+
+_LONGEST = 200  # characters; keeps a hostile manifest from nesting deep enough to hurt the parser
+_OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: add,
+    ast.Sub: sub,
+    ast.Mult: mul,
+    ast.FloorDiv: floordiv,
+}
+
+
+def evaluate(expression: Entry, sizes: Mapping[str, int]) -> int:
+    """The number that one shape entry stands for.
+
+        evaluate("frames*(height//2)", {"frames": 3, "height": 8})  =  12
+
+    Args:
+        expression: A number, the name of a size, or names and numbers joined by `+ - * // ( )`.
+        sizes: The known sizes by name. Unit: elements.
+
+    Returns:
+        The size, at least 0. Unit: elements.
+
+    Raises:
+        ConfigError: Anything else is written there, a name is not in `sizes`, a division is by
+            zero, or the result is negative.
+    """
+    if isinstance(expression, int):
+        value = expression
+    else:
+        try:
+            value = _value(_parse(expression), sizes)
+        except KeyError as missing:
+            raise ConfigError(
+                f"size `{missing.args[0]}` of shape entry `{expression}` is unknown, "
+                f"expected one of {_listed(sizes)}; give its value or declare it in `dimensions`"
+            ) from None
+        except ZeroDivisionError:
+            raise ConfigError(
+                f"shape entry `{expression}` is divided by 0 elements, "
+                f"expected a divisor of at least 1 element; correct the sizes {dict(sizes)}"
+            ) from None
+    if value < 0:
+        raise ConfigError(
+            f"shape entry `{expression}` is {value} elements, expected at least 0 elements; "
+            f"correct the sizes {dict(sizes)}"
+        )
+    return value
+
+
+def names(expression: Entry) -> frozenset[str]:
+    """The sizes that one shape entry mentions; empty for a number.
+
+    Raises:
+        ConfigError: The entry is not an expression that `evaluate` accepts.
+    """
+    if isinstance(expression, int):
+        return frozenset()
+    nodes = ast.walk(_parse(expression))
+    return frozenset(node.id for node in nodes if isinstance(node, ast.Name))
+
+
+def resolve(shape: Sequence[Entry], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape with every entry evaluated; raises what `evaluate` raises."""
+    return tuple(evaluate(entry, sizes) for entry in shape)
+
+
+def match(shape: Sequence[Entry], actual: Sequence[int], sizes: Mapping[str, int], name: str) -> dict[str, int]:
+    """Bind the sizes that a real tensor shows, and check everything else about its shape.
+
+    1. An entry that is one name not yet in `sizes` takes its value from `actual`.
+    2. Every entry is then evaluated and compared, so a name used twice must agree with itself.
+
+    Sizes are only read off plain names; `2*height` is checked and never solved for `height`.
+
+    Args:
+        shape: The symbolic shape of the tensor.
+        actual: The shape it came with. Unit: elements.
+        sizes: The sizes known so far; left as they are.
+        name: The tensor, for the error.
+
+    Returns:
+        `sizes` with the newly bound ones added. Unit: elements.
+
+    Raises:
+        StepError: The number of dimensions or the extent of one differs.
+        ConfigError: An expression mentions a size that is neither known nor bound here.
+    """
+    if len(shape) != len(actual):
+        raise StepError(
+            f"`{name}` is {_bracketed(actual)}, {len(actual)} dimensions, expected "
+            f"{len(shape)}: {_bracketed(shape)}; pass `{name}` with these dimensions"
+        )
+    bound = dict(sizes)
+    for entry, extent in zip(shape, actual, strict=True):
+        if isinstance(entry, str) and entry.isidentifier():
+            bound.setdefault(entry, extent)
+    for dimension, (entry, extent) in enumerate(zip(shape, actual, strict=True)):
+        expected = evaluate(entry, bound)
+        if extent != expected:
+            raise StepError(
+                f"`{name}` dimension {dimension} (`{entry}`) is {extent} elements, expected "
+                f"{expected} elements; pass `{name}` as {_bracketed(shape)}, or begin a new "
+                "request for another size"
+            )
+    return bound
+
+
+def _parse(expression: str) -> ast.expr:
+    try:
+        if len(expression) > _LONGEST:
+            raise SyntaxError
+        tree = ast.parse(expression, mode="eval").body
+        _check(tree)
+    except (SyntaxError, ValueError):
+        shown = expression[:40] + ("…" if len(expression) > 40 else "")
+        raise ConfigError(
+            f"shape entry is `{shown}`, expected names and whole numbers joined by + - * // ( ), "
+            f"at most {_LONGEST} characters; write it with these alone"
+        ) from None
+    return tree
+
+
+def _check(node: ast.expr) -> None:
+    match node:
+        case ast.Name():
+            return
+        case ast.Constant(value=value) if type(value) is int:
+            return
+        case ast.BinOp(left=left, op=operator, right=right) if type(operator) in _OPERATORS:
+            _check(left)
+            _check(right)
+        case _:
+            raise SyntaxError
+
+
+def _value(node: ast.expr, sizes: Mapping[str, int]) -> int:
+    match node:
+        case ast.Name(id=name):
+            return sizes[name]
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.BinOp(left=left, op=operator, right=right):
+            return _OPERATORS[type(operator)](_value(left, sizes), _value(right, sizes))
+    raise AssertionError(f"bug in taylorseer-export: {ast.dump(node)} passed the check")
+
+
+def _bracketed(shape: Sequence[Entry]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _listed(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(sizes)) or "none"

@@ -1,0 +1,41 @@
+"""The errors this project raises: one sentence each, `<what> is <seen>, expected <what>; <the fix>`.
+
+Every error is raised before the work it is about starts. The command line prints the sentence alone, without a
+traceback, and exits with `exit_code`: 2 for bad usage or input, 1 for a check that ran and failed.
+"""
+
+
+class TaylorSeerError(Exception):
+    """Base of every error raised on purpose here; catch this one to catch them all."""
+
+    exit_code = 2
+
+
+class ConfigError(TaylorSeerError, ValueError):
+    """The request contradicts itself or names what does not exist; nothing was done."""
+
+
+class CheckpointError(TaylorSeerError):
+    """A model folder or hub id is missing, damaged, or not of the family that was asked for."""
+
+
+class ExportError(TaylorSeerError):
+    """The model could not be traced or split; names the site or node."""
+
+
+class BuildError(TaylorSeerError):
+    """An engine builder refused a graph, or the builder is not installed."""
+
+
+class BundleError(TaylorSeerError):
+    """A bundle is missing, damaged, too new, or not made for this machine; names the file."""
+
+
+class StepError(TaylorSeerError):
+    """The denoiser was called out of order, or with tensors of another shape, dtype or range."""
+
+
+class ParityError(TaylorSeerError):
+    """A difference exceeds its derived bound; names output, step, what was seen, and the bound."""
+
+    exit_code = 1

@@ -1,0 +1,25 @@
+"""The model families: one short declaration each."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.dit import DIT
+from taylorseer_export.families.family import Family
+from taylorseer_export.families.flux import FLUX
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (DIT, FLUX)}
+
+
+def family_named(name: str) -> Family:
+    """The declaration called `name`.
+
+    Raises:
+        ConfigError: No such family.
+    """
+    if name in FAMILIES:
+        return FAMILIES[name]
+    close = get_close_matches(name, FAMILIES, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else "see `taylorseer-export --help`"
+    raise ConfigError(f"family is `{name}`, expected one of {', '.join(FAMILIES)}; {hint}")

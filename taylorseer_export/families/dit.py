@@ -1,0 +1,45 @@
+"""DiT: class-conditional transformer blocks with adaLN-Zero, guidance by a batch of two halves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from taylorseer_export.families.family import Defaults, Family, Input
+
+
+def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    size = config["sample_size"]
+    return (
+        Input("hidden_states", ("batch", config["in_channels"], size, size), "latent"),
+        Input("timestep", ("batch",), "step", "float32"),
+        Input("class_labels", ("batch",), "constant", "int64"),
+    )
+
+
+def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {"batch": (1, 64)}
+
+
+def _latent_sizes(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
+    # The position table is computed for one size at training; another size is another model.
+    return {"height": config["sample_size"], "width": config["sample_size"]}
+
+
+DIT = Family(
+    name="dit",
+    title="DiT-XL/2 at 256 and 512 pixels",
+    model_class="DiTTransformer2DModel",
+    reference="facebook/DiT-XL-2-256",
+    sites=(r"transformer_blocks\.\d+\.attn1", r"transformer_blocks\.\d+\.ff"),
+    stack_input=("transformer_blocks.0", "hidden_states"),
+    stack_output=("norm_out", "input"),
+    inputs=_inputs,
+    dimensions=_dimensions,
+    latent_sizes=_latent_sizes,
+    defaults=Defaults(steps=50, interval=4, warmup=2, order=4),
+    scheduler="DDIMScheduler",
+    guidance="batched",
+    guidance_scale=4.0,
+    latent_size=(32, 32),
+)

@@ -1,0 +1,81 @@
+"""What a model family is: the few facts that the splitter, the command line and the runtime need about a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Role = Literal["latent", "step", "constant"]
+Guidance = Literal["none", "embedded", "batched"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One argument of the transformer's `forward`.
+
+    Attributes:
+        name: The diffusers argument name.
+        shape: Sizes; a string names a dimension of the family.
+        role: When its value is known: `latent` changes with every step, `step` depends on the step alone,
+            `constant` is fixed for the request.
+        dtype: `float` follows the precision of the export; anything else is a fixed torch dtype name.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    role: Role
+    dtype: str = "float"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The paper's schedule for a family. Units: `steps`, `interval`, `warmup` in denoising steps."""
+
+    steps: int
+    interval: int
+    warmup: int
+    order: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """A short declaration from which graphs, engines and the command line of one model family follow.
+
+    Attributes:
+        name: The word on the command line.
+        title: The published models that it covers.
+        model_class: Class name in `diffusers`.
+        reference: Hub id of the model most users mean.
+        sites: Regular expressions over module names. What matches is forecast at granularity `module`: the
+            attention and MLP outputs before their gate.
+        stack_input: (module, argument) through which the hidden state enters the first block.
+        stack_output: (module, argument) through which it leaves the last block.
+        inputs: `config -> inputs` of the transformer.
+        dimensions: `config -> {dimension: (smallest, largest)}` that a bundle without a fixed size accepts.
+        latent_sizes: `(config, height, width) -> {dimension: size}` for one latent image (before packing).
+        defaults: The paper's plan and order.
+        scheduler: Class name of the diffusers scheduler that the family's pipeline uses.
+        guidance: How classifier-free guidance reaches the model: not at all, embedded as an input, or as a
+            batch of two halves.
+        guidance_scale: The pipeline's default, dimensionless.
+        latent_size: (height, width) of the latent image at the model's usual resolution.
+        latent_scale: Pixels per latent pixel along each side.
+    """
+
+    name: str
+    title: str
+    model_class: str
+    reference: str
+    sites: tuple[str, ...]
+    stack_input: tuple[str, str]
+    stack_output: tuple[str, str]
+    inputs: Callable[[Mapping[str, Any]], tuple[Input, ...]]
+    dimensions: Callable[[Mapping[str, Any]], dict[str, tuple[int, int]]]
+    latent_sizes: Callable[[Mapping[str, Any], int, int], dict[str, int]]
+    defaults: Defaults
+    scheduler: str
+    guidance: Guidance
+    guidance_scale: float
+    latent_size: tuple[int, int]
+    latent_scale: int = 8

@@ -1,0 +1,65 @@
+"""Binding times: when in a denoising loop the value of each node is known.
+
+    WEIGHT  < REQUEST < STEP < LATENT
+
+A weight is known at export; a prompt projection when the request arrives; a modulation row when the timesteps are
+known; everything behind the latent only in its step. The time of a node is the latest time among its inputs, so one
+pass in graph order finds all of them.
+
+A step value is worth computing ahead only if it is a row per sample, `[batch, fixed sizes...]`: then all steps make one
+small table. FLUX's first text projections also depend on the step alone, but hold a row per token; `S` copies of them
+would be larger than the latent work they save, so they count as latent.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import fx
+
+from taylorseer_export.graph.trace import Trace
+
+
+class Time(IntEnum):
+    """When a value is known; later is larger."""
+
+    WEIGHT = 0
+    REQUEST = 1
+    STEP = 2
+    LATENT = 3
+
+
+_OF_ROLE = {"constant": Time.REQUEST, "step": Time.STEP, "latent": Time.LATENT}
+
+
+def binding_times(trace: Trace) -> dict[fx.Node, Time]:
+    """Time of every node: `time(node) = max(time(input) for input)`; sizes count as known at export."""
+    roles = {spec.name: _OF_ROLE[spec.role] for spec in trace.inputs}
+    times: dict[fx.Node, Time] = {}
+    for node in trace.module.graph.nodes:
+        if node.op == "placeholder":
+            times[node] = roles.get(str(node.target), Time.WEIGHT)
+        elif is_size(node):
+            times[node] = Time.WEIGHT
+        else:
+            time = max((times[n] for n in node.all_input_nodes), default=Time.WEIGHT)
+            times[node] = Time.LATENT if time is Time.STEP and not _is_row(node, trace) else time
+    return times
+
+
+def _is_row(node: fx.Node, trace: Trace) -> bool:
+    """Whether every tensor of the node is [batch, fixed sizes...]."""
+    values = node.meta["val"]
+    for value in values if isinstance(values, tuple | list) else (values,):
+        first, *rest = value.shape or (None,)
+        if not isinstance(first, torch.SymInt) or trace.names.get(first.node.expr) != "batch":
+            return False
+        if any(isinstance(size, torch.SymInt) for size in rest):
+            return False
+    return True
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether the node is a shape query or arithmetic on shapes."""
+    return not isinstance(node.meta.get("val"), torch.Tensor | tuple | list) and node.op == "call_function"

@@ -1,0 +1,96 @@
+"""Taps: names placed on the tensors that TaylorSeer forecasts, while the model is traced.
+
+A tap is an identity operator with a name. It survives `torch.export` as a node of the graph, so the places where
+the graph is cut later are found by name and not by the shape of the code around them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taylorseer_export.errors import ExportError
+from taylorseer_export.families.family import Family
+
+STACK_INPUT = "stack.input"
+STACK_OUTPUT = "stack.output"
+
+
+@cache
+def tap_operator() -> Any:
+    """The marker operator `taylorseer::tap(x, name) -> x`, defined once per process on first use."""
+
+    @torch.library.custom_op("taylorseer::tap", mutates_args=())
+    def tap(x: Tensor, name: str) -> Tensor:
+        return x.clone()
+
+    @tap.register_fake
+    def _(x: Tensor, name: str) -> Tensor:
+        return torch.empty_like(x)
+
+    return torch.ops.taylorseer.tap.default
+
+
+@contextmanager
+def tapped(model: nn.Module, family: Family) -> Iterator[tuple[str, ...]]:
+    """Place the family's taps on `model` for the length of the block; yields the site names in block order.
+
+    A site is the output of a module before its gate and before the residual add. Two more taps mark where the
+    hidden state enters the first block and where it leaves for the final norm; the coarser granularities use them.
+
+    Args:
+        model: An unmodified diffusers transformer.
+        family: The declaration whose `sites` are matched against the module names.
+
+    Raises:
+        ExportError: A site pattern matches no module, so nothing would be forecast.
+    """
+    tap = tap_operator()
+    modules = dict(model.named_modules())
+    sites = []
+    with ExitStack() as hooks:
+        for pattern in family.sites:
+            names = [name for name in modules if re.fullmatch(pattern, name)]
+            if not names:
+                raise ExportError(
+                    f"site pattern is `{pattern}`, expected it to match a module of {type(model).__name__}; "
+                    f"compare with `python -c` listing of model.named_modules() and mend families/{family.name}.py"
+                )
+            for name in names:
+                hooks.callback(modules[name].register_forward_hook(_output_hook(tap, name)).remove)
+            sites += names
+        for name, argument, label in (
+            (*family.stack_input, STACK_INPUT),
+            (*family.stack_output, STACK_OUTPUT),
+        ):
+            hook = _argument_hook(tap, argument, label)
+            hooks.callback(modules[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield tuple(sorted(sites, key=list(modules).index))
+
+
+def _output_hook(tap: Any, name: str) -> Any:
+    """Tap the first output: image rows come first in every diffusers attention that returns a tuple."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (tap(output[0], name), *output[1:])
+        return tap(output, name)
+
+    return hook
+
+
+def _argument_hook(tap: Any, argument: str, label: str) -> Any:
+    """Tap the argument called `argument`, or the first positional one."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if argument in kwargs:
+            return args, {**kwargs, argument: tap(kwargs[argument], label)}
+        return (tap(args[0], label), *args[1:]), kwargs
+
+    return hook

@@ -1,0 +1,195 @@
+"""One trace of an unmodified diffusers transformer: a flat graph with taps, without weights.
+
+Shapes: every dimension that the family declares is symbolic here; a bundle of one fixed size is specialised later,
+when its graphs become engines, so there is one trace per model whatever the sizes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx, nn
+
+from taylorseer_export.errors import ExportError
+from taylorseer_export.families.family import Family, Input
+from taylorseer_export.graph.taps import tap_operator, tapped
+
+aten = torch.ops.aten
+
+# Sizes at which the symbolic trace is taken: small, distinct, and never 0 or 1, which export would specialise.
+_EXAMPLE_SIZES = (2, 24, 5, 7, 11, 13)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A tapped graph with what is known about its inputs.
+
+    Attributes:
+        module: The graph. Parameters are `get_attr` nodes under their checkpoint names; taps are call nodes.
+        inputs: The family's declaration of every placeholder.
+        sites: Names of the tapped module outputs, in block order.
+        names: Symbol of the trace -> dimension name of the family.
+        example_sizes: Dimension name -> size used for tracing.
+        precision: dtype of the model.
+        constants: Tensors that the model computes from nothing, such as frequency tables, under their new names.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[Input, ...]
+    sites: tuple[str, ...]
+    names: dict[sympy.Symbol, str]
+    example_sizes: dict[str, int]
+    precision: torch.dtype
+    constants: dict[str, torch.Tensor]
+
+    @property
+    def noise_pred(self) -> fx.Node:
+        """The node whose value the transformer returns."""
+        (values,) = self.module.graph.output_node().args
+        result = values[0] if isinstance(values, tuple | list) else values
+        assert isinstance(result, fx.Node), "bug in taylorseer-export: the traced model returns a constant"
+        return result
+
+    def taps(self) -> dict[str, fx.Node]:
+        """Tap name -> its node."""
+        return {n.args[1]: n for n in self.module.graph.nodes if is_tap(n)}  # type: ignore[misc]
+
+
+def is_tap(node: Any) -> bool:
+    """Whether `node` is a tap marker."""
+    return isinstance(node, fx.Node) and node.target is tap_operator()
+
+
+def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
+    """Trace `model` once with the family's taps.
+
+    Args:
+        model: The diffusers transformer in eval mode; its parameters may be fake tensors, none is read.
+        family: Its declaration.
+        precision: dtype of the inputs declared as `float`.
+
+    Raises:
+        ExportError: `torch.export` refused the model, or the graph changes a tensor in place.
+    """
+    inputs = family.inputs(model.config)  # type: ignore[arg-type]
+    declared = family.dimensions(model.config)  # type: ignore[arg-type]
+    sizes = dict(zip(declared, _EXAMPLE_SIZES, strict=False))
+    dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in declared.items()}
+    example = {i.name: example_tensor(i, sizes, precision) for i in inputs}
+    dynamic = {i.name: {k: dims[s] for k, s in enumerate(i.shape) if isinstance(s, str)} for i in inputs}
+    with tapped(model, family) as sites, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pytree deprecations inside torch.export, not ours to mend
+        try:
+            program = torch.export.export(
+                model,
+                (),
+                {**example, "return_dict": False},
+                dynamic_shapes={**dynamic, "return_dict": None},
+                strict=False,
+            )
+        except Exception as error:
+            raise ExportError(
+                f"{family.model_class} is not traceable with {', '.join(declared)} symbolic, expected a static graph; "
+                f"torch.export says: {str(error).strip().splitlines()[0]}"
+            ) from error
+        module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    _refuse_mutation(module.graph)
+    _drop_noise(module.graph)
+    names = {
+        size.node.expr: name
+        for spec in inputs
+        for size, name in zip(_placeholder(module.graph, spec.name).meta["val"].shape, spec.shape, strict=True)
+        if isinstance(name, str)
+    }
+    return Trace(module, inputs, sites, names, sizes, precision, _fold_constants(module))
+
+
+def example_tensor(spec: Input, sizes: dict[str, int], precision: torch.dtype) -> torch.Tensor:
+    """A zero tensor of the declared shape, for tracing: `[sizes...]`, dtype as declared."""
+    dtype = precision if spec.dtype == "float" else getattr(torch, spec.dtype)
+    return torch.zeros([sizes[s] if isinstance(s, str) else s for s in spec.shape], dtype=dtype)
+
+
+def eliminate_dead(graph: fx.Graph) -> None:
+    """Remove every call without users.
+
+    `Graph.eliminate_dead_code` keeps attention, which torch tags as random, and the checks that export adds; our
+    graphs have no side effects (a mutating operator was refused at trace), so whatever is unused can go.
+    """
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "call_module", "get_attr") and not node.users:
+            graph.erase_node(node)
+
+
+def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    return next(n for n in graph.nodes if n.op == "placeholder" and n.target == name)
+
+
+def _refuse_mutation(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise ExportError(
+                f"operator `{node.target}` at `{node.name}` is in place, expected a functional graph; "
+                "run the model's part out of place before exporting it"
+            )
+
+
+def _drop_noise(graph: fx.Graph) -> None:
+    """Drop shape guards, metadata checks, and casts that cast nothing."""
+    for node in list(graph.nodes):
+        if node.op == "call_module" or node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif _casts_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    eliminate_dead(graph)
+
+
+def _fold_constants(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """Compute now what depends on no input and no weight, and put it in the graph as a buffer.
+
+    An engine would compute the table of timestep frequencies with its own `exp`, and an error of one unit in the last
+    place moves the angle of timestep 1000 by 6e-5. Computed here, every engine sees the numbers of the eager model.
+    """
+    values: dict[fx.Node, torch.Tensor] = {}
+    for node in module.graph.nodes:
+        if (
+            node.op == "call_function"
+            and isinstance(node.target, torch._ops.OpOverload)
+            and all(n in values for n in node.all_input_nodes)
+            and isinstance(node.meta.get("val"), torch.Tensor)
+            and not any(isinstance(s, torch.SymInt) for s in node.meta["val"].shape)
+        ):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+    constants = {}
+    for node, value in values.items():
+        if any(user not in values for user in node.users):
+            name = f"constant_{node.name}"
+            module.register_buffer(name, value)
+            with module.graph.inserting_before(node):
+                buffer = module.graph.get_attr(name)
+            buffer.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(buffer)
+            constants[name] = value
+    eliminate_dead(module.graph)
+    return constants
+
+
+def _casts_nothing(node: fx.Node) -> bool:
+    if node.target not in (
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.device,
+        aten.contiguous.default,
+        aten.dropout.default,
+    ):
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return bool(source.meta["val"].dtype == node.meta["val"].dtype)

@@ -1,0 +1,362 @@
+"""The denoiser: the three engines, the Taylor buffers of each request, and the schedule that drives them.
+
+A slot is one request's memory: buffers allocated and bound once, used by one request after another. Starting a request
+runs `prepare` for all its timesteps; each step then copies in a latent and two table rows and replays one bound call.
+
+Shapes: S steps, B batch, M = order + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from taylorseer_export.bundle.manifest import Manifest, Tensor
+from taylorseer_export.bundle.shapes import match, resolve
+from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
+from taylorseer_export.errors import BundleError, StepError
+from taylorseer_export.method import Plan
+from taylorseer_export.method.weights import Form
+from taylorseer_export.runtime.runner import Buffer, Call, Runner
+from taylorseer_export.runtime.schedule import ForecastStep, FullStep, schedule
+
+
+def load(folder: str | Path, device: str = "cpu", threads: int = 0, progress: Progress | None = None) -> Denoiser:
+    """Check a bundle and load its engines.
+
+    Args:
+        folder: The bundle.
+        device: `cpu` or `cuda`.
+        threads: CPU threads of each engine; 0 leaves it to the engine.
+        progress: Called with the bytes just checked.
+
+    Raises:
+        BundleError: The bundle is missing, damaged, too new, or not for this machine.
+    """
+    bundle = open_bundle(Path(folder), progress)
+    return Denoiser(bundle.manifest, _runner(bundle, device, threads), bundle)
+
+
+def _runner(bundle: Bundle, device: str, threads: int) -> Runner:
+    manifest = bundle.manifest
+    files = {name: bundle.path(graph.file) for name, graph in manifest.graphs.items()}
+    if manifest.engine.kind == "onnxruntime":
+        from taylorseer_export.runtime.onnxruntime import OnnxRuntimeRunner
+
+        return OnnxRuntimeRunner(files, manifest.graphs, device, threads)
+    raise BundleError(
+        f"{bundle.folder} holds engines of kind {manifest.engine.kind}, expected onnxruntime, the kind this version "
+        f"runs; export again with `taylorseer-export {manifest.family} --engine onnxruntime`"
+    )
+
+
+class Denoiser:
+    """Engines of one bundle, ready to serve requests through slots.
+
+    Args:
+        manifest: The contract.
+        runner: The loaded engines.
+        bundle: The bundle it was opened from, if any.
+    """
+
+    def __init__(self, manifest: Manifest, runner: Runner, bundle: Bundle | None = None) -> None:
+        self.manifest, self.runner, self.bundle = manifest, runner, bundle
+        self.latent = _only(manifest.graphs["full"].inputs, "latent")
+        self.timestep = _only(manifest.graphs["prepare"].inputs, "step")
+        # The arguments a request keeps constant: prepare reads most, a graph in the loop may read some directly.
+        produced = {t.name for t in manifest.graphs["prepare"].outputs}
+        declared = [t for g in manifest.graphs.values() for t in g.inputs if t.role == "constant"]
+        self.constants = {t.name: t for t in declared if t.name not in produced}
+
+    def plan(self, text: str | None = None, steps: int | None = None) -> Plan:
+        """The plan a request asks for: its own string, or the bundle's rule over `steps`."""
+        default = self.manifest.plan
+        if text is not None:
+            plan = Plan.parse(text)
+            if steps is not None:
+                plan.check_length(steps)
+            return plan
+        return Plan.regular(steps or default.steps, default.interval, default.warmup, default.dialect)
+
+    def sizes(self, latents: tuple[int, ...], conditioning: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """Dimension sizes that a request's shapes imply, checked against the bundle's ranges.
+
+        Raises:
+            StepError: A shape contradicts the contract or another input, or a size is out of range.
+        """
+        sizes = match(self.latent.shape, latents, {}, self.latent.name)
+        for name, tensor in self.constants.items():
+            if name not in conditioning:
+                raise StepError(
+                    f"input `{name}` is missing, expected {_described(tensor)}; pass it with the conditioning"
+                )
+            sizes = match(tensor.shape, np.shape(conditioning[name]), sizes, name)
+        unknown = conditioning.keys() - self.constants.keys()
+        if unknown:
+            raise StepError(
+                f"input `{min(unknown)}` is not known, expected only {', '.join(self.constants)}; leave it out"
+            )
+        for name, size in sizes.items():
+            self._check_range(name, size)
+        return sizes
+
+    def slot(self, sizes: Mapping[str, int]) -> Slot:
+        """A new slot for requests of these sizes; its buffers are allocated and bound now."""
+        return Slot(self, dict(sizes))
+
+    def state_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Bytes of the Taylor buffers of one slot."""
+        tensors = [t for t in self.manifest.graphs["forecast"].inputs if t.role == "taylor_in"]
+        once = sum(int(np.prod(resolve(t.shape, sizes))) * _itemsize(t.dtype) for t in tensors)
+        return once * (2 if self.manifest.state.layout == "derivatives" else 1)
+
+    def close(self) -> None:
+        """Release the engines."""
+        self.runner.close()
+
+    def __enter__(self) -> Denoiser:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_range(self, name: str, size: int) -> None:
+        allowed = self.manifest.dimensions[name]
+        if not allowed.minimum <= size <= allowed.maximum:
+            expected = (
+                f"{allowed.minimum} (the bundle is static)"
+                if allowed.minimum == allowed.maximum
+                else f"{allowed.minimum} to {allowed.maximum}"
+            )
+            raise StepError(
+                f"size `{name}` is {size}, expected {expected}; use such a size, or export again without --size"
+            )
+
+
+class Slot:
+    """One request's memory: Taylor buffers, inputs, outputs, and the calls bound to them.
+
+    `start` begins a request, `step` runs it to the end of its plan; then `start` may be called again.
+    """
+
+    def __init__(self, denoiser: Denoiser, sizes: dict[str, int]) -> None:
+        self.denoiser, self.sizes = denoiser, sizes
+        self._runner = denoiser.runner
+        manifest = denoiser.manifest
+        self._layout = manifest.state.layout
+        full, forecast = manifest.graphs["full"], manifest.graphs["forecast"]
+        self._buffers: dict[str, Buffer] = {}
+        for tensor in (*full.inputs, *full.outputs, *forecast.inputs, *denoiser.constants.values()):
+            if tensor.role not in ("taylor_in", "taylor_out") and tensor.name not in self._buffers:
+                self._buffers[tensor.name] = self._new(tensor)
+        # With derivatives a full step reads one set of buffers and writes the other.
+        self._taylor = [self._taylor_buffers() for _ in range(2 if self._layout == "derivatives" else 1)]
+        self._full_calls, self._forecast_calls = self._bind(full.inputs, full.outputs, forecast.inputs)
+        self._rows = [t.name for t in manifest.graphs["prepare"].outputs if t.role == "step"]
+        self._steps: tuple[FullStep | ForecastStep, ...] = ()
+        self._tables: dict[str, np.ndarray] = {}
+        self._timesteps: np.ndarray | None = None
+        self.plan: Plan | None = None
+        self.executed = ""
+
+    def start(
+        self,
+        conditioning: Mapping[str, Any],
+        plan: Plan,
+        order: int | None = None,
+        timesteps: Sequence[float] | np.ndarray | None = None,
+        form: Form = "taylor",
+    ) -> None:
+        """Begin a request: check and copy its conditioning, clear the state, prepare all steps.
+
+        Args:
+            conditioning: Constant inputs by their diffusers argument names.
+            plan: Which steps are full.
+            order: Order of the forecasts; the bundle's default if left out.
+            timesteps: `[S]`, the value passed to the transformer at each step. Left out, `step` takes them one by one.
+            form: `taylor` or `newton`.
+
+        Raises:
+            ConfigError: Plan, order and timesteps do not fit each other or the bundle.
+            StepError: An input is missing, of another shape or dtype, or not finite.
+        """
+        manifest = self.denoiser.manifest
+        order = min(manifest.plan.order, manifest.state.order) if order is None else order
+        steps = schedule(plan, order, manifest.state.order, self._layout, form)
+        arrays = {
+            n: _checked(self.denoiser.constants[n], v) for n, v in conditioning.items() if n in self.denoiser.constants
+        }
+        sizes = self.denoiser.sizes(self._latent_shape(), {**conditioning, **arrays})
+        if sizes != self.sizes:
+            raise StepError(f"sizes are {sizes}, expected {self.sizes}, those of the slot; open a slot of that size")
+        if timesteps is not None:
+            timesteps = _checked(self.denoiser.timestep, timesteps)
+            plan.check_length(len(timesteps))
+        for name, array in arrays.items():
+            self._buffers[name].write(array)
+        for buffers in self._taylor:
+            for buffer in buffers.values():
+                buffer.write(0.0)  # what an earlier request left, infinities included, must not reach this one
+        self.plan, self._steps, self.executed, self._timesteps = plan, steps, "", timesteps
+        self._tables = {} if timesteps is None else self._prepare(timesteps)
+
+    def step(self, latents: Any, timestep: float | None = None) -> np.ndarray:
+        """Run the next step of the plan.
+
+        Args:
+            latents: The transformer's `hidden_states`.
+            timestep: Needed where `start` was not given the timesteps; checked against them where it was.
+
+        Returns:
+            `noise_pred`, a new array.
+
+        Raises:
+            StepError: No request was started, its plan is at its end, or the latents do not fit.
+        """
+        number = len(self.executed)
+        if self.plan is None or number >= len(self.plan):
+            seen = "no request" if self.plan is None else f"a request after its last step ({number} of {number})"
+            raise StepError(f"the slot has {seen}, expected one under way; call start() first")
+        array = _checked(self.denoiser.latent, latents, f" at step {number}")
+        if array.shape != self._latent_shape():
+            raise StepError(
+                f"input `{self.denoiser.latent.name}` is {list(array.shape)} at step {number}, expected "
+                f"{list(self._latent_shape())} as when the slot was opened; open a slot of that size"
+            )
+        self._write_rows(number, timestep)
+        self._buffers[self.denoiser.latent.name].write(array)
+        current = self._steps[number]
+        if isinstance(current, FullStep):
+            if "scales" in self._buffers:
+                self._buffers["scales"].write(current.scales)
+            self._full_calls[current.entry]()
+        else:
+            self._buffers["weights"].write(current.weights)
+            self._forecast_calls[current.entry % len(self._forecast_calls)]()
+        self.executed += "F" if isinstance(current, FullStep) else "."
+        return self._buffers["noise_pred"].read()
+
+    @property
+    def gains(self) -> tuple[float, ...]:
+        """Noise amplification of every step of the plan; 1 on a full step."""
+        return tuple(s.gain if isinstance(s, ForecastStep) else 1.0 for s in self._steps)
+
+    # Binding -------------------------------------------------------------------------------------------------------
+
+    def _new(self, tensor: Tensor) -> Buffer:
+        return self._runner.buffer(resolve(tensor.shape, self.sizes), tensor.dtype)
+
+    def _latent_shape(self) -> tuple[int, ...]:
+        return resolve(self.denoiser.latent.shape, self.sizes)
+
+    def _taylor_buffers(self) -> dict[str, Buffer]:
+        """Site -> buffer `[M, ...]`."""
+        inputs = self.denoiser.manifest.graphs["forecast"].inputs
+        return {_site(t): self._new(t) for t in inputs if t.role == "taylor_in"}
+
+    def _bind(
+        self, full_in: Sequence[Tensor], full_out: Sequence[Tensor], forecast_in: Sequence[Tensor]
+    ) -> tuple[list[Call], list[Call]]:
+        """One bound call per entry a full step may write, and per set of buffers a forecast step may read."""
+
+        def inputs(tensors: Sequence[Tensor], source: dict[str, Buffer]) -> dict[str, Buffer]:
+            return {t.name: source[_site(t)] if t.role == "taylor_in" else self._buffers[t.name] for t in tensors}
+
+        def outputs(target: Mapping[str, Buffer]) -> dict[str, Buffer]:
+            return {t.name: target[_site(t)] if t.role == "taylor_out" else self._buffers[t.name] for t in full_out}
+
+        bind = self._runner.bind
+        prediction = {"noise_pred": self._buffers["noise_pred"]}
+        forecasts = [bind("forecast", inputs(forecast_in, buffers), prediction) for buffers in self._taylor]
+        if self._layout == "derivatives":
+            a, b = self._taylor
+            fulls = [bind("full", inputs(full_in, b), outputs(a)), bind("full", inputs(full_in, a), outputs(b))]
+        else:
+            (ring,) = self._taylor
+            entries = self.denoiser.manifest.state.order + 1
+            fulls = [
+                bind("full", inputs(full_in, ring), outputs({site: b.entry(k) for site, b in ring.items()}))
+                for k in range(entries)
+            ]
+        return fulls, forecasts
+
+    # Preparing -----------------------------------------------------------------------------------------------------
+
+    def _prepare(self, timesteps: np.ndarray) -> dict[str, np.ndarray]:
+        """Run the prepare graph; request values land in place, tables `[S, B, W]` come back to the host."""
+        graph = self.denoiser.manifest.graphs["prepare"]
+        sizes = {**self.sizes, "steps": len(timesteps)}
+        clock = self._runner.buffer((len(timesteps),), self.denoiser.timestep.dtype)
+        clock.write(timesteps)
+        tables = {n: self._runner.buffer(resolve(_named(graph.outputs, n).shape, sizes), _named(graph.outputs, n).dtype)
+                  for n in self._rows}  # fmt: skip
+        inputs = {t.name: clock if t.role == "step" else self._buffers[t.name] for t in graph.inputs}
+        outputs = {t.name: tables[t.name] if t.role == "step" else self._buffers[t.name] for t in graph.outputs}
+        self._runner.bind("prepare", inputs, outputs)()
+        return {name: table.read() for name, table in tables.items()}
+
+    def _write_rows(self, number: int, timestep: float | None) -> None:
+        if self._timesteps is None:
+            if timestep is None:
+                raise StepError(
+                    f"the timestep of step {number} is unknown, expected it from start() or step(); pass timestep="
+                )
+            tables, row = self._prepare(_checked(self.denoiser.timestep, [timestep])), 0
+        else:
+            known = self._timesteps[number]
+            if timestep is not None and not np.isclose(known, timestep, rtol=1e-5):
+                raise StepError(
+                    f"timestep is {timestep} at step {number}, expected {known} as prepared; leave timesteps out of "
+                    "start() when they are not known ahead"
+                )
+            tables, row = self._tables, number
+        for name in self._rows:
+            self._buffers[name].write(tables[name][row])
+
+
+def _checked(tensor: Tensor, values: Any, when: str = "") -> np.ndarray:
+    """The values as an array of the contract's dtype, refused if they are not finite or would change kind."""
+    array = np.asarray(values)
+    kind = np.dtype(tensor.dtype)
+    whole = kind.kind in "iu"
+    if array.dtype.kind not in ("iu" if whole else "iuf"):
+        raise StepError(
+            f"input `{tensor.name}` is {array.dtype}{when}, expected {tensor.dtype}; convert it before the call"
+        )
+    if not whole and not np.isfinite(array).all():
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+        raise StepError(
+            f"input `{tensor.name}` has {bad} values that are NaN or infinite{when}, expected finite numbers; "
+            "check what made it"
+        )
+    return array.astype(kind, copy=False)
+
+
+def _only(tensors: Sequence[Tensor], role: str) -> Tensor:
+    found = [t for t in tensors if t.role == role]
+    if len(found) != 1:
+        raise BundleError(f"manifest has {len(found)} inputs of role `{role}`, expected 1; export again")
+    return found[0]
+
+
+def _named(tensors: Sequence[Tensor], name: str) -> Tensor:
+    return next(t for t in tensors if t.name == name)
+
+
+def _site(tensor: Tensor) -> str:
+    """Site of a Taylor buffer: the name behind `taylor_in.` or `taylor_out.`."""
+    return tensor.name.split(".", 1)[1]
+
+
+def _itemsize(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else int(np.dtype(dtype).itemsize)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]"

@@ -1,0 +1,243 @@
+"""Latents to pictures for the embedded models: no VAE, only reshapes, computed with numpy alone.
+
+Pillow is imported only by the functions that draw or write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from taylorseer_export.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FLUX_TOKEN_PIXELS = 4
+"""Edge of the square one FLUX token covers: unshuffle by 2, then packing by 2 (pixels)."""
+
+GRID_GAP = 4
+"""Space between and around the pictures of a grid (output pixels)."""
+
+_FONT_PIXELS = 14
+_BACKGROUND = (255, 255, 255)
+_INK = (20, 20, 20)
+
+
+def pictures_from_flux_latents(latents: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pictures of packed FLUX latents, the exact inverse of `flux_latents_from_pictures`.
+
+    Unpack 2x2 (as `FluxPipeline._unpack_latents`), pixel-shuffle by 2, then
+    `round(clip((x + 1) / 2, 0, 1) * 255)`.
+
+    Args:
+        latents: [B, T, 48] of any float dtype, nominally in [-1, 1], T = (height/4) * (width/4).
+        height: Height of the pictures, a multiple of 4 (pixels).
+        width: Width of the pictures, a multiple of 4 (pixels).
+
+    Returns:
+        [B, height, width, 3] uint8, RGB.
+
+    Raises:
+        ConfigError: The size is not a multiple of 4, or the latents do not have that size.
+    """
+    rows, columns = _flux_token_grid(height, width)
+    latents = np.asarray(latents)
+    if latents.ndim != 3 or latents.shape[1:] != (rows * columns, 48):
+        raise ConfigError(
+            f"FLUX latents shape is {list(latents.shape)}, expected [B, {rows * columns}, 48] "
+            f"(packed latents of {height}x{width} pixels); pass the height and width they were "
+            "drawn for"
+        )
+    # A token's 48 channels are (colour, unshuffle row, unshuffle column, pack row, pack column);
+    # packing covers the coarser step, so a pixel row is 4 * token row + 2 * pack + unshuffle.
+    split = latents.reshape(-1, rows, columns, 3, 2, 2, 2, 2)
+    pictures = split.transpose(0, 1, 6, 4, 2, 7, 5, 3).reshape(-1, height, width, 3)
+    return _to_uint8(pictures)
+
+
+def flux_latents_from_pictures(pictures: np.ndarray) -> np.ndarray:
+    """Packed FLUX latents of pictures: `x / 127.5 - 1`, pixel-unshuffle by 2, then pack 2x2.
+
+    Args:
+        pictures: [B, height, width, 3], RGB in [0, 255], height and width multiples of 4 (pixels).
+
+    Returns:
+        [B, (height/4) * (width/4), 48] float32 in [-1, 1].
+
+    Raises:
+        ConfigError: The array is not [B, height, width, 3], or a side is not a multiple of 4.
+    """
+    pictures = np.asarray(pictures)
+    if pictures.ndim != 4 or pictures.shape[3] != 3:
+        raise ConfigError(
+            f"pictures shape is {list(pictures.shape)}, expected [B, height, width, 3] (RGB "
+            "pixels); add the batch axis or drop the alpha channel"
+        )
+    rows, columns = _flux_token_grid(*pictures.shape[1:3])
+    values = pictures.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+    split = values.reshape(-1, rows, 2, 2, columns, 2, 2, 3)
+    return split.transpose(0, 1, 4, 7, 3, 6, 2, 5).reshape(-1, rows * columns, 48)
+
+
+def pictures_from_dit_latents(latents: np.ndarray) -> np.ndarray:
+    """Pictures of the embedded DiT's latents: `round(clip((x + 1) / 2, 0, 1) * 255)`, grey as RGB.
+
+    Args:
+        latents: [B, 1, height, width] of any float dtype, nominally in [-1, 1].
+
+    Returns:
+        [B, height, width, 3] uint8; the three channels are equal.
+
+    Raises:
+        ConfigError: The array is not [B, 1, height, width].
+    """
+    latents = np.asarray(latents)
+    if latents.ndim != 4 or latents.shape[1] != 1:
+        raise ConfigError(
+            f"DiT latents shape is {list(latents.shape)}, expected [B, 1, height, width] (one grey "
+            "channel); pass the latents of the embedded DiT"
+        )
+    return np.repeat(_to_uint8(latents)[:, 0, :, :, None], 3, axis=3)
+
+
+def write_png(path: str | Path, picture: np.ndarray, scale: int = 1) -> None:
+    """Write one picture as PNG, enlarged `scale` times, every pixel becoming a square.
+
+    Args:
+        path: File to write; its folder must exist.
+        picture: [height, width, 3] uint8, RGB.
+        scale: Enlargement, at least 1 (times).
+
+    Raises:
+        ConfigError: The array is not a uint8 RGB picture, or the scale is below 1.
+    """
+    _enlarged(picture, scale).save(Path(path), format="PNG")
+
+
+def grid(
+    rows_of_pictures: Sequence[Sequence[np.ndarray]],
+    scale: int = 1,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+) -> Image.Image:
+    """Table of pictures with labels, for a report or a preview.
+
+    With R rows and C columns of [h, w] pictures and no labels, the result is
+    `C * (w * scale + 4) + 4` wide and `R * (h * scale + 4) + 4` high. Row labels add a column on
+    the left as wide as the widest; column labels are wrapped at cell width and add a head.
+
+    Args:
+        rows_of_pictures: R rows of C pictures, each [h, w, 3] uint8, all of one size.
+        scale: Enlargement of each picture, at least 1 (times).
+        row_labels: R texts, or none.
+        column_labels: C texts, or none.
+
+    Returns:
+        The table as an RGB PIL image.
+
+    Raises:
+        ConfigError: No pictures, rows of unequal length, pictures of unequal size, a number of
+            labels that does not fit, or a scale below 1.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    rows = [[_enlarged(picture, scale) for picture in row] for row in rows_of_pictures]
+    row_lengths = sorted({len(row) for row in rows})
+    if len(row_lengths) != 1 or row_lengths == [0]:
+        raise ConfigError(
+            f"grid row length is {row_lengths}, expected one length of at least 1 (pictures); "
+            "pass the same number of pictures in every row"
+        )
+    sizes = sorted({picture.size for row in rows for picture in row})
+    if len(sizes) != 1:
+        raise ConfigError(
+            f"grid picture size is {sizes}, expected one size (width, height in output pixels); "
+            "draw pictures of different sizes as separate grids"
+        )
+    for what, labels, count in (
+        ("row", row_labels, len(rows)),
+        ("column", column_labels, row_lengths[0]),
+    ):
+        if len(labels) not in (0, count):
+            raise ConfigError(
+                f"number of {what} labels is {len(labels)}, expected 0 or {count} (one each "
+                f"{what}); pass one label for each {what}, or none"
+            )
+
+    width, height = sizes[0]
+    font = ImageFont.load_default(size=_FONT_PIXELS)
+    line = _FONT_PIXELS + 4
+    heads = [_wrap(text, width, font) for text in column_labels]
+    left = max((int(font.getlength(text)) + 2 * GRID_GAP for text in row_labels), default=0)
+    top = max((len(head) for head in heads), default=0) * line
+    table = Image.new(
+        "RGB",
+        (
+            left + GRID_GAP + row_lengths[0] * (width + GRID_GAP),
+            top + GRID_GAP + len(rows) * (height + GRID_GAP),
+        ),
+        _BACKGROUND,
+    )
+    draw = ImageDraw.Draw(table)
+    for column, head in enumerate(heads):
+        x = left + GRID_GAP + column * (width + GRID_GAP)
+        # The last line rests on the picture, so short labels stay next to what they name.
+        for number, text in enumerate(head):
+            draw.text((x, top - (len(head) - number) * line + 2), text, fill=_INK, font=font)
+    for row, pictures in enumerate(rows):
+        y = top + GRID_GAP + row * (height + GRID_GAP)
+        if row_labels:
+            draw.text((GRID_GAP, y + (height - line) // 2), row_labels[row], fill=_INK, font=font)
+        for column, picture in enumerate(pictures):
+            table.paste(picture, (left + GRID_GAP + column * (width + GRID_GAP), y))
+    return table
+
+
+def _flux_token_grid(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of FLUX tokens of a picture, or ConfigError."""
+    for what, size in (("height", height), ("width", width)):
+        if size < FLUX_TOKEN_PIXELS or size % FLUX_TOKEN_PIXELS:
+            raise ConfigError(
+                f"picture {what} is {size}, expected a positive multiple of {FLUX_TOKEN_PIXELS} "
+                "(pixels); round it to one"
+            )
+    return height // FLUX_TOKEN_PIXELS, width // FLUX_TOKEN_PIXELS
+
+
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    """Map [-1, 1] to [0, 255], clipping what lies outside."""
+    unit = np.clip((values.astype(np.float32) + 1.0) / 2.0, 0.0, 1.0)
+    return np.rint(unit * 255.0).astype(np.uint8)
+
+
+def _enlarged(picture: np.ndarray, scale: int) -> Image.Image:
+    """PIL image of a picture, each pixel repeated `scale` times in both directions."""
+    from PIL import Image
+
+    picture = np.asarray(picture)
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise ConfigError(
+            f"picture is {list(picture.shape)} {picture.dtype}, expected [height, width, 3] uint8 "
+            "(RGB pixels); convert latents with pictures_from_flux_latents or "
+            "pictures_from_dit_latents"
+        )
+    if scale < 1:
+        raise ConfigError(f"scale is {scale}, expected a whole number of at least 1 (times); use 1 for no enlargement")
+    size = (picture.shape[1] * scale, picture.shape[0] * scale)
+    return Image.fromarray(picture).resize(size, Image.Resampling.NEAREST)
+
+
+def _wrap(text: str, width: int, font) -> list[str]:
+    """Break a text at spaces into lines no wider than `width`, where its words allow it."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

@@ -1,0 +1,95 @@
+"""The runner interface: a loaded engine, and buffers bound to it once.
+
+A runner owns the graphs of one bundle on one device. Buffers are allocated by name-free shape and dtype, bound to a
+graph's inputs and outputs once, and the bound call is replayed: no step allocates or copies state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from taylorseer_export.bundle.manifest import Graph
+from taylorseer_export.errors import StepError
+
+Call = Callable[[], None]
+
+
+class Buffer(Protocol):
+    """A tensor at a fixed address on the runner's device."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def address(self) -> int:
+        """First byte on the device."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def entry(self, index: int) -> Buffer:
+        """The part at `index` of the first dimension: the same memory, one dimension less."""
+        ...
+
+    def write(self, values: np.ndarray | float) -> None:
+        """Copy values from the host, broadcasting and casting as numpy does."""
+        ...
+
+    def read(self) -> np.ndarray:
+        """A copy on the host."""
+        ...
+
+
+class Runner(Protocol):
+    """The engines of a bundle, loaded."""
+
+    @property
+    def graphs(self) -> Mapping[str, Graph]: ...
+
+    def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """A new buffer of zeros."""
+        ...
+
+    def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+        """A call of `graph` that reads and writes these buffers each time it is made.
+
+        Raises:
+            StepError: A tensor of the contract has no buffer, or an input and an output share memory.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the engines."""
+        ...
+
+
+def check_binding(graph: Graph, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+    """Refuse a binding that is incomplete, or where an output overlaps an input.
+
+    ONNX Runtime and TensorRT both write outputs while inputs are still being read: one address for both gives
+    wrong numbers without an error.
+    """
+    for tensors, buffers in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        missing = [t.name for t in tensors if t.name not in buffers]
+        if missing:
+            raise StepError(
+                f"tensor `{missing[0]}` of {graph.file} has no buffer, expected one for each of "
+                f"{len(tensors)} tensors; bind every name of the contract"
+            )
+    # Sweep over the address ranges: after sorting, only neighbours can overlap.
+    ranges = [(b.address, b.address + b.nbytes, name, "input") for name, b in inputs.items() if b.nbytes]
+    ranges += [(b.address, b.address + b.nbytes, name, "output") for name, b in outputs.items() if b.nbytes]
+    reach = 0
+    owner = ("", "")
+    for begin, end, name, kind in sorted(ranges):
+        if begin < reach and "output" in (kind, owner[1]):
+            raise StepError(
+                f"{kind} `{name}` of {graph.file} overlaps {owner[1]} `{owner[0]}` in memory, expected separate "
+                "buffers; allocate one buffer for each"
+            )
+        if end > reach:
+            reach, owner = end, (name, kind)

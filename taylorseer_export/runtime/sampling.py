@@ -1,0 +1,290 @@
+"""Sampling: a whole denoising loop over a slot, with diffusers' own schedulers.
+
+What a family's pipeline does around the transformer is here and nowhere else: how noise becomes its input, what it
+calls a timestep, and how guidance combines two halves of a batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from taylorseer_export.bundle.manifest import Sampling
+from taylorseer_export.errors import BundleError, ConfigError, StepError
+from taylorseer_export.method import Plan
+from taylorseer_export.method.weights import Form
+from taylorseer_export.runtime.caption import CaptionEncoder
+from taylorseer_export.runtime.denoiser import Denoiser, Slot
+from taylorseer_export.runtime.picture import pictures_from_dit_latents, pictures_from_flux_latents
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one sampling loop starts from.
+
+    Attributes:
+        latents: The noise `[N, ...]`, float32, one entry per picture.
+        conditioning: Constant inputs of the transformer, by their diffusers argument names.
+        guided: Whether the batch of the transformer is two halves, conditional and unconditional.
+        guidance_scale: Dimensionless; used where `guided`.
+        height, width: Of a picture, in pixels; 0 where only latents are made.
+    """
+
+    latents: np.ndarray
+    conditioning: dict[str, np.ndarray]
+    guided: bool
+    guidance_scale: float
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a sampling loop made.
+
+    Attributes:
+        latents: `[N, ...]` float32.
+        planned, executed: The plan as asked and as run; equal, or something is wrong.
+        milliseconds: Time of each step in the denoiser alone, without the scheduler.
+        prepare_ms: Time of preparing the request.
+    """
+
+    latents: np.ndarray
+    planned: str
+    executed: str
+    milliseconds: tuple[float, ...]
+    prepare_ms: float
+
+
+def sample(
+    denoiser: Denoiser,
+    request: Request,
+    plan: Plan,
+    order: int | None = None,
+    form: Form = "taylor",
+    slot: Slot | None = None,
+    on_step: Callable[[int], object] | None = None,
+) -> Result:
+    """Run the loop of `plan` from noise to latents.
+
+    Args:
+        denoiser: The loaded bundle.
+        request: From `flux_request`, `dit_request` or `tensor_request`.
+        plan: Its length is the number of steps.
+        order: Order of the forecasts; the bundle's default if left out.
+        form: `taylor` or `newton`.
+        slot: A slot to reuse; a new one is opened if left out.
+        on_step: Called with each finished step.
+
+    Raises:
+        StepError: An input does not fit the bundle, or a step returned a number that is not finite.
+    """
+    import torch
+
+    family = denoiser.manifest.family
+    scheduler = _scheduler(denoiser.manifest.sampling)
+    clock = _CLOCKS[family](scheduler, request, len(plan))
+    model_input = _doubled(request.latents) if request.guided else request.latents
+    slot = slot or denoiser.slot(denoiser.sizes(model_input.shape, request.conditioning))
+    began = time.perf_counter()
+    slot.start(request.conditioning, plan, order, clock.model_timesteps, form)
+    prepare_ms = 1e3 * (time.perf_counter() - began)
+    latents = torch.from_numpy(request.latents * float(getattr(scheduler, "init_noise_sigma", 1.0)))
+    milliseconds = []
+    for step, timestep in enumerate(clock.timesteps):
+        model_input = _doubled(latents.numpy()) if request.guided else latents.numpy()
+        began = time.perf_counter()
+        prediction = slot.step(model_input)
+        milliseconds.append(1e3 * (time.perf_counter() - began))
+        if not np.isfinite(prediction).all():
+            raise StepError(
+                f"noise_pred has values that are NaN or infinite at step {step} (plan {plan}), expected finite "
+                "numbers; lower --order or --interval"
+            )
+        if request.guided:
+            prediction = _guide(prediction, request.guidance_scale)
+        prediction = prediction[:, : latents.shape[1]] if prediction.ndim == 4 else prediction  # drop learned sigma
+        latents = scheduler.step(torch.from_numpy(prediction), timestep, latents, return_dict=False)[0]
+        if on_step:
+            on_step(step)
+    return Result(latents.numpy(), str(plan), slot.executed, tuple(milliseconds), prepare_ms)
+
+
+def flux_request(
+    denoiser: Denoiser,
+    prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    size: tuple[int, int] = (32, 32),
+    conditioning: Mapping[str, np.ndarray] | None = None,
+    guidance_scale: float | None = None,
+) -> Request:
+    """A FLUX request from captions (embedded model) or from the tensors of text encoders.
+
+    Args:
+        denoiser: The loaded bundle.
+        prompts: One caption per picture; only the embedded model brings a text encoder.
+        seeds: One per picture; noise is drawn as diffusers' pipelines do, on the CPU in float32.
+        size: (height, width) of the picture in pixels for the embedded model, of 8 x the latent image otherwise.
+        conditioning: `encoder_hidden_states` and `pooled_projections` where `prompts` is left out.
+        guidance_scale: For models that take it as an input; the bundle's default if left out.
+
+    Raises:
+        ConfigError: Neither prompts nor tensors, or both; or a size that does not divide into tokens.
+    """
+    sampling = denoiser.manifest.sampling
+    if (prompts is None) == (conditioning is None):
+        raise ConfigError(
+            "--prompt is missing, expected a caption or the text encoders' tensors; "
+            "pass --prompt TEXT (embedded model) or --inputs FILE.safetensors"
+        )
+    if conditioning is None:
+        conditioning = _caption_encoder(denoiser).encode(list(prompts or ()))
+    embedded = denoiser.manifest.model.embedded
+    pixels = 4 if embedded else 16  # per token and side: latent scale (2 or 8) x packing (2)
+    rows, columns = _tokens(size[0], pixels, "height"), _tokens(size[1], pixels, "width")
+    count = len(seeds)
+    inputs = {k: np.asarray(v, np.float32) for k, v in conditioning.items()}
+    for name in ("encoder_hidden_states", "pooled_projections"):
+        if name not in inputs:
+            raise ConfigError(
+                f"input `{name}` is missing, expected the output of FLUX's text encoders; add it to --inputs"
+            )
+        if len(inputs[name]) == 1 and count > 1:
+            inputs[name] = np.repeat(inputs[name], count, axis=0)
+    grid = np.zeros((rows, columns, 3), np.float32)
+    grid[..., 1] += np.arange(rows)[:, None]
+    grid[..., 2] += np.arange(columns)[None, :]
+    inputs["img_ids"] = grid.reshape(-1, 3)
+    inputs["txt_ids"] = np.zeros((inputs["encoder_hidden_states"].shape[1], 3), np.float32)
+    if sampling.guidance == "embedded":
+        scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
+        inputs["guidance"] = np.full(count, scale, np.float32)
+    channels = int(denoiser.latent.shape[-1]) // 4
+    noise = np.concatenate([_noise((1, channels, 2 * rows, 2 * columns), seed) for seed in seeds])
+    packed = noise.reshape(count, channels, rows, 2, columns, 2).transpose(0, 2, 4, 1, 3, 5)
+    latents = packed.reshape(count, rows * columns, 4 * channels)
+    return Request(np.ascontiguousarray(latents), inputs, False, 1.0, size[0] if embedded else 0, size[1])
+
+
+def dit_request(
+    denoiser: Denoiser, labels: Sequence[int], seeds: Sequence[int] = (0,), guidance_scale: float | None = None
+) -> Request:
+    """A class-conditional DiT request: one label and one seed per picture.
+
+    Raises:
+        ConfigError: A label is not a class of the model.
+    """
+    manifest = denoiser.manifest
+    classes = int(manifest.model.config["num_embeds_ada_norm"])
+    for label in labels:
+        if not 0 <= label < classes:
+            raise ConfigError(f"--label is {label}, expected 0 to {classes - 1} (class index); choose one of those")
+    scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
+    _, channels, height, width = denoiser.latent.shape
+    noise = np.concatenate([_noise((1, int(channels), int(height), int(width)), seed) for seed in seeds])
+    guided = scale != 1.0
+    null = [classes] * len(labels) if guided else []
+    conditioning = {"class_labels": np.array([*labels, *null], np.int64)}
+    return Request(noise, conditioning, guided, scale, int(height), int(width))
+
+
+def pictures(denoiser: Denoiser, request: Request, result: Result) -> np.ndarray:
+    """The pictures of an embedded model: `[N, H, W, 3]` uint8.
+
+    Raises:
+        ConfigError: The bundle brings no decoder; its latents go to the model's own VAE.
+    """
+    if not denoiser.manifest.model.embedded:
+        raise ConfigError(
+            f"bundle {denoiser.manifest.family}-{denoiser.manifest.name} has no picture decoder, expected an embedded "
+            "model; write latents with --out latents.safetensors and decode them with the model's VAE"
+        )
+    if denoiser.manifest.family == "dit":
+        return pictures_from_dit_latents(result.latents)
+    return pictures_from_flux_latents(result.latents, request.height, request.width)
+
+
+# Schedulers ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Timesteps as the scheduler counts them, and as the transformer takes them."""
+
+    timesteps: Sequence[Any]
+    model_timesteps: np.ndarray
+
+
+class _MakeClock(Protocol):
+    def __call__(self, scheduler: Any, request: Request, steps: int) -> _Clock: ...
+
+
+def _flow_clock(scheduler: Any, request: Request, steps: int) -> _Clock:
+    """As diffusers' FluxPipeline: evenly spaced sigmas, shifted by the number of image tokens where configured."""
+    sigmas = np.linspace(1.0, 1.0 / steps, steps)
+    mu = None
+    if scheduler.config.get("use_dynamic_shifting", False):
+        low, high = scheduler.config["base_image_seq_len"], scheduler.config["max_image_seq_len"]
+        slope = (scheduler.config["max_shift"] - scheduler.config["base_shift"]) / (high - low)
+        mu = scheduler.config["base_shift"] + slope * (request.latents.shape[1] - low)
+    scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+    return _Clock(scheduler.timesteps, scheduler.timesteps.numpy().astype(np.float32) / 1000)
+
+
+def _ddim_clock(scheduler: Any, request: Request, steps: int) -> _Clock:
+    scheduler.set_timesteps(steps)
+    return _Clock(scheduler.timesteps, scheduler.timesteps.numpy().astype(np.float32))
+
+
+_CLOCKS: dict[str, _MakeClock] = {"flux": _flow_clock, "dit": _ddim_clock}
+
+
+def _scheduler(sampling: Sampling) -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise BundleError(
+            "diffusers is not installed, expected it for its schedulers; pip install 'taylorseer-export[sample]', "
+            "or drive the denoiser step by step"
+        ) from error
+    return getattr(diffusers, sampling.scheduler).from_config(sampling.config)
+
+
+# Small parts -----------------------------------------------------------------------------------------------------------
+
+
+def _noise(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    import torch
+
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32).numpy()
+
+
+def _doubled(latents: np.ndarray) -> np.ndarray:
+    return np.concatenate([latents, latents])
+
+
+def _guide(prediction: np.ndarray, scale: float) -> np.ndarray:
+    """Classifier-free guidance: unconditional + scale (conditional - unconditional)."""
+    conditional, unconditional = np.split(prediction, 2)
+    guided: np.ndarray = unconditional + np.float32(scale) * (conditional - unconditional)
+    return guided
+
+
+def _tokens(pixels: int, per_token: int, name: str) -> int:
+    if pixels < per_token or pixels % per_token:
+        raise ConfigError(f"{name} is {pixels}, expected a multiple of {per_token} (pixels); change --size")
+    return pixels // per_token
+
+
+def _caption_encoder(denoiser: Denoiser) -> CaptionEncoder:
+    if denoiser.bundle is None or not (denoiser.bundle.folder / "text").is_dir():
+        raise ConfigError(
+            "--prompt is given, but the bundle has no text encoder, expected tensors; "
+            "pass encoder_hidden_states and pooled_projections with --inputs FILE.safetensors"
+        )
+    return CaptionEncoder.load(denoiser.bundle.folder / "text")

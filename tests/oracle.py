@@ -1,0 +1,209 @@
+"""The oracle: TaylorSeer replayed in eager float64 over an unmodified diffusers transformer.
+
+It shares no code with the package. Each tapped module output has its own derivatives,
+
+    full step s:      D'_0 = F,   D'_{i+1} = (D'_i - D_i) / gap   for i < order with an old D_i
+    forecast step s:  F ~ sum_i D_i x^i / i!,   x = steps since the last full step
+
+and forward hooks put the forecast in the place of the output. Blocks still run on forecast steps
+and all that is not tapped (embedders, gates, residual adds, final layer) is live. History starts
+at step max(W - 2, 0), W being the leading run of `F`. Not a sampler: every step's latent is given.
+
+Float64 where diffusers allows it; what diffusers casts stays cast. The sinusoids of timestep and
+guidance are float32 (an `exp` that differs by one ulp moves them by |timestep| 2^-24), FLUX's RoPE
+tables are float64 rounded to float32, and FLUX rotates queries and keys in float32; DiT has only
+the first. So all-`F` equals the plain float64 model bit for bit, but in FLUX that model is itself
+good to about 2^-24. Families with FP32LayerNorm or `.float()` around gates (Wan) round there too.
+
+Source: Liu et al. 2025, arXiv:2503.06923, and a description of the algorithm; no one's code.
+"""
+
+# Shapes: S steps, B batch; latents, noise_pred [S, B, ...]; timestep [S]; features as in the model
+
+import copy
+import re
+from fractions import Fraction
+from math import factorial, sqrt
+from typing import NamedTuple
+
+import torch
+
+ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+class Family(NamedTuple):
+    """What is tapped: (regex of module names, output elements or None for one tensor)."""
+
+    sites: tuple[tuple[str, tuple[int, ...] | None], ...]
+    first: str = "transformer_blocks.0"  # its hidden_states are the image embedding
+    last: str = "norm_out"  # its first argument leaves the block stack, image rows only
+
+
+FAMILIES = {
+    "FluxTransformer2DModel": Family(
+        (
+            (r"transformer_blocks\.\d+\.attn", (0, 1)),  # image, text
+            (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
+            (r"single_transformer_blocks\.\d+\.proj_out", None),  # text then image rows
+        )
+    ),
+    "DiTTransformer2DModel": Family(((r"transformer_blocks\.\d+\.(attn1|ff)", None),)),
+}
+
+
+class Series:
+    """The derivatives of one feature, by the recursion above; tensors, floats or fractions."""
+
+    def __init__(self, order):
+        self.order, self.derivatives, self.latest = order, {}, None
+
+    def update(self, step, feature):
+        old, new = self.derivatives, {0: feature}
+        for i in range(self.order):
+            if i in old:
+                new[i + 1] = (new[i] - old[i]) / (step - self.latest)
+        self.derivatives, self.latest = new, step
+
+    def forecast(self, step):
+        x = step - self.latest
+        return sum(d * x**i / factorial(i) for i, d in self.derivatives.items())
+
+
+class Oracle:
+    """One request: call `step` once for every letter of `plan`. The model is copied, never touched.
+
+    Args:
+        granularity: "module" taps every site of FAMILIES; "residual" forecasts what the block
+            stack adds to the fresh embedding; "last" what enters the final norm.
+        dtype: float64 for the oracle; a smaller one gives the eager run that bounds are tried on.
+    """
+
+    def __init__(self, model, plan, order, granularity="module", dtype=torch.float64):
+        if not re.fullmatch(r"F[F.]*", plan) or granularity not in ("module", "residual", "last"):
+            raise ValueError(f"plan is {plan!r}, granularity is {granularity!r}")
+        self.model = torch.nn.Module.to(copy.deepcopy(model), dtype).eval()  # diffusers' own warns
+        self.plan, self.dtype = plan, dtype
+        self.order, self.residual, self.now = order, granularity == "residual", -1
+        self.start = max(len(plan) - len(plan.lstrip("F")) - 2, 0)
+        self.series, self.embedding = {}, None
+        family = FAMILIES[type(model).__name__]
+        if granularity == "module":
+            for name, module, elements in tapped(self.model):
+                module.register_forward_hook(self._site(name, elements))
+        else:
+            first, last = map(self.model.get_submodule, (family.first, family.last))
+            first.register_forward_pre_hook(self._entry, with_kwargs=True)
+            last.register_forward_pre_hook(self._exit)
+
+    def _feature(self, key, value):
+        """Record `value` on a full step; what the rest of the model must see instead of it."""
+        series = self.series.setdefault(key, Series(self.order))
+        if self.plan[self.now] == ".":
+            return series.forecast(self.now)
+        if self.now >= self.start:
+            series.update(self.now, value.clone())
+        return value
+
+    def _site(self, name, elements):
+        def hook(module, args, output):
+            if elements is None:
+                return self._feature(name, output)
+            pairs = enumerate(output)
+            return tuple(self._feature((name, i), x) if i in elements else x for i, x in pairs)
+
+        return hook
+
+    def _entry(self, module, args, kwargs):
+        self.embedding = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+    def _exit(self, module, args):
+        base = self.embedding if self.residual else torch.zeros_like(args[0])
+        forecast = self._feature("stack", args[0] - base)
+        return (base + forecast, *args[1:]) if self.plan[self.now] == "." else None
+
+    @torch.no_grad()
+    def step(self, latent, timestep, conditioning):
+        """The next step's noise_pred [B, ...] from latent [B, ...] and a scalar timestep."""
+        self.now += 1
+        rest = {"hidden_states": latent, **conditioning}
+        rest = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in rest.items()}
+        timestep = timestep.expand(latent.shape[0])  # the models cast it themselves
+        return self.model(timestep=timestep, return_dict=False, **rest)[0]
+
+
+def replay(model, latents, timestep, conditioning, plan, order, granularity="module", dtype=torch.float64):
+    """noise_pred [S, ...] of the whole plan; conditioning under diffusers' names, no step axis."""
+    oracle = Oracle(model, plan, order, granularity, dtype)
+    steps = zip(latents, timestep, plan, strict=True)
+    return torch.stack([oracle.step(x, t, conditioning) for x, t, _ in steps])
+
+
+def tapped(model):
+    """(name, module, output elements) of every site, in the order of the model's modules."""
+    sites = FAMILIES[type(model).__name__].sites
+    modules = model.named_modules()
+    return [(n, m, e) for n, m in modules for r, e in sites if re.fullmatch(r, n)]
+
+
+def weights(plan, step, order):
+    """{full step: exact weight} of the forecast at `step`: the recursion fed with unit features."""
+    start = max(len(plan) - len(plan.lstrip("F")) - 2, 0)
+    full = [s for s in range(start, step) if plan[s] == "F"]
+    found = {}
+    for source in full:
+        series = Series(order)
+        for s in full:
+            series.update(s, Fraction(s == source))
+        found[source] = series.forecast(step)
+    return {s: w for s, w in found.items() if w}
+
+
+def gains(plan, order):
+    """Noise amplification of every step, [S] floats: sum |w| on forecast steps, 1 on full ones."""
+    return [1.0 if c == "F" else float(sum(map(abs, weights(plan, s, order).values()))) for s, c in enumerate(plan)]
+
+
+def seen_by(value, dtype):
+    """Timestep or guidance as FLUX in `dtype` sees it (cast, times 1000, rounded), for `replay`."""
+    return (value.to(dtype) * 1000).double() / 1000
+
+
+def extent(model):
+    """(depth, length) for `bound`: number of sites, longest contraction of a linear layer."""
+    linears = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
+    return len(tapped(model)), max(m.in_features for m in linears)
+
+
+def bound(reference, gain, dtype, depth, length):
+    """Largest error expected of arithmetic in `dtype`, a float; [S] of them for a list of gains.
+
+        bound = c * gain * u * max|reference|
+        c = sqrt(depth) * (sqrt(32) + sqrt(length) * 2^-24 / u),   u the unit roundoff of `dtype`
+
+    Errors add as random signs do, hence square roots: over `depth` sites; over the roundings
+    stored per site (about 16 from norm to residual add, doubled because the modulation has its
+    own); over a contraction of `length`, accumulated in float32 whatever the dtype. The maximum
+    of the reference (3 to 4 rms) stands for the tail of the error. With a list of gains it is
+    taken per step. Eager diffusers on the tiny models (4 seeds) reaches 0.1 to 0.4 of the bound in
+    float32 and 0.15 to 0.5 in float16 and bfloat16; on `mid_flux` 0.05 and 0.13.
+    """
+    u = ROUNDOFF[dtype]
+    c = sqrt(depth) * (sqrt(32) + sqrt(length) * 2.0**-24 / u)
+    if isinstance(gain, list):
+        return c * u * torch.tensor(gain).double() * reference.double().abs().flatten(1).amax(1)
+    return c * u * gain * reference.double().abs().max().item()
+
+
+def assert_close(name, seen, expected, bound):
+    """Fail unless |seen - expected| <= bound, a float or [S]; print and return seen/bound."""
+    assert seen.shape == expected.shape, f"{name} is {[*seen.shape]}, expected {[*expected.shape]}"
+    difference = (seen.double() - expected.double()).abs()
+    limit = torch.as_tensor(bound).double()
+    limit = limit.reshape(-1, *[1] * (difference.ndim - 1)).expand_as(difference)
+    ratio = difference / limit  # NaN counts as the largest
+    index = tuple(i.item() for i in torch.unravel_index(ratio.argmax(), ratio.shape))
+    print(f"{name}: seen/bound = {ratio[index]:.3g}")
+    assert ratio[index] <= 1, (
+        f"{name} differs by {difference[index]:.3g} at {index}, expected at most {limit[index]:.3g}"
+    )
+    return ratio[index].item()

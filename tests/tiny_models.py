@@ -1,0 +1,124 @@
+"""Small random diffusers transformers and smooth inputs for them.
+
+The weights are random but of a trained model's scale: every linear keeps its input's variance,
+gates are of order one (tested), norm weights are not exactly one. The timestep embedding is smooth
+over a step, as a trained one is: a random one makes every feature jump from step to step and then
+no forecast means anything.
+"""
+
+# Shapes: S steps, B batch, T = height * width image tokens, L text tokens, C channels
+
+import math
+
+import torch
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
+
+
+def _randomised(build, seed):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build().eval()
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            if parameter.ndim == 1:
+                parameter.data = 0.1 * noise + (0.0 if name.endswith("bias") else 1.0)
+            elif "embedding_table" in name:
+                parameter.data = noise
+            else:
+                parameter.data = noise / math.sqrt(parameter[0].numel())
+            if name.endswith("timestep_embedder.linear_1.weight"):
+                parameter.data *= _low_pass(parameter.shape[1])
+    return model
+
+
+def _low_pass(channels, cutoff=3e-3):
+    """Column factors [channels] that leave angular frequencies below `cutoff` per unit timestep."""
+    half = channels // 2
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(half) / half)
+    keep = 1 / (1 + (frequency / cutoff) ** 2)
+    return (keep / keep.square().mean().sqrt()).repeat(2)
+
+
+def tiny_flux(
+    seed=0,
+    guidance=True,
+    double=2,
+    single=2,
+    heads=2,
+    head_dim=16,
+    in_channels=16,
+    joint_attention_dim=24,
+    pooled_projection_dim=20,
+):
+    """FLUX of width heads * head_dim, float32, eval; head_dim is a multiple of 16."""
+    axis = head_dim * 3 // 8
+    return _randomised(
+        lambda: FluxTransformer2DModel(
+            in_channels=in_channels,
+            num_layers=double,
+            num_single_layers=single,
+            attention_head_dim=head_dim,
+            num_attention_heads=heads,
+            joint_attention_dim=joint_attention_dim,
+            pooled_projection_dim=pooled_projection_dim,
+            guidance_embeds=guidance,
+            axes_dims_rope=(head_dim - 2 * axis, axis, axis),
+        ),
+        seed,
+    )
+
+
+def mid_flux(seed=0, guidance=True):
+    """The bench model: 4 double and 8 single blocks of width 512, for about 64 text tokens."""
+    return tiny_flux(seed, guidance, 4, 8, 8, 64, 64, 256, 768)
+
+
+def flux_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):
+    """Latents [S, B, T, C], timesteps [S] (sigma, from 1 down), conditioning; sizes in tokens."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    sigma = torch.linspace(1.0, 1.0 / steps, steps)
+    shape = (batch, height * width, config.in_channels)
+    img_ids = torch.zeros(height, width, 3)
+    img_ids[..., 1] = torch.arange(height)[:, None]
+    img_ids[..., 2] = torch.arange(width)[None, :]
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.joint_attention_dim, generator=rng),
+        "pooled_projections": torch.randn(batch, config.pooled_projection_dim, generator=rng),
+        "img_ids": img_ids.flatten(0, 1),
+        "txt_ids": torch.zeros(text_tokens, 3),
+    }
+    if config.guidance_embeds:
+        conditioning["guidance"] = torch.full((batch,), 3.5)
+    return _trajectory(sigma, shape, rng), sigma, conditioning
+
+
+def tiny_dit(seed=0, layers=3, heads=2, head_dim=16, in_channels=4, sample_size=8, classes=10, sigma=True):
+    """DiT on square latents, patch 2, float32, eval; sigma doubles the output channels."""
+    return _randomised(
+        lambda: DiTTransformer2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            in_channels=in_channels,
+            out_channels=in_channels * (2 if sigma else 1),
+            num_layers=layers,
+            sample_size=sample_size,
+            num_embeds_ada_norm=classes,
+        ),
+        seed,
+    )
+
+
+def dit_inputs(model, steps, batch=1, seed=0):
+    """Latents [S, B, C, H, W], int64 timesteps [S] (even, down to 0), conditioning."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    timestep = torch.arange(steps - 1, -1, -1) * (1000 // steps)
+    shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+    labels = torch.randint(config.num_embeds_ada_norm, (batch,), generator=rng)
+    return _trajectory(timestep / 1000, shape, rng), timestep, {"class_labels": labels}
+
+
+def _trajectory(level, shape, rng):
+    """Latents [S, *shape] of unit variance that turn from noise (level 1) to data (level 0)."""
+    noise, data = (torch.randn(shape, generator=rng) for _ in range(2))
+    angle = level.reshape(-1, *[1] * len(shape)) * math.pi / 2
+    return angle.sin() * noise + angle.cos() * data

@@ -51,14 +51,14 @@ def manifest_of(files: dict[str, File]) -> Manifest:
             embedded=True,
         ),
         dimensions={
-            "batch": Dimension(minimum=1, maximum=2),
-            "tokens": Dimension(minimum=1, maximum=4096),
+            "batch": Dimension(minimum=1, maximum=2, typical=1),
+            "tokens": Dimension(minimum=1, maximum=4096, typical=1024),
         },
         sites=(Site(name="transformer_blocks.0.attn", shape=("batch", "tokens", 16)),),
         state=State(granularity="module", layout="snapshots", order=2, dtype="float32"),
         graphs={
-            "full": Graph(file="full.onnx", inputs=(latents,), outputs=(noise,)),
-            "forecast": Graph(file="data/forecast.bin", inputs=(latents,), outputs=(noise,)),
+            "full": Graph(file="full.onnx", inputs=(latents,), outputs=(noise,), weights_bytes=8),
+            "forecast": Graph(file="data/forecast.bin", inputs=(latents,), outputs=(noise,), weights_bytes=8),
         },
         plan=PlanDefaults(
             steps=10,
@@ -356,7 +356,7 @@ def test_path_escape(folder, path, where):
         (("plan", "order"), 3, "plan order 3 exceeds state order 2"),
         (("state", "order"), 5, "state.order"),
         (("dimensions", "batch", "maximum"), 0, "dimensions.batch.maximum"),
-        (("dimensions", "tokens", "minimum"), 5000, "maximum 4096 is below minimum 5000"),
+        (("dimensions", "tokens", "minimum"), 5000, "typical 1024 is not within 5000 to 4096"),
         (("graphs", "full", "file"), "gone.onnx", "gone.onnx of graph full is not listed"),
         (("sites",), [{"name": "a", "shape": ["depth"]}], "shape of a uses .'depth'."),
         (("sites",), [{"name": "a", "shape": ["f(batch)"]}], "write it with these alone"),

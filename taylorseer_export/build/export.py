@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from taylorseer_export.bundle.manifest import (
     MANIFEST,
     Dimension,
     Engine,
+    File,
     Graph,
     Manifest,
     Model,
@@ -27,13 +28,12 @@ from taylorseer_export.bundle.manifest import (
     Sampling,
     Site,
     State,
-    Tensor,
 )
-from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import hash_files, writing
 from taylorseer_export.errors import BuildError, ConfigError
 from taylorseer_export.graph.checkpoint import Checkpoint
-from taylorseer_export.graph.split import Cut, Granularity, Layout, Split, split
+from taylorseer_export.graph.cut import Cut
+from taylorseer_export.graph.split import Granularity, Layout, Split, split
 from taylorseer_export.graph.trace import trace
 from taylorseer_export.method import Plan
 from taylorseer_export.method.plan import Dialect
@@ -95,14 +95,11 @@ class Draft:
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     buffers: dict[str, torch.Tensor]
 
-    def state_bytes(self) -> int:
-        """Bytes of the Taylor buffers of one slot at the typical size."""
-        once = sum(_bytes(t, self.typical) for t in self.split.forecast.inputs if t.role == "taylor_in")
-        return once * (2 if self.options.layout == "derivatives" else 1)
-
-    def table_bytes(self) -> int:
-        """Bytes of the step tables of one request at the typical size."""
-        return sum(_bytes(t, self.typical) for t in self.split.prepare.outputs if t.role == "step")
+    def contract(self, cut: Cut) -> Graph:
+        """The I/O contract of one graph, as the manifest holds it."""
+        return Graph(
+            file=graph_file(cut), inputs=cut.inputs, outputs=cut.outputs, weights_bytes=self.weights_bytes(cut)
+        )
 
     def weights_bytes(self, cut: Cut | None = None) -> int:
         """Bytes of the weights of one graph, or of the bundle."""
@@ -143,10 +140,12 @@ def draft(checkpoint: Checkpoint, options: Options) -> Draft:
     family = checkpoint.family
     dtype = PRECISIONS[options.precision]
     skeleton = checkpoint.skeleton(dtype)
-    full_config = dict(skeleton.config)  # type: ignore[arg-type]
-    ranges = family.dimensions(full_config)
+    # The model knows the defaults of entries that an older config.json lacks.
+    config = {key: value for key, value in dict(skeleton.config).items() if not key.startswith("_")}  # type: ignore[arg-type]
+    checkpoint = replace(checkpoint, config=config)
+    ranges = family.dimensions(config)
     sizes: dict[str, int | None] = dict.fromkeys(ranges)
-    fixed = {} if options.latent_size is None else family.latent_sizes(full_config, *options.latent_size)
+    fixed = {} if options.latent_size is None else family.latent_sizes(config, *options.latent_size)
     if options.batch is not None:
         fixed["batch"] = options.batch
     for name, size in fixed.items():
@@ -160,10 +159,9 @@ def draft(checkpoint: Checkpoint, options: Options) -> Draft:
         sizes[name] = size
     traced = trace(skeleton, family, dtype)
     pieces = split(traced, options.granularity, options.layout, options.order)
-    default = family.latent_sizes(full_config, *_latent_size(checkpoint))
+    default = family.latent_sizes(config, *_latent_size(checkpoint))
+    default |= {"text_tokens": _card(checkpoint).get("text_tokens", 512)}
     typical = {name: sizes[name] or default.get(name) or ranges[name][0] for name in ranges} | {"steps": options.steps}
-    if "text_tokens" in ranges and sizes["text_tokens"] is None:
-        typical["text_tokens"] = ranges["text_tokens"][1]
     computed = {name: value for name, value in skeleton.named_buffers() if name not in checkpoint.files}
     buffers = computed | traced.constants
     stored = {}
@@ -188,9 +186,8 @@ def write_bundle(plan: Draft, out: Path, name: str, progress: Progress | None = 
         BundleError: The disk is full.
     """
     say = progress or (lambda *_: None)
-    checkpoint, options = plan.checkpoint, plan.options
-    family = checkpoint.family
-    target = out / f"{family.name}-{name}"
+    checkpoint = plan.checkpoint
+    target = out / f"{checkpoint.family.name}-{name}"
     total = plan.weights_bytes()
     done = 0
 
@@ -204,57 +201,79 @@ def write_bundle(plan: Draft, out: Path, name: str, progress: Progress | None = 
 
     with writing(target, total + (32 << 20)) as folder:
         places = write_weights(folder / WEIGHTS, plan.stored, read, count)
-        graphs = {}
         for k, cut in enumerate(plan.split.graphs):
             say("graphs", k, len(plan.split.graphs))
-            file = f"{cut.name}.onnx"
-            write_onnx(cut, {**plan.sizes, "steps": None}, places, folder / file)
-            graphs[cut.name] = Graph(file=file, inputs=cut.inputs, outputs=cut.outputs)
+            write_onnx(cut, {**plan.sizes, "steps": None}, places, folder / graph_file(cut))
         say("graphs", len(plan.split.graphs), len(plan.split.graphs))
         text = checkpoint.root / "text"
         if checkpoint.embedded and text.is_dir():
             shutil.copytree(text, folder / "text")
-        weights_hash = checkpoint.sha256()
-        manifest = Manifest(
-            tool_version=tool_version(),
-            family=family.name,
-            name=name,
-            precision=options.precision,  # type: ignore[arg-type]
-            model=Model(
-                reference=checkpoint.reference,
-                class_name=family.model_class,
-                config=checkpoint.config,
-                weights_sha256=weights_hash,
-                embedded=checkpoint.embedded,
-            ),
-            dimensions=_dimensions(plan),
-            sites=tuple(Site(name=site, shape=shape) for site, shape in plan.split.sites.items()),
-            state=State(
-                granularity=options.granularity,
-                layout=options.layout,
-                order=options.order,
-                dtype=str(PRECISIONS[options.precision]).removeprefix("torch."),  # type: ignore[arg-type]
-            ),
-            graphs=graphs,  # type: ignore[arg-type]
-            plan=PlanDefaults(
-                steps=options.steps,
-                interval=options.interval,
-                warmup=options.warmup,
-                order=options.order,
-                dialect=options.dialect,
-                text=str(options.plan()),
-            ),
-            sampling=_sampling(checkpoint),
-            engine=Engine(
-                kind="onnxruntime",
-                versions=library_versions("onnxruntime", "onnx", "torch", "diffusers"),
-                device={"devices": "cpu cuda", "opset": str(OPSET)},
-            ),
-            files=hash_files(folder),
-            cache_key=_cache_key(weights_hash, options),
-        )
+        manifest = describe(plan, name, checkpoint.sha256(), hash_files(folder))
         (folder / MANIFEST).write_bytes(manifest.to_json())
     return target
+
+
+def describe(
+    plan: Draft, name: str, weights_sha256: str = "0" * 64, files: Mapping[str, File] | None = None
+) -> Manifest:
+    """The manifest of a draft: everything about the bundle, before or after its files are written.
+
+    Args:
+        plan: The draft.
+        name: Name of the bundle within its family.
+        weights_sha256: Hash of the checkpoint; zeros while it is not known.
+        files: Hash and size of every file; empty entries for the graphs while they are not written.
+    """
+    checkpoint, options = plan.checkpoint, plan.options
+    family = checkpoint.family
+    return Manifest(
+        tool_version=tool_version(),
+        family=family.name,
+        name=name,
+        precision=options.precision,  # type: ignore[arg-type]
+        model=Model(
+            reference=checkpoint.reference,
+            class_name=family.model_class,
+            config=checkpoint.config,
+            weights_sha256=weights_sha256,
+            embedded=checkpoint.embedded,
+        ),
+        dimensions=_dimensions(plan),
+        sites=tuple(Site(name=site, shape=shape) for site, shape in plan.split.sites.items()),
+        state=State(
+            granularity=options.granularity,
+            layout=options.layout,
+            order=options.order,
+            dtype=str(PRECISIONS[options.precision]).removeprefix("torch."),  # type: ignore[arg-type]
+        ),
+        graphs={cut.name: plan.contract(cut) for cut in plan.split.graphs},  # type: ignore[misc]
+        plan=PlanDefaults(
+            steps=options.steps,
+            interval=options.interval,
+            warmup=options.warmup,
+            order=options.order,
+            dialect=options.dialect,
+            text=str(options.plan()),
+        ),
+        sampling=_sampling(checkpoint),
+        engine=Engine(
+            kind="onnxruntime",
+            versions=library_versions("onnxruntime", "onnx", "torch", "diffusers"),
+            device={"devices": "cpu cuda", "opset": str(OPSET)},
+        ),
+        files=dict(files or {graph_file(cut): File(sha256="0" * 64, size=0) for cut in plan.split.graphs}),
+        cache_key=_cache_key(weights_sha256, options),
+    )
+
+
+def graph_file(cut: Cut) -> str:
+    """File name of a graph in its bundle."""
+    return f"{cut.name}.onnx"
+
+
+def latent_scale(checkpoint: Checkpoint) -> int:
+    """Pixels per latent pixel along each side."""
+    return int(_card(checkpoint).get("latent_scale", checkpoint.family.latent_scale))
 
 
 def tool_version() -> str:
@@ -283,14 +302,16 @@ def library_versions(*names: str) -> dict[str, str]:
 def _dimensions(plan: Draft) -> dict[str, Dimension]:
     ranges = plan.checkpoint.family.dimensions(plan.checkpoint.config) | {"steps": (1, _MOST_STEPS)}
     return {
-        name: Dimension(minimum=plan.sizes.get(name) or low, maximum=plan.sizes.get(name) or high)
+        name: Dimension(
+            minimum=plan.sizes.get(name) or low, maximum=plan.sizes.get(name) or high, typical=plan.typical[name]
+        )
         for name, (low, high) in ranges.items()
     }
 
 
 def _card(checkpoint: Checkpoint) -> Mapping[str, Any]:
     path = checkpoint.root / "card.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # type: ignore[no-any-return]
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _latent_size(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -325,7 +346,3 @@ def _cache_key(weights_hash: str, options: Options) -> str:
         "libraries": library_versions("onnxruntime", "onnx", "torch", "diffusers"),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def _bytes(tensor: Tensor, sizes: Mapping[str, int]) -> int:
-    return math.prod(resolve(tensor.shape, sizes)) * int(getattr(torch, tensor.dtype).itemsize)

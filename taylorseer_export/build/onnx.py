@@ -15,7 +15,7 @@ from taylorseer_export.build.weights import WEIGHTS, Stored
 from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.bundle.shapes import evaluate, names, resolve
 from taylorseer_export.errors import BuildError
-from taylorseer_export.graph.split import Cut
+from taylorseer_export.graph.cut import Cut
 
 OPSET = 20
 # Sizes at which a graph is exported again: distinct, and never 0 or 1, which export would specialise.

@@ -71,7 +71,7 @@ def write_weights(
         file.write(text)
         for name in names:
             tensor = read(name).detach().to(shapes[name][0]).contiguous().reshape(-1)
-            file.write(memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else b"")
+            file.write(tensor.view(torch.uint8).numpy().data if tensor.numel() else b"")
             if progress:
                 progress(places[name].length)
     return {n: Stored(p.dtype, p.shape, p.offset + start, p.length) for n, p in places.items()}

@@ -90,6 +90,7 @@ class Graph(_Part):
     file: RelativePath = Field(description="Engine or ONNX file, relative posix path.")
     inputs: tuple[Tensor, ...] = Field(description="Inputs in the order of the graph.")
     outputs: tuple[Tensor, ...] = Field(description="Outputs in the order of the graph.")
+    weights_bytes: int = Field(ge=0, description="Bytes of the weights it reads; graphs may share a weight.")
 
 
 class Dimension(_Part):
@@ -97,11 +98,12 @@ class Dimension(_Part):
 
     minimum: int = Field(ge=1, description="Smallest accepted size, in elements.")
     maximum: int = Field(ge=1, description="Largest accepted size, in elements.")
+    typical: int = Field(ge=1, description="Size at which estimates and benchmarks are quoted, in elements.")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Dimension":
-        if self.maximum < self.minimum:
-            raise ValueError(f"maximum {self.maximum} is below minimum {self.minimum}")
+        if not self.minimum <= self.typical <= self.maximum:
+            raise ValueError(f"typical {self.typical} is not within {self.minimum} to {self.maximum}")
         return self
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Defaults, Family, Input
 
 
@@ -22,8 +23,13 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def _latent_sizes(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
-    # The position table is computed for one size at training; another size is another model.
-    return {"height": config["sample_size"], "width": config["sample_size"]}
+    size = config["sample_size"]
+    if (height, width) != (size, size):
+        raise ConfigError(
+            f"latent size is {height}x{width}, expected {size}x{size} (latent pixels), the one size of this model's "
+            "position table; leave --size out or choose another model"
+        )
+    return {}
 
 
 DIT = Family(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Defaults, Family, Input
 
 
@@ -26,6 +27,12 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def _latent_sizes(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
+    for label, size in (("height", height), ("width", width)):
+        if size % 2:
+            raise ConfigError(
+                f"latent {label} is {size}, expected an even number (latent pixels), which pack 2 x 2 into tokens; "
+                "change --size or --latent-size"
+            )
     return {"image_tokens": (height // 2) * (width // 2)}
 
 

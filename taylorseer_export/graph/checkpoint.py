@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -102,8 +103,8 @@ class Checkpoint:
         return tensor
 
     def sha256(self, progress: Callable[[int], object] | None = None) -> str:
-        """Hash of config and weight files, in name order; `progress` is called with the bytes just read."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        """Hash of the weight files, in name order; `progress` is called with the bytes just read."""
+        digest = hashlib.sha256()
         for path in sorted(set(self.files.values())):
             with path.open("rb") as file:
                 while block := file.read(_HASH_BLOCK):
@@ -181,43 +182,61 @@ def _open_folder(reference: str, family: Family, folder: Path) -> Checkpoint:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, for a single file or a sharded checkpoint."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        weight_map = _read_json(indices[0]).get("weight_map", {})
-        files = {name: folder / file for name, file in weight_map.items()}
-        for path in sorted(set(files.values())):
-            if not path.is_file():
-                raise CheckpointError(
-                    f"shard {path} is missing, expected every file that {indices[0].name} lists; download it again"
-                )
-        return files
-    single = sorted(folder.glob("*.safetensors"))
-    if len(single) != 1:
-        raise CheckpointError(
-            f"{folder} has {len(single)} safetensors files and no index, expected {_SINGLE} or shards with an "
-            "index.json; download the checkpoint again"
-        )
-    return dict.fromkeys(_shapes({"": single[0]}), single[0])
+    """Tensor name -> file, for a single file or a sharded checkpoint.
+
+    The names that diffusers writes come first; a folder may hold variants such as `.fp16.safetensors` beside them.
+    """
+    index, single = folder / f"{_SINGLE}.index.json", folder / _SINGLE
+    if not index.is_file() and not single.is_file():
+        indices, singles = sorted(folder.glob("*.safetensors.index.json")), sorted(folder.glob("*.safetensors"))
+        if len(indices) != 1 and len(singles) != 1:
+            raise CheckpointError(
+                f"{folder} has {len(singles)} safetensors files and {len(indices) or 'no'} index, expected {_SINGLE} "
+                "or shards with an index.json; download the checkpoint again"
+            )
+        index, single = (indices[0], single) if len(indices) == 1 else (index, singles[0])
+    if not index.is_file():
+        return dict.fromkeys(_names(single), single)
+    files = {str(name): folder / str(file) for name, file in dict(_read_json(index).get("weight_map", {})).items()}
+    for path in sorted(set(files.values())):
+        if not path.is_file():
+            raise CheckpointError(
+                f"shard {path} is missing, expected every file that {index.name} lists; download it again"
+            )
+    return files
 
 
 def _shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, from the headers alone."""
+    """Tensor name -> shape, from the headers alone; a tensor that its file does not hold is left out."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(set(files.values())):
-        try:
-            with safe_open(path, framework="pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}), expected a complete safetensors file; download it again"
-            ) from error
+        wanted = {name for name, file in files.items() if file == path}
+        with _opened(path) as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in wanted & set(file.keys())}
     return shapes
+
+
+def _names(path: Path) -> tuple[str, ...]:
+    with _opened(path) as file:
+        return tuple(file.keys())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}), expected a complete safetensors file; download it again"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
     except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{path} is not readable JSON ({error}), expected a diffusers config; download it again"

@@ -12,7 +12,7 @@ have no path to the output of the forecast graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def narrow(trace: Trace) -> None:
     """Move every row slice that stands behind a tap back onto that tap, in place."""
     graph = trace.module.graph
     for node in list(graph.nodes):
-        if node.target is aten.slice.Tensor and _step(node) == 1 and _reaches_tap(node.args[0], node.args[1]):
+        if node.target is aten.slice.Tensor and _step(node) == 1 and _reaches_tap(node.args[0], _window(node)[0]):
             with graph.inserting_before(node):
                 node.replace_all_uses_with(_push(graph, node.args[0], *_window(node)))
     eliminate_dead(graph)
@@ -39,7 +39,7 @@ def _push(graph: fx.Graph, source: fx.Node, dim: int, start: Any, end: Any) -> f
     """The rows `start:end` along `dim` of `source`, computed from as few rows as possible."""
     if source.target in _ELEMENTWISE:
         args = [_push_operand(graph, a, source, dim, start, end) for a in source.args]
-        return call(graph, source.target, args, like=source)
+        return call(graph, source.target, args, source.kwargs, like=source)
     if source.target is aten.cat.default and _cat_dim(source) == dim:
         part = _covered_part(source, start, end)
         if part is not None:
@@ -92,11 +92,17 @@ def _covered_part(cat: fx.Node, start: Any, end: Any) -> fx.Node | None:
     return None
 
 
-def call(graph: fx.Graph, target: Any, args: Sequence[Any], like: fx.Node | None = None) -> fx.Node:
+def call(
+    graph: fx.Graph,
+    target: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    like: fx.Node | None = None,
+) -> fx.Node:
     """Add a call node whose fake value is known, so that later passes can ask for its shape."""
-    node = graph.call_function(target, tuple(args))
-    values = fx.map_arg(tuple(args), lambda n: n.meta["val"])
-    node.meta["val"] = target(*values)
+    node = graph.call_function(target, tuple(args), dict(kwargs or {}))
+    values, options = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    node.meta["val"] = target(*values, **options)
     if like is not None:
         node.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
     return node
@@ -104,8 +110,9 @@ def call(graph: fx.Graph, target: Any, args: Sequence[Any], like: fx.Node | None
 
 def _window(node: fx.Node) -> tuple[int, Any, Any]:
     """(dim, start, end) of a slice call, with its defaults filled in."""
-    _, dim, start, end = (*node.args, *[None] * 4)[:4]
-    return dim, 0 if start is None else start, _TO_THE_END if end is None else end  # type: ignore[return-value]
+    source, dim, start, end = (*node.args, *[None] * 4)[:4]
+    dim = (dim or 0) % source.meta["val"].ndim  # type: ignore[union-attr]
+    return dim, 0 if start is None else start, _TO_THE_END if end is None else end
 
 
 def _step(node: fx.Node) -> Any:

@@ -14,9 +14,9 @@ Shapes: B batch, S steps, M = order + 1 entries of a Taylor buffer, W width of a
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import sympy
@@ -24,16 +24,17 @@ import torch
 from torch import fx
 
 from taylorseer_export.bundle.manifest import Role, Tensor
-from taylorseer_export.errors import ExportError
 from taylorseer_export.graph.binding import Time, binding_times, is_size
-from taylorseer_export.graph.narrow import call, narrow
-from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT
-from taylorseer_export.graph.trace import Trace, eliminate_dead, is_tap
+from taylorseer_export.graph.cut import Builder, Cut, StepBuilder
+from taylorseer_export.graph.narrow import narrow
+from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT, tap_operator
+from taylorseer_export.graph.trace import Trace
 
 aten = torch.ops.aten
 Granularity = Literal["module", "residual", "last"]
 Layout = Literal["snapshots", "derivatives"]
 STEPS = "steps"
+UNGATED = "ungated"  # the site that all branches without a gate share
 
 # Operators that only move, repeat or cast data: cheaper to redo per step than to keep what they return.
 _MOVES = (
@@ -41,28 +42,6 @@ _MOVES = (
     aten.repeat.default, aten.repeat_interleave.self_int, aten.flatten.using_ints, aten.unflatten.int,
     aten.permute.default, aten.transpose.int,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One derived graph with its contract. `module` takes its inputs in the contract's order."""
-
-    name: str
-    module: fx.GraphModule
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-
-    def parameters(self) -> tuple[str, ...]:
-        """Checkpoint names of the weights this graph reads, in order of first use."""
-        return tuple(dict.fromkeys(str(n.target) for n in self.module.graph.nodes if n.op == "get_attr"))
-
-    def operators(self) -> Counter[str]:
-        """How often each operator occurs, for cards and for the invariants."""
-        return Counter(
-            n.target.__name__.split(".")[0]
-            for n in self.module.graph.nodes
-            if isinstance(n.target, torch._ops.OpOverload)
-        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +58,9 @@ class Split:
         return (self.prepare, self.full, self.forecast)
 
 
-def split(trace: Trace, granularity: Granularity, layout: Layout, order: int) -> Split:
+def split(
+    trace: Trace, granularity: Granularity, layout: Layout, order: int, state_dtype: torch.dtype | None = None
+) -> Split:
     """Derive the graphs of `trace`.
 
     Args:
@@ -89,128 +70,39 @@ def split(trace: Trace, granularity: Granularity, layout: Layout, order: int) ->
         layout: `snapshots`: the full graph returns what it computed, and a ring keeps the last `order + 1`.
             `derivatives`: it reads the old differences and returns the new ones.
         order: Highest difference kept, dimensionless.
+        state_dtype: dtype of the Taylor buffers; the model's if left out. Sums and differences of a narrower state
+            are formed in float32.
 
     Raises:
         ExportError: A size inside the graph cannot be computed from the inputs of a derived graph.
     """
     narrow(trace)
-    return _Splitter(trace, granularity, layout, order).run()
-
-
-@dataclass
-class _Builder:
-    """A graph under construction: copies nodes of the trace on demand, and adds placeholders for the rest."""
-
-    trace: Trace
-    name: str
-    graph: fx.Graph = field(default_factory=fx.Graph)
-    copies: dict[fx.Node, Any] = field(default_factory=dict)
-    inputs: list[Tensor] = field(default_factory=list)
-    placeholders: dict[str, fx.Node] = field(default_factory=dict)
-    sized: dict[sympy.Expr, fx.Node] = field(default_factory=dict)
-
-    def placeholder(self, tensor: Tensor) -> fx.Node:
-        """The input called `tensor.name`; placeholders stand before all calls."""
-        if tensor.name not in self.placeholders:
-            last = next((n for n in reversed(self.graph.nodes) if n.op == "placeholder"), self.graph._root)
-            with self.graph.inserting_after(last):
-                node = self.graph.placeholder(identifier(tensor.name))
-            self.placeholders[tensor.name] = node
-            self.inputs.append(tensor)
-        return self.placeholders[tensor.name]
-
-    def copy(self, node: fx.Node) -> Any:
-        """The node's value in this graph, copying whatever it needs first."""
-        stack = [node]
-        while stack:
-            current = stack[-1]
-            if current in self.copies:
-                stack.pop()
-                continue
-            missing = [] if is_size(current) else [n for n in current.all_input_nodes if n not in self.copies]
-            if missing:
-                stack += missing
-                continue
-            self.copies[current] = self._copied(stack.pop())
-        return self.copies[node]
-
-    def _copied(self, node: fx.Node) -> Any:
-        if is_size(node):
-            return self.size(node.meta["val"])
-        if is_tap(node):
-            return self.copies[node.args[0]]  # type: ignore[index]
-        if node.op == "get_attr":
-            return self.graph.get_attr(str(node.target))
-        return self.graph.node_copy(node, lambda n: self.copies[n])
-
-    def size(self, value: Any) -> Any:
-        """A size of the trace, expressed through this graph's own inputs."""
-        expression = value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
-        return self._size_of(expression)
-
-    def _size_of(self, expression: sympy.Expr) -> Any:
-        if expression.is_Integer:
-            return int(expression)
-        if expression not in self.sized:
-            if expression.is_Symbol:
-                self.sized[expression] = self._size_of_symbol(self.trace.names[expression])
-            else:
-                values = [self._size_of(a) for a in expression.args]
-                self.sized[expression] = self._arithmetic(expression, values)
-        return self.sized[expression]
-
-    def _size_of_symbol(self, name: str) -> fx.Node:
-        for tensor in self.inputs:
-            if name in tensor.shape:
-                return self.graph.call_function(
-                    aten.sym_size.int, (self.placeholders[tensor.name], tensor.shape.index(name))
-                )
-        raise ExportError(
-            f"size `{name}` is needed by graph `{self.name}` but none of its inputs has it, expected one; "
-            "declare an input with that dimension in the family"
-        )
-
-    def _arithmetic(self, expression: sympy.Expr, values: list[Any]) -> fx.Node:
-        import operator
-        from functools import reduce
-
-        fold = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod}
-        function = fold.get(type(expression).__name__)
-        if function is None:
-            raise ExportError(
-                f"size `{expression}` is computed by {type(expression).__name__}, expected + * // or %; "
-                "make that size an input dimension of the family"
-            )
-        return reduce(lambda a, b: self.graph.call_function(function, (a, b)), values)
-
-    def finish(self, outputs: Iterable[tuple[Tensor, fx.Node]]) -> Cut:
-        outputs = tuple(outputs)
-        self.graph.output(tuple(node for _, node in outputs))
-        module = fx.GraphModule(self.trace.module, self.graph)
-        eliminate_dead(module.graph)
-        module.recompile()
-        return Cut(self.name, module, tuple(self.inputs), tuple(t for t, _ in outputs))
+    return _Splitter(trace, granularity, layout, order, state_dtype or trace.precision).run()
 
 
 class _Splitter:
-    def __init__(self, trace: Trace, granularity: Granularity, layout: Layout, order: int) -> None:
-        self.trace, self.layout, self.order = trace, layout, order
+    def __init__(
+        self, trace: Trace, granularity: Granularity, layout: Layout, order: int, state_dtype: torch.dtype
+    ) -> None:
+        self.trace, self.layout, self.order, self.state_dtype = trace, layout, order, state_dtype
+        # A state of the model's own dtype is used as it is; anything narrower is widened for the arithmetic.
+        self.sum_dtype = trace.precision if state_dtype == trace.precision else torch.float32
         self.taps = trace.taps()
         self.times = binding_times(trace)
         self.noise_pred = trace.noise_pred
         self.specs = {spec.name: spec for spec in trace.inputs}
         names = trace.sites if granularity == "module" else (STACK_OUTPUT,)
-        # Site -> node whose value is forecast: the tap itself or the one slice of it that reaches the output.
-        self.cuts = self._cut_points({self.taps[name]: name for name in names})
         self.base = self.taps[STACK_INPUT] if granularity == "residual" else None
-        self.label = granularity
-        self.sites = {
-            (name if granularity == "module" else granularity): self._shape(node) for name, node in self.cuts.items()
-        }
+        # Site -> the nodes whose sum is forecast: a tap, or the one slice of it that reaches the output.
+        cuts = self._cut_points({self.taps[name]: name for name in names})
+        self.cuts = self._merged(cuts) if granularity == "module" else {granularity: (cuts[STACK_OUTPUT],)}
+        self.sites = {site: self._shape(nodes[0]) for site, nodes in self.cuts.items()}
 
     def run(self) -> Split:
-        late_full = self._late([self.noise_pred, *self.cuts.values(), *([self.base] if self.base else [])], stop=())
-        late_forecast = self._late([self.noise_pred, *([self.base] if self.base else [])], stop=self.cuts.values())
+        cuts = [node for nodes in self.cuts.values() for node in nodes]
+        base = [self.base] if self.base else []
+        late_full = self._late([self.noise_pred, *cuts, *base], stop=())
+        late_forecast = self._late([self.noise_pred, *base], stop=cuts)
         early_full, early_forecast = self._frontier(late_full), self._frontier(late_forecast)
         tables = self._tables(early_full, early_forecast)
         full = self._full(early_full, tables)
@@ -239,6 +131,31 @@ class _Splitter:
             for tap, name in taps.items()
             if tap in reached
         }
+
+    def _merged(self, cuts: dict[str, fx.Node]) -> dict[str, tuple[fx.Node, ...]]:
+        """Put branches without a gate into one buffer: the forecast of their sum is the sum of their forecasts.
+
+        A branch qualifies if in the forecast graph it is added to the hidden state and nothing but additions follow
+        up to the end of the stack; so do all cross-attentions of Wan.
+        """
+        reaching = self._late([self.noise_pred], stop=cuts.values())
+        ungated = {name: node for name, node in cuts.items() if self._only_added(node, reaching)}
+        shapes = {self._shape(node) for node in ungated.values()}
+        if len(ungated) < 2 or len(shapes) > 1:
+            return {name: (node,) for name, node in cuts.items()}
+        merged = {name: (node,) for name, node in cuts.items() if name not in ungated}
+        return {**merged, UNGATED: tuple(ungated.values())}
+
+    def _only_added(self, node: fx.Node, reaching: set[fx.Node]) -> bool:
+        first = node
+        while node is not self.taps[STACK_OUTPUT]:
+            users = [user for user in node.users if user in reaching]
+            if len(users) != 1 or users[0].target not in (aten.add.Tensor, aten.to.dtype, tap_operator()):
+                return False
+            if node is first and users[0].target is not aten.add.Tensor:
+                return False
+            (node,) = users
+        return True
 
     def _late(self, targets: list[fx.Node], stop: Iterable[fx.Node]) -> set[fx.Node]:
         """The latent-dependent nodes behind `targets`, not going past `stop`."""
@@ -312,7 +229,7 @@ class _Splitter:
             tables[name if dtype == _dtype_name(self.noise_pred) else f"{name}.{dtype}"].append(node)
         return dict(tables)
 
-    def _bind_early(self, builder: _Builder, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> None:
+    def _bind_early(self, builder: Builder, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> None:
         """Make every early value of `early` available in `builder`: as an input, or as columns of a table row."""
         for node in self.trace.module.graph.nodes:
             if node in early and node.op == "placeholder":
@@ -344,19 +261,21 @@ class _Splitter:
 
     # Graphs --------------------------------------------------------------------------------------------------------
 
-    def _latent_inputs(self, builder: _Builder) -> None:
+    def _latent_inputs(self, builder: Builder) -> None:
         for node in self.trace.module.graph.nodes:
             if node.op == "placeholder" and self.times[node] is Time.LATENT:
                 builder.copies[node] = builder.placeholder(self._declared(node))
 
     def _full(self, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> Cut:
-        builder = _Builder(self.trace, "full")
+        builder = Builder(self.trace, "full")
         self._latent_inputs(builder)
         self._bind_early(builder, early, tables)
         outputs = [(self._tensor("noise_pred", self.noise_pred, "noise_pred"), builder.copy(self.noise_pred))]
         scales = None
-        for site, cut in zip(self.sites, self.cuts.values(), strict=True):
-            value = builder.copy(cut)
+        for site, nodes in self.cuts.items():
+            value = builder.copy(nodes[0])
+            for node in nodes[1:]:
+                value = builder.graph.call_function(aten.add.Tensor, (value, builder.copy(node)))
             if self.base is not None:
                 value = builder.graph.call_function(aten.sub.Tensor, (value, builder.copy(self.base)))
             shape = self.sites[site]
@@ -365,57 +284,63 @@ class _Splitter:
                     scales = builder.placeholder(
                         Tensor(name="scales", dtype="float32", shape=(self.order,), role="weights")
                     )
-                old = builder.placeholder(self._buffer(site, "taylor_in", cut)) if self.order > 0 else None
-                value, shape = self._differences(builder, value, old, scales, cut), (self.order + 1, *shape)
-            tensor = Tensor(name=f"taylor_out.{site}", dtype=_dtype_name(cut), shape=shape, role="taylor_out")
+                old = builder.placeholder(self._buffer(site, "taylor_in")) if self.order > 0 else None
+                value, shape = self._differences(builder, value, old, scales), (self.order + 1, *shape)
+            made_in = self.sum_dtype if self.layout == "derivatives" else self.trace.precision
+            value = _cast(builder, value, made_in, self.state_dtype)
+            tensor = Tensor(name=f"taylor_out.{site}", dtype=_name(self.state_dtype), shape=shape, role="taylor_out")
             outputs.append((tensor, value))
         return builder.finish(outputs)
 
-    def _differences(
-        self, builder: _Builder, new: fx.Node, old: fx.Node | None, scales: fx.Node | None, cut: fx.Node
-    ) -> fx.Node:
+    def _differences(self, builder: Builder, new: fx.Node, old: fx.Node | None, scales: fx.Node | None) -> fx.Node:
         """Stack of D'_0 = new and D'_(j+1) = scales[j] (D'_j - D_j), each of the shape of one snapshot."""
-        make = builder.graph.call_function
-        differences = [new]
+        make, dtype = builder.graph.call_function, self.sum_dtype
+        differences = [_cast(builder, new, self.trace.precision, dtype)]
         for j in range(self.order):
-            scale = make(aten.to.dtype, (make(aten.select.int, (scales, 0, j)), cut.meta["val"].dtype))
-            change = make(aten.sub.Tensor, (differences[-1], make(aten.select.int, (old, 0, j))))
+            scale = _cast(builder, make(aten.select.int, (scales, 0, j)), torch.float32, dtype)
+            before = _cast(builder, make(aten.select.int, (old, 0, j)), self.state_dtype, dtype)
+            change = make(aten.sub.Tensor, (differences[-1], before))
             differences.append(make(aten.mul.Tensor, (change, scale)))
         return make(aten.stack.default, (differences,))
 
     def _forecast(self, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> Cut:
-        builder = _Builder(self.trace, "forecast")
+        builder = Builder(self.trace, "forecast")
         self._latent_inputs(builder)
         self._bind_early(builder, early, tables)
         weights = builder.placeholder(Tensor(name="weights", dtype="float32", shape=(self.order + 1,), role="weights"))
-        weights = builder.graph.call_function(aten.unsqueeze.default, (weights, 0))
-        if (dtype := self.noise_pred.meta["val"].dtype) != torch.float32:
-            weights = builder.graph.call_function(aten.to.dtype, (weights, dtype))
-        for site, cut in zip(self.sites, self.cuts.values(), strict=True):
-            buffer = builder.placeholder(self._buffer(site, "taylor_in", cut))
-            value = self._weighted_sum(builder, weights, buffer, cut)
+        row = builder.graph.call_function(aten.unsqueeze.default, (weights, 0))
+        row = _cast(builder, row, torch.float32, self.sum_dtype)
+        for site, nodes in self.cuts.items():
+            value = self._weighted_sum(builder, row, builder.placeholder(self._buffer(site, "taylor_in")), nodes[0])
             if self.base is not None:
                 value = builder.graph.call_function(aten.add.Tensor, (builder.copy(self.base), value))
-            builder.copies[cut] = value
+            builder.copies[nodes[0]] = value
+        for nodes in self.cuts.values():
+            for node in nodes[1:]:  # the first of a merged site brings the sum of all; adding the others is dropped
+                (addition,) = (user for user in node.users if user.target is aten.add.Tensor)
+                (other,) = (source for source in addition.all_input_nodes if source is not node)
+                builder.copies[addition] = builder.copy(other)
         output = builder.copy(self.noise_pred)
         return builder.finish([(self._tensor("noise_pred", self.noise_pred, "noise_pred"), output)])
 
-    def _weighted_sum(self, builder: _Builder, weights: fx.Node, buffer: fx.Node, cut: fx.Node) -> fx.Node:
+    def _weighted_sum(self, builder: Builder, weights: fx.Node, buffer: fx.Node, cut: fx.Node) -> fx.Node:
         """The forecast of one site: sum_i weights[i] * buffer[i], as the product [1, M] @ [M, elements].
 
         The product reads every snapshot once and writes once, and its sums are formed in float32 by every engine.
         """
         make = builder.graph.call_function
-        product = make(aten.matmul.default, (weights, make(aten.flatten.using_ints, (buffer, 1))))
+        entries = _cast(builder, make(aten.flatten.using_ints, (buffer, 1)), self.state_dtype, self.sum_dtype)
+        product = make(aten.matmul.default, (weights, entries))
+        product = _cast(builder, product, self.sum_dtype, self.trace.precision)
         return make(aten.reshape.default, (product, [builder.size(s) for s in cut.meta["val"].shape]))
 
-    def _buffer(self, site: str, role: Role, cut: fx.Node) -> Tensor:
-        shape = (self.order + 1, *self._shape(cut))
-        return Tensor(name=f"{role}.{site}", dtype=_dtype_name(cut), shape=shape, role=role)
+    def _buffer(self, site: str, role: Role) -> Tensor:
+        shape = (self.order + 1, *self.sites[site])
+        return Tensor(name=f"{role}.{site}", dtype=_name(self.state_dtype), shape=shape, role=role)
 
     def _prepare(self, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> Cut:
         """One graph for the request: constants once, step values for all timesteps in one batch of S * B rows."""
-        request = _Builder(self.trace, "prepare")
+        request = Builder(self.trace, "prepare")
         for node in self.trace.module.graph.nodes:
             if node.op == "placeholder" and self.times[node] is Time.REQUEST:
                 request.copies[node] = request.placeholder(self._declared(node))
@@ -429,7 +354,7 @@ class _Splitter:
         for node in self.trace.module.graph.nodes:
             if node in early and node.op != "placeholder" and self.times[node] is Time.REQUEST:
                 outputs.append((self._tensor(self._request_name(node), node, "constant"), request.copy(node)))
-        step = _StepBuilder(self.times, request, timesteps, step_node)
+        step = StepBuilder(self.times, request, timesteps, step_node)
         for name, members in tables.items():
             columns = [request.graph.call_function(aten.flatten.using_ints, (step.copy(n), 1)) for n in members]
             table = request.graph.call_function(aten.cat.default, (columns, 1))
@@ -440,58 +365,13 @@ class _Splitter:
         return request.finish(outputs)
 
 
-class _StepBuilder:
-    """Copies step-time nodes into the prepare graph with S * B rows where the trace has B."""
-
-    def __init__(self, times: dict[fx.Node, Time], request: _Builder, timesteps: fx.Node, step_node: fx.Node) -> None:
-        self.times, self.request, self.graph = times, request, request.graph
-        self.steps = self.graph.call_function(aten.sym_size.int, (timesteps, 0))
-        symbol = next(s for s, name in request.trace.names.items() if name == "batch")
-        self.batch = request._size_of(symbol)
-        rows = self._make(
-            aten.expand.default, (self._make(aten.unsqueeze.default, (timesteps, 1)), [self.steps, self.batch])
-        )
-        self.copies: dict[fx.Node, Any] = {step_node: self._make(aten.flatten.using_ints, (rows,))}
-        import operator
-
-        self.rows = self._make(operator.mul, (self.steps, self.batch))
-        self.sizes = {symbol: self.rows}
-
-    def _make(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
-        return self.graph.call_function(target, args)
-
-    def copy(self, node: fx.Node) -> Any:
-        if node not in self.copies:
-            self.copies[node] = self._copied(node)
-        return self.copies[node]
-
-    def _copied(self, node: fx.Node) -> Any:
-        if is_size(node):
-            value = node.meta["val"]
-            expression = value.node.expr if isinstance(value, torch.SymInt) else None
-            return self.sizes.get(expression) or self.request.size(value)
-        if self.times[node] is Time.WEIGHT:
-            return self.request.copy(node)
-        if self.times[node] is Time.REQUEST:
-            return self._repeated(self.request.copy(node), node)
-        for source in node.all_input_nodes:
-            self.copy(source)
-        return self.graph.node_copy(node, lambda n: self.copies[n])
-
-    def _repeated(self, value: fx.Node, node: fx.Node) -> fx.Node:
-        """A request value [B, ...] once per step: [S * B, ...]; a value without a batch serves all steps as it is."""
-        shape = node.meta["val"].shape
-        if not shape or not isinstance(shape[0], torch.SymInt):
-            return value
-        sizes = [self.steps, *[self.request.size(s) for s in shape]]
-        wide = self._make(aten.expand.default, (self._make(aten.unsqueeze.default, (value, 0)), sizes))
-        return self._make(aten.flatten.using_ints, (wide, 0, 1))
+def _cast(builder: Builder, value: fx.Node, seen: torch.dtype, wanted: torch.dtype) -> fx.Node:
+    return value if seen == wanted else builder.graph.call_function(aten.to.dtype, (value, wanted))
 
 
-def identifier(name: str) -> str:
-    """A tensor name as a Python identifier, for placeholders."""
-    return name.replace(".", "__")
+def _name(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dtype_name(node: fx.Node) -> Any:
-    return str(node.meta["val"].dtype).removeprefix("torch.")
+    return _name(node.meta["val"].dtype)

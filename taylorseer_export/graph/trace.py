@@ -56,7 +56,7 @@ class Trace:
 
     def taps(self) -> dict[str, fx.Node]:
         """Tap name -> its node."""
-        return {n.args[1]: n for n in self.module.graph.nodes if is_tap(n)}  # type: ignore[misc]
+        return {n.args[1]: n for n in self.module.graph.nodes if is_tap(n)}
 
 
 def is_tap(node: Any) -> bool:

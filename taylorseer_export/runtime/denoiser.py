@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Manifest, Tensor
+from taylorseer_export.bundle.manifest import Graph, Manifest, Tensor
 from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
 from taylorseer_export.errors import BundleError, StepError
@@ -43,11 +43,19 @@ def load(folder: str | Path, device: str = "cpu", threads: int = 0, progress: Pr
 
 def _runner(bundle: Bundle, device: str, threads: int) -> Runner:
     manifest = bundle.manifest
-    files = {name: bundle.path(graph.file) for name, graph in manifest.graphs.items()}
+    graphs: dict[str, Graph] = dict(manifest.graphs.items())
+    files = {name: bundle.path(graph.file) for name, graph in graphs.items()}
+    devices = manifest.engine.device.get("devices", "cpu").split()
+    if device not in devices:
+        raise BundleError(
+            f"device is `{device}`, expected one that {bundle.folder} was built for ({', '.join(devices)}); "
+            "choose one of those, or export again"
+        )
     if manifest.engine.kind == "onnxruntime":
-        from taylorseer_export.runtime.onnxruntime import OnnxRuntimeRunner
+        from taylorseer_export.runtime.onnxruntime import OnnxRuntimeRunner, check_version
 
-        return OnnxRuntimeRunner(files, manifest.graphs, device, threads)
+        check_version(manifest.engine.versions.get("onnxruntime", "none"), bundle.folder)
+        return OnnxRuntimeRunner(files, graphs, device, threads)
     raise BundleError(
         f"{bundle.folder} holds engines of kind {manifest.engine.kind}, expected onnxruntime, the kind this version "
         f"runs; export again with `taylorseer-export {manifest.family} --engine onnxruntime`"
@@ -107,12 +115,6 @@ class Denoiser:
     def slot(self, sizes: Mapping[str, int]) -> Slot:
         """A new slot for requests of these sizes; its buffers are allocated and bound now."""
         return Slot(self, dict(sizes))
-
-    def state_bytes(self, sizes: Mapping[str, int]) -> int:
-        """Bytes of the Taylor buffers of one slot."""
-        tensors = [t for t in self.manifest.graphs["forecast"].inputs if t.role == "taylor_in"]
-        once = sum(int(np.prod(resolve(t.shape, sizes))) * _itemsize(t.dtype) for t in tensors)
-        return once * (2 if self.manifest.state.layout == "derivatives" else 1)
 
     def close(self) -> None:
         """Release the engines."""
@@ -197,14 +199,21 @@ class Slot:
             raise StepError(f"sizes are {sizes}, expected {self.sizes}, those of the slot; open a slot of that size")
         if timesteps is not None:
             timesteps = _checked(self.denoiser.timestep, timesteps)
+            if timesteps.ndim != 1:
+                raise StepError(
+                    f"input `{self.denoiser.timestep.name}` is {list(timesteps.shape)}, expected [steps], one for all "
+                    "samples of the batch; pass one number per step"
+                )
             plan.check_length(len(timesteps))
+        self.plan = None  # until all is in place: a request that could not be prepared must not run
         for name, array in arrays.items():
             self._buffers[name].write(array)
         for buffers in self._taylor:
             for buffer in buffers.values():
-                buffer.write(0.0)  # what an earlier request left, infinities included, must not reach this one
-        self.plan, self._steps, self.executed, self._timesteps = plan, steps, "", timesteps
+                buffer.clear()  # what an earlier request left, infinities included, must not reach this one
+        self._steps, self.executed, self._timesteps = steps, "", timesteps
         self._tables = {} if timesteps is None else self._prepare(timesteps)
+        self.plan = plan
 
     def step(self, latents: Any, timestep: float | None = None) -> np.ndarray:
         """Run the next step of the plan.
@@ -329,13 +338,15 @@ def _checked(tensor: Tensor, values: Any, when: str = "") -> np.ndarray:
         raise StepError(
             f"input `{tensor.name}` is {array.dtype}{when}, expected {tensor.dtype}; convert it before the call"
         )
+    with np.errstate(over="ignore"):  # what is too large for the contract's dtype becomes infinite, and is refused
+        array = array.astype(kind, copy=False)
     if not whole and not np.isfinite(array).all():
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         raise StepError(
             f"input `{tensor.name}` has {bad} values that are NaN or infinite{when}, expected finite numbers; "
             "check what made it"
         )
-    return array.astype(kind, copy=False)
+    return array
 
 
 def _only(tensors: Sequence[Tensor], role: str) -> Tensor:
@@ -352,10 +363,6 @@ def _named(tensors: Sequence[Tensor], name: str) -> Tensor:
 def _site(tensor: Tensor) -> str:
     """Site of a Taylor buffer: the name behind `taylor_in.` or `taylor_out.`."""
     return tensor.name.split(".", 1)[1]
-
-
-def _itemsize(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else int(np.dtype(dtype).itemsize)
 
 
 def _described(tensor: Tensor) -> str:

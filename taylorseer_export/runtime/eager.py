@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
-from taylorseer_export.bundle.manifest import Graph
+from taylorseer_export.bundle.manifest import Graph, Tensor
 from taylorseer_export.runtime.onnxruntime import HostBuffer
 from taylorseer_export.runtime.runner import Buffer, Call, check_binding
 
@@ -32,12 +30,12 @@ class EagerRunner:
         contract, module = self.graphs[graph], self._modules[graph]
         check_binding(contract, inputs, outputs)
 
-        def array(buffer: Buffer) -> np.ndarray:
+        def tensor(spec: Tensor, buffer: Buffer) -> torch.Tensor:
             assert isinstance(buffer, HostBuffer), "bug in taylorseer-export: a foreign buffer"
-            return buffer.array
+            return torch.from_numpy(buffer.array).view(getattr(torch, spec.dtype))
 
-        sources = [torch.from_numpy(array(inputs[t.name])) for t in contract.inputs]
-        targets = [torch.from_numpy(array(outputs[t.name])) for t in contract.outputs]
+        sources = [tensor(spec, inputs[spec.name]) for spec in contract.inputs]
+        targets = [tensor(spec, outputs[spec.name]) for spec in contract.outputs]
 
         def call() -> None:
             with torch.no_grad():

@@ -14,7 +14,35 @@ from taylorseer_export.errors import BundleError, StepError
 from taylorseer_export.runtime.runner import Buffer, Call, check_binding
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# On the CPU this fusion puts the last residual add and the final norm into one kernel that is slower than both.
+_SLOW_FUSIONS = ["SkipLayerNormFusion"]
+_ONNX_BFLOAT16 = 16
 _ALIGNMENT = 256  # bytes; what TensorRT asks for, and a multiple of every cache line
+
+
+def check_version(built_with: str, folder: Path) -> None:
+    """Refuse a bundle whose graphs were made for another minor version of ONNX Runtime.
+
+    Raises:
+        BundleError: onnxruntime is not installed, or its major.minor differs.
+    """
+    onnxruntime = _library()
+    if built_with.split(".")[:2] != onnxruntime.__version__.split(".")[:2]:
+        raise BundleError(
+            f"onnxruntime is {onnxruntime.__version__}, expected {'.'.join(built_with.split('.')[:2])}.x, with which "
+            f"{folder} was built; pip install 'onnxruntime=={built_with}', or export again here"
+        )
+
+
+def _library() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BundleError(
+            "onnxruntime is not installed, expected it for an onnxruntime bundle; "
+            "pip install 'taylorseer-export[onnxruntime]'"
+        ) from error
+    return onnxruntime
 
 
 class OnnxRuntimeRunner:
@@ -33,13 +61,7 @@ class OnnxRuntimeRunner:
     def __init__(
         self, files: Mapping[str, Path], graphs: Mapping[str, Graph], device: str = "cpu", threads: int = 0
     ) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise BundleError(
-                "onnxruntime is not installed, expected it for an onnxruntime bundle; "
-                "pip install 'taylorseer-export[onnxruntime]'"
-            ) from error
+        onnxruntime = _library()
         self.graphs, self.device = graphs, device
         provider = _PROVIDERS.get(device, device)
         if provider not in onnxruntime.get_available_providers():
@@ -56,12 +78,15 @@ class OnnxRuntimeRunner:
         self._sessions: dict[str, Any] = {}
         for name, path in files.items():
             try:
-                self._sessions[name] = onnxruntime.InferenceSession(path, options, providers=[provider])
+                self._sessions[name] = onnxruntime.InferenceSession(
+                    path, options, providers=[provider], disabled_optimizers=_SLOW_FUSIONS
+                )
             except Exception as error:
                 raise BundleError(
                     f"{path} is refused by onnxruntime {onnxruntime.__version__} ({error}), expected a graph it can "
                     "load; rebuild the bundle with this version"
                 ) from error
+            _check_contract(path, graphs[name], self._sessions[name])
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         if self.device == "cpu":
@@ -74,10 +99,10 @@ class OnnxRuntimeRunner:
         binding = session.io_binding()
         for tensor in contract.inputs:
             b = inputs[tensor.name]
-            binding.bind_input(tensor.name, self.device, 0, np.dtype(tensor.dtype), b.shape, b.address)
+            binding.bind_input(tensor.name, self.device, 0, _element_type(tensor.dtype), b.shape, b.address)
         for tensor in contract.outputs:
             b = outputs[tensor.name]
-            binding.bind_output(tensor.name, self.device, 0, np.dtype(tensor.dtype), b.shape, b.address)
+            binding.bind_output(tensor.name, self.device, 0, _element_type(tensor.dtype), b.shape, b.address)
         keep = (*inputs.values(), *outputs.values())  # the binding holds addresses; the call holds the memory
 
         def call() -> None:
@@ -96,15 +121,38 @@ class OnnxRuntimeRunner:
         self._sessions.clear()
 
 
+def _check_contract(path: Path, graph: Graph, session: Any) -> None:
+    """Refuse a file whose own inputs and outputs are not those of the manifest."""
+    for kind, tensors, found in (
+        ("inputs", graph.inputs, session.get_inputs()),
+        ("outputs", graph.outputs, session.get_outputs()),
+    ):
+        seen, expected = [t.name for t in found], [t.name for t in tensors]
+        if seen != expected:
+            raise BundleError(
+                f"{kind} of {path} are {seen}, expected {expected} as in the manifest; export the bundle again"
+            )
+
+
+def _element_type(dtype: str) -> Any:
+    """What ONNX Runtime calls a dtype; bfloat16, which numpy lacks, goes by its number in ONNX."""
+    return _ONNX_BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+
+
+def _storage(dtype: str) -> Any:
+    """The numpy dtype that holds the bits of `dtype`."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
+
+
 class HostBuffer:
-    """A buffer in host memory, aligned for vector instructions."""
+    """A buffer in host memory, aligned for vector instructions; bfloat16 is held as its bits."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: str) -> HostBuffer:
-        kind = np.dtype(dtype)
+        kind = _storage(dtype)
         size = math.prod(shape) * kind.itemsize
         memory = np.zeros(size + _ALIGNMENT, np.uint8)
         start = -memory.ctypes.data % _ALIGNMENT
@@ -125,8 +173,11 @@ class HostBuffer:
     def entry(self, index: int) -> HostBuffer:
         return HostBuffer(self.array[index])
 
-    def write(self, values: np.ndarray | float) -> None:
+    def write(self, values: np.ndarray) -> None:
         np.copyto(self.array, values, casting="same_kind")
+
+    def clear(self) -> None:
+        self.array.fill(0)
 
     def read(self) -> np.ndarray:
         return self.array.copy()
@@ -142,7 +193,7 @@ class _DeviceBuffer:
     def zeros(cls, shape: tuple[int, ...], dtype: str, device: str) -> _DeviceBuffer:
         import onnxruntime
 
-        kind = np.dtype(dtype)
+        kind = _storage(dtype)
         value = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, kind), device, 0)
         return cls(value, kind, shape, value.data_ptr())
 
@@ -155,7 +206,10 @@ class _DeviceBuffer:
         step = math.prod(tail) * self._dtype.itemsize
         return _DeviceBuffer(self._value, self._dtype, tail, self.address + index * step)
 
-    def write(self, values: np.ndarray | float) -> None:
+    def clear(self) -> None:
+        self.write(np.zeros((), self._dtype))
+
+    def write(self, values: np.ndarray) -> None:
         assert self.address == self._value.data_ptr(), "bug in taylorseer-export: a window is written from the host"
         self._value.update_inplace(np.ascontiguousarray(np.broadcast_to(values, self.shape), self._dtype))
 

@@ -15,6 +15,8 @@ from taylorseer_export.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from PIL.ImageFont import FreeTypeFont
+    from PIL.ImageFont import ImageFont as BitmapFont
 
 FLUX_TOKEN_PIXELS = 4
 """Edge of the square one FLUX token covers: unshuffle by 2, then packing by 2 (pixels)."""
@@ -231,7 +233,7 @@ def _enlarged(picture: np.ndarray, scale: int) -> Image.Image:
     return Image.fromarray(picture).resize(size, Image.Resampling.NEAREST)
 
 
-def _wrap(text: str, width: int, font) -> list[str]:
+def _wrap(text: str, width: int, font: FreeTypeFont | BitmapFont) -> list[str]:
     """Break a text at spaces into lines no wider than `width`, where its words allow it."""
     lines: list[str] = []
     for word in text.split():

@@ -35,8 +35,12 @@ class Buffer(Protocol):
         """The part at `index` of the first dimension: the same memory, one dimension less."""
         ...
 
-    def write(self, values: np.ndarray | float) -> None:
-        """Copy values from the host, broadcasting and casting as numpy does."""
+    def write(self, values: np.ndarray) -> None:
+        """Copy values from the host, broadcasting as numpy does."""
+        ...
+
+    def clear(self) -> None:
+        """Set every element to zero."""
         ...
 
     def read(self) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Sampling
+from taylorseer_export.bundle.manifest import Manifest, Sampling
 from taylorseer_export.errors import BundleError, ConfigError, StepError
 from taylorseer_export.method import Plan
 from taylorseer_export.method.weights import Form
@@ -87,15 +87,15 @@ def sample(
 
     family = denoiser.manifest.family
     scheduler = _scheduler(denoiser.manifest.sampling)
-    clock = _CLOCKS[family](scheduler, request, len(plan))
+    ticks = _CLOCKS[family](scheduler, request.latents.shape, len(plan))
     model_input = _doubled(request.latents) if request.guided else request.latents
     slot = slot or denoiser.slot(denoiser.sizes(model_input.shape, request.conditioning))
     began = time.perf_counter()
-    slot.start(request.conditioning, plan, order, clock.model_timesteps, form)
+    slot.start(request.conditioning, plan, order, ticks.model_timesteps, form)
     prepare_ms = 1e3 * (time.perf_counter() - began)
     latents = torch.from_numpy(request.latents * float(getattr(scheduler, "init_noise_sigma", 1.0)))
     milliseconds = []
-    for step, timestep in enumerate(clock.timesteps):
+    for step, timestep in enumerate(ticks.timesteps):
         model_input = _doubled(latents.numpy()) if request.guided else latents.numpy()
         began = time.perf_counter()
         prediction = slot.step(model_input)
@@ -208,36 +208,41 @@ def pictures(denoiser: Denoiser, request: Request, result: Result) -> np.ndarray
     return pictures_from_flux_latents(result.latents, request.height, request.width)
 
 
-# Schedulers ------------------------------------------------------------------------------------------------------------
+# Schedulers ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Clock:
+class Clock:
     """Timesteps as the scheduler counts them, and as the transformer takes them."""
 
     timesteps: Sequence[Any]
     model_timesteps: np.ndarray
 
 
+def clock(manifest: Manifest, shape: tuple[int, ...], steps: int) -> Clock:
+    """The timesteps of a loop of `steps` steps over latents of `shape`, by the bundle's own scheduler."""
+    return _CLOCKS[manifest.family](_scheduler(manifest.sampling), shape, steps)
+
+
 class _MakeClock(Protocol):
-    def __call__(self, scheduler: Any, request: Request, steps: int) -> _Clock: ...
+    def __call__(self, scheduler: Any, shape: tuple[int, ...], steps: int) -> Clock: ...
 
 
-def _flow_clock(scheduler: Any, request: Request, steps: int) -> _Clock:
+def _flow_clock(scheduler: Any, shape: tuple[int, ...], steps: int) -> Clock:
     """As diffusers' FluxPipeline: evenly spaced sigmas, shifted by the number of image tokens where configured."""
     sigmas = np.linspace(1.0, 1.0 / steps, steps)
     mu = None
     if scheduler.config.get("use_dynamic_shifting", False):
         low, high = scheduler.config["base_image_seq_len"], scheduler.config["max_image_seq_len"]
         slope = (scheduler.config["max_shift"] - scheduler.config["base_shift"]) / (high - low)
-        mu = scheduler.config["base_shift"] + slope * (request.latents.shape[1] - low)
+        mu = scheduler.config["base_shift"] + slope * (shape[1] - low)
     scheduler.set_timesteps(sigmas=sigmas, mu=mu)
-    return _Clock(scheduler.timesteps, scheduler.timesteps.numpy().astype(np.float32) / 1000)
+    return Clock(scheduler.timesteps, scheduler.timesteps.numpy().astype(np.float32) / 1000)
 
 
-def _ddim_clock(scheduler: Any, request: Request, steps: int) -> _Clock:
+def _ddim_clock(scheduler: Any, shape: tuple[int, ...], steps: int) -> Clock:
     scheduler.set_timesteps(steps)
-    return _Clock(scheduler.timesteps, scheduler.timesteps.numpy().astype(np.float32))
+    return Clock(scheduler.timesteps, scheduler.timesteps.numpy().astype(np.float32))
 
 
 _CLOCKS: dict[str, _MakeClock] = {"flux": _flow_clock, "dit": _ddim_clock}
@@ -254,7 +259,7 @@ def _scheduler(sampling: Sampling) -> Any:
     return getattr(diffusers, sampling.scheduler).from_config(sampling.config)
 
 
-# Small parts -----------------------------------------------------------------------------------------------------------
+# Small parts ---------------------------------------------------------------------------------------------------------
 
 
 def _noise(shape: tuple[int, ...], seed: int) -> np.ndarray:

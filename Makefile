@@ -1,0 +1,49 @@
+# A fresh clone needs make, and Python 3.10 or newer with its venv module. Everything else goes into .venv.
+
+PYTHON ?= python3
+
+VENV := .venv
+RUN  := $(VENV)/bin/python
+DONE := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test bench clean
+
+help:
+	@echo 'make demo    export the embedded tiny models, sample with them, check them against the eager model'
+	@echo 'make test    ruff, mypy and all tests'
+	@echo 'make bench   full, forecast and whole-loop times, beside the plan ceiling'
+	@echo 'make .venv   the environment alone (the others make it when it is missing or old)'
+	@echo 'make clean   remove caches and build leftovers; .venv and engines/ stay'
+	@echo
+	@echo 'PYTHON=python3.12 make .venv   chooses the interpreter'
+
+.venv: $(DONE)
+
+$(DONE): pyproject.toml tools/constraints.txt
+	@command -v '$(PYTHON)' >/dev/null || \
+		{ echo 'PYTHON is `$(PYTHON)`, which is not on the path, expected Python >= 3.10; set PYTHON=/path/to/python3' >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "PYTHON is $$('$(PYTHON)' --version 2>&1), expected Python >= 3.10; set PYTHON=/path/to/python3" >&2; exit 1; }
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo 'the venv module of `$(PYTHON)` is missing, expected venv and ensurepip; install them (on Debian: python3-venv)' >&2; exit 1; }
+	@echo 'Installing into $(VENV) (several minutes and about 2 GB the first time) ...'
+	@'$(PYTHON)' -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off -c tools/constraints.txt -e '.[dev]'
+	@touch $(DONE)
+
+demo: $(DONE)
+	@$(RUN) tools/demo.py
+
+test: $(DONE)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -q
+
+bench: $(DONE)
+	@$(RUN) tools/bench.py
+
+clean:
+	rm -rf demo dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find taylorseer_export tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,125 @@
+"""Bench: what forecasting buys on this engine, against the same engine computing every step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from taylorseer_export.method import Plan
+from taylorseer_export.report.card import state_bytes
+from taylorseer_export.report.inputs import random_trajectory
+from taylorseer_export.runtime.denoiser import Denoiser, Slot
+
+
+def bench(
+    denoiser: Denoiser,
+    plan: Plan,
+    order: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+    repeats: int = 3,
+    on_loop: Callable[[], object] | None = None,
+) -> dict[str, Any]:
+    """Time the loop of `plan` and the all-full loop, in turn, in one slot.
+
+        speedup = all_full_loop / loop,   ideal_speedup = steps / full_steps,   efficiency = speedup / ideal_speedup
+
+    Loops alternate, so that a slow moment of the machine hits both; speed-up is the median over pairs. The first loop
+    of each kind warms up and is not counted. Inputs are random; time does not depend on their values.
+
+    Args:
+        denoiser: The loaded bundle.
+        plan: The plan to time.
+        order: Order of the forecasts; the bundle's default if left out.
+        sizes: Dimension sizes; the bundle's typical ones where left out.
+        repeats: Counted pairs of loops.
+        on_loop: Called after each of the `2 (repeats + 1)` loops.
+
+    Returns:
+        One flat record, times in milliseconds and sizes in bytes.
+    """
+    full_plan = Plan("F" * len(plan))
+    data = random_trajectory(denoiser, len(plan), sizes)
+    found = denoiser.sizes(data.latents.shape[1:], data.conditioning)
+    slot = denoiser.slot(found)
+    kinds: dict[str, list[float]] = {"F": [], ".": []}
+    loops: dict[Plan, list[float]] = {plan: [], full_plan: []}
+    prepares: list[float] = []
+    executed = ""
+    for repeat in range(repeats + 1):
+        for current in (plan, full_plan):
+            began = time.perf_counter()
+            slot.start(data.conditioning, current, order, data.timesteps)
+            prepared = time.perf_counter()
+            times = _run(slot, data.latents)
+            total = 1e3 * (time.perf_counter() - began)
+            if repeat:
+                prepares.append(1e3 * (prepared - began))
+                loops[current].append(total)
+                for kind, value in zip(slot.executed, times, strict=True):
+                    kinds[kind].append(value)
+            executed = slot.executed if current is plan else executed
+            if on_loop:
+                on_loop()
+    speedup = float(np.median(np.array(loops[full_plan]) / np.array(loops[plan])))
+    manifest = denoiser.manifest
+    return {
+        "bundle": f"{manifest.family}-{manifest.name}",
+        "plan": str(plan),
+        "executed": executed,
+        "steps": len(plan),
+        "full_steps": executed.count("F"),
+        "order": manifest.plan.order if order is None else order,
+        "granularity": manifest.state.granularity,
+        "layout": manifest.state.layout,
+        "sizes": found,
+        "prepare_ms": float(np.median(prepares)),
+        "full_ms": _percentiles(kinds["F"]),
+        "forecast_ms": _percentiles(kinds["."]),
+        "loop_ms": float(np.median(loops[plan])),
+        "all_full_loop_ms": float(np.median(loops[full_plan])),
+        "speedup": speedup,
+        "ideal_speedup": plan.ceiling,
+        "efficiency": speedup / plan.ceiling,
+        "state_bytes": state_bytes(manifest, found),
+        "weights_bytes": sum(f.size for name, f in manifest.files.items() if name.endswith(".safetensors")),
+        "engine": manifest.engine.kind,
+        "precision": manifest.precision,
+        "device": getattr(denoiser.runner, "device", "cpu"),
+    }
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The record as a short table for people."""
+    full, forecast = record["full_ms"], record["forecast_ms"]
+    rows = [
+        ("plan", record["plan"]),
+        ("full steps", f"{record['full_steps']} of {record['steps']}"),
+        ("prepare", f"{record['prepare_ms']:.2f} ms per request"),
+        ("full step", f"{full['p50']:.2f} ms (p90 {full['p90']:.2f})"),
+        ("forecast step", f"{forecast['p50']:.3f} ms (p90 {forecast['p90']:.3f})" if forecast else "none in this plan"),
+        ("loop", f"{record['loop_ms']:.1f} ms; all full {record['all_full_loop_ms']:.1f} ms"),
+        (
+            "speed-up",
+            f"{record['speedup']:.2f}x of {record['ideal_speedup']:.2f}x: efficiency {record['efficiency']:.3f}",
+        ),
+        ("state", f"{record['state_bytes'] / 1e6:.2f} MB per slot"),
+    ]
+    return "\n".join(f"  {name:<14}{value}" for name, value in rows)
+
+
+def _run(slot: Slot, latents: np.ndarray) -> list[float]:
+    times = []
+    for latent in latents:
+        began = time.perf_counter()
+        slot.step(latent)
+        times.append(1e3 * (time.perf_counter() - began))
+    return times
+
+
+def _percentiles(values: list[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"p50": float(np.percentile(values, 50)), "p90": float(np.percentile(values, 90))}

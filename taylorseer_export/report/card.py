@@ -1,0 +1,94 @@
+"""The card: a bundle on one screen, printed before it is built and by `inspect`."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping
+
+from taylorseer_export.bundle.manifest import Manifest, Tensor
+from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.method import Plan
+from taylorseer_export.runtime.schedule import ForecastStep, schedule
+
+_WIDTH = 118  # columns
+_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
+
+
+def card(manifest: Manifest) -> str:
+    """The bundle in about twenty lines: model, plan, graphs, state, sizes.
+
+    Every number of bytes is quoted at the bundle's typical sizes, which the card states.
+    """
+    plan = Plan.parse(manifest.plan.text)
+    sizes = {name: d.typical for name, d in manifest.dimensions.items()}
+    model = manifest.model
+    lines = [
+        f"{manifest.family}-{manifest.name}",
+        f"  model      {model.class_name} ({model.reference}), {manifest.precision}, engine {manifest.engine.kind}",
+        f"  plan       {plan}",
+        f"             {len(plan)} steps, {len(plan.full_steps)} full: speed-up at most {plan.ceiling:.2f}x"
+        f" (interval {manifest.plan.interval}, warmup {manifest.plan.warmup}, order {manifest.plan.order},"
+        f" {manifest.plan.dialect} dialect, gain up to {highest_gain(manifest):.1f})",
+    ]
+    for name, when in (("prepare", "once per request"), ("full", "full steps"), ("forecast", "forecast steps")):
+        graph = manifest.graphs[name]  # type: ignore[index]
+        lines.append(f"  {name:<10} {size(graph.weights_bytes):>9} of weights, {when}")
+        for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
+            text = f"{kind:<7}{', '.join(_grouped(tensors))}"
+            indents = {"initial_indent": " " * 13, "subsequent_indent": " " * 20}
+            lines += textwrap.wrap(text, _WIDTH, **indents, break_long_words=False, break_on_hyphens=False)
+    state = manifest.state
+    lines += [
+        f"  state      {size(state_bytes(manifest, sizes))} per slot: {len(manifest.sites)} x {state.order + 1} "
+        f"{state.layout} at granularity {state.granularity}, {state.dtype}",
+        f"  tables     {size(table_bytes(manifest, sizes))} per request",
+        "  sizes      " + ", ".join(_range(n, d.minimum, d.maximum) for n, d in manifest.dimensions.items()),
+        "             quoted at " + ", ".join(f"{name} {value}" for name, value in sizes.items()),
+    ]
+    return "\n".join(lines)
+
+
+def state_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
+    """Bytes of the Taylor buffers of one slot; derivatives need two sets, one read while the other is written."""
+    once = sum(_bytes(t, sizes) for t in manifest.graphs["forecast"].inputs if t.role == "taylor_in")
+    return once * (2 if manifest.state.layout == "derivatives" else 1)
+
+
+def table_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
+    """Bytes of the step tables of one request."""
+    return sum(_bytes(t, sizes) for t in manifest.graphs["prepare"].outputs if t.role == "step")
+
+
+def highest_gain(manifest: Manifest) -> float:
+    """Largest noise amplification of the default plan, dimensionless."""
+    state, default = manifest.state, manifest.plan
+    steps = schedule(Plan.parse(default.text), default.order, state.order, state.layout)
+    return max((s.gain for s in steps if isinstance(s, ForecastStep)), default=1.0)
+
+
+def size(count: int) -> str:
+    """A number of bytes for people, in decimal units."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"
+
+
+def _grouped(tensors: tuple[Tensor, ...]) -> list[str]:
+    """Names with shapes; the Taylor buffers, which share one shape or few, as a count."""
+    shown = [f"{t.name} [{', '.join(map(str, t.shape))}]" for t in tensors if not t.role.startswith("taylor")]
+    buffers = [t for t in tensors if t.role.startswith("taylor")]
+    for shape in dict.fromkeys(t.shape for t in buffers):
+        count = sum(t.shape == shape for t in buffers)
+        role = buffers[0].role
+        shown.append(f"{count} x {role} [{', '.join(map(str, shape))}]")
+    return shown
+
+
+def _range(name: str, low: int, high: int) -> str:
+    return f"{name} {low}" if low == high else f"{name} {low} to {high}"
+
+
+def _bytes(tensor: Tensor, sizes: Mapping[str, int]) -> int:
+    return math.prod(resolve(tensor.shape, sizes)) * _BYTES[tensor.dtype]

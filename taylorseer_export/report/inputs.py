@@ -1,0 +1,80 @@
+"""Inputs for measurements: random conditioning and a smooth path of latents, made from the contract alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.sampling import clock
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A teacher-forced run: what the transformer is given at every step.
+
+    Attributes:
+        latents: `[S, ...]`, the transformer's `hidden_states`.
+        timesteps: `[S]`, as passed to the transformer.
+        conditioning: Constant inputs by name.
+    """
+
+    latents: np.ndarray
+    timesteps: np.ndarray
+    conditioning: dict[str, np.ndarray]
+
+
+def random_trajectory(
+    denoiser: Denoiser, steps: int, sizes: Mapping[str, int] | None = None, seed: int = 0
+) -> Trajectory:
+    """Random constants, and latents that turn slowly from one noise sample to another.
+
+    x(s) = cos(a) u + sin(a) v with a from 0 to pi / 2: unit variance at every step, and smooth, as a sampler's
+    path is.
+
+    Args:
+        denoiser: The loaded bundle.
+        steps: Steps of the run.
+        sizes: Dimension sizes; the bundle's typical ones where left out.
+        seed: Of the numbers.
+    """
+    manifest = denoiser.manifest
+    sizes = {name: d.typical for name, d in manifest.dimensions.items()} | dict(sizes or {})
+    generator = np.random.default_rng(seed)
+    conditioning = {}
+    for name, tensor in denoiser.constants.items():
+        shape = resolve(tensor.shape, sizes)
+        if tensor.dtype == "int64":
+            conditioning[name] = generator.integers(0, 2, shape)
+        elif name.endswith("_ids"):
+            conditioning[name] = _positions(shape) if name == "img_ids" else np.zeros(shape, np.float32)
+        else:
+            conditioning[name] = generator.standard_normal(shape).astype(np.float32)
+    shape = resolve(denoiser.latent.shape, sizes)
+    start, end = generator.standard_normal((2, *shape)).astype(np.float32)
+    angle = np.linspace(0, np.pi / 2, steps, dtype=np.float32).reshape(-1, *[1] * len(shape))
+    latents = np.cos(angle) * start + np.sin(angle) * end
+    return Trajectory(latents, clock(manifest, shape, steps).model_timesteps, conditioning)
+
+
+def check_sizes(denoiser: Denoiser, sizes: Mapping[str, int]) -> None:
+    """Refuse sizes outside the bundle's ranges with a `ConfigError`."""
+    for name, value in sizes.items():
+        allowed = denoiser.manifest.dimensions.get(name)
+        if allowed is not None and not allowed.minimum <= value <= allowed.maximum:
+            raise ConfigError(
+                f"size `{name}` is {value}, expected {allowed.minimum} to {allowed.maximum}; choose another size"
+            )
+
+
+def _positions(shape: tuple[int, ...]) -> np.ndarray:
+    """(0, row, column) of each token of an image as square as the count allows: `[T, 3]`."""
+    count = shape[0]
+    width = max(w for w in range(1, int(count**0.5) + 1) if count % w == 0)
+    ids = np.zeros(shape, np.float32)
+    ids[:, 1], ids[:, 2] = np.divmod(np.arange(count), width)
+    return ids

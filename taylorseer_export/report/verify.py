@@ -1,0 +1,218 @@
+"""Verify: a bundle against the eager diffusers model, step by step, within a derived bound.
+
+The reference is the unmodified model with forward hooks on the bundle's sites, in float64 where memory allows: on a
+full step the hooks record what the modules return, on a forecast step they replace it by the weighted sum of what was
+recorded. Every other part of the model runs live, so the reference shares no graph with the bundle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from taylorseer_export.errors import CheckpointError, ParityError
+from taylorseer_export.families import family_named
+from taylorseer_export.graph.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
+from taylorseer_export.method import Plan, exact_weights, gain
+from taylorseer_export.report.inputs import Trajectory
+from taylorseer_export.runtime.denoiser import Denoiser
+
+_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+_FLOAT64_LIMIT = 2 << 30  # bytes of float32 weights above which the reference stays in float32
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One plan compared: per step the largest difference and its bound, both absolute."""
+
+    plan: str
+    order: int
+    seen: tuple[float, ...]
+    bound: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Largest seen / bound; above 1 the bundle is wrong."""
+        return max(s / b for s, b in zip(self.seen, self.bound, strict=True))
+
+    @property
+    def worst(self) -> int:
+        """The step of that ratio."""
+        ratios = [s / b for s, b in zip(self.seen, self.bound, strict=True)]
+        return ratios.index(max(ratios))
+
+
+def checkpoint_of(denoiser: Denoiser, reference: str | None = None) -> Checkpoint:
+    """The checkpoint a bundle was made from, refused if its weights are others.
+
+    Raises:
+        CheckpointError: It is not where it was, or its hash differs.
+    """
+    model = denoiser.manifest.model
+    named = reference or (None if model.reference == EMBEDDED else model.reference)
+    checkpoint = open_checkpoint(named, family_named(denoiser.manifest.family))
+    seen = checkpoint.sha256()
+    if seen != model.weights_sha256:
+        raise CheckpointError(
+            f"weights of {checkpoint.folder} have SHA-256 {seen[:12]}…, expected {model.weights_sha256[:12]}…, those "
+            "the bundle was made from; pass the right --model, or export again"
+        )
+    return checkpoint
+
+
+def reference_model(checkpoint: Checkpoint) -> nn.Module:
+    """The eager model: float64 if its weights are small, else float32."""
+    size = sum(path.stat().st_size for path in set(checkpoint.files.values()))
+    return checkpoint.load(torch.float64 if size < _FLOAT64_LIMIT else torch.float32)
+
+
+def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, plan: Plan, order: int) -> Parity:
+    """Run one plan on the bundle and on the reference, fed the same latents at every step.
+
+    The bound on the difference at a step is that of `depth` sites whose rounding errors add up at random:
+
+        bound = sqrt(depth) (sqrt(32) u_store + sqrt(length) u_sum) gain max|reference|
+
+    with u the unit roundoff of the stored features and of the float32 sums, `length` the longest contraction, and
+    `gain` the sum of |weights|, by which a forecast amplifies the errors of its snapshots.
+    """
+    manifest = denoiser.manifest
+    sizes = denoiser.sizes(data.latents.shape[1:], data.conditioning)
+    slot = denoiser.slot(sizes)
+    slot.start(data.conditioning, plan, order, data.timesteps)
+    depth, length = max(len(_module_sites(model, manifest.family)), 1), _longest_contraction(model)
+    roundoff = _ROUNDOFF[manifest.state.dtype]
+    unit = math.sqrt(depth) * (math.sqrt(32) * roundoff + math.sqrt(length) * _ROUNDOFF["float32"])
+    seen, bounds = [], []
+    with _Reference(model, denoiser, plan, order).hooked() as reference:
+        for step, (latent, timestep) in enumerate(zip(data.latents, data.timesteps, strict=True)):
+            expected = reference.step(latent, timestep, data.conditioning)
+            found = slot.step(latent)
+            amplified = 1.0 if plan.is_full(step) else gain(exact_weights(plan.history(step, order), step, order))
+            seen.append(float(np.abs(found.astype(np.float64) - expected).max()))
+            bounds.append(unit * amplified * float(np.abs(expected).max()))
+    return Parity(str(plan), order, tuple(seen), tuple(bounds))
+
+
+def verify(denoiser: Denoiser, checkpoint: Checkpoint, data: Trajectory, on_plan: Callable[[Parity], object]) -> None:
+    """Compare the plans that matter: all full, the default, order 0, and an uneven one.
+
+    Raises:
+        ParityError: A bound is broken.
+    """
+    model = reference_model(checkpoint)
+    for plan, order in plans(denoiser, len(data.timesteps)):
+        result = compare(model, denoiser, data, plan, order)
+        on_plan(result)
+        if not result.ratio <= 1:
+            step = result.worst
+            raise ParityError(
+                f"noise_pred differs by {result.seen[step]:.3g} at step {step} of plan {plan} (order {order}), "
+                f"expected at most {result.bound[step]:.3g}; export again, and report it if it stays"
+            )
+
+
+def plans(denoiser: Denoiser, steps: int) -> list[tuple[Plan, int]]:
+    """(plan, order) pairs that together reach every rule of the method."""
+    default, capacity = denoiser.manifest.plan, denoiser.manifest.state.order
+    regular = Plan.regular(steps, default.interval, default.warmup, default.dialect)
+    uneven = Plan.parse(("FF..F.F....FF..." * steps)[:steps])
+    pairs = [(Plan("F" * steps), capacity), (regular, capacity), (regular, 0), (uneven, capacity)]
+    return list(dict.fromkeys(pairs))
+
+
+class _Reference:
+    """The eager model with hooks that record on full steps and replace on forecast steps."""
+
+    def __init__(self, model: nn.Module, denoiser: Denoiser, plan: Plan, order: int) -> None:
+        self.model, self.plan, self.order = model, plan, order
+        self.family = family_named(denoiser.manifest.family)
+        self.granularity = denoiser.manifest.state.granularity
+        self.sites = [s.name for s in denoiser.manifest.sites] if self.granularity == "module" else []
+        self.dtype = next(model.parameters()).dtype
+        self.record: dict[tuple[str, int], Tensor] = {}
+        self.number = 0
+        self.entering: Tensor | None = None
+
+    def step(self, latent: np.ndarray, timestep: float, conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
+        def tensor(values: Any) -> Tensor:
+            value = torch.as_tensor(values)
+            return value.to(self.dtype) if value.is_floating_point() else value
+
+        with torch.no_grad():
+            result: Tensor = self.model(
+                hidden_states=tensor(latent),
+                timestep=tensor(np.full(len(latent), timestep, np.float32)),
+                **{name: tensor(value) for name, value in conditioning.items()},
+                return_dict=False,
+            )[0]
+        self.number += 1
+        return result.double().numpy()
+
+    @contextmanager
+    def hooked(self) -> Iterator[_Reference]:
+        modules = dict(self.model.named_modules())
+        with ExitStack() as hooks:
+            for name in self.sites:
+                hooks.callback(modules[name].register_forward_hook(self._output(name)).remove)
+            if self.granularity != "module":
+                entry, leave = self.family.stack_input, self.family.stack_output
+                for (name, argument), rule in ((entry, self._enter), (leave, self._leave)):
+                    handle = modules[name].register_forward_pre_hook(_on_argument(argument, rule), with_kwargs=True)
+                    hooks.callback(handle.remove)
+            yield self
+
+    def _forecast(self, name: str, value: Tensor) -> Tensor:
+        """Record the value on a full step, replace it on a forecast step."""
+        if self.plan.is_full(self.number):
+            self.record[name, self.number] = value
+            return value
+        past = self.plan.history(self.number, self.order)
+        weights = exact_weights(past, self.number, self.order)
+        terms = [float(w) * self.record[name, s] for w, s in zip(weights, past, strict=True)]
+        return torch.stack(terms).sum(0)
+
+    def _output(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (self._forecast(name, output[0]), *output[1:])
+            return self._forecast(name, output)
+
+        return hook
+
+    def _enter(self, value: Tensor) -> Tensor:
+        self.entering = value
+        return value
+
+    def _leave(self, value: Tensor) -> Tensor:
+        if self.granularity == "last":
+            return self._forecast("last", value)
+        assert self.entering is not None
+        return self.entering + self._forecast("residual", value - self.entering)
+
+
+def _on_argument(argument: str, rule: Callable[[Tensor], Tensor]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if argument in kwargs:
+            return args, {**kwargs, argument: rule(kwargs[argument])}
+        return (rule(args[0]), *args[1:]), kwargs
+
+    return hook
+
+
+def _module_sites(model: nn.Module, family: str) -> list[str]:
+    import re
+
+    patterns = family_named(family).sites
+    return [name for name, _ in model.named_modules() if any(re.fullmatch(p, name) for p in patterns)]
+
+
+def _longest_contraction(model: nn.Module) -> int:
+    return max((m.in_features for m in model.modules() if isinstance(m, nn.Linear)), default=1)

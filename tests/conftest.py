@@ -1,0 +1,96 @@
+"""Fixtures that cost seconds, made once: checkpoints are saved, models traced, and bundles written on first use."""
+
+import os
+from functools import cache
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: no test may reach the net
+
+import pytest
+import torch
+from harness import FLOAT32, Tiny, eager_denoiser
+from tiny_models import dit_inputs, flux_inputs, tiny_dit, tiny_flux
+
+from taylorseer_export.build import export
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph.checkpoint import open_checkpoint
+from taylorseer_export.graph.trace import trace
+from taylorseer_export.runtime.denoiser import load
+
+torch.set_num_threads(1)
+
+# The only ONNX exports of the graph and engine tests; each takes many seconds.
+BUNDLES = {
+    "flux": {"layout": "snapshots"},
+    "dit": {"layout": "derivatives"},
+    "plain": {"granularity": "last", "latent_size": (4, 6), "batch": 2},  # static but for the text
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Name -> `Tiny`: `flux`, `plain` (a smaller FLUX without guidance) or `dit`, saved as diffusers does."""
+
+    @cache
+    def make(name):
+        if name == "dit":
+            family, model, inputs = "dit", tiny_dit(), dit_inputs
+        else:
+            model = tiny_flux() if name == "flux" else tiny_flux(seed=1, guidance=False, double=1, single=1)
+            family, inputs = "flux", flux_inputs
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        return Tiny(family, model, folder, lambda steps, **sizes: inputs(model, steps, **sizes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def traces(tiny):
+    """Name -> its trace. One serves every split: narrowing is done once and changes nothing a second time."""
+
+    @cache
+    def make(name):
+        family = FAMILIES[tiny(name).family]
+        return trace(open_checkpoint(str(tiny(name).folder), family).skeleton(FLOAT32), family, FLOAT32)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def drafts(tiny, traces):
+    """(name, granularity, layout, order, **options) -> draft of that model, from its one trace."""
+
+    @cache
+    def make(name, granularity="module", layout="snapshots", order=2, **options):
+        checkpoint = open_checkpoint(str(tiny(name).folder), FAMILIES[tiny(name).family])
+        chosen = export.Options(
+            order=order, interval=4, warmup=2, steps=20, granularity=granularity, layout=layout, **options
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(export, "trace", lambda *_: traces(name))
+            return export.draft(checkpoint, chosen)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundles(drafts, tmp_path_factory):
+    """Name of `BUNDLES` -> folder of its bundle."""
+
+    @cache
+    def make(name):
+        return export.write_bundle(drafts(name, **BUNDLES[name]), tmp_path_factory.mktemp("engines"), name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def eager(drafts):
+    """Arguments of `drafts` -> denoiser over its eager graphs."""
+    return cache(lambda *args, **options: eager_denoiser(drafts(*args, **options)))
+
+
+@pytest.fixture(scope="session")
+def onnx(bundles):
+    """Name of `BUNDLES` -> denoiser over ONNX Runtime."""
+    return cache(lambda name: load(bundles(name), threads=1))

@@ -1,0 +1,139 @@
+"""What the tests of graphs and engines share: tiny checkpoints, denoisers over them, toy models to trace."""
+
+# Shapes: S steps, B batch
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import oracle
+import torch
+
+from taylorseer_export.build.eager import eager_modules
+from taylorseer_export.build.export import Draft, describe
+from taylorseer_export.families.family import Defaults, Family, Input
+from taylorseer_export.graph.trace import Trace, trace
+from taylorseer_export.runtime.denoiser import Denoiser, Slot
+from taylorseer_export.runtime.eager import EagerRunner
+
+FLOAT32 = torch.float32
+
+
+class Tiny(NamedTuple):
+    """A tiny diffusers model, its checkpoint folder, and `inputs(steps, batch=…)` for it."""
+
+    family: str
+    model: torch.nn.Module
+    folder: Path
+    inputs: Callable[..., Any]
+
+
+def eager_denoiser(draft: Draft) -> Denoiser:
+    """A denoiser over the eager graphs of a draft: everything but the engines, and no ONNX."""
+    manifest = describe(draft, "eager")
+    return Denoiser(manifest, EagerRunner(eager_modules(draft), manifest.graphs))
+
+
+def as_arrays(conditioning):
+    return {name: value.numpy() for name, value in conditioning.items()}
+
+
+def open_slot(denoiser: Denoiser, inputs) -> Slot:
+    latents, _, conditioning = inputs
+    return denoiser.slot(denoiser.sizes(tuple(latents.shape[1:]), as_arrays(conditioning)))
+
+
+def begin(slot: Slot, inputs, plan: str, order=None, ahead=True, **options) -> None:
+    """Start a request; `ahead` says whether its timesteps are known before the first step."""
+    _, timestep, conditioning = inputs
+    timesteps = timestep.float().numpy() if ahead else None
+    slot.start(as_arrays(conditioning), slot.denoiser.plan(plan), order, timesteps, **options)
+
+
+def advance(slot: Slot, inputs, step: int, ahead=True) -> torch.Tensor:
+    """noise_pred [B, …] of one step."""
+    latents, timestep, _ = inputs
+    return torch.from_numpy(slot.step(latents[step].numpy(), None if ahead else float(timestep[step])))
+
+
+def run(denoiser: Denoiser, inputs, plan: str, order=None, slot=None, ahead=True, **options) -> torch.Tensor:
+    """noise_pred [S, …] of a whole request, in a new slot or in `slot`."""
+    slot = slot or open_slot(denoiser, inputs)
+    begin(slot, inputs, plan, order, ahead, **options)
+    return torch.stack([advance(slot, inputs, step, ahead) for step in range(len(plan))])
+
+
+def allowed(model, reference, plan: str, order: int) -> torch.Tensor:
+    """[S] bounds on a float32 error, derived from the gains of the plan."""
+    return oracle.bound(reference, oracle.gains(plan, order), FLOAT32, *oracle.extent(model))
+
+
+# Toys: a family of one small module, so that graph passes can be tested on graphs a reader can hold in mind.
+
+
+class Passage(torch.nn.Module):
+    """An identity with a name, to hang a tap on."""
+
+    def forward(self, hidden_states):
+        return hidden_states
+
+
+class Toy(torch.nn.Module):
+    """`compute(model, **inputs) -> tensor` as a model that can be traced: sites are `site`, stack is `first` to `last`.
+
+    Only what passes through `self.site` is tapped; the stack taps stand on the latent and on the result.
+    """
+
+    def __init__(self, compute, **parameters):
+        super().__init__()
+        self.config = {}
+        self.compute = compute
+        self.first, self.last, self.site = Passage(), Passage(), Passage()
+        for name, value in parameters.items():
+            setattr(self, name, torch.nn.Parameter(value))
+
+    def forward(self, hidden_states, timestep, text, label, return_dict=False):
+        result = self.compute(self, self.first(hidden_states), timestep, text, label)
+        return (self.last(result),)
+
+
+TOY_INPUTS = (
+    Input("hidden_states", ("batch", "image_tokens", 4), "latent"),
+    Input("timestep", ("batch",), "step"),
+    Input("text", ("batch", "text_tokens", 4), "constant"),
+    Input("label", ("batch", 4), "constant"),
+)
+
+TOY = Family(
+    name="toy",
+    title="a toy",
+    model_class="Toy",
+    reference="nobody/toy",
+    sites=("site",),
+    stack_input=("first", "hidden_states"),
+    stack_output=("last", "hidden_states"),
+    inputs=lambda config: TOY_INPUTS,
+    dimensions=lambda config: {"batch": (1, 8), "image_tokens": (4, 64), "text_tokens": (1, 64)},
+    latent_sizes=lambda config, height, width: {},
+    defaults=Defaults(steps=4, interval=2, warmup=1, order=1),
+    scheduler="none",
+    guidance="none",
+    guidance_scale=1.0,
+    latent_size=(2, 2),
+)
+
+
+def toy_trace(compute, **parameters) -> tuple[Toy, Trace]:
+    """A toy and its trace."""
+    toy = Toy(compute, **parameters).eval()
+    return toy, trace(toy, TOY, FLOAT32)
+
+
+def toy_inputs(batch=2, image_tokens=5, text_tokens=3, seed=0) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, image_tokens, 4, generator=rng),
+        "timestep": torch.rand(batch, generator=rng),
+        "text": torch.randn(batch, text_tokens, 4, generator=rng),
+        "label": torch.randn(batch, 4, generator=rng),
+    }

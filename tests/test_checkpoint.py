@@ -1,0 +1,282 @@
+"""Checkpoints: what is found, and what each kind of damage is called."""
+
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from taylorseer_export.errors import CheckpointError
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph.checkpoint import EMBEDDED, open_checkpoint
+
+DIT = FAMILIES["dit"]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+
+
+def opened(folder, family=DIT):
+    return open_checkpoint(str(folder), family)
+
+
+def assert_holds(checkpoint, model):
+    """The checkpoint has exactly the tensors of `model`, bit for bit."""
+    state = model.state_dict()
+    assert checkpoint.files.keys() == state.keys()
+    different = [name for name, value in state.items() if not torch.equal(checkpoint.tensor(name), value)]
+    assert different == []
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A copy of the single-file checkpoint."""
+    return shutil.copytree(tiny("dit").folder, tmp_path / "dit")
+
+
+@pytest.fixture
+def shards(tiny, tmp_path):
+    tiny("dit").model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    return tmp_path / "shards"
+
+
+def rewrite(folder, change):
+    """Change the tensors of a single-file checkpoint."""
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def edit_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+# What is found
+
+
+def test_single_file(tiny, folder):
+    checkpoint = opened(folder)
+    assert_holds(checkpoint, tiny("dit").model)
+    assert checkpoint.folder == checkpoint.root == folder
+    assert not checkpoint.embedded
+    assert checkpoint.config["num_layers"] == 3
+    assert not any(key.startswith("_") for key in checkpoint.config)
+
+
+def test_sharded(tiny, shards):
+    checkpoint = opened(shards)
+    assert len(set(checkpoint.files.values())) > 2
+    assert_holds(checkpoint, tiny("dit").model)
+    assert {p.shape for p in checkpoint.skeleton(torch.float32).parameters()} == {
+        p.shape for p in tiny("dit").model.parameters()
+    }
+
+
+@pytest.mark.parametrize("variant", ["diffusion_pytorch_model.fp16.safetensors", "extra.safetensors"])
+def test_a_variant_beside_the_weights_is_left_alone(tiny, folder, variant):
+    """As on the hub, where transformer/ may hold half-precision weights too."""
+    (folder / variant).write_bytes(b"not the weights")
+    (folder / f"{variant}.index.json").write_text('{"weight_map": {"proj_out_1.bias": "gone.safetensors"}}')
+    assert_holds(opened(folder), tiny("dit").model)
+
+
+def test_weights_of_another_name(tiny, folder):
+    shutil.move(folder / WEIGHTS, folder / "model.safetensors")
+    assert_holds(opened(folder), tiny("dit").model)
+
+
+def test_pipeline_folder(tiny, folder, tmp_path):
+    shutil.move(folder, tmp_path / "pipeline" / "transformer")
+    checkpoint = opened(tmp_path / "pipeline")
+    assert_holds(checkpoint, tiny("dit").model)
+    assert (checkpoint.root, checkpoint.folder) == (tmp_path / "pipeline", tmp_path / "pipeline" / "transformer")
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_embedded_is_the_default(name):
+    checkpoint = open_checkpoint(None, FAMILIES[name])
+    assert checkpoint.embedded
+    assert checkpoint.reference == EMBEDDED
+    parameters = dict(checkpoint.skeleton(torch.float32).named_parameters())
+    assert parameters.keys() == checkpoint.files.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_skeleton_has_shapes_and_no_numbers(folder, dtype):
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    parameters = list(opened(folder).skeleton(dtype).parameters())
+    assert parameters
+    assert all(isinstance(p, FakeTensor) and p.dtype == dtype for p in parameters)
+
+
+def test_load_is_the_model(tiny, folder):
+    loaded = opened(folder).load(torch.float32).state_dict()
+    expected = tiny("dit").model.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(loaded[name], expected[name])] == []
+
+
+def test_hash_is_that_of_the_weight_files(shards):
+    read = []
+    checkpoint = opened(shards)
+    seen = checkpoint.sha256(read.append)
+    files = sorted(shards.glob("*.safetensors"))
+    assert seen == hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    assert sum(read) == sum(f.stat().st_size for f in files)
+    with files[0].open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    assert opened(shards).sha256() != seen
+
+
+def test_the_comparison_can_fail(tiny, folder):
+    rewrite(folder, lambda tensors: tensors["proj_out_2.bias"].add_(1e-6))
+    with pytest.raises(AssertionError, match=r"proj_out_2\.bias"):
+        assert_holds(opened(folder), tiny("dit").model)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("reference", ["/no/such/folder", "./none", "nothing", "a/b/c", "~/none"])
+def test_no_such_path(reference):
+    fix = r"expected an existing diffusers folder or a hub id like facebook/DiT-XL-2-256; check the path"
+    with pytest.raises(CheckpointError, match=fix):
+        opened(reference)
+
+
+def test_unreachable_hub_id(monkeypatch):
+    import huggingface_hub
+
+    def refuse(*args, **options):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    fix = r"hub id nobody/nothing could not be fetched \(ConnectionError\).*`hf auth login`, or download it and pass"
+    with pytest.raises(CheckpointError, match=fix):
+        opened("nobody/nothing")
+
+
+def test_hub_id_is_fetched_without_pictures_and_text_models(monkeypatch, tiny, folder):
+    import huggingface_hub
+
+    asked = {}
+
+    def fetch(reference, allow_patterns):
+        asked[reference] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert_holds(opened("somebody/dit"), tiny("dit").model)
+    assert list(asked) == ["somebody/dit"]
+    assert not any("text_encoder" in p or p == "*" for p in asked["somebody/dit"])
+
+
+def test_missing_config(folder):
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no config.json.* of a DiTTransformer2DModel; check --model"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"dit"', "\xff"])
+def test_unreadable_config(folder, text):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"config.json is not readable JSON.*download it again"):
+        opened(folder)
+
+
+def test_wrong_class(folder):
+    fix = r"is of class DiTTransformer2DModel, expected FluxTransformer2DModel for family flux; check --model"
+    with pytest.raises(CheckpointError, match=fix):
+        opened(folder, FAMILIES["flux"])
+
+
+def test_config_that_builds_nothing(folder):
+    edit_json(folder / "config.json", lambda c: c.update(num_layers="three"))
+    with pytest.raises(CheckpointError, match=r"does not describe a DiTTransformer2DModel.*download the check"):
+        opened(folder).skeleton(torch.float32)
+
+
+def test_no_weights(folder):
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=r"has 0 safetensors files and no index.*download the checkpoint again"):
+        opened(folder)
+
+
+def test_ambiguous_weights(folder):
+    shutil.copy(folder / WEIGHTS, folder / "other.safetensors")
+    shutil.move(folder / WEIGHTS, folder / "another.safetensors")
+    with pytest.raises(CheckpointError, match=r"has 2 safetensors files and no index, expected diffusion_pytorch_mod"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_truncated_weights(folder, size):
+    os.truncate(folder / WEIGHTS, size if size >= 0 else (folder / WEIGHTS).stat().st_size + size)
+    with pytest.raises(CheckpointError, match=r"is damaged .*expected a complete safetensors file; download it again"):
+        opened(folder)
+
+
+def test_missing_shard(shards):
+    victim = sorted(shards.glob("*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(CheckpointError, match=rf"shard .*{victim.name} is missing.*{INDEX} lists; download it again"):
+        opened(shards)
+
+
+def test_truncated_shard(shards):
+    os.truncate(sorted(shards.glob("*.safetensors"))[1], 100)
+    with pytest.raises(CheckpointError, match=r"is damaged .*download it again"):
+        opened(shards).skeleton(torch.float32)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_unreadable_index(shards, text):
+    (shards / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match=r"index.json is not readable JSON.*download it again"):
+        opened(shards)
+
+
+def test_index_without_a_tensor(shards):
+    """The shard holds it but the index does not say so: nothing would find it later."""
+    edit_json(shards / INDEX, lambda index: index["weight_map"].pop("proj_out_2.bias"))
+    with pytest.raises(CheckpointError, match=r"`proj_out_2.bias` is missing"):
+        opened(shards).skeleton(torch.float32)
+
+
+def test_index_that_names_the_wrong_shard(shards):
+    def swap(index):
+        here = index["weight_map"]["proj_out_2.bias"]
+        index["weight_map"]["proj_out_2.bias"] = next(f for f in index["weight_map"].values() if f != here)
+
+    edit_json(shards / INDEX, swap)
+    with pytest.raises(CheckpointError, match=r"`proj_out_2.bias` is missing"):
+        opened(shards).skeleton(torch.float32)
+
+
+def test_tensors_that_do_not_fit(folder):
+    def change(tensors):
+        del tensors["proj_out_1.weight"]
+        tensors["extra.weight"] = torch.zeros(1)
+        tensors["proj_out_2.bias"] = torch.zeros(3)
+
+    rewrite(folder, change)
+    text = (
+        r"has 3 tensors that do not fit its config \(`proj_out_1.weight` is missing; `extra.weight` is not known; "
+        r"`proj_out_2.bias` is \[3\], expected \[32\]\).*check --model and the family"
+    )
+    with pytest.raises(CheckpointError, match=text):
+        opened(folder).skeleton(torch.float32)
+
+
+def test_many_misfits_are_counted(folder):
+    rewrite(folder, dict.clear)
+    with pytest.raises(CheckpointError, match=r"; and \d+ more\)"):
+        opened(folder).skeleton(torch.float32)

@@ -1,0 +1,282 @@
+"""The command line as a user meets it: exit codes, sentences, files, on the embedded models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from taylorseer_export import cli
+from taylorseer_export.bundle.manifest import MANIFEST, Manifest
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The embedded DiT, exported once: the folder of its bundle."""
+    out = tmp_path_factory.mktemp("engines")
+    assert cli.main(["dit", "--order", "2", "--out", str(out)]) == 0
+    return out / "dit-tiny"
+
+
+@pytest.fixture
+def copy(digits, tmp_path):
+    """A copy of the bundle that a test may damage."""
+    return shutil.copytree(digits, tmp_path / "dit-tiny")
+
+
+def said(capsys, *arguments):
+    """(exit code, standard error) of one command."""
+    code = cli.main([str(a) for a in arguments])
+    return code, capsys.readouterr().err
+
+
+def test_help_groups_families_and_verbs(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    families, verbs = text.split("verbs:")
+    assert "families:" in families and "  flux" in families and "  dit" in families
+    assert all(f"  {verb} " in verbs for verb in ("run", "replay", "verify", "bench", "inspect"))
+
+
+@pytest.mark.parametrize("command", ["flux", "dit", "run", "replay", "verify", "bench", "inspect"])
+def test_every_command_explains_its_options(command, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        cli.main([command, "--help"])
+    assert leaving.value.code == 0
+    assert "default" in capsys.readouterr().out or command == "inspect"
+
+
+def test_export_says_it_is_the_embedded_model_and_prints_the_card_first(tmp_path, capsys):
+    assert cli.main(["flux", "--dry-run", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "embedded" in lines[0] and "--model black-forest-labs/FLUX.1-dev" in lines[0]
+    text = "\n".join(lines)
+    assert "FFF.....F.....F" in text and "50 steps, 10 full" in text and "5.00x" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_aliases_that_users_know(tmp_path, capsys):
+    arguments = ["--cache-interval", "4", "--max-order", "1", "--warmup-steps", "2", "--dry-run"]
+    assert cli.main(["dit", *arguments, "--out", str(tmp_path)]) == 0
+    assert "interval 4, warmup 2, order 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fluxx"], "did you mean `flux`"),
+        (["wan"], "expected one of dit, flux"),
+        (["benhc", "x"], "did you mean `bench`"),
+        (["flux", "--order", "9"], "expected a whole number, 0 to 4"),
+        (["flux", "--order", "two"], "expected a whole number, 0 to 4"),
+        (["flux", "--interval", "0"], "expected a whole number, at least 1"),
+        (["flux", "--nope"], "unrecognized arguments"),
+        (["flux", "--size", "big"], "expected HxW"),
+        (["flux", "--size", "30x30", "--latent-size", "4x4"], "expected one of them"),
+        (["flux", "--size", "33x32"], "expected a multiple of 2"),
+        (["flux", "--size", "34x32"], "expected an even number"),
+        (["dit", "--size", "32x32"], "expected 16x16"),
+        (["flux", "--batch", "99"], "expected 1 to 16"),
+        (["flux", "--engine", "tensorflow"], "use --engine onnxruntime"),
+        (["flux", "--precision", "bf16"], "expected fp32"),
+        (["flux", "--model", "/no/such/folder"], "check the path"),
+        (["run", "/no/such/bundle"], "/no/such/bundle"),
+        (["replay", "x", "--inputs", "y"], "required: --outputs"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_exit_code_2(arguments, expected, tmp_path, capsys):
+    out = ["--out", str(tmp_path)] if arguments[0] in ("flux", "dit") else []
+    code, text = said(capsys, *arguments, *out)
+    assert code == 2
+    assert expected in text and "Traceback" not in text and len(text.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fresh_process_prints_no_traceback():
+    done = subprocess.run(
+        [sys.executable, "-m", "taylorseer_export.cli", "inspect", "/no/such/bundle"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_run_draws_a_picture_that_follows_seed_and_label(digits, tmp_path, capsys):
+    from PIL import Image
+
+    pictures = {}
+    for name, label, seed in (("a", 7, 1), ("again", 7, 1), ("other", 3, 1)):
+        out = tmp_path / f"{name}.png"
+        arguments = ["run", digits, "--label", label, "--seed", seed, "--steps", 12, "--out", out]
+        assert cli.main([str(a) for a in arguments]) == 0
+        pictures[name] = np.asarray(Image.open(out))
+    assert np.array_equal(pictures["a"], pictures["again"])
+    assert not np.array_equal(pictures["a"], pictures["other"])
+    assert "as planned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--label", 10], "expected 0 to 9"),
+        (["--label", 1, 2, "--seed", 1, 2, 3], "expected 1 or 3"),
+        (["--plan", ".FF"], "F"),
+        (["--plan", "FF.x"], "x"),
+        (["--plan", "FF.", "--steps", 4], "4"),
+        (["--order", 3], "export again with --order 3"),
+        (["--device", "cuda"], "--device cpu"),
+        (["--out", "no/such/folder/x.safetensors"], "create it"),
+    ],
+)
+def test_bad_requests(digits, arguments, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, text = said(capsys, "run", digits, *arguments)
+    assert code == 2
+    assert expected in text and "Traceback" not in text
+
+
+def inputs_of_replay(steps=6, **changes):
+    generator = np.random.default_rng(0)
+    tensors = {
+        "latents": generator.standard_normal((steps, 2, 1, 16, 16)).astype(np.float32),
+        "timestep": np.linspace(980, 0, steps).astype(np.float32),
+        "class_labels": np.array([3, 10], np.int64),
+    } | changes
+    return {name: value for name, value in tensors.items() if value is not None}
+
+
+def test_replay_writes_predictions_and_the_plan(digits, tmp_path, capsys):
+    from safetensors import safe_open
+
+    save_file(inputs_of_replay(), tmp_path / "in.safetensors")
+    arguments = ["--inputs", tmp_path / "in.safetensors", "--outputs", tmp_path / "out.safetensors"]
+    code, _ = said(capsys, "replay", digits, *arguments, "--plan", "FF.F..", "--order", 1)
+    assert code == 0
+    with safe_open(tmp_path / "out.safetensors", "np") as file:
+        assert file.metadata() == {"plan": "FF.F.."}
+        assert file.get_tensor("noise_pred").shape == (6, 2, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"latents": None}, "tensor `latents` is missing"),
+        ({"timestep": np.zeros(5, np.float32)}, "expected [6]"),
+        ({"class_labels": None}, "input `class_labels` is missing"),
+        ({"class_labels": np.zeros(2, np.float32)}, "expected int64"),
+        ({"class_labels": np.zeros(3, np.int64)}, "class_labels"),
+        ({"extra": np.zeros(2, np.float32)}, "input `extra` is not known"),
+        ({"latents": np.full((6, 2, 1, 16, 16), np.nan, np.float32)}, "NaN"),
+        ({"latents": np.zeros((6, 2, 1, 16, 15), np.float32)}, "latents"),
+    ],
+)
+def test_bad_replay_inputs(digits, tmp_path, capsys, changes, expected):
+    save_file(inputs_of_replay(**changes), tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    code, text = said(capsys, "replay", digits, "--inputs", tmp_path / "in.safetensors", "--outputs", out)
+    assert code == 2
+    assert (expected in text or "hidden_states" in text) and "Traceback" not in text
+    assert not out.exists()
+
+
+def test_replay_refuses_what_is_not_safetensors(digits, tmp_path, capsys):
+    (tmp_path / "in.safetensors").write_bytes(b"not a tensor")
+    arguments = ["--inputs", tmp_path / "in.safetensors", "--outputs", tmp_path / "out.safetensors"]
+    code, text = said(capsys, "replay", digits, *arguments)
+    assert code == 2 and "write it again" in text
+
+
+def test_verify_passes_on_the_bundle(digits, capsys):
+    assert cli.main(["verify", str(digits), "--steps", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "FFFFFFFF  order 2" in text and "equals the eager model" in text
+
+
+def test_verify_fails_with_exit_code_1_when_the_weights_differ(copy, capsys):
+    """One weight changed and the bundle sealed again: only a comparison of numbers can notice."""
+    from taylorseer_export.bundle.store import hash_files
+
+    path = copy / "weights.safetensors"
+    tensors = load_file(path)
+    data = bytearray(path.read_bytes())
+    name = "proj_out_2.weight"
+    header = int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8 : 8 + header])[name]["data_offsets"]
+    changed = (tensors[name] * np.float32(1.01)).tobytes()
+    data[8 + header + begin : 8 + header + end] = changed
+    path.write_bytes(data)
+    manifest = Manifest.from_bytes((copy / MANIFEST).read_bytes(), copy)
+    (copy / MANIFEST).unlink()
+    sealed = manifest.model_copy(update={"files": hash_files(copy)})
+    (copy / MANIFEST).write_bytes(sealed.to_json())
+    code, text = said(capsys, "verify", copy, "--steps", 4)
+    assert code == 1
+    assert "noise_pred differs by" in text and "expected at most" in text
+
+
+def test_verify_refuses_another_checkpoint(digits, tmp_path, capsys):
+    from tiny_models import tiny_dit
+
+    tiny_dit().save_pretrained(tmp_path / "other")
+    code, text = said(capsys, "verify", digits, "--model", tmp_path / "other")
+    assert code == 2 and "pass the right --model" in text
+
+
+def test_bench_json_is_the_last_line_and_complete(digits, capsys):
+    assert cli.main(["bench", str(digits), "--steps", "8", "--repeats", "1", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    names = "plan steps full_steps prepare_ms full_ms forecast_ms loop_ms all_full_loop_ms speedup ideal_speedup"
+    names += " efficiency state_bytes weights_bytes engine precision device"
+    assert set(names.split()) <= record.keys()
+    assert record["plan"] == record["executed"] and record["full_steps"] == record["plan"].count("F")
+    assert set(record["full_ms"]) == set(record["forecast_ms"]) == {"p50", "p90"}
+    assert record["efficiency"] == pytest.approx(record["speedup"] / record["ideal_speedup"])
+
+
+def test_inspect_prints_card_and_hashes(digits, capsys):
+    assert cli.main(["inspect", str(digits)]) == 0
+    text = capsys.readouterr().out
+    assert "full.onnx" in text and "digest" in text and "12 x 3 snapshots" in text
+
+
+def test_any_changed_byte_is_refused(copy, capsys):
+    path = copy / "full.onnx"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    code, text = said(capsys, "run", copy)
+    assert code == 2 and "full.onnx" in text
+
+
+@pytest.mark.parametrize(
+    ("update", "expected"),
+    [
+        ({"versions": {"onnxruntime": "0.1.2"}}, "pip install 'onnxruntime==0.1.2'"),
+        ({"device": {"devices": "npu"}}, "built for (npu)"),
+        ({"kind": "tensorrt"}, "--engine onnxruntime"),
+    ],
+)
+def test_another_version_device_or_engine_is_refused(copy, capsys, update, expected):
+    manifest = Manifest.from_bytes((copy / MANIFEST).read_bytes(), copy)
+    changed = manifest.model_copy(update={"engine": manifest.engine.model_copy(update=update)})
+    (copy / MANIFEST).write_bytes(changed.to_json())
+    code, text = said(capsys, "bench", copy)
+    assert code == 2 and expected in text
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(KeyboardInterrupt(), "interrupted"), (OSError(28, "No space left on device"), "full")]
+)
+def test_an_export_that_stops_leaves_nothing(tmp_path, monkeypatch, capsys, error, expected):
+    from taylorseer_export.build import export
+
+    def stop(*arguments):
+        raise error
+
+    monkeypatch.setattr(export, "write_onnx", stop)
+    code, text = said(capsys, "dit", "--out", tmp_path)
+    assert code == 2 and expected in text
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,322 @@
+"""The split: what each derived graph holds, reads and returns, counted from the graphs."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from harness import FLOAT32, TOY, toy_inputs, toy_trace
+from oracle import tapped
+
+from taylorseer_export.build.eager import eager_modules
+from taylorseer_export.bundle.shapes import evaluate, names, resolve
+from taylorseer_export.errors import ExportError
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph.checkpoint import open_checkpoint
+from taylorseer_export.graph.split import split
+from taylorseer_export.graph.trace import trace
+
+NAMES = ("flux", "plain", "dit")
+GRANULARITIES = ("module", "residual", "last")
+# Weights that a forecast step reads: embedder and head; everything else of the network is forecast or tabled.
+ENDS = {"flux": r"(x_embedder|proj_out)\.", "plain": r"(x_embedder|proj_out)\.", "dit": r"(pos_embed|proj_out_2)\."}
+# Weights of what depends on the request or on the step alone.
+EARLY = {
+    "flux": r"context_embedder|time_text_embed|norm_out\.linear|.*\.(norm1|norm1_context|norm)\.linear\.",
+    "dit": r".*\.norm1\.|proj_out_1\.",
+}
+EARLY["plain"] = EARLY["flux"]
+SIZES = {"batch": 3, "image_tokens": 10, "text_tokens": 7, "steps": 4}
+
+
+def linears(model, keep):
+    """Number of linear layers of the model whose weights `keep` accepts."""
+    return sum(isinstance(m, torch.nn.Linear) and keep(f"{n}.weight") for n, m in model.named_modules())
+
+
+def early(name):
+    return lambda weight: re.match(EARLY[name], weight) is not None
+
+
+def checkpoint_weights(cut, model):
+    return set(cut.parameters()) & model.state_dict().keys()
+
+
+def image_tokens(model):
+    config = model.config
+    return (config.sample_size // config.patch_size) ** 2 if "sample_size" in config else "image_tokens"
+
+
+# What a forecast step leaves out
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_forecast_has_no_attention_no_mlp_no_text(drafts, tiny, name, granularity):
+    forecast = drafts(name, granularity).split.forecast
+    found = forecast.operators()
+    heavy = ("scaled_dot_product_attention", "gelu", "silu", "rms_norm", "softmax", "sin", "cos", "cat", "embedding")
+    assert {op: found[op] for op in heavy if found[op]} == {}
+    assert found["layer_norm"] == 1  # the one before the head
+    # The head, and the embedder where the stack's input is wanted: a linear layer in FLUX, a convolution in DiT.
+    embedders = int(granularity != "last")
+    assert (found["linear"], found["conv2d"]) == ((1, embedders) if name == "dit" else (1 + embedders, 0))
+    assert found["matmul"] == len(drafts(name, granularity).split.sites)
+    assert all(re.match(ENDS[name], weight) for weight in forecast.parameters())
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", ["flux", "plain"])
+def test_forecast_reads_nothing_of_the_text(drafts, name, granularity):
+    forecast = drafts(name, granularity).split.forecast
+    assert {t.role for t in forecast.inputs} == {"latent", "step", "weights", "taylor_in"}
+    assert not any("text_tokens" in names(entry) for t in forecast.inputs for entry in t.shape)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_full_does_all_of_attention_and_mlp(drafts, tiny, name):
+    model = tiny(name).model
+    found = drafts(name).split.full.operators()
+    blocks = {n.rsplit(".", 1)[0] for n, _, _ in tapped(model)}
+    assert found["scaled_dot_product_attention"] == len(blocks)
+    mlps = sum(type(m).__name__ == "GELU" for m in model.modules())
+    assert found["gelu"] == mlps
+    assert found["linear"] == linears(model, lambda weight: not early(name)(weight))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_full_costs_no_more_for_its_taps(drafts, name):
+    """With snapshots the taps are outputs and no operator; with derivatives three per site and order."""
+    snapshots, derivatives = (drafts(name, layout=layout).split for layout in ("snapshots", "derivatives"))
+    more = derivatives.full.operators() - snapshots.full.operators()
+    differences = 2 * len(snapshots.sites)
+    assert more["mul"] == more["sub"] == differences
+    assert more["stack"] == len(snapshots.sites)
+    assert derivatives.forecast.operators() == snapshots.forecast.operators()
+    assert derivatives.prepare.operators() == snapshots.prepare.operators()
+
+
+# What is computed ahead
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_prepare_holds_the_modulation_and_the_steps_none(drafts, tiny, name, granularity):
+    model, pieces = tiny(name).model, drafts(name, granularity).split
+    weights = model.state_dict().keys()
+    assert checkpoint_weights(pieces.prepare, model) == {w for w in weights if early(name)(w)}
+    assert not any(early(name)(w) for cut in (pieces.full, pieces.forecast) for w in cut.parameters())
+    # DiT embeds timestep and class a second time, with the weights of block 0, for its head.
+    assert pieces.prepare.operators()["linear"] == linears(model, early(name)) + (2 if name == "dit" else 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_constants_are_folded(drafts, name):
+    """Frequencies are computed once, by torch: an engine's own `exp` would move the angle of timestep 1000."""
+    draft = drafts(name)
+    for cut in draft.split.graphs:
+        assert not cut.operators().keys() & {"exp", "arange", "pow", "log"}
+    half = 128
+    last = half - 1 if name == "dit" else half  # diffusers' downscale_freq_shift is 1 for DiT
+    frequencies = 10000.0 ** -(torch.arange(half) / last)
+    tables = [t for t in draft.buffers.values() if t.numel() == half]
+    assert tables
+    for table in tables:
+        assert torch.allclose(table.flatten(), frequencies, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux", "plain"])
+def test_rope_and_prompt_are_made_once_per_request(drafts, name):
+    pieces = drafts(name).split
+    request = {t.name for t in pieces.prepare.outputs if t.role == "constant"}
+    assert request == {t.name for t in pieces.full.inputs if t.role == "constant"}
+    assert not pieces.full.operators().keys() & {"sin", "cos", "outer"}
+    assert not any(t.name in ("encoder_hidden_states", "img_ids", "txt_ids") for t in pieces.full.inputs)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_weight_is_read_and_only_the_ends_twice(drafts, tiny, name, granularity):
+    model, draft = tiny(name).model, drafts(name, granularity)
+    prepare, full, forecast = (checkpoint_weights(cut, model) for cut in draft.split.graphs)
+    assert prepare | full | forecast == model.state_dict().keys()
+    assert prepare & (full | forecast) == set()
+    assert forecast <= full
+    assert {w for w in forecast if not re.match(ENDS[name], w)} == set()
+    assert draft.stored.keys() == set().union(*(cut.parameters() for cut in draft.split.graphs))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_bytes(drafts, tiny, name):
+    draft = drafts(name)
+    computed = sum(draft.buffers[n].nbytes for n in draft.stored if n in draft.buffers)
+    assert draft.weights_bytes() == computed + sum(v.nbytes for v in tiny(name).model.state_dict().values())
+
+
+# Sites and contracts
+
+
+@pytest.mark.parametrize("layout", ["snapshots", "derivatives"])
+@pytest.mark.parametrize("name", NAMES)
+def test_sites_hold_image_rows_only(drafts, tiny, name, layout):
+    """FLUX's single blocks work on text and image rows, of which only image rows reach the output."""
+    model, draft = tiny(name).model, drafts(name, layout=layout)
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    expected = [n for n, _, _ in tapped(model) if not n.endswith("ff_context")]
+    assert sorted(draft.split.sites) == sorted(expected)
+    rows = image_tokens(model)
+    assert set(draft.split.sites.values()) == {("batch", rows, width)}
+    entries = {t.shape for t in draft.split.forecast.inputs if t.role == "taylor_in"}
+    assert entries == {(3, "batch", rows, width)}
+
+
+@pytest.mark.parametrize("granularity", ["residual", "last"])
+@pytest.mark.parametrize("name", NAMES)
+def test_coarse_granularities_have_one_site(drafts, tiny, name, granularity):
+    config = tiny(name).model.config
+    width = config.num_attention_heads * config.attention_head_dim
+    assert drafts(name, granularity).split.sites == {granularity: ("batch", image_tokens(tiny(name).model), width)}
+
+
+@pytest.mark.parametrize("layout", ["snapshots", "derivatives"])
+@pytest.mark.parametrize("order", [0, 1, 4])
+def test_buffers_follow_the_order(drafts, layout, order):
+    pieces = drafts("dit", layout=layout, order=order).split
+    read = [t.shape[0] for t in pieces.forecast.inputs if t.role == "taylor_in"]
+    assert read == [order + 1] * len(pieces.sites)
+    roles = {t.role for t in pieces.full.inputs}
+    assert ("taylor_in" in roles) == ("weights" in roles) == (layout == "derivatives" and order > 0)
+    written = {t.shape for t in pieces.full.outputs if t.role == "taylor_out"}
+    snapshot = ("batch", 16, 32)
+    assert written == {snapshot if layout == "snapshots" else (order + 1, *snapshot)}
+    weights = {t.shape for t in pieces.forecast.inputs if t.role == "weights"}
+    assert weights == {(order + 1,)}
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_contracts_join_up(drafts, name, granularity):
+    """What a step reads is given by the user, by prepare, by the schedule, or by an earlier full step."""
+    for layout in ("snapshots", "derivatives"):
+        prepare, full, forecast = drafts(name, granularity, layout).split.graphs
+        made = {t.name: t for t in prepare.outputs}
+        for tensor in (*full.inputs, *forecast.inputs):
+            if tensor.role == "constant":
+                assert made[tensor.name] == tensor
+            if tensor.role == "step":
+                assert made[tensor.name].shape == ("steps", *tensor.shape)
+        assert "step.full" not in {t.name for t in forecast.inputs}
+        assert full.outputs[0] == forecast.outputs[0]
+        written = {t.name.split(".", 1)[1] for t in full.outputs[1:]}
+        assert written == {t.name.split(".", 1)[1] for t in forecast.inputs if t.role == "taylor_in"}
+
+
+@pytest.mark.parametrize("layout", ["snapshots", "derivatives"])
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_are_what_the_contract_says(drafts, name, layout):
+    """At sizes other than the traced ones: every symbolic entry evaluates to the size that is seen."""
+    draft = drafts(name, layout=layout)
+    modules = eager_modules(draft)
+    for cut in draft.split.graphs:
+        inputs = [torch.zeros(resolve(t.shape, SIZES), dtype=getattr(torch, t.dtype)) for t in cut.inputs]
+        with torch.no_grad():
+            outputs = modules[cut.name](*inputs)
+        seen = [(tuple(x.shape), str(x.dtype)) for x in outputs]
+        assert seen == [(resolve(t.shape, SIZES), f"torch.{t.dtype}") for t in cut.outputs]
+        assert all(evaluate(entry, SIZES) > 0 for t in cut.outputs for entry in t.shape)
+
+
+def test_splitting_twice_gives_the_same_graphs(traces):
+    first, second = (split(traces("plain"), "module", "snapshots", 1) for _ in range(2))
+    for one, other in zip(first.graphs, second.graphs, strict=True):
+        assert str(one.module.graph) == str(other.module.graph)
+        assert (one.inputs, one.outputs) == (other.inputs, other.outputs)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("name", ["flux", "dit"])
+def test_a_pattern_that_matches_nothing(tiny, name):
+    family = dataclasses.replace(FAMILIES[name], sites=(*FAMILIES[name].sites, r"blocks\.\d+\.mlp"))
+    model = open_checkpoint(str(tiny(name).folder), family).skeleton(FLOAT32)
+    text = rf"site pattern is `blocks\\.\\d\+\\.mlp`, expected it to match.* mend families/{name}.py"
+    with pytest.raises(ExportError, match=text):
+        trace(model, family, FLOAT32)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_trace_leaves_no_hooks():
+    toy, _ = toy_trace(lambda m, h, t, text, label: m.site(h))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in toy.modules())
+
+
+def test_mutation():
+    def in_place(m, h, t, text, label):
+        x = m.site(h) + 1
+        x.mul_(2)
+        return x
+
+    with pytest.raises(ExportError, match=r"mul_\.Tensor.* is in place.*run the model's part out of place before"):
+        toy_trace(in_place)
+
+
+def test_control_flow_on_data():
+    with pytest.raises(
+        ExportError, match=r"Toy is not traceable with batch, image_tokens, text_tokens symbolic.*says:"
+    ):
+        toy_trace(lambda m, h, t, text, label: m.site(h) if h.sum() > 0 else h)
+
+
+def test_a_size_that_no_input_of_the_graph_has():
+    _, traced = toy_trace(lambda m, h, t, text, label: m.site(h) * text.shape[1])
+    with pytest.raises(ExportError, match=r"size `text_tokens` is needed by graph `full`.*declare an input with that"):
+        split(traced, "module", "snapshots", 1)
+
+
+def test_a_size_that_is_no_arithmetic():
+    _, traced = toy_trace(lambda m, h, t, text, label: m.site(h) * torch.sym_max(h.shape[1], 9))
+    with pytest.raises(
+        ExportError, match=r"is computed by Max, expected \+ \* // or %; make that size an input dimens"
+    ):
+        split(traced, "module", "snapshots", 1)
+
+
+# A toy end to end: the derived graphs against the toy itself
+
+
+def network(m, h, t, text, label):
+    """One site; gate by the step and the request, prompt by the request, and rows of both."""
+    x = torch.cat([text, h], 1)
+    gate = torch.sin(t[:, None] * m.weight) + label
+    x = x + gate[:, None] * m.site(x.tanh())
+    return x[:, text.shape[1] :] * gate[:, None]
+
+
+@pytest.mark.parametrize("sizes", [{}, {"batch": 1}, {"batch": 3, "image_tokens": 4, "text_tokens": 4}], ids=str)
+def test_toy_full_step_is_the_toy(sizes):
+    toy, traced = toy_trace(network, weight=torch.arange(1.0, 5.0))
+    prepare, full, forecast = split(traced, "module", "snapshots", 1).graphs
+    inputs = toy_inputs(**sizes)
+    with torch.no_grad():
+        expected = toy(**inputs)[0]
+        given = {**inputs, "timestep": inputs["timestep"][:1]}  # one step, the same for every sample
+        shared = toy(**{**inputs, "timestep": given["timestep"].expand(len(inputs["label"]))})[0]
+        early_values = dict(
+            zip(
+                [t.name for t in prepare.outputs], prepare.module(*[given[t.name] for t in prepare.inputs]), strict=True
+            )
+        )
+        row = {n: v[0] if n.startswith("step.") else v for n, v in early_values.items()} | inputs
+        noise, snapshot = full.module(*[row[t.name] for t in full.inputs])
+        again = {"weights": torch.tensor([0.25, 0.75]), "taylor_in.site": torch.stack([snapshot, snapshot])}
+        (forecasted,) = forecast.module(*[(row | again)[t.name] for t in forecast.inputs])
+    assert torch.equal(noise, shared)
+    assert snapshot.shape == inputs["hidden_states"].shape
+    # The weights sum to one and both snapshots are this step's: the forecast is the full step.
+    assert torch.allclose(forecasted, shared, rtol=0, atol=8 * 2.0**-24 * shared.abs().max().item())
+    assert len(inputs["label"]) == 1 or not torch.equal(expected, shared)
+    assert TOY.dimensions({}).keys() == {"batch", "image_tokens", "text_tokens"}

@@ -1,0 +1,246 @@
+"""Quality: what each granularity, order and interval costs in fidelity on the embedded models.
+
+    python tools/quality.py                                the whole table, about ten minutes on two cores
+    python tools/quality.py --markdown FILE                and the same as markdown
+
+Every row samples the same noise and the same conditioning as `all full`, the untouched model computing all its steps,
+and is compared with what that drew: PSNR and SSIM of the pictures, and the relative L2 error of the latents (the norm
+of the difference over the norm of all-full). The rows `fewer steps` are the honest baseline: loops with only as many
+steps as a plan has full steps, all of them full. Orders below the bundle's are chosen at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from demo import CAPTIONS
+from record import RESULTS, ROOT, circumstances, write_record
+from skimage.metrics import structural_similarity
+from tqdm import tqdm
+
+from taylorseer_export.build.export import Options, draft, write_bundle
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph.checkpoint import Checkpoint, open_checkpoint
+from taylorseer_export.method import Plan
+from taylorseer_export.report.card import size, state_bytes
+from taylorseer_export.runtime import sampling
+from taylorseer_export.runtime.denoiser import Denoiser, load
+
+STEPS, WARMUP = 50, 3
+GRANULARITIES = ("module", "residual", "last")
+ORDERS = (0, 1, 2)
+INTERVALS = (3, 5, 6, 9)
+FLUX_SAMPLES = 16
+LABELS, SEEDS = tuple(range(10)), 2
+_WHITE = 255.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to sample.
+
+    Attributes:
+        granularity, order, interval: Of the forecasts; None in baselines.
+        psnr: Of all pictures together, in dB; None where they are the same byte for byte.
+        psnr_worst: Of the worst picture, in dB.
+        ssim: Mean over the pictures.
+        latent_error: Norm of the difference of the latents over the norm of those of all-full.
+        state_bytes: Taylor buffers of one slot of one picture that this order needs.
+        full_ms, forecast_ms: Median of a step, of the whole batch.
+        loop_ms: Prepare and all steps.
+    """
+
+    label: str
+    granularity: str | None
+    order: int | None
+    interval: int | None
+    plan: str
+    steps: int
+    full_steps: int
+    psnr: float | None
+    psnr_worst: float | None
+    ssim: float
+    latent_error: float
+    state_bytes: int
+    full_ms: float
+    forecast_ms: float | None
+    loop_ms: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What all-full drew."""
+
+    pictures: np.ndarray
+    latents: np.ndarray
+
+
+def bundles(family: str, folder: Path, orders: tuple[int, ...]) -> Iterator[tuple[str, Denoiser]]:
+    """Granularity and denoiser, one export each at the highest order."""
+    checkpoint: Checkpoint = open_checkpoint(None, FAMILIES[family])
+    for granularity in GRANULARITIES:
+        options = Options(order=max(orders), interval=6, warmup=WARMUP, steps=STEPS, granularity=granularity)  # type: ignore[arg-type]
+        yield granularity, load(write_bundle(draft(checkpoint, options), folder, granularity))
+
+
+def request_for(denoiser: Denoiser) -> sampling.Request:
+    """FLUX: the demo's captions in turn, a seed each. DiT: every label with every seed."""
+    if denoiser.manifest.family == "flux":
+        captions = [CAPTIONS[k % len(CAPTIONS)] for k in range(FLUX_SAMPLES)]
+        return sampling.flux_request(denoiser, captions, range(FLUX_SAMPLES))
+    seeds = [seed for seed in range(SEEDS) for _ in LABELS]
+    return sampling.dit_request(denoiser, LABELS * SEEDS, seeds)
+
+
+def compare(family: str, folder: Path, orders: tuple[int, ...], intervals: tuple[int, ...]) -> list[Row]:
+    """All rows of one model."""
+    plans = {n: Plan.regular(STEPS, n, WARMUP) for n in intervals}
+    fewer = sorted({len(plan.full_steps) for plan in plans.values()}, reverse=True)
+    loops = len(GRANULARITIES) * len(orders) * len(intervals) + len(fewer) + 1
+    rows: list[Row] = []
+    reference: Reference | None = None
+    with tqdm(total=loops, desc=f"sampling {family}", unit="loop", file=sys.stderr) as bar:
+        for granularity, denoiser in bundles(family, folder, orders):
+            request = request_for(denoiser)
+            shape = np.concatenate([request.latents] * (2 if request.guided else 1)).shape
+            slot = denoiser.slot(denoiser.sizes(shape, request.conditioning))
+            once = _state_per_order(denoiser, slot.sizes) // _pictures_per_slot(request)
+            sampling.sample(denoiser, request, Plan("FF."), slot=slot)  # warm up both engines
+
+            def run(label: str, plan: Plan, order: int | None = None, interval: int | None = None) -> sampling.Result:
+                bar.set_postfix_str(label)
+                result = sampling.sample(denoiser, request, plan, order, slot=slot)  # noqa: B023
+                made = sampling.pictures(denoiser, request, result)  # noqa: B023
+                exact = reference or Reference(made, result.latents)
+                kind = None if order is None else granularity  # noqa: B023
+                needed = 0 if order is None else once * (order + 1)  # noqa: B023
+                rows.append(_row(label, kind, order, interval, result, made, exact, needed))
+                bar.update()
+                return result
+
+            if reference is None:
+                exact = run("all full", Plan("F" * STEPS))
+                reference = Reference(sampling.pictures(denoiser, request, exact), exact.latents)
+                for steps in fewer:
+                    run(f"{steps} steps", Plan("F" * steps))
+            for order in orders:
+                for interval, plan in plans.items():
+                    run(f"{granularity}, order {order}, interval {interval}", plan, order, interval)
+            denoiser.close()
+    return rows
+
+
+def _state_per_order(denoiser: Denoiser, sizes: dict[str, int]) -> int:
+    """Bytes of one snapshot of every site."""
+    return state_bytes(denoiser.manifest, sizes) // (denoiser.manifest.state.order + 1)
+
+
+def _pictures_per_slot(request: sampling.Request) -> int:
+    return len(request.latents)
+
+
+def _row(
+    label: str,
+    granularity: str | None,
+    order: int | None,
+    interval: int | None,
+    result: sampling.Result,
+    made: np.ndarray,
+    exact: Reference,
+    state: int,
+) -> Row:
+    if result.executed != result.planned:
+        raise SystemExit(f"{label} ran {result.executed}, expected {result.planned}")
+    times, kinds = np.array(result.milliseconds), np.array(list(result.executed))
+    squared = ((made.astype(np.float64) - exact.pictures) ** 2).reshape(len(made), -1).mean(1)
+    difference = np.linalg.norm(result.latents.astype(np.float64) - exact.latents)
+    return Row(
+        label=label,
+        granularity=granularity,
+        order=order,
+        interval=interval,
+        plan=result.executed,
+        steps=len(times),
+        full_steps=int((kinds == "F").sum()),
+        psnr=_decibel(squared.mean()),
+        psnr_worst=_decibel(squared.max()),
+        ssim=float(
+            np.mean([structural_similarity(a, b, channel_axis=2) for a, b in zip(exact.pictures, made, strict=True)])
+        ),
+        latent_error=float(difference / np.linalg.norm(exact.latents.astype(np.float64))),
+        state_bytes=state,
+        full_ms=float(np.median(times[kinds == "F"])),
+        forecast_ms=float(np.median(times[kinds == "."])) if "." in result.executed else None,
+        loop_ms=float(times.sum() + result.prepare_ms),
+    )
+
+
+def _decibel(mean_square: float) -> float | None:
+    return float(10 * np.log10(_WHITE**2 / mean_square)) if mean_square else None
+
+
+def markdown(family: str, rows: list[Row]) -> str:
+    """One table per model; within an interval the best of each measure is bold."""
+    lines = [
+        f"### {FAMILIES[family].title} (embedded), {STEPS} steps, warmup {WARMUP}",
+        "",
+        "| full steps | granularity | order | interval | PSNR dB (worst) | SSIM | latent error | state per picture "
+        "| forecast ms | speed-up |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    whole = next(row for row in rows if row.label == "all full")
+    for full in sorted({row.full_steps for row in rows}, reverse=True):
+        group = [row for row in rows if row.full_steps == full]
+        least = min(row.latent_error for row in group)
+        for row in group:
+            bold = "**" if row.latent_error == least and len(group) > 1 else ""
+            psnr = "same" if row.psnr is None else f"{row.psnr:.1f} ({row.psnr_worst:.1f})"
+            name = row.granularity or ("all full" if row is whole else "fewer steps")
+            forecast = "" if row.forecast_ms is None else f"{row.forecast_ms:.2f}"
+            cells = [f"{full} of {row.steps}", name, _cell(row.order), _cell(row.interval), psnr, f"{row.ssim:.3f}",
+                     f"{bold}{row.latent_error:.4f}{bold}", size(row.state_bytes) if row.state_bytes else "",
+                     forecast, f"{whole.loop_ms / row.loop_ms:.2f}x"]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("flux", "dit"), nargs="+", default=["flux", "dit"], help="(default: both)")
+    parser.add_argument("--order", type=int, nargs="+", default=list(ORDERS), help="(default: 0 1 2)")
+    parser.add_argument("--interval", type=int, nargs="+", default=list(INTERVALS), help="steps (default: 3 5 6 9)")
+    parser.add_argument("--markdown", type=Path, help="file for the tables")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record (default: tools/results)")
+    args = parser.parse_args()
+    began = time.perf_counter()
+    record = circumstances() | {"steps": STEPS, "warmup": WARMUP, "models": {}}
+    tables = []
+    for family in args.model:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = compare(family, Path(folder), tuple(args.order), tuple(args.interval))
+        weights = open_checkpoint(None, FAMILIES[family]).sha256()
+        record["models"][family] = {"weights_sha256": weights, "rows": [asdict(row) for row in rows]}
+        tables.append(markdown(family, rows))
+        print(tables[-1] + "\n")
+    record["seconds"] = round(time.perf_counter() - began, 1)
+    path = write_record("quality", record, args.out)
+    if args.markdown:
+        args.markdown.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+    print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Records: what a measurement depended on, and the JSON files under tools/results that keep both."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "tools" / "results"
+LIBRARIES = ("torch", "diffusers", "onnxruntime", "onnx", "onnxscript", "numpy", "safetensors")
+
+
+def circumstances() -> dict[str, Any]:
+    """Machine, versions, commit and command line."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = next((s.split(":")[1].strip() for s in lines if s.startswith("model name")), platform.processor())
+    tool = Path(sys.argv[0]).name
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "uncommitted_changes": bool(changed),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "command": " ".join(["python", f"tools/{tool}", *sys.argv[1:]]),
+    }
+
+
+def write_record(name: str, record: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write `<date>-<name>.json` into `folder`; a record of the same day is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record['date'][:10]}-{name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return path

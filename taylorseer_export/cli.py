@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +25,32 @@ if TYPE_CHECKING:
     from taylorseer_export.runtime.denoiser import Denoiser
 
 
+_CUT_SHORT = 141  # what a shell reports for a program that SIGPIPE ended
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one command; returns the exit code.
+
+    A reader that leaves early, like `head`, ends the command quietly. A command that was already done keeps its code.
+    """
+    code: Any = _CUT_SHORT
+    try:
+        try:
+            code = _answer(list(sys.argv[1:] if arguments is None else arguments))
+        except SystemExit as leaving:  # argparse, after its help
+            code = leaving.code
+            raise
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # of standard output; all others were answered
+        with suppress(OSError):  # or the interpreter's own last flush would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            code = _say(f"standard output is not writable ({error.strerror}), expected room on it; mend that", 2)
+    return int(code or 0)
+
+
+def _answer(arguments: list[str]) -> int:
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(help_text())
@@ -45,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _say("the command was interrupted; nothing half-written was left, run it again", 2)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return _say(
             f"{error.filename or 'a file'} is not usable ({error.strerror}), expected access to it; mend that", 2
@@ -66,34 +93,44 @@ def _export(family: Family, given: argparse.Namespace) -> int:
             f"for the real one: {PROGRAM} {family.name} --model {family.reference}"
         )
     _need("export", "torch", "diffusers", "accelerate", "onnx", "onnxscript", "onnxruntime")
-    from taylorseer_export.build.export import Options, check_options, describe, draft, latent_scale, write_bundle
+    from taylorseer_export.build import export
     from taylorseer_export.graph.checkpoint import open_checkpoint
+    from taylorseer_export.report import planner
     from taylorseer_export.report.card import card
 
     checkpoint = open_checkpoint(given.model, family)
-    options = Options(
+    options = export.Options(
         order=given.order,
         interval=given.interval,
         warmup=given.warmup,
         steps=given.steps,
         dialect=given.dialect,
-        granularity=given.state,
-        layout=given.layout,
+        granularity=given.state or export.Options.granularity,
+        layout=given.layout or export.Options.layout,
         engine=given.engine,
         precision=given.precision,
-        latent_size=_latent_size(given, latent_scale(checkpoint)),
+        latent_size=_latent_size(given, export.latent_scale(checkpoint)),
         batch=given.batch,
     )
-    check_options(options)
+    export.check_options(options)
+    if given.slots > 1 and not (given.memory_budget or given.dry_run):
+        raise ConfigError(f"--slots is {given.slots} without a budget, expected --memory-budget too; add it")
     name = given.name or ("tiny" if given.model is None else Path(given.model.rstrip("/")).name.lower())
     with _progress("tracing and splitting", 1) as advance:
-        plan = draft(checkpoint, options)
+        traced = export.trace_model(checkpoint, options)
+        rows = planner.choices(traced, options) if given.memory_budget or given.dry_run else ()
         advance(1, 1)
-    print(card(describe(plan, name)))
+    if given.memory_budget:
+        best = planner.choose(rows, given.memory_budget, options.order, given.slots, given.state, given.layout)
+        print(planner.reason(best, rows, given.memory_budget, given.slots, given.state, given.layout))
+        options = replace(options, granularity=best.granularity, layout=best.layout)
+    plan = export.draft(traced, options)
+    print(card(export.describe(plan, name)))
     if given.dry_run:
+        print(planner.table(rows, given.slots))
         return 0
     with _stages() as report:
-        folder = write_bundle(plan, given.out, name, report)
+        folder = export.write_bundle(plan, given.out, name, report)
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"wrote {folder}/ ({written / 1e6:.1f} MB); next: {PROGRAM} run {folder}")
     return 0
@@ -104,7 +141,7 @@ def _latent_size(given: argparse.Namespace, scale: int) -> tuple[int, int] | Non
     if given.size and given.latent_size:
         raise ConfigError("--size and --latent-size are both given, expected one of them; leave one out")
     if given.latent_size or not given.size:
-        return given.latent_size  # type: ignore[no-any-return]
+        return given.latent_size
     for label, value in zip(("height", "width"), given.size, strict=True):
         if value % scale:
             raise ConfigError(f"--size {label} is {value}, expected a multiple of {scale} (pixels); change it")
@@ -233,10 +270,11 @@ def _bench(given: argparse.Namespace) -> int:
 
 def _inspect(given: argparse.Namespace) -> int:
     from taylorseer_export.bundle.store import open_bundle
-    from taylorseer_export.report.card import card, size
+    from taylorseer_export.report.card import card, orders, size
 
     bundle = open_bundle(given.bundle)
     print(card(bundle.manifest))
+    print(orders(bundle.manifest))
     for name, file in bundle.manifest.files.items():
         print(f"  file       {file.sha256[:16]}  {size(file.size):>9}  {name}")
     print(f"  digest     {bundle.manifest.digest}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,6 +14,11 @@ from taylorseer_export.families import FAMILIES
 from taylorseer_export.families.family import Family
 
 PROGRAM = "taylorseer-export"
+_UNITS = {"": 1, "b": 1, "byte": 1, "bytes": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,14 +78,26 @@ def family_parser(family: Family) -> argparse.ArgumentParser:
     how.add_argument(
         "--state",
         choices=("module", "residual", "last"),
-        default="module",
-        help="granularity: what is forecast (default: %(default)s)",
+        help="granularity: what is forecast (default: module, or the best that fits --memory-budget)",
     )
     how.add_argument(
         "--layout",
         choices=("snapshots", "derivatives"),
-        default="snapshots",
-        help="what the Taylor buffers hold (default: %(default)s)",
+        help="what the Taylor buffers hold (default: snapshots, or the best that fits --memory-budget)",
+    )
+    how.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        type=_memory,
+        help="memory for weights, Taylor buffers and step tables, like 24GiB; chooses --state and --layout "
+        "(default: no limit)",
+    )
+    how.add_argument(
+        "--slots",
+        metavar="N",
+        type=_whole(1),
+        default=1,
+        help="requests that share the memory budget at one time (default: %(default)s)",
     )
     engine = parser.add_argument_group("what to build")
     engine.add_argument("--engine", default="onnxruntime", help="kind of engine: onnxruntime (default: %(default)s)")
@@ -91,7 +110,7 @@ def family_parser(family: Family) -> argparse.ArgumentParser:
     engine.add_argument(
         "--out", type=Path, default=Path("engines"), help="folder that gets <family>-<name>/ (default: %(default)s/)"
     )
-    engine.add_argument("--dry-run", action="store_true", help="print the card and write nothing")
+    engine.add_argument("--dry-run", action="store_true", help="print the card and the memory table, write nothing")
     return parser  # fmt: skip
 
 
@@ -210,6 +229,15 @@ def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
         return value
 
     return whole
+
+
+def _memory(text: str) -> int:
+    """Bytes of `24GiB`, `1.5 GB`, `512MiB` or `1000000`; a fraction of a byte is dropped."""
+    found = re.fullmatch(r"([0-9]{1,18})(\.[0-9]{1,18})?\s*([a-z]*)", text.strip().lower())
+    value = int(Fraction(found[1] + (found[2] or "")) * _UNITS.get(found[3], 0)) if found else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"is {text}, expected a size above 0 in GiB, GB, MiB, MB or bytes, like 24GiB")
+    return value
 
 
 def _size(text: str) -> tuple[int, int]:

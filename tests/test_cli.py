@@ -168,6 +168,8 @@ def test_replay_writes_predictions_and_the_plan(digits, tmp_path, capsys):
         ({"class_labels": None}, "input `class_labels` is missing"),
         ({"class_labels": np.zeros(2, np.float32)}, "expected int64"),
         ({"class_labels": np.zeros(3, np.int64)}, "class_labels"),
+        ({"class_labels": np.array([3, 11])}, "expected 0 to 10 (table index)"),
+        ({"class_labels": np.array([-1, 3])}, "expected 0 to 10 (table index)"),
         ({"extra": np.zeros(2, np.float32)}, "input `extra` is not known"),
         ({"latents": np.full((6, 2, 1, 16, 16), np.nan, np.float32)}, "NaN"),
         ({"latents": np.zeros((6, 2, 1, 16, 15), np.float32)}, "latents"),

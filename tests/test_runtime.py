@@ -452,19 +452,33 @@ def test_a_refused_start_leaves_the_request_under_way(case):
     assert torch.equal(torch.stack(seen), clean)
 
 
-@pytest.mark.parametrize("runner", ["eager", "onnx"])
-def test_a_request_that_could_not_be_prepared_does_not_run(eager, onnx, tiny, runner):
+def test_a_request_that_could_not_be_prepared_does_not_run(eager, tiny, monkeypatch):
     """Its tables would be those of the request before."""
-    denoiser = eager("dit", "module", "derivatives") if runner == "eager" else onnx("dit")
+    denoiser = eager("dit", "module", "derivatives")
     inputs = tiny("dit").inputs(2, batch=2)
     slot = open_slot(denoiser, inputs)
     run(denoiser, inputs, "F.", slot=slot)
-    wrong = (*inputs[:2], {"class_labels": torch.tensor([0, 999])})
-    with pytest.raises(StepError if runner == "onnx" else IndexError):
-        begin(slot, wrong, "F.")
+
+    def fail(*arguments):
+        raise StepError("graph `prepare` failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slot, "_prepare", fail)
+        with pytest.raises(StepError, match="prepare"):
+            begin(slot, inputs, "F.")
     with pytest.raises(StepError, match=r"the slot has no request.*call start\(\) first"):
         slot.step(inputs[0][0].numpy())
     assert torch.equal(run(denoiser, inputs, "F.", slot=slot), run(denoiser, inputs, "F."))
+
+
+def test_a_label_outside_the_table_is_refused(eager, tiny):
+    """An engine would read past its table, or count from the end."""
+    denoiser = eager("dit", "module", "derivatives")
+    inputs = tiny("dit").inputs(2, batch=2)
+    for label in (-1, 11):
+        wrong = (*inputs[:2], {"class_labels": torch.tensor([0, label])})
+        with pytest.raises(StepError, match=r"expected 0 to 10 \(table index\); correct the values"):
+            begin(open_slot(denoiser, inputs), wrong, "F.")
 
 
 def test_sizes_out_of_range(eager, onnx, tiny):

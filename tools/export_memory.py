@@ -171,8 +171,8 @@ def main() -> int:
     path = write_record("export-memory", record, args.out)
     fits = record["exit_code"] == 0 and record["peak_rss_bytes"] < record["limit_bytes"]
     print(
-        f"{record['parameters'] / 1e9:.2f} B parameters, {record['weights_file_bytes'] / 1e9:.1f} GB of weights written "
-        f"in {record['seconds']:.0f} s\nresident at most {record['peak_rss_bytes'] / 1e9:.2f} GB (anonymous "
+        f"{record['parameters'] / 1e9:.2f} B parameters, {record['weights_file_bytes'] / 1e9:.1f} GB of weights "
+        f"written in {record['seconds']:.0f} s\nresident at most {record['peak_rss_bytes'] / 1e9:.2f} GB (anonymous "
         f"{record['peak_anonymous_bytes'] / 1e9:.2f}, file {record['peak_file_bytes'] / 1e9:.2f}; the peaks need not "
         f"coincide), limit {record['limit_bytes'] / 1e9:.1f} GB: {'passed' if fits else 'FAILED'}"
     )

@@ -121,7 +121,7 @@ def describe(name: str, precision: str, on_split: Any) -> dict[str, Any]:
 
 
 def _numbers(orders: Mapping[int, Split], traced: Trace, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Of one granularity; the graphs are described at its highest order, from which the others differ in nothing else."""
+    """Of one granularity; graphs are described at the highest order, and lower ones differ in the buffers alone."""
     best = orders[max(orders)]
     return {
         "sites": len(best.sites),
@@ -177,8 +177,8 @@ def _claims(claims: Mapping[str, float], found: Mapping[str, Any]) -> dict[str, 
 
 def table(name: str, found: Mapping[str, Any]) -> str:
     rows = [
-        f"{name}: {found['parameters'] / 1e9:.3f} B parameters, {_text(found['weights_bytes'])} in {found['precision']}; "
-        f"at {', '.join(f'{k} {v}' for k, v in found['sizes'].items())}",
+        f"{name}: {found['parameters'] / 1e9:.3f} B parameters, {_text(found['weights_bytes'])} in {found['precision']}"
+        f"; at {', '.join(f'{k} {v}' for k, v in found['sizes'].items())}",
         f"  traced in {found['trace_seconds']} s, split {len(GRANULARITIES) * len(ORDERS)} times in "
         f"{found['split_seconds']} s, {_text(found['peak_rss_bytes'])} resident at most",
         f"  {'':<10}{'sites':>6}"

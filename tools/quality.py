@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from demo import CAPTIONS
 from record import RESULTS, ROOT, circumstances, write_record
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
+sys.path.insert(0, str(ROOT))
+
+from demo import CAPTIONS
+
 from taylorseer_export.build.export import Options, draft, write_bundle
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import Checkpoint, open_checkpoint
+from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.method import Plan
 from taylorseer_export.report.card import size, state_bytes
 from taylorseer_export.runtime import sampling
@@ -58,7 +61,6 @@ class Row:
         loop_ms: Prepare and all steps.
     """
 
-    label: str
     granularity: str | None
     order: int | None
     interval: int | None
@@ -85,7 +87,7 @@ class Reference:
 
 def bundles(family: str, folder: Path, orders: tuple[int, ...]) -> Iterator[tuple[str, Denoiser]]:
     """Granularity and denoiser, one export each at the highest order."""
-    checkpoint: Checkpoint = open_checkpoint(None, FAMILIES[family])
+    checkpoint = open_checkpoint(None, FAMILIES[family])
     for granularity in GRANULARITIES:
         options = Options(order=max(orders), interval=6, warmup=WARMUP, steps=STEPS, granularity=granularity)  # type: ignore[arg-type]
         yield granularity, load(write_bundle(draft(checkpoint, options), folder, granularity))
@@ -101,7 +103,7 @@ def request_for(denoiser: Denoiser) -> sampling.Request:
 
 
 def compare(family: str, folder: Path, orders: tuple[int, ...], intervals: tuple[int, ...]) -> list[Row]:
-    """All rows of one model."""
+    """All rows of one model; the first is all-full, which the others are compared with."""
     plans = {n: Plan.regular(STEPS, n, WARMUP) for n in intervals}
     fewer = sorted({len(plan.full_steps) for plan in plans.values()}, reverse=True)
     loops = len(GRANULARITIES) * len(orders) * len(intervals) + len(fewer) + 1
@@ -109,46 +111,27 @@ def compare(family: str, folder: Path, orders: tuple[int, ...], intervals: tuple
     reference: Reference | None = None
     with tqdm(total=loops, desc=f"sampling {family}", unit="loop", file=sys.stderr) as bar:
         for granularity, denoiser in bundles(family, folder, orders):
-            request = request_for(denoiser)
-            shape = np.concatenate([request.latents] * (2 if request.guided else 1)).shape
-            slot = denoiser.slot(denoiser.sizes(shape, request.conditioning))
-            once = _state_per_order(denoiser, slot.sizes) // _pictures_per_slot(request)
-            sampling.sample(denoiser, request, Plan("FF."), slot=slot)  # warm up both engines
-
-            def run(label: str, plan: Plan, order: int | None = None, interval: int | None = None) -> sampling.Result:
-                bar.set_postfix_str(label)
-                result = sampling.sample(denoiser, request, plan, order, slot=slot)  # noqa: B023
-                made = sampling.pictures(denoiser, request, result)  # noqa: B023
-                exact = reference or Reference(made, result.latents)
-                kind = None if order is None else granularity  # noqa: B023
-                needed = 0 if order is None else once * (order + 1)  # noqa: B023
-                rows.append(_row(label, kind, order, interval, result, made, exact, needed))
-                bar.update()
-                return result
-
+            cases: list[tuple[str | None, int | None, int | None, Plan]] = []
             if reference is None:
-                exact = run("all full", Plan("F" * STEPS))
-                reference = Reference(sampling.pictures(denoiser, request, exact), exact.latents)
-                for steps in fewer:
-                    run(f"{steps} steps", Plan("F" * steps))
-            for order in orders:
-                for interval, plan in plans.items():
-                    run(f"{granularity}, order {order}, interval {interval}", plan, order, interval)
+                cases += [(None, None, None, Plan("F" * steps)) for steps in (STEPS, *fewer)]
+            cases += [(granularity, order, n, plan) for order in orders for n, plan in plans.items()]
+            request = request_for(denoiser)
+            model_input = np.concatenate([request.latents] * (2 if request.guided else 1))
+            slot = denoiser.slot(denoiser.sizes(model_input.shape, request.conditioning))
+            entry = state_bytes(denoiser.manifest, slot.sizes) // (max(orders) + 1) // len(request.latents)
+            sampling.sample(denoiser, request, Plan("FF."), slot=slot)  # warm up both engines
+            for kind, order, interval, plan in cases:
+                result = sampling.sample(denoiser, request, plan, order, slot=slot)
+                made = sampling.pictures(denoiser, request, result)
+                reference = reference or Reference(made, result.latents)
+                state = 0 if order is None else entry * (order + 1)
+                rows.append(_row(kind, order, interval, result, made, reference, state))
+                bar.update()
             denoiser.close()
     return rows
 
 
-def _state_per_order(denoiser: Denoiser, sizes: dict[str, int]) -> int:
-    """Bytes of one snapshot of every site."""
-    return state_bytes(denoiser.manifest, sizes) // (denoiser.manifest.state.order + 1)
-
-
-def _pictures_per_slot(request: sampling.Request) -> int:
-    return len(request.latents)
-
-
 def _row(
-    label: str,
     granularity: str | None,
     order: int | None,
     interval: int | None,
@@ -158,12 +141,11 @@ def _row(
     state: int,
 ) -> Row:
     if result.executed != result.planned:
-        raise SystemExit(f"{label} ran {result.executed}, expected {result.planned}")
+        raise SystemExit(f"the loop ran {result.executed}, expected {result.planned}")
     times, kinds = np.array(result.milliseconds), np.array(list(result.executed))
     squared = ((made.astype(np.float64) - exact.pictures) ** 2).reshape(len(made), -1).mean(1)
     difference = np.linalg.norm(result.latents.astype(np.float64) - exact.latents)
     return Row(
-        label=label,
         granularity=granularity,
         order=order,
         interval=interval,
@@ -196,7 +178,7 @@ def markdown(family: str, rows: list[Row]) -> str:
         "| forecast ms | speed-up |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    whole = next(row for row in rows if row.label == "all full")
+    whole = rows[0]
     for full in sorted({row.full_steps for row in rows}, reverse=True):
         group = [row for row in rows if row.full_steps == full]
         least = min(row.latent_error for row in group)

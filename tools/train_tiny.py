@@ -4,7 +4,7 @@
     python tools/train_tiny.py dit     # handwritten digits by class, 16x16 grey
     python tools/train_tiny.py flux    # coloured shapes by caption, 32x32 RGB
 
-Both are the real diffusers classes, small. Each run needs one core and about 20 to 35 minutes, so
+Both are the real diffusers classes, small. Each run needs one core; on an idle one about 15 and 45 minutes, so
 the two can run side by side. Needs torch, diffusers, scikit-learn and tqdm; a C++ compiler makes it
 faster.
 
@@ -398,7 +398,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 RELATIONS = ("left of", "right of", "above", "below")
 BACKGROUND = (26, 28, 38)
 FLUX_SHIFT = 1.0
-FLUX_RECIPE = Recipe(steps=3500, batch=64, peak_rate=1.5e-3)
+FLUX_RECIPE = Recipe(steps=6500, batch=64, peak_rate=1.5e-3)
 CAPTION_WORDS, TEXT_WIDTH = 12, 64
 PADDING = "<pad>"
 

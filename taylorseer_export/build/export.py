@@ -34,7 +34,7 @@ from taylorseer_export.errors import BuildError, ConfigError
 from taylorseer_export.graph.checkpoint import Checkpoint
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.split import Granularity, Layout, Split, split
-from taylorseer_export.graph.trace import trace
+from taylorseer_export.graph.trace import Trace, trace
 from taylorseer_export.method import Plan
 from taylorseer_export.method.plan import Dialect
 
@@ -74,6 +74,23 @@ class Options:
     def plan(self) -> Plan:
         """The default plan."""
         return Plan.regular(self.steps, self.interval, self.warmup, self.dialect)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A checkpoint traced once, from which any number of drafts are made.
+
+    Attributes:
+        checkpoint: The checkpoint, its config completed by the model's defaults.
+        trace: The tapped graph; splitting narrows it once and leaves it alone after that.
+        precision: `fp32`, `fp16` or `bf16`, fixed by the trace.
+        buffers: Tensors that are computed when the model is built and are in no checkpoint.
+    """
+
+    checkpoint: Checkpoint
+    trace: Trace
+    precision: str
+    buffers: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -130,19 +147,53 @@ def check_options(options: Options) -> None:
         raise ConfigError(f"--batch is {options.batch}, expected at least 1 (samples); leave it out for any batch")
 
 
-def draft(checkpoint: Checkpoint, options: Options) -> Draft:
-    """Trace and split a checkpoint; reads no weights and writes nothing.
+def trace_model(checkpoint: Checkpoint, options: Options) -> Traced:
+    """Trace a checkpoint once, whatever the granularity, layout, order and sizes of the drafts made from it.
+
+    Args:
+        checkpoint: The model; no weight of it is read.
+        options: Its precision is traced; its sizes are checked before the work starts.
 
     Raises:
         ConfigError, CheckpointError, ExportError: See the parts.
     """
     check_options(options)
-    family = checkpoint.family
     dtype = PRECISIONS[options.precision]
     skeleton = checkpoint.skeleton(dtype)
     # The model knows the defaults of entries that an older config.json lacks.
     config = {key: value for key, value in dict(skeleton.config).items() if not key.startswith("_")}  # type: ignore[arg-type]
     checkpoint = replace(checkpoint, config=config)
+    _sizes(checkpoint, options)
+    traced = trace(skeleton, checkpoint.family, dtype)
+    computed = {name: value for name, value in skeleton.named_buffers() if name not in checkpoint.files}
+    return Traced(checkpoint, traced, options.precision, computed | traced.constants)
+
+
+def draft(source: Checkpoint | Traced, options: Options) -> Draft:
+    """Split a model, tracing it first if that was not done; reads no weights and writes nothing.
+
+    Raises:
+        ConfigError, CheckpointError, ExportError: See the parts.
+    """
+    traced = source if isinstance(source, Traced) else trace_model(source, options)
+    assert traced.precision == options.precision, "bug in taylorseer-export: the trace is of another precision"
+    check_options(options)
+    checkpoint, module = traced.checkpoint, traced.trace.module
+    ranges, sizes = checkpoint.family.dimensions(checkpoint.config), _sizes(checkpoint, options)
+    pieces = split(traced.trace, options.granularity, options.layout, options.order)
+    default = checkpoint.family.latent_sizes(checkpoint.config, *_latent_size(checkpoint))
+    default |= {"text_tokens": _card(checkpoint).get("text_tokens", 512)}
+    typical = {name: sizes[name] or default.get(name) or ranges[name][0] for name in ranges} | {"steps": options.steps}
+    stored = {}
+    for name in dict.fromkeys(n for cut in pieces.graphs for n in cut.parameters()):
+        value = module.get_parameter(name) if name not in traced.buffers else traced.buffers[name]
+        stored[name] = (value.dtype, tuple(value.shape))
+    return Draft(checkpoint, options, pieces, sizes, typical, stored, traced.buffers)
+
+
+def _sizes(checkpoint: Checkpoint, options: Options) -> dict[str, int | None]:
+    """Dimension -> the one size that the options fix, or None."""
+    family, config = checkpoint.family, checkpoint.config
     ranges = family.dimensions(config)
     sizes: dict[str, int | None] = dict.fromkeys(ranges)
     fixed = {} if options.latent_size is None else family.latent_sizes(config, *options.latent_size)
@@ -157,18 +208,7 @@ def draft(checkpoint: Checkpoint, options: Options) -> Draft:
                 f"size `{name}` is {size}, expected {low} to {high} for family {family.name}; change --size or --batch"
             )
         sizes[name] = size
-    traced = trace(skeleton, family, dtype)
-    pieces = split(traced, options.granularity, options.layout, options.order)
-    default = family.latent_sizes(config, *_latent_size(checkpoint))
-    default |= {"text_tokens": _card(checkpoint).get("text_tokens", 512)}
-    typical = {name: sizes[name] or default.get(name) or ranges[name][0] for name in ranges} | {"steps": options.steps}
-    computed = {name: value for name, value in skeleton.named_buffers() if name not in checkpoint.files}
-    buffers = computed | traced.constants
-    stored = {}
-    for name in dict.fromkeys(n for cut in pieces.graphs for n in cut.parameters()):
-        value = traced.module.get_parameter(name) if name not in buffers else buffers[name]
-        stored[name] = (value.dtype, tuple(value.shape))
-    return Draft(checkpoint, options, pieces, sizes, typical, stored, buffers)
+    return sizes
 
 
 def write_bundle(plan: Draft, out: Path, name: str, progress: Progress | None = None) -> Path:

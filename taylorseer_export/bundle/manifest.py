@@ -82,6 +82,9 @@ class Tensor(_Part):
         "constant: fixed for the request. weights: the forecast weights. taylor_in, taylor_out: "
         "the Taylor buffers read and written. noise_pred: the prediction of the denoiser."
     )
+    values: tuple[int, int] | None = Field(
+        default=None, description="Smallest and largest value accepted, where it is an index into a table."
+    )
 
 
 class Graph(_Part):

@@ -14,7 +14,8 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
     return (
         Input("hidden_states", ("batch", config["in_channels"], size, size), "latent"),
         Input("timestep", ("batch",), "step", "float32"),
-        Input("class_labels", ("batch",), "constant", "int64"),
+        # One label more than there are classes: the last is "no class", for guidance.
+        Input("class_labels", ("batch",), "constant", "int64", values=(0, config["num_embeds_ada_norm"])),
     )
 
 

@@ -20,12 +20,14 @@ class Input:
         role: When its value is known: `latent` changes with every step, `step` depends on the step alone,
             `constant` is fixed for the request.
         dtype: `float` follows the precision of the export; anything else is a fixed torch dtype name.
+        values: (smallest, largest) value allowed, where the model looks something up by it.
     """
 
     name: str
     shape: tuple[int | str, ...]
     role: Role
     dtype: str = "float"
+    values: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,8 @@ class _Splitter:
 
     def _declared(self, node: fx.Node) -> Tensor:
         """Contract of a placeholder of the trace."""
-        return self._tensor(str(node.target), node, self.specs[str(node.target)].role)
+        spec = self.specs[str(node.target)]
+        return self._tensor(spec.name, node, spec.role).model_copy(update={"values": spec.values})
 
     # Tables --------------------------------------------------------------------------------------------------------
 

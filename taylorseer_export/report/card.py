@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from taylorseer_export.bundle.manifest import Manifest, Tensor
+from taylorseer_export.bundle.manifest import Manifest, Role, Tensor
 from taylorseer_export.bundle.shapes import resolve
-from taylorseer_export.method import Plan
-from taylorseer_export.runtime.schedule import ForecastStep, schedule
+from taylorseer_export.method import Plan, forecast_weights, gain
 
 _WIDTH = 118  # columns
 _BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
@@ -29,15 +28,21 @@ def card(manifest: Manifest) -> str:
         f"  plan       {plan}",
         f"             {len(plan)} steps, {len(plan.full_steps)} full: speed-up at most {plan.ceiling:.2f}x"
         f" (interval {manifest.plan.interval}, warmup {manifest.plan.warmup}, order {manifest.plan.order},"
-        f" {manifest.plan.dialect} dialect, gain up to {highest_gain(manifest):.1f})",
+        f" {manifest.plan.dialect} dialect, gain up to {highest_gain(plan, manifest.plan.order):.1f})",
     ]
     for name, when in (("prepare", "once per request"), ("full", "full steps"), ("forecast", "forecast steps")):
         graph = manifest.graphs[name]  # type: ignore[index]
         lines.append(f"  {name:<10} {size(graph.weights_bytes):>9} of weights, {when}")
         for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
             text = f"{kind:<7}{', '.join(_grouped(tensors))}"
-            indents = {"initial_indent": " " * 13, "subsequent_indent": " " * 20}
-            lines += textwrap.wrap(text, _WIDTH, **indents, break_long_words=False, break_on_hyphens=False)
+            lines += textwrap.wrap(
+                text,
+                _WIDTH,
+                initial_indent=" " * 13,
+                subsequent_indent=" " * 20,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
     state = manifest.state
     lines += [
         f"  state      {size(state_bytes(manifest, sizes))} per slot: {len(manifest.sites)} x {state.order + 1} "
@@ -51,20 +56,32 @@ def card(manifest: Manifest) -> str:
 
 def state_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
     """Bytes of the Taylor buffers of one slot; derivatives need two sets, one read while the other is written."""
-    once = sum(_bytes(t, sizes) for t in manifest.graphs["forecast"].inputs if t.role == "taylor_in")
+    once = role_bytes(manifest.graphs["forecast"].inputs, "taylor_in", sizes)
     return once * (2 if manifest.state.layout == "derivatives" else 1)
 
 
 def table_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
     """Bytes of the step tables of one request."""
-    return sum(_bytes(t, sizes) for t in manifest.graphs["prepare"].outputs if t.role == "step")
+    return role_bytes(manifest.graphs["prepare"].outputs, "step", sizes)
 
 
-def highest_gain(manifest: Manifest) -> float:
-    """Largest noise amplification of the default plan, dimensionless."""
-    state, default = manifest.state, manifest.plan
-    steps = schedule(Plan.parse(default.text), default.order, state.order, state.layout)
-    return max((s.gain for s in steps if isinstance(s, ForecastStep)), default=1.0)
+def role_bytes(tensors: Iterable[Tensor], role: Role, sizes: Mapping[str, int]) -> int:
+    """Bytes of the tensors of one role."""
+    return sum(math.prod(resolve(t.shape, sizes)) * _BYTES[t.dtype] for t in tensors if t.role == role)
+
+
+def orders(manifest: Manifest) -> str:
+    """State per slot and highest gain of the default plan, for every order that this model could be exported with."""
+    sizes = {name: d.typical for name, d in manifest.dimensions.items()}
+    entry, plan = state_bytes(manifest, sizes) // (manifest.state.order + 1), Plan.parse(manifest.plan.text)
+    cells = [f"{k}: {size(entry * (k + 1))}, gain {highest_gain(plan, k):.1f}" for k in range(5)]
+    return f"  orders     {'; '.join(cells[:3])};\n             {'; '.join(cells[3:])} (state per slot if exported so)"
+
+
+def highest_gain(plan: Plan, order: int) -> float:
+    """Largest noise amplification of the forecast steps of a plan, dimensionless; 1 without any."""
+    steps = (step for step in range(len(plan)) if not plan.is_full(step))
+    return max((gain(forecast_weights(plan.history(step, order), step, order)) for step in steps), default=1.0)
 
 
 def size(count: int) -> str:
@@ -88,7 +105,3 @@ def _grouped(tensors: tuple[Tensor, ...]) -> list[str]:
 
 def _range(name: str, low: int, high: int) -> str:
     return f"{name} {low}" if low == high else f"{name} {low} to {high}"
-
-
-def _bytes(tensor: Tensor, sizes: Mapping[str, int]) -> int:
-    return math.prod(resolve(tensor.shape, sizes)) * _BYTES[tensor.dtype]

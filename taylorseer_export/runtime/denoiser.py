@@ -346,6 +346,11 @@ def _checked(tensor: Tensor, values: Any, when: str = "") -> np.ndarray:
             f"input `{tensor.name}` has {bad} values that are NaN or infinite{when}, expected finite numbers; "
             "check what made it"
         )
+    if tensor.values and array.size and not tensor.values[0] <= array.min() <= array.max() <= tensor.values[1]:
+        raise StepError(
+            f"input `{tensor.name}` holds {array.min()} to {array.max()}{when}, expected {tensor.values[0]} to "
+            f"{tensor.values[1]} (table index); correct the values"
+        )
     return array
 
 

@@ -109,7 +109,8 @@ def _export(family: Family, given: argparse.Namespace) -> int:
         layout=given.layout or export.Options.layout,
         engine=given.engine,
         precision=given.precision,
-        latent_size=_latent_size(given, export.latent_scale(checkpoint)),
+        state_dtype=given.state_dtype,
+        latent_size=_latent_size(given, checkpoint.latent_scale),
         batch=given.batch,
     )
     export.check_options(options)

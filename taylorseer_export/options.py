@@ -105,7 +105,12 @@ def family_parser(family: Family) -> argparse.ArgumentParser:
         "--precision",
         choices=("fp32", "fp16", "bf16"),
         default="fp32",
-        help="dtype of weights and state (default: %(default)s)",
+        help="dtype of weights and arithmetic (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--state-dtype",
+        choices=("fp32", "fp16", "bf16"),
+        help="dtype of the Taylor buffers; sums over them stay float32 (default: the precision)",
     )
     engine.add_argument(
         "--out", type=Path, default=Path("engines"), help="folder that gets <family>-<name>/ (default: %(default)s/)"

@@ -172,7 +172,8 @@ def test_what_the_user_decided_is_kept():
     ("budget", "arguments", "expected"),
     [
         (1039, {}, r"expected at least 1.02 KiB \(--state last --layout snapshots --order 2, 1 slot\); use --order 1"),
-        (900, {}, r"--memory-budget is 900 bytes, expected .* raise it, or lower --size or --batch"),
+        (1019, {}, r"--memory-budget is 1019 bytes, expected .* raise it, or lower --size or --batch"),
+        (999, {}, r"raise it, the weights alone are 1000 bytes"),
         (1100, {"slots": 3}, "3 slots\\); use --slots 2"),
         (
             1200,

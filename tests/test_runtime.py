@@ -628,3 +628,20 @@ def test_a_closed_denoiser_holds_no_engine(drafts, bundles):
     with eager_denoiser(drafts("dit")) as denoiser:
         assert denoiser.runner._modules
     assert not denoiser.runner._modules
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("layout", ["snapshots", "derivatives"])
+@pytest.mark.parametrize("granularity", ["module", "residual", "last"])
+def test_a_narrow_state_stays_within_its_own_roundoff(drafts, tiny, granularity, layout, name, dtype):
+    """Buffers in half precision, arithmetic in float32: the error is that of storing each snapshot once."""
+    inputs = tiny("flux").inputs(8, batch=2)
+    plan, order = "FFF..F..", 2
+    model = tiny("flux").model
+    draft = drafts("flux", granularity=granularity, layout=layout, state_dtype=name)
+    seen = run(eager_denoiser(draft), inputs, plan, order)
+    expected = oracle.replay(model, *inputs, plan, order, granularity)
+    bound = oracle.bound(expected, oracle.gains(plan, order), dtype, *oracle.extent(model))
+    oracle.assert_close("noise_pred", seen, expected, bound)
+    buffers = [t for t in draft.split.forecast.inputs if t.role == "taylor_in"]
+    assert {t.dtype for t in buffers} == {str(dtype).removeprefix("torch.")}

@@ -1,6 +1,6 @@
 """Quality: what each granularity, order and interval costs in fidelity on the embedded models.
 
-    python tools/quality.py                                the whole table, about ten minutes on two cores
+    python tools/quality.py                                the whole table, about five minutes on two idle cores
     python tools/quality.py --markdown FILE                and the same as markdown
 
 Every row samples the same noise and the same conditioning as `all full`, the untouched model computing all its steps,
@@ -29,6 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from demo import CAPTIONS
 
+# isort: split
+
 from taylorseer_export.build.export import Options, draft, write_bundle
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
@@ -47,8 +49,18 @@ _WHITE = 255.0
 
 
 @dataclass(frozen=True)
+class Case:
+    """One way to sample; baselines have no granularity, order and interval."""
+
+    granularity: str | None
+    order: int | None
+    interval: int | None
+    plan: Plan
+
+
+@dataclass(frozen=True)
 class Row:
-    """One way to sample.
+    """What one case gave.
 
     Attributes:
         granularity, order, interval: Of the forecasts; None in baselines.
@@ -57,8 +69,9 @@ class Row:
         ssim: Mean over the pictures.
         latent_error: Norm of the difference of the latents over the norm of those of all-full.
         state_bytes: Taylor buffers of one slot of one picture that this order needs.
-        full_ms, forecast_ms: Median of a step, of the whole batch.
+        full_ms, forecast_ms: Median over the steps of a loop, for the whole batch; of each step the least over repeats.
         loop_ms: Prepare and all steps.
+        speedup: Of that loop over all-full on the same engines, dimensionless.
     """
 
     granularity: str | None
@@ -75,6 +88,7 @@ class Row:
     full_ms: float
     forecast_ms: float | None
     loop_ms: float
+    speedup: float
 
 
 @dataclass(frozen=True)
@@ -102,53 +116,60 @@ def request_for(denoiser: Denoiser) -> sampling.Request:
     return sampling.dit_request(denoiser, LABELS * SEEDS, seeds)
 
 
-def compare(family: str, folder: Path, orders: tuple[int, ...], intervals: tuple[int, ...]) -> list[Row]:
+def compare(family: str, folder: Path, orders: tuple[int, ...], intervals: tuple[int, ...], repeats: int) -> list[Row]:
     """All rows of one model; the first is all-full, which the others are compared with."""
     plans = {n: Plan.regular(STEPS, n, WARMUP) for n in intervals}
-    fewer = sorted({len(plan.full_steps) for plan in plans.values()}, reverse=True)
-    loops = len(GRANULARITIES) * len(orders) * len(intervals) + len(fewer) + 1
+    whole = Case(None, None, None, Plan("F" * STEPS))
+    fewer = [Case(None, None, None, Plan("F" * n)) for n in sorted({len(p.full_steps) for p in plans.values()})[::-1]]
+    loops = repeats * (len(GRANULARITIES) * (len(orders) * len(intervals) + 1) + len(fewer))
     rows: list[Row] = []
     reference: Reference | None = None
     with tqdm(total=loops, desc=f"sampling {family}", unit="loop", file=sys.stderr) as bar:
         for granularity, denoiser in bundles(family, folder, orders):
-            cases: list[tuple[str | None, int | None, int | None, Plan]] = []
-            if reference is None:
-                cases += [(None, None, None, Plan("F" * steps)) for steps in (STEPS, *fewer)]
-            cases += [(granularity, order, n, plan) for order in orders for n, plan in plans.items()]
+            cases = [whole, *([] if reference else fewer)]
+            cases += [Case(granularity, order, n, plan) for order in orders for n, plan in plans.items()]
             request = request_for(denoiser)
             model_input = np.concatenate([request.latents] * (2 if request.guided else 1))
             slot = denoiser.slot(denoiser.sizes(model_input.shape, request.conditioning))
             entry = state_bytes(denoiser.manifest, slot.sizes) // (max(orders) + 1) // len(request.latents)
             sampling.sample(denoiser, request, Plan("FF."), slot=slot)  # warm up both engines
-            for kind, order, interval, plan in cases:
-                result = sampling.sample(denoiser, request, plan, order, slot=slot)
-                made = sampling.pictures(denoiser, request, result)
-                reference = reference or Reference(made, result.latents)
-                state = 0 if order is None else entry * (order + 1)
-                rows.append(_row(kind, order, interval, result, made, reference, state))
-                bar.update()
+            results: list[list[sampling.Result]] = [[] for _ in cases]
+            for _ in range(repeats):  # all cases in turn, so that a busy minute of the machine hits all of them
+                for case, made in zip(cases, results, strict=True):
+                    made.append(sampling.sample(denoiser, request, case.plan, case.order, slot=slot))
+                    bar.update()
+            all_full_ms = _loop_ms(results[0])
+            for case, made in zip(cases, results, strict=True):
+                pictures = sampling.pictures(denoiser, request, made[0])
+                reference = reference or Reference(pictures, made[0].latents)
+                if case is not whole or not rows:
+                    rows.append(_row(case, made, pictures, reference, entry, all_full_ms))
             denoiser.close()
     return rows
 
 
+def _fastest(results: list[sampling.Result]) -> np.ndarray:
+    """The least time of each step over the repeats, [steps] in ms: what the work costs when nobody interferes."""
+    return np.array([result.milliseconds for result in results]).min(0)
+
+
+def _loop_ms(results: list[sampling.Result]) -> float:
+    return float(_fastest(results).sum() + min(result.prepare_ms for result in results))
+
+
 def _row(
-    granularity: str | None,
-    order: int | None,
-    interval: int | None,
-    result: sampling.Result,
-    made: np.ndarray,
-    exact: Reference,
-    state: int,
+    case: Case, results: list[sampling.Result], made: np.ndarray, exact: Reference, entry: int, all_full_ms: float
 ) -> Row:
+    result = results[0]
     if result.executed != result.planned:
         raise SystemExit(f"the loop ran {result.executed}, expected {result.planned}")
-    times, kinds = np.array(result.milliseconds), np.array(list(result.executed))
+    times, kinds = _fastest(results), np.array(list(result.executed))
     squared = ((made.astype(np.float64) - exact.pictures) ** 2).reshape(len(made), -1).mean(1)
     difference = np.linalg.norm(result.latents.astype(np.float64) - exact.latents)
     return Row(
-        granularity=granularity,
-        order=order,
-        interval=interval,
+        granularity=case.granularity,
+        order=case.order,
+        interval=case.interval,
         plan=result.executed,
         steps=len(times),
         full_steps=int((kinds == "F").sum()),
@@ -158,10 +179,11 @@ def _row(
             np.mean([structural_similarity(a, b, channel_axis=2) for a, b in zip(exact.pictures, made, strict=True)])
         ),
         latent_error=float(difference / np.linalg.norm(exact.latents.astype(np.float64))),
-        state_bytes=state,
+        state_bytes=0 if case.order is None else entry * (case.order + 1),
         full_ms=float(np.median(times[kinds == "F"])),
         forecast_ms=float(np.median(times[kinds == "."])) if "." in result.executed else None,
-        loop_ms=float(times.sum() + result.prepare_ms),
+        loop_ms=_loop_ms(results),
+        speedup=all_full_ms / _loop_ms(results),
     )
 
 
@@ -170,7 +192,7 @@ def _decibel(mean_square: float) -> float | None:
 
 
 def markdown(family: str, rows: list[Row]) -> str:
-    """One table per model; within an interval the best of each measure is bold."""
+    """One table per model; among rows with as many full steps the least latent error is bold."""
     lines = [
         f"### {FAMILIES[family].title} (embedded), {STEPS} steps, warmup {WARMUP}",
         "",
@@ -189,7 +211,7 @@ def markdown(family: str, rows: list[Row]) -> str:
             forecast = "" if row.forecast_ms is None else f"{row.forecast_ms:.2f}"
             cells = [f"{full} of {row.steps}", name, _cell(row.order), _cell(row.interval), psnr, f"{row.ssim:.3f}",
                      f"{bold}{row.latent_error:.4f}{bold}", size(row.state_bytes) if row.state_bytes else "",
-                     forecast, f"{whole.loop_ms / row.loop_ms:.2f}x"]  # fmt: skip
+                     forecast, f"{row.speedup:.2f}x"]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -203,16 +225,19 @@ def main() -> int:
     parser.add_argument("--model", choices=("flux", "dit"), nargs="+", default=["flux", "dit"], help="(default: both)")
     parser.add_argument("--order", type=int, nargs="+", default=list(ORDERS), help="(default: 0 1 2)")
     parser.add_argument("--interval", type=int, nargs="+", default=list(INTERVALS), help="steps (default: 3 5 6 9)")
+    parser.add_argument("--repeats", type=int, default=3, help="loops of each row, for times (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, help="file for the tables")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record (default: tools/results)")
     args = parser.parse_args()
     began = time.perf_counter()
-    record = circumstances() | {"steps": STEPS, "warmup": WARMUP, "models": {}}
+    record = circumstances() | {"steps": STEPS, "warmup": WARMUP, "repeats": args.repeats, "models": {}}
     tables = []
     for family in args.model:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = compare(family, Path(folder), tuple(args.order), tuple(args.interval))
         weights = open_checkpoint(None, FAMILIES[family]).sha256()
+        with tempfile.TemporaryDirectory() as folder:
+            rows = compare(family, Path(folder), tuple(args.order), tuple(args.interval), args.repeats)
+        if weights != open_checkpoint(None, FAMILIES[family]).sha256():
+            raise SystemExit(f"the weights of {family} changed while they were measured; run this again")
         record["models"][family] = {"weights_sha256": weights, "rows": [asdict(row) for row in rows]}
         tables.append(markdown(family, rows))
         print(tables[-1] + "\n")

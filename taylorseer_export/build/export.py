@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -55,6 +54,7 @@ class Options:
         layout: What the Taylor buffers hold: `snapshots` or `derivatives`.
         engine: Kind of engine.
         precision: `fp32`, `fp16` or `bf16`.
+        state_dtype: The same for the Taylor buffers; None takes the precision. Arithmetic on them is float32.
         latent_size: (height, width) of the latent image; None accepts the family's range.
         batch: Samples per call of the transformer; None accepts the family's range.
     """
@@ -68,8 +68,13 @@ class Options:
     layout: Layout = "snapshots"
     engine: str = "onnxruntime"
     precision: str = "fp32"
+    state_dtype: str | None = None
     latent_size: tuple[int, int] | None = None
     batch: int | None = None
+
+    def state_type(self) -> torch.dtype:
+        """dtype of the Taylor buffers."""
+        return PRECISIONS[self.state_dtype or self.precision]
 
     def plan(self) -> Plan:
         """The default plan."""
@@ -180,9 +185,11 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     check_options(options)
     checkpoint, module = traced.checkpoint, traced.trace.module
     ranges, sizes = checkpoint.family.dimensions(checkpoint.config), _sizes(checkpoint, options)
-    pieces = split(traced.trace, options.granularity, options.layout, options.order)
-    default = checkpoint.family.latent_sizes(checkpoint.config, *_latent_size(checkpoint))
-    default |= {"text_tokens": _card(checkpoint).get("text_tokens", 512)}
+    pieces = split(traced.trace, options.granularity, options.layout, options.order, options.state_type())
+    default = checkpoint.family.latent_sizes(checkpoint.config, *checkpoint.latent_size)
+    # Guidance by a batch of two halves doubles what a single picture needs.
+    default |= {"text_tokens": checkpoint.card.get("text_tokens", 512)}
+    default |= {"batch": 2 if checkpoint.family.guidance == "batched" else 1}
     typical = {name: sizes[name] or default.get(name) or ranges[name][0] for name in ranges} | {"steps": options.steps}
     stored = {}
     for name in dict.fromkeys(n for cut in pieces.graphs for n in cut.parameters()):
@@ -284,7 +291,7 @@ def describe(
             granularity=options.granularity,
             layout=options.layout,
             order=options.order,
-            dtype=str(PRECISIONS[options.precision]).removeprefix("torch."),  # type: ignore[arg-type]
+            dtype=str(options.state_type()).removeprefix("torch."),  # type: ignore[arg-type]
         ),
         graphs={cut.name: plan.contract(cut) for cut in plan.split.graphs},  # type: ignore[misc]
         plan=PlanDefaults(
@@ -309,11 +316,6 @@ def describe(
 def graph_file(cut: Cut) -> str:
     """File name of a graph in its bundle."""
     return f"{cut.name}.onnx"
-
-
-def latent_scale(checkpoint: Checkpoint) -> int:
-    """Pixels per latent pixel along each side."""
-    return int(_card(checkpoint).get("latent_scale", checkpoint.family.latent_scale))
 
 
 def tool_version() -> str:
@@ -349,32 +351,19 @@ def _dimensions(plan: Draft) -> dict[str, Dimension]:
     }
 
 
-def _card(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    path = checkpoint.root / "card.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _latent_size(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Size of the latent image that estimates are quoted at."""
-    size = _card(checkpoint).get("latent_size") or checkpoint.config.get("sample_size")
-    if isinstance(size, int):
-        return size, size
-    height, width = size or checkpoint.family.latent_size
-    return int(height), int(width)
-
-
 def _sampling(checkpoint: Checkpoint) -> Sampling:
     """Scheduler and guidance: what the checkpoint says, else what the family's pipeline uses."""
     family = checkpoint.family
-    path = checkpoint.root / "scheduler" / "scheduler_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    scheduler = str(config.get("_class_name", family.scheduler))
+    config = checkpoint.scheduler
     guidance = family.guidance
     if guidance == "embedded" and not checkpoint.config.get("guidance_embeds", True):
         guidance = "none"
-    scale = _card(checkpoint).get("guidance_scale") or family.guidance_scale
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    return Sampling(scheduler=scheduler, config=config, guidance=guidance, guidance_scale=scale)
+    return Sampling(
+        scheduler=str(config.get("_class_name", family.scheduler)),
+        config={key: value for key, value in config.items() if not key.startswith("_")},
+        guidance=guidance,
+        guidance_scale=checkpoint.card.get("guidance_scale") or family.guidance_scale,
+    )
 
 
 def _cache_key(weights_hash: str, options: Options) -> str:

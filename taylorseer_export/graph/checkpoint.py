@@ -55,6 +55,30 @@ class Checkpoint:
         return self.folder.parent if self.folder.name == "transformer" else self.folder
 
     @cached_property
+    def card(self) -> dict[str, Any]:
+        """What an embedded model says of itself; empty for any other."""
+        path = self.root / "card.json"
+        return _read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def scheduler(self) -> dict[str, Any]:
+        """The scheduler's config that comes with the checkpoint, or nothing."""
+        path = self.root / "scheduler" / "scheduler_config.json"
+        return _read_json(path) if path.is_file() else {}
+
+    @property
+    def latent_scale(self) -> int:
+        """Pixels per latent pixel along each side."""
+        return int(self.card.get("latent_scale", self.family.latent_scale))
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """(height, width) of the latent image that estimates are quoted at."""
+        size = self.card.get("latent_size") or self.config.get("sample_size") or self.family.latent_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(height), int(width)
+
+    @cached_property
     def model_class(self) -> Any:
         import diffusers
 

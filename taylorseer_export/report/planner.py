@@ -201,6 +201,8 @@ def _preference(row: Choice) -> tuple[int, int]:
 
 def _remedy(rows: Sequence[Choice], asked: Sequence[Choice], least: Choice, budget: int, slots: int) -> str:
     """The change closest to what was asked for that would fit, if one of ours is enough."""
+    if budget < least.weights_bytes:
+        return f"raise it, the weights alone are {_size(least.weights_bytes, up=True)}"
     others = [row for row in asked if row.total(slots) <= budget]
     if others:
         return f"use {min(others, key=_preference).options}, which fits"
@@ -211,7 +213,7 @@ def _remedy(rows: Sequence[Choice], asked: Sequence[Choice], least: Choice, budg
     lower = max((r.order for r in same if r.total(slots) <= budget), default=None)
     if lower is not None:
         return f"use --order {lower}, or raise it"
-    return f"raise it, or lower --size or --batch (the weights alone are {_size(least.weights_bytes)})"
+    return "raise it, or lower --size or --batch"
 
 
 def _quoted(made: Draft) -> str:

@@ -31,7 +31,8 @@ def exported_program(cut: Cut, sizes: Mapping[str, int | None]) -> torch.export.
         sizes: Dimension name -> its one size, or None where it stays symbolic.
     """
     example = _example_sizes(sizes)
-    inputs = [torch.zeros(resolve(t.shape, example), dtype=getattr(torch, t.dtype)) for t in cut.inputs]
+    # Never written or read, so the Taylor buffers, gigabytes of a full-size model, cost address space and no memory.
+    inputs = [torch.empty(resolve(t.shape, example), dtype=getattr(torch, t.dtype)) for t in cut.inputs]
     dynamic = tuple(_dynamic(t, sizes) for t in cut.inputs)
     try:
         with torch.no_grad(), _quiet():

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from harness import FLOAT32, TOY, toy_inputs, toy_trace
+from harness import FLOAT32, TOY, Passage, Toy, toy_inputs, toy_trace
 from oracle import tapped
 
 from taylorseer_export.build.eager import eager_modules
@@ -320,3 +320,36 @@ def test_toy_full_step_is_the_toy(sizes):
     assert torch.allclose(forecasted, shared, rtol=0, atol=8 * 2.0**-24 * shared.abs().max().item())
     assert len(inputs["label"]) == 1 or not torch.equal(expected, shared)
     assert TOY.dimensions({}).keys() == {"batch", "image_tokens", "text_tokens"}
+
+
+def two_branches(gated):
+    """A toy of two branches; the second has a gate or not."""
+
+    def compute(model, x, timestep, text, label):
+        hidden = x + model.site(torch.tanh(x))
+        branch = model.other(torch.sin(hidden))
+        return hidden + (label.unsqueeze(1) * branch if gated else branch)
+
+    toy = Toy(compute).eval()
+    toy.other = Passage()
+    return trace(toy, dataclasses.replace(TOY, sites=("site", "other")), FLOAT32)
+
+
+def test_branches_without_a_gate_share_one_buffer():
+    pieces = split(two_branches(gated=False), "module", "snapshots", 1)
+    assert list(pieces.sites) == ["ungated"]
+    x, history, weights = torch.randn(2, 5, 4), torch.randn(2, 2, 5, 4), torch.tensor([-1.5, 2.5])
+    noise_pred, stored = pieces.full.module(x)
+    hidden = x + torch.tanh(x)
+    torch.testing.assert_close(stored, torch.tanh(x) + torch.sin(hidden), rtol=0, atol=8 * 2**-24)
+    torch.testing.assert_close(noise_pred, hidden + torch.sin(hidden), rtol=0, atol=8 * 2**-24)
+    (forecast,) = pieces.forecast.module(x, weights, history)
+    expected = x + weights[0] * history[0] + weights[1] * history[1]
+    assert (forecast - expected).abs().max() <= 16 * 2**-24 * (
+        weights.abs().sum() * history.abs().max() + x.abs().max()
+    )
+
+
+def test_a_branch_with_a_gate_keeps_its_own_buffer():
+    pieces = split(two_branches(gated=True), "module", "snapshots", 1)
+    assert list(pieces.sites) == ["site", "other"]

@@ -15,21 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from contestants import HOOKS, ROOT, Case, Loop, hook_schedule
+from contestants import HOOKS, Case, Loop, hook_schedule
+from record import RESULTS, circumstances, write_record
 from tqdm import tqdm
 
 from taylorseer_export.method import Plan
@@ -169,24 +164,6 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def circumstances(args: argparse.Namespace) -> dict[str, Any]:
-    """What the numbers depend on: machine, versions, commit, command line."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((s.split(":")[1].strip() for s in lines if s.startswith("model name")), platform.processor())
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit,
-        "uncommitted_changes": bool(changed), "python": platform.python_version(),
-        "versions": {n: version(n) for n in ("torch", "diffusers", "onnxruntime", "onnx", "onnxscript", "numpy")},
-        "cpu": cpu, "cores": len(os.sched_getaffinity(0)), "threads": args.threads,
-        "load": Path("/proc/loadavg").read_text().split()[0] if info.exists() else None,
-        "command": " ".join(["python", "tools/bench.py", *sys.argv[1:]]), "options": vars(args) | {"work": None},
-    }  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("mid-flux", "dit-xl"), default="mid-flux")
@@ -206,7 +183,7 @@ def main() -> None:
     parser.add_argument("--hook", nargs="*", choices=tuple(HOOKS), default=list(HOOKS), help="diffusers' TaylorSeer")
     parser.add_argument("--no-eager", action="store_true", help="leave out eager diffusers without a cache")
     parser.add_argument("--work", type=Path, help="keep exported engines here and reuse them; default: a new folder")
-    parser.add_argument("--out", type=Path, default=ROOT / "tools" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     flux = args.model == "mid-flux"
     args.interval = args.interval or (6 if flux else 4)
@@ -214,19 +191,16 @@ def main() -> None:
     args.order = args.order or ([1] if flux else [4])
     args.granularity = args.granularity or (["module", "residual", "last"] if flux else ["module", "residual"])
     args.batch = args.batch or (1 if flux else 2)
-    where = circumstances(args)
+    where = circumstances() | {"threads": args.threads}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         result = bench(args, folder)
     print(f"{args.model}, plan {result['plan']}, {where['cpu']}, {args.threads} threads, {where['date']}")
     print(table(result))
-    text = json.dumps(where | result, default=str)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"bench_{args.model}_{where['date'].replace(':', '').replace('+0000', 'Z')}.json"
-    path.write_text(json.dumps(json.loads(text), indent=1) + "\n", encoding="utf-8")
-    print(path)
-    print(text)
+    record = where | result
+    print(write_record(f"bench-{args.model}", record, args.out))
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,48 @@ def demo_table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {"demo": demo_table}
+def quality_table(record: Mapping[str, Any]) -> str:
+    """PSNR of `tools/quality.py` at order 2 and 0, and the state that each granularity keeps per picture."""
+    columns = [("module", 0), ("module", 2), ("residual", 2), ("last", 2)]
+    heads = [f"{granularity}, order {order}" for granularity, order in columns]
+    lines = [
+        f"| model | full steps | fewer steps | {' | '.join(heads)} |",
+        f"|---|--:|--:|{'--:|' * len(columns)}",
+    ]
+    for family, model in record["models"].items():
+        found = {(r["granularity"], r["order"], r["full_steps"]): r for r in model["rows"]}
+        for full in sorted({r["full_steps"] for r in model["rows"] if r["granularity"]}, reverse=True):
+            cells = [f"{found[granularity, order, full]['psnr']:.1f}" for granularity, order in columns]
+            baseline = found[None, None, full]["psnr"]
+            lines.append(f"| {family} | {full} of 50 | {baseline:.1f} | {' | '.join(cells)} |")
+        state = [f"{found[g, o, 10]['state_bytes'] / 1e3:.0f} KB" for g, o in columns]
+        lines.append(f"| {family} | state per picture | | {' | '.join(state)} |")
+    return "\n".join(lines)
+
+
+def bench_table(record: Mapping[str, Any]) -> str:
+    """Rows of `tools/bench.py`: our engines, then what they are compared with."""
+    lines = [
+        "| 50-step loop | full ms | forecast ms | loop s | of its own all-full loop | efficiency | state MB |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for e in record["engines"]:
+        forecast = e["forecast_ms"]["p50"]
+        lines.append(
+            f"| {e['granularity']}, order {e['order']} | {e['full_ms']['p50']:.0f} | {forecast:.1f} | "
+            f"{e['loop_ms'] / 1e3:.1f} | {e['speedup']:.2f}x of {e['ideal_speedup']:.2f}x | {e['efficiency']:.3f} | "
+            f"{e['state_bytes'] / 1e6:.0f} |"
+        )
+    for name, o in record["others"].items():
+        lines.append(f"| {name} | {o['step_ms']['p50']:.0f} | | {o['loop_ms'] / 1e3:.1f} | | | |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "demo": demo_table,
+    "quality": quality_table,
+    "bench-mid-flux": bench_table,
+}
 
 
 def main() -> int:

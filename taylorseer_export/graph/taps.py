@@ -60,7 +60,7 @@ def tapped(model: nn.Module, family: Family) -> Iterator[tuple[str, ...]]:
             if not names:
                 raise ExportError(
                     f"site pattern is `{pattern}`, expected it to match a module of {type(model).__name__}; "
-                    f"compare with `python -c` listing of model.named_modules() and mend families/{family.name}.py"
+                    f"compare it with model.named_modules() and mend families/{family.name}.py"
                 )
             for name in names:
                 hooks.callback(modules[name].register_forward_hook(_output_hook(tap, name)).remove)

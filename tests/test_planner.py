@@ -311,7 +311,7 @@ def test_slots_without_a_budget_are_refused(flux):
 def test_inspect_lists_state_and_gain_per_order_from_the_manifest(drafts):
     manifest = describe(drafts("dit", layout="derivatives", order=1), "x")
     rows = orders(manifest)
-    entry = 2 * 6 * 16 * 32 * 4
+    entry = 2 * 2 * 6 * 16 * 32 * 4  # two sets of buffers, a batch of two for guidance, six sites
     assert f"0: {entry / 1e3:.2f} KB, gain 1.0" in rows and f"4: {5 * entry / 1e3:.2f} KB" in rows
     assert len(rows.splitlines()) == 2
 

@@ -80,19 +80,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-class ConfigOnly(Checkpoint):
-    """A checkpoint of which only the config is at hand: it has a skeleton and no tensors."""
-
-    def _check_tensors(self, model: torch.nn.Module) -> None:
-        """There are none to check."""
-
-
 def describe(name: str, precision: str, on_split: Any) -> dict[str, Any]:
     """Every number of one model; `on_split` is called after each trace or split."""
     model = MODELS[name]
     family, sizes, dtype = FAMILIES[model["family"]], model["sizes"], PRECISIONS[precision]
     began = time.perf_counter()
-    skeleton = ConfigOnly(name, family, Path(name), dict(model["config"]), {}).skeleton(dtype)
+    skeleton = Checkpoint(name, family, Path(name), dict(model["config"]), {}, weightless=True).skeleton(dtype)
     parameters = sum(p.numel() for p in skeleton.parameters())
     traced = trace(skeleton, family, dtype)
     trace_s = time.perf_counter() - began

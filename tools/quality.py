@@ -71,7 +71,6 @@ class Row:
         state_bytes: Taylor buffers of one slot of one picture that this order needs.
         full_ms, forecast_ms: Median over the steps of a loop, for the whole batch; of each step the least over repeats.
         loop_ms: Prepare and all steps.
-        speedup: Of that loop over all-full on the same engines, dimensionless.
     """
 
     granularity: str | None
@@ -88,7 +87,6 @@ class Row:
     full_ms: float
     forecast_ms: float | None
     loop_ms: float
-    speedup: float
 
 
 @dataclass(frozen=True)
@@ -138,12 +136,11 @@ def compare(family: str, folder: Path, orders: tuple[int, ...], intervals: tuple
                 for case, made in zip(cases, results, strict=True):
                     made.append(sampling.sample(denoiser, request, case.plan, case.order, slot=slot))
                     bar.update()
-            all_full_ms = _loop_ms(results[0])
             for case, made in zip(cases, results, strict=True):
                 pictures = sampling.pictures(denoiser, request, made[0])
                 reference = reference or Reference(pictures, made[0].latents)
                 if case is not whole or not rows:
-                    rows.append(_row(case, made, pictures, reference, entry, all_full_ms))
+                    rows.append(_row(case, made, pictures, reference, entry))
             denoiser.close()
     return rows
 
@@ -153,13 +150,7 @@ def _fastest(results: list[sampling.Result]) -> np.ndarray:
     return np.array([result.milliseconds for result in results]).min(0)
 
 
-def _loop_ms(results: list[sampling.Result]) -> float:
-    return float(_fastest(results).sum() + min(result.prepare_ms for result in results))
-
-
-def _row(
-    case: Case, results: list[sampling.Result], made: np.ndarray, exact: Reference, entry: int, all_full_ms: float
-) -> Row:
+def _row(case: Case, results: list[sampling.Result], made: np.ndarray, exact: Reference, entry: int) -> Row:
     result = results[0]
     if result.executed != result.planned:
         raise SystemExit(f"the loop ran {result.executed}, expected {result.planned}")
@@ -182,13 +173,24 @@ def _row(
         state_bytes=0 if case.order is None else entry * (case.order + 1),
         full_ms=float(np.median(times[kinds == "F"])),
         forecast_ms=float(np.median(times[kinds == "."])) if "." in result.executed else None,
-        loop_ms=_loop_ms(results),
-        speedup=all_full_ms / _loop_ms(results),
+        loop_ms=float(times.sum() + min(result.prepare_ms for result in results)),
     )
 
 
 def _decibel(mean_square: float) -> float | None:
     return float(10 * np.log10(_WHITE**2 / mean_square)) if mean_square else None
+
+
+def speedup(row: Row, rows: list[Row]) -> float:
+    """Of the steps of a loop over as many full steps as all-full has, dimensionless.
+
+    Neither kind of step costs more at another order or interval on the same engines, so each is taken where it was
+    least disturbed: as the least among the rows of that granularity.
+    """
+    same = [r for r in rows if r.granularity == row.granularity]
+    full = min(r.full_ms for r in same)
+    forecast = min((r.forecast_ms for r in same if r.forecast_ms is not None), default=0.0)
+    return STEPS * full / (row.full_steps * full + (row.steps - row.full_steps) * forecast)
 
 
 def markdown(family: str, rows: list[Row]) -> str:
@@ -211,7 +213,7 @@ def markdown(family: str, rows: list[Row]) -> str:
             forecast = "" if row.forecast_ms is None else f"{row.forecast_ms:.2f}"
             cells = [f"{full} of {row.steps}", name, _cell(row.order), _cell(row.interval), psnr, f"{row.ssim:.3f}",
                      f"{bold}{row.latent_error:.4f}{bold}", size(row.state_bytes) if row.state_bytes else "",
-                     forecast, f"{row.speedup:.2f}x"]  # fmt: skip
+                     forecast, f"{speedup(row, rows):.2f}x"]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -36,7 +36,8 @@ def circumstances() -> dict[str, Any]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
-        "command": " ".join(["python", f"tools/{tool}", *sys.argv[1:]]),
+        # Folders of the machine it ran on say nothing to a reader.
+        "command": " ".join(["python", f"tools/{tool}", *[Path(a).name if a[0] == "/" else a for a in sys.argv[1:]]]),
     }
 
 

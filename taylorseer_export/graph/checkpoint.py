@@ -37,6 +37,7 @@ class Checkpoint:
         folder: The folder that holds config.json and the safetensors of the transformer.
         config: config.json without its private entries.
         files: Tensor name -> the safetensors file that holds it.
+        weightless: Whether this is a config alone, which can be traced and described but not written.
     """
 
     reference: str
@@ -44,6 +45,7 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     files: dict[str, Path]
+    weightless: bool = False
 
     @property
     def embedded(self) -> bool:
@@ -102,7 +104,8 @@ class Checkpoint:
                 f"{self.folder / 'config.json'} does not describe a {self.family.model_class} ({error}), expected its "
                 "diffusers config; download the checkpoint again"
             ) from error
-        self._check_tensors(model)
+        if not self.weightless:
+            self._check_tensors(model)
         fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         for module in model.modules():
             for name, parameter in module._parameters.items():
@@ -110,9 +113,9 @@ class Checkpoint:
                     kind = dtype if parameter.is_floating_point() else parameter.dtype
                     with fake:
                         module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=kind), False)
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    module._buffers[name] = buffer.to(dtype)
+        for name, buffer in model.named_buffers():  # those computed by the model keep the dtype it gave them
+            if name in self.files and buffer.is_floating_point():
+                buffer.data = buffer.data.to(dtype)
         return model
 
     def load(self, dtype: torch.dtype) -> nn.Module:

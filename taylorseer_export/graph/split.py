@@ -34,6 +34,7 @@ aten = torch.ops.aten
 Granularity = Literal["module", "residual", "last"]
 Layout = Literal["snapshots", "derivatives"]
 STEPS = "steps"
+_SUM = torch.float32  # sums and differences of snapshots; weights rounded to bfloat16 would not add up to 1
 UNGATED = "ungated"  # the site that all branches without a gate share
 
 # Operators that only move, repeat or cast data: cheaper to redo per step than to keep what they return.
@@ -70,8 +71,8 @@ def split(
         layout: `snapshots`: the full graph returns what it computed, and a ring keeps the last `order + 1`.
             `derivatives`: it reads the old differences and returns the new ones.
         order: Highest difference kept, dimensionless.
-        state_dtype: dtype of the Taylor buffers; the model's if left out. Sums and differences of a narrower state
-            are formed in float32.
+        state_dtype: dtype of the Taylor buffers; the model's if left out. Sums and differences over them are formed
+            in float32.
 
     Raises:
         ExportError: A size inside the graph cannot be computed from the inputs of a derived graph.
@@ -85,8 +86,6 @@ class _Splitter:
         self, trace: Trace, granularity: Granularity, layout: Layout, order: int, state_dtype: torch.dtype
     ) -> None:
         self.trace, self.layout, self.order, self.state_dtype = trace, layout, order, state_dtype
-        # A state of the model's own dtype is used as it is; anything narrower is widened for the arithmetic.
-        self.sum_dtype = trace.precision if state_dtype == trace.precision else torch.float32
         self.taps = trace.taps()
         self.times = binding_times(trace)
         self.noise_pred = trace.noise_pred
@@ -287,7 +286,7 @@ class _Splitter:
                     )
                 old = builder.placeholder(self._buffer(site, "taylor_in")) if self.order > 0 else None
                 value, shape = self._differences(builder, value, old, scales), (self.order + 1, *shape)
-            made_in = self.sum_dtype if self.layout == "derivatives" else self.trace.precision
+            made_in = _SUM if self.layout == "derivatives" else self.trace.precision
             value = _cast(builder, value, made_in, self.state_dtype)
             tensor = Tensor(name=f"taylor_out.{site}", dtype=_name(self.state_dtype), shape=shape, role="taylor_out")
             outputs.append((tensor, value))
@@ -295,13 +294,12 @@ class _Splitter:
 
     def _differences(self, builder: Builder, new: fx.Node, old: fx.Node | None, scales: fx.Node | None) -> fx.Node:
         """Stack of D'_0 = new and D'_(j+1) = scales[j] (D'_j - D_j), each of the shape of one snapshot."""
-        make, dtype = builder.graph.call_function, self.sum_dtype
-        differences = [_cast(builder, new, self.trace.precision, dtype)]
+        make = builder.graph.call_function
+        differences = [_cast(builder, new, self.trace.precision, _SUM)]
         for j in range(self.order):
-            scale = _cast(builder, make(aten.select.int, (scales, 0, j)), torch.float32, dtype)
-            before = _cast(builder, make(aten.select.int, (old, 0, j)), self.state_dtype, dtype)
+            before = _cast(builder, make(aten.select.int, (old, 0, j)), self.state_dtype, _SUM)
             change = make(aten.sub.Tensor, (differences[-1], before))
-            differences.append(make(aten.mul.Tensor, (change, scale)))
+            differences.append(make(aten.mul.Tensor, (change, make(aten.select.int, (scales, 0, j)))))
         return make(aten.stack.default, (differences,))
 
     def _forecast(self, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> Cut:
@@ -310,7 +308,6 @@ class _Splitter:
         self._bind_early(builder, early, tables)
         weights = builder.placeholder(Tensor(name="weights", dtype="float32", shape=(self.order + 1,), role="weights"))
         row = builder.graph.call_function(aten.unsqueeze.default, (weights, 0))
-        row = _cast(builder, row, torch.float32, self.sum_dtype)
         for site, nodes in self.cuts.items():
             value = self._weighted_sum(builder, row, builder.placeholder(self._buffer(site, "taylor_in")), nodes[0])
             if self.base is not None:
@@ -330,9 +327,9 @@ class _Splitter:
         The product reads every snapshot once and writes once, and its sums are formed in float32 by every engine.
         """
         make = builder.graph.call_function
-        entries = _cast(builder, make(aten.flatten.using_ints, (buffer, 1)), self.state_dtype, self.sum_dtype)
+        entries = _cast(builder, make(aten.flatten.using_ints, (buffer, 1)), self.state_dtype, _SUM)
         product = make(aten.matmul.default, (weights, entries))
-        product = _cast(builder, product, self.sum_dtype, self.trace.precision)
+        product = _cast(builder, product, _SUM, self.trace.precision)
         return make(aten.reshape.default, (product, [builder.size(s) for s in cut.meta["val"].shape]))
 
     def _buffer(self, site: str, role: Role) -> Tensor:

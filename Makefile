@@ -10,7 +10,7 @@ DONE := $(VENV)/.installed
 .PHONY: help .venv demo test bench clean
 
 help:
-	@echo 'make demo    export the embedded tiny models, sample with them, check them against the eager model'
+	@echo 'make demo    export the embedded tiny models, sample with and without forecasts, draw the pictures'
 	@echo 'make test    ruff, mypy and all tests'
 	@echo 'make bench   full, forecast and whole-loop times, beside the plan ceiling'
 	@echo 'make .venv   the environment alone (the others make it when it is missing or old)'

@@ -165,7 +165,7 @@ def _run(given: argparse.Namespace) -> int:
     count = max(len(given.label or ()), len(given.prompt or ()), len(given.seed))
     seeds = _spread("--seed", given.seed, count)
     if manifest.family == "dit":
-        labels = _spread("--label", given.label or list(range(10))[: max(count, 1)], count)
+        labels = _spread("--label", given.label or list(range(10))[:count], count)
         request = sampling.dit_request(denoiser, labels, seeds, given.guidance_scale)
         names = [f"label {label}" for label in labels]
     else:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from taylorseer_export.bundle.shapes import resolve
-from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import clock
 
@@ -59,16 +58,6 @@ def random_trajectory(
     angle = np.linspace(0, np.pi / 2, steps, dtype=np.float32).reshape(-1, *[1] * len(shape))
     latents = np.cos(angle) * start + np.sin(angle) * end
     return Trajectory(latents, clock(manifest, shape, steps).model_timesteps, conditioning)
-
-
-def check_sizes(denoiser: Denoiser, sizes: Mapping[str, int]) -> None:
-    """Refuse sizes outside the bundle's ranges with a `ConfigError`."""
-    for name, value in sizes.items():
-        allowed = denoiser.manifest.dimensions.get(name)
-        if allowed is not None and not allowed.minimum <= value <= allowed.maximum:
-            raise ConfigError(
-                f"size `{name}` is {value}, expected {allowed.minimum} to {allowed.maximum}; choose another size"
-            )
 
 
 def _positions(shape: tuple[int, ...]) -> np.ndarray:

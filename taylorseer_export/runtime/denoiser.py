@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -141,6 +141,14 @@ class Denoiser:
             )
 
 
+class _Prepared(NamedTuple):
+    """The prepare graph bound for one number of steps: `clock` `[S]` goes in, `tables` `[S, B, W]` come out."""
+
+    clock: Buffer
+    tables: dict[str, Buffer]
+    call: Call
+
+
 class Slot:
     """One request's memory: Taylor buffers, inputs, outputs, and the calls bound to them.
 
@@ -160,7 +168,7 @@ class Slot:
         # With derivatives a full step reads one set of buffers and writes the other.
         self._taylor = [self._taylor_buffers() for _ in range(2 if self._layout == "derivatives" else 1)]
         self._full_calls, self._forecast_calls = self._bind(full.inputs, full.outputs, forecast.inputs)
-        self._rows = [t.name for t in manifest.graphs["prepare"].outputs if t.role == "step"]
+        self._prepared: _Prepared | None = None
         self._steps: tuple[FullStep | ForecastStep, ...] = ()
         self._tables: dict[str, np.ndarray] = {}
         self._timesteps: np.ndarray | None = None
@@ -299,16 +307,21 @@ class Slot:
 
     def _prepare(self, timesteps: np.ndarray) -> dict[str, np.ndarray]:
         """Run the prepare graph; request values land in place, tables `[S, B, W]` come back to the host."""
-        graph = self.denoiser.manifest.graphs["prepare"]
-        sizes = {**self.sizes, "steps": len(timesteps)}
-        clock = self._runner.buffer((len(timesteps),), self.denoiser.timestep.dtype)
-        clock.write(timesteps)
-        tables = {n: self._runner.buffer(resolve(_named(graph.outputs, n).shape, sizes), _named(graph.outputs, n).dtype)
-                  for n in self._rows}  # fmt: skip
+        if self._prepared is None or self._prepared.clock.shape != timesteps.shape:
+            self._prepared = self._bind_prepare(len(timesteps))
+        self._prepared.clock.write(timesteps)
+        self._prepared.call()
+        return {name: table.read() for name, table in self._prepared.tables.items()}
+
+    def _bind_prepare(self, steps: int) -> _Prepared:
+        """Bind the prepare graph for `steps` timesteps; kept until a request of another length comes."""
+        graph, sizes = self.denoiser.manifest.graphs["prepare"], {**self.sizes, "steps": steps}
+        clock = self._runner.buffer((steps,), self.denoiser.timestep.dtype)
+        rows = [t for t in graph.outputs if t.role == "step"]
+        tables = {t.name: self._runner.buffer(resolve(t.shape, sizes), t.dtype) for t in rows}
         inputs = {t.name: clock if t.role == "step" else self._buffers[t.name] for t in graph.inputs}
         outputs = {t.name: tables[t.name] if t.role == "step" else self._buffers[t.name] for t in graph.outputs}
-        self._runner.bind("prepare", inputs, outputs)()
-        return {name: table.read() for name, table in tables.items()}
+        return _Prepared(clock, tables, self._runner.bind("prepare", inputs, outputs))
 
     def _write_rows(self, number: int, timestep: float | None) -> None:
         if self._timesteps is None:
@@ -325,8 +338,8 @@ class Slot:
                     "start() when they are not known ahead"
                 )
             tables, row = self._tables, number
-        for name in self._rows:
-            self._buffers[name].write(tables[name][row])
+        for name, table in tables.items():
+            self._buffers[name].write(table[row])
 
 
 def _checked(tensor: Tensor, values: Any, when: str = "") -> np.ndarray:
@@ -359,10 +372,6 @@ def _only(tensors: Sequence[Tensor], role: str) -> Tensor:
     if len(found) != 1:
         raise BundleError(f"manifest has {len(found)} inputs of role `{role}`, expected 1; export again")
     return found[0]
-
-
-def _named(tensors: Sequence[Tensor], name: str) -> Tensor:
-    return next(t for t in tensors if t.name == name)
 
 
 def _site(tensor: Tensor) -> str:

@@ -111,6 +111,7 @@ def sample(
         latents = scheduler.step(torch.from_numpy(prediction), timestep, latents, return_dict=False)[0]
         if on_step:
             on_step(step)
+    assert slot.executed == str(plan), "bug in taylorseer-export: the steps that ran are not those planned"
     return Result(latents.numpy(), str(plan), slot.executed, tuple(milliseconds), prepare_ms)
 
 

@@ -1,0 +1,35 @@
+"""`bench`: a plan against the same engine computing every step."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from taylorseer_export.commands.terminal import open_denoiser, plan_of, progress
+from taylorseer_export.options import bundle_options, plan_options, whole
+
+SUMMARY = "Time a plan against the same engine computing every step."
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    bundle_options(parser)
+    plan_options(parser)
+    parser.add_argument("--repeats", type=whole(1), default=3, help="counted pairs of loops (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+
+def run(given: argparse.Namespace) -> int:
+    """The command itself; returns the exit code."""
+    from taylorseer_export.report import bench
+
+    denoiser = open_denoiser(given)
+    plan = plan_of(denoiser, given)
+    with progress("loops", 2 * (given.repeats + 1), quiet=given.json) as advance:
+        done = iter(range(1, 2 * (given.repeats + 1) + 1))
+        record = bench.bench(
+            denoiser, plan, given.order, repeats=given.repeats,
+            on_loop=lambda: advance(next(done), 2 * (given.repeats + 1)),
+        )  # fmt: skip
+    print(json.dumps(record) if given.json else bench.table(record))
+    return 0

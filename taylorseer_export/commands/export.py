@@ -1,0 +1,164 @@
+"""The families: export a model as a bundle of engines."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from taylorseer_export.commands.terminal import need, progress, stages
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.family import Family
+from taylorseer_export.options import PROGRAM, memory, size, whole
+
+
+def options(parser: argparse.ArgumentParser, family: Family) -> None:
+    """Its options, with the family's defaults."""
+    default = family.defaults
+    what = parser.add_argument_group("what to export")
+    what.add_argument("--model", metavar="REF", help="diffusers folder or hub id (default: the embedded tiny model)")
+    what.add_argument(
+        "--size", metavar="HxW", type=size, help="picture in pixels; makes the bundle static (default: any)"
+    )
+    what.add_argument("--latent-size", metavar="HxW", type=size, help="the same in latent pixels (default: any)")
+    what.add_argument("--batch", metavar="B", type=whole(1), help="samples per call of the transformer (default: any)")
+    what.add_argument("--name", help="name of the bundle (default: the model's)")
+    how = parser.add_argument_group("how to forecast")
+    how.add_argument(
+        "--order",
+        "--max-order",
+        type=whole(0, 4),
+        default=default.order,
+        help="highest order kept, 0 to 4, dimensionless (default: %(default)s)",
+    )
+    how.add_argument(
+        "--interval",
+        "--cache-interval",
+        type=whole(1),
+        default=default.interval,
+        help="steps from one full step to the next (default: %(default)s)",
+    )
+    how.add_argument(
+        "--warmup",
+        "--warmup-steps",
+        type=whole(1),
+        default=default.warmup,
+        help="full steps at the start (default: %(default)s)",
+    )
+    how.add_argument(
+        "--steps",
+        type=whole(1, 1000),
+        default=default.steps,
+        help="denoising steps of the default plan (default: %(default)s)",
+    )
+    how.add_argument(
+        "--dialect",
+        choices=("original", "diffusers"),
+        default="original",
+        help="rule that places full steps after warm-up (default: %(default)s)",
+    )
+    how.add_argument(
+        "--state",
+        choices=("module", "residual", "last"),
+        help="granularity: what is forecast (default: module, or the best that fits --memory-budget)",
+    )
+    how.add_argument(
+        "--layout",
+        choices=("snapshots", "derivatives"),
+        help="what the Taylor buffers hold (default: snapshots, or the best that fits --memory-budget)",
+    )
+    how.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        type=memory,
+        help="memory for weights, Taylor buffers and step tables, like 24GiB; chooses --state and --layout "
+        "(default: no limit)",
+    )
+    how.add_argument(
+        "--slots",
+        metavar="N",
+        type=whole(1),
+        default=1,
+        help="requests that share the memory budget at one time (default: %(default)s)",
+    )
+    engine = parser.add_argument_group("what to build")
+    engine.add_argument("--engine", default="onnxruntime", help="kind of engine: onnxruntime (default: %(default)s)")
+    engine.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "bf16"),
+        default="fp32",
+        help="dtype of weights and arithmetic (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--state-dtype",
+        choices=("fp32", "fp16", "bf16"),
+        help="dtype of the Taylor buffers; sums over them stay float32 (default: the precision)",
+    )
+    engine.add_argument(
+        "--out", type=Path, default=Path("engines"), help="folder that gets <family>-<name>/ (default: %(default)s/)"
+    )
+    engine.add_argument("--dry-run", action="store_true", help="print the card and the memory table, write nothing")
+
+
+def run(family: Family, given: argparse.Namespace) -> int:
+    """Trace, split, build, write."""
+    if given.model is None:
+        print(
+            f"no --model: exporting the tiny {family.name} embedded in this package; "
+            f"for the real one: {PROGRAM} {family.name} --model {family.reference}"
+        )
+    need("export", "torch", "diffusers", "accelerate", "onnx", "onnxscript", "onnxruntime")
+    from taylorseer_export.build import export
+    from taylorseer_export.graph.checkpoint import open_checkpoint
+    from taylorseer_export.report import planner
+    from taylorseer_export.report.card import card
+
+    checkpoint = open_checkpoint(given.model, family)
+    options = export.Options(
+        order=given.order,
+        interval=given.interval,
+        warmup=given.warmup,
+        steps=given.steps,
+        dialect=given.dialect,
+        granularity=given.state or export.Options.granularity,
+        layout=given.layout or export.Options.layout,
+        engine=given.engine,
+        precision=given.precision,
+        state_dtype=given.state_dtype,
+        latent_size=_latent_size(given, checkpoint.latent_scale),
+        batch=given.batch,
+    )
+    export.check_options(options)
+    if given.slots > 1 and not (given.memory_budget or given.dry_run):
+        raise ConfigError(f"--slots is {given.slots} without a budget, expected --memory-budget too; add it")
+    name = given.name or ("tiny" if given.model is None else Path(given.model.rstrip("/")).name.lower())
+    with progress("tracing and splitting", 1) as advance:
+        traced = export.trace_model(checkpoint, options)
+        rows = planner.choices(traced, options) if given.memory_budget or given.dry_run else ()
+        advance(1, 1)
+    if given.memory_budget:
+        best = planner.choose(rows, given.memory_budget, options.order, given.slots, given.state, given.layout)
+        print(planner.reason(best, rows, given.memory_budget, given.slots, given.state, given.layout))
+        options = replace(options, granularity=best.granularity, layout=best.layout)
+    plan = export.draft(traced, options)
+    print(card(export.describe(plan, name)))
+    if given.dry_run:
+        print(planner.table(rows, given.slots))
+        return 0
+    with stages() as report:
+        folder = export.write_bundle(plan, given.out, name, report)
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"wrote {folder}/ ({written / 1e6:.1f} MB); next: {PROGRAM} run {folder}")
+    return 0
+
+
+def _latent_size(given: argparse.Namespace, scale: int) -> tuple[int, int] | None:
+    """(height, width) of the latent image; `scale` pixels make one latent pixel."""
+    if given.size and given.latent_size:
+        raise ConfigError("--size and --latent-size are both given, expected one of them; leave one out")
+    if given.latent_size or not given.size:
+        return given.latent_size
+    for label, value in zip(("height", "width"), given.size, strict=True):
+        if value % scale:
+            raise ConfigError(f"--size {label} is {value}, expected a multiple of {scale} (pixels); change it")
+    return given.size[0] // scale, given.size[1] // scale

@@ -1,0 +1,53 @@
+"""`replay`: given latents through a bundle, teacher-forced."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from taylorseer_export.commands.terminal import open_denoiser, progress, read_tensors, write_tensors
+from taylorseer_export.options import bundle_options, plan_options
+
+SUMMARY = "Run given latents through a bundle, teacher-forced and without a sampler."
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    bundle_options(parser)
+    plan_options(parser, steps=False)
+    parser.add_argument(
+        "--inputs", type=Path, required=True, help="safetensors: latents [S, ...], timestep [S], conditioning"
+    )
+    parser.add_argument("--outputs", type=Path, required=True, help="safetensors to write: noise_pred [S, ...]")
+
+
+def run(given: argparse.Namespace) -> int:
+    """The command itself; returns the exit code."""
+    import numpy as np
+
+    from taylorseer_export.errors import StepError
+
+    tensors = read_tensors(given.inputs)
+    for name in ("latents", "timestep"):
+        if name not in tensors:
+            raise StepError(
+                f"tensor `{name}` is missing in {given.inputs}, expected latents [S, ...] and timestep [S]; add it"
+            )
+    latents, timesteps = tensors.pop("latents"), tensors.pop("timestep")
+    if latents.ndim < 2 or timesteps.shape != (len(latents),):
+        raise StepError(
+            f"tensor `timestep` is {list(timesteps.shape)}, expected [{len(latents)}], one for each of the latents "
+            f"{list(latents.shape)}; give both the same first dimension"
+        )
+    denoiser = open_denoiser(given)
+    plan = denoiser.plan(given.plan, len(latents))
+    slot = denoiser.slot(denoiser.sizes(latents.shape[1:], tensors))
+    slot.start(tensors, plan, given.order, timesteps, given.form)
+    predictions = []
+    with progress("replaying", len(plan)) as advance:
+        for step, latent in enumerate(latents):
+            predictions.append(slot.step(latent))
+            advance(step + 1, len(plan))
+    write_tensors(given.outputs, {"noise_pred": np.stack(predictions)}, {"plan": slot.executed})
+    print(f"plan      {slot.executed}\nwrote     {given.outputs}")
+    return 0

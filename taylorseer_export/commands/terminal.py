@@ -1,0 +1,95 @@
+"""What several commands do on the terminal and around it: open a bundle, read and write tensors, show progress."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taylorseer_export.errors import ConfigError
+
+if TYPE_CHECKING:
+    from taylorseer_export.method import Plan
+    from taylorseer_export.runtime.denoiser import Denoiser
+
+
+def open_denoiser(given: argparse.Namespace) -> Denoiser:
+    from taylorseer_export.runtime.denoiser import load
+
+    return load(given.bundle, given.device, given.threads)
+
+
+def plan_of(denoiser: Denoiser, given: argparse.Namespace) -> Plan:
+    return denoiser.plan(given.plan, given.steps)
+
+
+def spread(name: str, values: list[Any], count: int) -> list[Any]:
+    """One value for every picture: as given, or one for all."""
+    if len(values) not in (1, count):
+        raise ConfigError(f"{name} has {len(values)} values, expected 1 or {count}; give one for each picture")
+    return values if len(values) == count else values * count
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is missing, expected a safetensors file; check --inputs") from error
+    except (SafetensorError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} is not readable ({error}), expected float32 safetensors; write it again") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Write whole or not at all."""
+    from safetensors.numpy import save_file
+
+    if not path.parent.is_dir():
+        raise ConfigError(f"folder {path.parent} is missing, expected it for {path.name}; create it")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def need(extra: str, *modules: str) -> None:
+    """Refuse early when an optional library is missing."""
+    from importlib.util import find_spec
+
+    for module in modules:
+        if find_spec(module) is None:
+            raise ConfigError(
+                f"{module} is not installed, expected it for this command; pip install 'taylorseer-export[{extra}]'"
+            )
+
+
+@contextmanager
+def progress(label: str, total: int, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error that appears once the work has taken half a second."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, leave=False, delay=0.5, disable=quiet or None, file=sys.stderr) as bar:
+
+        def advance(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        yield advance
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """The bar of an export: weights by bytes, then graphs by count."""
+    with progress("writing", 1) as advance:
+
+        def report(stage: str, done: int, total: int) -> None:
+            advance(done, total)
+
+        yield report

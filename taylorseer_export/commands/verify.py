@@ -1,0 +1,43 @@
+"""`verify`: parity with the eager model."""
+
+from __future__ import annotations
+
+import argparse
+
+from taylorseer_export.commands.terminal import need, open_denoiser, progress
+from taylorseer_export.options import bundle_options, whole
+
+SUMMARY = "Compare a bundle with the eager model, step by step; exit 1 on a broken bound."
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    bundle_options(parser)
+    parser.add_argument("--model", metavar="REF", help="the checkpoint (default: the one the bundle was made from)")
+    parser.add_argument(
+        "--steps", type=whole(1, 1000), default=16, help="denoising steps to compare (default: %(default)s)"
+    )
+
+
+def run(given: argparse.Namespace) -> int:
+    """The command itself; returns the exit code."""
+    need("export", "torch", "diffusers")
+    from taylorseer_export.report import inputs, verify
+
+    denoiser = open_denoiser(given)
+    checkpoint = verify.checkpoint_of(denoiser, given.model)
+    data = inputs.random_trajectory(denoiser, given.steps)
+    total = len(verify.plans(denoiser, given.steps))
+    done = 0
+    with progress("comparing", total) as advance:
+
+        def on_plan(result: verify.Parity) -> None:
+            nonlocal done
+            done += 1
+            advance(done, total)
+            seen = max(result.seen)
+            print(f"{result.plan}  order {result.order}  differs by {seen:.1e}, {result.ratio:.2f} of its bound")
+
+        verify.verify(denoiser, checkpoint, data, on_plan)
+    print(f"{denoiser.manifest.family}-{denoiser.manifest.name} equals the eager model within its bounds")
+    return 0

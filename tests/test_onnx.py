@@ -11,7 +11,7 @@ import torch
 from conftest import BUNDLES
 from safetensors import safe_open
 
-from taylorseer_export.build.export import OPSET
+from taylorseer_export.build.onnx import OPSET
 from taylorseer_export.build.weights import WEIGHTS, write_weights
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import open_bundle

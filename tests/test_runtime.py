@@ -504,7 +504,7 @@ def test_a_request_of_another_size_than_the_slot(eager, tiny):
 
 
 def buffer_at(memory, begin, size):
-    return HostBuffer(memory[begin : begin + size])
+    return HostBuffer(memory[begin : begin + size], "uint8")
 
 
 def contract(inputs, outputs):

@@ -6,19 +6,19 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from taylorseer_export.build.onnx import OPSET, write_onnx
-from taylorseer_export.build.weights import WEIGHTS, write_weights
+from taylorseer_export.build.engines import Progress, builder, check_engine
+from taylorseer_export.build.weights import WEIGHTS, Stored, write_weights
 from taylorseer_export.bundle.manifest import (
     MANIFEST,
     Dimension,
-    Engine,
     File,
     Graph,
     Manifest,
@@ -29,7 +29,7 @@ from taylorseer_export.bundle.manifest import (
     State,
 )
 from taylorseer_export.bundle.store import hash_files, writing
-from taylorseer_export.errors import BuildError, ConfigError
+from taylorseer_export.errors import ConfigError
 from taylorseer_export.graph.checkpoint import Checkpoint
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.split import Granularity, Layout, Split, split
@@ -38,8 +38,6 @@ from taylorseer_export.method import Plan
 from taylorseer_export.method.plan import Dialect
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ENGINES = ("onnxruntime",)
-Progress = Callable[[str, int, int], object]
 _MOST_STEPS = 1000
 
 
@@ -53,6 +51,8 @@ class Options:
         granularity: What is forecast: `module`, `residual` or `last`.
         layout: What the Taylor buffers hold: `snapshots` or `derivatives`.
         engine: Kind of engine.
+        engine_options: Options that only some kinds of engine take, by their name on the command line.
+        device: `cpu` or `cuda`, where the engines are to run; None takes what the kind of engine serves best.
         precision: `fp32`, `fp16` or `bf16`.
         state_dtype: The same for the Taylor buffers; None takes the precision. Arithmetic on them is float32.
         latent_size: (height, width) of the latent image; None accepts the family's range.
@@ -67,6 +67,8 @@ class Options:
     granularity: Granularity = "module"
     layout: Layout = "snapshots"
     engine: str = "onnxruntime"
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
     precision: str = "fp32"
     state_dtype: str | None = None
     latent_size: tuple[int, int] | None = None
@@ -120,8 +122,26 @@ class Draft:
     def contract(self, cut: Cut) -> Graph:
         """The I/O contract of one graph, as the manifest holds it."""
         return Graph(
-            file=graph_file(cut), inputs=cut.inputs, outputs=cut.outputs, weights_bytes=self.weights_bytes(cut)
+            file=builder(self.options.engine).graph_file(cut.name),
+            inputs=cut.inputs,
+            outputs=cut.outputs,
+            weights_bytes=self.weights_bytes(cut),
         )
+
+    def read(self, name: str) -> torch.Tensor:
+        """A stored tensor as the checkpoint, or the model itself, has it."""
+        return self.buffers[name] if name in self.buffers else self.checkpoint.tensor(name)
+
+    def write_weights(self, folder: Path, progress: Progress) -> dict[str, Stored]:
+        """Write every weight that some graph reads into the bundle's one weights file."""
+        total, done = self.weights_bytes(), 0
+
+        def count(size: int) -> None:
+            nonlocal done
+            done += size
+            progress("weights", done, total)
+
+        return write_weights(folder / WEIGHTS, self.stored, self.read, count)
 
     def weights_bytes(self, cut: Cut | None = None) -> int:
         """Bytes of the weights of one graph, or of the bundle."""
@@ -138,16 +158,7 @@ def check_options(options: Options) -> None:
     options.plan()
     if not 0 <= options.order <= 4:
         raise ConfigError(f"--order is {options.order}, expected 0 to 4 (dimensionless); the paper uses 1 to 4")
-    if options.engine not in ENGINES:
-        raise ConfigError(
-            f"--engine is {options.engine}, expected one this version builds ({', '.join(ENGINES)}); "
-            "use --engine onnxruntime"
-        )
-    if options.precision != "fp32":
-        raise ConfigError(
-            f"--precision is {options.precision}, expected fp32 for --engine onnxruntime, whose CPU kernels have no "
-            "other matrix product; leave --precision out"
-        )
+    check_engine(options)
     if options.batch is not None and options.batch < 1:
         raise ConfigError(f"--batch is {options.batch}, expected at least 1 (samples); leave it out for any batch")
 
@@ -232,26 +243,10 @@ def write_bundle(plan: Draft, out: Path, name: str, progress: Progress | None = 
         BuildError: A graph has no form in this engine.
         BundleError: The disk is full.
     """
-    say = progress or (lambda *_: None)
     checkpoint = plan.checkpoint
     target = out / f"{checkpoint.family.name}-{name}"
-    total = plan.weights_bytes()
-    done = 0
-
-    def count(size: int) -> None:
-        nonlocal done
-        done += size
-        say("weights", done, total)
-
-    def read(tensor: str) -> torch.Tensor:
-        return plan.buffers[tensor] if tensor in plan.buffers else checkpoint.tensor(tensor)
-
-    with writing(target, total + (32 << 20)) as folder:
-        places = write_weights(folder / WEIGHTS, plan.stored, read, count)
-        for k, cut in enumerate(plan.split.graphs):
-            say("graphs", k, len(plan.split.graphs))
-            write_onnx(cut, {**plan.sizes, "steps": None}, places, folder / graph_file(cut))
-        say("graphs", len(plan.split.graphs), len(plan.split.graphs))
+    with writing(target, plan.weights_bytes() + (32 << 20)) as folder:
+        builder(plan.options.engine).build(plan, folder, progress or (lambda *_: None))
         text = checkpoint.root / "text"
         if checkpoint.embedded and text.is_dir():
             shutil.copytree(text, folder / "text")
@@ -273,6 +268,7 @@ def describe(
     """
     checkpoint, options = plan.checkpoint, plan.options
     family = checkpoint.family
+    graphs = {cut.name: plan.contract(cut) for cut in plan.split.graphs}
     return Manifest(
         tool_version=tool_version(),
         family=family.name,
@@ -293,7 +289,7 @@ def describe(
             order=options.order,
             dtype=str(options.state_type()).removeprefix("torch."),  # type: ignore[arg-type]
         ),
-        graphs={cut.name: plan.contract(cut) for cut in plan.split.graphs},  # type: ignore[misc]
+        graphs=graphs,  # type: ignore[arg-type]
         plan=PlanDefaults(
             steps=options.steps,
             interval=options.interval,
@@ -303,19 +299,10 @@ def describe(
             text=str(options.plan()),
         ),
         sampling=_sampling(checkpoint),
-        engine=Engine(
-            kind="onnxruntime",
-            versions=library_versions("onnxruntime", "onnx", "torch", "diffusers"),
-            device={"devices": "cpu cuda", "opset": str(OPSET)},
-        ),
-        files=dict(files or {graph_file(cut): File(sha256="0" * 64, size=0) for cut in plan.split.graphs}),
+        engine=builder(options.engine).engine(options).model_copy(update={"options": _texts(options.engine_options)}),
+        files=dict(files or {graph.file: File(sha256="0" * 64, size=0) for graph in graphs.values()}),
         cache_key=_cache_key(weights_sha256, options),
     )
-
-
-def graph_file(cut: Cut) -> str:
-    """File name of a graph in its bundle."""
-    return f"{cut.name}.onnx"
 
 
 def tool_version() -> str:
@@ -324,21 +311,6 @@ def tool_version() -> str:
         return version("taylorseer-export")
     except PackageNotFoundError:
         return "0+source"
-
-
-def library_versions(*names: str) -> dict[str, str]:
-    """Exact installed version of each library.
-
-    Raises:
-        BuildError: One is not installed.
-    """
-    try:
-        return {name: version(name) for name in names}
-    except PackageNotFoundError as error:
-        raise BuildError(
-            f"{error.name} is not installed, expected it for --engine onnxruntime; "
-            "pip install 'taylorseer-export[export,onnxruntime]'"
-        ) from error
 
 
 def _dimensions(plan: Draft) -> dict[str, Dimension]:
@@ -366,12 +338,16 @@ def _sampling(checkpoint: Checkpoint) -> Sampling:
     )
 
 
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: "" if value is True else str(value) for name, value in values.items()}
+
+
 def _cache_key(weights_hash: str, options: Options) -> str:
     """Hash of everything the engines are made of; engines themselves are not reproducible bit by bit."""
     inputs = {
         "weights": weights_hash,
         "options": asdict(options),
         "tool": tool_version(),
-        "libraries": library_versions("onnxruntime", "onnx", "torch", "diffusers"),
+        "libraries": builder(options.engine).engine(options).versions,
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

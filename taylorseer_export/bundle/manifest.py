@@ -178,6 +178,9 @@ class Engine(_Part):
     )
     versions: dict[str, str] = Field(description="Exact version of each library, by its name.")
     device: dict[str, str] = Field(description="Limits of the device, such as its capability.")
+    options: dict[str, str] = Field(
+        default_factory=dict, description="Options of the build that only some kinds of engine take, by name."
+    )
 
 
 class File(_Part):
@@ -240,6 +243,30 @@ class Manifest(_Part):
         for graph in self.graphs.values():
             for tensor in (*graph.inputs, *graph.outputs):
                 yield tensor.name, tensor.shape
+
+    def command(self, device: str | None = None) -> str:
+        """The command that builds these engines again on the machine it is typed on; a fixed size is not repeated.
+
+        Args:
+            device: Where they are to run; as before if left out.
+        """
+        devices = self.engine.device.get("devices", "").split()
+        device = device or (devices[0] if len(devices) == 1 else None)
+        given = {
+            "model": None if self.model.embedded else self.model.reference,
+            "state": self.state.granularity,
+            "layout": self.state.layout,
+            "order": self.state.order,
+            "interval": self.plan.interval,
+            "warmup": self.plan.warmup,
+            "steps": self.plan.steps,
+            "engine": self.engine.kind,
+            "precision": self.precision,
+            "device": device,
+            **self.engine.options,
+        }
+        words = [f"--{name} {value}" for name, value in given.items() if value is not None]
+        return " ".join(["taylorseer-export", self.family, *words])
 
     def seal(self) -> "Manifest":
         """This manifest with the `digest` that its other fields have."""

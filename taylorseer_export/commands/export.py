@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from taylorseer_export.build.engines import ENGINES, add_options, given_options
 from taylorseer_export.commands.terminal import need, progress, stages
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Family
@@ -82,7 +83,12 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
         help="requests that share the memory budget at one time (default: %(default)s)",
     )
     engine = parser.add_argument_group("what to build")
-    engine.add_argument("--engine", default="onnxruntime", help="kind of engine: onnxruntime (default: %(default)s)")
+    engine.add_argument(
+        "--engine", default="onnxruntime", help=f"kind of engine: {', '.join(ENGINES)} (default: %(default)s)"
+    )
+    engine.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where the engines are to run (default: what the engine serves best)"
+    )
     engine.add_argument(
         "--precision",
         choices=("fp32", "fp16", "bf16"),
@@ -98,6 +104,7 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
         "--out", type=Path, default=Path("engines"), help="folder that gets <family>-<name>/ (default: %(default)s/)"
     )
     engine.add_argument("--dry-run", action="store_true", help="print the card and the memory table, write nothing")
+    add_options(parser)
 
 
 def run(family: Family, given: argparse.Namespace) -> int:
@@ -107,7 +114,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
             f"no --model: exporting the tiny {family.name} embedded in this package; "
             f"for the real one: {PROGRAM} {family.name} --model {family.reference}"
         )
-    need("export", "torch", "diffusers", "accelerate", "onnx", "onnxscript", "onnxruntime")
+    need("export", "torch", "diffusers", "accelerate")
     from taylorseer_export.build import export
     from taylorseer_export.graph.checkpoint import open_checkpoint
     from taylorseer_export.report import planner
@@ -123,6 +130,8 @@ def run(family: Family, given: argparse.Namespace) -> int:
         granularity=given.state or export.Options.granularity,
         layout=given.layout or export.Options.layout,
         engine=given.engine,
+        engine_options=given_options(given),
+        device=given.device,
         precision=given.precision,
         state_dtype=given.state_dtype,
         latent_size=_latent_size(given, checkpoint.latent_scale),

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Graph, Manifest, Tensor
+from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
 from taylorseer_export.errors import BundleError, StepError
 from taylorseer_export.method import Plan
 from taylorseer_export.method.weights import Form
-from taylorseer_export.runtime.runner import Buffer, Call, Runner
+from taylorseer_export.runtime.engines import open_runner
+from taylorseer_export.runtime.runner import Buffer, Call, Runner, host_dtype
 from taylorseer_export.runtime.schedule import ForecastStep, FullStep, schedule
 
 
@@ -38,28 +39,7 @@ def load(folder: str | Path, device: str = "cpu", threads: int = 0, progress: Pr
         BundleError: The bundle is missing, damaged, too new, or not for this machine.
     """
     bundle = open_bundle(Path(folder), progress)
-    return Denoiser(bundle.manifest, _runner(bundle, device, threads), bundle)
-
-
-def _runner(bundle: Bundle, device: str, threads: int) -> Runner:
-    manifest = bundle.manifest
-    graphs: dict[str, Graph] = dict(manifest.graphs.items())
-    files = {name: bundle.path(graph.file) for name, graph in graphs.items()}
-    devices = manifest.engine.device.get("devices", "cpu").split()
-    if device not in devices:
-        raise BundleError(
-            f"device is `{device}`, expected one that {bundle.folder} was built for ({', '.join(devices)}); "
-            "choose one of those, or export again"
-        )
-    if manifest.engine.kind == "onnxruntime":
-        from taylorseer_export.runtime.onnxruntime import OnnxRuntimeRunner, check_version
-
-        check_version(manifest.engine.versions.get("onnxruntime", "none"), bundle.folder)
-        return OnnxRuntimeRunner(files, graphs, device, threads)
-    raise BundleError(
-        f"{bundle.folder} holds engines of kind {manifest.engine.kind}, expected onnxruntime, the kind this version "
-        f"runs; export again with `taylorseer-export {manifest.family} --engine onnxruntime`"
-    )
+    return Denoiser(bundle.manifest, open_runner(bundle, device, threads), bundle)
 
 
 class Denoiser:
@@ -170,7 +150,7 @@ class Slot:
         self._full_calls, self._forecast_calls = self._bind(full.inputs, full.outputs, forecast.inputs)
         self._prepared: _Prepared | None = None
         self._steps: tuple[FullStep | ForecastStep, ...] = ()
-        self._tables: dict[str, np.ndarray] = {}
+        self._tables: dict[str, Buffer] = {}
         self._timesteps: np.ndarray | None = None
         self.plan: Plan | None = None
         self.executed = ""
@@ -305,13 +285,13 @@ class Slot:
 
     # Preparing -----------------------------------------------------------------------------------------------------
 
-    def _prepare(self, timesteps: np.ndarray) -> dict[str, np.ndarray]:
-        """Run the prepare graph; request values land in place, tables `[S, B, W]` come back to the host."""
+    def _prepare(self, timesteps: np.ndarray) -> dict[str, Buffer]:
+        """Run the prepare graph; request values land in place, tables `[S, B, W]` stay on the device."""
         if self._prepared is None or self._prepared.clock.shape != timesteps.shape:
             self._prepared = self._bind_prepare(len(timesteps))
         self._prepared.clock.write(timesteps)
         self._prepared.call()
-        return {name: table.read() for name, table in self._prepared.tables.items()}
+        return self._prepared.tables
 
     def _bind_prepare(self, steps: int) -> _Prepared:
         """Bind the prepare graph for `steps` timesteps; kept until a request of another length comes."""
@@ -339,13 +319,13 @@ class Slot:
                 )
             tables, row = self._tables, number
         for name, table in tables.items():
-            self._buffers[name].write(table[row])
+            self._buffers[name].copy(table.entry(row))
 
 
 def _checked(tensor: Tensor, values: Any, when: str = "") -> np.ndarray:
     """The values as an array of the contract's dtype, refused if they are not finite or would change kind."""
     array = np.asarray(values)
-    kind = np.dtype(tensor.dtype)
+    kind = host_dtype(tensor.dtype)
     whole = kind.kind in "iu"
     if array.dtype.kind not in ("iu" if whole else "iuf"):
         raise StepError(

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Graph
+from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.errors import BundleError, StepError
-from taylorseer_export.runtime.runner import Buffer, Call, check_binding
+from taylorseer_export.runtime.engines import check_version
+from taylorseer_export.runtime.runner import Buffer, Call, check_binding, host_dtype
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # On the CPU this fusion puts the last residual add and the final norm into one kernel that is slower than both.
@@ -20,18 +22,16 @@ _ONNX_BFLOAT16 = 16
 _ALIGNMENT = 256  # bytes; what TensorRT asks for, and a multiple of every cache line
 
 
-def check_version(built_with: str, folder: Path) -> None:
-    """Refuse a bundle whose graphs were made for another minor version of ONNX Runtime.
+def open_runner(bundle: Bundle, device: str, threads: int) -> OnnxRuntimeRunner:
+    """Load the graphs of a bundle.
 
     Raises:
-        BundleError: onnxruntime is not installed, or its major.minor differs.
+        BundleError: onnxruntime is not installed, of another minor version, has no such device, or refuses a file.
     """
-    onnxruntime = _library()
-    if built_with.split(".")[:2] != onnxruntime.__version__.split(".")[:2]:
-        raise BundleError(
-            f"onnxruntime is {onnxruntime.__version__}, expected {'.'.join(built_with.split('.')[:2])}.x, with which "
-            f"{folder} was built; pip install 'onnxruntime=={built_with}', or export again here"
-        )
+    check_version(bundle, "onnxruntime", _library().__version__, parts=2)
+    graphs: dict[str, Graph] = dict(bundle.manifest.graphs.items())
+    files = {name: bundle.path(graph.file) for name, graph in graphs.items()}
+    return OnnxRuntimeRunner(files, graphs, device, threads)
 
 
 def _library() -> Any:
@@ -145,10 +145,10 @@ def _storage(dtype: str) -> Any:
 
 
 class HostBuffer:
-    """A buffer in host memory, aligned for vector instructions; bfloat16 is held as its bits."""
+    """A buffer in host memory, aligned for vector instructions; bfloat16 is held as its bits, `[...]` of uint16."""
 
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
+    def __init__(self, array: np.ndarray, dtype: str) -> None:
+        self.array, self.dtype = array, dtype
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: str) -> HostBuffer:
@@ -156,7 +156,7 @@ class HostBuffer:
         size = math.prod(shape) * kind.itemsize
         memory = np.zeros(size + _ALIGNMENT, np.uint8)
         start = -memory.ctypes.data % _ALIGNMENT
-        return cls(memory[start : start + size].view(kind).reshape(shape))
+        return cls(memory[start : start + size].view(kind).reshape(shape), dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -171,49 +171,70 @@ class HostBuffer:
         return self.array.nbytes
 
     def entry(self, index: int) -> HostBuffer:
-        return HostBuffer(self.array[index])
+        return HostBuffer(self.array[index], self.dtype)
 
     def write(self, values: np.ndarray) -> None:
-        np.copyto(self.array, values, casting="same_kind")
+        np.copyto(self.array, to_bits(values) if self.dtype == "bfloat16" else values, casting="same_kind")
+
+    def copy(self, source: Buffer) -> None:
+        assert isinstance(source, HostBuffer), "bug in taylorseer-export: a foreign buffer"
+        np.copyto(self.array, source.array, casting="no")
 
     def clear(self) -> None:
         self.array.fill(0)
 
     def read(self) -> np.ndarray:
-        return self.array.copy()
+        return from_bits(self.array) if self.dtype == "bfloat16" else self.array.copy()
 
 
 class _DeviceBuffer:
     """A buffer in device memory, kept by an OrtValue; an entry is a window on it."""
 
-    def __init__(self, value: Any, dtype: Any, shape: tuple[int, ...], address: int) -> None:
-        self._value, self._dtype, self.shape, self.address = value, dtype, shape, address
+    def __init__(self, value: Any, dtype: str, shape: tuple[int, ...], address: int) -> None:
+        self._value, self.dtype, self.shape, self.address = value, dtype, shape, address
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: str, device: str) -> _DeviceBuffer:
         import onnxruntime
 
-        kind = _storage(dtype)
-        value = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, kind), device, 0)
-        return cls(value, kind, shape, value.data_ptr())
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, _storage(dtype)), device, 0)
+        return cls(value, dtype, shape, value.data_ptr())
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * int(self._dtype.itemsize)
+        return math.prod(self.shape) * int(_storage(self.dtype).itemsize)
 
     def entry(self, index: int) -> _DeviceBuffer:
         tail = self.shape[1:]
-        step = math.prod(tail) * self._dtype.itemsize
-        return _DeviceBuffer(self._value, self._dtype, tail, self.address + index * step)
+        step = math.prod(tail) * _storage(self.dtype).itemsize
+        return _DeviceBuffer(self._value, self.dtype, tail, self.address + index * step)
 
     def clear(self) -> None:
-        self.write(np.zeros((), self._dtype))
+        self.write(np.zeros((), host_dtype(self.dtype)))
 
     def write(self, values: np.ndarray) -> None:
         assert self.address == self._value.data_ptr(), "bug in taylorseer-export: a window is written from the host"
-        self._value.update_inplace(np.ascontiguousarray(np.broadcast_to(values, self.shape), self._dtype))
+        stored = to_bits(values) if self.dtype == "bfloat16" else values
+        self._value.update_inplace(np.ascontiguousarray(np.broadcast_to(stored, self.shape), _storage(self.dtype)))
+
+    def copy(self, source: Buffer) -> None:
+        self.write(source.read())
 
     def read(self) -> np.ndarray:
-        assert self.address == self._value.data_ptr(), "bug in taylorseer-export: a window is read by the host"
-        result: np.ndarray = self._value.numpy()
-        return result
+        whole: np.ndarray = self._value.numpy()
+        start = (self.address - self._value.data_ptr()) // _storage(self.dtype).itemsize
+        part = whole.reshape(-1)[start : start + math.prod(self.shape)].reshape(self.shape)
+        return from_bits(part) if self.dtype == "bfloat16" else part
+
+
+def to_bits(values: np.ndarray) -> np.ndarray:
+    """The upper half of float32 values, rounded to the nearest, ties to even: bfloat16 as uint16."""
+    wide = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = wide + (0x7FFF + ((wide >> 16) & 1)).astype(np.uint32)
+    bits = np.where(np.isnan(values), (wide >> 16) | 0x40, rounded >> 16)
+    return bits.astype(np.uint16).reshape(np.shape(values))
+
+
+def from_bits(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 as uint16 -> the same values as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

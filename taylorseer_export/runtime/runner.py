@@ -36,7 +36,11 @@ class Buffer(Protocol):
         ...
 
     def write(self, values: np.ndarray) -> None:
-        """Copy values from the host, broadcasting as numpy does."""
+        """Copy values from the host, broadcasting as numpy does; `host_dtype` says of which type."""
+        ...
+
+    def copy(self, source: Buffer) -> None:
+        """Copy a buffer of the same runner, shape and dtype; on a GPU in the order of the calls."""
         ...
 
     def clear(self) -> None:
@@ -44,7 +48,7 @@ class Buffer(Protocol):
         ...
 
     def read(self) -> np.ndarray:
-        """A copy on the host."""
+        """A copy on the host, of the type that `host_dtype` says."""
         ...
 
 
@@ -69,6 +73,11 @@ class Runner(Protocol):
     def close(self) -> None:
         """Release the engines."""
         ...
+
+
+def host_dtype(dtype: str) -> np.dtype:
+    """The numpy type of a tensor on the host: bfloat16, which numpy lacks, is float32 there."""
+    return np.dtype("float32" if dtype == "bfloat16" else dtype)
 
 
 def check_binding(graph: Graph, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:

@@ -1,0 +1,147 @@
+"""The kinds of engine: which file of this folder builds each, and the options that only some of them take.
+
+A builder is a module with the functions of `Builder`. It is imported when it is asked for, so that a machine without
+its library can build everything else; this file imports nothing heavy, because the command line lists the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from taylorseer_export.errors import BuildError, ConfigError
+
+if TYPE_CHECKING:
+    from taylorseer_export.build.export import Draft, Options
+    from taylorseer_export.bundle.manifest import Engine
+
+Progress = Callable[[str, int, int], object]
+
+
+class Builder(Protocol):
+    """What the module of one kind of engine offers."""
+
+    def check(self, options: Options) -> None:
+        """Refuse what this engine does not do: precision, device, values of its own options.
+
+        Raises:
+            ConfigError: Says what it does instead.
+        """
+
+    def engine(self, options: Options) -> Engine:
+        """What the engines are tied to: kind, exact versions, limits of the device.
+
+        Raises:
+            BuildError: A library is not installed.
+        """
+
+    def graph_file(self, graph: str) -> str:
+        """File of the bundle that holds the graph called `graph`; graphs may share one."""
+
+    def build(self, draft: Draft, folder: Path, progress: Progress) -> None:
+        """Write the files of all graphs, and the weights they read, into `folder`.
+
+        Raises:
+            BuildError: A graph has no form in this engine, or a tool that builds it is missing.
+        """
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option that only some kinds of engine take.
+
+    Attributes:
+        name: `gpu-arch`: `--gpu-arch` on the command line, and the key in `Options.engine_options`.
+        help: One line for `--help`, without the default.
+        parse: Text -> value, as argparse calls it; None for a flag without a value.
+        metavar: What stands for the value in `--help`.
+    """
+
+    name: str
+    help: str
+    parse: Callable[[str], Any] | None = str
+    metavar: str | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of engine: the module that builds it and the options that it takes besides those of every kind."""
+
+    module: str
+    options: tuple[Option, ...] = ()
+
+
+ENGINES: Mapping[str, Kind] = {
+    "onnxruntime": Kind("taylorseer_export.build.onnxruntime"),
+}
+
+
+def builder(kind: str) -> Builder:
+    """The builder of one kind of engine."""
+    return cast(Builder, import_module(ENGINES[kind].module))
+
+
+def check_engine(options: Options) -> None:
+    """Refuse an unknown kind of engine, an option of another kind, and what the builder of this kind refuses.
+
+    Raises:
+        ConfigError: Nothing is ever dropped in silence.
+    """
+    if options.engine not in ENGINES:
+        raise ConfigError(
+            f"--engine is {options.engine}, expected one this version builds ({', '.join(ENGINES)}); "
+            "use --engine onnxruntime"
+        )
+    taken = {option.name for option in ENGINES[options.engine].options}
+    for name in options.engine_options:
+        if name not in taken:
+            kinds = [kind for kind, entry in ENGINES.items() if name in {o.name for o in entry.options}]
+            raise ConfigError(
+                f"--{name} is given with --engine {options.engine}, expected it with {' or '.join(kinds) or 'none'} "
+                "alone; leave it out or choose another --engine"
+            )
+    builder(options.engine).check(options)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """One group of options for each set of kinds that share them."""
+    takers: dict[Option, list[str]] = {}
+    for kind, entry in ENGINES.items():
+        for option in entry.options:
+            takers.setdefault(option, []).append(kind)
+    groups: dict[str, Any] = {}
+    for option, kinds in takers.items():
+        title = f"for --engine {', '.join(kinds)}"
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        if option.parse is None:
+            group.add_argument(f"--{option.name}", action="store_true", default=None, help=option.help)
+        else:
+            group.add_argument(f"--{option.name}", type=option.parse, metavar=option.metavar, help=option.help)
+
+
+def given_options(given: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_options` that were given, whatever kind of engine they are for."""
+    names = {option.name for entry in ENGINES.values() for option in entry.options}
+    values = {name: getattr(given, name.replace("-", "_")) for name in sorted(names)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def library_versions(kind: str, *names: str) -> dict[str, str]:
+    """Exact installed version of each library that builds one kind of engine.
+
+    Raises:
+        BuildError: One is not installed.
+    """
+    try:
+        return {name: version(name) for name in names}
+    except PackageNotFoundError as error:
+        raise BuildError(
+            f"{error.name} is not installed, expected it for --engine {kind}; "
+            f"pip install 'taylorseer-export[export,{kind}]'"
+        ) from error

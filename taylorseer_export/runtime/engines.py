@@ -1,0 +1,68 @@
+"""Which runner serves which kind of engine, and the checks that come before any engine is touched.
+
+Each runner's module has `open_runner(bundle, device, threads)`. It checks what its engines are tied to (library and
+version, compute capability, driver) against this machine, and only then loads a file.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from taylorseer_export.bundle.store import Bundle
+from taylorseer_export.errors import BundleError
+from taylorseer_export.runtime.runner import Runner
+
+# Kind of engine -> the module that runs it.
+_RUNNERS = {
+    "onnxruntime": "taylorseer_export.runtime.onnxruntime",
+}
+
+
+def open_runner(bundle: Bundle, device: str = "cpu", threads: int = 0) -> Runner:
+    """Load the engines of a checked bundle.
+
+    Args:
+        bundle: The bundle.
+        device: `cpu` or `cuda`.
+        threads: CPU threads of each engine; 0 leaves it to the engine.
+
+    Raises:
+        BundleError: The engines are not for this device, machine or version; says how to rebuild them here.
+    """
+    engine = bundle.manifest.engine
+    if engine.kind not in _RUNNERS:
+        raise BundleError(
+            f"{bundle.folder} holds engines of kind {engine.kind}, expected one that this version runs "
+            f"({', '.join(_RUNNERS)}); export again with `taylorseer-export {bundle.manifest.family} "
+            "--engine onnxruntime`"
+        )
+    devices = engine.device.get("devices", "cpu").split()
+    if device not in devices:
+        raise BundleError(
+            f"device is `{device}`, expected one that {bundle.folder} was built for ({', '.join(devices)}); "
+            f"choose one of those, or export again with `{bundle.manifest.command(device)}`"
+        )
+    runner: Runner = import_module(_RUNNERS[engine.kind]).open_runner(bundle, device, threads)
+    return runner
+
+
+def check_version(bundle: Bundle, library: str, installed: str, parts: int = 3) -> None:
+    """Refuse engines built with another version of a library than is installed.
+
+    Args:
+        bundle: The bundle.
+        library: Name of the library, as `pip` and the manifest know it.
+        installed: Its version here.
+        parts: How many leading parts of the version must agree.
+
+    Raises:
+        BundleError: They differ.
+    """
+    built = bundle.manifest.engine.versions.get(library, "none")
+    wanted = built.split(".")[:parts]
+    if installed.split(".")[:parts] != wanted:
+        shown = built if parts >= len(built.split(".")) else f"{'.'.join(wanted)}.x"
+        raise BundleError(
+            f"{library} is {installed}, expected {shown}, with which {bundle.folder} was built; "
+            f"pip install '{library}=={built}', or export again here with `{bundle.manifest.command()}`"
+        )

@@ -1,0 +1,78 @@
+"""The kinds of engine: their options and checks, and one contract for every engine that runs on this machine."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taylorseer_export.build import engines
+from taylorseer_export.build.export import Options, check_options
+from taylorseer_export.errors import BuildError, ConfigError
+from taylorseer_export.runtime.onnxruntime import HostBuffer, from_bits, to_bits
+
+SHARED = engines.Option("level", "a level", int, "N")
+KINDS = {
+    "onnxruntime": engines.ENGINES["onnxruntime"],
+    "one": engines.Kind("none", (SHARED, engines.Option("flag", "a flag", None))),
+    "two": engines.Kind("none", (SHARED,)),
+}
+
+
+def options(**changes) -> Options:
+    return Options(order=1, interval=2, warmup=1, **changes)
+
+
+# Options
+
+
+def test_options_of_an_engine_reach_it_and_no_other(monkeypatch):
+    monkeypatch.setattr(engines, "ENGINES", KINDS)
+    parser = argparse.ArgumentParser()
+    engines.add_options(parser)
+    assert engines.given_options(parser.parse_args([])) == {}
+    assert engines.given_options(parser.parse_args(["--level", "3", "--flag"])) == {"level": 3, "flag": True}
+    assert "for --engine one, two:" in parser.format_help()
+    with pytest.raises(ConfigError, match="--level is given with --engine onnxruntime, expected it with one or two"):
+        check_options(options(engine_options={"level": 3}))
+    with pytest.raises(ConfigError, match="--flag is given with --engine two, expected it with one alone; leave it"):
+        check_options(options(engine="two", engine_options={"flag": True}))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_onnxruntime_computes_in_float32_on_the_cpu(precision):
+    with pytest.raises(ConfigError, match=f"--precision is {precision}, expected fp32 .* or add --device cuda"):
+        check_options(options(precision=precision))
+    with pytest.raises(ConfigError, match="expected fp32"):
+        check_options(options(precision=precision, device="cpu"))
+    check_options(options(precision=precision, device="cuda"))
+    assert engines.builder("onnxruntime").engine(options(device="cuda")).device["devices"] == "cuda"
+
+
+def test_a_missing_library_is_named():
+    with pytest.raises(
+        BuildError, match=r"no-such-library is not installed, .* --engine one; pip install"
+    ):
+        engines.library_versions("one", "no-such-library")
+
+
+# bfloat16 on the host
+
+
+@given(st.lists(st.floats(width=32), max_size=8))
+def test_bfloat16_rounds_as_torch_does(values):
+    values = np.array(values, np.float32)
+    expected = torch.from_numpy(values).bfloat16()
+    assert torch.equal(torch.from_numpy(from_bits(to_bits(values))).nan_to_num(7), expected.float().nan_to_num(7))
+
+
+def test_a_bfloat16_buffer_takes_and_gives_float32():
+    buffer, other = HostBuffer.zeros((2, 3), "bfloat16"), HostBuffer.zeros((2, 3), "bfloat16")
+    buffer.write(np.float32([1.0, 1.001, -2.5]))
+    assert buffer.read().dtype == np.float32
+    assert buffer.read().tolist() == [[1.0, 1.0, -2.5]] * 2
+    assert buffer.nbytes == 12
+    other.entry(1).copy(buffer.entry(0))
+    assert other.read().tolist() == [[0, 0, 0], [1.0, 1.0, -2.5]]

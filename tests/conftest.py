@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingf
 import pytest
 import torch
 from harness import FLOAT32, Tiny, eager_denoiser
-from tiny_models import dit_inputs, flux_inputs, tiny_dit, tiny_flux
+from tiny_models import dit_inputs, flux_inputs, kontext_inputs, tiny_dit, tiny_flux
 
 from taylorseer_export.build import export
 from taylorseer_export.families import FAMILIES
@@ -25,18 +25,23 @@ BUNDLES = {
     "plain": {"granularity": "last", "latent_size": (4, 6), "batch": 2},  # static but for the text
 }
 
+# Name -> (family, how its tiny model is built, inputs for it).
+MODELS = {
+    "flux": ("flux", tiny_flux, flux_inputs),
+    "plain": ("flux", lambda: tiny_flux(seed=1, guidance=False, double=1, single=1), flux_inputs),
+    "kontext": ("flux-kontext", lambda: tiny_flux(seed=2, double=1), kontext_inputs),
+    "dit": ("dit", tiny_dit, dit_inputs),
+}
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Name -> `Tiny`: `flux`, `plain` (a smaller FLUX without guidance) or `dit`, saved as diffusers does."""
+    """Name of `MODELS` -> `Tiny`, saved as diffusers does."""
 
     @cache
     def make(name):
-        if name == "dit":
-            family, model, inputs = "dit", tiny_dit(), dit_inputs
-        else:
-            model = tiny_flux() if name == "flux" else tiny_flux(seed=1, guidance=False, double=1, single=1)
-            family, inputs = "flux", flux_inputs
+        family, build, inputs = MODELS[name]
+        model = build()
         folder = tmp_path_factory.mktemp(name)
         model.save_pretrained(folder)
         return Tiny(family, model, folder, lambda steps, **sizes: inputs(model, steps, **sizes))

@@ -22,6 +22,7 @@ Source: Liu et al. 2025, arXiv:2503.06923, and a description of the algorithm; n
 
 import copy
 import re
+from collections.abc import Callable
 from fractions import Fraction
 from math import factorial, sqrt
 from typing import NamedTuple
@@ -31,12 +32,26 @@ import torch
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
+def plain(model, timestep, **inputs):
+    """noise_pred of a model that takes the bundle's inputs as they are."""
+    return model(timestep=timestep, return_dict=False, **inputs)[0]
+
+
+def flux(model, timestep, hidden_states, img_ids, image_latents=None, image_ids=None, **inputs):
+    """As FluxKontextPipeline: the rows of the conditioning image follow the latent's, and their result is dropped."""
+    if image_latents is None:
+        return plain(model, timestep, hidden_states=hidden_states, img_ids=img_ids, **inputs)
+    rows, ids = torch.cat([hidden_states, image_latents], 1), torch.cat([img_ids, image_ids])
+    return plain(model, timestep, hidden_states=rows, img_ids=ids, **inputs)[:, : hidden_states.shape[1]]
+
+
 class Family(NamedTuple):
     """What is tapped: (regex of module names, output elements or None for one tensor)."""
 
     sites: tuple[tuple[str, tuple[int, ...] | None], ...]
     first: str = "transformer_blocks.0"  # its hidden_states are the image embedding
     last: str = "norm_out"  # its first argument leaves the block stack, image rows only
+    call: Callable[..., torch.Tensor] = plain  # (model, timestep, **the bundle's inputs) -> noise_pred
 
 
 FAMILIES = {
@@ -45,7 +60,8 @@ FAMILIES = {
             (r"transformer_blocks\.\d+\.attn", (0, 1)),  # image, text
             (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
             (r"single_transformer_blocks\.\d+\.proj_out", None),  # text then image rows
-        )
+        ),
+        call=flux,
     ),
     "DiTTransformer2DModel": Family(((r"transformer_blocks\.\d+\.(attn1|ff)", None),)),
 }
@@ -87,6 +103,7 @@ class Oracle:
         self.start = max(len(plan) - len(plan.lstrip("F")) - 2, 0)
         self.series, self.embedding = {}, None
         family = FAMILIES[type(model).__name__]
+        self.call = family.call
         if granularity == "module":
             for name, module, elements in tapped(self.model):
                 module.register_forward_hook(self._site(name, elements))
@@ -128,7 +145,7 @@ class Oracle:
         rest = {"hidden_states": latent, **conditioning}
         rest = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in rest.items()}
         timestep = timestep.expand(latent.shape[0])  # the models cast it themselves
-        return self.model(timestep=timestep, return_dict=False, **rest)[0]
+        return self.call(self.model, timestep, **rest)
 
 
 def replay(model, latents, timestep, conditioning, plan, order, granularity="module", dtype=torch.float64):

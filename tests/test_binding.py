@@ -32,7 +32,6 @@ def of(times, target):
 def test_inputs_have_the_time_of_their_role(times):
     trace, found = times
     inputs = {n.target: found[n] for n in trace.module.graph.nodes if n.op == "placeholder"}
-    del inputs["return_dict"]
     assert inputs == {
         "hidden_states": Time.LATENT,
         "timestep": Time.STEP,

@@ -137,7 +137,7 @@ def test_numbers_stay_the_same(compute):
     toy, trace = narrowed(compute)
     for sizes in ({}, {"batch": 1, "image_tokens": 4, "text_tokens": 4}):
         inputs = toy_inputs(**sizes)
-        (seen,) = trace.module(**inputs, return_dict=False)
+        seen = trace.module(**inputs)
         assert_close(compute.__name__, seen, toy(**inputs)[0], NOTHING)
 
 
@@ -174,7 +174,7 @@ def test_two_blocks():
         return image_rows(x + label[:, None] * m.first(x), text)
 
     toy, trace = narrowed(two_blocks)
-    assert_close("two blocks", trace.module(**toy_inputs(), return_dict=False)[0], toy(**toy_inputs())[0], NOTHING)
+    assert_close("two blocks", trace.module(**toy_inputs()), toy(**toy_inputs())[0], NOTHING)
 
 
 def test_narrowing_twice_changes_nothing():

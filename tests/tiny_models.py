@@ -92,6 +92,17 @@ def flux_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0)
     return _trajectory(sigma, shape, rng), sigma, conditioning
 
 
+def kontext_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0, condition=(3, 5)):
+    """As `flux_inputs`, with the latent of a conditioning image of `condition` (height, width) tokens."""
+    latents, sigma, conditioning = flux_inputs(model, steps, batch, height, width, text_tokens, seed)
+    rng = torch.Generator().manual_seed(seed + 100)
+    count = condition[0] * condition[1]
+    ids = torch.ones(count, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(count) // condition[1], torch.arange(count) % condition[1]
+    image_latents = torch.randn(batch, count, model.config.in_channels, generator=rng)
+    return latents, sigma, {**conditioning, "image_latents": image_latents, "image_ids": ids}
+
+
 def tiny_dit(seed=0, layers=3, heads=2, head_dim=16, in_channels=4, sample_size=8, classes=10, sigma=True):
     """DiT on square latents, patch 2, float32, eval; sigma doubles the output channels."""
     return _randomised(

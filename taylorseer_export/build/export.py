@@ -335,6 +335,7 @@ def _sampling(checkpoint: Checkpoint) -> Sampling:
         config={key: value for key, value in config.items() if not key.startswith("_")},
         guidance=guidance,
         guidance_scale=checkpoint.card.get("guidance_scale") or family.guidance_scale,
+        timestep_divisor=family.timestep_divisor,
     )
 
 

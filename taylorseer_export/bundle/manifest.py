@@ -168,6 +168,9 @@ class Sampling(_Part):
         description="How guidance reaches the model: not at all, as an input, or as a second branch in the batch."
     )
     guidance_scale: float = Field(description="Default guidance scale, dimensionless.")
+    timestep_divisor: float = Field(
+        default=1.0, gt=0, description="What the scheduler's timestep is divided by for the transformer."
+    )
 
 
 class Engine(_Part):

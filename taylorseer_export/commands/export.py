@@ -109,11 +109,6 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
 
 def run(family: Family, given: argparse.Namespace) -> int:
     """Trace, split, build, write."""
-    if given.model is None:
-        print(
-            f"no --model: exporting the tiny {family.name} embedded in this package; "
-            f"for the real one: {PROGRAM} {family.name} --model {family.reference}"
-        )
     need("export", "torch", "diffusers", "accelerate")
     from taylorseer_export.build import export
     from taylorseer_export.graph.checkpoint import open_checkpoint
@@ -121,6 +116,11 @@ def run(family: Family, given: argparse.Namespace) -> int:
     from taylorseer_export.report.card import card
 
     checkpoint = open_checkpoint(given.model, family)
+    if given.model is None:
+        print(
+            f"no --model: exporting the tiny {family.name} embedded in this package; "
+            f"for the real one: {PROGRAM} {family.name} --model {family.reference}"
+        )
     options = export.Options(
         order=given.order,
         interval=given.interval,

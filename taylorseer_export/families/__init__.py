@@ -7,9 +7,9 @@ from difflib import get_close_matches
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.dit import DIT
 from taylorseer_export.families.family import Family
-from taylorseer_export.families.flux import FLUX
+from taylorseer_export.families.flux import FLUX, FLUX_KONTEXT
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (DIT, FLUX)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (DIT, FLUX, FLUX_KONTEXT)}
 
 
 def family_named(name: str) -> Family:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,6 +41,16 @@ class Defaults:
     order: int
 
 
+def call(model: Any, inputs: dict[str, Any]) -> Any:
+    """noise_pred of a model whose `forward` takes the declared inputs as they are."""
+    return model(**inputs, return_dict=False)[0]
+
+
+def as_it_is(model: Any) -> AbstractContextManager[object]:
+    """For a model that is traced without a change."""
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class Family:
     """A short declaration from which graphs, engines and the command line of one model family follow.
@@ -63,6 +74,11 @@ class Family:
         guidance_scale: The pipeline's default, dimensionless.
         latent_size: (height, width) of the latent image at the model's usual resolution.
         latent_scale: Pixels per latent pixel along each side.
+        timestep_divisor: What the scheduler's timestep is divided by before the transformer takes it, dimensionless.
+        forward: `(model, inputs) -> noise_pred`: how the declared inputs become a call of the model, where they are
+            not its arguments one by one. The trace and the eager reference of `verify` both call it this way.
+        patched: `model -> context manager` that puts parts of the model into a form that exports, equal to the
+            original, for the length of the trace.
     """
 
     name: str
@@ -81,3 +97,6 @@ class Family:
     guidance_scale: float
     latent_size: tuple[int, int]
     latent_scale: int = 8
+    timestep_divisor: float = 1.0
+    forward: Callable[[Any, dict[str, Any]], Any] = call
+    patched: Callable[[Any], AbstractContextManager[object]] = as_it_is

@@ -1,12 +1,17 @@
-"""FLUX.1 (dev, schnell): double blocks over image and text, then single blocks over both."""
+"""FLUX.1 (dev, schnell, Kontext): double blocks over image and text, then single blocks over both.
+
+Kontext is the same network on longer rows: the latent of the picture to be edited follows the noisy one, and what it
+returns for those rows is thrown away. Here both are separate inputs, so that the bundle knows which rows never change.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input
+from taylorseer_export.families.family import Defaults, Family, Input, call
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -22,8 +27,31 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
     )
 
 
+def _kontext_inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    return (
+        *_inputs(config),
+        Input("image_latents", ("batch", "condition_tokens", config["in_channels"]), "constant"),
+        Input("image_ids", ("condition_tokens", 3), "constant", "float32"),
+    )
+
+
+def _kontext(model: Any, inputs: dict[str, Any]) -> Any:
+    """The pipeline's `hidden_states` are (latents, image_latents), its `img_ids` (img_ids, image_ids)."""
+    import torch
+
+    rest = dict(inputs)
+    latents, ids = rest.pop("hidden_states"), rest.pop("img_ids")
+    rest["hidden_states"] = torch.cat([latents, rest.pop("image_latents")], 1)
+    rest["img_ids"] = torch.cat([ids, rest.pop("image_ids")])
+    return call(model, rest)[:, : latents.shape[1]]
+
+
 def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return {"batch": (1, 16), "image_tokens": (4, 16384), "text_tokens": (1, 512)}
+
+
+def _kontext_dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {**_dimensions(config), "condition_tokens": (4, 16384)}
 
 
 def _latent_sizes(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
@@ -56,4 +84,17 @@ FLUX = Family(
     guidance="embedded",
     guidance_scale=3.5,
     latent_size=(128, 128),
+    timestep_divisor=1000.0,
+)
+
+FLUX_KONTEXT = replace(
+    FLUX,
+    name="flux-kontext",
+    title="FLUX.1 Kontext",
+    reference="black-forest-labs/FLUX.1-Kontext-dev",
+    inputs=_kontext_inputs,
+    dimensions=_kontext_dimensions,
+    forward=_kontext,
+    defaults=Defaults(steps=50, interval=4, warmup=3, order=2),
+    guidance_scale=2.5,
 )

@@ -166,6 +166,11 @@ def open_checkpoint(reference: str | None, family: Family) -> Checkpoint:
     """
     if reference is None:
         folder = Path(__file__).parent.parent / "assets" / family.name
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"family {family.name} has no embedded model, expected --model; "
+                f"pass a diffusers folder or a hub id like {family.reference}"
+            )
         return _open_folder(EMBEDDED, family, folder)
     path = Path(reference).expanduser()
     if path.exists():

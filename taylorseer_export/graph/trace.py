@@ -6,7 +6,10 @@ when its graphs become engines, so there is one trace per model whatever the siz
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,16 +84,10 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in declared.items()}
     example = {i.name: example_tensor(i, sizes, precision) for i in inputs}
     dynamic = {i.name: {k: dims[s] for k, s in enumerate(i.shape) if isinstance(s, str)} for i in inputs}
-    with tapped(model, family) as sites, torch.no_grad(), warnings.catch_warnings():
+    with tapped(model, family) as sites, _called(model, family, inputs), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pytree deprecations inside torch.export, not ours to mend
         try:
-            program = torch.export.export(
-                model,
-                (),
-                {**example, "return_dict": False},
-                dynamic_shapes={**dynamic, "return_dict": None},
-                strict=False,
-            )
+            program = torch.export.export(model, (), example, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             raise ExportError(
                 f"{family.model_class} is not traceable with {', '.join(declared)} symbolic, expected a static graph; "
@@ -107,6 +104,25 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
         if isinstance(name, str)
     }
     return Trace(module, inputs, sites, names, sizes, precision, _fold_constants(module))
+
+
+@contextmanager
+def _called(model: nn.Module, family: Family, inputs: tuple[Input, ...]) -> Iterator[None]:
+    """For the length of the block, `model` takes the declared inputs, the way its family calls it."""
+
+    original = model.forward
+
+    def forward(**given: torch.Tensor) -> Any:
+        return family.forward(original, given)
+
+    names = [inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY) for spec in inputs]
+    forward.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]  # what torch.export binds by
+    with family.patched(model):
+        model.forward = forward
+        try:
+            yield
+        finally:
+            del model.forward
 
 
 def example_tensor(spec: Input, sizes: dict[str, int], precision: torch.dtype) -> torch.Tensor:

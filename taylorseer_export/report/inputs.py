@@ -50,7 +50,7 @@ def random_trajectory(
         if tensor.dtype == "int64":
             conditioning[name] = generator.integers(0, 2, shape)
         elif name.endswith("_ids"):
-            conditioning[name] = _positions(shape) if name == "img_ids" else np.zeros(shape, np.float32)
+            conditioning[name] = np.zeros(shape, np.float32) if name == "txt_ids" else _positions(shape)
         else:
             conditioning[name] = generator.standard_normal(shape).astype(np.float32)
     shape = resolve(denoiser.latent.shape, sizes)

@@ -134,6 +134,7 @@ class _Reference:
     def __init__(self, model: nn.Module, denoiser: Denoiser, plan: Plan, order: int) -> None:
         self.model, self.plan, self.order = model, plan, order
         self.family = family_named(denoiser.manifest.family)
+        self.latent, self.timestep = denoiser.latent.name, denoiser.timestep.name
         self.granularity = denoiser.manifest.state.granularity
         self.sites = [s.name for s in denoiser.manifest.sites] if self.granularity == "module" else []
         self.dtype = next(model.parameters()).dtype
@@ -146,13 +147,10 @@ class _Reference:
             value = torch.as_tensor(values)
             return value.to(self.dtype) if value.is_floating_point() else value
 
+        given = {self.latent: latent, self.timestep: np.full(len(latent), timestep, np.float32), **conditioning}
         with torch.no_grad():
-            result: Tensor = self.model(
-                hidden_states=tensor(latent),
-                timestep=tensor(np.full(len(latent), timestep, np.float32)),
-                **{name: tensor(value) for name, value in conditioning.items()},
-                return_dict=False,
-            )[0]
+            inputs = {name: tensor(value) for name, value in given.items()}
+            result: Tensor = self.family.forward(self.model, inputs)
         self.number += 1
         return result.double().numpy()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -85,9 +85,9 @@ def sample(
     """
     import torch
 
-    family = denoiser.manifest.family
-    scheduler = _scheduler(denoiser.manifest.sampling)
-    ticks = _CLOCKS[family](scheduler, request.latents.shape, len(plan))
+    sampling = denoiser.manifest.sampling
+    scheduler = _scheduler(sampling)
+    ticks = _clock(sampling, scheduler, request.latents.shape, len(plan))
     model_input = _doubled(request.latents) if request.guided else request.latents
     slot = slot or denoiser.slot(denoiser.sizes(model_input.shape, request.conditioning))
     began = time.perf_counter()
@@ -222,31 +222,25 @@ class Clock:
 
 def clock(manifest: Manifest, shape: tuple[int, ...], steps: int) -> Clock:
     """The timesteps of a loop of `steps` steps over latents of `shape`, by the bundle's own scheduler."""
-    return _CLOCKS[manifest.family](_scheduler(manifest.sampling), shape, steps)
+    return _clock(manifest.sampling, _scheduler(manifest.sampling), shape, steps)
 
 
-class _MakeClock(Protocol):
-    def __call__(self, scheduler: Any, shape: tuple[int, ...], steps: int) -> Clock: ...
+def _clock(sampling: Sampling, scheduler: Any, shape: tuple[int, ...], steps: int) -> Clock:
+    """As diffusers' pipelines do: flow schedulers take evenly spaced sigmas, all others the number of steps."""
+    if "FlowMatch" in type(scheduler).__name__:
+        mu = _shift(scheduler.config, shape) if scheduler.config.get("use_dynamic_shifting", False) else None
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), mu=mu)
+    else:
+        scheduler.set_timesteps(steps)
+    model_timesteps = scheduler.timesteps.numpy().astype(np.float32) / np.float32(sampling.timestep_divisor)
+    return Clock(scheduler.timesteps, model_timesteps)
 
 
-def _flow_clock(scheduler: Any, shape: tuple[int, ...], steps: int) -> Clock:
-    """As diffusers' FluxPipeline: evenly spaced sigmas, shifted by the number of image tokens where configured."""
-    sigmas = np.linspace(1.0, 1.0 / steps, steps)
-    mu = None
-    if scheduler.config.get("use_dynamic_shifting", False):
-        low, high = scheduler.config["base_image_seq_len"], scheduler.config["max_image_seq_len"]
-        slope = (scheduler.config["max_shift"] - scheduler.config["base_shift"]) / (high - low)
-        mu = scheduler.config["base_shift"] + slope * (shape[1] - low)
-    scheduler.set_timesteps(sigmas=sigmas, mu=mu)
-    return Clock(scheduler.timesteps, scheduler.timesteps.numpy().astype(np.float32) / 1000)
-
-
-def _ddim_clock(scheduler: Any, shape: tuple[int, ...], steps: int) -> Clock:
-    scheduler.set_timesteps(steps)
-    return Clock(scheduler.timesteps, scheduler.timesteps.numpy().astype(np.float32))
-
-
-_CLOCKS: dict[str, _MakeClock] = {"flux": _flow_clock, "dit": _ddim_clock}
+def _shift(config: Mapping[str, Any], shape: tuple[int, ...]) -> float:
+    """What FLUX's pipeline shifts the sigmas by: linear in the number of image tokens `[B, T, C]`."""
+    low, high = config["base_image_seq_len"], config["max_image_seq_len"]
+    slope = (config["max_shift"] - config["base_shift"]) / (high - low)
+    return float(config["base_shift"] + slope * (shape[1] - low))
 
 
 def _scheduler(sampling: Sampling) -> Any:

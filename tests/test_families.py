@@ -1,0 +1,143 @@
+"""Every family beyond FLUX and DiT, from one table: the numbers per step, and what a forecast step may read."""
+
+# Shapes: S steps, B batch
+
+from typing import NamedTuple
+
+import oracle
+import pytest
+import torch
+from harness import FLOAT32, allowed, as_arrays, begin, open_slot, run
+from oracle import assert_close
+
+from taylorseer_export import cli
+from taylorseer_export.bundle.shapes import names
+
+
+class Row(NamedTuple):
+    """What a test must know of a tiny model.
+
+    Attributes:
+        sizes: Sizes other than the usual ones: odd, another batch, more text than image tokens.
+        dead: Inputs that must not reach a forecast step; all others must.
+    """
+
+    sizes: tuple[dict, ...]
+    dead: frozenset[str]
+
+
+ROWS = {
+    "kontext": Row(
+        ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
+        frozenset({"encoder_hidden_states", "img_ids", "txt_ids", "image_latents", "image_ids"}),
+    ),
+}
+# Every granularity and every layout, not every pair of them: layouts differ behind the cut, granularities before it.
+PAIRS = (("module", "snapshots"), ("module", "derivatives"), ("residual", "derivatives"), ("last", "snapshots"))
+UNEVEN, ORDER = "FFF.F..F...F..", 2
+HEAVY = frozenset(
+    "scaled_dot_product_attention softmax topk gelu silu rms_norm sin cos cat embedding cumsum argsort".split()
+)
+
+
+@pytest.fixture(params=ROWS)
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize(("granularity", "layout"), PAIRS)
+def test_parity_with_the_oracle(eager, tiny, name, granularity, layout):
+    model, inputs = tiny(name).model, tiny(name).inputs(len(UNEVEN), batch=2)
+    reference = oracle.replay(model, *inputs, UNEVEN, ORDER, granularity)
+    seen = run(eager(name, granularity, layout), inputs, UNEVEN, ORDER)
+    assert_close(f"{name} {granularity}", seen, reference, allowed(model, reference, UNEVEN, ORDER))
+
+
+def test_the_parity_test_can_fail(eager, tiny, name):
+    model, inputs = tiny(name).model, tiny(name).inputs(len(UNEVEN), batch=2)
+    seen = run(eager(name), inputs, UNEVEN, ORDER)
+    for other in ((UNEVEN, 1, "module"), (UNEVEN, ORDER, "residual")):
+        reference = oracle.replay(model, *inputs, *other)
+        with pytest.raises(AssertionError, match="differs by"):
+            assert_close(str(other), seen, reference, allowed(model, reference, *other[:2]))
+
+
+def test_other_sizes(eager, tiny, name):
+    model = tiny(name).model
+    for sizes in ROWS[name].sizes:
+        inputs = tiny(name).inputs(5, **sizes)
+        reference = oracle.replay(model, *inputs, "FF..F", 1)
+        seen = run(eager(name), inputs, "FF..F", 1)
+        assert_close(f"{name} {sizes}", seen, reference, allowed(model, reference, "FF..F", 1))
+
+
+def test_all_full_is_the_untouched_model(eager, tiny, name):
+    model, inputs = tiny(name).model, tiny(name).inputs(3, batch=2)
+    latents, timestep, conditioning = inputs
+    call = oracle.FAMILIES[type(model).__name__].call
+    with torch.no_grad():
+        plain = [
+            call(model, t.expand(2), hidden_states=x, **conditioning) for x, t in zip(latents, timestep, strict=True)
+        ]
+    reference = torch.stack(plain)
+    # Both are float32, so both may err by the bound.
+    seen = run(eager(name), inputs, "FFF")
+    assert_close(f"{name} all full", seen, reference, 2 * allowed(model, reference, "FFF", ORDER))
+
+
+def changed(value):
+    """Another value of the same kind."""
+    return 1 - value if value.dtype == torch.int64 else value * 0.7 + 0.2
+
+
+def test_what_reaches_a_forecast_step(eager, tiny, name):
+    """Invariant 4: tokens of text and conditioning change nothing; whatever drives the modulation does."""
+    inputs = tiny(name).inputs(2, batch=2)
+    latents, timestep, conditioning = inputs
+
+    def forecast(latent=latents[1], time=timestep[1], other=conditioning):
+        slot = open_slot(eager(name), inputs)
+        begin(slot, inputs, "F.", ahead=False)
+        slot.step(latents[0].numpy(), float(timestep[0]))
+        for key, value in as_arrays(other).items():
+            slot._buffers[key].write(value)  # timesteps come one by one, so each step prepares from these
+        return torch.from_numpy(slot.step(latent.numpy(), float(time)))
+
+    base = forecast()
+    for key, value in conditioning.items():
+        same = torch.equal(forecast(other={**conditioning, key: changed(value)}), base)
+        assert same == (key in ROWS[name].dead), key
+    assert not torch.equal(forecast(time=timestep[1] * 0.7), base)
+    assert not torch.equal(forecast(latent=latents[1] + 0.1), base)
+
+
+@pytest.mark.parametrize("granularity", ["module", "residual", "last"])
+def test_forecast_has_no_attention_no_mlp_no_text(drafts, tiny, name, granularity):
+    """Invariant 9, counted from the graph: the embedder and the head are the only products with weights."""
+    pieces = drafts(name, granularity).split
+    found = pieces.forecast.operators()
+    assert {op: found[op] for op in HEAVY if found[op]} == {}
+    assert found["linear"] + found["conv2d"] == 1 + (granularity != "last")
+    assert found["matmul"] == len(pieces.sites)
+    assert {t.role for t in pieces.forecast.inputs} == {"latent", "step", "weights", "taylor_in"}
+    kept = {size for t in pieces.forecast.inputs for entry in t.shape for size in names(entry)}
+    assert not kept & {"text_tokens", "condition_tokens"}
+    assert pieces.full.operators()["scaled_dot_product_attention"] > 0
+
+
+def test_a_family_without_an_embedded_model_asks_for_one(capsys):
+    assert cli.main(["flux-kontext"]) == 2
+    assert "flux-kontext has no embedded model, expected --model; pass a diffusers folder" in capsys.readouterr().err
+
+
+def test_cfg_in_one_batch_is_both_halves_alone(eager, tiny, name):
+    """Invariant 7: a batch of two requests equals each of them alone; nothing crosses the batch."""
+    inputs = tiny(name).inputs(6, batch=2)
+    latents, timestep, conditioning = inputs
+    both = run(eager(name), inputs, "FF..F.", 1)
+    for k in range(2):
+        alone = {n: v[k : k + 1] if len(v) == 2 else v for n, v in conditioning.items()}
+        seen = run(eager(name), (latents[:, k : k + 1], timestep, alone), "FF..F.", 1)
+        bound = 2 * allowed(tiny(name).model, both, "FF..F.", 1)
+        assert_close(f"{name} half {k}", seen, both[:, k : k + 1], bound)
+    assert FLOAT32 == both.dtype

@@ -52,9 +52,7 @@ def test_onnxruntime_computes_in_float32_on_the_cpu(precision):
 
 
 def test_a_missing_library_is_named():
-    with pytest.raises(
-        BuildError, match=r"no-such-library is not installed, .* --engine one; pip install"
-    ):
+    with pytest.raises(BuildError, match=r"no-such-library is not installed, .* --engine one; pip install"):
         engines.library_versions("one", "no-such-library")
 
 

@@ -41,7 +41,7 @@ STANDARD_LIBRARY_ONLY = frozenset({"errors", "method"})
 
 # Heavy library -> the only files of the package that import it. A new entry here is a decision, not a formality.
 HEAVY: dict[str, frozenset[str]] = {
-    "diffusers": frozenset({"graph/checkpoint.py", "runtime/sampling.py"}),
+    "diffusers": frozenset({"graph/checkpoint.py", "runtime/dropin.py", "runtime/sampling.py"}),
     "accelerate": frozenset({"graph/checkpoint.py"}),
     "onnx": frozenset({"build/onnx.py"}),
     "onnx_ir": frozenset({"build/onnx.py"}),
@@ -53,7 +53,7 @@ HEAVY: dict[str, frozenset[str]] = {
 }
 
 # Where torch may be imported at the top of a file; on the run side it is imported inside the function that needs it.
-TORCH_AT_THE_TOP = frozenset({"graph", "build", "report/verify.py"})
+TORCH_AT_THE_TOP = frozenset({"graph", "build", "report/verify.py", "runtime/dropin.py"})
 
 FORBIDDEN_NAMES = frozenset({"utils", "util", "helpers", "helper", "common", "misc", "registry"})
 LONGEST = 400  # lines of one module

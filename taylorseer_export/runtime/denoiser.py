@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from taylorseer_export.method.weights import Form
 from taylorseer_export.runtime.engines import open_runner
 from taylorseer_export.runtime.runner import Buffer, Call, Runner, host_dtype
 from taylorseer_export.runtime.schedule import ForecastStep, FullStep, schedule
+
+if TYPE_CHECKING:
+    from taylorseer_export.runtime.dropin import DropIn
 
 
 def load(folder: str | Path, device: str = "cpu", threads: int = 0, progress: Progress | None = None) -> Denoiser:
@@ -39,7 +42,7 @@ def load(folder: str | Path, device: str = "cpu", threads: int = 0, progress: Pr
         BundleError: The bundle is missing, damaged, too new, or not for this machine.
     """
     bundle = open_bundle(Path(folder), progress)
-    return Denoiser(bundle.manifest, open_runner(bundle, device, threads), bundle)
+    return Denoiser(bundle.manifest, open_runner(bundle, device, threads), bundle, device)
 
 
 class Denoiser:
@@ -49,10 +52,11 @@ class Denoiser:
         manifest: The contract.
         runner: The loaded engines.
         bundle: The bundle it was opened from, if any.
+        device: Where the engines are.
     """
 
-    def __init__(self, manifest: Manifest, runner: Runner, bundle: Bundle | None = None) -> None:
-        self.manifest, self.runner, self.bundle = manifest, runner, bundle
+    def __init__(self, manifest: Manifest, runner: Runner, bundle: Bundle | None = None, device: str = "cpu") -> None:
+        self.manifest, self.runner, self.bundle, self.device = manifest, runner, bundle, device
         self.latent = _only(manifest.graphs["full"].inputs, "latent")
         self.timestep = _only(manifest.graphs["prepare"].inputs, "step")
         # The arguments a request keeps constant: prepare reads most, a graph in the loop may read some directly.
@@ -79,8 +83,9 @@ class Denoiser:
         sizes = match(self.latent.shape, latents, {}, self.latent.name)
         for name, tensor in self.constants.items():
             if name not in conditioning:
+                shape = ", ".join(map(str, tensor.shape))
                 raise StepError(
-                    f"input `{name}` is missing, expected {_described(tensor)}; pass it with the conditioning"
+                    f"input `{name}` is missing, expected {tensor.dtype} [{shape}]; pass it with the conditioning"
                 )
             sizes = match(tensor.shape, np.shape(conditioning[name]), sizes, name)
         unknown = conditioning.keys() - self.constants.keys()
@@ -95,6 +100,12 @@ class Denoiser:
     def slot(self, sizes: Mapping[str, int]) -> Slot:
         """A new slot for requests of these sizes; its buffers are allocated and bound now."""
         return Slot(self, dict(sizes))
+
+    def as_transformer(self, **options: Any) -> DropIn:
+        """As the transformer of a diffusers pipeline; the options are those of `DropIn`."""
+        from taylorseer_export.runtime.dropin import DropIn
+
+        return DropIn(self, **options)
 
     def close(self) -> None:
         """Release the engines."""
@@ -150,6 +161,7 @@ class Slot:
         self._full_calls, self._forecast_calls = self._bind(full.inputs, full.outputs, forecast.inputs)
         self._prepared: _Prepared | None = None
         self._steps: tuple[FullStep | ForecastStep, ...] = ()
+        self._forecasts: tuple[int, Form] = (0, "taylor")
         self._tables: dict[str, Buffer] = {}
         self._timesteps: np.ndarray | None = None
         self.plan: Plan | None = None
@@ -200,7 +212,16 @@ class Slot:
             for buffer in buffers.values():
                 buffer.clear()  # what an earlier request left, infinities included, must not reach this one
         self._steps, self.executed, self._timesteps = steps, "", timesteps
+        self._forecasts = order, form
         self._tables = {} if timesteps is None else self._prepare(timesteps)
+        self.plan = plan
+
+    def extend(self, plan: Plan) -> None:
+        """Go on with a longer plan, where the length of the loop is not known ahead; it begins as the one under way."""
+        if self.plan is None or not str(plan).startswith(str(self.plan)):
+            raise StepError(f"plan is {plan}, expected one that begins with {self.plan}; lengthen the plan under way")
+        order, form = self._forecasts
+        self._steps = schedule(plan, order, self.denoiser.manifest.state.order, self._layout, form)
         self.plan = plan
 
     def step(self, latents: Any, timestep: float | None = None) -> np.ndarray:
@@ -357,7 +378,3 @@ def _only(tensors: Sequence[Tensor], role: str) -> Tensor:
 def _site(tensor: Tensor) -> str:
     """Site of a Taylor buffer: the name behind `taylor_in.` or `taylor_out.`."""
     return tensor.name.split(".", 1)[1]
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{tensor.dtype} [{', '.join(map(str, tensor.shape))}]"

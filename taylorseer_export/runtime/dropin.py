@@ -2,32 +2,23 @@
 
     pipe.transformer = tse.load("engines/flux-tiny").as_transformer()
 
-A pipeline calls its transformer once for every step and branch, and says neither where a loop begins nor how long it
-is. The drop-in learns both from the calls alone:
-
-- A *request* is a loop over the same conditioning tensors. It ends when the pipeline says that its call is over (all
-  of diffusers' do), when an error passes through, and before a call that cannot belong to it: conditioning that is
-  other tensors or was changed in place, latents of another shape, a timestep that returns to the first one or moves
-  against the direction of the loop.
-- A *step* is a call on new latents, whatever its timestep, so a second-order scheduler's inner calls are steps too.
-- A *branch* of guidance is named by `cache_context`; without one, the calls on the very same latents are told apart by
-  their order. Every branch has its own slot and all follow one plan; one that missed a step starts over, full.
-
+It is called as the transformer was, and learns from the calls alone where a request begins and which step and branch a
+call is (`calls.py` tells by what rule); nothing is hooked and nothing is global.
 `request` and `begin` state the same things exactly, for loops of one's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Plan
+from taylorseer_export.runtime.calls import Branch, Call, Request, Seen, host_array
 from taylorseer_export.runtime.denoiser import Denoiser, Slot
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,7 +27,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 class DropIn(torch.nn.Module):
     """Runs a denoiser under the call signature of the diffusers transformer it was exported from.
 
-    It is a module without parameters: the weights are the engines', which stay on their device.
+    It is a module without weights: they are the engines', which stay on their device.
 
     Args:
         denoiser: The loaded bundle; other drop-ins and slots may share it.
@@ -66,13 +57,16 @@ class DropIn(torch.nn.Module):
             raise ConfigError("plan is given beside interval or warmup, expected one or the other; leave one out")
         default = denoiser.manifest.plan
         self.denoiser, self._order = denoiser, order
+        # Empty: only its dtype and device are of use, to those who ask a module's first parameter.
+        place = torch.empty(0, dtype=_DTYPES[denoiser.manifest.precision], device=denoiser.device)
+        self.place = torch.nn.Parameter(place, requires_grad=False)
         self._interval = default.interval if interval is None else interval
         self._warmup = default.warmup if warmup is None else warmup
         self._regular()  # refuses a bad interval or warmup now
         self._plan = None if plan is None and steps is None else self._resolved(plan, steps)
         self.config = _Config(denoiser.manifest.model.config)
         self._context: str | None = None
-        self._request: _Request | None = None
+        self._request: Request | None = None
         self._slots: dict[str, Slot] = {}
         self._shape: tuple[int, ...] = ()
 
@@ -81,12 +75,12 @@ class DropIn(torch.nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the bundle."""
-        return _DTYPES[self.denoiser.manifest.precision]
+        return self.place.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the engines were loaded."""
-        return torch.device(self.denoiser.device)
+        return self.place.device
 
     def forward(self, hidden_states: torch.Tensor, return_dict: bool = True, **inputs: Any) -> Any:
         """One call of the transformer, under diffusers' argument names.
@@ -151,7 +145,7 @@ class DropIn(torch.nn.Module):
 
         A move to the CPU is let through without effect: that is how model offloading parks a module.
         """
-        here = torch.empty(0, dtype=self.dtype, device=self.device)
+        here = self.place.data
         there = fn(here)
         if there.dtype != here.dtype:
             raise ConfigError(
@@ -192,7 +186,7 @@ class DropIn(torch.nn.Module):
             steps = len(timesteps)
         fixed = self._plan if plan is None and steps is None else self._resolved(plan, steps)
         order = self._order if order is None else order
-        self._request = _Request(fixed or self._regular(), fixed is not None, order, declared=True, timesteps=timesteps)
+        self._request = Request(fixed or self._regular(), fixed is not None, order, declared=True, timesteps=timesteps)
 
     @contextmanager
     def request(self, **options: Any) -> Iterator[DropIn]:
@@ -216,17 +210,17 @@ class DropIn(torch.nn.Module):
         request = self._request_of(call)
         name, begins = request.place(call)
         if begins:
-            request.advance(call.timestep)
+            request.advance(call)
             if request.step >= len(request.plan):
                 self._lengthen(request)
         request.latents = call.latents
         request.ran.add(name)
         branch = self._branch(request, name, call)
-        prediction = branch.slot.step(_array(latents), call.timestep)
+        prediction = branch.slot.step(host_array(latents), call.timestep)
         branch.next = request.step + 1
         return torch.from_numpy(prediction).to(latents)
 
-    def _call(self, latents: torch.Tensor, inputs: dict[str, Any]) -> _Call:
+    def _call(self, latents: torch.Tensor, inputs: dict[str, Any]) -> Call:
         """The call, its arguments checked by name."""
         clock = self.denoiser.timestep.name
         for name, value in inputs.items():
@@ -241,54 +235,35 @@ class DropIn(torch.nn.Module):
                 f"input `{self.denoiser.latent.name}` is {seen}, expected a tensor on `{self.device.type}`, where the "
                 "engines were loaded; move the pipeline there or load the bundle with another device"
             )
-        values = np.unique(_array(inputs[clock])) if inputs.get(clock) is not None else np.empty(0)
+        values = np.unique(host_array(inputs[clock])) if inputs.get(clock) is not None else np.empty(0)
         if len(values) != 1:
             raise StepError(
                 f"input `{clock}` has {len(values)} different values, expected one for all samples and tokens; "
                 "pass the timestep of the step"
             )
-        conditioning = {n: _Seen.of(v) for n, v in inputs.items() if n in self.denoiser.constants and v is not None}
-        return _Call(self._context, _Seen.of(latents), tuple(latents.shape), float(values[0]), conditioning)
+        conditioning = {n: Seen.of(v) for n, v in inputs.items() if n in self.denoiser.constants and v is not None}
+        return Call(self._context, Seen.of(latents), tuple(latents.shape), float(values[0]), conditioning)
 
-    def _request_of(self, call: _Call) -> _Request:
+    def _request_of(self, call: Call) -> Request:
         """The request under way if the call belongs to it, else a new one."""
         running = self._request
-        if running is None or running.over or not (running.declared or running.follows(call)):
-            return self._open(call)
-        changed = running.changed(call)
-        if changed is None:
-            return running
-        equal = changed.equal(call.conditioning)
-        if running.declared:
-            if not equal:
-                raise StepError(
-                    f"conditioning changed at step {running.step} of a request that was begun, expected the same "
-                    "throughout; begin another request"
-                )
-            changed.conditioning = call.conditioning
-            return running
-        if equal and running.renewed and running.step == 0:
-            raise StepError(
-                "conditioning is new tensors of equal values at every call, expected the same tensors throughout a "
-                "loop; run the loop inside `with transformer.request():`"
-            )
-        return self._open(call, renewed=equal)
+        if running is None or not running.continues(call):
+            renewed = running is not None and running.renews(call)
+            running = Request(self._plan or self._regular(), self._plan is not None, self._order, renewed=renewed)
+            self._request = running
+        return running
 
-    def _open(self, call: _Call, renewed: bool = False) -> _Request:
-        self._request = _Request(self._plan or self._regular(), self._plan is not None, self._order, renewed=renewed)
-        return self._request
-
-    def _branch(self, request: _Request, name: str, call: _Call) -> _Branch:
+    def _branch(self, request: Request, name: str, call: Call) -> Branch:
         """The branch of a call; one that is new or missed a step starts with a full step."""
         branch = request.branches.get(name)
         if branch is None or branch.next != request.step:
-            conditioning = {n: _array(seen.value) for n, seen in call.conditioning.items()}
+            conditioning = {n: host_array(seen.value) for n, seen in call.conditioning.items()}
             sizes = self.denoiser.sizes(call.shape, conditioning)
             slot = self._slot(name, sizes, call.shape)
             timesteps = None if request.timesteps is None else request.timesteps[request.step :]
-            slot.start(conditioning, request.plan_from(request.step), request.order, timesteps)
             before = "" if branch is None else branch.before + branch.slot.executed
-            branch = request.branches[name] = _Branch(slot, call.conditioning, request.step, request.step, before)
+            slot.start(conditioning, request.plan_from(request.step), request.order, timesteps)
+            branch = request.branches[name] = Branch(slot, call.conditioning, request.step, request.step, before)
         elif len(request.plan) > branch.begun + len(branch.slot.plan or ()):
             branch.slot.extend(request.plan_from(branch.begun))
         return branch
@@ -312,7 +287,7 @@ class DropIn(torch.nn.Module):
     def _resolved(self, plan: str | None, steps: int | None) -> Plan:
         return self._regular(steps) if plan is None else self.denoiser.plan(plan, steps)
 
-    def _lengthen(self, request: _Request) -> None:
+    def _lengthen(self, request: Request) -> None:
         """A regular plan goes on as long as the loop does; an explicit one is over."""
         if request.fixed:
             raise StepError(
@@ -320,120 +295,6 @@ class DropIn(torch.nn.Module):
                 f"{request.plan}); give a plan as long as the loop, or none"
             )
         request.plan = self._regular(2 * len(request.plan))
-
-
-class _Seen(NamedTuple):
-    """A value and its version when it was seen: the same tensor changed in place is another one."""
-
-    value: Any
-    version: int
-
-    @classmethod
-    def of(cls, value: Any) -> _Seen:
-        counted = isinstance(value, torch.Tensor) and not value.is_inference()
-        return cls(value, value._version if counted else 0)
-
-    def same(self, other: _Seen) -> bool:
-        return self.value is other.value and self.version == other.version
-
-
-class _Call(NamedTuple):
-    """One call of the transformer: its context, latents and their shape, timestep and conditioning."""
-
-    context: str | None
-    latents: _Seen
-    shape: tuple[int, ...]
-    timestep: float
-    conditioning: dict[str, _Seen]
-
-
-@dataclass
-class _Branch:
-    """A branch of guidance: its slot begun at step `begun`, the `next` step it runs, and what ran `before` that."""
-
-    slot: Slot
-    conditioning: dict[str, _Seen]
-    begun: int
-    next: int
-    before: str = ""
-
-    def same(self, conditioning: Mapping[str, _Seen]) -> bool:
-        ours = self.conditioning
-        return ours.keys() == conditioning.keys() and all(ours[n].same(seen) for n, seen in conditioning.items())
-
-    def equal(self, conditioning: Mapping[str, _Seen]) -> bool:
-        """Whether the values are the same, where the tensors are not; changed in place counts as changed."""
-        ours = self.conditioning
-        return ours.keys() == conditioning.keys() and all(
-            ours[n].same(seen)
-            or (ours[n].value is not seen.value and np.array_equal(_array(ours[n].value), _array(seen.value)))
-            for n, seen in conditioning.items()
-        )
-
-
-@dataclass
-class _Request:
-    """A request and where it is.
-
-    Attributes:
-        plan: Its plan; one that is not `fixed` is lengthened as the loop goes on.
-        declared: Begun by the user, so that no call is taken for the first of another request.
-        renewed: Opened only because the conditioning was new tensors, of equal values.
-        over: No further call belongs to it.
-        step: The step under way, -1 before the first.
-        ran: Branches that ran in it.
-        first, last, direction: Timesteps seen, and the sign of their movement, 0 while it is not known.
-    """
-
-    plan: Plan
-    fixed: bool
-    order: int | None
-    declared: bool = False
-    renewed: bool = False
-    timesteps: np.ndarray | None = None
-    over: bool = False
-    step: int = -1
-    ran: set[str] = field(default_factory=set)
-    branches: dict[str, _Branch] = field(default_factory=dict)
-    latents: _Seen | None = None
-    first: float = 0.0
-    last: float = 0.0
-    direction: float = 0.0
-
-    def place(self, call: _Call) -> tuple[str, bool]:
-        """(branch of a call, whether it begins a step)."""
-        same = self.latents is not None and self.latents.same(call.latents) and call.timestep == self.last
-        if call.context is None:
-            return str(len(self.ran) if same else 0), not same
-        return call.context, self.step < 0 or call.timestep != self.last or call.context in self.ran
-
-    def follows(self, call: _Call) -> bool:
-        """Whether latents and timestep of a call may be those of this loop."""
-        if self.latents is None or call.shape != tuple(self.latents.value.shape):
-            return False
-        if not self.place(call)[1]:
-            return True
-        move = np.sign(call.timestep - self.last)
-        return call.timestep != self.first and (move == 0 or self.direction in (0, move))
-
-    def changed(self, call: _Call) -> _Branch | None:
-        """The branch of a call, if it has other conditioning than the call."""
-        branch = self.branches.get(self.place(call)[0])
-        return None if branch is None or branch.same(call.conditioning) else branch
-
-    def advance(self, timestep: float) -> None:
-        """Go on to the next step."""
-        if self.step < 0:
-            self.first = timestep
-        elif timestep != self.last:
-            self.direction = float(np.sign(timestep - self.last))
-        self.step += 1
-        self.last = timestep
-        self.ran = set()
-
-    def plan_from(self, step: int) -> Plan:
-        """The rest of the plan for a branch that starts at `step`: the first is full, whatever was planned."""
-        return Plan("F" + str(self.plan)[step + 1 :])
 
 
 class _Config(dict[str, Any]):
@@ -452,11 +313,3 @@ class _Config(dict[str, Any]):
 def _is_nothing(value: Any) -> bool:
     """Whether an argument asks for nothing: not given, switched off, or an empty container."""
     return value is None or value is False or (isinstance(value, dict | list | tuple) and not value)
-
-
-def _array(value: Any) -> np.ndarray:
-    """The values on the host; bfloat16, which numpy lacks, as float32."""
-    if not isinstance(value, torch.Tensor):
-        return np.asarray(value)
-    tensor = value.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

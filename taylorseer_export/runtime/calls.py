@@ -1,0 +1,179 @@
+"""Requests, steps and branches, told apart by the calls that a pipeline makes of its transformer.
+
+A pipeline calls once for every step and branch, and says neither where a loop begins nor how long it is:
+
+- A *request* is a loop over the same conditioning tensors. It ends when the pipeline says that its call is over (all
+  of diffusers' do), when an error passes through, and before a call that cannot belong to it: conditioning that is
+  other tensors or was changed in place, latents of another shape, a timestep that returns to the first one or moves
+  against the direction of the loop.
+- A *step* is a call on new latents, whatever its timestep, so a second-order scheduler's inner calls are steps too.
+- A *branch* of guidance is named by `cache_context`; without one, the calls on the very same latents are told apart by
+  their order. Every branch has its own slot and all follow one plan; one that missed a step starts over, full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from taylorseer_export.errors import StepError
+from taylorseer_export.method import Plan
+from taylorseer_export.runtime.denoiser import Slot
+
+
+class Seen(NamedTuple):
+    """A value and its version when it was seen: the same tensor changed in place is another one."""
+
+    value: Any
+    version: int
+
+    @classmethod
+    def of(cls, value: Any) -> Seen:
+        """The value now; inference tensors count no versions."""
+        counted = hasattr(value, "is_inference") and not value.is_inference()
+        return cls(value, value._version if counted else 0)
+
+    def same(self, other: Seen) -> bool:
+        return self.value is other.value and self.version == other.version
+
+    def equal(self, other: Seen) -> bool:
+        """Whether the values are the same, where the tensors need not be; changed in place counts as changed."""
+        if self.value is other.value:
+            return self.version == other.version
+        return np.array_equal(host_array(self.value), host_array(other.value))
+
+
+class Call(NamedTuple):
+    """One call of the transformer: its context, latents and their shape, timestep and conditioning."""
+
+    context: str | None
+    latents: Seen
+    shape: tuple[int, ...]
+    timestep: float
+    conditioning: dict[str, Seen]
+
+
+@dataclass
+class Branch:
+    """A branch of guidance: its slot begun at step `begun`, the `next` step it runs, and what ran `before` that."""
+
+    slot: Slot
+    conditioning: dict[str, Seen]
+    begun: int
+    next: int
+    before: str = ""
+
+    def same(self, conditioning: Mapping[str, Seen]) -> bool:
+        ours = self.conditioning
+        return ours.keys() == conditioning.keys() and all(ours[n].same(seen) for n, seen in conditioning.items())
+
+    def equal(self, conditioning: Mapping[str, Seen]) -> bool:
+        ours = self.conditioning
+        return ours.keys() == conditioning.keys() and all(ours[n].equal(seen) for n, seen in conditioning.items())
+
+
+@dataclass
+class Request:
+    """A request and where it is.
+
+    Attributes:
+        plan: Its plan; one that is not `fixed` is lengthened as the loop goes on.
+        order: Order of its forecasts; the bundle's default if None.
+        declared: Begun by the user, so that no call is taken for the first of another request.
+        renewed: Opened only because the conditioning was new tensors, of equal values.
+        timesteps: Of all steps, where they are known ahead.
+        over: No further call belongs to it.
+        step: The step under way, -1 before the first.
+        ran: Branches that ran in it.
+        first, last, direction: Timesteps seen, and the sign of their movement, 0 while it is not known.
+    """
+
+    plan: Plan
+    fixed: bool
+    order: int | None
+    declared: bool = False
+    renewed: bool = False
+    timesteps: np.ndarray | None = None
+    over: bool = False
+    step: int = -1
+    ran: set[str] = field(default_factory=set)
+    branches: dict[str, Branch] = field(default_factory=dict)
+    latents: Seen | None = None
+    first: float = 0.0
+    last: float = 0.0
+    direction: float = 0.0
+
+    def place(self, call: Call) -> tuple[str, bool]:
+        """(branch of a call, whether it begins a step)."""
+        same = self.latents is not None and self.latents.same(call.latents) and call.timestep == self.last
+        if call.context is None:
+            return str(len(self.ran) if same else 0), not same
+        return call.context, self.step < 0 or call.timestep != self.last or call.context in self.ran
+
+    def continues(self, call: Call) -> bool:
+        """Whether a call belongs to this request.
+
+        Raises:
+            StepError: The conditioning changed in a declared request, or is new at every call of one that is not.
+        """
+        if self.over or not (self.declared or self._fits(call)):
+            return False
+        branch = self.branches.get(self.place(call)[0])
+        if branch is None or branch.same(call.conditioning):
+            return True
+        equal = branch.equal(call.conditioning)
+        if self.declared:
+            if not equal:
+                raise StepError(
+                    f"conditioning changed at step {self.step} of a request that was begun, expected the same "
+                    "throughout; begin another request"
+                )
+            branch.conditioning = call.conditioning
+            return True
+        if equal and self.renewed and self.step == 0:
+            raise StepError(
+                "conditioning is new tensors of equal values at every call, expected the same tensors throughout a "
+                "loop; run the loop inside `with transformer.request():`"
+            )
+        return False
+
+    def renews(self, call: Call) -> bool:
+        """Whether nothing but the identity of its conditioning tells a call from one of this request."""
+        if self.over or not self._fits(call):
+            return False
+        branch = self.branches.get(self.place(call)[0])
+        return branch is not None and branch.equal(call.conditioning)
+
+    def advance(self, call: Call) -> None:
+        """Go on to the step that a call begins."""
+        if self.step < 0:
+            self.first = call.timestep
+        elif call.timestep != self.last:
+            self.direction = float(np.sign(call.timestep - self.last))
+        self.step += 1
+        self.last = call.timestep
+        self.ran = set()
+
+    def plan_from(self, step: int) -> Plan:
+        """The rest of the plan for a branch that starts at `step`: the first is full, whatever was planned."""
+        return Plan("F" + str(self.plan)[step + 1 :])
+
+    def _fits(self, call: Call) -> bool:
+        """Whether latents and timestep of a call may be those of this loop."""
+        if self.latents is None or call.shape != tuple(self.latents.value.shape):
+            return False
+        if not self.place(call)[1]:
+            return True
+        move = np.sign(call.timestep - self.last)
+        return call.timestep != self.first and (move == 0 or self.direction in (0, move))
+
+
+def host_array(value: Any) -> np.ndarray:
+    """The values on the host; bfloat16, which numpy lacks, as float32."""
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    tensor = value.detach().cpu()
+    return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)

@@ -1,0 +1,646 @@
+"""The drop-in inside unmodified diffusers pipelines: equal pictures under an all-`F` plan, and what ends a request."""
+
+# Shapes: S steps, B batch
+
+import weakref
+from functools import cache
+
+import accelerate
+import oracle
+import pytest
+import torch
+from diffusers import FluxPipeline, HeunDiscreteScheduler
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from harness import FLOAT32, Tiny, allowed, eager_denoiser
+from tiny_models import dit_inputs, flux_inputs, tiny_dit
+from tiny_pipelines import dit_pipeline, flux_pipeline
+
+from taylorseer_export.build import export
+from taylorseer_export.errors import ConfigError, StepError
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph.checkpoint import open_checkpoint
+from taylorseer_export.method import Plan
+from taylorseer_export.runtime.denoiser import Denoiser
+
+INTERVAL, WARMUP, ORDER = 3, 2, 2
+
+
+@pytest.fixture(scope="module")
+def guided_dit(tmp_path_factory):
+    """A DiT with the thousand classes that diffusers' pipeline takes for granted."""
+    model, folder = tiny_dit(classes=1000, layers=2), tmp_path_factory.mktemp("dit")
+    model.save_pretrained(folder)
+    return Tiny("dit", model, folder, lambda steps, **sizes: dit_inputs(model, steps, **sizes))
+
+
+@pytest.fixture(scope="module")
+def cases(tiny, eager, guided_dit):
+    """Family -> (untouched transformer, denoiser over it)."""
+
+    @cache
+    def make(family):
+        if family == "flux":
+            return tiny("flux").model, eager("flux")
+        options = export.Options(order=ORDER, interval=4, warmup=2, steps=20)
+        checkpoint = open_checkpoint(str(guided_dit.folder), FAMILIES["dit"])
+        return guided_dit.model, eager_denoiser(export.draft(checkpoint, options))
+
+    return make
+
+
+@pytest.fixture
+def flux(cases):
+    """(pipeline with a drop-in, its drop-in)"""
+    return piped(cases("flux"))
+
+
+@pytest.fixture
+def dit(cases):
+    return piped(cases("dit"), dit_pipeline)
+
+
+def piped(case, build=flux_pipeline, **options):
+    model, denoiser = case
+    pipe = build(model)
+    options = options or {"interval": INTERVAL, "warmup": WARMUP}
+    pipe.transformer = denoiser.as_transformer(**options)
+    return pipe, pipe.transformer
+
+
+def paint(pipe, seed=0, steps=5, size=16, prompt="cat", **options):
+    """Latents that a pipeline ends with."""
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(pipe, FluxPipeline):
+        options = {"height": size, "width": size, "max_sequence_length": 6, "output_type": "latent", **options}
+        return pipe(prompt, num_inference_steps=steps, generator=generator, **options).images
+    options = {"class_labels": [7], "output_type": "pt", "return_dict": False, **options}
+    return pipe(num_inference_steps=steps, generator=generator, **options)[0]
+
+
+class Recorder:
+    """What passes through a transformer: per branch the latents [S, ...], timesteps [S], predictions [S, ...]."""
+
+    def __init__(self, transformer):
+        self.calls = {}
+        self.transformer = transformer
+        transformer.register_forward_hook(self._note, with_kwargs=True)
+
+    def _note(self, module, args, inputs, output):
+        latents = args[0] if args else inputs["hidden_states"]
+        conditioning = {n: v for n, v in inputs.items() if n in module.denoiser.constants and v is not None}
+        sample = output[0] if isinstance(output, tuple) else output.sample
+        self.calls.setdefault(module._context or "0", []).append((latents, inputs["timestep"], conditioning, sample))
+
+    def assert_plan(self, model, plan, order=ORDER):
+        """Every branch ran `plan` and agrees with the oracle on the latents that it was given."""
+        assert set(self.transformer.executed.values()) == {plan}
+        for name, calls in self.calls.items():
+            latents, timestep, conditioning, seen = zip(*calls, strict=True)
+            timestep = torch.stack([t[0] for t in timestep])
+            expected = oracle.replay(model, torch.stack(latents), timestep, conditioning[0], plan, order)
+            limit = allowed(model, expected, plan, order)
+            oracle.assert_close(f"branch {name}", torch.stack(seen), expected, limit)
+
+
+# The same pictures --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"negative_prompt": "dog", "true_cfg_scale": 2.0}, {"guidance_scale": 1.0}])
+def test_flux_all_full_is_the_untouched_pipeline(cases, options):
+    expected = paint(flux_pipeline(cases("flux")[0]), **options)
+    pipe, transformer = piped(cases("flux"), interval=1)
+    assert torch.equal(paint(pipe, **options), expected)
+    assert transformer.executed["cond"] == "FFFFF"
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 1.0}, {"class_labels": [1, 2]}])
+def test_dit_all_full_is_the_untouched_pipeline(cases, options):
+    expected = paint(dit_pipeline(cases("dit")[0]), **options)
+    pipe, transformer = piped(cases("dit"), dit_pipeline, interval=1)
+    assert torch.equal(paint(pipe, **options), expected)
+    assert transformer.executed == {"0": "FFFFF"}
+
+
+def test_pictures_and_not_latents_alone(cases):
+    expected = paint(flux_pipeline(cases("flux")[0]), output_type="np")
+    pipe, _ = piped(cases("flux"), interval=1)
+    assert (paint(pipe, output_type="np") == expected).all()
+
+
+def test_flux_forecasts_agree_with_the_oracle(cases, flux):
+    pipe, transformer = flux
+    seen = Recorder(transformer)
+    paint(pipe, steps=8, negative_prompt="dogs", true_cfg_scale=2.0)
+    assert seen.calls.keys() == {"cond", "uncond"}
+    seen.assert_plan(cases("flux")[0], "FF..F..F")
+
+
+def test_dit_forecasts_agree_with_the_oracle(cases, dit):
+    pipe, transformer = dit
+    seen = Recorder(transformer)
+    paint(pipe, steps=8)
+    seen.assert_plan(cases("dit")[0], "FF..F..F")
+
+
+def test_the_recorder_can_fail(cases, dit):
+    pipe, transformer = dit
+    seen = Recorder(transformer)
+    paint(pipe, steps=8)
+    seen.calls["0"][3][-1].add_(1e-4)
+    with pytest.raises(AssertionError, match="branch 0 differs by"):
+        seen.assert_plan(cases("dit")[0], "FF..F..F")
+
+
+def test_an_engine_in_the_pipeline(tiny, onnx):
+    """ONNX Runtime in place of the eager graphs."""
+    pipe, transformer = piped((tiny("flux").model, onnx("flux")))
+    seen = Recorder(transformer)
+    paint(pipe, steps=6)
+    seen.assert_plan(tiny("flux").model, "FF..F.")
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_scheduler_with_two_calls_per_step(cases, dit):
+    pipe, transformer = dit
+    pipe.scheduler = HeunDiscreteScheduler()
+    seen = Recorder(transformer)
+    paint(pipe, steps=5)
+    assert [float(call[1][0]) for call in seen.calls["0"]] == [999, 749.25, 749.25, 499.5, 499.5, 249.75, 249.75, 0, 0]
+    seen.assert_plan(cases("dit")[0], "FF..F..F.")
+
+
+def test_all_full_with_two_calls_per_step(cases):
+    untouched = dit_pipeline(cases("dit")[0])
+    pipe, _ = piped(cases("dit"), dit_pipeline, interval=1)
+    untouched.scheduler, pipe.scheduler = HeunDiscreteScheduler(), HeunDiscreteScheduler()
+    assert torch.equal(paint(pipe), paint(untouched))
+
+
+def test_steps_and_guidance_change_from_call_to_call(cases, flux):
+    pipe, transformer = flux
+    for steps, options, plan in (
+        (5, {}, "FF..F"),
+        (3, {"guidance_scale": 1.0}, "FF."),
+        (7, {"negative_prompt": "dog", "true_cfg_scale": 2.0}, "FF..F.."),
+        (1, {}, "F"),
+        (1, {}, "F"),
+        (4, {}, "FF.."),
+    ):
+        painted = paint(pipe, steps=steps, **options)
+        assert set(transformer.executed.values()) == {plan}
+        assert len(transformer.executed) == (2 if "negative_prompt" in options else 1)
+        fresh, _ = piped(cases("flux"))
+        assert torch.equal(painted, paint(fresh, steps=steps, **options))
+
+
+def test_a_loop_longer_than_the_bundle_expects(cases, dit):
+    pipe, transformer = dit
+    assert cases("dit")[1].manifest.plan.steps == 20
+    paint(pipe, steps=45)
+    assert transformer.executed["0"] == ("F" + "F.." * 15)[:45]
+
+
+@pytest.mark.parametrize("plan", ["FFF", "F."])
+def test_a_plan_is_lengthened_and_not_changed(cases, loop, plan):
+    transformer, latents, timestep, conditioning = loop
+    with transformer.request(plan="FF."):
+        call(transformer, latents[0], timestep[0], conditioning)
+        slot = transformer._slots["0"]
+        with pytest.raises(StepError, match=rf"plan is {plan}, expected one that begins with FF\.; lengthen the plan"):
+            slot.extend(Plan(plan))
+
+
+def test_an_explicit_plan(cases):
+    pipe, transformer = piped(cases("flux"), plan="FF.F.")
+    seen = Recorder(transformer)
+    paint(pipe)
+    seen.assert_plan(cases("flux")[0], "FF.F.")
+    with pytest.raises(StepError, match=r"loop is at its step 5, expected its end after 5 steps \(plan FF.F.\); give"):
+        paint(pipe, steps=6)
+
+
+def test_a_fixed_number_of_steps(cases):
+    pipe, transformer = piped(cases("flux"), steps=4, interval=2, warmup=1, order=1)
+    seen = Recorder(transformer)
+    paint(pipe, steps=4)
+    seen.assert_plan(cases("flux")[0], "F.F.", order=1)
+    with pytest.raises(StepError, match="expected its end after 4 steps"):
+        paint(pipe, steps=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"plan": "F.F", "interval": 2}, "plan is given beside interval or warmup, expected one or the other"),
+        ({"plan": "F.F", "steps": 4}, "plan F.F is 3 steps long, expected 4"),
+        ({"plan": ".F"}, "step 0 is a forecast step"),
+        ({"interval": 0}, r"interval is 0, expected at least 1 \(steps\)"),
+        ({"warmup": 0}, r"warmup is 0, expected at least 1 \(steps\)"),
+        ({"steps": 0}, r"steps is 0, expected at least 1 \(steps\)"),
+    ],
+)
+def test_a_plan_that_contradicts_itself(cases, options, text):
+    with pytest.raises(ConfigError, match=text):
+        cases("flux")[1].as_transformer(**options)
+
+
+# Where a request ends ------------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("after", [{}, {"steps": 3}, {"negative_prompt": "dog", "true_cfg_scale": 2.0}])
+def test_an_error_in_a_callback_leaves_nothing_behind(cases, flux, step, after):
+    pipe, transformer = flux
+
+    def stop(pipe, i, t, tensors):
+        if i == step:
+            raise Stop
+        return tensors
+
+    with pytest.raises(Stop):
+        paint(pipe, callback_on_step_end=stop)
+    assert transformer.executed == {"cond": "FF..F"[: step + 1]}
+    fresh, _ = piped(cases("flux"))
+    assert torch.equal(paint(pipe, seed=1, **after), paint(fresh, seed=1, **after))
+
+
+@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("steps", [2, 3, 8, 20])
+def test_an_error_in_the_scheduler_leaves_nothing_behind(cases, dit, monkeypatch, step, steps):
+    """The next loop has the same labels and starts at a lower timestep than the last one reached."""
+    pipe, transformer = dit
+    real, calls = pipe.scheduler.step, []
+
+    def fail(*args, **options):
+        calls.append(args)
+        if len(calls) > step:
+            raise Stop
+        return real(*args, **options)
+
+    monkeypatch.setattr(pipe.scheduler, "step", fail)
+    with pytest.raises(Stop):
+        paint(pipe, steps=8)
+    assert len(transformer.executed["0"]) == step + 1
+    monkeypatch.setattr(pipe.scheduler, "step", real)
+    fresh, _ = piped(cases("dit"), dit_pipeline)
+    assert torch.equal(paint(pipe, seed=1, steps=steps), paint(fresh, seed=1, steps=steps))
+    assert len(transformer.executed["0"]) == steps
+
+
+def test_an_error_of_its_own_leaves_nothing_behind(cases, flux):
+    pipe, _ = flux
+
+    def spoil(pipe, i, t, tensors):
+        return {"latents": tensors["latents"] * (float("nan") if i == 2 else 1)}
+
+    with pytest.raises(StepError, match="input `hidden_states` has 256 values that are NaN or infinite at step 3"):
+        paint(pipe, callback_on_step_end=spoil)
+    fresh, _ = piped(cases("flux"))
+    assert torch.equal(paint(pipe), paint(fresh))
+
+
+def test_interrupt(cases, flux):
+    pipe, transformer = flux
+
+    def interrupt(pipe, i, t, tensors):
+        pipe._interrupt = i == 2
+        return tensors
+
+    paint(pipe, callback_on_step_end=interrupt)
+    assert transformer.executed == {"cond": "FF."}
+    fresh, _ = piped(cases("flux"))
+    assert torch.equal(paint(pipe, seed=1), paint(fresh, seed=1))
+
+
+def test_a_callback_that_changes_the_latents(cases, flux):
+    pipe, transformer = flux
+    seen = Recorder(transformer)
+    paint(pipe, callback_on_step_end=lambda pipe, i, t, tensors: {"latents": 0.9 * tensors["latents"]})
+    seen.assert_plan(cases("flux")[0], "FF..F")
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_callback_that_changes_the_prompt_starts_over(flux, in_place):
+    pipe, transformer = flux
+    plans = []
+
+    def change(pipe, i, t, tensors):
+        plans.append(transformer.executed["cond"])
+        prompt = tensors["prompt_embeds"]
+        if i == 2:
+            prompt = prompt.mul_(1.5) if in_place else 1.5 * prompt
+        return {"prompt_embeds": prompt}
+
+    paint(pipe, steps=6, callback_on_step_end=change, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert plans == ["F", "FF", "FF.", "F", "FF", "FF."]
+
+
+def test_two_pipelines_share_a_denoiser(cases):
+    """The second paints a whole picture between any two steps of the first."""
+    expected = [paint(piped(cases("flux"))[0], seed=seed, steps=4 + seed) for seed in (0, 1)]
+    first, second = piped(cases("flux"))[0], piped(cases("flux"))[0]
+    between = []
+
+    def other(pipe, i, t, tensors):
+        between.append(paint(second, seed=1, steps=5))
+        return tensors
+
+    assert torch.equal(paint(first, seed=0, steps=4, callback_on_step_end=other), expected[0])
+    assert len(between) == 4
+    assert all(torch.equal(latents, expected[1]) for latents in between)
+
+
+def test_a_new_size_has_a_new_slot_and_the_old_one_is_freed(cases, flux):
+    pipe, transformer = flux
+    paint(pipe, negative_prompt="dog", true_cfg_scale=2.0)
+    old = [weakref.ref(slot) for slot in transformer._slots.values()]
+    paint(pipe, negative_prompt="dog", true_cfg_scale=2.0, seed=1)
+    assert [ref() for ref in old] == list(transformer._slots.values())  # used again
+    for options in ({"size": 20}, {"num_images_per_prompt": 2}, {"prompt": ["cat", "dog", "cow"]}):
+        painted = paint(pipe, **options)
+        assert [ref() for ref in old] == [None] * len(old)
+        old = [weakref.ref(slot) for slot in transformer._slots.values()]
+        fresh, _ = piped(cases("flux"))
+        assert torch.equal(painted, paint(fresh, **options))
+
+
+# Calls without a pipeline --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loop(cases):
+    """(drop-in, latents [S, B, T, C], timesteps [S], conditioning), and the oracle's model"""
+    model, denoiser = cases("flux")
+    transformer = denoiser.as_transformer(interval=INTERVAL, warmup=WARMUP)
+    return transformer, *flux_inputs(model, 6)
+
+
+def call(transformer, latents, timestep, conditioning, **options):
+    return transformer(latents, timestep=timestep.expand(len(latents)), return_dict=False, **conditioning, **options)[0]
+
+
+def run(transformer, latents, timestep, conditioning):
+    return torch.stack([call(transformer, x, t, conditioning) for x, t in zip(latents, timestep, strict=True)])
+
+
+def copied(conditioning):
+    return {name: value.clone() for name, value in conditioning.items()}
+
+
+def test_the_same_loop_twice(loop):
+    """Nobody says that the first is over: its last timestep is below the second's first."""
+    transformer, *inputs = loop
+    first = run(transformer, *inputs)
+    assert torch.equal(run(transformer, *inputs), first)
+    assert transformer.executed == {"0": "FF..F."}
+
+
+def test_timesteps_may_rise(loop):
+    """As in models that count time from noise to data."""
+    transformer, latents, timestep, conditioning = loop
+    for _ in range(2):
+        run(transformer, latents, 1 - timestep, conditioning)
+        assert transformer.executed == {"0": "FF..F."}
+
+
+def test_branches_without_a_context_are_told_apart_by_their_order(cases, loop):
+    transformer, latents, timestep, conditioning = loop
+    other = {**conditioning, "pooled_projections": -conditioning["pooled_projections"]}
+    for begun in (False, True):
+        if begun:
+            transformer.begin()
+        seen = []
+        for x, t in zip(latents, timestep, strict=True):
+            seen.append([call(transformer, x, t, c) for c in (conditioning, other)])
+        assert transformer.executed == {"0": "FF..F.", "1": "FF..F."}
+        for k, c in enumerate((conditioning, other)):
+            alone = run(cases("flux")[1].as_transformer(interval=3, warmup=2), latents, timestep, c)
+            assert torch.equal(torch.stack([pair[k] for pair in seen]), alone)
+
+
+def test_a_branch_that_missed_a_step_starts_over(loop):
+    transformer, latents, timestep, conditioning = loop
+    other = copied(conditioning)
+    for s, (x, t) in enumerate(zip(latents, timestep, strict=True)):
+        with transformer.cache_context("cond"):
+            call(transformer, x, t, conditioning)
+        if s in (0, 1, 3, 4):
+            with transformer.cache_context("uncond"):
+                call(transformer, x, t, other)
+    assert transformer.executed == {"cond": "FF..F.", "uncond": "FFFF"}
+
+
+def test_new_tensors_at_every_call_are_refused(loop):
+    transformer, latents, timestep, conditioning = loop
+    with pytest.raises(StepError, match=r"new tensors of equal values at every call.*`with transformer.request\(\):`"):
+        for x, t in zip(latents, timestep, strict=True):
+            call(transformer, x, t, copied(conditioning))
+
+
+def test_new_tensors_at_every_call_in_a_declared_request(loop):
+    transformer, latents, timestep, conditioning = loop
+    expected = run(transformer, latents, timestep, conditioning)
+    with transformer.request(steps=6):
+        seen = [call(transformer, x, t, copied(conditioning)) for x, t in zip(latents, timestep, strict=True)]
+    assert torch.equal(torch.stack(seen), expected)
+
+
+def test_any_timesteps_in_a_declared_request(loop):
+    transformer, latents, timestep, conditioning = loop
+    with transformer.request(plan="F.F..F", order=1):
+        run(transformer, latents, timestep.roll(2), conditioning)
+    assert transformer.executed == {"0": "F.F..F"}
+
+
+def test_a_declared_request_ends_with_its_block(loop):
+    transformer, *inputs = loop
+    with transformer.request(plan="F" * 6):
+        run(transformer, *inputs)
+    run(transformer, *inputs)
+    assert transformer.executed == {"0": "FF..F."}
+
+
+def test_changed_conditioning_in_a_declared_request(loop):
+    transformer, latents, timestep, conditioning = loop
+    with pytest.raises(StepError, match="conditioning changed at step 0 of a request that was begun, expected the sa"):
+        with transformer.request():
+            call(transformer, latents[0], timestep[0], conditioning)
+            conditioning["guidance"] = conditioning["guidance"] + 1
+            call(transformer, latents[1], timestep[1], conditioning)
+
+
+def test_timesteps_known_ahead_are_prepared_at_once(cases, loop, monkeypatch):
+    transformer, latents, timestep, conditioning = loop
+    prepared = []
+    monkeypatch.setattr(
+        transformer.denoiser.runner,
+        "_modules",
+        {n: noted(n, m, prepared) for n, m in transformer.denoiser.runner._modules.items()},
+    )
+    with transformer.request(timesteps=timestep):
+        seen = run(transformer, latents, timestep, conditioning)
+    assert prepared.count("prepare") == 1
+    model = cases("flux")[0]
+    expected = oracle.replay(model, latents, timestep, conditioning, "FF..F.", ORDER)
+    oracle.assert_close("ahead", seen, expected, allowed(model, expected, "FF..F.", ORDER))
+    with pytest.raises(StepError, match=r"timestep is 0.5 at step 0, expected 1.0 as prepared"):
+        with transformer.request(timesteps=timestep):
+            call(transformer, latents[0], torch.tensor(0.5), conditioning)
+
+
+def noted(name, module, seen):
+    def run(*args):
+        seen.append(name)
+        return module(*args)
+
+    return run
+
+
+def test_steps_that_are_not_the_timesteps(loop):
+    transformer, _, timestep, _ = loop
+    with pytest.raises(ConfigError, match="steps is 5, expected 6, one per timestep; leave steps out"):
+        transformer.begin(steps=5, timesteps=timestep)
+
+
+def test_inference_mode(loop):
+    """Its tensors count no versions."""
+    transformer, latents, timestep, conditioning = loop
+    expected = run(transformer, latents, timestep, conditioning)
+    with torch.inference_mode():
+        seen = run(transformer, latents.clone(), timestep, copied(conditioning))
+    assert torch.equal(seen, expected)
+
+
+# The signature -------------------------------------------------------------------------------------------------------
+
+
+def test_output_classes(loop, cases):
+    transformer, latents, timestep, conditioning = loop
+    inputs = {"hidden_states": latents[0], "timestep": timestep[:1], **conditioning}
+    seen, expected = transformer(**inputs), cases("flux")[0](**inputs)
+    assert type(seen) is type(expected) is Transformer2DModelOutput
+    oracle.assert_close("sample", seen.sample, expected.sample, allowed(cases("flux")[0], expected.sample, "F", 0)[0])
+    assert isinstance(transformer(**inputs, return_dict=False), tuple)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_dtype_of_the_caller(loop, dtype):
+    transformer, latents, timestep, conditioning = loop
+    rounded = {n: v.to(dtype) for n, v in conditioning.items()}
+    seen = call(transformer, latents[0].to(dtype), timestep[0], rounded)
+    expected = call(transformer, latents[0].to(dtype).float(), timestep[0], {n: v.float() for n, v in rounded.items()})
+    assert seen.dtype == dtype
+    assert torch.equal(seen, expected.to(dtype))
+
+
+def test_config(cases, flux):
+    model, transformer = cases("flux")[0], flux[1]
+    for name in ("in_channels", "guidance_embeds", "joint_attention_dim", "num_layers"):
+        assert getattr(transformer.config, name) == transformer.config[name] == model.config[name]
+    with pytest.raises(AttributeError, match="the config has no entry `nothing`"):
+        transformer.config.nothing  # noqa: B018
+    with pytest.raises(AttributeError, match="config entry `in_channels` cannot be set"):
+        transformer.config.in_channels = 3
+    assert (transformer.dtype, transformer.device) == (FLOAT32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"joint_attention_kwargs": {"scale": 0.5}},
+        {"joint_attention_kwargs": {"ip_adapter_image_embeds": [torch.zeros(1)]}},
+        {"controlnet_block_samples": [torch.zeros(1)]},
+        {"controlnet_blocks_repeat": True},
+        {"no_such_thing": 1},
+    ],
+)
+def test_what_the_graphs_do_not_have_is_refused(loop, arguments):
+    transformer, latents, timestep, conditioning = loop
+    name = next(iter(arguments))
+    with pytest.raises(StepError, match=rf"argument `{name}` is given, expected only timestep, .*; leave it out"):
+        call(transformer, latents[0], timestep[0], conditioning, **arguments)
+
+
+def test_a_lora_scale_in_a_pipeline_is_refused(flux):
+    with pytest.raises(StepError, match="argument `joint_attention_kwargs` is given"):
+        paint(flux[0], joint_attention_kwargs={"scale": 0.5})
+
+
+@pytest.mark.parametrize("missing", ["encoder_hidden_states", "guidance", "img_ids"])
+def test_missing_conditioning(loop, missing):
+    transformer, latents, timestep, conditioning = loop
+    with pytest.raises(StepError, match=rf"input `{missing}` is missing, expected float32 \[.*; pass it with"):
+        call(transformer, latents[0], timestep[0], {**conditioning, missing: None})
+
+
+@pytest.mark.parametrize("timestep", [None, torch.tensor([1.0, 0.5]), torch.tensor([])])
+def test_one_timestep_for_all(loop, timestep):
+    transformer, latents, _, conditioning = loop
+    with pytest.raises(StepError, match=r"input `timestep` has [02] different values, expected one for all samples"):
+        transformer(latents[0], timestep=timestep, **conditioning)
+
+
+def test_another_device(loop):
+    transformer, latents, timestep, conditioning = loop
+    with pytest.raises(
+        StepError, match="input `hidden_states` is on `meta`, expected a tensor on `cpu`, where the eng"
+    ):
+        call(transformer, latents[0].to("meta"), timestep[0], conditioning)
+
+
+def test_the_wrong_size_for_a_static_bundle(tiny, eager):
+    static = eager("plain", latent_size=(4, 6), batch=1)
+    pipe, _ = piped((tiny("plain").model, static))
+    with pytest.raises(StepError, match=r"size `image_tokens` is 16, expected 6 \(the bundle is static\); use such a"):
+        paint(pipe)
+
+
+# As a part of a pipeline ---------------------------------------------------------------------------------------------
+
+
+def test_moving(flux):
+    pipe, transformer = flux
+    assert pipe.to("cpu").transformer is transformer
+    assert pipe.to(torch.float32).device == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"dtype is torch.float16 for the transformer, expected torch.float32, the b"):
+        pipe.to(torch.float16)
+    with pytest.raises(ConfigError, match="device is `meta` for the transformer, expected `cpu`, where its engines w"):
+        transformer.to("meta")
+
+
+def test_engines_stay_where_they_are_when_a_pipeline_is_parked(cases):
+    """Offloading moves parts to the CPU and back; the engines of a GPU stay on it."""
+    _, denoiser = cases("flux")
+    elsewhere = Denoiser(denoiser.manifest, denoiser.runner, device="meta").as_transformer()
+    assert elsewhere._apply(lambda tensor: torch.empty(0)).device == torch.device("meta")
+    assert elsewhere.to("meta") is elsewhere
+
+
+def test_model_offloading(flux, monkeypatch):
+    """To the CPU, whose two names `cpu` and `cpu:0` are not equal: tensors that are there already stay as they are."""
+    pipe, _ = flux
+    expected = paint(pipe)
+    monkeypatch.setattr(accelerate.hooks, "send_to_device", lambda tensors, device: tensors)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(paint(pipe), expected)
+    assert torch.equal(paint(pipe), expected)  # the pipeline puts its hooks back after a call
+
+
+def test_a_pipeline_loaded_without_a_transformer(cases, flux, tmp_path):
+    """The way to a drop-in that never holds the untouched weights."""
+    flux_pipeline(cases("flux")[0]).save_pretrained(tmp_path)
+    pipe = FluxPipeline.from_pretrained(tmp_path, transformer=None)
+    pipe.transformer = flux[1]
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(paint(pipe), paint(flux[0]))
+
+
+def test_a_lora_comes_too_late(flux):
+    with pytest.raises(ConfigError, match=r"a LoRA was loaded into a compiled.*export again with --lora FILE"):
+        flux[1].load_lora_adapter({})

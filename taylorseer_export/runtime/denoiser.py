@@ -237,10 +237,13 @@ class Slot:
         Raises:
             StepError: No request was started, its plan is at its end, or the latents do not fit.
         """
-        number = len(self.executed)
-        if self.plan is None or number >= len(self.plan):
-            seen = "no request" if self.plan is None else f"a request after its last step ({number} of {number})"
-            raise StepError(f"the slot has {seen}, expected one under way; call start() first")
+        self.stage(latents, timestep)
+        self.run()
+        return self.finish()
+
+    def stage(self, latents: Any, timestep: float | None = None) -> None:
+        """The first third of `step`: check the latents and put all inputs of the next step in place."""
+        current, number = self.upcoming, len(self.executed)
         array = _checked(self.denoiser.latent, latents, f" at step {number}")
         if array.shape != self._latent_shape():
             raise StepError(
@@ -249,16 +252,45 @@ class Slot:
             )
         self._write_rows(number, timestep)
         self._buffers[self.denoiser.latent.name].write(array)
-        current = self._steps[number]
-        if isinstance(current, FullStep):
-            if "scales" in self._buffers:
-                self._buffers["scales"].write(current.scales)
-            self._full_calls[current.entry]()
-        else:
+        if isinstance(current, ForecastStep):
             self._buffers["weights"].write(current.weights)
-            self._forecast_calls[current.entry % len(self._forecast_calls)]()
-        self.executed += "F" if isinstance(current, FullStep) else "."
+        elif "scales" in self._buffers:
+            self._buffers["scales"].write(current.scales)
+
+    def run(self) -> None:
+        """The second third of `step`: the engine call. A call shared with other slots (`SharedCalls`) replaces it."""
+        current = self.upcoming
+        calls = self._full_calls if isinstance(current, FullStep) else self._forecast_calls
+        calls[current.entry % len(calls)]()
+
+    def finish(self) -> np.ndarray:
+        """The last third of `step`: count the step and return its `noise_pred`, a new array."""
+        self.executed += "F" if isinstance(self.upcoming, FullStep) else "."
         return self._buffers["noise_pred"].read()
+
+    @property
+    def upcoming(self) -> FullStep | ForecastStep:
+        """The step that comes next; raises `StepError` where there is none."""
+        number = len(self.executed)
+        if self.plan is None or number >= len(self.plan):
+            seen = "no request" if self.plan is None else f"a request after its last step ({number} of {number})"
+            raise StepError(f"the slot has {seen}, expected one under way; call start() first")
+        return self._steps[number]
+
+    def source(self, tensor: Tensor) -> Buffer:
+        """Where the upcoming step reads an input of its graph."""
+        if tensor.role != "taylor_in":
+            return self._buffers[tensor.name]
+        entry = self.upcoming.entry + isinstance(self.upcoming, FullStep)  # a full step reads what it does not write
+        return self._taylor[entry % len(self._taylor)][_site(tensor)]
+
+    def target(self, tensor: Tensor) -> Buffer:
+        """Where the upcoming step writes an output of its graph."""
+        if tensor.role != "taylor_out":
+            return self._buffers[tensor.name]
+        if self._layout == "derivatives":
+            return self._taylor[self.upcoming.entry][_site(tensor)]
+        return self._taylor[0][_site(tensor)].entry(self.upcoming.entry)
 
     @property
     def gains(self) -> tuple[float, ...]:

@@ -32,6 +32,7 @@ class Request:
         guided: Whether the batch of the transformer is two halves, conditional and unconditional.
         guidance_scale: Dimensionless; used where `guided`.
         height, width: Of a picture, in pixels; 0 where only latents are made.
+        sigmas: `[S]` noise levels of the steps, for flow-matching schedulers; evenly spaced if left out.
     """
 
     latents: np.ndarray
@@ -40,6 +41,7 @@ class Request:
     guidance_scale: float
     height: int
     width: int
+    sigmas: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -83,36 +85,94 @@ def sample(
     Raises:
         StepError: An input does not fit the bundle, or a step returned a number that is not finite.
     """
-    import torch
-
-    sampling = denoiser.manifest.sampling
-    scheduler = _scheduler(sampling)
-    ticks = _clock(sampling, scheduler, request.latents.shape, len(plan))
-    model_input = _doubled(request.latents) if request.guided else request.latents
-    slot = slot or denoiser.slot(denoiser.sizes(model_input.shape, request.conditioning))
+    loop = Loop(denoiser, request, plan, order, form)
+    slot = slot or denoiser.slot(loop.sizes)
     began = time.perf_counter()
-    slot.start(request.conditioning, plan, order, ticks.model_timesteps, form)
+    loop.start(slot)
     prepare_ms = 1e3 * (time.perf_counter() - began)
-    latents = torch.from_numpy(request.latents * float(getattr(scheduler, "init_noise_sigma", 1.0)))
     milliseconds = []
-    for step, timestep in enumerate(ticks.timesteps):
-        model_input = _doubled(latents.numpy()) if request.guided else latents.numpy()
+    for step in range(len(plan)):
+        model_input = loop.model_input()
         began = time.perf_counter()
         prediction = slot.step(model_input)
         milliseconds.append(1e3 * (time.perf_counter() - began))
-        if not np.isfinite(prediction).all():
-            raise StepError(
-                f"noise_pred has values that are NaN or infinite at step {step} (plan {plan}), expected finite "
-                "numbers; lower --order or --interval"
-            )
-        if request.guided:
-            prediction = _guide(prediction, request.guidance_scale)
-        prediction = prediction[:, : latents.shape[1]] if prediction.ndim == 4 else prediction  # drop learned sigma
-        latents = scheduler.step(torch.from_numpy(prediction), timestep, latents, return_dict=False)[0]
+        loop.accept(prediction)
         if on_step:
             on_step(step)
     assert slot.executed == str(plan), "bug in taylorseer-export: the steps that ran are not those planned"
-    return Result(latents.numpy(), str(plan), slot.executed, tuple(milliseconds), prepare_ms)
+    return Result(loop.latents, str(plan), slot.executed, tuple(milliseconds), prepare_ms)
+
+
+class Loop:
+    """A sampling loop under way, apart from the engine that answers it.
+
+    Every step: `model_input()` goes to a slot, its prediction comes back through `accept`. `sample` does this for one
+    request; a server does it for many in turn, and both get the same numbers.
+
+    Args:
+        denoiser, request, plan, order, form: As in `sample`.
+
+    Raises:
+        StepError: An input does not fit the bundle.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, request: Request, plan: Plan, order: int | None = None, form: Form = "taylor"
+    ) -> None:
+        import torch
+
+        self.request, self.plan, self.order, self.form = request, plan, order, form
+        sampling = denoiser.manifest.sampling
+        self._scheduler = _scheduler(sampling)
+        self._ticks = _clock(sampling, self._scheduler, request.latents.shape, len(plan), request.sigmas)
+        self._latents = torch.from_numpy(request.latents * float(getattr(self._scheduler, "init_noise_sigma", 1.0)))
+        self._last: tuple[Any, Any, Any] = (None, None, None)
+        self.step = 0
+        self.sizes = denoiser.sizes(self.model_input().shape, request.conditioning)
+
+    @property
+    def latents(self) -> np.ndarray:
+        """`[N, ...]` float32, after the steps accepted so far."""
+        return np.asarray(self._latents.numpy())
+
+    def start(self, slot: Slot) -> None:
+        """Begin the request in a slot of `sizes`."""
+        slot.start(self.request.conditioning, self.plan, self.order, self._ticks.model_timesteps, self.form)
+
+    def model_input(self) -> np.ndarray:
+        """The transformer's latents at the next step."""
+        return _doubled(self.latents) if self.request.guided else self.latents
+
+    def accept(self, prediction: np.ndarray) -> None:
+        """Advance the latents by the transformer's answer.
+
+        Raises:
+            StepError: It has numbers that are not finite.
+        """
+        import torch
+
+        if not np.isfinite(prediction).all():
+            raise StepError(
+                f"noise_pred has values that are NaN or infinite at step {self.step} (plan {self.plan}), expected "
+                "finite numbers; lower --order or --interval"
+            )
+        if self.request.guided:
+            prediction = _guide(prediction, self.request.guidance_scale)
+        # Learned sigma is dropped.
+        prediction = prediction[:, : self._latents.shape[1]] if prediction.ndim == 4 else prediction
+        answer = torch.from_numpy(prediction)
+        advanced = self._scheduler.step(answer, self._ticks.timesteps[self.step], self._latents)
+        self._last = self._latents, answer, advanced
+        self._latents = advanced.prev_sample
+        self.step += 1
+
+    def estimate(self) -> np.ndarray:
+        """`[N, ...]` float32: where the last step thinks the loop will end, for previews."""
+        latents, answer, advanced = self._last
+        clean = getattr(advanced, "pred_original_sample", None)
+        if clean is None:  # flow matching: the answer is the velocity away from the picture
+            clean = latents - self._scheduler.sigmas[self.step - 1] * answer
+        return np.asarray(clean.numpy())
 
 
 def flux_request(
@@ -225,11 +285,17 @@ def clock(manifest: Manifest, shape: tuple[int, ...], steps: int) -> Clock:
     return _clock(manifest.sampling, _scheduler(manifest.sampling), shape, steps)
 
 
-def _clock(sampling: Sampling, scheduler: Any, shape: tuple[int, ...], steps: int) -> Clock:
+def _clock(
+    sampling: Sampling, scheduler: Any, shape: tuple[int, ...], steps: int, sigmas: np.ndarray | None = None
+) -> Clock:
     """As diffusers' pipelines do: flow schedulers take evenly spaced sigmas, all others the number of steps."""
     if "FlowMatch" in type(scheduler).__name__:
         mu = _shift(scheduler.config, shape) if scheduler.config.get("use_dynamic_shifting", False) else None
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps), mu=mu)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps) if sigmas is None else sigmas, mu=mu)
+    elif sigmas is not None:
+        raise ConfigError(
+            f"sigmas are given, but {sampling.scheduler} takes only a number of steps, expected none; leave them out"
+        )
     else:
         scheduler.set_timesteps(steps)
     model_timesteps = scheduler.timesteps.numpy().astype(np.float32) / np.float32(sampling.timestep_divisor)

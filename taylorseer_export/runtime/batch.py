@@ -1,0 +1,164 @@
+"""Engine calls shared by several slots: inputs are gathered into one batch, outputs go back to each slot.
+
+Slots can share a call when their next steps run the same graph on the same sizes, and agree in everything that has no
+sample dimension: the weights of a forecast, the scales of an update, position ids.
+
+A shared call reads the weights once for all, and pays for it by gathering. A forecast step reads few weights and all
+of the Taylor buffers, so gathering costs more than it saves (three times the step, on the embedded FLUX): a graph is
+shared only if the Taylor buffers it reads are smaller than its weights.
+
+Whether an engine gives a sample the same bits in a batch as alone depends on its kernels. It is not assumed: the first
+call of every kind, size and count is made both ways and compared, and a combination that differs is never shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from taylorseer_export.bundle.manifest import GraphName, Tensor
+from taylorseer_export.bundle.shapes import names, resolve
+from taylorseer_export.errors import StepError
+from taylorseer_export.runtime.denoiser import Denoiser, Slot
+from taylorseer_export.runtime.runner import Buffer, Call
+from taylorseer_export.runtime.schedule import ForecastStep, FullStep
+
+BATCH = "batch"
+
+
+class _Bound(NamedTuple):
+    """One graph bound for a number of samples: per tensor its buffer, and its parts by sample."""
+
+    call: Call
+    inputs: dict[str, Buffer]
+    outputs: dict[str, Buffer]
+    parts: dict[str, list[list[Buffer]]]
+
+
+class SharedCalls:
+    """Runs the staged step of several slots as one engine call; for use by one thread at a time.
+
+    Args:
+        denoiser: The loaded bundle.
+
+    Attributes:
+        unequal: What was found to differ from running alone and is not shared: (graph, sizes, samples).
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self.unequal: set[Hashable] = set()
+        self._equal: set[Hashable] = set()
+        self._bound: dict[Hashable, _Bound] = {}
+        graphs = denoiser.manifest.graphs
+        tensors = [t for name in ("full", "forecast") for t in (*graphs[name].inputs, *graphs[name].outputs)]
+        fixed = BATCH not in denoiser.manifest.dimensions
+        # The most samples of one call; 1 where samples do not lie side by side in every tensor.
+        self.most = 1 if fixed or not all(map(_separable, tensors)) else denoiser.manifest.dimensions[BATCH].maximum
+
+    def key(self, slot: Slot, ids: Hashable) -> Hashable:
+        """Slots with equal keys may share the call of their upcoming step; None where it does not pay.
+
+        Args:
+            slot: With a request under way.
+            ids: What stands for the request's inputs without a sample dimension, from `ids_of`.
+        """
+        step = slot.upcoming
+        graph = slot.denoiser.manifest.graphs[_graph(step)]
+        state = sum(slot.source(tensor).nbytes for tensor in graph.inputs if tensor.role == "taylor_in")
+        if state > graph.weights_bytes:
+            return None
+        # The numbers go to all samples of a call; full steps of the snapshots layout have none.
+        values = step.weights if isinstance(step, ForecastStep) else step.scales
+        numbers = values.tobytes() if any(tensor.role == "weights" for tensor in graph.inputs) else b""
+        sizes = tuple(sorted((name, size) for name, size in slot.sizes.items() if name != BATCH))
+        return _graph(step), sizes, numbers, ids
+
+    def run(self, slots: Sequence[Slot]) -> bool:
+        """Run the staged step of every slot in one call.
+
+        Returns:
+            Whether it was done; otherwise nothing has changed and each slot has to `run` alone: the engine refused the
+            call, an answer is not finite, or calls of this size were found to differ.
+        """
+        graph = _graph(slots[0].upcoming)
+        samples = sum(slot.sizes[BATCH] for slot in slots)
+        sizes = {**slots[0].sizes, BATCH: samples}
+        combination = (graph, tuple(sorted(sizes.items())))
+        if combination in self.unequal:
+            return False
+        bound = self._bound.get(combination) or self._bind(graph, sizes)
+        self._bound[combination] = bound
+        self._gather(graph, slots, bound)
+        try:
+            bound.call()
+        except StepError:
+            return False
+        if not np.isfinite(bound.outputs["noise_pred"].read()).all():
+            return False
+        if combination in self._equal:
+            self._scatter(graph, slots, bound)
+            return True
+        for slot in slots:
+            slot.run()
+        (self._equal if self._same(graph, slots, bound) else self.unequal).add(combination)
+        return True
+
+    def _bind(self, graph: GraphName, sizes: dict[str, int]) -> _Bound:
+        contract, runner = self.denoiser.manifest.graphs[graph], self.denoiser.runner
+        inputs = {t.name: runner.buffer(resolve(t.shape, sizes), t.dtype) for t in contract.inputs}
+        outputs = {t.name: runner.buffer(resolve(t.shape, sizes), t.dtype) for t in contract.outputs}
+        buffers = {**inputs, **outputs}
+        parts = {t.name: _parts(t, buffers[t.name]) for t in (*contract.inputs, *contract.outputs) if BATCH in t.shape}
+        return _Bound(runner.bind(graph, inputs, outputs), inputs, outputs, parts)
+
+    def _gather(self, graph: GraphName, slots: Sequence[Slot], bound: _Bound) -> None:
+        for tensor in self.denoiser.manifest.graphs[graph].inputs:
+            if BATCH not in tensor.shape:
+                bound.inputs[tensor.name].copy(slots[0].source(tensor))
+                continue
+            own = [part for slot in slots for part in _parts(tensor, slot.source(tensor))]
+            for target, source in zip(bound.parts[tensor.name], own, strict=True):
+                for a, b in zip(target, source, strict=True):
+                    a.copy(b)
+
+    def _scatter(self, graph: GraphName, slots: Sequence[Slot], bound: _Bound) -> None:
+        for tensor in self.denoiser.manifest.graphs[graph].outputs:
+            own = [part for slot in slots for part in _parts(tensor, slot.target(tensor))]
+            for source, target in zip(bound.parts[tensor.name], own, strict=True):
+                for a, b in zip(target, source, strict=True):
+                    a.copy(b)
+
+    def _same(self, graph: GraphName, slots: Sequence[Slot], bound: _Bound) -> bool:
+        for tensor in self.denoiser.manifest.graphs[graph].outputs:
+            own = [part for slot in slots for part in _parts(tensor, slot.target(tensor))]
+            for shared, alone in zip(bound.parts[tensor.name], own, strict=True):
+                if any(a.read().tobytes() != b.read().tobytes() for a, b in zip(shared, alone, strict=True)):
+                    return False
+        return True
+
+
+def ids_of(denoiser: Denoiser, conditioning: Mapping[str, np.ndarray]) -> Hashable:
+    """The inputs of a request that all samples of a batch have in common, as something to compare."""
+    shared = [name for name, tensor in denoiser.constants.items() if BATCH not in tensor.shape]
+    return tuple((name, np.asarray(conditioning[name]).tobytes()) for name in shared)
+
+
+def _graph(step: FullStep | ForecastStep) -> GraphName:
+    return "full" if isinstance(step, FullStep) else "forecast"
+
+
+def _separable(tensor: Tensor) -> bool:
+    """Whether samples lie side by side: along the first dimension, or the second of a Taylor buffer."""
+    if any(BATCH in names(entry) for entry in tensor.shape if entry != BATCH):
+        return False
+    return BATCH not in tensor.shape or tensor.shape.index(BATCH) <= 1
+
+
+def _parts(tensor: Tensor, buffer: Buffer) -> list[list[Buffer]]:
+    """The parts of a tensor by sample: one part, or one for each entry of a Taylor buffer."""
+    if tensor.shape.index(BATCH) == 0:
+        return [[buffer.entry(k)] for k in range(buffer.shape[0])]
+    return [[buffer.entry(m).entry(k) for m in range(buffer.shape[0])] for k in range(buffer.shape[1])]

@@ -82,9 +82,9 @@ def memory(text: str) -> int:
     return value
 
 
-def size(text: str) -> tuple[int, int]:
-    """(height, width) of `1024x768`."""
+def size(text: str) -> tuple[int, ...]:
+    """(height, width) of `1024x768`, or (frames, height, width) of `81x480x832`."""
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise argparse.ArgumentTypeError(f"is {text}, expected HxW, like 1024x1024")
-    return int(parts[0]), int(parts[1])
+    if len(parts) not in (2, 3) or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise argparse.ArgumentTypeError(f"is {text}, expected HxW, like 1024x1024, or FxHxW for a video")
+    return tuple(int(p) for p in parts)

@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingf
 import pytest
 import torch
 from harness import FLOAT32, Tiny, eager_denoiser
-from tiny_models import dit_inputs, flux_inputs, kontext_inputs, tiny_dit, tiny_flux
+from tiny_models import dit_inputs, flux_inputs, kontext_inputs, tiny_dit, tiny_flux, tiny_wan, wan_inputs
 
 from taylorseer_export.build import export
 from taylorseer_export.families import FAMILIES
@@ -24,13 +24,14 @@ BUNDLES = {
     "dit": {"layout": "derivatives"},
     "plain": {"granularity": "last", "latent_size": (4, 6), "batch": 2},  # static but for the text
 }
-
 # Name -> (family, how its tiny model is built, inputs for it).
 MODELS = {
     "flux": ("flux", tiny_flux, flux_inputs),
     "plain": ("flux", lambda: tiny_flux(seed=1, guidance=False, double=1, single=1), flux_inputs),
     "kontext": ("flux-kontext", lambda: tiny_flux(seed=2, double=1), kontext_inputs),
     "dit": ("dit", tiny_dit, dit_inputs),
+    "wan": ("wan", tiny_wan, wan_inputs),
+    "wan-image": ("wan", lambda: tiny_wan(seed=1, in_channels=9, image_dim=10), wan_inputs),
 }
 
 

@@ -64,6 +64,7 @@ FAMILIES = {
         call=flux,
     ),
     "DiTTransformer2DModel": Family(((r"transformer_blocks\.\d+\.(attn1|ff)", None),)),
+    "WanTransformer3DModel": Family(((r"blocks\.\d+\.(attn1|attn2|ffn)", None),), first="blocks.0"),
 }
 
 

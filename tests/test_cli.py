@@ -69,7 +69,7 @@ def test_aliases_that_users_know(tmp_path, capsys):
     ("arguments", "expected"),
     [
         (["fluxx"], "did you mean `flux`"),
-        (["wan"], "expected one of dit, flux"),
+        (["wam"], "did you mean `wan`"),
         (["benhc", "x"], "did you mean `bench`"),
         (["flux", "--order", "9"], "expected a whole number, 0 to 4"),
         (["flux", "--order", "two"], "expected a whole number, 0 to 4"),
@@ -77,6 +77,7 @@ def test_aliases_that_users_know(tmp_path, capsys):
         (["flux", "--nope"], "unrecognized arguments"),
         (["flux", "--size", "big"], "expected HxW"),
         (["flux", "--size", "30x30", "--latent-size", "4x4"], "expected one of them"),
+        (["flux", "--size", "5x32x32"], "--size is 5x32x32, expected HxW for family flux"),
         (["flux", "--size", "33x32"], "expected a multiple of 2"),
         (["flux", "--size", "34x32"], "expected an even number"),
         (["dit", "--size", "32x32"], "expected 16x16"),
@@ -84,6 +85,10 @@ def test_aliases_that_users_know(tmp_path, capsys):
         (["flux", "--engine", "tensorflow"], "use --engine onnxruntime"),
         (["flux", "--precision", "bf16"], "expected fp32"),
         (["flux", "--model", "/no/such/folder"], "check the path"),
+        (
+            ["wan"],
+            "family wan has no embedded model, expected --model; pass a diff/",
+        ),
         (["run", "/no/such/bundle"], "/no/such/bundle"),
         (["replay", "x", "--inputs", "y"], "required: --outputs"),
     ],

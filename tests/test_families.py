@@ -31,6 +31,11 @@ ROWS = {
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "img_ids", "txt_ids", "image_latents", "image_ids"}),
     ),
+    "wan": Row(
+        ({"frames": 1, "height": 2, "width": 5, "text_tokens": 9}, {"batch": 3, "frames": 3, "height": 3}),
+        frozenset({"encoder_hidden_states"}),
+    ),
+    "wan-image": Row(({"batch": 1, "frames": 3},), frozenset({"encoder_hidden_states", "encoder_hidden_states_image"})),
 }
 # Every granularity and every layout, not every pair of them: layouts differ behind the cut, granularities before it.
 PAIRS = (("module", "snapshots"), ("module", "derivatives"), ("residual", "derivatives"), ("last", "snapshots"))
@@ -117,7 +122,7 @@ def test_forecast_has_no_attention_no_mlp_no_text(drafts, tiny, name, granularit
     pieces = drafts(name, granularity).split
     found = pieces.forecast.operators()
     assert {op: found[op] for op in HEAVY if found[op]} == {}
-    assert found["linear"] + found["conv2d"] == 1 + (granularity != "last")
+    assert found["linear"] + found["conv2d"] + found["conv3d"] == 1 + (granularity != "last")
     assert found["matmul"] == len(pieces.sites)
     assert {t.role for t in pieces.forecast.inputs} == {"latent", "step", "weights", "taylor_in"}
     kept = {size for t in pieces.forecast.inputs for entry in t.shape for size in names(entry)}

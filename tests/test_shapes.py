@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taylorseer_export.bundle.shapes import evaluate, match, names, resolve
+from taylorseer_export.bundle.shapes import evaluate, linear, match, names, resolve
 from taylorseer_export.errors import ConfigError, StepError
 
 SIZES = {"batch": 2, "frames": 3, "height": 8, "width": 6}
@@ -133,6 +133,31 @@ def test_match_names_tensor_dimension_seen_and_expected(shape, actual, text):
         match(shape, actual, SIZES, "x")
 
 
-def test_match_never_solves_an_expression():
+@pytest.mark.parametrize(
+    ("entry", "extent", "size"), [("2*text", 10, 5), ("text*4+1", 9, 2), ("2*(text-1)", 6, 4), ("text+text", 6, 3)]
+)
+def test_match_solves_a_multiple_of_one_name(entry, extent, size):
+    assert match((entry,), (extent,), {}, "x") == {"text": size}
+    assert evaluate(entry, {"text": size}) == extent
+    name, factor, offset = linear(entry)
+    assert (name, factor * size + offset) == ("text", extent)
+
+
+@pytest.mark.parametrize(
+    ("entry", "extent", "text"),
+    [
+        ("2*text", 11, r"`x` dimension 0 \(`2\*text`\) is 11 .*, expected a multiple of 2 elements; pad or crop `x`"),
+        ("4*text+1", 3, r"is 3 elements, expected a multiple of 4 and 1 elements"),
+    ],
+)
+def test_match_refuses_what_is_no_multiple(entry, extent, text):
+    with pytest.raises(StepError, match=text):
+        match((entry,), (extent,), {}, "x")
+
+
+@pytest.mark.parametrize("entry", ["text*text", "text//2", "5-text", "text-text", "text*frames"])
+def test_match_solves_nothing_else(entry):
     with pytest.raises(ConfigError, match="declare it in `dimensions`"):
-        match(("2*text",), (10,), {}, "x")
+        match((entry,), (10,), {}, "x")
+    with pytest.raises(ConfigError, match="expected a multiple of one name, like `2\\*rows`"):
+        linear(entry)

@@ -11,7 +11,7 @@ no forecast means anything.
 import math
 
 import torch
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, WanTransformer3DModel
 
 
 def _randomised(build, seed):
@@ -26,7 +26,7 @@ def _randomised(build, seed):
                 parameter.data = noise
             else:
                 parameter.data = noise / math.sqrt(parameter[0].numel())
-            if name.endswith("timestep_embedder.linear_1.weight"):
+            if name.endswith(("timestep_embedder.linear_1.weight", "time_embedder.linear_1.weight")):
                 parameter.data *= _low_pass(parameter.shape[1])
     return model
 
@@ -126,6 +126,38 @@ def dit_inputs(model, steps, batch=1, seed=0):
     shape = (batch, config.in_channels, config.sample_size, config.sample_size)
     labels = torch.randint(config.num_embeds_ada_norm, (batch,), generator=rng)
     return _trajectory(timestep / 1000, shape, rng), timestep, {"class_labels": labels}
+
+
+def tiny_wan(seed=0, layers=2, heads=2, head_dim=12, in_channels=4, image_dim=None, text_dim=20):
+    """Wan, patch (1, 2, 2), float32, eval; `image_dim` makes it image-to-video, as in Wan 2.1."""
+    return _randomised(
+        lambda: WanTransformer3DModel(
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            in_channels=in_channels,
+            out_channels=4,
+            text_dim=text_dim,
+            freq_dim=64,
+            ffn_dim=48,
+            num_layers=layers,
+            image_dim=image_dim,
+            added_kv_proj_dim=None if image_dim is None else heads * head_dim,
+            rope_max_seq_len=32,
+        ),
+        seed,
+    )
+
+
+def wan_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_tokens=6, seed=0):
+    """Latents [S, B, C, F, H, W], timesteps [S] (from 1000 down), conditioning; height and width in patches."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    timestep = torch.linspace(1000.0, 1000.0 / steps, steps).round()
+    shape = (batch, config.in_channels, frames, 2 * height, 2 * width)
+    text_tokens = text_tokens if config.image_dim is None else 512
+    conditioning = {"encoder_hidden_states": torch.randn(batch, text_tokens, config.text_dim, generator=rng)}
+    if config.image_dim is not None:
+        conditioning["encoder_hidden_states_image"] = torch.randn(batch, 257, config.image_dim, generator=rng)
+    return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
 
 
 def _trajectory(level, shape, rng):

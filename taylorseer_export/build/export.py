@@ -55,7 +55,7 @@ class Options:
         device: `cpu` or `cuda`, where the engines are to run; None takes what the kind of engine serves best.
         precision: `fp32`, `fp16` or `bf16`.
         state_dtype: The same for the Taylor buffers; None takes the precision. Arithmetic on them is float32.
-        latent_size: (height, width) of the latent image; None accepts the family's range.
+        latent_size: (height, width) or (frames, height, width) of the latent; None accepts the family's range.
         batch: Samples per call of the transformer; None accepts the family's range.
     """
 
@@ -71,7 +71,7 @@ class Options:
     device: str | None = None
     precision: str = "fp32"
     state_dtype: str | None = None
-    latent_size: tuple[int, int] | None = None
+    latent_size: tuple[int, ...] | None = None
     batch: int | None = None
 
     def state_type(self) -> torch.dtype:
@@ -201,7 +201,8 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     # Guidance by a batch of two halves doubles what a single picture needs.
     default |= {"text_tokens": checkpoint.card.get("text_tokens", 512)}
     default |= {"batch": 2 if checkpoint.family.guidance == "batched" else 1}
-    typical = {name: sizes[name] or default.get(name) or ranges[name][0] for name in ranges} | {"steps": options.steps}
+    within = {name: min(max(default.get(name, low), low), high) for name, (low, high) in ranges.items()}
+    typical = {name: sizes[name] or within[name] for name in ranges} | {"steps": options.steps}
     stored = {}
     for name in dict.fromkeys(n for cut in pieces.graphs for n in cut.parameters()):
         value = module.get_parameter(name) if name not in traced.buffers else traced.buffers[name]

@@ -164,8 +164,9 @@ class Sampling(_Part):
 
     scheduler: str = Field(description="Class of the scheduler in diffusers.")
     config: Config = Field(description="Config of the scheduler, as diffusers stores it.")
-    guidance: Literal["none", "embedded", "batched"] = Field(
-        description="How guidance reaches the model: not at all, as an input, or as a second branch in the batch."
+    guidance: Literal["none", "embedded", "batched", "branches"] = Field(
+        description="How guidance reaches the model: not at all, as an input, as a second half of the batch, or as a "
+        "second call in every step."
     )
     guidance_scale: float = Field(description="Default guidance scale, dimensionless.")
     timestep_divisor: float = Field(

@@ -72,6 +72,20 @@ def names(expression: Entry) -> frozenset[str]:
     return frozenset(node.id for node in nodes if isinstance(node, ast.Name))
 
 
+def linear(expression: Entry) -> tuple[str, int, int]:
+    """(name, factor, offset) of an entry that says `factor*name + offset`, with a factor above 0.
+
+    Raises:
+        ConfigError: The entry says anything else.
+    """
+    if len(names(expression)) == 1:
+        (name,) = names(expression)
+        factor, offset = _line(_parse(str(expression))) or (0, 0)
+        if factor > 0:
+            return name, factor, offset
+    raise ConfigError(f"shape entry is `{expression}`, expected a multiple of one name, like `2*rows`; write it so")
+
+
 def resolve(shape: Sequence[Entry], sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape with every entry evaluated; raises what `evaluate` raises."""
     return tuple(evaluate(entry, sizes) for entry in shape)
@@ -80,10 +94,10 @@ def resolve(shape: Sequence[Entry], sizes: Mapping[str, int]) -> tuple[int, ...]
 def match(shape: Sequence[Entry], actual: Sequence[int], sizes: Mapping[str, int], name: str) -> dict[str, int]:
     """Bind the sizes that a real tensor shows, and check everything else about its shape.
 
-    1. An entry that is one name not yet in `sizes` takes its value from `actual`.
+    1. An entry of one name that is not yet in `sizes` gives that name its value.
     2. Every entry is then evaluated and compared, so a name used twice must agree with itself.
 
-    Sizes are only read off plain names; `2*height` is checked and never solved for `height`.
+    Sizes are read off names and off multiples such as `2*rows`; a product of names is only checked.
 
     Args:
         shape: The symbolic shape of the tensor.
@@ -108,6 +122,11 @@ def match(shape: Sequence[Entry], actual: Sequence[int], sizes: Mapping[str, int
         if isinstance(entry, str) and entry.isidentifier():
             bound.setdefault(entry, extent)
     for dimension, (entry, extent) in enumerate(zip(shape, actual, strict=True)):
+        if isinstance(entry, str) and len(unknown := names(entry) - bound.keys()) == len(names(entry)) == 1:
+            factor, offset = _line(_parse(entry)) or (0, 0)
+            if factor > 0:
+                bound[min(unknown)] = _solved(name, dimension, entry, extent, factor, offset)
+    for dimension, (entry, extent) in enumerate(zip(shape, actual, strict=True)):
         expected = evaluate(entry, bound)
         if extent != expected:
             raise StepError(
@@ -116,6 +135,36 @@ def match(shape: Sequence[Entry], actual: Sequence[int], sizes: Mapping[str, int
                 "request for another size"
             )
     return bound
+
+
+def _solved(name: str, dimension: int, entry: str, extent: int, factor: int, offset: int) -> int:
+    value, rest = divmod(extent - offset, factor)
+    if rest or value < 0:
+        beyond = f" and {offset}" if offset else ""
+        raise StepError(
+            f"`{name}` dimension {dimension} (`{entry}`) is {extent} elements, expected a multiple of {factor}{beyond} "
+            f"elements; pad or crop `{name}`"
+        )
+    return value
+
+
+def _line(node: ast.expr) -> tuple[int, int] | None:
+    """(factor, offset) of an expression of one name, if it is a straight line."""
+    match node:
+        case ast.Name():
+            return 1, 0
+        case ast.Constant(value=int(value)):
+            return 0, value
+        case ast.BinOp(left=left, op=operator, right=right):
+            one, other = _line(left), _line(right)
+            if one is None or other is None or isinstance(operator, ast.FloorDiv):
+                return None
+            if isinstance(operator, ast.Mult):
+                scale, line = (one, other) if one[0] == 0 else (other, one)
+                return (scale[1] * line[0], scale[1] * line[1]) if scale[0] == 0 else None
+            apply = _OPERATORS[type(operator)]
+            return apply(one[0], other[0]), apply(one[1], other[1])
+    return None
 
 
 def _parse(expression: str) -> ast.expr:

@@ -18,10 +18,10 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     default = family.defaults
     what = parser.add_argument_group("what to export")
     what.add_argument("--model", metavar="REF", help="diffusers folder or hub id (default: the embedded tiny model)")
-    what.add_argument(
-        "--size", metavar="HxW", type=size, help="picture in pixels; makes the bundle static (default: any)"
-    )
-    what.add_argument("--latent-size", metavar="HxW", type=size, help="the same in latent pixels (default: any)")
+    form = "FxHxW" if len(family.latent_size) == 3 else "HxW"
+    made = "video in frames and pixels" if len(family.latent_size) == 3 else "picture in pixels"
+    what.add_argument("--size", metavar=form, type=size, help=f"{made}; makes the bundle static (default: any)")
+    what.add_argument("--latent-size", metavar=form, type=size, help="the same in latent pixels (default: any)")
     what.add_argument("--batch", metavar="B", type=whole(1), help="samples per call of the transformer (default: any)")
     what.add_argument("--name", help="name of the bundle (default: the model's)")
     how = parser.add_argument_group("how to forecast")
@@ -134,7 +134,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
         device=given.device,
         precision=given.precision,
         state_dtype=given.state_dtype,
-        latent_size=_latent_size(given, checkpoint.latent_scale),
+        latent_size=_latent_size(given, family, checkpoint.latent_scale),
         batch=given.batch,
     )
     export.check_options(options)
@@ -161,13 +161,26 @@ def run(family: Family, given: argparse.Namespace) -> int:
     return 0
 
 
-def _latent_size(given: argparse.Namespace, scale: int) -> tuple[int, int] | None:
-    """(height, width) of the latent image; `scale` pixels make one latent pixel."""
+def _latent_size(given: argparse.Namespace, family: Family, scale: int) -> tuple[int, ...] | None:
+    """Size of the latent: `scale` pixels make a latent pixel, and after the first frame `time_scale` a latent frame."""
     if given.size and given.latent_size:
         raise ConfigError("--size and --latent-size are both given, expected one of them; leave one out")
-    if given.latent_size or not given.size:
-        return given.latent_size
-    for label, value in zip(("height", "width"), given.size, strict=True):
-        if value % scale:
-            raise ConfigError(f"--size {label} is {value}, expected a multiple of {scale} (pixels); change it")
-    return given.size[0] // scale, given.size[1] // scale
+    option, value = ("--size", given.size) if given.size else ("--latent-size", given.latent_size)
+    if value is None:
+        return None
+    if len(value) != len(family.latent_size):
+        form = "FxHxW (frames first)" if len(family.latent_size) == 3 else "HxW"
+        raise ConfigError(
+            f"{option} is {'x'.join(map(str, value))}, expected {form} for family {family.name}; write it so"
+        )
+    if option == "--latent-size":
+        return tuple(value)
+    *frames, height, width = value
+    for label, pixels in (("height", height), ("width", width)):
+        if pixels % scale:
+            raise ConfigError(f"--size {label} is {pixels}, expected a multiple of {scale} (pixels); change it")
+    if frames and (frames[0] - 1) % family.time_scale:
+        raise ConfigError(
+            f"--size frames is {frames[0]}, expected a multiple of {family.time_scale} and 1, like 81; change it"
+        )
+    return (*((f - 1) // family.time_scale + 1 for f in frames), height // scale, width // scale)

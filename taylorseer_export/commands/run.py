@@ -14,6 +14,7 @@ from taylorseer_export.commands.terminal import (
     spread,
     write_tensors,
 )
+from taylorseer_export.errors import ConfigError
 from taylorseer_export.options import bundle_options, plan_options, size, whole
 
 SUMMARY = "Sample with a bundle: a picture, or tensors."
@@ -43,6 +44,13 @@ def run(given: argparse.Namespace) -> int:
     denoiser = open_denoiser(given)
     plan = plan_of(denoiser, given)
     manifest = denoiser.manifest
+    if manifest.family not in ("dit", "flux"):
+        raise ConfigError(
+            f"family is {manifest.family}, expected dit or flux, which `run` can sample without a text encoder; "
+            "set `pipe.transformer = taylorseer_export.load(BUNDLE).as_transformer()` in its diffusers pipeline"
+        )
+    if len(given.size) != 2:
+        raise ConfigError(f"--size is {'x'.join(map(str, given.size))}, expected HxW for a picture; write it so")
     count = max(len(given.label or ()), len(given.prompt or ()), len(given.seed))
     seeds = spread("--seed", given.seed, count)
     if manifest.family == "dit":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Role = Literal["latent", "step", "constant"]
-Guidance = Literal["none", "embedded", "batched"]
+Guidance = Literal["none", "embedded", "batched", "branches"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Input:
 
     Attributes:
         name: The diffusers argument name.
-        shape: Sizes; a string names a dimension of the family.
+        shape: Sizes; a string names a dimension of the family, or is a multiple of one, like `2*rows`.
         role: When its value is known: `latent` changes with every step, `step` depends on the step alone,
             `constant` is fixed for the request.
         dtype: `float` follows the precision of the export; anything else is a fixed torch dtype name.
@@ -66,14 +66,15 @@ class Family:
         stack_output: (module, argument) through which it leaves the last block.
         inputs: `config -> inputs` of the transformer.
         dimensions: `config -> {dimension: (smallest, largest)}` that a bundle without a fixed size accepts.
-        latent_sizes: `(config, height, width) -> {dimension: size}` for one latent image (before packing).
+        latent_sizes: `(config, *latent size) -> {dimension: size}` for one latent, before packing.
         defaults: The paper's plan and order.
         scheduler: Class name of the diffusers scheduler that the family's pipeline uses.
-        guidance: How classifier-free guidance reaches the model: not at all, embedded as an input, or as a
-            batch of two halves.
+        guidance: How classifier-free guidance reaches the model: not at all, `embedded` as an input, `batched` as
+            two halves of a batch, or as two `branches`, called one after the other in every step.
         guidance_scale: The pipeline's default, dimensionless.
-        latent_size: (height, width) of the latent image at the model's usual resolution.
+        latent_size: (height, width) of the latent, or (frames, height, width), at the model's usual resolution.
         latent_scale: Pixels per latent pixel along each side.
+        time_scale: Frames per latent frame; the first latent frame is one frame.
         timestep_divisor: What the scheduler's timestep is divided by before the transformer takes it, dimensionless.
         forward: `(model, inputs) -> noise_pred`: how the declared inputs become a call of the model, where they are
             not its arguments one by one. The trace and the eager reference of `verify` both call it this way.
@@ -90,13 +91,14 @@ class Family:
     stack_output: tuple[str, str]
     inputs: Callable[[Mapping[str, Any]], tuple[Input, ...]]
     dimensions: Callable[[Mapping[str, Any]], dict[str, tuple[int, int]]]
-    latent_sizes: Callable[[Mapping[str, Any], int, int], dict[str, int]]
+    latent_sizes: Callable[..., dict[str, int]]
     defaults: Defaults
     scheduler: str
     guidance: Guidance
     guidance_scale: float
-    latent_size: tuple[int, int]
+    latent_size: tuple[int, ...]
     latent_scale: int = 8
+    time_scale: int = 4
     timestep_divisor: float = 1.0
     forward: Callable[[Any, dict[str, Any]], Any] = call
     patched: Callable[[Any], AbstractContextManager[object]] = as_it_is

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import sympy
 import torch
 from torch import fx
 
+from taylorseer_export.bundle.shapes import names
 from taylorseer_export.graph.trace import Trace
 
 
@@ -36,6 +38,8 @@ _OF_ROLE = {"constant": Time.REQUEST, "step": Time.STEP, "latent": Time.LATENT}
 def binding_times(trace: Trace) -> dict[fx.Node, Time]:
     """Time of every node: `time(node) = max(time(input) for input)`; sizes count as known at export."""
     roles = {spec.name: _OF_ROLE[spec.role] for spec in trace.inputs}
+    known = {name for spec in trace.inputs if spec.role == "constant" for entry in spec.shape for name in names(entry)}
+    unknown = {symbol for symbol, name in trace.names.items() if name not in known}
     times: dict[fx.Node, Time] = {}
     for node in trace.module.graph.nodes:
         if node.op == "placeholder":
@@ -44,8 +48,21 @@ def binding_times(trace: Trace) -> dict[fx.Node, Time]:
             times[node] = Time.WEIGHT
         else:
             time = max((times[n] for n in node.all_input_nodes), default=Time.WEIGHT)
-            times[node] = Time.LATENT if time is Time.STEP and not _is_row(node, trace) else time
+            early = Time.WEIGHT < time < Time.LATENT
+            if (time is Time.STEP and not _is_row(node, trace)) or (
+                early and any(_symbols(n) & unknown for n in (node, *node.all_input_nodes))
+            ):
+                time = Time.LATENT
+            times[node] = time
     return times
+
+
+def _symbols(node: fx.Node) -> set[sympy.Symbol]:
+    """The symbols in the sizes of a node's tensors, or in the size that it is."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, tuple | list) else (value,)
+    sizes = [s for v in values for s in (v.shape if isinstance(v, torch.Tensor) else (v,))]
+    return {symbol for s in sizes if isinstance(s, torch.SymInt) for symbol in s.node.expr.free_symbols}
 
 
 def _is_row(node: fx.Node, trace: Trace) -> bool:

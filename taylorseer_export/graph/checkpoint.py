@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,11 +74,10 @@ class Checkpoint:
         return int(self.card.get("latent_scale", self.family.latent_scale))
 
     @property
-    def latent_size(self) -> tuple[int, int]:
-        """(height, width) of the latent image that estimates are quoted at."""
+    def latent_size(self) -> tuple[int, ...]:
+        """The size of the latent that estimates are quoted at: (height, width), or (frames, height, width)."""
         size = self.card.get("latent_size") or self.config.get("sample_size") or self.family.latent_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(height), int(width)
+        return (size, size) if isinstance(size, int) else tuple(int(s) for s in size)
 
     @cached_property
     def model_class(self) -> Any:
@@ -107,10 +106,11 @@ class Checkpoint:
         if not self.weightless:
             self._check_tensors(model)
         fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-        for module in model.modules():
+        for path, module in model.named_modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    kind = dtype if parameter.is_floating_point() else parameter.dtype
+                    kept = _kept_in_float32(model, f"{path}.{name}")
+                    kind = dtype if parameter.is_floating_point() and not kept else parameter.dtype
                     with fake:
                         module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=kind), False)
         for name, buffer in model.named_buffers():  # those computed by the model keep the dtype it gave them
@@ -156,6 +156,12 @@ class Checkpoint:
                 f"checkpoint {self.folder} has {len(differences)} tensors that do not fit its config ({shown}), "
                 f"expected those of {self.family.model_class}; check --model and the family"
             )
+
+
+def _kept_in_float32(model: nn.Module, name: str) -> bool:
+    """Whether diffusers loads this parameter in float32 whatever the precision of the rest."""
+    kept: Sequence[str] = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return any(part in kept for part in name.split("."))
 
 
 def open_checkpoint(reference: str | None, family: Family) -> Checkpoint:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from taylorseer_export.bundle.manifest import Tensor
+from taylorseer_export.bundle.shapes import linear, names
 from taylorseer_export.errors import ExportError
 from taylorseer_export.graph.binding import Time, is_size
 from taylorseer_export.graph.trace import Trace, eliminate_dead, is_tap
@@ -106,15 +107,23 @@ class Builder:
         return self.sized[expression]
 
     def _size_of_symbol(self, name: str) -> fx.Node:
-        for tensor in self.inputs:
-            if name in tensor.shape:
-                return self.graph.call_function(
-                    aten.sym_size.int, (self.placeholders[tensor.name], tensor.shape.index(name))
-                )
+        for wanted in (str.isidentifier, lambda entry: names(entry) == {name}):  # a name alone, else a multiple of it
+            for tensor in self.inputs:
+                for k, entry in enumerate(tensor.shape):
+                    if isinstance(entry, str) and name in names(entry) and wanted(entry):
+                        return self._solved(self.placeholders[tensor.name], k, entry)
         raise ExportError(
             f"size `{name}` is needed by graph `{self.name}` but none of its inputs has it, expected one; "
             "declare an input with that dimension in the family"
         )
+
+    def _solved(self, tensor: fx.Node, dim: int, entry: str) -> fx.Node:
+        """The size behind an entry `factor*size + offset` of a tensor's shape."""
+        _, factor, offset = linear(entry)
+        extent = self.graph.call_function(aten.sym_size.int, (tensor, dim))
+        if offset:
+            extent = self.graph.call_function(operator.sub, (extent, offset))
+        return extent if factor == 1 else self.graph.call_function(operator.floordiv, (extent, factor))
 
     def _arithmetic(self, expression: sympy.Expr, values: list[Any]) -> fx.Node:
         fold = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod}

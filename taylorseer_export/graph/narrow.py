@@ -17,18 +17,18 @@ have no path to the output of the forecast graph.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from taylorseer_export.graph.rewrite import TO_THE_END, call
 from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT
 from taylorseer_export.graph.trace import Trace, eliminate_dead, is_tap
 
 aten = torch.ops.aten
-_TO_THE_END = 2**63 - 1
 _ELEMENTWISE = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.to.dtype, aten.clamp.default, aten.clip.default)
 _ROWWISE = (aten.linear.default, aten.layer_norm.default)  # over the last dimension alone
 
@@ -137,7 +137,7 @@ def _rows_of_rows(graph: fx.Graph, inner: fx.Node, dim: int, start: Any, end: An
     length = inner.meta["val"].shape[dim]
     if not all(_at_most(0, _value(bound)) for bound in (first, start, end)):
         return None
-    if _value(end) != _TO_THE_END:
+    if _value(end) != TO_THE_END:
         if not _at_most(_value(end), length):
             return None
         last = _sum(graph, first, end)
@@ -161,33 +161,17 @@ def _covered_part(cat: fx.Node, start: Any, end: Any) -> fx.Node | None:
     for position, part in enumerate(parts):
         stop = begin + part.meta["val"].shape[dim]
         last = position == len(parts) - 1
-        if _equal(_value(start), begin) and (_equal(_value(end), stop) or (last and _value(end) == _TO_THE_END)):
+        if _equal(_value(start), begin) and (_equal(_value(end), stop) or (last and _value(end) == TO_THE_END)):
             return part
         begin = stop
     return None
-
-
-def call(
-    graph: fx.Graph,
-    target: Any,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None = None,
-    like: fx.Node | None = None,
-) -> fx.Node:
-    """Add a call node whose fake value is known, so that later passes can ask for its shape."""
-    node = graph.call_function(target, tuple(args), dict(kwargs or {}))
-    values, options = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    node.meta["val"] = target(*values, **options)
-    if like is not None:
-        node.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
-    return node
 
 
 def _window(node: fx.Node) -> tuple[int, Any, Any]:
     """(dim, start, end) of a slice call, with its defaults filled in."""
     source, dim, start, end = (*node.args, *[None] * 4)[:4]
     dim = (dim or 0) % source.meta["val"].ndim  # type: ignore[union-attr]
-    return dim, 0 if start is None else start, _TO_THE_END if end is None else end
+    return dim, 0 if start is None else start, TO_THE_END if end is None else end
 
 
 def _step(node: fx.Node) -> Any:

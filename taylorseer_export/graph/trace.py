@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +17,16 @@ import sympy
 import torch
 from torch import fx, nn
 
+from taylorseer_export.bundle.shapes import linear, resolve
 from taylorseer_export.errors import ExportError
 from taylorseer_export.families.family import Family, Input
+from taylorseer_export.graph.rewrite import functional, plain
 from taylorseer_export.graph.taps import tap_operator, tapped
 
 aten = torch.ops.aten
 
 # Sizes at which the symbolic trace is taken: small, distinct, and never 0 or 1, which export would specialise.
-_EXAMPLE_SIZES = (2, 24, 5, 7, 11, 13)
+_EXAMPLE_SIZES = (2, 24, 5, 7, 11, 13, 17, 19)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     sizes = dict(zip(declared, _EXAMPLE_SIZES, strict=False))
     dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in declared.items()}
     example = {i.name: example_tensor(i, sizes, precision) for i in inputs}
-    dynamic = {i.name: {k: dims[s] for k, s in enumerate(i.shape) if isinstance(s, str)} for i in inputs}
+    dynamic = {i.name: {k: dimension(s, dims) for k, s in enumerate(i.shape) if isinstance(s, str)} for i in inputs}
     with tapped(model, family) as sites, _called(model, family, inputs), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pytree deprecations inside torch.export, not ours to mend
         try:
@@ -95,15 +97,25 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
             ) from error
         module = program.module()
     assert isinstance(module, fx.GraphModule)
-    _refuse_mutation(module.graph)
     _drop_noise(module.graph)
+    functional(module.graph)
+    plain(module.graph)
+    eliminate_dead(module.graph)
     names = {
-        size.node.expr: name
+        symbol: linear(entry)[0]
         for spec in inputs
-        for size, name in zip(_placeholder(module.graph, spec.name).meta["val"].shape, spec.shape, strict=True)
-        if isinstance(name, str)
+        for size, entry in zip(_placeholder(module.graph, spec.name).meta["val"].shape, spec.shape, strict=True)
+        if isinstance(entry, str)
+        for symbol in size.node.expr.free_symbols
     }
-    return Trace(module, inputs, sites, names, sizes, precision, _fold_constants(module))
+    weights = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return Trace(module, inputs, sites, names, sizes, precision, _fold_constants(module, weights))
+
+
+def dimension(entry: str, dims: Mapping[str, Any]) -> Any:
+    """A shape entry such as `2*rows` over the `Dim`s of its names."""
+    name, factor, offset = linear(entry)
+    return dims[name] if (factor, offset) == (1, 0) else factor * dims[name] + offset
 
 
 @contextmanager
@@ -128,7 +140,7 @@ def _called(model: nn.Module, family: Family, inputs: tuple[Input, ...]) -> Iter
 def example_tensor(spec: Input, sizes: dict[str, int], precision: torch.dtype) -> torch.Tensor:
     """A zero tensor of the declared shape, for tracing: `[sizes...]`, dtype as declared."""
     dtype = precision if spec.dtype == "float" else getattr(torch, spec.dtype)
-    return torch.zeros([sizes[s] if isinstance(s, str) else s for s in spec.shape], dtype=dtype)
+    return torch.zeros(resolve(spec.shape, sizes), dtype=dtype)
 
 
 def eliminate_dead(graph: fx.Graph) -> None:
@@ -146,15 +158,6 @@ def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
     return next(n for n in graph.nodes if n.op == "placeholder" and n.target == name)
 
 
-def _refuse_mutation(graph: fx.Graph) -> None:
-    for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            raise ExportError(
-                f"operator `{node.target}` at `{node.name}` is in place, expected a functional graph; "
-                "run the model's part out of place before exporting it"
-            )
-
-
 def _drop_noise(graph: fx.Graph) -> None:
     """Drop shape guards, metadata checks, and casts that cast nothing."""
     for node in list(graph.nodes):
@@ -163,18 +166,19 @@ def _drop_noise(graph: fx.Graph) -> None:
         elif _casts_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    eliminate_dead(graph)
 
 
-def _fold_constants(module: fx.GraphModule) -> dict[str, torch.Tensor]:
-    """Compute now what depends on no input and no weight, and put it in the graph as a buffer.
+def _fold_constants(module: fx.GraphModule, weights: set[str]) -> dict[str, torch.Tensor]:
+    """Compute now what depends on no input and none of the `weights`, and put it in the graph as a buffer.
 
     An engine would compute the table of timestep frequencies with its own `exp`, and an error of one unit in the last
     place moves the angle of timestep 1000 by 6e-5. Computed here, every engine sees the numbers of the eager model.
     """
     values: dict[fx.Node, torch.Tensor] = {}
     for node in module.graph.nodes:
-        if (
+        if node.op == "get_attr" and node.target not in weights:  # a number in the model's code, as a tensor
+            values[node] = getattr(module.get_submodule(node.target.rpartition(".")[0]), node.target.rpartition(".")[2])
+        elif (
             node.op == "call_function"
             and isinstance(node.target, torch._ops.OpOverload)
             and all(n in values for n in node.all_input_nodes)

@@ -1,0 +1,64 @@
+"""Wan 2.1 and 2.2: video transformer blocks with self-attention, cross-attention to the text, and an MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.family import Defaults, Family, Input
+
+_TEXT = 512  # tokens; diffusers splits image from text tokens at this count
+_IMAGE = 257  # tokens of the image encoder
+
+
+def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    _, high, wide = config["patch_size"]
+    latent = ("batch", config["in_channels"], "frames", f"{high}*rows", f"{wide}*columns")
+    image = config["image_dim"] is not None
+    text = _TEXT if image else "text_tokens"
+    inputs = (
+        Input("hidden_states", latent, "latent"),
+        Input("timestep", ("batch",), "step", "float32"),
+        Input("encoder_hidden_states", ("batch", text, config["text_dim"]), "constant"),
+    )
+    if not image:
+        return inputs
+    return (*inputs, Input("encoder_hidden_states_image", ("batch", _IMAGE, config["image_dim"]), "constant"))
+
+
+def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    longest = config["rope_max_seq_len"]  # positions in the table of each axis
+    ranges = {"batch": (1, 16), "frames": (1, min(longest, 256)), "rows": (2, min(longest, 256))}
+    ranges["columns"] = ranges["rows"]
+    return ranges if config["image_dim"] is not None else {**ranges, "text_tokens": (1, _TEXT)}
+
+
+def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: int) -> dict[str, int]:
+    _, high, wide = config["patch_size"]
+    for label, size, patch in (("height", height, high), ("width", width, wide)):
+        if size % patch:
+            raise ConfigError(
+                f"latent {label} is {size}, expected a multiple of {patch} (latent pixels), the side of a patch; "
+                "change --size or --latent-size"
+            )
+    return {"frames": frames, "rows": height // high, "columns": width // wide}
+
+
+WAN = Family(
+    name="wan",
+    title="Wan 2.1 (text and image to video, 1.3B and 14B) and Wan 2.2 A14B, one bundle for each of its two experts",
+    model_class="WanTransformer3DModel",
+    reference="Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    sites=(r"blocks\.\d+\.attn1", r"blocks\.\d+\.attn2", r"blocks\.\d+\.ffn"),
+    stack_input=("blocks.0", "hidden_states"),
+    stack_output=("norm_out", "inputs"),
+    inputs=_inputs,
+    dimensions=_dimensions,
+    latent_sizes=_latent_sizes,
+    defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
+    scheduler="UniPCMultistepScheduler",
+    guidance="branches",
+    guidance_scale=5.0,
+    latent_size=(21, 60, 104),
+)

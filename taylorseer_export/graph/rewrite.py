@@ -1,0 +1,153 @@
+"""Rewrites: what diffusers writes in place, or in operators that few engines have, as plain functional operators.
+
+Two kinds of writes into part of a tensor occur in the models: a rotary embedding fills an empty tensor element by
+element, and an attention mask has one column set. Both become a new tensor, so no graph of ours has a side effect:
+
+    out[..., 0::2] = a;  out[..., 1::2] = b      becomes   flatten(stack(a, b))
+    mask[..., k] = value                         becomes   cat(mask[..., :k], value, mask[..., k + 1:])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import fx
+
+from taylorseer_export.errors import ExportError
+
+aten = torch.ops.aten
+TO_THE_END = 2**63 - 1
+
+
+def functional(graph: fx.Graph) -> None:
+    """Replace the writes above by new tensors, in place of the graph.
+
+    Raises:
+        ExportError: An operator changes a tensor in another way.
+    """
+    done: list[fx.Node] = []
+    for node in list(graph.nodes):
+        if node in done:
+            continue
+        if node.target is aten.fill_.Tensor:
+            done += _set_column(graph, node)
+        elif node.target is aten.copy_.default:
+            done += _interleave(graph, node)
+    for node in graph.nodes:
+        if _mutates(node):
+            _refuse(node)
+
+
+def plain(graph: fx.Graph) -> None:
+    """Casts to the dtype of another tensor as casts, and masks filled with a boolean as logical operators."""
+    for node in list(graph.nodes):
+        if node.target is aten.type_as.default:
+            source, dtype = _args(node)[0], node.meta["val"].dtype
+            if source.meta["val"].dtype == dtype:
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+            else:
+                _replace(graph, node, aten.to.dtype, [source, dtype])
+        elif node.target is aten.masked_fill.Scalar and node.meta["val"].dtype == torch.bool:
+            values, mask, fill = _args(node)
+            if fill:
+                _replace(graph, node, aten.logical_or.default, [values, mask])
+                continue
+            with graph.inserting_before(node):
+                kept = call(graph, aten.logical_not.default, [mask], like=node)
+            _replace(graph, node, aten.logical_and.default, [values, kept])
+
+
+def call(
+    graph: fx.Graph,
+    target: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    like: fx.Node | None = None,
+) -> fx.Node:
+    """Add a call node whose fake value is known, so that later passes can ask for its shape."""
+    node = graph.call_function(target, tuple(args), dict(kwargs or {}))
+    values, options = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    node.meta["val"] = target(*values, **options)
+    if like is not None:
+        node.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
+    return node
+
+
+def _set_column(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
+    """`base.select(dim, k).fill_(value)`: a tensor whose column k is the value."""
+    view, value = _args(write)
+    if view.target is not aten.select.int:
+        _refuse(write)
+    base, dim, column = _args(view)
+    _check_unshared(base, [view], write)
+    with graph.inserting_before(write):
+        before = call(graph, aten.slice.Tensor, [base, dim, 0, column], like=write)
+        old = call(graph, aten.slice.Tensor, [base, dim, column, column + 1], like=write)
+        new = call(graph, aten.expand_as.default, [value, old], like=write)
+        after = call(graph, aten.slice.Tensor, [base, dim, column + 1, TO_THE_END], like=write)
+        parts = [before, new, after] if column else [new, after]
+        result = call(graph, aten.cat.default, [parts, dim], like=write)
+    return _finish(graph, base, result, [write])
+
+
+def _interleave(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
+    """The first of n writes `base[..., k::n].copy_(value)`, k = 0 to n - 1, which leave nothing of the base."""
+    view, _ = _args(write)
+    if view.target is not aten.slice.Tensor or len(view.args) < 5:
+        _refuse(write)
+    base, dim, *_, count = _args(view)
+    views = [user for user in base.users if user.target is aten.slice.Tensor and len(user.args) == 5]
+    writes = [next(iter(v.users)) for v in views]
+    windows = [v.args for v in views]
+    if windows != [(base, dim, k, TO_THE_END, count) for k in range(count)] or dim != base.meta["val"].ndim - 1:
+        _refuse(write)
+    if any(w.target is not aten.copy_.default or w.args[0] is not v for w, v in zip(writes, views, strict=True)):
+        _refuse(write)
+    _check_unshared(base, views, writes[-1])
+    with graph.inserting_before(writes[-1]):
+        stacked = call(graph, aten.stack.default, [[w.args[1] for w in writes], -1], like=write)
+        result = call(graph, aten.flatten.using_ints, [stacked, -2], like=write)
+        if result.meta["val"].dtype != base.meta["val"].dtype:
+            result = call(graph, aten.to.dtype, [result, base.meta["val"].dtype], like=write)
+    return _finish(graph, base, result, writes)
+
+
+def _check_unshared(base: fx.Node, views: Sequence[fx.Node], write: fx.Node) -> None:
+    """A write may be seen through no other tensor: the base owns its memory, and nothing read it before."""
+    aliases = isinstance(base.target, torch._ops.OpOverload) and any(r.alias_info for r in base.target._schema.returns)
+    early = [user for user in base.users if user not in views and user < write]
+    if base.op != "call_function" or aliases or early or any(len(v.users) != 1 for v in views):
+        _refuse(write)
+
+
+def _finish(graph: fx.Graph, base: fx.Node, result: fx.Node, writes: list[fx.Node]) -> list[fx.Node]:
+    """Let all that reads the base after the last write read the result, and drop the writes, which are returned."""
+    base.replace_all_uses_with(result, delete_user_cb=lambda user: writes[-1] < user)
+    for write in writes:
+        write.replace_all_uses_with(result)
+        graph.erase_node(write)
+    return writes
+
+
+def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: Sequence[Any]) -> None:
+    with graph.inserting_before(node):
+        node.replace_all_uses_with(call(graph, target, args, like=node))
+    graph.erase_node(node)
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _refuse(node: fx.Node) -> NoReturn:
+    raise ExportError(
+        f"operator `{node.target}` at `{node.name}` is in place, expected a functional graph; "
+        "run the model's part out of place before exporting it"
+    )

@@ -1,0 +1,88 @@
+"""Rewrites: each write in place that the models make, as a new tensor; every other one is refused."""
+
+import pytest
+import torch
+from harness import toy_inputs, toy_trace
+
+from taylorseer_export.errors import ExportError
+
+aten = torch.ops.aten
+
+
+def interleaved(m, h, t, text, label):
+    """As Wan's rotary embedding."""
+    first, second = h.unflatten(-1, (-1, 2)).unbind(-1)
+    out = torch.empty_like(h)
+    out[..., 0::2] = first * 2
+    out[..., 1::2] = second - first
+    return m.site(out.type_as(h))
+
+
+def first_column(m, h, t, text, label):
+    """As the mask of Hunyuan's token refiner."""
+    mask = (text.sum(-1) > 0) & (text.sum(-1) < 9)
+    mask[:, 0] = True
+    return m.site(h) + mask.to(h.dtype).sum(1)[:, None, None]
+
+
+def inner_column(m, h, t, text, label):
+    x = text * 2
+    x[:, :, 2] = 5.0
+    return m.site(h) + x.sum((1, 2))[:, None, None]
+
+
+def masked(fill):
+    def compute(m, h, t, text, label):
+        mask = (text.sum(-1) > 0).masked_fill(text.sum(-1) > 1, fill)
+        return m.site(h) + mask.to(h.dtype).sum(1)[:, None, None]
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    ("compute", "gone"),
+    [
+        (interleaved, (aten.copy_.default, aten.empty_like.default, aten.type_as.default, aten.to.dtype)),
+        (first_column, (aten.fill_.Tensor,)),
+        (inner_column, (aten.fill_.Tensor,)),
+        (masked(True), (aten.masked_fill.Scalar,)),
+        (masked(False), (aten.masked_fill.Scalar,)),
+    ],
+    ids=["interleaved", "first_column", "inner_column", "masked_true", "masked_false"],
+)
+def test_equals_the_model(compute, gone):
+    toy, traced = toy_trace(compute)
+    inputs = toy_inputs(seed=3)
+    with torch.no_grad():
+        (seen,) = traced.module(**inputs, return_dict=False)
+        (expected,) = toy(**inputs)
+    assert torch.equal(seen, expected)
+    targets = {n.target for n in traced.module.graph.nodes}
+    assert not targets & set(gone)
+    assert not any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets)
+
+
+def overlapping(m, h, t, text, label):
+    out = torch.empty_like(h)
+    out[..., 0::2] = m.site(h)[..., 0::2]
+    return out
+
+
+def read_before(m, h, t, text, label):
+    x = h * 2
+    y = x + 1
+    x[:, :, 0] = 0.0
+    return m.site(y + x)
+
+
+def through_a_view(m, h, t, text, label):
+    x = (h * 2).transpose(1, 2)
+    x[:, :, 0] = 0.0
+    return m.site(x.transpose(1, 2))
+
+
+@pytest.mark.parametrize("compute", [overlapping, read_before, through_a_view])
+def test_any_other_write_is_refused(compute):
+    """A part that is left as it was, a tensor somebody read already, memory that another tensor owns."""
+    with pytest.raises(ExportError, match=r"is in place, expected a functional graph; run the model's part out of"):
+        toy_trace(compute)

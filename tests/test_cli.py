@@ -87,7 +87,7 @@ def test_aliases_that_users_know(tmp_path, capsys):
         (["flux", "--model", "/no/such/folder"], "check the path"),
         (
             ["wan"],
-            "family wan has no embedded model, expected --model; pass a diff/",
+            "family wan has no embedded model, expected --model; pass a",
         ),
         (["run", "/no/such/bundle"], "/no/such/bundle"),
         (["replay", "x", "--inputs", "y"], "required: --outputs"),

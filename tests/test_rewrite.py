@@ -54,7 +54,7 @@ def test_equals_the_model(compute, gone):
     toy, traced = toy_trace(compute)
     inputs = toy_inputs(seed=3)
     with torch.no_grad():
-        (seen,) = traced.module(**inputs, return_dict=False)
+        seen = traced.module(**inputs)
         (expected,) = toy(**inputs)
     assert torch.equal(seen, expected)
     targets = {n.target for n in traced.module.graph.nodes}

@@ -85,10 +85,7 @@ def test_aliases_that_users_know(tmp_path, capsys):
         (["flux", "--engine", "tensorflow"], "use --engine onnxruntime"),
         (["flux", "--precision", "bf16"], "expected fp32"),
         (["flux", "--model", "/no/such/folder"], "check the path"),
-        (
-            ["wan"],
-            "family wan has no embedded model, expected --model; pass a",
-        ),
+        (["wan"], "family wan has no embedded model, expected --model; pass a diffusers folder"),
         (["run", "/no/such/bundle"], "/no/such/bundle"),
         (["replay", "x", "--inputs", "y"], "required: --outputs"),
     ],

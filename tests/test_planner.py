@@ -10,10 +10,11 @@ import pytest
 from taylorseer_export import cli
 from taylorseer_export.build import export
 from taylorseer_export.build.export import Options, describe, draft
+from taylorseer_export.commands.export import options as family_options
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
-from taylorseer_export.options import family_parser
+from taylorseer_export.options import Parser
 from taylorseer_export.report import planner
 from taylorseer_export.report.card import card, orders, state_bytes, table_bytes
 from taylorseer_export.report.planner import GRANULARITIES, LAYOUTS, Choice, choices, choose, reason, table
@@ -32,6 +33,12 @@ def traced(tiny, traces):
             return export.trace_model(checkpoint, options())
 
     return make
+
+
+def parser_of(family):
+    parser = Parser(family.name, "")
+    family_options(parser, family)
+    return parser
 
 
 def options(order=2, **changes):
@@ -203,7 +210,7 @@ def test_the_budget_that_a_refusal_names_is_enough(weights):
     with pytest.raises(ConfigError) as refused:
         choose(rows, 1, 2)
     named = re.search(r"at least (.*?) \(", str(refused.value))[1]
-    given = family_parser(FAMILIES["dit"]).parse_args(["--memory-budget", named])
+    given = parser_of(FAMILIES["dit"]).parse_args(["--memory-budget", named])
     assert choose(rows, given.memory_budget, 2).total() <= given.memory_budget
 
 
@@ -300,7 +307,7 @@ def test_a_budget_that_is_no_size_is_refused(text, tmp_path, capsys):
      ("7KiB", 7 * KIB), ("1000", 1000), ("12 bytes", 12), ("0.1GiB", GIB // 10)],
 )  # fmt: skip
 def test_a_budget_is_read_exactly(text, count):
-    assert family_parser(FAMILIES["flux"]).parse_args(["--memory-budget", text]).memory_budget == count
+    assert parser_of(FAMILIES["flux"]).parse_args(["--memory-budget", text]).memory_budget == count
 
 
 def test_slots_without_a_budget_are_refused(flux):

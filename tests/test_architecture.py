@@ -23,7 +23,7 @@ ARROWS: dict[str, frozenset[str]] = {
     "bundle": frozenset({"method", "errors"}),
     "families": frozenset({"errors"}),
     "graph": frozenset({"bundle", "families", "method", "errors"}),
-    "build": frozenset({"graph", "bundle", "families", "method", "errors"}),
+    "build": frozenset({"graph", "bundle", "families", "method", "options", "errors"}),
     "runtime": frozenset({"bundle", "method", "errors"}),
     "report": frozenset({"runtime", "build", "graph", "bundle", "families", "method", "errors"}),
     "serve": frozenset({"runtime", "report", "bundle", "families", "method", "errors"}),

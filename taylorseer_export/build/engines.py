@@ -7,6 +7,7 @@ its library can build everything else; this file imports nothing heavy, because 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from taylorseer_export.errors import BuildError, ConfigError
+from taylorseer_export.options import memory, whole
 
 if TYPE_CHECKING:
     from taylorseer_export.build.export import Draft, Options
@@ -76,8 +78,78 @@ class Kind:
     options: tuple[Option, ...] = ()
 
 
+def one_of(*values: str) -> Callable[[str], str]:
+    """One of a few words."""
+
+    def value_of(text: str) -> str:
+        if text not in values:
+            raise argparse.ArgumentTypeError(f"is {text}, expected {', '.join(values)}")
+        return text
+
+    return value_of
+
+
+def capabilities(text: str) -> str:
+    """Compute capabilities, `8.9,12.0`."""
+    if not re.fullmatch(r"[1-9][0-9]?\.[0-9](,[1-9][0-9]?\.[0-9])*", text):
+        raise argparse.ArgumentTypeError(f"is {text}, expected compute capabilities, like 8.9,12.0")
+    return text
+
+
+def pools(text: str) -> str:
+    """Memory pools with their limits in bytes: `dla-local-dram:1GiB` becomes `dla-local-dram:1073741824`."""
+    limits = []
+    for entry in text.split(","):
+        name, _, size = entry.partition(":")
+        if not re.fullmatch(r"[a-z-]+", name):
+            raise argparse.ArgumentTypeError(f"is {text}, expected POOL:SIZE, like tactic-shared-memory:48KiB")
+        limits.append(f"{name}:{memory(size)}")
+    return ",".join(limits)
+
+
+# Names as in `trtexec` and Polygraphy.
+_EVERY_TENSORRT = (
+    Option("workspace", "scratch memory a layer may use (default: the GPU's; 4GiB for tensorrt-rtx)", memory, "SIZE"),
+    Option("tf32", "let float32 products round their inputs to 10 bits", None),
+    Option("weight-streaming", "let weights stay on the host at run time, for small GPUs; no CUDA graphs", None),
+)
+_BUILDER = (
+    Option("builder-optimization-level", "0 to 5, more time for faster engines", whole(0, 5), "N"),
+    Option("max-aux-streams", "streams that one engine may use beside its own", whole(0), "N"),
+    Option("pool-limit", "other memory pools: tactic-dram, dla-managed-sram, …", pools, "POOL:SIZE,…"),
+    Option(
+        "profiling-verbosity",
+        "layer-names-only, detailed or none",
+        one_of("layer-names-only", "detailed", "none"),
+        "LEVEL",
+    ),
+)
+_ONE_GPU = (
+    Option("version-compatible", "run on later releases too", None),
+    Option(
+        "hardware-compatibility-level",
+        "GPUs that may run it: none (this model alone), ampere-plus or same-compute-capability",
+        one_of("none", "ampere-plus", "same-compute-capability"),
+        "LEVEL",
+    ),
+    Option("refit", "weights may be replaced in the plan", None),
+    Option("strip-plan", "plans without weights, which they take from the bundle when they are loaded", None),
+    Option("timing-cache", "file of kernel timings, read and written", str, "FILE"),
+)
+
 ENGINES: Mapping[str, Kind] = {
     "onnxruntime": Kind("taylorseer_export.build.onnxruntime"),
+    "tensorrt": Kind("taylorseer_export.build.tensorrt", (*_EVERY_TENSORRT, *_BUILDER, *_ONE_GPU)),
+    "tensorrt-rtx": Kind(
+        "taylorseer_export.build.tensorrt",
+        (
+            *_EVERY_TENSORRT,
+            *_BUILDER,
+            Option(
+                "gpu-arch", "compute capabilities to build for (default: all from 8.0 on)", capabilities, "8.9,12.0"
+            ),
+        ),
+    ),
 }
 
 

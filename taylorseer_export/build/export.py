@@ -143,6 +143,16 @@ class Draft:
 
         return write_weights(folder / WEIGHTS, self.stored, self.read, count)
 
+    def dimensions(self) -> dict[str, Dimension]:
+        """Range of every symbolic size, the number of steps included."""
+        ranges = self.checkpoint.family.dimensions(self.checkpoint.config) | {"steps": (1, _MOST_STEPS)}
+        return {
+            name: Dimension(
+                minimum=self.sizes.get(name) or low, maximum=self.sizes.get(name) or high, typical=self.typical[name]
+            )
+            for name, (low, high) in ranges.items()
+        }
+
     def weights_bytes(self, cut: Cut | None = None) -> int:
         """Bytes of the weights of one graph, or of the bundle."""
         names = self.stored if cut is None else cut.parameters()
@@ -282,7 +292,7 @@ def describe(
             weights_sha256=weights_sha256,
             embedded=checkpoint.embedded,
         ),
-        dimensions=_dimensions(plan),
+        dimensions=plan.dimensions(),
         sites=tuple(Site(name=site, shape=shape) for site, shape in plan.split.sites.items()),
         state=State(
             granularity=options.granularity,
@@ -312,16 +322,6 @@ def tool_version() -> str:
         return version("taylorseer-export")
     except PackageNotFoundError:
         return "0+source"
-
-
-def _dimensions(plan: Draft) -> dict[str, Dimension]:
-    ranges = plan.checkpoint.family.dimensions(plan.checkpoint.config) | {"steps": (1, _MOST_STEPS)}
-    return {
-        name: Dimension(
-            minimum=plan.sizes.get(name) or low, maximum=plan.sizes.get(name) or high, typical=plan.typical[name]
-        )
-        for name, (low, high) in ranges.items()
-    }
 
 
 def _sampling(checkpoint: Checkpoint) -> Sampling:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from taylorseer_export.build.engines import Progress
+from taylorseer_export.build.export import Draft
 from taylorseer_export.build.weights import WEIGHTS, Stored
 from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.bundle.shapes import evaluate, names, resolve
@@ -42,6 +44,25 @@ def exported_program(cut: Cut, sizes: Mapping[str, int | None]) -> torch.export.
             f"graph `{cut.name}` does not re-export, expected a static graph; "
             f"torch.export says: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def write_graphs(draft: Draft, folder: Path, progress: Progress) -> dict[str, Path]:
+    """Write the weights of a draft, then each of its graphs as ONNX that points into them.
+
+    Returns:
+        Graph name -> its file.
+
+    Raises:
+        BuildError: An operator has no ONNX form.
+    """
+    cuts = draft.split.graphs
+    places = draft.write_weights(folder, progress)
+    files = {cut.name: folder / f"{cut.name}.onnx" for cut in cuts}
+    for k, cut in enumerate(cuts):
+        progress("graphs", k, len(cuts))
+        write_onnx(cut, {**draft.sizes, "steps": None}, places, files[cut.name])
+    progress("graphs", len(cuts), len(cuts))
+    return files
 
 
 def write_onnx(cut: Cut, sizes: Mapping[str, int | None], weights: Mapping[str, Stored], path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from taylorseer_export.build.engines import Progress, library_versions
 from taylorseer_export.build.export import Draft, Options
-from taylorseer_export.build.onnx import OPSET, write_onnx
+from taylorseer_export.build.onnx import OPSET, write_graphs
 from taylorseer_export.bundle.manifest import Engine
 from taylorseer_export.errors import ConfigError
 
@@ -44,8 +44,4 @@ def build(draft: Draft, folder: Path, progress: Progress) -> None:
     Raises:
         BuildError: An operator has no ONNX form.
     """
-    places = draft.write_weights(folder, progress)
-    for k, cut in enumerate(draft.split.graphs):
-        progress("graphs", k, len(draft.split.graphs))
-        write_onnx(cut, {**draft.sizes, "steps": None}, places, folder / graph_file(cut.name))
-    progress("graphs", len(draft.split.graphs), len(draft.split.graphs))
+    write_graphs(draft, folder, progress)

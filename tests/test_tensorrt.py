@@ -1,0 +1,219 @@
+"""TensorRT plans: the real parser and builder of `tensorrt_rtx` on every family, no GPU needed.
+
+Strong typing makes the parser name every missing cast, so a model that builds here is typed throughout.
+"""
+
+import re
+from functools import cache
+
+import pytest
+import torch
+
+from taylorseer_export.build import export
+from taylorseer_export.build import tensorrt as plans
+from taylorseer_export.build.export import Options, check_options
+from taylorseer_export.bundle.manifest import Dimension, Graph, Tensor
+from taylorseer_export.bundle.store import open_bundle
+from taylorseer_export.bundle.tensorrt import extents, library, logger, unlike
+from taylorseer_export.errors import BuildError, ConfigError
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph.checkpoint import open_checkpoint
+
+trt = pytest.importorskip("tensorrt_rtx")
+
+# Every symbolic size in bfloat16; in float16 a static bundle, which is cheaper and has other shapes.
+MODELS = ["plain", "dit"]
+CASES = [(name, "bf16", {}) for name in MODELS] + [(name, "fp16", {"batch": 2}) for name in MODELS]
+
+
+def options(**changes) -> Options:
+    return Options(**{"order": 1, "interval": 2, "warmup": 1, "steps": 8, "engine": "tensorrt-rtx", **changes})
+
+
+@pytest.fixture(scope="module")
+def built(tiny, tmp_path_factory):
+    """(model, precision, batch) -> (its draft, the bundle's folder, what was reported while it was built)."""
+
+    @cache
+    def make(name, precision, batch=None):
+        checkpoint = open_checkpoint(str(tiny(name).folder), FAMILIES[tiny(name).family])
+        size = checkpoint.latent_size if batch else None
+        chosen = options(precision=precision, batch=batch, latent_size=size, engine_options={"gpu-arch": "8.9,12.0"})
+        draft, said = export.draft(checkpoint, chosen), []
+        folder = export.write_bundle(draft, tmp_path_factory.mktemp("plans"), name, lambda *it: said.append(it))
+        return draft, folder, said
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "precision", "more"), CASES)
+def test_every_graph_of_every_family_builds(built, name, precision, more):
+    """`build` refuses a network whose names, dtypes or shapes are not the contract's, so a bundle is the proof."""
+    draft, folder, said = built(name, precision, **more)
+    manifest = open_bundle(folder).manifest
+    graphs = [cut.name for cut in draft.split.graphs]
+    assert sorted(p.name for p in folder.iterdir()) == sorted(["manifest.json", *(f"{g}.plan" for g in graphs)])
+    assert all((folder / f"{g}.plan").stat().st_size > manifest.graphs[g].weights_bytes / 2 for g in graphs)
+    assert manifest.engine.versions["tensorrt_rtx"] == trt.__version__
+    assert manifest.engine.device == {"devices": "cuda", "compute_capability": "8.9 12.0", "cuda": "13"}
+    narrow = {"bf16": "bfloat16", "fp16": "float16"}[precision]
+    assert {t.dtype for g in manifest.graphs.values() for t in g.outputs if t.role != "constant"} == {narrow}
+    assert {stage for stage, _, _ in said} == {"weights", "graphs", *(f"plan of {g}" for g in graphs)}
+
+
+# The network and its profile
+
+
+TENSORS = (
+    Tensor(name="x", dtype="float16", shape=("batch", 4), role="latent"),
+    Tensor(name="clock", dtype="int64", shape=("steps",), role="step"),
+)
+CONTRACT = Graph(file="g", inputs=TENSORS, outputs=TENSORS[:1], weights_bytes=0)
+INPUTS = {"x": ("float16", (2, 4)), "clock": ("int64", (-1,))}
+DIMENSIONS = {
+    "batch": Dimension(minimum=2, maximum=2, typical=2),
+    "steps": Dimension(minimum=1, maximum=9, typical=5),
+}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "problem"),
+    [
+        ({}, {}, None),
+        ({}, {"x": ("float16", (-1, 4))}, None),  # a computed size that the library leaves open
+        ({"x": ("float32", (2, 4))}, {}, r"`x` is float32 \[2, 4\], expected float16 \[2, 4\]"),
+        ({"x": ("float16", (-1, 4))}, {}, r"`x` is float16 \[-1, 4\], expected float16 \[2, 4\]"),
+        ({"x": ("float16", (4,))}, {}, r"`x` is float16 \[4\]"),
+        ({"clock": ("int64", (8,))}, {}, r"`clock` is int64 \[8\], expected int64 \[-1\]"),
+        ({}, {"x": ("float16", (3, 4))}, r"`x` is float16 \[3, 4\]"),
+        ({"y": ("float16", (2, 4))}, {}, r"inputs y are in one of engine and manifest"),
+        ({}, {"x": None}, r"outputs x are in one of engine and manifest"),
+    ],
+)
+def test_a_tensor_that_is_not_the_contract_is_named(inputs, outputs, problem):
+    seen = [
+        {n: v for n, v in {**base, **change}.items() if v}
+        for base, change in ((INPUTS, inputs), ({"x": ("float16", (2, 4))}, outputs))
+    ]
+    found = unlike(CONTRACT, *seen, DIMENSIONS)
+    assert found is None if problem is None else re.match(problem, found)
+
+
+def test_extents_are_one_row_of_a_profile():
+    wide = Tensor(name="y", dtype="float32", shape=("batch", "2*steps+1"), role="constant")
+    assert extents(wide, DIMENSIONS) == ((2, 3), (2, 11), (2, 19))
+
+
+@pytest.fixture(scope="module")
+def builder():
+    return trt.Builder(logger(trt))
+
+
+def network_of(builder, dtype):
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    x = network.add_input("x", trt.float16, (2, 4))
+    output = network.add_cast(x, dtype).get_output(0)
+    output.name = "x_out"
+    network.mark_output(output)
+    return network
+
+
+def test_the_parser_names_what_it_refuses(builder, tmp_path):
+    """A sum of float32 and float16: what a forgotten cast looks like."""
+    import onnx
+    from onnx import helper
+
+    half, full = (helper.make_tensor_value_info(n, d, [2]) for n, d in (("a", 10), ("b", 1)))
+    node = helper.make_node("Add", ["a", "b"], ["c"], name="the_sum")
+    graph = helper.make_graph([node], "g", [half, full], [helper.make_tensor_value_info("c", 1, [2])])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "g.onnx")
+    with pytest.raises(BuildError, match=r"g.onnx is refused by the parser of tensorrt_rtx .*the_sum.*same input type"):
+        plans.parse(trt, builder, logger(trt), tmp_path / "g.onnx")
+
+
+# Options
+
+
+def test_options_are_set_and_read_back(builder):
+    given = {
+        "builder-optimization-level": 5,
+        "max-aux-streams": 2,
+        "profiling-verbosity": "detailed",
+        "workspace": 1 << 20,
+        "pool-limit": "tactic-shared-memory:49152",
+        "weight-streaming": True,
+        "gpu-arch": "8.9",
+    }
+    config = plans.configure(trt, builder, options(engine_options=given))
+    assert config.builder_optimization_level == 5
+    assert config.max_aux_streams == 2
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 20
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.TACTIC_SHARED_MEMORY) == 49152
+    assert config.get_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    assert not config.get_flag(trt.BuilderFlag.TF32)
+    assert config.num_compute_capabilities == 1
+    assert config.get_compute_capability(0) == trt.ComputeCapability.SM89
+    plain = plans.configure(trt, builder, options(engine_options={"tf32": True}))
+    assert plain.get_flag(trt.BuilderFlag.TF32)
+    assert plain.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 4 << 30
+    seen = {plain.get_compute_capability(k).name for k in range(plain.num_compute_capabilities)}
+    assert seen == {name for name in trt.ComputeCapability.__members__ if name[2:].isdigit()} - {"SM75"}
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"pool-limit": "dla-local-dram:8"}, r"--pool-limit is DLA_LOCAL_DRAM 8, expected a value that tensorrt_rtx"),
+        ({"pool-limit": "attic:8"}, r"--pool-limit is attic, expected one that tensorrt_rtx .* \(workspace, "),
+        (
+            {"gpu-arch": "9.0"},
+            r"--gpu-arch is 9.0, expected capabilities .*8.9, 12.0, .*; choose .* --engine tensorrt ",
+        ),
+        ({"refit": True}, r"--refit is given with --engine tensorrt-rtx, expected it with tensorrt"),
+        ({"timing-cache": "x"}, r"--timing-cache is given with --engine tensorrt-rtx, expected it with tensorrt"),
+        ({"hardware-compatibility-level": "none"}, r"--hardware-compatibility-level is given with"),
+    ],
+)
+def test_an_option_that_is_not_honoured_is_an_error(given, problem):
+    with pytest.raises((BuildError, ConfigError), match=problem):
+        check_options(options(engine_options=given))
+
+
+def test_a_value_that_the_library_drops_is_noticed(builder):
+    """RTX takes a hardware compatibility level without a word and keeps NONE; were it offered, this would say so."""
+    with pytest.raises(BuildError, match=r"AMPERE_PLUS, expected a value that .* takes \(it keeps .*NONE\); choose"):
+        plans.configure(trt, builder, options(engine_options={"hardware-compatibility-level": "ampere-plus"}))
+
+
+def test_engines_for_a_gpu_are_refused_a_cpu():
+    with pytest.raises(
+        ConfigError, match=r"--device is cpu, expected cuda for --engine tensorrt-rtx; leave it out, or"
+    ):
+        check_options(options(device="cpu"))
+
+
+def test_a_library_that_is_not_there_is_named():
+    with pytest.raises(
+        BuildError, match=r"tensorrt is not installed \(.*\), expected it for --engine tensorrt; pip inst"
+    ):
+        library("tensorrt", BuildError)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
+def test_a_plan_of_this_gpu_needs_one():
+    with pytest.raises(BuildError, match=r"this machine has no GPU .* or use --engine tensorrt-rtx"):
+        plans.this_gpu("tensorrt")
+
+
+def test_a_report_that_raises_stops_the_build(builder):
+    """Ctrl-C lands in the report; nothing may be thrown through the library."""
+
+    def report(*_):
+        raise KeyboardInterrupt
+
+    monitor = plans._monitor(trt, "full", report)
+    config = plans.configure(trt, builder, options(engine_options={"gpu-arch": "8.9"}))
+    config.progress_monitor = monitor
+    assert builder.build_serialized_network(network_of(builder, trt.float32), config) is None
+    assert isinstance(monitor.stopped, KeyboardInterrupt)

@@ -279,7 +279,7 @@ def _keep_timings(config: Any, options: Options) -> None:
 def _monitor(trt: Any, graph: str, progress: Progress) -> Any:
     """Reports the steps of the outermost phase, and stops the build when reporting raises, Ctrl-C included."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}

@@ -22,8 +22,9 @@ from taylorseer_export.errors import BundleError, StepError
 from taylorseer_export.method import Plan
 from taylorseer_export.method.weights import Form
 from taylorseer_export.runtime.engines import open_runner
-from taylorseer_export.runtime.runner import Buffer, Call, Runner, host_dtype
+from taylorseer_export.runtime.runner import Buffer, Call, Runner
 from taylorseer_export.runtime.schedule import ForecastStep, FullStep, schedule
+from taylorseer_export.runtime.values import checked
 
 if TYPE_CHECKING:
     from taylorseer_export.runtime.dropin import DropIn
@@ -192,13 +193,13 @@ class Slot:
         order = min(manifest.plan.order, manifest.state.order) if order is None else order
         steps = schedule(plan, order, manifest.state.order, self._layout, form)
         arrays = {
-            n: _checked(self.denoiser.constants[n], v) for n, v in conditioning.items() if n in self.denoiser.constants
+            n: checked(self.denoiser.constants[n], v) for n, v in conditioning.items() if n in self.denoiser.constants
         }
         sizes = self.denoiser.sizes(self._latent_shape(), {**conditioning, **arrays})
         if sizes != self.sizes:
             raise StepError(f"sizes are {sizes}, expected {self.sizes}, those of the slot; open a slot of that size")
         if timesteps is not None:
-            timesteps = _checked(self.denoiser.timestep, timesteps)
+            timesteps = checked(self.denoiser.timestep, timesteps)
             if timesteps.ndim != 1:
                 raise StepError(
                     f"input `{self.denoiser.timestep.name}` is {list(timesteps.shape)}, expected [steps], one for all "
@@ -244,7 +245,7 @@ class Slot:
     def stage(self, latents: Any, timestep: float | None = None) -> None:
         """The first third of `step`: check the latents and put all inputs of the next step in place."""
         current, number = self.upcoming, len(self.executed)
-        array = _checked(self.denoiser.latent, latents, f" at step {number}")
+        array = checked(self.denoiser.latent, latents, f" at step {number}")
         if array.shape != self._latent_shape():
             raise StepError(
                 f"input `{self.denoiser.latent.name}` is {list(array.shape)} at step {number}, expected "
@@ -362,7 +363,7 @@ class Slot:
                 raise StepError(
                     f"the timestep of step {number} is unknown, expected it from start() or step(); pass timestep="
                 )
-            tables, row = self._prepare(_checked(self.denoiser.timestep, [timestep])), 0
+            tables, row = self._prepare(checked(self.denoiser.timestep, [timestep])), 0
         else:
             known = self._timesteps[number]
             if timestep is not None and not np.isclose(known, timestep, rtol=1e-5):
@@ -373,31 +374,6 @@ class Slot:
             tables, row = self._tables, number
         for name, table in tables.items():
             self._buffers[name].copy(table.entry(row))
-
-
-def _checked(tensor: Tensor, values: Any, when: str = "") -> np.ndarray:
-    """The values as an array of the contract's dtype, refused if they are not finite or would change kind."""
-    array = np.asarray(values)
-    kind = host_dtype(tensor.dtype)
-    whole = kind.kind in "iu"
-    if array.dtype.kind not in ("iu" if whole else "iuf"):
-        raise StepError(
-            f"input `{tensor.name}` is {array.dtype}{when}, expected {tensor.dtype}; convert it before the call"
-        )
-    with np.errstate(over="ignore"):  # what is too large for the contract's dtype becomes infinite, and is refused
-        array = array.astype(kind, copy=False)
-    if not whole and not np.isfinite(array).all():
-        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
-        raise StepError(
-            f"input `{tensor.name}` has {bad} values that are NaN or infinite{when}, expected finite numbers; "
-            "check what made it"
-        )
-    if tensor.values and array.size and not tensor.values[0] <= array.min() <= array.max() <= tensor.values[1]:
-        raise StepError(
-            f"input `{tensor.name}` holds {array.min()} to {array.max()}{when}, expected {tensor.values[0]} to "
-            f"{tensor.values[1]} (table index); correct the values"
-        )
-    return array
 
 
 def _only(tensors: Sequence[Tensor], role: str) -> Tensor:

@@ -1,0 +1,120 @@
+"""Cut graphs as `ExportedProgram`s: what every builder starts from."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from taylorseer_export.bundle.manifest import Tensor
+from taylorseer_export.bundle.shapes import evaluate, names, resolve
+from taylorseer_export.errors import BuildError
+from taylorseer_export.graph.cut import Cut
+
+# Sizes at which a graph is exported again: distinct, and never 0 or 1, which export would specialise.
+_EXAMPLE = {"steps": 3, "batch": 2}
+_EXAMPLE_STEP = 5
+
+
+def exported_program(
+    cut: Cut, sizes: Mapping[str, int | None], module: fx.GraphModule | None = None, device: str = "cpu"
+) -> torch.export.ExportedProgram:
+    """The cut graph as an `ExportedProgram`.
+
+    Args:
+        cut: The graph.
+        sizes: Dimension name -> its one size, or None where it stays symbolic.
+        module: What to export in its place: a form of it that takes its outputs as further inputs.
+        device: Where the inputs are.
+
+    Raises:
+        BuildError: It does not export, or an operator mixes float types.
+    """
+    tensors = cut.inputs if module is None else (*cut.inputs, *cut.outputs)
+    dynamic = tuple(_dynamic(t, sizes) for t in tensors)
+    inputs = example_inputs(tensors, sizes, device)
+    try:
+        with torch.no_grad(), quiet():
+            program = torch.export.export(module or cut.module, inputs, dynamic_shapes=dynamic, strict=False)
+    except Exception as error:
+        raise BuildError(
+            f"graph `{cut.name}` does not re-export, expected a static graph; "
+            f"torch.export says: {str(error).strip().splitlines()[0]}"
+        ) from error
+    mixed = mixed_types(program)
+    if mixed:
+        raise BuildError(
+            f"operator {mixed[0]} of graph `{cut.name}` mixes float types, expected one for each operator; cast its "
+            "inputs where the model does, or export with --precision fp32"
+        )
+    return program
+
+
+def example_inputs(
+    tensors: tuple[Tensor, ...], sizes: Mapping[str, int | None], device: str = "cpu"
+) -> tuple[torch.Tensor, ...]:
+    """Tensors of the contract at the sizes a graph is exported with.
+
+    Never written or read, so the Taylor buffers, gigabytes of a full-size model, cost address space and no memory on
+    the CPU.
+    """
+    example = _example_sizes(sizes)
+    return tuple(torch.empty(resolve(t.shape, example), dtype=getattr(torch, t.dtype), device=device) for t in tensors)
+
+
+def mixed_types(program: torch.export.ExportedProgram) -> list[str]:
+    """Operators that read tensors of two float types: torch casts one in silence, strongly typed engines refuse."""
+    found = []
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if "copy" in node.target.__name__ or node.target is torch.ops.aten.index.Tensor:
+            continue
+        values = [n.meta.get("val") for n in node.all_input_nodes]
+        types = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}
+        if len(types) > 1:
+            kinds = " and ".join(sorted(str(t).removeprefix("torch.") for t in types))
+            found.append(f"`{node.target}` at `{node.name}` ({kinds})")
+    return found
+
+
+def size_of(entry: int | str, sizes: Mapping[str, int | None]) -> int | str:
+    """An entry of a shape as a number where the fixed sizes tell it, else as it is."""
+    fixed = {name: size for name, size in sizes.items() if size is not None}
+    return evaluate(entry, fixed) if names(entry) <= fixed.keys() else entry
+
+
+def _example_sizes(sizes: Mapping[str, int | None]) -> dict[str, int]:
+    free = [name for name in ("steps", *sizes) if sizes.get(name) is None and name not in _EXAMPLE]
+    spread = {name: 2 * _EXAMPLE_STEP + _EXAMPLE_STEP * k for k, name in enumerate(free, 1)}
+    return {**_EXAMPLE, **spread, **{n: s for n, s in sizes.items() if s is not None}}
+
+
+def _dynamic(tensor: Tensor, sizes: Mapping[str, int | None]) -> dict[int, Any]:
+    """Which dimensions stay symbolic: a plain name must, an expression over names follows."""
+    dims: dict[int, Any] = {}
+    for k, entry in enumerate(tensor.shape):
+        if isinstance(size_of(entry, sizes), str):
+            dims[k] = torch.export.Dim.DYNAMIC if str(entry).isidentifier() else torch.export.Dim.AUTO
+    return dims
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what torch and the exporters note about themselves; their errors come as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingf
 
 import pytest
 import torch
-from harness import FLOAT32, Tiny, eager_denoiser
+from harness import Tiny, eager_denoiser
 from tiny_models import dit_inputs, flux_inputs, kontext_inputs, tiny_dit, tiny_flux, tiny_wan, wan_inputs
 
 from taylorseer_export.build import export
@@ -24,6 +24,13 @@ BUNDLES = {
     "dit": {"layout": "derivatives"},
     "plain": {"granularity": "last", "latent_size": (4, 6), "batch": 2},  # static but for the text
 }
+
+# The only packages compiled for the engine tests; each takes half a minute.
+PACKAGES = {
+    "plain": {"engine": "inductor"},
+    "dit": {"engine": "inductor", "granularity": "residual", "layout": "derivatives", "precision": "bf16", "batch": 2},
+}
+
 # Name -> (family, how its tiny model is built, inputs for it).
 MODELS = {
     "flux": ("flux", tiny_flux, flux_inputs),
@@ -52,12 +59,12 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def traces(tiny):
-    """Name -> its trace. One serves every split: narrowing is done once and changes nothing a second time."""
+    """(name, precision) -> its trace. One serves every split: narrowing is done once and changes nothing later."""
 
     @cache
-    def make(name):
-        family = FAMILIES[tiny(name).family]
-        return trace(open_checkpoint(str(tiny(name).folder), family).skeleton(FLOAT32), family, FLOAT32)
+    def make(name, precision="fp32"):
+        family, dtype = FAMILIES[tiny(name).family], export.PRECISIONS[precision]
+        return trace(open_checkpoint(str(tiny(name).folder), family).skeleton(dtype), family, dtype)
 
     return make
 
@@ -73,7 +80,7 @@ def drafts(tiny, traces):
             order=order, interval=4, warmup=2, steps=20, granularity=granularity, layout=layout, **options
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(export, "trace", lambda *_: traces(name))
+            patch.setattr(export, "trace", lambda *_: traces(name, chosen.precision))
             return export.draft(checkpoint, chosen)
 
     return make
@@ -100,3 +107,20 @@ def eager(drafts):
 def onnx(bundles):
     """Name of `BUNDLES` -> denoiser over ONNX Runtime."""
     return cache(lambda name: load(bundles(name), threads=1))
+
+
+@pytest.fixture(scope="session")
+def packages(drafts, tmp_path_factory):
+    """Name of `PACKAGES` -> folder of its bundle."""
+
+    @cache
+    def make(name):
+        return export.write_bundle(drafts(name, **PACKAGES[name]), tmp_path_factory.mktemp("engines"), name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def inductor(packages):
+    """Name of `PACKAGES` -> denoiser over AOTInductor."""
+    return cache(lambda name: load(packages(name), threads=1))

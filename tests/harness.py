@@ -63,9 +63,19 @@ def run(denoiser: Denoiser, inputs, plan: str, order=None, slot=None, ahead=True
     return torch.stack([advance(slot, inputs, step, ahead) for step in range(len(plan))])
 
 
-def allowed(model, reference, plan: str, order: int) -> torch.Tensor:
-    """[S] bounds on a float32 error, derived from the gains of the plan."""
-    return oracle.bound(reference, oracle.gains(plan, order), FLOAT32, *oracle.extent(model))
+def allowed(model, reference, plan: str, order: int, dtype=FLOAT32) -> torch.Tensor:
+    """[S] bounds on an error of arithmetic in `dtype`, derived from the gains of the plan."""
+    return oracle.bound(reference, oracle.gains(plan, order), dtype, *oracle.extent(model))
+
+
+def representable(inputs, dtype):
+    """The inputs with every float of the latents and the conditioning rounded to `dtype`, as an engine sees them."""
+    latents, timestep, conditioning = inputs
+
+    def rounded(name, value):
+        return value.to(dtype).float() if value.is_floating_point() and not name.endswith("_ids") else value
+
+    return rounded("", latents), timestep, {n: rounded(n, v) for n, v in conditioning.items()}
 
 
 # Toys: a family of one small module, so that graph passes can be tested on graphs a reader can hold in mind.

@@ -139,6 +139,10 @@ _ONE_GPU = (
 
 ENGINES: Mapping[str, Kind] = {
     "onnxruntime": Kind("taylorseer_export.build.onnxruntime"),
+    "inductor": Kind(
+        "taylorseer_export.build.inductor",
+        (Option("max-autotune", "try every kernel torch knows for each operation; many times slower to build", None),),
+    ),
     "tensorrt": Kind("taylorseer_export.build.tensorrt", (*_EVERY_TENSORRT, *_BUILDER, *_ONE_GPU)),
     "tensorrt-rtx": Kind(
         "taylorseer_export.build.tensorrt",

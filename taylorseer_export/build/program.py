@@ -15,6 +15,7 @@ from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.bundle.shapes import evaluate, names, resolve
 from taylorseer_export.errors import BuildError
 from taylorseer_export.graph.cut import Cut
+from taylorseer_export.graph.types import float_types
 
 # Sizes at which a graph is exported again: distinct, and never 0 or 1, which export would specialise.
 _EXAMPLE = {"steps": 3, "batch": 2}
@@ -49,8 +50,8 @@ def exported_program(
     mixed = mixed_types(program)
     if mixed:
         raise BuildError(
-            f"operator {mixed[0]} of graph `{cut.name}` mixes float types, expected one for each operator; cast its "
-            "inputs where the model does, or export with --precision fp32"
+            f"operator {mixed[0]} of graph `{cut.name}` mixes float types, expected one for each operator; report "
+            "it, and export with --precision fp32 until it is mended"
         )
     return program
 
@@ -69,18 +70,12 @@ def example_inputs(
 
 def mixed_types(program: torch.export.ExportedProgram) -> list[str]:
     """Operators that read tensors of two float types: torch casts one in silence, strongly typed engines refuse."""
-    found = []
-    for node in program.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if "copy" in node.target.__name__ or node.target is torch.ops.aten.index.Tensor:
-            continue
-        values = [n.meta.get("val") for n in node.all_input_nodes]
-        types = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}
-        if len(types) > 1:
-            kinds = " and ".join(sorted(str(t).removeprefix("torch.") for t in types))
-            found.append(f"`{node.target}` at `{node.name}` ({kinds})")
-    return found
+    mixed = {node: float_types(node) for node in program.graph.nodes}
+    return [
+        f"`{node.target}` at `{node.name}` ({' and '.join(sorted(str(t).removeprefix('torch.') for t in types))})"
+        for node, types in mixed.items()
+        if len(types) > 1
+    ]
 
 
 def size_of(entry: int | str, sizes: Mapping[str, int | None]) -> int | str:
@@ -107,7 +102,8 @@ def _dynamic(tensor: Tensor, sizes: Mapping[str, int | None]) -> dict[int, Any]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence what torch and the exporters note about themselves; their errors come as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnx_ir", "onnxscript")]
+    noisy = ("torch.onnx", "torch._subclasses", "torch._inductor", "torch.export", "onnx_ir", "onnxscript")
+    loggers = [logging.getLogger(name) for name in noisy]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

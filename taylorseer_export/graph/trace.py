@@ -22,6 +22,7 @@ from taylorseer_export.errors import ExportError
 from taylorseer_export.families.family import Family, Input
 from taylorseer_export.graph.rewrite import functional, plain
 from taylorseer_export.graph.taps import tap_operator, tapped
+from taylorseer_export.graph.types import explicit_casts
 
 aten = torch.ops.aten
 
@@ -101,6 +102,7 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     functional(module.graph)
     plain(module.graph)
     eliminate_dead(module.graph)
+    explicit_casts(module.graph)
     names = {
         symbol: linear(entry)[0]
         for spec in inputs

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from taylorseer_export.bundle.manifest import Graph, Tensor
-from taylorseer_export.runtime.onnxruntime import HostBuffer
-from taylorseer_export.runtime.runner import Buffer, Call, check_binding
+from taylorseer_export.bundle.manifest import Graph
+from taylorseer_export.runtime.torch_runner import TorchRunner
 
 
-class EagerRunner:
+class EagerRunner(TorchRunner):
     """Runs graph modules on the CPU with their real weights.
 
     Args:
@@ -19,30 +19,10 @@ class EagerRunner:
     """
 
     def __init__(self, modules: Mapping[str, Callable[..., Any]], graphs: Mapping[str, Graph]) -> None:
-        self.graphs, self._modules = graphs, dict(modules)
+        super().__init__({name: partial(_fill, module, graphs[name]) for name, module in modules.items()}, graphs)
 
-    def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        return HostBuffer.zeros(shape, dtype)
 
-    def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
-        import torch
-
-        contract, module = self.graphs[graph], self._modules[graph]
-        check_binding(contract, inputs, outputs)
-
-        def tensor(spec: Tensor, buffer: Buffer) -> torch.Tensor:
-            assert isinstance(buffer, HostBuffer), "bug in taylorseer-export: a foreign buffer"
-            return torch.from_numpy(buffer.array).view(getattr(torch, spec.dtype))
-
-        sources = [tensor(spec, inputs[spec.name]) for spec in contract.inputs]
-        targets = [tensor(spec, outputs[spec.name]) for spec in contract.outputs]
-
-        def call() -> None:
-            with torch.no_grad():
-                for target, value in zip(targets, module(*sources), strict=True):
-                    target.copy_(value)
-
-        return call
-
-    def close(self) -> None:
-        self._modules.clear()
+def _fill(module: Callable[..., Any], graph: Graph, *tensors: Any) -> None:
+    count = len(graph.inputs)
+    for target, value in zip(tensors[count:], module(*tensors[:count]), strict=True):
+        target.copy_(value)

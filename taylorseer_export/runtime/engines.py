@@ -15,6 +15,7 @@ from taylorseer_export.runtime.runner import Runner
 # Kind of engine -> the module that runs it.
 _RUNNERS = {
     "onnxruntime": "taylorseer_export.runtime.onnxruntime",
+    "inductor": "taylorseer_export.runtime.inductor",
 }
 
 

@@ -1,0 +1,111 @@
+"""Bundles for torch: one AOTInductor package with all graphs, over weights that they share and that are stored once.
+
+The package holds machine code only. Its constants stay in `weights.safetensors`; the runner maps that file and hands
+every graph the same tensors. Graphs write into buffers they are given and return nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from taylorseer_export.build.eager import pointwise_sums, weighted, writing
+from taylorseer_export.build.engines import Progress, library_versions
+from taylorseer_export.build.export import Draft, Options
+from taylorseer_export.build.program import example_inputs, exported_program, quiet
+from taylorseer_export.build.weights import WEIGHTS
+from taylorseer_export.bundle.manifest import Engine
+from taylorseer_export.errors import BuildError
+from taylorseer_export.graph.cut import Cut
+
+PACKAGE = "graphs.pt2"
+
+
+def check(options: Options) -> None:
+    """Refuse to start without the compiler, or for a GPU that is not there: kernels are tuned on the machine itself.
+
+    Raises:
+        BuildError: Something that builds is missing.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise BuildError(
+            f"the C++ compiler `{compiler}` is not installed, expected it for --engine inductor; install it (on "
+            "Debian: apt install g++), or name another in CXX"
+        )
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise BuildError(
+            "--device is cuda, expected a GPU that torch can use here, because --engine inductor builds for the "
+            "machine it runs on; build on the machine that serves, or use --device cpu"
+        )
+
+
+def engine(options: Options) -> Engine:
+    """Machine code is tied to the exact torch, and to the instruction set or the GPU it was built on."""
+    device = {"devices": options.device or "cpu", "machine": platform.machine()}
+    if options.device == "cuda":
+        device["compute_capability"] = "{}.{}".format(*torch.cuda.get_device_capability())
+        device["gpu"] = torch.cuda.get_device_name()
+        device["cuda"] = str(torch.version.cuda)
+    else:
+        device["instructions"] = torch.backends.cpu.get_cpu_capability()
+    return Engine(kind="inductor", versions=library_versions("inductor", "torch", "diffusers"), device=device)
+
+
+def graph_file(graph: str) -> str:
+    """One package holds all graphs."""
+    return PACKAGE
+
+
+def build(draft: Draft, folder: Path, progress: Progress) -> None:
+    """Write the weights, compile each graph, and pack what came out.
+
+    Raises:
+        BuildError: A graph does not compile.
+    """
+    from safetensors.torch import load_file
+    from torch._inductor.package import package_aoti
+
+    draft.write_weights(folder, progress)
+    device = draft.options.device or "cpu"
+    weights = load_file(folder / WEIGHTS, device)
+    cuts = draft.split.graphs
+    with TemporaryDirectory() as scratch:
+        files: dict[str, Any] = {}
+        for k, cut in enumerate(cuts):
+            progress("graphs", k, len(cuts))
+            place = Path(scratch, cut.name)
+            place.mkdir()
+            files[cut.name] = _compiled(draft, cut, weights, device, place)
+        package_aoti(str(folder / PACKAGE), files)
+    progress("graphs", len(cuts), len(cuts))
+
+
+def _compiled(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device: str, place: Path) -> list[str]:
+    """The files of one graph: its library, and what AOTInductor says of it; the sources it compiled stay behind."""
+    sizes = {**draft.sizes, "steps": None}
+    module = writing(pointwise_sums(weighted(cut, weights, device)), cut)
+    program = exported_program(cut, sizes, module, device)
+    settings = {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.output_path": str(place),
+        "max_autotune": bool(draft.options.engine_options.get("max-autotune")),
+    }
+    try:
+        with torch.no_grad(), quiet():
+            inputs = example_inputs((*cut.inputs, *cut.outputs), sizes, device)
+            files = torch._inductor.aot_compile(program.module(check_guards=False), inputs, options=settings)
+    except Exception as error:
+        raise BuildError(
+            f"graph `{cut.name}` does not compile, expected torch {torch.__version__} to build it; "
+            f"torch says: {str(error).strip().splitlines()[0]}"
+        ) from error
+    assert isinstance(files, list), "bug in taylorseer-export: AOTInductor was not asked for a package"
+    return [str(file) for file in files if not str(file).endswith(".cpp")]

@@ -1,0 +1,101 @@
+"""The AOTInductor runner: a package of compiled graphs over one set of mapped weights."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from taylorseer_export.bundle.manifest import Graph
+from taylorseer_export.bundle.store import Bundle
+from taylorseer_export.errors import BundleError
+from taylorseer_export.runtime.engines import check_version
+from taylorseer_export.runtime.torch_runner import TorchRunner
+
+WEIGHTS = "weights.safetensors"
+
+
+def open_runner(bundle: Bundle, device: str, threads: int, cuda_graphs: bool = True) -> TorchRunner:
+    """Load the package of a bundle.
+
+    Args:
+        bundle: The bundle.
+        device: `cpu` or `cuda`.
+        threads: Threads on the CPU, of the whole process; 0 leaves them as they are.
+        cuda_graphs: Whether calls on a GPU are captured.
+
+    Raises:
+        BundleError: torch is not installed, of another version, or the machine is not the kind it was built for.
+    """
+    torch = _library()
+    check_version(bundle, "torch", torch.__version__)
+    _check_device(bundle, torch, device)
+    if threads:
+        torch.set_num_threads(threads)
+    graphs: dict[str, Graph] = dict(bundle.manifest.graphs.items())
+    package = bundle.path(graphs["full"].file)
+    try:
+        functions = _functions(package, bundle.path(WEIGHTS), graphs, device)
+    except (RuntimeError, KeyError) as error:
+        raise BundleError(
+            f"{package} is refused by torch {torch.__version__} ({str(error).strip().splitlines()[0]}), expected a "
+            f"package it can load; build it again with `{bundle.manifest.command()}`"
+        ) from error
+    return TorchRunner(functions, graphs, device, cuda_graphs)
+
+
+def _library() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise BundleError(
+            "torch is not installed, expected it for an inductor bundle; pip install 'taylorseer-export[inductor]'"
+        ) from error
+    return torch
+
+
+def _check_device(bundle: Bundle, torch: Any, device: str) -> None:
+    """Compare what the machine code was built on with what is here."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BundleError(
+            f"device is `cuda`, expected a GPU that torch can use for {bundle.folder}; install its driver, or export "
+            f"again with `{bundle.manifest.command('cpu')}`"
+        )
+    here = {"machine": platform.machine()}
+    if device == "cuda":
+        here["compute_capability"] = "{}.{}".format(*torch.cuda.get_device_capability())
+    else:
+        here["instructions"] = torch.backends.cpu.get_cpu_capability()
+    for name, seen in here.items():
+        wanted = bundle.manifest.engine.device.get(name, "none")
+        if seen != wanted:
+            raise BundleError(
+                f"{name.replace('_', ' ')} is {seen}, expected {wanted}, for which {bundle.folder} was built; "
+                f"build it here with `{bundle.manifest.command()}`"
+            )
+
+
+def _functions(
+    package: Path, weights: Path, graphs: Mapping[str, Graph], device: str
+) -> dict[str, Callable[..., object]]:
+    """Each graph of the package as a function, all of them over the same tensors."""
+    from safetensors.torch import load_file
+    from torch._inductor.package import load_package
+
+    tensors = load_file(weights, device)  # mapped on the CPU: the pages are shared with every other process
+    functions: dict[str, Callable[..., object]] = {}
+    for name in graphs:
+        # Without its own threads' locks and events, which a CUDA graph cannot hold.
+        model = load_package(str(package), name, run_single_threaded=True)
+        used = {fqn: tensors[fqn] for fqn in model.get_constant_fqns()}
+        if used:
+            model.load_constants(used, check_full_update=True, user_managed=True)
+        functions[name] = partial(_boxed, model.loader, used)
+    return functions
+
+
+def _boxed(loader: Any, weights: Mapping[str, Any], *tensors: Any) -> None:
+    """Run a graph past the wrapper that reads its call signature every time; `weights` stay alive with it."""
+    loader.boxed_run(list(tensors))

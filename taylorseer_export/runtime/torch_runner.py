@@ -1,0 +1,180 @@
+"""The torch runner: functions over tensors that never move, replayed as CUDA graphs on a GPU.
+
+It serves whatever takes its inputs and outputs as tensors and writes the outputs in place: modules run operator by
+operator, compiled ones, and AOTInductor packages. On a GPU each bound call, that is each graph, shape and phase of the
+ring, is captured once when it is bound; the captures share one pool of memory, because they never run at one time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from taylorseer_export.bundle.manifest import Graph
+from taylorseer_export.errors import StepError
+from taylorseer_export.runtime.runner import Buffer, Call, check_binding
+
+if TYPE_CHECKING:
+    import torch
+
+_ALIGNMENT = 16  # bytes; compiled kernels read that much at once and assume that every tensor starts at a multiple
+
+
+class TorchRunner:
+    """Runs functions over torch tensors.
+
+    Args:
+        functions: Graph name -> function that takes the contract's inputs and then its outputs, and fills the latter.
+        graphs: Graph name -> contract.
+        device: `cpu` or `cuda`.
+        cuda_graphs: Whether calls on a GPU are captured. Without it every call counts as a fallback.
+
+    Attributes:
+        captures: CUDA graphs captured so far.
+        fallbacks: Calls on a GPU that ran without a CUDA graph, because that was asked for.
+    """
+
+    def __init__(
+        self,
+        functions: Mapping[str, Callable[..., Any]],
+        graphs: Mapping[str, Graph],
+        device: str = "cpu",
+        cuda_graphs: bool = True,
+    ) -> None:
+        self.graphs, self.device = graphs, device
+        self.captures = self.fallbacks = 0
+        self._functions = dict(functions)
+        self._recorder = _Recorder() if device == "cuda" and cuda_graphs else None
+
+    def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        import torch
+
+        return TorchBuffer(torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device))
+
+    def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
+        contract, function = self.graphs[graph], self._functions[graph]
+        check_binding(contract, inputs, outputs)
+        buffers = [inputs[t.name] for t in contract.inputs] + [outputs[t.name] for t in contract.outputs]
+        call = partial(_run, graph, function, [_tensor(b) for b in buffers])
+        if self.device == "cpu":
+            return call
+        for tensor, buffer in zip((*contract.inputs, *contract.outputs), buffers, strict=True):
+            if buffer.address % _ALIGNMENT:
+                raise StepError(
+                    f"tensor `{tensor.name}` of graph `{graph}` starts at {buffer.address % _ALIGNMENT} bytes past a "
+                    f"multiple of {_ALIGNMENT}, expected a multiple (bytes); use a size whose rows fill it"
+                )
+        if self._recorder is None:
+            return partial(self._fall_back, call)
+        self.captures += 1
+        return self._recorder.record(graph, call)
+
+    def close(self) -> None:
+        self._functions.clear()
+        self._recorder = None
+
+    def _fall_back(self, call: Call) -> None:
+        self.fallbacks += 1
+        call()
+
+
+class TorchBuffer:
+    """A tensor as a buffer. Copies are queued in the order of the calls; only `read` waits."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def address(self) -> int:
+        return self.tensor.data_ptr()
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def entry(self, index: int) -> TorchBuffer:
+        return TorchBuffer(self.tensor[index])
+
+    def write(self, values: Any) -> None:
+        """Copy values from the host, or a tensor from anywhere."""
+        import torch
+
+        if not isinstance(values, torch.Tensor):
+            values = torch.from_numpy(np.require(values, requirements=["C", "W"]))
+        # From memory that is not pinned the driver takes its copy before it returns: nothing waits, nothing is torn.
+        self.tensor.copy_(values, non_blocking=True)
+
+    def copy(self, source: Buffer) -> None:
+        self.tensor.copy_(_tensor(source))
+
+    def clear(self) -> None:
+        self.tensor.zero_()
+
+    def read(self) -> np.ndarray:
+        import torch
+
+        tensor = self.tensor.float() if self.tensor.dtype == torch.bfloat16 else self.tensor
+        result: np.ndarray = tensor.to("cpu", copy=True).numpy()
+        return result
+
+
+class _Recorder:
+    """Captures calls as CUDA graphs, all on one stream and in one pool of memory."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, name: str, call: Call) -> Call:
+        """The call as one launch; it has run twice when this returns, and its kernels are warm."""
+        import torch
+
+        self._stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(2):
+                    call()
+            self._stream.synchronize()
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                call()
+        except RuntimeError as error:
+            raise StepError(
+                f"graph `{name}` cannot be captured ({str(error).strip().splitlines()[0]}), expected a CUDA graph; "
+                "export again, or run without CUDA graphs (--no-cuda-graphs), which is slower"
+            ) from error
+        return partial(_replay, graph, call)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, call: Call) -> None:
+    """Launch a CUDA graph; `call` keeps the memory alive that the graph has the addresses of."""
+    graph.replay()
+
+
+def _run(name: str, function: Callable[..., Any], tensors: list[torch.Tensor]) -> None:
+    import torch
+
+    try:
+        with torch.no_grad():
+            function(*tensors)
+    except StepError:
+        raise
+    except RuntimeError as error:
+        raise StepError(
+            f"graph `{name}` failed ({str(error).strip().splitlines()[0]}), expected it to run; "
+            "check that the sizes lie in the bundle's ranges"
+        ) from error
+
+
+def _tensor(buffer: Buffer) -> torch.Tensor:
+    assert isinstance(buffer, TorchBuffer), "bug in taylorseer-export: a buffer of another runner"
+    return buffer.tensor

@@ -95,6 +95,13 @@ class Graph(_Part):
     outputs: tuple[Tensor, ...] = Field(description="Outputs in the order of the graph.")
     weights_bytes: int = Field(ge=0, description="Bytes of the weights it reads; graphs may share a weight.")
 
+    def input_of(self, role: Role) -> Tensor:
+        """The one input of a role; raises `BundleError` where there is none or several."""
+        found = [t for t in self.inputs if t.role == role]
+        if len(found) != 1:
+            raise BundleError(f"manifest has {len(found)} inputs of role `{role}`, expected 1; export again")
+        return found[0]
+
 
 class Dimension(_Part):
     """Accepted range of one symbolic size; equal ends make it static."""

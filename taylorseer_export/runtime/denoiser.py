@@ -18,7 +18,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
-from taylorseer_export.errors import BundleError, StepError
+from taylorseer_export.errors import StepError
 from taylorseer_export.method import Plan
 from taylorseer_export.method.weights import Form
 from taylorseer_export.runtime.engines import open_runner
@@ -58,8 +58,8 @@ class Denoiser:
 
     def __init__(self, manifest: Manifest, runner: Runner, bundle: Bundle | None = None, device: str = "cpu") -> None:
         self.manifest, self.runner, self.bundle, self.device = manifest, runner, bundle, device
-        self.latent = _only(manifest.graphs["full"].inputs, "latent")
-        self.timestep = _only(manifest.graphs["prepare"].inputs, "step")
+        self.latent = manifest.graphs["full"].input_of("latent")
+        self.timestep = manifest.graphs["prepare"].input_of("step")
         # The arguments a request keeps constant: prepare reads most, a graph in the loop may read some directly.
         produced = {t.name for t in manifest.graphs["prepare"].outputs}
         declared = [t for g in manifest.graphs.values() for t in g.inputs if t.role == "constant"]
@@ -238,14 +238,27 @@ class Slot:
         Raises:
             StepError: No request was started, its plan is at its end, or the latents do not fit.
         """
+        return self.advance(latents, timestep).read()
+
+    def advance(self, latents: Any, timestep: float | None = None) -> Buffer:
+        """As `step`, and all of it on the device: nothing waits for it and nothing comes back to the host.
+
+        Args:
+            latents: As in `step`, or a tensor on the device, whose values are then not checked.
+            timestep: As in `step`.
+
+        Returns:
+            The buffer of `noise_pred`, which the next step overwrites.
+        """
         self.stage(latents, timestep)
         self.run()
-        return self.finish()
+        return self._count()
 
     def stage(self, latents: Any, timestep: float | None = None) -> None:
         """The first third of `step`: check the latents and put all inputs of the next step in place."""
         current, number = self.upcoming, len(self.executed)
-        array = checked(self.denoiser.latent, latents, f" at step {number}")
+        on_device = getattr(latents, "is_cuda", False)  # to look at its values would be to wait for them
+        array = latents if on_device else checked(self.denoiser.latent, latents, f" at step {number}")
         if array.shape != self._latent_shape():
             raise StepError(
                 f"input `{self.denoiser.latent.name}` is {list(array.shape)} at step {number}, expected "
@@ -266,8 +279,11 @@ class Slot:
 
     def finish(self) -> np.ndarray:
         """The last third of `step`: count the step and return its `noise_pred`, a new array."""
+        return self._count().read()
+
+    def _count(self) -> Buffer:
         self.executed += "F" if isinstance(self.upcoming, FullStep) else "."
-        return self._buffers["noise_pred"].read()
+        return self._buffers["noise_pred"]
 
     @property
     def upcoming(self) -> FullStep | ForecastStep:
@@ -374,13 +390,6 @@ class Slot:
             tables, row = self._tables, number
         for name, table in tables.items():
             self._buffers[name].copy(table.entry(row))
-
-
-def _only(tensors: Sequence[Tensor], role: str) -> Tensor:
-    found = [t for t in tensors if t.role == role]
-    if len(found) != 1:
-        raise BundleError(f"manifest has {len(found)} inputs of role `{role}`, expected 1; export again")
-    return found[0]
 
 
 def _site(tensor: Tensor) -> str:

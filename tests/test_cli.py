@@ -275,12 +275,12 @@ def test_another_version_device_or_engine_is_refused(copy, capsys, update, expec
     ("error", "expected"), [(KeyboardInterrupt(), "interrupted"), (OSError(28, "No space left on device"), "full")]
 )
 def test_an_export_that_stops_leaves_nothing(tmp_path, monkeypatch, capsys, error, expected):
-    from taylorseer_export.build import onnxruntime
+    from taylorseer_export.build import onnx
 
     def stop(*arguments):
         raise error
 
-    monkeypatch.setattr(onnxruntime, "write_onnx", stop)
+    monkeypatch.setattr(onnx, "write_onnx", stop)
     code, text = said(capsys, "dit", "--out", tmp_path)
     assert code == 2 and expected in text
     assert os.listdir(tmp_path) == []

@@ -40,6 +40,9 @@ def bundle_options(parser: argparse.ArgumentParser, runs: bool = True) -> None:
         parser.add_argument(
             "--threads", type=whole(0), default=0, help="CPU threads of each engine, 0 for all (default: %(default)s)"
         )
+        parser.add_argument(
+            "--no-cuda-graphs", action="store_true", help="launch every kernel by itself, to look for a fault (slow)"
+        )
 
 
 def plan_options(parser: argparse.ArgumentParser, steps: bool = True) -> None:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def open_denoiser(given: argparse.Namespace) -> Denoiser:
     from taylorseer_export.runtime.denoiser import load
 
-    return load(given.bundle, given.device, given.threads)
+    if given.no_cuda_graphs and given.device == "cpu":
+        raise ConfigError("--no-cuda-graphs is given for the CPU, expected it with --device cuda; leave it out")
+    return load(given.bundle, given.device, given.threads, cuda_graphs=not given.no_cuda_graphs)
 
 
 def plan_of(denoiser: Denoiser, given: argparse.Namespace) -> Plan:

@@ -88,6 +88,7 @@ def bench(
         "engine": manifest.engine.kind,
         "precision": manifest.precision,
         "device": getattr(denoiser.runner, "device", "cpu"),
+        "fallbacks": denoiser.runner.fallbacks,
     }
 
 
@@ -107,6 +108,8 @@ def table(record: Mapping[str, Any]) -> str:
         ),
         ("state", f"{record['state_bytes'] / 1e6:.2f} MB per slot"),
     ]
+    if record["fallbacks"]:
+        rows.append(("fallbacks", f"{record['fallbacks']} calls without a CUDA graph"))
     return "\n".join(f"  {name:<14}{value}" for name, value in rows)
 
 

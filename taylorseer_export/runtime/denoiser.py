@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from taylorseer_export.runtime.dropin import DropIn
 
 
-def load(folder: str | Path, device: str = "cpu", threads: int = 0, progress: Progress | None = None) -> Denoiser:
+def load(
+    folder: str | Path,
+    device: str = "cpu",
+    threads: int = 0,
+    progress: Progress | None = None,
+    cuda_graphs: bool = True,
+) -> Denoiser:
     """Check a bundle and load its engines.
 
     Args:
@@ -38,12 +44,13 @@ def load(folder: str | Path, device: str = "cpu", threads: int = 0, progress: Pr
         device: `cpu` or `cuda`.
         threads: CPU threads of each engine; 0 leaves it to the engine.
         progress: Called with the bytes just checked.
+        cuda_graphs: Whether calls on a GPU are replayed as CUDA graphs.
 
     Raises:
         BundleError: The bundle is missing, damaged, too new, or not for this machine.
     """
     bundle = open_bundle(Path(folder), progress)
-    return Denoiser(bundle.manifest, open_runner(bundle, device, threads), bundle, device)
+    return Denoiser(bundle.manifest, open_runner(bundle, device, threads, cuda_graphs), bundle, device)
 
 
 class Denoiser:
@@ -243,12 +250,8 @@ class Slot:
     def advance(self, latents: Any, timestep: float | None = None) -> Buffer:
         """As `step`, and all of it on the device: nothing waits for it and nothing comes back to the host.
 
-        Args:
-            latents: As in `step`, or a tensor on the device, whose values are then not checked.
-            timestep: As in `step`.
-
-        Returns:
-            The buffer of `noise_pred`, which the next step overwrites.
+        `latents` may be a tensor on a GPU, whose values are then not checked. Returns the buffer of `noise_pred`, which
+        the next step overwrites.
         """
         self.stage(latents, timestep)
         self.run()

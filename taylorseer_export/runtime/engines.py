@@ -1,7 +1,7 @@
 """Which runner serves which kind of engine, and the checks that come before any engine is touched.
 
-Each runner's module has `open_runner(bundle, device, threads)`. It checks what its engines are tied to (library and
-version, compute capability, driver) against this machine, and only then loads a file.
+Each runner's module has `open_runner(bundle, device, threads, cuda_graphs)`. It checks what its engines are tied to
+(library and version, compute capability, driver) against this machine, and only then loads a file.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ _RUNNERS = {
 }
 
 
-def open_runner(bundle: Bundle, device: str = "cpu", threads: int = 0) -> Runner:
+def open_runner(bundle: Bundle, device: str = "cpu", threads: int = 0, cuda_graphs: bool = True) -> Runner:
     """Load the engines of a checked bundle.
 
     Args:
         bundle: The bundle.
         device: `cpu` or `cuda`.
         threads: CPU threads of each engine; 0 leaves it to the engine.
+        cuda_graphs: Whether calls on a GPU are replayed as CUDA graphs; the runner counts the calls that are not.
 
     Raises:
         BundleError: The engines are not for this device, machine or version; says how to rebuild them here.
@@ -43,7 +44,7 @@ def open_runner(bundle: Bundle, device: str = "cpu", threads: int = 0) -> Runner
             f"device is `{device}`, expected one that {bundle.folder} was built for ({', '.join(devices)}); "
             f"choose one of those, or export again with `{bundle.manifest.command(device)}`"
         )
-    runner: Runner = import_module(_RUNNERS[engine.kind]).open_runner(bundle, device, threads)
+    runner: Runner = import_module(_RUNNERS[engine.kind]).open_runner(bundle, device, threads, cuda_graphs)
     return runner
 
 

@@ -22,7 +22,7 @@ _ONNX_BFLOAT16 = 16
 _ALIGNMENT = 256  # bytes; what TensorRT asks for, and a multiple of every cache line
 
 
-def open_runner(bundle: Bundle, device: str, threads: int) -> OnnxRuntimeRunner:
+def open_runner(bundle: Bundle, device: str, threads: int, cuda_graphs: bool = True) -> OnnxRuntimeRunner:
     """Load the graphs of a bundle.
 
     Raises:
@@ -62,7 +62,7 @@ class OnnxRuntimeRunner:
         self, files: Mapping[str, Path], graphs: Mapping[str, Graph], device: str = "cpu", threads: int = 0
     ) -> None:
         onnxruntime = _library()
-        self.graphs, self.device = graphs, device
+        self.graphs, self.device, self.fallbacks = graphs, device, 0
         provider = _PROVIDERS.get(device, device)
         if provider not in onnxruntime.get_available_providers():
             raise BundleError(

@@ -58,6 +58,11 @@ class Runner(Protocol):
     @property
     def graphs(self) -> Mapping[str, Graph]: ...
 
+    @property
+    def fallbacks(self) -> int:
+        """Calls that could have been a CUDA graph's and ran without one, because that was asked for."""
+        ...
+
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """A new buffer of zeros."""
         ...

@@ -4,20 +4,20 @@ Strong typing makes the parser name every missing cast, so a model that builds h
 """
 
 import re
-from functools import cache
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from taylorseer_export.build import export
 from taylorseer_export.build import tensorrt as plans
+from taylorseer_export.build import torch_tensorrt as torch_plans
 from taylorseer_export.build.export import Options, check_options
 from taylorseer_export.bundle.manifest import Dimension, Graph, Tensor
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.bundle.tensorrt import extents, library, logger, unlike
 from taylorseer_export.errors import BuildError, ConfigError
-from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import open_checkpoint
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -30,35 +30,121 @@ def options(**changes) -> Options:
     return Options(**{"order": 1, "interval": 2, "warmup": 1, "steps": 8, "engine": "tensorrt-rtx", **changes})
 
 
-@pytest.fixture(scope="module")
-def built(tiny, tmp_path_factory):
-    """(model, precision, batch) -> (its draft, the bundle's folder, what was reported while it was built)."""
-
-    @cache
-    def make(name, precision, batch=None):
-        checkpoint = open_checkpoint(str(tiny(name).folder), FAMILIES[tiny(name).family])
-        size = checkpoint.latent_size if batch else None
-        chosen = options(precision=precision, batch=batch, latent_size=size, engine_options={"gpu-arch": "8.9,12.0"})
-        draft, said = export.draft(checkpoint, chosen), []
-        folder = export.write_bundle(draft, tmp_path_factory.mktemp("plans"), name, lambda *it: said.append(it))
-        return draft, folder, said
-
-    return make
-
-
 @pytest.mark.parametrize(("name", "precision", "more"), CASES)
-def test_every_graph_of_every_family_builds(built, name, precision, more):
+def test_every_graph_of_every_family_builds(drafts, tmp_path, name, precision, more):
     """`build` refuses a network whose names, dtypes or shapes are not the contract's, so a bundle is the proof."""
-    draft, folder, said = built(name, precision, **more)
+    said = []
+    draft = drafts(name, order=1, engine="tensorrt-rtx", precision=precision, **more)
+    folder = export.write_bundle(draft, tmp_path, name, lambda *it: said.append(it))
     manifest = open_bundle(folder).manifest
     graphs = [cut.name for cut in draft.split.graphs]
     assert sorted(p.name for p in folder.iterdir()) == sorted(["manifest.json", *(f"{g}.plan" for g in graphs)])
     assert all((folder / f"{g}.plan").stat().st_size > manifest.graphs[g].weights_bytes / 2 for g in graphs)
     assert manifest.engine.versions["tensorrt_rtx"] == trt.__version__
-    assert manifest.engine.device == {"devices": "cuda", "compute_capability": "8.9 12.0", "cuda": "13"}
+    assert manifest.engine.device == {"devices": "cuda", "compute_capability": "8.0 8.6 8.9 12.0 12.1", "cuda": "13"}
     narrow = {"bf16": "bfloat16", "fp16": "float16"}[precision]
     assert {t.dtype for g in manifest.graphs.values() for t in g.outputs if t.role != "constant"} == {narrow}
     assert {stage for stage, _, _ in said} == {"weights", "graphs", *(f"plan of {g}" for g in graphs)}
+
+
+# Other ways to the same file
+
+
+class Config:
+    """A builder's config that keeps what it is given, `BuilderFlag`s as members."""
+
+    def __init__(self):
+        self.flags, self.pools, self.cache = {trt.BuilderFlag.TF32}, {}, None
+
+    def set_flag(self, flag):
+        self.flags.add(flag)
+
+    def clear_flag(self, flag):
+        self.flags.discard(flag)
+
+    def get_flag(self, flag):
+        return flag in self.flags
+
+    def set_memory_pool_limit(self, pool, size):
+        self.pools[pool] = size
+
+    def get_memory_pool_limit(self, pool):
+        return self.pools[pool]
+
+    def create_timing_cache(self, data):
+        return SimpleNamespace(data=data, serialize=lambda: data + b"+")
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        self.cache = cache
+        return not ignore_mismatch and cache.data != b"of another GPU"
+
+    def get_timing_cache(self):
+        return self.cache
+
+
+def test_options_of_tensorrt_reach_its_config(tmp_path):
+    """On a double, because full TensorRT is not here: names and values as its documentation has them."""
+    file = tmp_path / "timings"
+    given = {
+        "version-compatible": True,
+        "hardware-compatibility-level": "same-compute-capability",
+        "refit": True,
+        "strip-plan": True,
+        "timing-cache": str(file),
+        "pool-limit": "dla-local-dram:4096,dla-managed-sram:8192",
+    }
+    chosen = options(engine="tensorrt", engine_options=given)
+    for found, kept in ((None, b"+"), (b"old", b"old+")):
+        if found:
+            file.write_bytes(found)
+        config = plans.configure(trt, SimpleNamespace(create_builder_config=Config), chosen)
+        plans._keep_timings(config, chosen)
+        assert file.read_bytes() == kept
+    flags = trt.BuilderFlag
+    assert config.flags == {flags.VERSION_COMPATIBLE, flags.REFIT, flags.STRIP_PLAN}
+    assert config.hardware_compatibility_level == trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+    assert config.pools == {trt.MemoryPoolType.DLA_LOCAL_DRAM: 4096, trt.MemoryPoolType.DLA_MANAGED_SRAM: 8192}
+    file.write_bytes(b"of another GPU")
+    with pytest.raises(BuildError, match=r"timings is a timing cache of another GPU or release, .*; delete it"):
+        plans.configure(trt, SimpleNamespace(create_builder_config=Config), chosen)
+
+
+def test_torch_tensorrt_is_given_our_names_and_ranges(drafts, tmp_path, monkeypatch):
+    """On a double, because it needs a GPU to import: one whole plan for each graph, under the contract's names."""
+    calls = []
+
+    def convert(program, **asked):
+        calls.append((program, asked))
+        return b"plan"
+
+    dynamo = SimpleNamespace(convert_exported_program_to_serialized_trt_engine=convert)
+    library = SimpleNamespace(Input=lambda **asked: asked, dynamo=dynamo)
+    monkeypatch.setattr(torch_plans, "_library", lambda: library)
+    monkeypatch.setattr(torch_plans, "DEVICE", "cpu")
+    draft = drafts("plain")
+    draft = replace(draft, options=replace(draft.options, engine_options={"workspace": 8, "version-compatible": True}))
+    torch_plans.build(draft, tmp_path, lambda *_: None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["forecast.plan", "full.plan", "prepare.plan"]
+    dimensions = draft.dimensions()
+    for cut, (program, asked) in zip(draft.split.graphs, calls, strict=True):
+        assert asked["arg_input_binding_names"] == tuple(t.name for t in cut.inputs)
+        assert asked["output_binding_names"] == tuple(t.name for t in cut.outputs)
+        assert (asked["workspace_size"], asked["version_compatible"], asked["disable_tf32"]) == (8, True, True)
+        assert asked["require_full_compilation"] is True
+        for tensor, seen in zip(cut.inputs, asked["arg_inputs"], strict=True):
+            assert (seen["min_shape"], seen["opt_shape"], seen["max_shape"]) == extents(tensor, dimensions)
+            assert (seen["dtype"], seen["name"]) == (getattr(torch, tensor.dtype), tensor.name)
+        assert len(program.graph_signature.user_outputs) == len(cut.outputs)
+        assert len(program.graph_signature.user_inputs) == len(cut.inputs)
+
+    def refuse(program, **asked):
+        raise RuntimeError("no converter for aten.tan\nmore")
+
+    dynamo.convert_exported_program_to_serialized_trt_engine = refuse
+    with pytest.raises(
+        BuildError, match=r"graph `prepare` is not converted by torch-tensorrt \(no converter for aten.tan"
+    ):
+        torch_plans.build(draft, tmp_path, lambda *_: None)
 
 
 # The network and its profile
@@ -198,6 +284,10 @@ def test_a_library_that_is_not_there_is_named():
         BuildError, match=r"tensorrt is not installed \(.*\), expected it for --engine tensorrt; pip inst"
     ):
         library("tensorrt", BuildError)
+    with pytest.raises(
+        BuildError, match=r"torch-tensorrt is not installed \(.*\), expected it for --engine torch-tensorrt"
+    ):
+        check_options(options(engine="torch-tensorrt"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")

@@ -113,9 +113,11 @@ _EVERY_TENSORRT = (
     Option("tf32", "let float32 products round their inputs to 10 bits", None),
     Option("weight-streaming", "let weights stay on the host at run time, for small GPUs; no CUDA graphs", None),
 )
-_BUILDER = (
+_EFFORT = (
     Option("builder-optimization-level", "0 to 5, more time for faster engines", whole(0, 5), "N"),
     Option("max-aux-streams", "streams that one engine may use beside its own", whole(0), "N"),
+)
+_BUILDER = (
     Option("pool-limit", "other memory pools: tactic-dram, dla-managed-sram, …", pools, "POOL:SIZE,…"),
     Option(
         "profiling-verbosity",
@@ -124,8 +126,11 @@ _BUILDER = (
         "LEVEL",
     ),
 )
-_ONE_GPU = (
+_ANY_RELEASE = (
     Option("version-compatible", "run on later releases too", None),
+    Option("timing-cache", "file of kernel timings, read and written", str, "FILE"),
+)
+_ONE_GPU = (
     Option(
         "hardware-compatibility-level",
         "GPUs that may run it: none (this model alone), ampere-plus or same-compute-capability",
@@ -134,7 +139,6 @@ _ONE_GPU = (
     ),
     Option("refit", "weights may be replaced in the plan", None),
     Option("strip-plan", "plans without weights, which they take from the bundle when they are loaded", None),
-    Option("timing-cache", "file of kernel timings, read and written", str, "FILE"),
 )
 
 ENGINES: Mapping[str, Kind] = {
@@ -143,17 +147,21 @@ ENGINES: Mapping[str, Kind] = {
         "taylorseer_export.build.inductor",
         (Option("max-autotune", "try every kernel torch knows for each operation; many times slower to build", None),),
     ),
-    "tensorrt": Kind("taylorseer_export.build.tensorrt", (*_EVERY_TENSORRT, *_BUILDER, *_ONE_GPU)),
+    "tensorrt": Kind(
+        "taylorseer_export.build.tensorrt", (*_EVERY_TENSORRT, *_EFFORT, *_BUILDER, *_ANY_RELEASE, *_ONE_GPU)
+    ),
     "tensorrt-rtx": Kind(
         "taylorseer_export.build.tensorrt",
         (
             *_EVERY_TENSORRT,
+            *_EFFORT,
             *_BUILDER,
             Option(
                 "gpu-arch", "compute capabilities to build for (default: all from 8.0 on)", capabilities, "8.9,12.0"
             ),
         ),
     ),
+    "torch-tensorrt": Kind("taylorseer_export.build.torch_tensorrt", (*_EVERY_TENSORRT, *_EFFORT, *_ANY_RELEASE)),
 }
 
 

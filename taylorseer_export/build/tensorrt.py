@@ -46,14 +46,19 @@ def check(options: Options) -> None:
         ConfigError: An option cannot be honoured.
         BuildError: The library is not installed, or there is no GPU and it needs one.
     """
-    if options.device == "cpu":
-        raise ConfigError(
-            f"--device is cpu, expected cuda for --engine {options.engine}; leave it out, or use --engine onnxruntime"
-        )
+    refuse_cpu(options)
     trt = library(options.engine, BuildError)
     if options.engine != "tensorrt-rtx":
         this_gpu(options.engine)
     configure(trt, trt.Builder(logger(trt)), options)
+
+
+def refuse_cpu(options: Options) -> None:
+    """Refuse a device that these engines do not run on."""
+    if options.device == "cpu":
+        raise ConfigError(
+            f"--device is cpu, expected cuda for --engine {options.engine}; leave it out, or use --engine onnxruntime"
+        )
 
 
 def engine(options: Options) -> Engine:

@@ -255,11 +255,12 @@ class Manifest(_Part):
             for tensor in (*graph.inputs, *graph.outputs):
                 yield tensor.name, tensor.shape
 
-    def command(self, device: str | None = None) -> str:
+    def command(self, device: str | None = None, **changes: str) -> str:
         """The command that builds these engines again on the machine it is typed on; a fixed size is not repeated.
 
         Args:
             device: Where they are to run; as before if left out.
+            changes: Options of the engine that are to be others, `gpu_arch="8.6"` for `--gpu-arch`.
         """
         devices = self.engine.device.get("devices", "").split()
         device = device or (devices[0] if len(devices) == 1 else None)
@@ -275,8 +276,9 @@ class Manifest(_Part):
             "precision": self.precision,
             "device": device,
             **self.engine.options,
+            **{name.replace("_", "-"): value for name, value in changes.items()},
         }
-        words = [f"--{name} {value}" for name, value in given.items() if value is not None]
+        words = [f"--{name} {value}".rstrip() for name, value in given.items() if value is not None]
         return " ".join(["taylorseer-export", self.family, *words])
 
     def seal(self) -> "Manifest":

@@ -16,6 +16,9 @@ from taylorseer_export.runtime.runner import Runner
 _RUNNERS = {
     "onnxruntime": "taylorseer_export.runtime.onnxruntime",
     "inductor": "taylorseer_export.runtime.inductor",
+    "tensorrt": "taylorseer_export.runtime.tensorrt",
+    "tensorrt-rtx": "taylorseer_export.runtime.tensorrt",
+    "torch-tensorrt": "taylorseer_export.runtime.tensorrt",
 }
 
 

@@ -85,12 +85,23 @@ def host_dtype(dtype: str) -> np.dtype:
     return np.dtype("float32" if dtype == "bfloat16" else dtype)
 
 
-def check_binding(graph: Graph, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+def check_binding(
+    graph: Graph, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], aliases: Mapping[str, str] | None = None
+) -> None:
     """Refuse a binding that is incomplete, or where an output overlaps an input.
 
     ONNX Runtime and TensorRT both write outputs while inputs are still being read: one address for both gives
     wrong numbers without an error.
+
+    Args:
+        graph: The contract.
+        inputs, outputs: Name -> buffer.
+        aliases: Output -> the input whose memory it must be, where the engine itself demands that.
+
+    Raises:
+        StepError: Names the tensors.
     """
+    aliases = aliases or {}
     for tensors, buffers in ((graph.inputs, inputs), (graph.outputs, outputs)):
         missing = [t.name for t in tensors if t.name not in buffers]
         if missing:
@@ -98,9 +109,19 @@ def check_binding(graph: Graph, inputs: Mapping[str, Buffer], outputs: Mapping[s
                 f"tensor `{missing[0]}` of {graph.file} has no buffer, expected one for each of "
                 f"{len(tensors)} tensors; bind every name of the contract"
             )
+    for output, source in aliases.items():
+        if outputs[output].address != inputs[source].address:
+            raise StepError(
+                f"output `{output}` of {graph.file} has its own memory, expected that of input `{source}`, which the "
+                "engine updates in place; bind one buffer to both"
+            )
     # Sweep over the address ranges: after sorting, only neighbours can overlap.
     ranges = [(b.address, b.address + b.nbytes, name, "input") for name, b in inputs.items() if b.nbytes]
-    ranges += [(b.address, b.address + b.nbytes, name, "output") for name, b in outputs.items() if b.nbytes]
+    ranges += [
+        (b.address, b.address + b.nbytes, name, "output")
+        for name, b in outputs.items()
+        if b.nbytes and name not in aliases
+    ]
     reach = 0
     owner = ("", "")
     for begin, end, name, kind in sorted(ranges):

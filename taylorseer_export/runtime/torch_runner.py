@@ -20,8 +20,6 @@ from taylorseer_export.runtime.runner import Buffer, Call, check_binding
 if TYPE_CHECKING:
     import torch
 
-_ALIGNMENT = 16  # bytes; compiled kernels read that much at once and assume that every tensor starts at a multiple
-
 
 class TorchRunner:
     """Runs functions over torch tensors.
@@ -37,6 +35,8 @@ class TorchRunner:
         fallbacks: Calls on a GPU that ran without a CUDA graph, because that was asked for.
     """
 
+    alignment = 16  # bytes; compiled kernels read that much at once and assume that every tensor starts at a multiple
+
     def __init__(
         self,
         functions: Mapping[str, Callable[..., Any]],
@@ -47,7 +47,9 @@ class TorchRunner:
         self.graphs, self.device = graphs, device
         self.captures = self.fallbacks = 0
         self._functions = dict(functions)
-        self._recorder = _Recorder() if device == "cuda" and cuda_graphs else None
+        self._record: Callable[[str, Call], Call] | None = None
+        if device == "cuda" and cuda_graphs:
+            self._record = _Recorder().record
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         import torch
@@ -57,24 +59,33 @@ class TorchRunner:
     def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         contract, function = self.graphs[graph], self._functions[graph]
         check_binding(contract, inputs, outputs)
-        buffers = [inputs[t.name] for t in contract.inputs] + [outputs[t.name] for t in contract.outputs]
-        call = partial(_run, graph, function, [_tensor(b) for b in buffers])
+        buffers = {t.name: inputs[t.name] for t in contract.inputs} | {
+            t.name: outputs[t.name] for t in contract.outputs
+        }
+        return self.ready(graph, buffers, partial(_run, graph, function, [_tensor(b) for b in buffers.values()]))
+
+    def ready(self, graph: str, buffers: Mapping[str, Buffer], call: Call) -> Call:
+        """A bound call as it is made at every step: on a GPU a launch of its own CUDA graph, where that is wanted.
+
+        Raises:
+            StepError: A tensor does not start where the engine can read it, or the call cannot be captured.
+        """
         if self.device == "cpu":
             return call
-        for tensor, buffer in zip((*contract.inputs, *contract.outputs), buffers, strict=True):
-            if buffer.address % _ALIGNMENT:
+        for name, buffer in buffers.items():
+            if buffer.address % self.alignment:
                 raise StepError(
-                    f"tensor `{tensor.name}` of graph `{graph}` starts at {buffer.address % _ALIGNMENT} bytes past a "
-                    f"multiple of {_ALIGNMENT}, expected a multiple (bytes); use a size whose rows fill it"
+                    f"tensor `{name}` of graph `{graph}` starts at {buffer.address % self.alignment} bytes past a "
+                    f"multiple of {self.alignment}, expected a multiple (bytes); use a size whose rows fill it"
                 )
-        if self._recorder is None:
+        if self._record is None:
             return partial(self._fall_back, call)
         self.captures += 1
-        return self._recorder.record(graph, call)
+        return self._record(graph, call)
 
     def close(self) -> None:
         self._functions.clear()
-        self._recorder = None
+        self._record = None
 
     def _fall_back(self, call: Call) -> None:
         self.fallbacks += 1

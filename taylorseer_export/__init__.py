@@ -15,7 +15,7 @@ from typing import Any
 _PUBLIC = {
     "load": "taylorseer_export.runtime.denoiser",
     "Denoiser": "taylorseer_export.runtime.denoiser",
-    "Slot": "taylorseer_export.runtime.denoiser",
+    "Slot": "taylorseer_export.runtime.slot",
     "Plan": "taylorseer_export.method",
     "forecast_weights": "taylorseer_export.method",
     "TaylorSeerError": "taylorseer_export.errors",

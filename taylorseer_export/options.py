@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -56,6 +57,9 @@ def plan_options(parser: argparse.ArgumentParser, steps: bool = True) -> None:
         "--order", "--max-order", type=whole(0, 4), help="order of the forecasts (default: the bundle's)"
     )
     parser.add_argument(
+        "--profile", help="plan, order and weights of a calibration, in the place of --plan, --order and --form"
+    )
+    parser.add_argument(
         "--form", choices=("taylor", "newton"), default="taylor", help="form of the forecast (default: %(default)s)"
     )
 
@@ -71,6 +75,21 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
             value = low - 1
         if value < low or (high is not None and value > high):
             raise argparse.ArgumentTypeError(f"is {text}, expected a whole number, {span}")
+        return value
+
+    return value_of
+
+
+def real(above: float) -> Callable[[str], float]:
+    """A finite number above `above`."""
+
+    def value_of(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not above < value < math.inf:
+            raise argparse.ArgumentTypeError(f"is {text}, expected a number above {above:g}")
         return value
 
     return value_of

@@ -13,8 +13,9 @@ from taylorseer_export.build.eager import eager_modules
 from taylorseer_export.build.export import Draft, describe
 from taylorseer_export.families.family import Defaults, Family, Input
 from taylorseer_export.graph.trace import Trace, trace
-from taylorseer_export.runtime.denoiser import Denoiser, Slot
+from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.eager import EagerRunner
+from taylorseer_export.runtime.slot import Slot
 
 FLOAT32 = torch.float32
 

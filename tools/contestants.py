@@ -31,8 +31,9 @@ from taylorseer_export.families import FAMILIES  # noqa: E402
 from taylorseer_export.graph.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from taylorseer_export.graph.cut import Cut  # noqa: E402
 from taylorseer_export.method import Plan  # noqa: E402
-from taylorseer_export.runtime.denoiser import Denoiser, Slot  # noqa: E402
+from taylorseer_export.runtime.denoiser import Denoiser  # noqa: E402
 from taylorseer_export.runtime.onnxruntime import OnnxRuntimeRunner  # noqa: E402
+from taylorseer_export.runtime.slot import Slot  # noqa: E402
 
 SITES = list(FAMILIES["flux"].sites)
 # What diffusers' hook is told. `sites` is our list, word for word; the attention returns image and text rows, and

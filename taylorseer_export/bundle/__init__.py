@@ -2,7 +2,6 @@
 
 from taylorseer_export.bundle.manifest import (
     MANIFEST,
-    SCHEMA_VERSION,
     Dimension,
     Engine,
     File,
@@ -15,6 +14,7 @@ from taylorseer_export.bundle.manifest import (
     State,
     Tensor,
 )
+from taylorseer_export.bundle.sealed import SCHEMA_VERSION
 from taylorseer_export.bundle.store import Bundle, hash_files, open_bundle, writing
 
 __all__ = [

@@ -4,28 +4,25 @@ It is one JSON file, `manifest.json`, in one canonical form (sorted keys, two sp
 newline), so a bundle has exactly one correct manifest and any other byte is noticed.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import PureWindowsPath
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     model_validator,
 )
 
 from taylorseer_export.bundle import shapes
+from taylorseer_export.bundle.sealed import Part, Sealed, Sha256
 from taylorseer_export.errors import BundleError
 from taylorseer_export.method.plan import Dialect, Plan
 
-SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 
 GraphName = Literal["prepare", "full", "forecast", "probe", "rest"]
@@ -58,17 +55,10 @@ def _shape_entry(entry: int | str) -> int | str:
 
 Config = Annotated[dict[str, Any], BeforeValidator(_plain_json)]
 RelativePath = Annotated[str, AfterValidator(_inside)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Shape = tuple[Annotated[int | str, AfterValidator(_shape_entry)], ...]
 
 
-class _Part(BaseModel):
-    """A part of the manifest: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Tensor(_Part):
+class Tensor(Part):
     """One input or output of a graph."""
 
     name: str = Field(description="Name of the tensor in the graph file.")
@@ -87,7 +77,7 @@ class Tensor(_Part):
     )
 
 
-class Graph(_Part):
+class Graph(Part):
     """One graph of the bundle and its I/O contract."""
 
     file: RelativePath = Field(description="Engine or ONNX file, relative posix path.")
@@ -103,7 +93,7 @@ class Graph(_Part):
         return found[0]
 
 
-class Dimension(_Part):
+class Dimension(Part):
     """Accepted range of one symbolic size; equal ends make it static."""
 
     minimum: int = Field(ge=1, description="Smallest accepted size, in elements.")
@@ -117,14 +107,14 @@ class Dimension(_Part):
         return self
 
 
-class Site(_Part):
+class Site(Part):
     """One tapped module output that is forecast on forecast steps."""
 
     name: str = Field(description="Dotted module name in the transformer.")
     shape: Shape = Field(description="Shape of one snapshot, as in a tensor's shape.")
 
 
-class State(_Part):
+class State(Part):
     """How the Taylor buffers are laid out."""
 
     granularity: Literal["module", "residual", "last"] = Field(
@@ -138,7 +128,7 @@ class State(_Part):
     dtype: Dtype = Field(description="Element type of the Taylor buffers.")
 
 
-class PlanDefaults(_Part):
+class PlanDefaults(Part):
     """The plan used when a request names none."""
 
     steps: int = Field(ge=1, description="Denoising steps.")
@@ -156,7 +146,7 @@ class PlanDefaults(_Part):
         return self
 
 
-class Model(_Part):
+class Model(Part):
     """The model that was exported."""
 
     reference: str = Field(description="Folder or hub id it was loaded from.")
@@ -166,7 +156,7 @@ class Model(_Part):
     embedded: bool = Field(description="Whether it is the tiny model shipped with this package.")
 
 
-class Sampling(_Part):
+class Sampling(Part):
     """How the denoiser is meant to be sampled."""
 
     scheduler: str = Field(description="Class of the scheduler in diffusers.")
@@ -181,7 +171,7 @@ class Sampling(_Part):
     )
 
 
-class Engine(_Part):
+class Engine(Part):
     """What the engines were built with, and what they are tied to."""
 
     kind: Literal["onnxruntime", "inductor", "tensorrt", "tensorrt-rtx", "torch-tensorrt"] = Field(
@@ -194,25 +184,20 @@ class Engine(_Part):
     )
 
 
-class File(_Part):
+class File(Part):
     """Hash and size of one file of the bundle."""
 
     sha256: Sha256 = Field(description="SHA-256 of its bytes, hexadecimal.")
     size: int = Field(ge=0, description="Size in bytes.")
 
 
-class Manifest(_Part):
-    """Everything needed to check, load and call a bundle.
-
-    `digest` is the SHA-256 of the canonical JSON of all the other fields. It makes a slip of an
-    editor or a disk visible; it is no signature and proves nothing about who wrote the bundle.
-    """
+class Manifest(Sealed):
+    """Everything needed to check, load and call a bundle."""
 
     model_config = ConfigDict(title="taylorseer-export manifest")
+    KIND: ClassVar[str] = "a manifest"
+    REMEDY: ClassVar[str] = "copy the bundle again, or rebuild it with `taylorseer-export <family> ... --out ...`"
 
-    schema_version: int = Field(
-        default=SCHEMA_VERSION, ge=1, description="Version of this schema; rises when it changes."
-    )
     tool_version: str = Field(description="Version of taylorseer-export that wrote it.")
     family: str = Field(description="Model family, as on the command line.")
     name: str = Field(description="Name of the bundle within its family.")
@@ -229,11 +214,6 @@ class Manifest(_Part):
         description="Hash and size of every file but the manifest, by relative posix path."
     )
     cache_key: str = Field(description="Hash of the inputs and options of the build.")
-    digest: str = Field(
-        default="",
-        pattern=r"^([0-9a-f]{64})?$",
-        description="SHA-256 of the canonical JSON of all other fields, hexadecimal.",
-    )
 
     @model_validator(mode="after")
     def _agrees_with_itself(self, info: ValidationInfo) -> "Manifest":
@@ -281,82 +261,7 @@ class Manifest(_Part):
         words = [f"--{name} {value}".rstrip() for name, value in given.items() if value is not None]
         return " ".join(["taylorseer-export", self.family, *words])
 
-    def seal(self) -> "Manifest":
-        """This manifest with the `digest` that its other fields have."""
-        return self.model_copy(update={"digest": self._computed_digest()})
-
-    def to_json(self) -> bytes:
-        """The canonical bytes of the sealed manifest: what `manifest.json` must contain."""
-        return _canonical(self.seal().model_dump(mode="json"))
-
-    @classmethod
-    def from_bytes(cls, data: bytes, path: object) -> "Manifest":
-        """Read a manifest, refusing all but the exact bytes that `to_json` wrote.
-
-        Args:
-            data: The content of the file.
-            path: Where it came from, for the errors.
-
-        Returns:
-            The manifest, sealed.
-
-        Raises:
-            BundleError: The bytes are not JSON, of another schema version, have a missing, unknown
-                or contradictory field, a path that leaves the folder, a digest that does not
-                belong to them, or differ from the canonical form in any byte.
-        """
-        try:
-            raw = json.loads(data.decode("ascii"), parse_constant=_refuse)
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{path} is not readable as JSON ({error}), expected a manifest; {_REMEDY}") from error
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if type(version) is int and version > SCHEMA_VERSION:
-            raise BundleError(
-                f"{path} is of schema version {version}, expected at most {SCHEMA_VERSION}: it was "
-                "written by a newer taylorseer-export; upgrade taylorseer-export"
-            )
-        try:
-            manifest = cls.model_validate(raw)
-        except ValidationError as error:
-            raise BundleError(f"{path} {_first_problem(error)}; {_REMEDY}") from error
-        if manifest.digest != (computed := manifest._computed_digest()):
-            raise BundleError(
-                f"{path} digest is {manifest.digest or 'empty'}, expected {computed}: it was "
-                f"changed after it was written; {_REMEDY}"
-            )
-        if data != manifest.to_json():
-            raise BundleError(
-                f"{path} is {len(data)} bytes in another layout, expected the canonical form "
-                f"(sorted keys, two spaces, no extra whitespace); {_REMEDY}"
-            )
-        return manifest
-
-    def _computed_digest(self) -> str:
-        body = self.model_dump(mode="json", exclude={"digest"})
-        return hashlib.sha256(_canonical(body)).hexdigest()
-
 
 def schema() -> dict[str, Any]:
     """The JSON schema of the manifest, as published in `manifest.schema.json`."""
     return Manifest.model_json_schema(mode="serialization")
-
-
-_REMEDY = "copy the bundle again, or rebuild it with `taylorseer-export <family> ... --out ...`"
-
-
-def _canonical(value: object) -> bytes:
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False)
-    return f"{text}\n".encode("ascii")
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    where = ".".join(map(str, problem["loc"])) or "manifest"
-    seen = repr(problem["input"])
-    if len(seen) > 60:
-        seen = f"{seen[:60]}…"
-    return f"field `{where}` is {seen}, expected otherwise: {problem['msg']}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from taylorseer_export.commands.terminal import open_denoiser, plan_of, progress
+from taylorseer_export.commands.terminal import forecasts_of, open_denoiser, progress
 from taylorseer_export.options import bundle_options, plan_options, whole
 
 SUMMARY = "Time a plan against the same engine computing every step."
@@ -24,11 +24,11 @@ def run(given: argparse.Namespace) -> int:
     from taylorseer_export.report import bench
 
     denoiser = open_denoiser(given)
-    plan = plan_of(denoiser, given)
+    plan, order, _ = forecasts_of(denoiser, given, given.steps)
     with progress("loops", 2 * (given.repeats + 1), quiet=given.json) as advance:
         done = iter(range(1, 2 * (given.repeats + 1) + 1))
         record = bench.bench(
-            denoiser, plan, given.order, repeats=given.repeats,
+            denoiser, plan, order, repeats=given.repeats,
             on_loop=lambda: advance(next(done), 2 * (given.repeats + 1)),
         )  # fmt: skip
     print(json.dumps(record) if given.json else bench.table(record))

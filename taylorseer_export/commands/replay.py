@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from taylorseer_export.commands.terminal import open_denoiser, progress, read_tensors, write_tensors
+from taylorseer_export.commands.terminal import forecasts_of, open_denoiser, progress, read_tensors, write_tensors
 from taylorseer_export.options import bundle_options, plan_options
 
 SUMMARY = "Run given latents through a bundle, teacher-forced and without a sampler."
@@ -40,9 +40,9 @@ def run(given: argparse.Namespace) -> int:
             f"{list(latents.shape)}; give both the same first dimension"
         )
     denoiser = open_denoiser(given)
-    plan = denoiser.plan(given.plan, len(latents))
+    plan, order, weights = forecasts_of(denoiser, given, len(latents))
     slot = denoiser.slot(denoiser.sizes(latents.shape[1:], tensors))
-    slot.start(tensors, plan, given.order, timesteps, given.form)
+    slot.start(tensors, plan, order, timesteps, given.form, weights)
     predictions = []
     with progress("replaying", len(plan)) as advance:
         for step, latent in enumerate(latents):

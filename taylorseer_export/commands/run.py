@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from taylorseer_export.commands.terminal import (
+    forecasts_of,
     need,
     open_denoiser,
-    plan_of,
     progress,
     read_tensors,
     spread,
@@ -42,7 +42,7 @@ def run(given: argparse.Namespace) -> int:
     from taylorseer_export.runtime.picture import grid
 
     denoiser = open_denoiser(given)
-    plan = plan_of(denoiser, given)
+    plan, order, weights = forecasts_of(denoiser, given, given.steps)
     manifest = denoiser.manifest
     if manifest.family not in ("dit", "flux"):
         raise ConfigError(
@@ -65,7 +65,7 @@ def run(given: argparse.Namespace) -> int:
         names = list(prompts or [f"seed {seed}" for seed in seeds])
     with progress("sampling", len(plan)) as advance:
         result = sampling.sample(
-            denoiser, request, plan, given.order, given.form, on_step=lambda k: advance(k + 1, len(plan))
+            denoiser, request, plan, order, given.form, on_step=lambda k: advance(k + 1, len(plan)), weights=weights
         )
     out = given.out or Path(
         f"{manifest.family}-{manifest.name}.png" if manifest.model.embedded else "latents.safetensors"

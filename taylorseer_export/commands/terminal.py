@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taylorseer_export.errors import ConfigError
 
@@ -24,8 +24,23 @@ def open_denoiser(given: argparse.Namespace) -> Denoiser:
     return load(given.bundle, given.device, given.threads, cuda_graphs=not given.no_cuda_graphs)
 
 
-def plan_of(denoiser: Denoiser, given: argparse.Namespace) -> Plan:
-    return denoiser.plan(given.plan, given.steps)
+class Forecasts(NamedTuple):
+    """What the options of a request say about its forecasts."""
+
+    plan: Plan
+    order: int | None
+    weights: Sequence[Sequence[float]] | None
+
+
+def forecasts_of(denoiser: Denoiser, given: argparse.Namespace, steps: int | None) -> Forecasts:
+    """A profile, or plan and order as the options name them; `steps` is the length of the loop where it is known."""
+    if given.profile is None:
+        return Forecasts(denoiser.plan(given.plan, steps), given.order, None)
+    for name, value in (("--plan", given.plan), ("--order", given.order), ("--form", given.form != "taylor" or None)):
+        if value is not None:
+            raise ConfigError(f"{name} is given beside --profile, expected one of them; leave {name} out")
+    profile = denoiser.profile(given.profile, steps)
+    return Forecasts(profile.steps(), profile.order, profile.weights)
 
 
 def spread(name: str, values: list[Any], count: int) -> list[Any]:

@@ -6,6 +6,7 @@ from taylorseer_export.method.weights import (
     derivative_weights,
     exact_weights,
     forecast_weights,
+    from_snapshots,
     gain,
     update_scales,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "derivative_weights",
     "exact_weights",
     "forecast_weights",
+    "from_snapshots",
     "gain",
     "update_scales",
 ]

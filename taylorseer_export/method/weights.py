@@ -123,6 +123,31 @@ def derivative_weights(history_length: int, lead: int, order: int) -> tuple[floa
     return tuple(lead**j / factorial(j) if j < history_length else 0.0 for j in range(order + 1))
 
 
+def from_snapshots(weights: Sequence[float], full_steps: Sequence[int]) -> tuple[float, ...]:
+    """The weights of the derivatives that give the same forecast as `weights` of the snapshots.
+
+    With Dⱼ = Σᵢ c[j][i] · y(full_steps[i]) as in the module docstring, solves w[i] = Σⱼ v[j] · c[j][i] for v. Dⱼ is
+    made of the last j + 1 features and no others, so each v follows from the oldest snapshot not yet accounted for.
+
+    Args:
+        weights: One for each full step, oldest first, dimensionless.
+        full_steps: As many full steps, the last of the history, oldest first. Unit: steps.
+
+    Returns:
+        As many float64 weights, lowest order first.
+
+    Raises:
+        ConfigError: The steps are not increasing.
+    """
+    _check_increasing(full_steps, full_steps[-1] + 1)
+    left, shares = list(map(float, weights)), _shares(full_steps)
+    found = []
+    for oldest, share in enumerate(reversed(shares)):
+        found.append(left[oldest] / float(share[oldest]))
+        left = [weight - found[-1] * float(c) for weight, c in zip(left, share, strict=True)]
+    return tuple(reversed(found))
+
+
 def update_scales(full_steps_before: Sequence[int], step: int, order: int) -> tuple[float, ...]:
     """Factors that advance the derivatives on the full step `step`, for the `derivatives` layout.
 
@@ -169,8 +194,8 @@ def _check_increasing(full_steps: Sequence[int], step: int) -> None:
             )
 
 
-def _taylor(steps: Sequence[int], step: int) -> tuple[Fraction, ...]:
-    # derivatives[j][i] is the share of the feature of steps[i] in D_j.
+def _shares(steps: Sequence[int]) -> list[list[Fraction]]:
+    """c[j][i]: the share of the feature of steps[i] in D_j after the last of the steps."""
     derivatives: list[list[Fraction]] = []
     for now, current in enumerate(steps):
         updated = [[Fraction(now == i) for i in range(len(steps))]]
@@ -179,6 +204,11 @@ def _taylor(steps: Sequence[int], step: int) -> tuple[Fraction, ...]:
             pairs = zip(updated[-1], previous, strict=True)
             updated.append([(new - old) / gap for new, old in pairs])
         derivatives = updated
+    return derivatives
+
+
+def _taylor(steps: Sequence[int], step: int) -> tuple[Fraction, ...]:
+    derivatives = _shares(steps)
     lead = step - steps[-1]
     terms = [Fraction(lead**j, factorial(j)) for j in range(len(derivatives))]
     shares = zip(*derivatives, strict=True)

@@ -11,7 +11,8 @@ import numpy as np
 from taylorseer_export.method import Plan
 from taylorseer_export.report.card import state_bytes
 from taylorseer_export.report.inputs import random_trajectory
-from taylorseer_export.runtime.denoiser import Denoiser, Slot
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.slot import Slot
 
 
 def bench(

@@ -21,9 +21,10 @@ import numpy as np
 from taylorseer_export.bundle.manifest import GraphName, Tensor
 from taylorseer_export.bundle.shapes import names, resolve
 from taylorseer_export.errors import StepError
-from taylorseer_export.runtime.denoiser import Denoiser, Slot
+from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.runner import Buffer, Call
 from taylorseer_export.runtime.schedule import ForecastStep, FullStep
+from taylorseer_export.runtime.slot import Slot
 
 BATCH = "batch"
 

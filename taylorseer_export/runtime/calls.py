@@ -21,7 +21,7 @@ import numpy as np
 
 from taylorseer_export.errors import StepError
 from taylorseer_export.method import Plan
-from taylorseer_export.runtime.denoiser import Slot
+from taylorseer_export.runtime.slot import Slot
 
 
 class Seen(NamedTuple):

@@ -19,7 +19,8 @@ import torch
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Plan
 from taylorseer_export.runtime.calls import Branch, Call, Request, Seen, host_array
-from taylorseer_export.runtime.denoiser import Denoiser, Slot
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.slot import Slot
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

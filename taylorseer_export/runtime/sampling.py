@@ -6,6 +6,7 @@ calls a timestep, and how guidance combines two halves of a batch.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from taylorseer_export.errors import BundleError, ConfigError, StepError
 from taylorseer_export.method import Plan
 from taylorseer_export.method.weights import Form
 from taylorseer_export.runtime.caption import CaptionEncoder
-from taylorseer_export.runtime.denoiser import Denoiser, Slot
+from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.picture import pictures_from_dit_latents, pictures_from_flux_latents
+from taylorseer_export.runtime.slot import Slot
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def sample(
     form: Form = "taylor",
     slot: Slot | None = None,
     on_step: Callable[[int], object] | None = None,
+    weights: Sequence[Sequence[float]] | None = None,
 ) -> Result:
     """Run the loop of `plan` from noise to latents.
 
@@ -81,11 +84,12 @@ def sample(
         form: `taylor` or `newton`.
         slot: A slot to reuse; a new one is opened if left out.
         on_step: Called with each finished step.
+        weights: Of each step, in the place of the form's; those of a profile.
 
     Raises:
         StepError: An input does not fit the bundle, or a step returned a number that is not finite.
     """
-    loop = Loop(denoiser, request, plan, order, form)
+    loop = Loop(denoiser, request, plan, order, form, weights)
     slot = slot or denoiser.slot(loop.sizes)
     began = time.perf_counter()
     loop.start(slot)
@@ -110,18 +114,24 @@ class Loop:
     request; a server does it for many in turn, and both get the same numbers.
 
     Args:
-        denoiser, request, plan, order, form: As in `sample`.
+        denoiser, request, plan, order, form, weights: As in `sample`.
 
     Raises:
         StepError: An input does not fit the bundle.
     """
 
     def __init__(
-        self, denoiser: Denoiser, request: Request, plan: Plan, order: int | None = None, form: Form = "taylor"
+        self,
+        denoiser: Denoiser,
+        request: Request,
+        plan: Plan,
+        order: int | None = None,
+        form: Form = "taylor",
+        weights: Sequence[Sequence[float]] | None = None,
     ) -> None:
         import torch
 
-        self.request, self.plan, self.order, self.form = request, plan, order, form
+        self.request, self.plan, self.order, self.form, self.weights = request, plan, order, form, weights
         sampling = denoiser.manifest.sampling
         self._scheduler = _scheduler(sampling)
         self._ticks = _clock(sampling, self._scheduler, request.latents.shape, len(plan), request.sigmas)
@@ -137,11 +147,30 @@ class Loop:
 
     def start(self, slot: Slot) -> None:
         """Begin the request in a slot of `sizes`."""
-        slot.start(self.request.conditioning, self.plan, self.order, self._ticks.model_timesteps, self.form)
+        slot.start(self.request.conditioning, self.plan, self.order, self.model_timesteps, self.form, self.weights)
 
-    def model_input(self) -> np.ndarray:
-        """The transformer's latents at the next step."""
-        return _doubled(self.latents) if self.request.guided else self.latents
+    @property
+    def model_timesteps(self) -> np.ndarray:
+        """`[S]`, what the transformer takes at each step."""
+        return self._ticks.model_timesteps
+
+    def model_input(self, latents: np.ndarray | None = None) -> np.ndarray:
+        """What the transformer takes of the latents, the loop's own if left out."""
+        latents = self.latents if latents is None else latents
+        return _doubled(latents) if self.request.guided else latents
+
+    def prediction(self, noise_pred: np.ndarray) -> np.ndarray:
+        """What the scheduler takes of the transformer's answer: the halves combined, a learned sigma dropped."""
+        if self.request.guided:
+            noise_pred = _guide(noise_pred, self.request.guidance_scale)
+        return noise_pred[:, : self._latents.shape[1]] if noise_pred.ndim == 4 else noise_pred
+
+    def preview(self, prediction: np.ndarray) -> np.ndarray:
+        """The latents that this prediction would lead to; the loop does not advance."""
+        import torch
+
+        timestep, scheduler = self._ticks.timesteps[self.step], copy.deepcopy(self._scheduler)
+        return np.asarray(scheduler.step(torch.from_numpy(prediction), timestep, self._latents).prev_sample.numpy())
 
     def accept(self, prediction: np.ndarray) -> None:
         """Advance the latents by the transformer's answer.
@@ -156,11 +185,7 @@ class Loop:
                 f"noise_pred has values that are NaN or infinite at step {self.step} (plan {self.plan}), expected "
                 "finite numbers; lower --order or --interval"
             )
-        if self.request.guided:
-            prediction = _guide(prediction, self.request.guidance_scale)
-        # Learned sigma is dropped.
-        prediction = prediction[:, : self._latents.shape[1]] if prediction.ndim == 4 else prediction
-        answer = torch.from_numpy(prediction)
+        answer = torch.from_numpy(self.prediction(prediction))
         advanced = self._scheduler.step(answer, self._ticks.timesteps[self.step], self._latents)
         self._last = self._latents, answer, advanced
         self._latents = advanced.prev_sample

@@ -1,0 +1,88 @@
+"""`calibrate`: find the plan and the weights that suit a model, and keep them as a profile of its bundle."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.options import bundle_options, real, whole
+
+SUMMARY = "Find the plan and weights that suit the model, and keep them in the bundle as a profile."
+_FIRST_SEED = 1_000_000  # far from the seeds people use, so that a profile is not judged on its own samples
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    bundle_options(parser)
+    parser.add_argument("--name", required=True, help="name of the profile")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--full-steps", type=whole(1), help="full steps of the plan")
+    budget.add_argument("--speedup", type=real(1), help="steps over full steps, at least; dimensionless")
+    budget.add_argument(
+        "--psnr", type=real(0), help="PSNR of held-out latents in dB, at least, with the fewest full steps"
+    )
+    parser.add_argument("--steps", type=whole(2, 1000), help="denoising steps (default: the bundle's)")
+    parser.add_argument(
+        "--order",
+        "--max-order",
+        type=whole(0, 4),
+        help="order of the forecasts (default: what the buffers hold, at most 2)",
+    )
+    parser.add_argument("--samples", type=whole(1), default=8, help="samples to fit to (default: %(default)s)")
+    parser.add_argument(
+        "--held-out", type=whole(1), default=4, help="further samples that must agree (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, help="text file: a caption or a class per line (default: the embedded model's own)"
+    )
+    parser.add_argument("--inputs", type=Path, help="safetensors with the text encoders' outputs, a row per sample")
+
+
+def run(given: argparse.Namespace) -> int:
+    """The command itself; returns the exit code."""
+    need("sample", "torch", "diffusers")
+    from taylorseer_export.bundle.profile import check_name, write_profile
+    from taylorseer_export.report.calibrate import Calibrator, check_full_steps, profile_of
+    from taylorseer_export.report.samples import groups, read_prompts
+
+    check_name(given.name)
+    prompts = read_prompts(given.prompts) if given.prompts else None
+    tensors = read_tensors(given.inputs) if given.inputs else None
+    denoiser = open_denoiser(given)
+    assert denoiser.bundle is not None
+    manifest = denoiser.manifest
+    steps = given.steps or manifest.plan.steps
+    order = min(manifest.state.order, 2) if given.order is None else given.order
+    if order > manifest.state.order:
+        raise ConfigError(
+            f"--order is {order}, expected at most {manifest.state.order}, which the bundle's buffers hold; lower it"
+        )
+    full_steps = given.full_steps or (math.floor(steps / given.speedup) if given.speedup else None)
+    if full_steps is not None:
+        check_full_steps(full_steps, steps)
+    fitted = groups(denoiser, given.samples, _FIRST_SEED, prompts, tensors)
+    held_out = groups(denoiser, given.held_out, _FIRST_SEED + given.samples, prompts, tensors)
+    window = min(steps - 1, 4 * math.ceil(steps / (full_steps or max(steps // 5, 1))))
+    total = len(fitted) * steps * (window + 2) + len(held_out) * steps
+    with progress("calibrating", total) as advance:
+        done = iter(range(1, 1 << 62))
+        calibrator = Calibrator(
+            denoiser, fitted, held_out, steps, window, lambda: advance(count := next(done), max(total, count))
+        )
+        found = (
+            calibrator.calibrate(full_steps, order)
+            if full_steps is not None
+            else calibrator.calibrate_to(given.psnr, order)
+        )
+    path = write_profile(denoiser.bundle, profile_of(manifest, given.name, found))
+    best = found.calibrated
+    print(f"plan      {best.plan} ({len(best.plan.full_steps)} of {steps} steps full)")
+    print(f"samples   {found.samples} fitted, {found.held_out} held out; PSNR of their latents against all full:")
+    for name, way in (("calibrated", best), ("regular", found.regular), ("fewer steps", found.fewer_steps)):
+        print(f"  {name:<12}{way.fitted:6.1f} dB fitted  {way.held_out:6.1f} dB held out  {way.plan}")
+    print(f"wrote     {path}")
+    print(f"next      taylorseer-export run {denoiser.bundle.folder} --profile {given.name}")
+    return 0

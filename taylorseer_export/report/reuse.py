@@ -1,0 +1,99 @@
+"""Reuse errors: what it costs to predict one step from the snapshot of another, measured on the engines themselves.
+
+For a full step t and a later step s of an all-full loop, the reuse error is
+
+    d(t, s) = c(s) · (prediction(s) - prediction of s forecast from the snapshot of t alone)
+
+with c(s) how far the scheduler moves the latents per unit of prediction. Weights that sum to 1 mix predictions as they
+mix snapshots, to first order, so a forecast of s from full steps t₁ … tₙ moves the latents wrong by Σᵢ w[i] · d(tᵢ, s).
+Everything a calibration asks of a model is therefore in the inner products of its reuse errors: which granularity,
+which sites and how much each of them matters is already in the predictions.
+
+Each source runs once more as the only full step of a short request, so no snapshot is kept: memory holds the latents of
+one loop and a fixed random choice of elements of each reuse error, whatever the number of samples.
+
+Shapes: S steps, P pairs of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from taylorseer_export.method import Plan
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.runtime.slot import Slot
+
+_ELEMENTS = 2048  # of each reuse error and sample; inner products over them are good to a few per cent
+_MOST_PAIRS = 4096  # their inner products are a matrix of 128 MiB
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """An all-full loop: the latents `[N, ...]` before each step and after the last, and the prediction of each step."""
+
+    request: Request
+    latents: list[np.ndarray]
+    predictions: list[np.ndarray]
+    model_timesteps: np.ndarray
+    reach: tuple[float, ...]  # c(s)
+
+
+class ReuseErrors:
+    """Inner products of reuse errors `[P, P]`, summed over samples.
+
+    Args:
+        steps: Length of the loop.
+        window: Largest distance between the two steps of a pair; shortened where the matrix would grow too large.
+    """
+
+    def __init__(self, steps: int, window: int) -> None:
+        self.steps, self.window = steps, max(min(window, steps - 1, _MOST_PAIRS // steps), 1)
+        pairs = [(t, s) for s in range(steps) for t in range(max(s - self.window, 0), s)]
+        self.index = {pair: k for k, pair in enumerate(pairs)}
+        self.products = np.zeros((len(pairs), len(pairs)))
+        self.samples = 0
+
+    def add(self, denoiser: Denoiser, slot: Slot, trajectory: Trajectory, on_step: Callable[[], object]) -> None:
+        """Measure the reuse errors of the samples of a trajectory."""
+        samples = len(trajectory.request.latents)
+        size = trajectory.predictions[0][0].size
+        chosen = np.random.default_rng(0).permutation(size)[:_ELEMENTS]
+        errors = np.zeros((samples, len(self.index), len(chosen)), np.float32)
+        loop = Loop(denoiser, trajectory.request, Plan("F" * self.steps))
+        for source in range(self.steps - 1):
+            # Of one length whatever the source, so that the prepare graph is bound once.
+            steps = np.minimum(np.arange(source, source + self.window + 1), self.steps - 1)
+            plan = Plan("F" + "." * self.window)
+            slot.start(trajectory.request.conditioning, plan, 0, trajectory.model_timesteps[steps])
+            for step in range(source, min(source + self.window, self.steps - 1) + 1):
+                found = loop.prediction(slot.step(loop.model_input(trajectory.latents[step])))
+                if step > source:
+                    error = (trajectory.predictions[step] - found).reshape(samples, -1)[:, chosen]
+                    errors[:, self.index[source, step]] = trajectory.reach[step] * error
+                on_step()
+        for sample in errors.astype(np.float64):
+            self.products += sample @ sample.T * (size / len(chosen))
+        self.samples += samples
+
+
+def all_full(denoiser: Denoiser, slot: Slot, request: Request, steps: int, on_step: Callable[[], object]) -> Trajectory:
+    """Run the loop with every step full, and keep what it went through."""
+    loop = Loop(denoiser, request, Plan("F" * steps), 0)
+    loop.start(slot)
+    latents, predictions, reach = [loop.latents], [], []
+    for _ in range(steps):
+        noise_pred = slot.step(loop.model_input())
+        prediction = loop.prediction(noise_pred)
+        nudge = np.random.default_rng(0).standard_normal(prediction.shape).astype(np.float32)
+        nudge *= np.float32(1e-2 * prediction.std())
+        moved = loop.preview(prediction + nudge)
+        loop.accept(noise_pred)
+        reach.append(float(np.linalg.norm(moved - loop.latents) / np.linalg.norm(nudge)))
+        predictions.append(prediction)
+        latents.append(loop.latents)
+        on_step()
+    return Trajectory(request, latents, predictions, loop.model_timesteps, tuple(reach))

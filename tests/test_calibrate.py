@@ -1,0 +1,216 @@
+"""Calibration: plans against exhaustive search, fits against their definition, the command on embedded models."""
+
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from taylorseer_export import cli
+from taylorseer_export.bundle.profile import read_profile
+from taylorseer_export.bundle.store import open_bundle
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.method import Plan, forecast_weights
+from taylorseer_export.report import calibrate
+from taylorseer_export.report.calibrate import Calibrator
+from taylorseer_export.report.planning import Planner, best_weights, directions, regular_plan
+from taylorseer_export.report.reuse import ReuseErrors, all_full
+from taylorseer_export.report.samples import captions, groups
+from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.sampling import Loop
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The embedded DiT at granularity `residual`, exported once."""
+    out = tmp_path_factory.mktemp("engines")
+    assert cli.main(["dit", "--order", "2", "--state", "residual", "--out", str(out)]) == 0
+    return out / "dit-tiny"
+
+
+@pytest.fixture(scope="module")
+def calibrator(digits):
+    denoiser = load(digits, threads=1)
+    return Calibrator(denoiser, groups(denoiser, 2, 50), groups(denoiser, 2, 60), steps=8, window=7)
+
+
+def random_errors(steps, window, seed=0):
+    errors = ReuseErrors(steps, window)
+    rows = np.random.default_rng(seed).standard_normal((len(errors.index), 5))
+    # An error grows with the distance, as those of a model do.
+    rows *= np.array([s - t for t, s in errors.index]).reshape(-1, 1)
+    errors.products = rows @ rows.T
+    return errors
+
+
+def cost_of(errors, plan, order, coherent):
+    """The cost that `Planner` minimises, from its definition: vectors of the errors instead of their products."""
+    values, vectors = np.linalg.eigh(errors.products)
+    rows = vectors * np.sqrt(np.maximum(values, 0))
+    total, sum_of_segment = 0.0, 0.0
+    for step in range(len(plan)):
+        if plan.is_full(step):
+            sum_of_segment = np.zeros(len(rows))
+            continue
+        own = rows[[errors.index[t, step] for t in plan.history(step, order)]]
+        weights = best_weights(own @ own.T, forecast_weights(plan.history(step, order), step, order))
+        if not coherent:
+            total += np.square(weights @ own).sum()
+            continue
+        total -= np.square(sum_of_segment).sum()
+        sum_of_segment = sum_of_segment + weights @ own
+        total += np.square(sum_of_segment).sum()
+    return total
+
+
+@pytest.mark.parametrize("coherent", [True, False])
+@pytest.mark.parametrize("order", [0, 1])
+def test_planning_finds_what_exhaustive_search_finds(order, coherent):
+    """Two snapshots of history are all in the state, so the search is exact."""
+    for seed in range(3):
+        errors = random_errors(9, 8, seed)
+        plans = [
+            Plan("".join("F" if s in (0, *rest) else "." for s in range(9))) for rest in combinations(range(1, 9), 3)
+        ]
+        least = min(cost_of(errors, plan, order, coherent) for plan in plans)
+        found = Planner(errors, order, coherent).best(4)
+        assert len(found.full_steps) == 4
+        assert cost_of(errors, found, order, coherent) == pytest.approx(least, rel=1e-9)
+
+
+def test_weights_sum_to_one_and_are_the_best_that_do():
+    rows = np.random.default_rng(0).standard_normal((3, 40))
+    products = rows @ rows.T
+    start = (1.0, -3.0, 3.0)
+    found = best_weights(products, start)
+    assert found.sum() == pytest.approx(1)
+    ridge = calibrate.RIDGE * np.trace(products) / 3
+
+    def loss(weights):
+        return weights @ products @ weights + ridge * np.square(weights - start).sum()
+
+    for direction in directions(3).T:
+        for step in (1e-3, -1e-3):
+            assert loss(found) < loss(found + step * direction)
+
+
+def test_a_short_window_still_gives_a_plan():
+    found = Planner(random_errors(20, 3), 2, True).best(3)
+    assert len(found.full_steps) == 3
+
+
+@pytest.mark.parametrize(
+    ("full", "expected"), [(10, "FFF.....F.....F"), (18, "FFF..F..F"), (50, "FFFFF"), (1, "F....")]
+)
+def test_the_regular_plan_of_as_many_full_steps(full, expected):
+    plan = regular_plan(50, full, 3)
+    assert len(plan.full_steps) == full and str(plan).startswith(expected)
+
+
+def test_reuse_errors_are_what_they_say(digits):
+    """One pair, from its definition: a request whose only full step is the source."""
+    denoiser = load(digits, threads=1)
+    (request,) = groups(denoiser, 2, 7)
+    slot, errors = denoiser.slot(Loop(denoiser, request, Plan("F")).sizes), ReuseErrors(6, 5)
+    trajectory = all_full(denoiser, slot, request, 6, lambda: None)
+    errors.add(denoiser, slot, trajectory, lambda: None)
+    plan = Plan("F..")
+    slot.start(request.conditioning, plan, 0, trajectory.model_timesteps[2:5])
+    doubled = [np.concatenate([x, x]) for x in trajectory.latents[2:5]]
+    noise_pred = [slot.step(x) for x in doubled][2][:, :1]
+    conditional, unconditional = np.split(noise_pred, 2)
+    guided = unconditional + request.guidance_scale * (conditional - unconditional)
+    expected = np.square(trajectory.reach[4] * (trajectory.predictions[4] - guided)).sum()
+    pair = errors.index[2, 4]
+    assert errors.products[pair, pair] == pytest.approx(expected, rel=1e-4)
+    assert errors.samples == 2 and np.linalg.eigvalsh(errors.products).min() > -1e-6 * errors.products.max()
+
+
+def test_memory_does_not_grow_with_the_samples(digits):
+    """Products of more samples are in the same matrix, and no trajectory keeps a snapshot."""
+    denoiser = load(digits, threads=1)
+    few, many = (Calibrator(denoiser, groups(denoiser, n, 0), [], 4, 3) for n in (8, 16))
+    assert few.errors.products.shape == many.errors.products.shape
+    assert len(many._slots) == 1 and len(many.fitted) == 2
+    state = sum(b.nbytes for b in many._slots.popitem()[1]._taylor[0].values())
+    kept = sum(x.nbytes for t in many.fitted for x in (*t.latents, *t.predictions))
+    assert kept < state
+
+
+def test_calibrated_is_nearer_on_samples_it_was_fitted_to(calibrator):
+    found = calibrator.calibrate(4, 2)
+    assert len(found.calibrated.plan.full_steps) == 4
+    assert found.calibrated.fitted > max(found.regular.fitted, found.fewer_steps.fitted)
+    assert all(sum(w) == pytest.approx(1) for w in found.calibrated.weights if w)
+
+
+def test_a_gain_that_does_not_carry_over_is_refused(calibrator, monkeypatch):
+    usual = Calibrator._way
+
+    def way(self, plan, order, weights):
+        found = usual(self, plan, order, weights)
+        return found if weights is None else replace(found, held_out=-100.0)
+
+    monkeypatch.setattr(Calibrator, "_way", way)
+    with pytest.raises(ConfigError, match="expected at least half as much; raise --samples"):
+        calibrator.calibrate(4, 2)
+
+
+def test_a_psnr_is_reached_with_the_fewest_full_steps(calibrator):
+    target = calibrator.calibrate(4, 2).calibrated.held_out
+    found = calibrator.calibrate_to(target, 2)
+    assert found.calibrated.held_out >= target and len(found.calibrated.plan.full_steps) <= 4
+    with pytest.raises(ConfigError, match="--psnr is 300, expected at most"):
+        calibrator.calibrate_to(300, 2)
+
+
+def test_captions_are_words_that_the_model_knows():
+    from pathlib import Path
+
+    import taylorseer_export
+    from taylorseer_export.runtime.caption import CaptionEncoder
+
+    encoder = CaptionEncoder.load(Path(taylorseer_export.__file__).parent / "assets" / "flux" / "text")
+    made = captions(32, 5)
+    assert len(set(made)) > 24 and encoder.token_ids(made).any()
+
+
+def test_command_line(digits, tmp_path, capsys):
+    arguments = ["calibrate", str(digits), "--steps", "8", "--samples", "2", "--held-out", "2", "--threads", "1"]
+    assert cli.main([*arguments, "--speedup", "2", "--name", "half"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 of 8 steps full" in printed and "2 fitted, 2 held out" in printed
+    profile = read_profile(open_bundle(digits), "half")
+    picture = tmp_path / "seven.png"
+    run = ["run", str(digits), "--label", "7", "--profile", "half", "--out", str(picture), "--threads", "1"]
+    assert cli.main(run) == 0 and picture.exists()
+    assert profile.plan in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--full-steps", "8", "--steps", "8"], "full steps are 8, expected 1 to 7"),
+        (["--speedup", "1"], "--speedup: is 1, expected a number above 1"),
+        (["--speedup", "nan"], "is nan, expected a number above 1"),
+        (["--speedup", "100"], "full steps are 0, expected 1 to 49"),
+        (["--psnr", "-3"], "is -3, expected a number above 0"),
+        (["--full-steps", "4", "--order", "4"], "--order is 4, expected at most 2"),
+        (["--full-steps", "4", "--prompts", "{empty}"], "is empty, expected one caption or class per line"),
+        (["--full-steps", "4", "--prompts", "/no/such/file"], "is not readable"),
+        (["--full-steps", "4", "--prompts", "{words}"], "has the line `seven`, expected a class per line"),
+        ([], "one of the arguments --full-steps --speedup --psnr is required"),
+    ],
+)
+def test_bad_input_is_one_sentence(digits, tmp_path, capsys, arguments, expected):
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "words").write_text("seven\n")
+    given = [a.format(empty=tmp_path / "empty", words=tmp_path / "words") for a in arguments]
+    assert cli.main(["calibrate", str(digits), "--name", "x", *given]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
+def test_a_profile_excludes_a_plan(digits, capsys):
+    assert cli.main(["run", str(digits), "--profile", "x", "--plan", "FF.."]) == 2
+    assert "--plan is given beside --profile" in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""Profiles: calibrated plans kept beside a bundle's engines, each in a sealed file of its own."""
+
+import numpy as np
+import pytest
+from harness import as_arrays, open_slot
+
+from taylorseer_export.bundle.profile import Evidence, Profile, profile_names, read_profile, write_profile
+from taylorseer_export.bundle.store import open_bundle
+from taylorseer_export.errors import BundleError, ConfigError
+from taylorseer_export.method import Plan, forecast_weights
+
+PLAN = "FF..F..."
+SAME = Evidence(fitted=40.0, held_out=40.0)
+
+
+def weights_of(plan, order):
+    """The paper's own weights, as a profile holds them."""
+    steps = range(len(plan))
+    return tuple(() if plan.is_full(s) else forecast_weights(plan.history(s, order), s, order) for s in steps)
+
+
+def made(manifest, name="fast", **changes):
+    fields = {
+        "tool_version": "0",
+        "name": name,
+        "family": manifest.family,
+        "weights_sha256": manifest.model.weights_sha256,
+        "granularity": manifest.state.granularity,
+        "order": 1,
+        "plan": PLAN,
+        "weights": weights_of(Plan(PLAN), 1),
+        "thresholds": {},
+        "samples": 8,
+        "held_out": 2,
+        "calibrated": SAME,
+        "regular": SAME,
+        "fewer_steps": SAME,
+    }
+    return Profile(**{**fields, **changes})
+
+
+@pytest.fixture
+def bundle(bundles, tmp_path):
+    """The bundle `dit`, its files linked into a folder that a test may add to."""
+    source = bundles("dit")
+    for path in source.rglob("*"):
+        if path.is_file():
+            (tmp_path / path.name).hardlink_to(path)
+    return open_bundle(tmp_path)
+
+
+def test_a_profile_comes_back_and_the_bundle_still_opens(bundle):
+    profile = made(bundle.manifest)
+    write_profile(bundle, profile)
+    write_profile(bundle, made(bundle.manifest, "other"))
+    assert read_profile(bundle, "fast") == profile.seal()
+    assert profile_names(bundle) == ["fast", "other"]
+    assert open_bundle(bundle.folder).manifest == bundle.manifest
+
+
+def test_a_failed_write_leaves_the_old_profile(bundle, monkeypatch):
+    write_profile(bundle, made(bundle.manifest))
+    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_profile(bundle, made(bundle.manifest, samples=9))
+    assert read_profile(bundle, "fast").samples == 8
+    assert [path.name for path in (bundle.folder / "profiles").iterdir()] == ["fast.json"]
+
+
+def test_every_changed_byte_is_noticed(bundle):
+    path = write_profile(bundle, made(bundle.manifest))
+    data = path.read_bytes()
+    for place in range(0, len(data), 7):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(BundleError, match=r"calibrate again|upgrade"):
+            read_profile(bundle, "fast")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights_sha256": "0" * 64}, "000000000000 module"),
+        ({"family": "flux"}, "is of flux"),
+        ({"granularity": "last"}, "expected dit .* module"),
+        ({"order": 4, "weights": weights_of(Plan(PLAN), 4)}, "order 4, expected at most 2"),
+    ],
+)
+def test_a_profile_of_another_model_is_refused(bundle, changes, message):
+    write_profile(bundle, made(bundle.manifest, **changes))
+    with pytest.raises(BundleError, match=message):
+        read_profile(bundle, "fast")
+
+
+def test_a_loop_of_another_length_is_refused(bundle):
+    with pytest.raises(ConfigError, match=r"8 steps long, expected 50 .*--steps 50"):
+        made(bundle.manifest).check_fits(bundle.manifest, 50)
+
+
+def test_a_renamed_file_is_refused(bundle):
+    write_profile(bundle, made(bundle.manifest)).rename(bundle.folder / "profiles" / "slow.json")
+    with pytest.raises(BundleError, match="profile `fast`, expected `slow`"):
+        read_profile(bundle, "slow")
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a b", "Fast", "x" * 65, ".hidden"])
+def test_names_are_plain(bundle, name):
+    with pytest.raises(ConfigError, match="lower-case letters"):
+        write_profile(bundle, made(bundle.manifest, name))
+
+
+def test_an_unknown_profile_names_those_there_are(bundle):
+    with pytest.raises(ConfigError, match=r"it has none.*calibrate"):
+        read_profile(bundle, "fast")
+    write_profile(bundle, made(bundle.manifest))
+    with pytest.raises(ConfigError, match=r"expected one of this bundle \(fast\)"):
+        read_profile(bundle, "slow")
+
+
+def test_weights_must_fit_the_plan(bundle):
+    with pytest.raises(ValueError, match="one entry per snapshot"):
+        made(bundle.manifest, weights=((),) * len(PLAN))
+
+
+@pytest.mark.parametrize("name", ["flux", "dit"])  # snapshots and derivatives
+def test_weights_of_a_profile_are_those_of_the_forecast(onnx, tiny, name):
+    """The paper's weights given step by step change nothing; others do. Both layouts."""
+    plan, order = Plan("FF.F...F.."), 2
+    inputs = tiny(name).inputs(len(plan), batch=2)
+    latents, timestep, conditioning = inputs
+    slot = open_slot(onnx(name), inputs)
+
+    def predictions(weights):
+        slot.start(as_arrays(conditioning), plan, order, timestep.float().numpy(), weights=weights)
+        return np.stack([slot.step(x.numpy()) for x in latents])
+
+    usual, given = predictions(None), predictions(weights_of(plan, order))
+    gains = np.array(slot.gains).reshape(-1, *[1] * (usual.ndim - 1))
+    assert (np.abs(given - usual) <= 64 * 2.0**-24 * gains * np.abs(usual).max()).all()
+    reuse = tuple((0.0,) * (len(w) - 1) + (1.0,) if w else () for w in weights_of(plan, order))
+    assert np.abs(predictions(reuse) - usual).max() > 1e-3
+    slot.start(as_arrays(conditioning), plan, 0, timestep.float().numpy())
+    zeroth = np.stack([slot.step(x.numpy()) for x in latents])
+    assert (np.abs(predictions(reuse) - zeroth) <= 64 * 2.0**-24 * gains * np.abs(usual).max()).all()
+
+
+def test_weights_of_another_plan_are_refused(onnx, tiny):
+    _, timestep, conditioning = inputs = tiny("dit").inputs(4)
+    slot = open_slot(onnx("dit"), inputs)
+    with pytest.raises(ConfigError, match="expected 2, one for each snapshot"):
+        slot.start(as_arrays(conditioning), Plan("FF.."), 2, timestep.float().numpy(), weights=((), (), (1.0,), (1.0,)))

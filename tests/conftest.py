@@ -8,7 +8,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingf
 import pytest
 import torch
 from harness import Tiny, eager_denoiser
-from tiny_models import dit_inputs, flux_inputs, kontext_inputs, tiny_dit, tiny_flux, tiny_wan, wan_inputs
+from tiny_models import (
+    dit_inputs,
+    flux_inputs,
+    hunyuan_inputs,
+    kontext_inputs,
+    tiny_dit,
+    tiny_flux,
+    tiny_hunyuan,
+    tiny_wan,
+    wan_inputs,
+)
 
 from taylorseer_export.build import export
 from taylorseer_export.families import FAMILIES
@@ -37,6 +47,9 @@ MODELS = {
     "plain": ("flux", lambda: tiny_flux(seed=1, guidance=False, double=1, single=1), flux_inputs),
     "kontext": ("flux-kontext", lambda: tiny_flux(seed=2, double=1), kontext_inputs),
     "dit": ("dit", tiny_dit, dit_inputs),
+    "hunyuan": ("hunyuan-video", tiny_hunyuan, hunyuan_inputs),
+    "hunyuan-channels": ("hunyuan-video", lambda: tiny_hunyuan(1, "latent_concat", 9, False), hunyuan_inputs),
+    "hunyuan-replace": ("hunyuan-video", lambda: tiny_hunyuan(2, "token_replace"), hunyuan_inputs),
     "wan": ("wan", tiny_wan, wan_inputs),
     "wan-image": ("wan", lambda: tiny_wan(seed=1, in_channels=9, image_dim=10), wan_inputs),
 }

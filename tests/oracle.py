@@ -64,6 +64,13 @@ FAMILIES = {
         call=flux,
     ),
     "DiTTransformer2DModel": Family(((r"transformer_blocks\.\d+\.(attn1|ff)", None),)),
+    "HunyuanVideoTransformer3DModel": Family(
+        (
+            (r"transformer_blocks\.\d+\.attn", (0, 1)),  # video, text
+            (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
+            (r"single_transformer_blocks\.\d+\.proj_out", None),  # video then text rows
+        )
+    ),
     "WanTransformer3DModel": Family(((r"blocks\.\d+\.(attn1|attn2|ffn)", None),), first="blocks.0"),
 }
 

@@ -7,11 +7,14 @@ from typing import NamedTuple
 import oracle
 import pytest
 import torch
-from harness import FLOAT32, allowed, as_arrays, begin, open_slot, run
+from harness import FLOAT32, allowed, as_arrays, begin, eager_denoiser, open_slot, run
 from oracle import assert_close
 
 from taylorseer_export import cli
+from taylorseer_export.build import export
 from taylorseer_export.bundle.shapes import names
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph.checkpoint import open_checkpoint
 
 
 class Row(NamedTuple):
@@ -20,16 +23,28 @@ class Row(NamedTuple):
     Attributes:
         sizes: Sizes other than the usual ones: odd, another batch, more text than image tokens.
         dead: Inputs that must not reach a forecast step; all others must.
+        light: Operators that are heavy elsewhere and serve moving rows here.
     """
 
     sizes: tuple[dict, ...]
     dead: frozenset[str]
+    light: frozenset[str] = frozenset()
 
 
 ROWS = {
     "kontext": Row(
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "img_ids", "txt_ids", "image_latents", "image_ids"}),
+    ),
+    "hunyuan": Row(
+        ({"frames": 1, "height": 2, "width": 5, "text_tokens": 9}, {"batch": 3, "frames": 3, "height": 3}),
+        frozenset({"encoder_hidden_states", "encoder_attention_mask"}),
+    ),
+    "hunyuan-channels": Row(({"frames": 3},), frozenset({"encoder_hidden_states", "encoder_attention_mask"})),
+    "hunyuan-replace": Row(
+        ({"frames": 1, "batch": 2}, {"frames": 4, "height": 2, "text_tokens": 9}),
+        frozenset({"encoder_hidden_states", "encoder_attention_mask"}),
+        frozenset({"cat"}),  # the first frame and the others have gates of their own
     ),
     "wan": Row(
         ({"frames": 1, "height": 2, "width": 5, "text_tokens": 9}, {"batch": 3, "frames": 3, "height": 3}),
@@ -121,7 +136,7 @@ def test_forecast_has_no_attention_no_mlp_no_text(drafts, tiny, name, granularit
     """Invariant 9, counted from the graph: the embedder and the head are the only products with weights."""
     pieces = drafts(name, granularity).split
     found = pieces.forecast.operators()
-    assert {op: found[op] for op in HEAVY if found[op]} == {}
+    assert {op: found[op] for op in HEAVY - ROWS[name].light if found[op]} == {}
     assert found["linear"] + found["conv2d"] + found["conv3d"] == 1 + (granularity != "last")
     assert found["matmul"] == len(pieces.sites)
     assert {t.role for t in pieces.forecast.inputs} == {"latent", "step", "weights", "taylor_in"}
@@ -146,3 +161,18 @@ def test_cfg_in_one_batch_is_both_halves_alone(eager, tiny, name):
         bound = 2 * allowed(tiny(name).model, both, "FF..F.", 1)
         assert_close(f"{name} half {k}", seen, both[:, k : k + 1], bound)
     assert FLOAT32 == both.dtype
+
+
+def test_bfloat16_with_parts_kept_in_float32(tiny, monkeypatch):
+    """Wan gates in float32 and casts its residual after every addition; the shared ungated site must bear it."""
+    monkeypatch.setattr(export, "check_options", lambda options: None)  # no engine of this test runs bfloat16
+    checkpoint = open_checkpoint(str(tiny("wan").folder), FAMILIES["wan"])
+    made = export.draft(checkpoint, export.Options(order=1, interval=4, warmup=2, precision="bf16"))
+    assert made.stored["blocks.0.scale_shift_table"][0] == torch.float32
+    assert made.stored["blocks.0.ffn.net.2.weight"][0] == torch.bfloat16
+    assert list(made.split.sites) == [f"blocks.{k}.{m}" for k in range(2) for m in ("attn1", "ffn")] + ["ungated"]
+    model, inputs = tiny("wan").model, tiny("wan").inputs(8, batch=2)
+    reference = oracle.replay(model, *inputs, "FFF..F..", 1)
+    limit = oracle.bound(reference, oracle.gains("FFF..F..", 1), torch.bfloat16, *oracle.extent(model))
+    seen = run(eager_denoiser(made), inputs, "FFF..F..", 1)
+    assert 0.01 < assert_close("bfloat16", seen, reference, limit)

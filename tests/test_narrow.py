@@ -5,7 +5,7 @@ import torch
 from harness import TOY, toy_inputs, toy_trace
 from oracle import assert_close
 
-from taylorseer_export.graph.narrow import narrow
+from taylorseer_export.graph.narrow import narrow, readers
 from taylorseer_export.graph.trace import is_tap
 
 aten = torch.ops.aten
@@ -83,6 +83,20 @@ def part_of_a_part(m, h, t, text, label):
     return (x + m.site(x))[:, :2]
 
 
+def text_behind(m, h, t, text, label):
+    """HunyuanVideo's single block: the text follows, and the bound counts from the end."""
+    x = torch.cat([h, text], 1)
+    return (x + label[:, None] * m.site(x))[:, : -text.shape[1]]
+
+
+def gated_apart(m, h, t, text, label):
+    """HunyuanVideo's replaced first frame: two gates, so two slices of one tap."""
+    x = torch.cat([h.reshape(-1, h.shape[1], 4), text], 1)
+    y = m.site(x)
+    y = torch.cat([y[:, :3] * 2, y[:, 3:] * label[:, None]], 1)
+    return (x + y)[:, : -text.shape[1]]
+
+
 def every_second_row(m, h, t, text, label):
     x = joint(text, h)
     return (x + m.site(x))[:, ::2]
@@ -117,6 +131,7 @@ MOVES = (
     negative_dimension,
     across_the_seam,
     part_of_a_part,
+    text_behind,
 )
 STAYS = (every_second_row, behind_a_mixing_operator)
 
@@ -132,7 +147,7 @@ def slices(trace):
     return [n for n in trace.module.graph.nodes if n.target is aten.slice.Tensor]
 
 
-@pytest.mark.parametrize("compute", [*MOVES, *STAYS, cat_of_other_dimension], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("compute", [*MOVES, *STAYS, cat_of_other_dimension, gated_apart], ids=lambda f: f.__name__)
 def test_numbers_stay_the_same(compute):
     toy, trace = narrowed(compute)
     for sizes in ({}, {"batch": 1, "image_tokens": 4, "text_tokens": 4}):
@@ -163,6 +178,19 @@ def test_a_slice_of_one_part_is_that_part(compute):
     trace = narrowed(compute)[1]
     (cat,) = (n for n in trace.module.graph.nodes if n.target is aten.cat.default)
     assert list(cat.users) == [trace.taps()["site"]]
+
+
+def test_neighbouring_slices_become_one():
+    """Then a forecast provides that one: the rows of the image, all of them and none of the text."""
+    trace = narrowed(gated_apart)[1]
+    tap = trace.taps()["site"]
+    (rows,) = readers(trace, [tap])[tap]
+    assert rows.args[0] is tap and rows.meta["val"].shape[1] == tap.meta["val"].shape[1] - size(trace, "text")
+    assert size(trace, "hidden_states") == rows.meta["val"].shape[1]
+
+
+def size(trace, name):
+    return next(n for n in trace.module.graph.nodes if n.target == name).meta["val"].shape[1]
 
 
 def test_two_blocks():

@@ -11,7 +11,12 @@ no forecast means anything.
 import math
 
 import torch
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, WanTransformer3DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    WanTransformer3DModel,
+)
 
 
 def _randomised(build, seed):
@@ -157,6 +162,47 @@ def wan_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_tokens=6
     conditioning = {"encoder_hidden_states": torch.randn(batch, text_tokens, config.text_dim, generator=rng)}
     if config.image_dim is not None:
         conditioning["encoder_hidden_states_image"] = torch.randn(batch, 257, config.image_dim, generator=rng)
+    return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
+
+
+def tiny_hunyuan(seed=0, condition=None, in_channels=4, guidance=True, double=1, single=2, heads=2, head_dim=12):
+    """HunyuanVideo, patch (1, 2, 2), float32, eval; `condition` is its `image_condition_type`."""
+    return _randomised(
+        lambda: HunyuanVideoTransformer3DModel(
+            in_channels=in_channels,
+            out_channels=4,
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            num_layers=double,
+            num_single_layers=single,
+            num_refiner_layers=1,
+            text_embed_dim=20,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance,
+            rope_axes_dim=(4, 4, 4),
+            image_condition_type=condition,
+        ),
+        seed,
+    )
+
+
+def hunyuan_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_tokens=6, seed=0):
+    """Latents [S, B, C, F, H, W], timesteps [S] (from 1000 down), conditioning; height and width in patches.
+
+    The last sample has two text tokens less than the others.
+    """
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    timestep = torch.linspace(1000.0, 1000.0 / steps, steps)
+    shape = (batch, config.in_channels, frames, 2 * height, 2 * width)
+    mask = torch.ones(batch, text_tokens)
+    mask[-1, text_tokens - 2 :] = 0
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.text_embed_dim, generator=rng),
+        "encoder_attention_mask": mask,
+        "pooled_projections": torch.randn(batch, config.pooled_projection_dim, generator=rng),
+    }
+    if config.guidance_embeds:
+        conditioning["guidance"] = torch.full((batch,), 6000.0)
     return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
 
 

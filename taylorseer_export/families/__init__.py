@@ -8,9 +8,10 @@ from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.dit import DIT
 from taylorseer_export.families.family import Family
 from taylorseer_export.families.flux import FLUX, FLUX_KONTEXT
+from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
 from taylorseer_export.families.wan import WAN
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (DIT, FLUX, FLUX_KONTEXT, WAN)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (DIT, FLUX, FLUX_KONTEXT, HUNYUAN_VIDEO, WAN)}
 
 
 def family_named(name: str) -> Family:

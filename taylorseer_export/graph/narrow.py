@@ -17,13 +17,16 @@ have no path to the output of the forecast graph.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
+from taylorseer_export.graph.binding import is_size
 from taylorseer_export.graph.rewrite import TO_THE_END, call
 from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT
 from taylorseer_export.graph.trace import Trace, eliminate_dead, is_tap
@@ -36,14 +39,35 @@ _ROWWISE = (aten.linear.default, aten.layer_norm.default)  # over the last dimen
 def narrow(trace: Trace) -> None:
     """Move every row slice that stands behind a tap back onto that tap, in place."""
     graph = trace.module.graph
-    inside = _upstream(n for n in graph.nodes if is_tap(n) and not _is_stack_tap(n))
+    taps = [n for n in graph.nodes if is_tap(n) and not _is_stack_tap(n)]
+    inside = _upstream(taps)
     for node in list(graph.nodes):
         if node.target is aten.slice.Tensor and _step(node) == 1:
-            move = _Move(graph, *_window(node), last=node not in inside)
-            if move.reaches_tap(node.args[0]):
-                with graph.inserting_before(node):
+            with graph.inserting_before(node):
+                move = _Move(graph, *_counted_from_the_front(graph, node), last=node not in inside)
+                if move.reaches_tap(node.args[0]):
                     node.replace_all_uses_with(move.of(node.args[0]))
     eliminate_dead(graph)
+    for tap, slices in readers(trace, taps).items():
+        _join(graph, tap, slices)
+    eliminate_dead(graph)
+
+
+def readers(trace: Trace, taps: Collection[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
+    """Tap -> through what the output reads it, with no other of `taps` between: slices of the tap, or the tap."""
+    found: dict[fx.Node, set[fx.Node]] = {}
+    seen, stack = set(), [trace.noise_pred]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        tap = node.args[0] if node.target is aten.slice.Tensor else node
+        if tap in taps:
+            found.setdefault(tap, set()).add(node)  # type: ignore[arg-type]
+        else:
+            stack += [source for source in node.all_input_nodes if not is_size(source)]
+    return found
 
 
 def _upstream(targets: Iterable[fx.Node]) -> set[fx.Node]:
@@ -84,11 +108,29 @@ class _Move:
                 source.replace_all_uses_with(source.args[0])  # type: ignore[arg-type]  # one tap per name
             return moved
         if source.target is aten.cat.default and _cat_dim(source) == self.dim:
-            part = _covered_part(source, self.start, self.end)
-            if part is not None:
-                return part
+            parts = self._parts(source)
+            if parts:
+                return parts[0] if len(parts) == 1 else call(self.graph, source.target, [parts, self.dim], like=source)
         inner = _rows_of_rows(self.graph, source, self.dim, self.start, self.end)
         return inner or call(self.graph, aten.slice.Tensor, [source, self.dim, self.start, self.end], like=source)
+
+    def _parts(self, cat: fx.Node) -> list[fx.Node]:
+        """The operands of `cat` that hold the rows, cut to them; empty if that depends on the sizes of a request."""
+        graph, begin = self.graph, 0
+        found: list[fx.Node] = []
+        parts: Any = cat.args[0]
+        for part in parts:
+            extent = part.meta["val"].shape[self.dim]
+            stop = _sum(graph, begin, _size_node(graph, part, self.dim))
+            after = _value(self.end) != TO_THE_END and _at_most(_value(self.end), _value(begin))
+            if not after and not _at_most(_value(stop), _value(self.start)):
+                inner = _inner_window(graph, self.start, self.end, begin, stop)
+                if inner is None:
+                    return []
+                whole = inner[0] == 0 and inner[1] in (TO_THE_END, extent)
+                found.append(part if whole else replace(self, start=inner[0], end=inner[1]).of(part))
+            begin = stop
+        return found
 
     def _operand(self, operand: Any, result: fx.Node) -> Any:
         if not isinstance(operand, fx.Node) or not isinstance(operand.meta.get("val"), torch.Tensor):
@@ -114,7 +156,7 @@ class _Move:
             return _is_stack_tap(source) or self._leads_to_tap(source.args[0])
         if source.target is aten.cat.default and _cat_dim(source) == self.dim:
             return any(self._leads_to_tap(a) for a in source.args[0])  # type: ignore[union-attr]
-        return is_tap(source)
+        return is_tap(source.args[0] if source.target is aten.slice.Tensor else source)
 
     def _passes(self, source: fx.Node) -> bool:
         """Whether rows of `source` are the same operator on rows of its first argument."""
@@ -146,25 +188,73 @@ def _rows_of_rows(graph: fx.Graph, inner: fx.Node, dim: int, start: Any, end: An
 
 def _sum(graph: fx.Graph, left: Any, right: Any) -> Any:
     """The sum of two sizes, as a node where one of them is a node."""
+    return _arithmetic(graph, operator.add, left, right)
+
+
+def _difference(graph: fx.Graph, left: Any, right: Any) -> Any:
+    return _arithmetic(graph, operator.sub, left, right)
+
+
+def _arithmetic(graph: fx.Graph, function: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+    value = function(_value(left), _value(right))
     if isinstance(left, int) and isinstance(right, int):
-        return left + right
-    node = graph.call_function(operator.add, (left, right))
-    node.meta["val"] = _value(left) + _value(right)
+        return value
+    node = graph.call_function(function, (left, right))
+    node.meta["val"] = value
     return node
 
 
-def _covered_part(cat: fx.Node, start: Any, end: Any) -> fx.Node | None:
-    """The one operand of `cat` that `start:end` takes exactly, if there is one."""
-    begin: Any = 0
-    parts: Sequence[fx.Node] = cat.args[0]  # type: ignore[assignment]
-    dim = _cat_dim(cat)
-    for position, part in enumerate(parts):
-        stop = begin + part.meta["val"].shape[dim]
-        last = position == len(parts) - 1
-        if _equal(_value(start), begin) and (_equal(_value(end), stop) or (last and _value(end) == TO_THE_END)):
-            return part
-        begin = stop
+def _inner_window(graph: fx.Graph, start: Any, end: Any, begin: Any, stop: Any) -> tuple[Any, Any] | None:
+    """The rows `start:end` within the rows `begin:stop`, counted from `begin`; None if that depends on sizes."""
+    if _at_most(_value(start), _value(begin)):
+        first = 0
+    elif _at_most(_value(begin), _value(start)):
+        first = _difference(graph, start, begin)
+    else:
+        return None
+    if _value(end) == TO_THE_END or _at_most(_value(stop), _value(end)):
+        return first, TO_THE_END
+    if _at_most(_value(end), _value(stop)):
+        return first, _difference(graph, end, begin)
     return None
+
+
+def _join(graph: fx.Graph, tap: fx.Node, slices: set[fx.Node]) -> None:
+    """Let two slices that follow on each other read one slice of the tap: then that is what a forecast provides.
+
+    HunyuanVideo with a replaced first frame gates the rows of that frame and the others apart.
+    """
+    if len(slices) != 2 or tap in slices or any(_step(node) != 1 for node in slices):
+        return
+    for one, other in permutations(slices):
+        (dim, start, middle), (other_dim, begin, end) = _window(one), _window(other)
+        if dim == other_dim and start == 0 and _equal(_value(middle), _value(begin)) and isinstance(end, fx.Node):
+            first = min(one, other)
+            # The two may stand far apart: take the size where it was known before both.
+            known = [n for n in graph.nodes if n < first and isinstance(n.meta.get("val"), torch.SymInt)]
+            same = [n for n in known if _equal(_value(n), _value(end))]
+            if same:
+                with graph.inserting_before(first):
+                    rows = call(graph, aten.slice.Tensor, [tap, dim, 0, same[0]], like=tap)
+                for node in (one, other):
+                    node.update_arg(0, rows)
+                return
+
+
+def _counted_from_the_front(graph: fx.Graph, node: fx.Node) -> tuple[int, Any, Any]:
+    """The window of a slice with bounds below 0, which count from the end, made such that count from the front."""
+    dim, *bounds = _window(node)
+    source: Any = node.args[0]
+    start, end = (
+        _sum(graph, _size_node(graph, source, dim), bound) if _at_most(_value(bound), -1) else bound for bound in bounds
+    )
+    return dim, start, end
+
+
+def _size_node(graph: fx.Graph, tensor: fx.Node, dim: int) -> Any:
+    """A size of a tensor: the number, or the node of it."""
+    size = tensor.meta["val"].shape[dim]
+    return call(graph, aten.sym_size.int, [tensor, dim]) if isinstance(size, torch.SymInt) else size
 
 
 def _window(node: fx.Node) -> tuple[int, Any, Any]:
@@ -198,4 +288,16 @@ def _at_most(left: Any, right: Any) -> bool:
     """Whether one size is at most another for every admissible shape."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return bool(statically_known_true(left <= right))
+    if statically_known_true(left <= right):
+        return True
+    difference = right - left
+    if not isinstance(difference, torch.SymInt):
+        return bool(difference >= 0)
+    # Torch bounds no product of sizes. With every size 1 or more, r*c <= f*r*c follows from f*r*c - r*c, written in
+    # f - 1, r - 1 and c - 1, having no term below 0.
+    expression = difference.node.expr
+    symbols = expression.free_symbols
+    if not expression.is_polynomial(*symbols):
+        return False
+    moved = sympy.expand(expression.xreplace({s: s + 1 for s in symbols}))
+    return all(factor >= 0 for factor in moved.as_coefficients_dict().values())

@@ -26,7 +26,7 @@ from torch import fx
 from taylorseer_export.bundle.manifest import Role, Tensor
 from taylorseer_export.graph.binding import Time, binding_times, is_size
 from taylorseer_export.graph.cut import Builder, Cut, StepBuilder
-from taylorseer_export.graph.narrow import narrow
+from taylorseer_export.graph.narrow import narrow, readers
 from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT, tap_operator
 from taylorseer_export.graph.trace import Trace
 
@@ -111,20 +111,8 @@ class _Splitter:
     # What is cut ---------------------------------------------------------------------------------------------------
 
     def _cut_points(self, taps: dict[fx.Node, str]) -> dict[str, fx.Node]:
-        """Walk back from the output to each tap; a tap seen only through one slice is cut behind that slice."""
-        reached: dict[fx.Node, set[fx.Node]] = defaultdict(set)
-        seen, stack = set(), [self.noise_pred]
-        while stack:
-            node = stack.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node in taps:
-                reached[node].add(node)
-            elif node.target is aten.slice.Tensor and node.args[0] in taps:
-                reached[node.args[0]].add(node)  # type: ignore[index]
-            else:
-                stack += node.all_input_nodes
+        """Each tap that the output reads; a tap read only through one slice is cut behind that slice."""
+        reached = readers(self.trace, taps)
         return {
             name: next(iter(reached[tap])) if len(reached[tap]) == 1 else tap
             for tap, name in taps.items()
@@ -273,9 +261,11 @@ class _Splitter:
         outputs = [(self._tensor("noise_pred", self.noise_pred, "noise_pred"), builder.copy(self.noise_pred))]
         scales = None
         for site, nodes in self.cuts.items():
-            value = builder.copy(nodes[0])
+            value, made_in = builder.copy(nodes[0]), self.trace.precision
             for node in nodes[1:]:
-                value = builder.graph.call_function(aten.add.Tensor, (value, builder.copy(node)))
+                value, made_in = _cast(builder, value, made_in, _SUM), _SUM
+                more = _cast(builder, builder.copy(node), self.trace.precision, _SUM)
+                value = builder.graph.call_function(aten.add.Tensor, (value, more))
             if self.base is not None:
                 value = builder.graph.call_function(aten.sub.Tensor, (value, builder.copy(self.base)))
             shape = self.sites[site]
@@ -285,17 +275,17 @@ class _Splitter:
                         Tensor(name="scales", dtype="float32", shape=(self.order,), role="weights")
                     )
                 old = builder.placeholder(self._buffer(site, "taylor_in")) if self.order > 0 else None
+                value, made_in = _cast(builder, value, made_in, _SUM), _SUM
                 value, shape = self._differences(builder, value, old, scales), (self.order + 1, *shape)
-            made_in = _SUM if self.layout == "derivatives" else self.trace.precision
             value = _cast(builder, value, made_in, self.state_dtype)
             tensor = Tensor(name=f"taylor_out.{site}", dtype=_name(self.state_dtype), shape=shape, role="taylor_out")
             outputs.append((tensor, value))
         return builder.finish(outputs)
 
     def _differences(self, builder: Builder, new: fx.Node, old: fx.Node | None, scales: fx.Node | None) -> fx.Node:
-        """Stack of D'_0 = new and D'_(j+1) = scales[j] (D'_j - D_j), each of the shape of one snapshot."""
+        """Stack of D'_0 = new and D'_(j+1) = scales[j] (D'_j - D_j), each of the shape of one snapshot, in float32."""
         make = builder.graph.call_function
-        differences = [_cast(builder, new, self.trace.precision, _SUM)]
+        differences = [new]
         for j in range(self.order):
             before = _cast(builder, make(aten.select.int, (old, 0, j)), self.state_dtype, _SUM)
             change = make(aten.sub.Tensor, (differences[-1], before))

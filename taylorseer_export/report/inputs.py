@@ -49,6 +49,8 @@ def random_trajectory(
         shape = resolve(tensor.shape, sizes)
         if tensor.dtype == "int64":
             conditioning[name] = generator.integers(0, 2, shape)
+        elif name.endswith("_mask"):
+            conditioning[name] = np.ones(shape, np.float32)
         elif name.endswith("_ids"):
             conditioning[name] = np.zeros(shape, np.float32) if name == "txt_ids" else _positions(shape)
         else:

@@ -154,6 +154,9 @@ class Model(Part):
     config: Config = Field(description="Config of the transformer, as diffusers stores it.")
     weights_sha256: Sha256 = Field(description="SHA-256 of its weights, hexadecimal.")
     embedded: bool = Field(description="Whether it is the tiny model shipped with this package.")
+    variant: str | None = Field(default=None, description="Which of several precisions of the weights, like fp16.")
+    config_file: str | None = Field(default=None, description="Where the config was read from, if not from there.")
+    loras: tuple[str, ...] = Field(default=(), description="What was added to the weights: file or file:scale.")
 
 
 class Sampling(Part):
@@ -246,6 +249,9 @@ class Manifest(Sealed):
         device = device or (devices[0] if len(devices) == 1 else None)
         given = {
             "model": None if self.model.embedded else self.model.reference,
+            "variant": self.model.variant,
+            "config": self.model.config_file,
+            "lora": " --lora ".join(self.model.loras) or None,
             "state": self.state.granularity,
             "layout": self.state.layout,
             "order": self.state.order,

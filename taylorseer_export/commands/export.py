@@ -17,7 +17,22 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     """Its options, with the family's defaults."""
     default = family.defaults
     what = parser.add_argument_group("what to export")
-    what.add_argument("--model", metavar="REF", help="diffusers folder or hub id (default: the embedded tiny model)")
+    what.add_argument(
+        "--model",
+        metavar="REF",
+        help="diffusers folder, hub id, or safetensors file of any layout (default: the embedded tiny model)",
+    )
+    what.add_argument("--variant", metavar="NAME", help="which weights of several, like fp16 (default: the plain ones)")
+    what.add_argument(
+        "--config", metavar="PATH", help="config of the transformer, for weights that bring none (default: beside them)"
+    )
+    what.add_argument(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        action="append",
+        default=[],
+        help="LoRA to add to the weights; may be repeated (default: none, scale 1)",
+    )
     form = "FxHxW" if len(family.latent_size) == 3 else "HxW"
     made = "video in frames and pixels" if len(family.latent_size) == 3 else "picture in pixels"
     what.add_argument("--size", metavar=form, type=size, help=f"{made}; makes the bundle static (default: any)")
@@ -115,7 +130,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
     from taylorseer_export.report import planner
     from taylorseer_export.report.card import card
 
-    checkpoint = open_checkpoint(given.model, family)
+    checkpoint = open_checkpoint(given.model, family, given.variant, given.config, given.lora)
     if given.model is None:
         print(
             f"no --model: exporting the tiny {family.name} embedded in this package; "
@@ -140,7 +155,8 @@ def run(family: Family, given: argparse.Namespace) -> int:
     export.check_options(options)
     if given.slots > 1 and not (given.memory_budget or given.dry_run):
         raise ConfigError(f"--slots is {given.slots} without a budget, expected --memory-budget too; add it")
-    name = given.name or ("tiny" if given.model is None else Path(given.model.rstrip("/")).name.lower())
+    path = Path((given.model or "tiny").rstrip("/").removesuffix(".safetensors"))
+    name = given.name or path.name.lower()
     with progress("tracing and splitting", 1) as advance:
         traced = export.trace_model(checkpoint, options)
         rows = planner.choices(traced, options) if given.memory_budget or given.dry_run else ()

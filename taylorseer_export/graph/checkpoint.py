@@ -7,37 +7,40 @@ tensor by tensor, from the checkpoint's safetensors to the bundle. A 24 GB check
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families.family import Family
+from taylorseer_export.graph.files import opened, read_json, shapes, tensor_files, tensor_names
+from taylorseer_export.graph.lora import Lora, open_lora
+from taylorseer_export.graph.original import Converted
 
 EMBEDDED = "embedded"
-_SINGLE = "diffusion_pytorch_model.safetensors"
 _HASH_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers checkpoint of one family.
+    """A checkpoint of one family, under diffusers' tensor names.
 
     Attributes:
         reference: What the user named; `embedded` for the model that ships with this package.
         family: Its declaration.
-        folder: The folder that holds config.json and the safetensors of the transformer.
+        folder: The folder that holds the safetensors of the transformer.
         config: config.json without its private entries.
-        files: Tensor name -> the safetensors file that holds it.
+        files: Tensor name in the files -> the safetensors file that holds it.
         weightless: Whether this is a config alone, which can be traced and described but not written.
+        variant: Which of several precisions in the folder, as diffusers names its files.
+        config_file: Where the config was read from, if not from the folder.
+        converted: How the tensors of another layout become those of diffusers.
+        loras: What is added to the weights, in this order.
     """
 
     reference: str
@@ -46,6 +49,10 @@ class Checkpoint:
     config: dict[str, Any]
     files: dict[str, Path]
     weightless: bool = False
+    variant: str | None = None
+    config_file: str | None = None
+    converted: Converted | None = None
+    loras: tuple[Lora, ...] = ()
 
     @property
     def embedded(self) -> bool:
@@ -60,13 +67,13 @@ class Checkpoint:
     def card(self) -> dict[str, Any]:
         """What an embedded model says of itself; empty for any other."""
         path = self.root / "card.json"
-        return _read_json(path) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
         """The scheduler's config that comes with the checkpoint, or nothing."""
         path = self.root / "scheduler" / "scheduler_config.json"
-        return _read_json(path) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     @property
     def latent_scale(self) -> int:
@@ -91,18 +98,10 @@ class Checkpoint:
         Raises:
             CheckpointError: The config does not build this class, or the tensors of the files do not fit it.
         """
-        from accelerate import init_empty_weights
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        try:
-            with init_empty_weights(include_buffers=False):
-                model: nn.Module = self.model_class.from_config(self.config).eval()
-        except Exception as error:
-            raise CheckpointError(
-                f"{self.folder / 'config.json'} does not describe a {self.family.model_class} ({error}), expected its "
-                "diffusers config; download the checkpoint again"
-            ) from error
+        model = self._empty_model()
         if not self.weightless:
             self._check_tensors(model)
         fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
@@ -114,35 +113,74 @@ class Checkpoint:
                     with fake:
                         module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=kind), False)
         for name, buffer in model.named_buffers():  # those computed by the model keep the dtype it gave them
-            if name in self.files and buffer.is_floating_point():
+            if name in self.shapes and buffer.is_floating_point():
                 buffer.data = buffer.data.to(dtype)
         return model
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape, of all that the checkpoint has."""
+        return shapes(self.files) if self.converted is None else self.converted.shapes
+
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The real model with its weights, in eval mode; needs memory for all of it."""
-        model: nn.Module = self.model_class.from_pretrained(self.folder, torch_dtype=dtype, local_files_only=True)
-        return model.eval()
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # of what the model computes when it is built
+        try:
+            model = self._empty_model()
+        finally:
+            torch.set_default_dtype(usual)
+        self._check_tensors(model)
+        state = {}
+        for name in self.shapes:
+            value = self.tensor(name)
+            kind = torch.float32 if _kept_in_float32(model, name) else dtype
+            state[name] = value.to(kind) if value.is_floating_point() else value
+        model.load_state_dict(state, assign=True)
+        return model
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, read from disk."""
-        with safe_open(self.files[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+        """One tensor, read from disk, converted and with its updates added."""
+        tensor = self._read(name) if self.converted is None else self.converted.tensor(name, self._read)
+        for lora in self.loras:
+            tensor = lora.add_to(name, tensor)
         return tensor
 
     def sha256(self, progress: Callable[[int], object] | None = None) -> str:
-        """Hash of the weight files, in name order; `progress` is called with the bytes just read."""
+        """Hash of the weight files, in name order, and of the LoRAs; `progress` is called with the bytes just read."""
         digest = hashlib.sha256()
-        for path in sorted(set(self.files.values())):
+        for path in (*sorted(set(self.files.values())), *(lora.path for lora in self.loras)):
             with path.open("rb") as file:
                 while block := file.read(_HASH_BLOCK):
                     digest.update(block)
                     if progress:
                         progress(len(block))
+        if self.loras:
+            digest.update(repr([lora.scale for lora in self.loras]).encode())
         return digest.hexdigest()
+
+    def _read(self, name: str) -> torch.Tensor:
+        with opened(self.files[name]) as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def _empty_model(self) -> nn.Module:
+        """The model in eval mode, its parameters without numbers and its computed buffers with them."""
+        from accelerate import init_empty_weights
+
+        try:
+            with init_empty_weights(include_buffers=False):
+                model: nn.Module = self.model_class.from_config(self.config)
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.config_file or self.folder / 'config.json'} does not describe a {self.family.model_class} "
+                f"({error}), expected its diffusers config; download the checkpoint again"
+            ) from error
+        return model.eval()
 
     def _check_tensors(self, model: nn.Module) -> None:
         expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        found = _shapes(self.files)
+        found = self.shapes
         differences = [f"`{n}` is missing" for n in expected if n not in found]
         differences += [f"`{n}` is not known" for n in found if n not in expected]
         differences += [
@@ -164,29 +202,54 @@ def _kept_in_float32(model: nn.Module, name: str) -> bool:
     return any(part in kept for part in name.split("."))
 
 
-def open_checkpoint(reference: str | None, family: Family) -> Checkpoint:
-    """Find a checkpoint: the embedded one (`None`), a diffusers folder, or a hub id.
+def open_checkpoint(
+    reference: str | None,
+    family: Family,
+    variant: str | None = None,
+    config: str | None = None,
+    loras: Sequence[str] = (),
+) -> Checkpoint:
+    """Find a checkpoint, whatever its layout.
+
+    Args:
+        reference: A diffusers folder, a hub id, a safetensors file or a folder in the original layout; None for the
+            embedded model.
+        family: What it must be a checkpoint of.
+        variant: Which of several precisions the folder holds, like `fp16`.
+        config: The transformer's config.json, or a folder with one, where none lies beside the weights.
+        loras: Files to be added to the weights, each as `file` or `file:scale`.
 
     Raises:
         CheckpointError: Nothing is there, a file is missing or damaged, or it is another family's.
     """
     if reference is None:
         folder = Path(__file__).parent.parent / "assets" / family.name
+        if variant or config:
+            raise CheckpointError("--variant or --config is given without --model, expected it too; add --model")
         if not folder.is_dir():
             raise CheckpointError(
                 f"family {family.name} has no embedded model, expected --model; "
                 f"pass a diffusers folder or a hub id like {family.reference}"
             )
-        return _open_folder(EMBEDDED, family, folder)
+        checkpoint = _open_folder(EMBEDDED, family, folder)
+    else:
+        checkpoint = _open_named(reference, family, variant, config)
+    known = checkpoint.shapes if loras else {}
+    return replace(checkpoint, loras=tuple(open_lora(lora, family.model_class, known) for lora in loras))
+
+
+def _open_named(reference: str, family: Family, variant: str | None, config: str | None) -> Checkpoint:
     path = Path(reference).expanduser()
+    if path.is_file():
+        return _open_file(reference, family, path, config, variant)
     if path.exists():
-        return _open_folder(reference, family, path)
+        return _open_folder(reference, family, path, variant, config)
     if reference.count("/") != 1 or reference.startswith((".", "/", "~")):
         raise CheckpointError(
             f"--model is {reference}, expected an existing diffusers folder or a hub id like {family.reference}; "
             "check the path"
         )
-    return _open_folder(reference, family, _download(reference, family))
+    return _open_folder(reference, family, _download(reference, family), variant, config)
 
 
 def _download(reference: str, family: Family) -> Path:
@@ -202,81 +265,54 @@ def _download(reference: str, family: Family) -> Path:
         ) from error
 
 
-def _open_folder(reference: str, family: Family, folder: Path) -> Checkpoint:
+def _open_folder(
+    reference: str, family: Family, folder: Path, variant: str | None = None, config: str | None = None
+) -> Checkpoint:
     folder = folder / "transformer" if (folder / "transformer" / "config.json").exists() else folder
+    if config is not None:
+        return _other_layout(reference, family, folder, tensor_files(folder, variant), config, variant)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder} has no config.json, expected a diffusers folder of a {family.model_class}; check --model"
+            f"{folder} has no config.json, expected a diffusers folder of a {family.model_class}; check --model, "
+            "or pass the config of an original layout with --config"
         )
-    config = _read_json(folder / "config.json")
+    entries = _config(folder / "config.json", family)
+    return Checkpoint(reference, family, folder, entries, tensor_files(folder, variant), variant=variant)
+
+
+def _open_file(reference: str, family: Family, path: Path, config: str | None, variant: str | None) -> Checkpoint:
+    if variant is not None:
+        raise CheckpointError(f"--variant is {variant} for one file, expected a folder of several; leave it out")
+    if config is None:
+        raise CheckpointError(
+            f"{path} has no config, expected --config with it; pass the config.json of {family.reference}'s "
+            "transformer, or its folder"
+        )
+    return _other_layout(reference, family, path.parent, dict.fromkeys(tensor_names(path), path), config, None)
+
+
+def _other_layout(
+    reference: str, family: Family, folder: Path, files: dict[str, Path], config: str, variant: str | None
+) -> Checkpoint:
+    """Weights whose config lies elsewhere: in diffusers' layout already, or to be converted to it."""
+    path = Path(config).expanduser()
+    candidates = (path, path / "config.json", path / "transformer" / "config.json")
+    file = next((candidate for candidate in candidates if candidate.is_file()), path)
+    entries = _config(file, family)
+    found = Checkpoint(reference, family, folder, entries, files, variant=variant, config_file=str(config))
+    expected = found._empty_model().state_dict().keys()
+    if 2 * len(expected & files.keys()) >= len(expected):
+        return found
+    return replace(found, converted=Converted(family.model_class, entries, found.shapes))
+
+
+def _config(path: Path, family: Family) -> dict[str, Any]:
+    """The entries of a config without the private ones."""
+    config = read_json(path)
     name = config.get("_class_name", family.model_class)
     if name != family.model_class:
         raise CheckpointError(
-            f"{folder / 'config.json'} is of class {name}, expected {family.model_class} for family {family.name}; "
+            f"{path} is of class {name}, expected {family.model_class} for family {family.name}; "
             "check --model and the family"
         )
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    return Checkpoint(reference, family, folder, config, _tensor_files(folder))
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, for a single file or a sharded checkpoint.
-
-    The names that diffusers writes come first; a folder may hold variants such as `.fp16.safetensors` beside them.
-    """
-    index, single = folder / f"{_SINGLE}.index.json", folder / _SINGLE
-    if not index.is_file() and not single.is_file():
-        indices, singles = sorted(folder.glob("*.safetensors.index.json")), sorted(folder.glob("*.safetensors"))
-        if len(indices) != 1 and len(singles) != 1:
-            raise CheckpointError(
-                f"{folder} has {len(singles)} safetensors files and {len(indices) or 'no'} index, expected {_SINGLE} "
-                "or shards with an index.json; download the checkpoint again"
-            )
-        index, single = (indices[0], single) if len(indices) == 1 else (index, singles[0])
-    if not index.is_file():
-        return dict.fromkeys(_names(single), single)
-    files = {str(name): folder / str(file) for name, file in dict(_read_json(index).get("weight_map", {})).items()}
-    for path in sorted(set(files.values())):
-        if not path.is_file():
-            raise CheckpointError(
-                f"shard {path} is missing, expected every file that {index.name} lists; download it again"
-            )
-    return files
-
-
-def _shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, from the headers alone; a tensor that its file does not hold is left out."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(set(files.values())):
-        wanted = {name for name, file in files.items() if file == path}
-        with _opened(path) as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in wanted & set(file.keys())}
-    return shapes
-
-
-def _names(path: Path) -> tuple[str, ...]:
-    with _opened(path) as file:
-        return tuple(file.keys())
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}), expected a complete safetensors file; download it again"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}")
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not readable JSON ({error}), expected a diffusers config; download it again"
-        ) from error
-    return value
+    return {key: value for key, value in config.items() if not key.startswith("_")}

@@ -57,7 +57,9 @@ def checkpoint_of(denoiser: Denoiser, reference: str | None = None) -> Checkpoin
     """
     model = denoiser.manifest.model
     named = reference or (None if model.reference == EMBEDDED else model.reference)
-    checkpoint = open_checkpoint(named, family_named(denoiser.manifest.family))
+    checkpoint = open_checkpoint(
+        named, family_named(denoiser.manifest.family), model.variant, model.config_file, model.loras
+    )
     seen = checkpoint.sha256()
     if seen != model.weights_sha256:
         raise CheckpointError(

@@ -1,0 +1,116 @@
+"""Original layouts: checkpoints as their authors publish them, under diffusers' tensor names, read one at a time.
+
+diffusers knows how to convert them, by functions that take a whole state dict. Here such a function runs once on
+tensors that have shapes and no numbers, while a tape notes what makes every result: which tensor of the files is cut,
+joined or renamed into it. Those operations are done when a tensor is read, so a conversion costs the memory of one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from taylorseer_export.errors import CheckpointError
+
+
+class _Made(NamedTuple):
+    """The operation that made a tensor, and its position where the operation returned several."""
+
+    tensor: torch.Tensor  # kept, or its id could be another's
+    operation: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    position: int | None
+
+
+class _Tape(TorchDispatchMode):
+    """Notes every operation on tensors without numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, _Made] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            raise CheckpointError(
+                f"the converter changes tensors in place ({func}), expected one that only cuts and joins them; "
+                "convert the checkpoint with diffusers' from_single_file and save_pretrained"
+            )
+        result = func(*args, **(kwargs or {}))
+        several = isinstance(result, tuple | list)
+        for position, tensor in enumerate(result if several else (result,)):
+            if isinstance(tensor, torch.Tensor):
+                self.made[id(tensor)] = _Made(tensor, func, args, kwargs or {}, position if several else None)
+        return result
+
+
+class Converted:
+    """The tensors of an original-layout checkpoint under diffusers' names.
+
+    Args:
+        model_class: Name of the transformer's class in diffusers.
+        config: The transformer's config.
+        shapes: Tensor name in the files -> shape.
+
+    Attributes:
+        shapes: Tensor name in diffusers -> shape.
+
+    Raises:
+        CheckpointError: diffusers has no converter for this class, or it does not know these tensors.
+    """
+
+    def __init__(self, model_class: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        convert = _converter(model_class, shapes)
+        leaves = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        self._names = {id(tensor): name for name, tensor in leaves.items()}
+        self._leaves = tuple(leaves.values())
+        options = {"config": dict(config)} if "config" in inspect.signature(convert).parameters else {}
+        try:
+            with _Tape() as tape:
+                self._tensors: dict[str, torch.Tensor] = convert(dict(leaves), **options)
+        except (KeyError, IndexError, ValueError, RuntimeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise CheckpointError(
+                f"tensors {_some(shapes)} are not converted by diffusers' {convert.__name__} "
+                f"({reason}), expected the original layout of {model_class}; "
+                "check --model and the family"
+            ) from error
+        self._made = tape.made
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def tensor(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        """One tensor by its name in diffusers; `read` gives those of the files."""
+
+        def value(tensor: torch.Tensor) -> Any:
+            if id(tensor) in self._names:
+                return read(self._names[id(tensor)])
+            made = self._made[id(tensor)]
+            several: Any = tree_map_only(torch.Tensor, value, (made.args, made.options))
+            result = made.operation(*several[0], **several[1])
+            return result if made.position is None else result[made.position]
+
+        found: torch.Tensor = value(self._tensors[name])
+        return found
+
+
+def _converter(model_class: str, names: Iterable[str]) -> Callable[..., dict[str, torch.Tensor]]:
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    known: Any = SINGLE_FILE_LOADABLE_CLASSES.get(model_class)
+    if known is None:
+        raise CheckpointError(
+            f"tensors {_some(names)} are in no layout of {model_class}, expected diffusers' (it has no converter for "
+            "this class); pass a diffusers folder"
+        )
+    convert: Callable[..., dict[str, torch.Tensor]] = known["checkpoint_mapping_fn"]
+    return convert
+
+
+def _some(names: Iterable[str]) -> str:
+    first = sorted(names)[:3]
+    return ", ".join(f"`{name}`" for name in first) + ", …"

@@ -480,8 +480,8 @@ def test_timesteps_known_ahead_are_prepared_at_once(cases, loop, monkeypatch):
     prepared = []
     monkeypatch.setattr(
         transformer.denoiser.runner,
-        "_modules",
-        {n: noted(n, m, prepared) for n, m in transformer.denoiser.runner._modules.items()},
+        "_functions",
+        {n: noted(n, f, prepared) for n, f in transformer.denoiser.runner._functions.items()},
     )
     with transformer.request(timesteps=timestep):
         seen = run(transformer, latents, timestep, conditioning)

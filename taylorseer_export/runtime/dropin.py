@@ -61,6 +61,7 @@ class DropIn(torch.nn.Module):
         # Empty: only its dtype and device are of use, to those who ask a module's first parameter.
         place = torch.empty(0, dtype=_DTYPES[denoiser.manifest.precision], device=denoiser.device)
         self.place = torch.nn.Parameter(place, requires_grad=False)
+        self._tensors = hasattr(denoiser.runner.buffer((1,), "float32"), "tensor")
         self._interval = default.interval if interval is None else interval
         self._warmup = default.warmup if warmup is None else warmup
         self._regular()  # refuses a bad interval or warmup now
@@ -217,9 +218,13 @@ class DropIn(torch.nn.Module):
         request.latents = call.latents
         request.ran.add(name)
         branch = self._branch(request, name, call)
-        prediction = branch.slot.step(host_array(latents), call.timestep)
+        stays = self._tensors and latents.is_cuda  # a GPU's values never come to the host
+        prediction = branch.slot.advance(latents if stays else host_array(latents), call.timestep)
         branch.next = request.step + 1
-        return torch.from_numpy(prediction).to(latents)
+        if not self._tensors:
+            return torch.from_numpy(prediction.read()).to(latents)
+        kept: torch.Tensor = prediction.tensor  # type: ignore[attr-defined]
+        return kept.to(latents.device, latents.dtype, copy=True)  # the next step overwrites it
 
     def _call(self, latents: torch.Tensor, inputs: dict[str, Any]) -> Call:
         """The call, its arguments checked by name."""

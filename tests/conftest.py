@@ -6,19 +6,9 @@ from functools import cache
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: no test may reach the net
 
 import pytest
+import tiny_models as tm
 import torch
 from harness import Tiny, eager_denoiser
-from tiny_models import (
-    dit_inputs,
-    flux_inputs,
-    hunyuan_inputs,
-    kontext_inputs,
-    tiny_dit,
-    tiny_flux,
-    tiny_hunyuan,
-    tiny_wan,
-    wan_inputs,
-)
 
 from taylorseer_export.build import export
 from taylorseer_export.families import FAMILIES
@@ -43,15 +33,18 @@ PACKAGES = {
 
 # Name -> (family, how its tiny model is built, inputs for it).
 MODELS = {
-    "flux": ("flux", tiny_flux, flux_inputs),
-    "plain": ("flux", lambda: tiny_flux(seed=1, guidance=False, double=1, single=1), flux_inputs),
-    "kontext": ("flux-kontext", lambda: tiny_flux(seed=2, double=1), kontext_inputs),
-    "dit": ("dit", tiny_dit, dit_inputs),
-    "hunyuan": ("hunyuan-video", tiny_hunyuan, hunyuan_inputs),
-    "hunyuan-channels": ("hunyuan-video", lambda: tiny_hunyuan(1, "latent_concat", 9, False), hunyuan_inputs),
-    "hunyuan-replace": ("hunyuan-video", lambda: tiny_hunyuan(2, "token_replace"), hunyuan_inputs),
-    "wan": ("wan", tiny_wan, wan_inputs),
-    "wan-image": ("wan", lambda: tiny_wan(seed=1, in_channels=9, image_dim=10), wan_inputs),
+    "flux": ("flux", tm.tiny_flux, tm.flux_inputs),
+    "plain": ("flux", lambda: tm.tiny_flux(seed=1, guidance=False, double=1, single=1), tm.flux_inputs),
+    "kontext": ("flux-kontext", lambda: tm.tiny_flux(seed=2, double=1), tm.kontext_inputs),
+    "qwen-image": ("qwen-image", tm.tiny_qwen_image, tm.qwen_image_inputs),
+    "sd3": ("sd3", tm.tiny_sd3, tm.sd3_inputs),
+    "hidream": ("hidream", tm.tiny_hidream, tm.hidream_inputs),
+    "dit": ("dit", tm.tiny_dit, tm.dit_inputs),
+    "hunyuan": ("hunyuan-video", tm.tiny_hunyuan, tm.hunyuan_inputs),
+    "hunyuan-channels": ("hunyuan-video", lambda: tm.tiny_hunyuan(1, "latent_concat", 9, False), tm.hunyuan_inputs),
+    "hunyuan-replace": ("hunyuan-video", lambda: tm.tiny_hunyuan(2, "token_replace"), tm.hunyuan_inputs),
+    "wan": ("wan", tm.tiny_wan, tm.wan_inputs),
+    "wan-image": ("wan", lambda: tm.tiny_wan(seed=1, in_channels=9, image_dim=10), tm.wan_inputs),
 }
 
 
@@ -101,11 +94,11 @@ def drafts(tiny, traces):
 
 @pytest.fixture(scope="session")
 def bundles(drafts, tmp_path_factory):
-    """Name of `BUNDLES` -> folder of its bundle."""
+    """Name -> folder of its bundle, with the options of `BUNDLES` where it is one of them."""
 
     @cache
     def make(name):
-        return export.write_bundle(drafts(name, **BUNDLES[name]), tmp_path_factory.mktemp("engines"), name)
+        return export.write_bundle(drafts(name, **BUNDLES.get(name, {})), tmp_path_factory.mktemp("engines"), name)
 
     return make
 
@@ -118,7 +111,7 @@ def eager(drafts):
 
 @pytest.fixture(scope="session")
 def onnx(bundles):
-    """Name of `BUNDLES` -> denoiser over ONNX Runtime."""
+    """Name -> denoiser over ONNX Runtime."""
     return cache(lambda name: load(bundles(name), threads=1))
 
 

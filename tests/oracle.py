@@ -45,6 +45,16 @@ def flux(model, timestep, hidden_states, img_ids, image_latents=None, image_ids=
     return plain(model, timestep, hidden_states=rows, img_ids=ids, **inputs)[:, : hidden_states.shape[1]]
 
 
+def qwen_image(model, timestep, img_shapes, **inputs):
+    """As QwenImagePipeline: the sizes of the pictures are nested lists of numbers."""
+    return plain(model, timestep, img_shapes=img_shapes.tolist(), **inputs)
+
+
+def hidream(model, timestep, **inputs):
+    """HiDream calls its timestep otherwise."""
+    return model(timesteps=timestep, return_dict=False, **inputs)[0]
+
+
 class Family(NamedTuple):
     """What is tapped: (regex of module names, output elements or None for one tensor)."""
 
@@ -62,6 +72,29 @@ FAMILIES = {
             (r"single_transformer_blocks\.\d+\.proj_out", None),  # text then image rows
         ),
         call=flux,
+    ),
+    "QwenImageTransformer2DModel": Family(
+        (
+            (r"transformer_blocks\.\d+\.attn", (0, 1)),  # image, text
+            (r"transformer_blocks\.\d+\.(img|txt)_mlp", None),
+        ),
+        call=qwen_image,
+    ),
+    "SD3Transformer2DModel": Family(
+        (
+            (r"transformer_blocks\.\d+\.attn", (0, 1)),  # image, text
+            (r"transformer_blocks\.\d+\.(attn2|ff|ff_context)", None),
+        )
+    ),
+    "HiDreamImageTransformer2DModel": Family(
+        (
+            (r"double_stream_blocks\.\d+\.block\.attn1", (0, 1)),  # image, text
+            (r"double_stream_blocks\.\d+\.block\.ff_[it]", None),
+            (r"single_stream_blocks\.\d+\.block\.(attn1|ff_i)", None),  # image then text rows
+        ),
+        first="double_stream_blocks.0",
+        last="final_layer",
+        call=hidream,
     ),
     "DiTTransformer2DModel": Family(((r"transformer_blocks\.\d+\.(attn1|ff)", None),)),
     "HunyuanVideoTransformer3DModel": Family(

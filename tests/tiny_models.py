@@ -14,7 +14,10 @@ import torch
 from diffusers import (
     DiTTransformer2DModel,
     FluxTransformer2DModel,
+    HiDreamImageTransformer2DModel,
     HunyuanVideoTransformer3DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     WanTransformer3DModel,
 )
 
@@ -106,6 +109,101 @@ def kontext_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed
     ids[:, 1], ids[:, 2] = torch.arange(count) // condition[1], torch.arange(count) % condition[1]
     image_latents = torch.randn(batch, count, model.config.in_channels, generator=rng)
     return latents, sigma, {**conditioning, "image_latents": image_latents, "image_ids": ids}
+
+
+def tiny_qwen_image(seed=0, layers=2):
+    """Qwen-Image of width 32, float32, eval."""
+    return _randomised(
+        lambda: QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=layers,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        seed,
+    )
+
+
+def qwen_image_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):
+    """As `flux_inputs`; the last text token of the first sample is padding."""
+    rng = torch.Generator().manual_seed(seed)
+    sigma = torch.linspace(1.0, 1.0 / steps, steps)
+    mask = torch.ones(batch, text_tokens, dtype=torch.int64)
+    mask[0, -1] = 0
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, model.config.joint_attention_dim, generator=rng),
+        "encoder_hidden_states_mask": mask,
+        "img_shapes": torch.tensor([[[1, height, width]]]).repeat(batch, 1, 1),
+    }
+    return _trajectory(sigma, (batch, height * width, model.config.in_channels), rng), sigma, conditioning
+
+
+def tiny_sd3(seed=0, layers=2):
+    """SD3.5 of width 32, the first block with its second attention, float32, eval."""
+    return _randomised(
+        lambda: SD3Transformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            num_layers=layers,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            caption_projection_dim=32,
+            pooled_projection_dim=20,
+            pos_embed_max_size=28,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        seed,
+    )
+
+
+def sd3_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):
+    """Latents [S, B, C, 2H, 2W], timesteps [S] from 1000 down, conditioning; sizes in tokens."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    sigma = torch.linspace(1.0, 1.0 / steps, steps)
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.joint_attention_dim, generator=rng),
+        "pooled_projections": torch.randn(batch, config.pooled_projection_dim, generator=rng),
+    }
+    return _trajectory(sigma, (batch, config.in_channels, 2 * height, 2 * width), rng), 1000 * sigma, conditioning
+
+
+def tiny_hidream(seed=0, double=1, single=2):
+    """HiDream of width 32, two of four experts chosen, float32, eval; its blocks read Llama layers 2, 0 and 1."""
+    return _randomised(
+        lambda: HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            num_layers=double,
+            num_single_layers=single,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            caption_channels=[20, 24],
+            text_emb_dim=12,
+            axes_dims_rope=(8, 4, 4),
+            max_resolution=(64, 64),
+            llama_layers=[2, 0, 1][: double + single],
+        ),
+        seed,
+    )
+
+
+def hidream_inputs(model, steps, batch=1, side=4, text_tokens=3, seed=0):
+    """Latents [S, B, C, 2 side, 2 side], timesteps [S] from 1000 down, conditioning; sizes in tokens."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    sigma = torch.linspace(1.0, 1.0 / steps, steps)
+    t5, llama = config.caption_channels
+    conditioning = {
+        "encoder_hidden_states_t5": torch.randn(batch, text_tokens, t5, generator=rng),
+        "encoder_hidden_states_llama3": torch.randn(3, batch, text_tokens, llama, generator=rng),
+        "pooled_embeds": torch.randn(batch, config.text_emb_dim, generator=rng),
+    }
+    return _trajectory(sigma, (batch, config.in_channels, 2 * side, 2 * side), rng), 1000 * sigma, conditioning
 
 
 def tiny_dit(seed=0, layers=3, heads=2, head_dim=16, in_channels=4, sample_size=8, classes=10, sigma=True):

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     typical = {name: sizes[name] or within[name] for name in ranges} | {"steps": options.steps}
     stored = {}
     for name in dict.fromkeys(n for cut in pieces.graphs for n in cut.parameters()):
-        value = module.get_parameter(name) if name not in traced.buffers else traced.buffers[name]
+        value = traced.buffers[name] if name in traced.buffers else attrgetter(name)(module)
         stored[name] = (value.dtype, tuple(value.shape))
     return Draft(checkpoint, options, pieces, sizes, typical, stored, traced.buffers)
 

@@ -8,10 +8,23 @@ from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.dit import DIT
 from taylorseer_export.families.family import Family
 from taylorseer_export.families.flux import FLUX, FLUX_KONTEXT
+from taylorseer_export.families.hidream import HIDREAM
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
+from taylorseer_export.families.qwen_image import QWEN_IMAGE
+from taylorseer_export.families.sd3 import SD3
 from taylorseer_export.families.wan import WAN
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (DIT, FLUX, FLUX_KONTEXT, HUNYUAN_VIDEO, WAN)}
+_ALL = (
+    DIT,
+    FLUX,
+    FLUX_KONTEXT,
+    HIDREAM,
+    HUNYUAN_VIDEO,
+    QWEN_IMAGE,
+    SD3,
+    WAN,
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def family_named(name: str) -> Family:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from taylorseer_export.errors import ConfigError
 
 Role = Literal["latent", "step", "constant"]
 Guidance = Literal["none", "embedded", "batched", "branches"]
@@ -41,6 +43,24 @@ class Defaults:
     order: int
 
 
+def packed(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
+    """`latent_sizes` of a model whose pipeline packs 2 x 2 latent pixels into a token."""
+    sides = patches({"patch_size": 2}, height, width)
+    return {"image_tokens": sides["rows"] * sides["columns"]}
+
+
+def patches(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
+    """`latent_sizes` of a model that cuts the latent image into square patches itself."""
+    patch = config["patch_size"]
+    for label, size in (("height", height), ("width", width)):
+        if size % patch:
+            raise ConfigError(
+                f"latent {label} is {size}, expected a multiple of {patch} (latent pixels), which {patch} x {patch} "
+                "make one token; change --size or --latent-size"
+            )
+    return {"rows": height // patch, "columns": width // patch}
+
+
 def call(model: Any, inputs: dict[str, Any]) -> Any:
     """noise_pred of a model whose `forward` takes the declared inputs as they are."""
     return model(**inputs, return_dict=False)[0]
@@ -49,6 +69,19 @@ def call(model: Any, inputs: dict[str, Any]) -> Any:
 def as_it_is(model: Any) -> AbstractContextManager[object]:
     """For a model that is traced without a change."""
     return nullcontext()
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Other attributes of a module of Python or of torch, for the length of the block."""
+    own = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del vars(owner)[name]
+        vars(owner).update(own)
 
 
 @dataclass(frozen=True)

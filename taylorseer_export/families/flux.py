@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, call
+from taylorseer_export.families.family import Defaults, Family, Input, call, packed
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -54,16 +53,6 @@ def _kontext_dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]
     return {**_dimensions(config), "condition_tokens": (4, 16384)}
 
 
-def _latent_sizes(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
-    for label, size in (("height", height), ("width", width)):
-        if size % 2:
-            raise ConfigError(
-                f"latent {label} is {size}, expected an even number (latent pixels), which pack 2 x 2 into tokens; "
-                "change --size or --latent-size"
-            )
-    return {"image_tokens": (height // 2) * (width // 2)}
-
-
 FLUX = Family(
     name="flux",
     title="FLUX.1 dev and schnell",
@@ -78,7 +67,7 @@ FLUX = Family(
     stack_output=("norm_out", "x"),
     inputs=_inputs,
     dimensions=_dimensions,
-    latent_sizes=_latent_sizes,
+    latent_sizes=packed,
     defaults=Defaults(steps=50, interval=6, warmup=3, order=1),
     scheduler="FlowMatchEulerDiscreteScheduler",
     guidance="embedded",

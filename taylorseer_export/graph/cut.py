@@ -17,6 +17,7 @@ from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.bundle.shapes import linear, names
 from taylorseer_export.errors import ExportError
 from taylorseer_export.graph.binding import Time, is_size
+from taylorseer_export.graph.sizes import simplified
 from taylorseer_export.graph.trace import Trace, eliminate_dead, is_tap
 
 aten = torch.ops.aten
@@ -92,7 +93,7 @@ class Builder:
 
     def size(self, value: Any) -> Any:
         """A size of the trace, expressed through this graph's own inputs."""
-        expression = value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
+        expression = simplified(value.node.expr) if isinstance(value, torch.SymInt) else sympy.Integer(value)
         return self.size_of(expression)
 
     def size_of(self, expression: sympy.Expr) -> Any:
@@ -102,7 +103,8 @@ class Builder:
             if expression.is_Symbol:
                 self.sized[expression] = self._size_of_symbol(self.trace.names[expression])
             else:
-                values = [self.size_of(a) for a in expression.args]
+                factors = [expression.base] * int(expression.exp) if expression.is_Pow else expression.args
+                values = [self.size_of(a) for a in factors]
                 self.sized[expression] = self._arithmetic(expression, values)
         return self.sized[expression]
 
@@ -127,6 +129,7 @@ class Builder:
 
     def _arithmetic(self, expression: sympy.Expr, values: list[Any]) -> fx.Node:
         fold = {"Add": operator.add, "Mul": operator.mul, "FloorDiv": operator.floordiv, "Mod": operator.mod}
+        fold["Pow"] = operator.mul  # of equal factors
         function = fold.get(type(expression).__name__)
         if function is None:
             raise ExportError(

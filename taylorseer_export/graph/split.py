@@ -27,6 +27,7 @@ from taylorseer_export.bundle.manifest import Role, Tensor
 from taylorseer_export.graph.binding import Time, binding_times, is_size
 from taylorseer_export.graph.cut import Builder, Cut, StepBuilder
 from taylorseer_export.graph.narrow import narrow, readers
+from taylorseer_export.graph.sizes import simplified, written
 from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT, tap_operator
 from taylorseer_export.graph.trace import Trace
 
@@ -192,8 +193,9 @@ class _Splitter:
     def _dimension(self, size: Any) -> int | str:
         if not isinstance(size, torch.SymInt):
             return int(size)
-        expression = size.node.expr.xreplace({s: sympy.Symbol(n) for s, n in self.trace.names.items()})
-        return int(expression) if expression.is_Integer else str(expression)
+        names = {s: sympy.Symbol(n) for s, n in self.trace.names.items()}
+        expression = simplified(size.node.expr).xreplace(names)
+        return int(expression) if expression.is_Integer else written(expression)
 
     def _tensor(self, name: str, node: fx.Node, role: Role) -> Tensor:
         return Tensor(name=name, dtype=_dtype_name(node), shape=self._shape(node), role=role)

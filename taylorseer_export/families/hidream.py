@@ -1,0 +1,104 @@
+"""HiDream-I1 (full, dev, fast): double blocks over image and text, then single blocks over both, MLPs of experts.
+
+Every block has its own Llama layer, so the text has one more axis than elsewhere: `[layers, batch, tokens, width]`.
+The pipeline pads T5 and Llama to one number of tokens; here it is one dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.family import Defaults, Family, Input, patches, replaced
+
+
+def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    side = f"{config['patch_size']}*side"
+    t5, llama = config["caption_channels"]
+    layers = max(config["llama_layers"]) + 1
+    return (
+        Input("hidden_states", ("batch", config["in_channels"], side, side), "latent"),
+        Input("timesteps", ("batch",), "step", "float32"),
+        Input("encoder_hidden_states_t5", ("batch", "text_tokens", t5), "constant"),
+        Input("encoder_hidden_states_llama3", (layers, "batch", "text_tokens", llama), "constant"),
+        Input("pooled_embeds", ("batch", config["text_emb_dim"]), "constant"),
+    )
+
+
+def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    longest = max(config["max_resolution"]) // config["patch_size"]
+    return {"batch": (1, 16), "side": (2, longest), "text_tokens": (1, 512)}
+
+
+def _latent_sizes(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
+    if height != width:
+        raise ConfigError(
+            f"latent size is {height}x{width}, expected a square (latent pixels): HiDream pads any other picture to "
+            "its largest and lets attention see the padding; change --size"
+        )
+    return {"side": patches(config, height, width)["rows"]}
+
+
+@contextmanager
+def _static(model: Any) -> Iterator[None]:
+    """Experts without a loop over data, and patches of a square picture without sizes on the device.
+
+    Every token goes through all experts, weighted by 0 where the router did not send it:
+
+        y = sum_e w_e expert_e(x),   w_e the router's weight of expert e, 0 if e is not among the chosen
+    """
+    import torch
+
+    patch = model.config.patch_size
+
+    def experts(layer: Any) -> Any:
+        def moe_infer(x: Any, flat_expert_indices: Any, flat_expert_weights: Any) -> Any:
+            routes = (x.shape[0], -1, 1)
+            chosen = flat_expert_indices.view(routes) == torch.arange(len(layer.experts))  # [tokens, chosen, experts]
+            weights = (flat_expert_weights.view(routes) * chosen).sum(1)
+            first, *others = (expert(x) * weights[:, e, None] for e, expert in enumerate(layer.experts))
+            return sum(others, first)
+
+        return moe_infer
+
+    def patchify(x: Any) -> Any:
+        batch, channels, side, _ = x.shape
+        count = side // patch
+        tokens = x.reshape(batch, channels, count, patch, count, patch).permute(0, 2, 4, 3, 5, 1)
+        token = torch.arange(count * count)
+        place = torch.stack([torch.zeros_like(token), token // count, token % count], -1)
+        # The rotary embedding multiplies them with float64, which an engine does not do for it.
+        return tokens.flatten(3).flatten(1, 2), None, count, place.double().expand(batch, -1, -1)
+
+    def unpatchify(x: Any, count: Any, is_training: bool) -> Any:
+        pixels = x.reshape(x.shape[0], count, count, patch, patch, model.out_channels).permute(0, 5, 1, 3, 2, 4)
+        return pixels.flatten(4).flatten(2, 3)
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(model, patchify=patchify, unpatchify=unpatchify))
+        for layer in model.modules():
+            if hasattr(layer, "moe_infer"):
+                stack.enter_context(replaced(layer, moe_infer=experts(layer)))
+        yield
+
+
+HIDREAM = Family(
+    name="hidream",
+    title="HiDream-I1 full, dev and fast",
+    model_class="HiDreamImageTransformer2DModel",
+    reference="HiDream-ai/HiDream-I1-Full",
+    sites=(r"(double|single)_stream_blocks\.\d+\.block\.(attn1|ff_i)",),
+    stack_input=("double_stream_blocks.0", "hidden_states"),
+    stack_output=("final_layer", "hidden_states"),
+    inputs=_inputs,
+    dimensions=_dimensions,
+    latent_sizes=_latent_sizes,
+    defaults=Defaults(steps=50, interval=4, warmup=1, order=2),
+    scheduler="UniPCMultistepScheduler",
+    guidance="batched",
+    guidance_scale=5.0,
+    latent_size=(128, 128),
+    patched=_static,
+)

@@ -1,0 +1,92 @@
+"""What one family of pictures has of its own: HiDream's experts and squares, Qwen's rotary embedding, Kontext's rows."""
+
+# Shapes: B batch, T tokens
+
+import copy
+import sys
+
+import pytest
+import torch
+from harness import open_slot
+from oracle import assert_close
+
+from taylorseer_export.errors import ConfigError, StepError
+from taylorseer_export.families import FAMILIES
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_dense_experts_equal_the_loop_over_routed_tokens(tiny, dtype):
+    """HiDream's own experts against the form that is traced: random tokens, and one expert that gets none."""
+    layer = copy.deepcopy(tiny("hidream").model.single_stream_blocks[0].block.ff_i).to(dtype)
+    model = copy.deepcopy(tiny("hidream").model)
+    model.single_stream_blocks[0].block.ff_i = layer
+    x = torch.randn(2, 9, 32, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    for idle in (None, 1):
+        if idle is not None:  # its score is the lowest for every token
+            x[..., 0] = 5.0
+            layer.gate.weight.data[:, 0] = torch.tensor([0.0, -9.0, 0.0, 0.0])
+        routed = layer.gate(x)[0]
+        assert (routed == 1).any() == (idle is None)
+        with torch.no_grad():
+            expected = layer(x)
+            with FAMILIES["hidream"].patched(model):
+                seen = layer(x)
+                assert "moe_infer" in vars(layer)
+        assert "moe_infer" not in vars(layer)
+        unit = torch.finfo(dtype).eps
+        assert_close(f"experts in {dtype}", seen, expected, 8 * unit * expected.abs().max().item())
+        assert not torch.equal(layer.shared_experts(x), expected)
+
+
+def test_qwen_rotates_as_its_complex_tables_do(tiny):
+    """One layer's query under the original tables and under the traced form: even and odd sides, two frames."""
+    model = tiny("qwen-image").model
+    code = sys.modules[type(model).__module__]
+
+    def turned(rows, tables):
+        return [code.apply_rotary_emb_qwen(x, t, use_real=False) for x, t in zip(rows, tables, strict=True)]
+
+    for frames, height, width in ((1, 4, 4), (1, 3, 5), (2, 2, 3)):
+        count = frames * height * width
+        rows = [torch.randn(2, n, 2, 16, generator=torch.Generator().manual_seed(n)) for n in (count, 7)]
+        shape = {"max_txt_seq_len": 7, "device": rows[0].device}
+        expected = turned(rows, model.pos_embed([[(frames, height, width)]] * 2, **shape))
+        with FAMILIES["qwen-image"].patched(model):
+            sizes = torch.tensor([[[frames, height, width]]] * 2)
+            seen = turned(rows, model.pos_embed((sizes, count), **shape))
+        for one, other in zip(seen, expected, strict=True):
+            assert_close(f"{frames}x{height}x{width}", one, other, 4 * 2.0**-24 * other.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"zero_cond_t": True}, r"`zero_cond_t` is true, expected false.*pass the text-to-image model"),
+        ({"use_layer3d_rope": True}, r"`use_layer3d_rope` is true, expected false"),
+    ],
+)
+def test_another_variant_of_qwen_is_refused(config, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        FAMILIES["qwen-image"].inputs({"in_channels": 4, "joint_attention_dim": 4, **config})
+
+
+def test_hidream_takes_squares_only():
+    config = {"patch_size": 2}
+    assert FAMILIES["hidream"].latent_sizes(config, 8, 8) == {"side": 4}
+    with pytest.raises(ConfigError, match=r"latent size is 8x6, expected a square.*change --size"):
+        FAMILIES["hidream"].latent_sizes(config, 8, 6)
+
+
+@pytest.mark.parametrize("name", ["hidream"])
+def test_hidream_in_a_bundle_takes_squares_only(eager, tiny, name):
+    inputs = tiny(name).inputs(1, side=4)
+    with pytest.raises(StepError, match=r"dimension 3 \(`2\*side`\) is 6 elements, expected 8 elements"):
+        open_slot(eager(name), (inputs[0][..., :6], *inputs[1:]))
+
+
+@pytest.mark.parametrize("key", ["image_latents", "image_ids"])
+def test_kontext_without_its_condition(eager, tiny, key):
+    latents, timestep, conditioning = tiny("kontext").inputs(1)
+    rest = {n: v for n, v in conditioning.items() if n != key}
+    with pytest.raises(StepError, match=rf"input `{key}` is missing, expected float32 .*; pass it with the condit"):
+        open_slot(eager("kontext"), (latents, timestep, rest))

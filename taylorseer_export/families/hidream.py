@@ -67,8 +67,8 @@ def _static(model: Any) -> Iterator[None]:
         batch, channels, side, _ = x.shape
         count = side // patch
         tokens = x.reshape(batch, channels, count, patch, count, patch).permute(0, 2, 4, 3, 5, 1)
-        token = torch.arange(count * count)
-        place = torch.stack([torch.zeros_like(token), token // count, token % count], -1)
+        row = torch.arange(count)[:, None].expand(count, count)
+        place = torch.stack([torch.zeros_like(row), row, row.T], -1).reshape(1, count * count, 3)
         # The rotary embedding multiplies them with float64, which an engine does not do for it.
         return tokens.flatten(3).flatten(1, 2), None, count, place.double().expand(batch, -1, -1)
 

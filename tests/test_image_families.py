@@ -1,4 +1,4 @@
-"""What one family of pictures has of its own: HiDream's experts and squares, Qwen's rotary embedding, Kontext's rows."""
+"""What a family of pictures has of its own: HiDream's experts and squares, Qwen's rotation, Kontext's rows."""
 
 # Shapes: B batch, T tokens
 

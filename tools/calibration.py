@@ -23,15 +23,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
 
-from taylorseer_export.build.export import Options, draft, write_bundle  # noqa: E402
-from taylorseer_export.families import FAMILIES  # noqa: E402
-from taylorseer_export.graph.checkpoint import open_checkpoint  # noqa: E402
-from taylorseer_export.method import Plan  # noqa: E402
-from taylorseer_export.report.calibrate import Calibrator, Way  # noqa: E402
-from taylorseer_export.report.samples import groups  # noqa: E402
-from taylorseer_export.runtime import sampling  # noqa: E402
-from taylorseer_export.runtime.denoiser import Denoiser, load  # noqa: E402
-from taylorseer_export.runtime.picture import grid  # noqa: E402
+from taylorseer_export.build.export import Options, draft, write_bundle
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph.checkpoint import open_checkpoint
+from taylorseer_export.method import Plan
+from taylorseer_export.report.calibrate import Calibrator, Way
+from taylorseer_export.report.samples import groups
+from taylorseer_export.runtime import sampling
+from taylorseer_export.runtime.denoiser import Denoiser, load
+from taylorseer_export.runtime.picture import grid
 
 ORDER = 2
 LOOPS = ((50, (18, 12, 10, 8)), (20, (10,)))  # steps, full steps

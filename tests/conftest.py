@@ -10,6 +10,7 @@ import tiny_models as tm
 import torch
 from harness import Tiny, eager_denoiser
 
+from taylorseer_export import cli
 from taylorseer_export.build import export
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
@@ -130,3 +131,11 @@ def packages(drafts, tmp_path_factory):
 def inductor(packages):
     """Name of `PACKAGES` -> denoiser over AOTInductor."""
     return cache(lambda name: load(packages(name), threads=1))
+
+
+@pytest.fixture(scope="session")
+def residual_digits(tmp_path_factory):
+    """The embedded DiT at granularity `residual`, exported by the command line: the folder of its bundle."""
+    out = tmp_path_factory.mktemp("engines")
+    assert cli.main(["dit", "--order", "2", "--state", "residual", "--out", str(out)]) == 0
+    return out / "dit-tiny"

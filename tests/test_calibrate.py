@@ -21,11 +21,9 @@ from taylorseer_export.runtime.sampling import Loop
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """The embedded DiT at granularity `residual`, exported once."""
-    out = tmp_path_factory.mktemp("engines")
-    assert cli.main(["dit", "--order", "2", "--state", "residual", "--out", str(out)]) == 0
-    return out / "dit-tiny"
+def digits(residual_digits):
+    """The embedded DiT at granularity `residual`."""
+    return residual_digits
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from taylorseer_export.commands import bench, calibrate, inspect, replay, run, verify
+from taylorseer_export.commands import bench, calibrate, evaluate, inspect, replay, run, verify
 
 VERBS: dict[str, ModuleType] = {
     "run": run,
     "replay": replay,
     "calibrate": calibrate,
+    "evaluate": evaluate,
     "verify": verify,
     "bench": bench,
     "inspect": inspect,

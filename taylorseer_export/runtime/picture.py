@@ -5,6 +5,7 @@ Pillow is imported only by the functions that draw or write.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,7 +118,14 @@ def write_png(path: str | Path, picture: np.ndarray, scale: int = 1) -> None:
     Raises:
         ConfigError: The array is not a uint8 RGB picture, or the scale is below 1.
     """
-    _enlarged(picture, scale).save(Path(path), format="PNG")
+    Path(path).write_bytes(png(picture, scale))
+
+
+def png(picture: np.ndarray, scale: int = 1) -> bytes:
+    """The content of the file that `write_png` writes; same arguments and errors."""
+    stream = io.BytesIO()
+    _enlarged(picture, scale).save(stream, format="PNG")
+    return stream.getvalue()
 
 
 def grid(

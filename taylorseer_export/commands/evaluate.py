@@ -1,0 +1,74 @@
+"""`evaluate`: every way to sample with a bundle, as one table and one page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.options import bundle_options, whole
+
+SUMMARY = "Compare ways to sample with a bundle: one table and one HTML page."
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    bundle_options(parser)
+    parser.add_argument("--steps", type=whole(2, 1000), help="denoising steps (default: the bundle's)")
+    parser.add_argument("--plan", help="the regular plan to compare with (default: the bundle's rule)")
+    parser.add_argument("--samples", type=whole(1), default=16, help="samples (default: %(default)s)")
+    parser.add_argument("--seed", type=whole(0), default=0, help="seed of the first sample (default: %(default)s)")
+    parser.add_argument(
+        "--prompts", type=Path, help="a caption or a class per line (default: the embedded model's own)"
+    )
+    parser.add_argument("--inputs", type=Path, help="safetensors with the text encoders' outputs, a row per sample")
+    parser.add_argument("--out", type=Path, help="page to write (default: evaluation-<bundle>.html)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+
+def run(given: argparse.Namespace) -> int:
+    """The command itself; returns the exit code."""
+    need("sample", "torch", "diffusers", "PIL", "skimage")
+    from taylorseer_export.report import evaluate
+    from taylorseer_export.report.page import page
+    from taylorseer_export.report.samples import groups, read_prompts
+
+    prompts = read_prompts(given.prompts) if given.prompts else None
+    tensors = read_tensors(given.inputs) if given.inputs else None
+    denoiser = open_denoiser(given)
+    manifest = denoiser.manifest
+    name = f"{manifest.family}-{manifest.name}"
+    out = given.out or Path(f"evaluation-{name}.html")
+    if not out.parent.is_dir():
+        raise ConfigError(f"folder {out.parent} is missing, expected it for {out.name}; create it")
+    plan = denoiser.plan(given.plan, given.steps)
+    ways = evaluate.cases(denoiser, len(plan), plan)
+    requests = groups(denoiser, given.samples, given.seed, prompts, tensors)
+    total = sum(len(case.plan) for case in ways) * len(requests) + len(ways[-1].plan)
+    with progress("evaluating", total) as advance:
+        done = iter(range(1, 1 << 62))
+        rows = evaluate.evaluate(denoiser, requests, ways, on_step=lambda: advance(next(done), total))
+    facts = {
+        "bundle": name,
+        "engine": f"{manifest.engine.kind} {manifest.precision} on {given.device}",
+        "granularity": manifest.state.granularity,
+        "steps": str(len(plan)),
+        "samples": str(sum(len(r.latents) for r in requests)),
+        "in groups of": str(len(requests[0].latents)),
+    }
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.write_text(page(f"{name}: ways to sample", facts, rows, evaluate.UNMEASURED), encoding="utf-8")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(evaluate.table(rows))
+    print("not measured: " + ", ".join(evaluate.UNMEASURED) + " (they need weights that this package does not bring)")
+    print(f"wrote {out}")
+    if given.json:
+        records = [{k: v for k, v in asdict(row).items() if k != "shown"} for row in rows]
+        print(json.dumps({**facts, "rows": records}))
+    return 0

@@ -1,0 +1,215 @@
+"""Evaluation: every way to sample with a bundle, side by side, against all steps full on the same samples.
+
+The rows share noise, conditioning and engines; only the plan and the weights differ. Beside the ways that forecast
+stands the honest baseline: a loop of only as many steps as a plan has full ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from taylorseer_export.bundle.profile import profile_names
+from taylorseer_export.method import Plan
+from taylorseer_export.method.weights import Form
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.sampling import Loop, Request, Result, pictures
+from taylorseer_export.runtime.slot import Slot
+
+_WHITE = 255.0
+_INTERVALS = (3, 9)  # beside the bundle's own
+# Metrics that compare distributions or ask a network, and the weights they need, none of which this package brings.
+UNMEASURED = {
+    "LPIPS": "AlexNet with its linear heads",
+    "CLIP score": "openai/clip-vit-base-patch16",
+    "ImageReward": "ImageReward-v1.0",
+    "FID, sFID, IS": "Inception v3 of torch-fidelity",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to sample: a name, a plan, and how its forecasts are weighted."""
+
+    name: str
+    plan: Plan
+    order: int
+    form: Form = "taylor"
+    weights: Sequence[Sequence[float]] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one way gave.
+
+    Attributes:
+        loop_ms: Time of all steps of the loop in the denoiser, for one group of samples; the median over groups.
+        latent_error: Norm of the difference of the final latents over the norm of those of all-full.
+        psnr: Of all pictures together, or of the latents where the bundle makes no pictures, in dB; None where nothing
+            differs.
+        psnr_worst: Of the worst sample.
+        ssim: Mean over the pictures; None without them.
+        step_errors: `latent_error` after each step; none for a loop of another length.
+        shown: The first pictures, `[K, H, W, 3]` uint8; none without them.
+    """
+
+    name: str
+    plan: str
+    full_steps: int
+    loop_ms: float
+    latent_error: float
+    psnr: float | None
+    psnr_worst: float | None
+    ssim: float | None
+    step_errors: tuple[float, ...]
+    shown: np.ndarray
+
+
+def cases(denoiser: Denoiser, steps: int, plan: Plan) -> list[Case]:
+    """All-full; `plan` at the orders that the buffers hold, and beside it shorter and longer intervals; the profiles.
+
+    Every number of full steps that some plan has stands there a second time as a loop of fewer steps.
+
+    Args:
+        denoiser: The loaded bundle.
+        steps: Length of the loop.
+        plan: The regular plan to compare with, of that length.
+    """
+    state, default = denoiser.manifest.state, denoiser.manifest.plan
+    order = min(state.order, 2)
+    names = {0: "reuse", 1: "order 1", 2: "order 2"}
+    forecasts = [Case(f"regular, {names[k]}", plan, k) for k in range(order + 1)]
+    if state.layout == "snapshots" and order > 1:
+        forecasts.append(Case("regular, Newton", plan, order, "newton"))
+    for interval in _INTERVALS:
+        other = Plan.regular(steps, interval, default.warmup, default.dialect)
+        if len(other.full_steps) not in (len(plan.full_steps), steps):
+            forecasts.append(Case(f"interval {interval}, {names[order]}", other, order))
+    for name in profile_names(denoiser.bundle) if denoiser.bundle else ():
+        profile = denoiser.profile(name)
+        if len(profile.plan) == steps:
+            forecasts.append(Case(f"profile {name}", profile.steps(), profile.order, weights=profile.weights))
+    counts = sorted({len(case.plan.full_steps) for case in forecasts}, reverse=True)
+    fewer = [Case(f"{count} steps", Plan("F" * count), 0) for count in counts]
+    return [Case("all full", Plan("F" * steps), 0), *fewer, *forecasts]
+
+
+def evaluate(
+    denoiser: Denoiser,
+    requests: Sequence[Request],
+    ways: Sequence[Case],
+    shown: int = 6,
+    on_step: Callable[[], object] = lambda: None,
+) -> list[Row]:
+    """One row per case; the first case is what the others are compared with.
+
+    Args:
+        denoiser: The loaded bundle.
+        requests: Groups of samples of one size.
+        ways: From `cases`.
+        shown: Pictures kept of each row.
+        on_step: Called after every step.
+    """
+    slot = denoiser.slot(Loop(denoiser, requests[0], Plan("F")).sizes)
+    _run(denoiser, slot, requests[0], ways[-1], on_step)  # both engines run once before anything is timed
+    exact = [_run(denoiser, slot, request, ways[0], on_step) for request in requests]
+    rows = []
+    for case in ways:
+        runs = exact if case is ways[0] else [_run(denoiser, slot, request, case, on_step) for request in requests]
+        rows.append(_row(denoiser, requests, case, runs, exact, shown))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Run:
+    latents: list[np.ndarray]  # after each step
+    pictures: np.ndarray
+    milliseconds: float
+
+
+def _run(denoiser: Denoiser, slot: Slot, request: Request, case: Case, on_step: Callable[[], object]) -> _Run:
+    loop = Loop(denoiser, request, case.plan, case.order, case.form, case.weights)
+    loop.start(slot)
+    latents, spent = [], 0.0
+    for _ in range(len(case.plan)):
+        model_input = loop.model_input()
+        began = time.perf_counter()
+        noise_pred = slot.step(model_input)
+        spent += time.perf_counter() - began
+        loop.accept(noise_pred)
+        latents.append(loop.latents.copy())
+        on_step()
+    assert slot.executed == str(case.plan), "bug in taylorseer-export: the steps that ran are not those planned"
+    made = np.zeros((0, 1, 1, 3), np.uint8)
+    if denoiser.manifest.model.embedded:
+        made = pictures(denoiser, request, Result(latents[-1], slot.executed, slot.executed, (), 0.0))
+    return _Run(latents, made, 1e3 * spent)
+
+
+def _row(
+    denoiser: Denoiser,
+    requests: Sequence[Request],
+    case: Case,
+    runs: Sequence[_Run],
+    exact: Sequence[_Run],
+    shown: int,
+) -> Row:
+    def error(step: int) -> float:
+        seen, expected = (
+            np.concatenate([run.latents[step] for run in group]).astype(np.float64) for group in (runs, exact)
+        )
+        return float(np.linalg.norm(seen - expected) / np.linalg.norm(expected))
+
+    made, reference = (np.concatenate([run.pictures for run in group]) for group in (runs, exact))
+    seen, expected, peak = made.astype(np.float64), reference.astype(np.float64), _WHITE
+    if not len(made):
+        seen, expected = (
+            np.concatenate([run.latents[-1] for run in group]).astype(np.float64) for group in (runs, exact)
+        )
+        peak = float(expected.max() - expected.min())
+    squares = np.square(seen - expected).reshape(len(seen), -1).mean(1)
+    same_length = len(runs[0].latents) == len(exact[0].latents)
+    return Row(
+        name=case.name,
+        plan=str(case.plan),
+        full_steps=len(case.plan.full_steps),
+        loop_ms=float(np.median([run.milliseconds for run in runs])),
+        latent_error=error(-1),
+        psnr=_decibel(squares.mean(), peak),
+        psnr_worst=_decibel(squares.max(), peak),
+        ssim=_ssim(made, reference),
+        step_errors=tuple(error(step) for step in range(len(case.plan))) if same_length else (),
+        shown=made[:shown],
+    )
+
+
+def _ssim(made: np.ndarray, reference: np.ndarray) -> float | None:
+    """Mean structural similarity; None without pictures."""
+    from skimage.metrics import structural_similarity
+
+    if not len(made):
+        return None
+    return float(np.mean([structural_similarity(a, b, channel_axis=2) for a, b in zip(reference, made, strict=True)]))
+
+
+def _decibel(square: float, peak: float) -> float | None:
+    return float(10 * np.log10(peak**2 / square)) if square else None
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows for a terminal."""
+    lines = [f"  {'way':<22}{'full':>6}{'loop ms':>10}{'latent error':>14}{'PSNR dB':>10}{'worst':>8}{'SSIM':>8}"]
+    for row in rows:
+        lines.append(
+            f"  {row.name:<22}{row.full_steps:>6}{row.loop_ms:>10.1f}{row.latent_error:>14.4f}"
+            f"{number(row.psnr, 1):>10}{number(row.psnr_worst, 1):>8}{number(row.ssim, 3) if row.ssim else '-':>8}"
+        )
+    return "\n".join(lines)
+
+
+def number(value: float | None, digits: int) -> str:
+    """A PSNR as text; `same` where nothing differs."""
+    return "same" if value is None else f"{value:.{digits}f}"

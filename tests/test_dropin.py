@@ -13,7 +13,7 @@ from diffusers import FluxPipeline, HeunDiscreteScheduler
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from harness import FLOAT32, Tiny, allowed, eager_denoiser
 from tiny_models import dit_inputs, flux_inputs, tiny_dit
-from tiny_pipelines import dit_pipeline, flux_pipeline
+from tiny_pipelines import Recorder, dit_pipeline, flux_pipeline
 
 from taylorseer_export.build import export
 from taylorseer_export.errors import ConfigError, StepError
@@ -77,31 +77,6 @@ def paint(pipe, seed=0, steps=5, size=16, prompt="cat", **options):
     return pipe(num_inference_steps=steps, generator=generator, **options)[0]
 
 
-class Recorder:
-    """What passes through a transformer: per branch the latents [S, ...], timesteps [S], predictions [S, ...]."""
-
-    def __init__(self, transformer):
-        self.calls = {}
-        self.transformer = transformer
-        transformer.register_forward_hook(self._note, with_kwargs=True)
-
-    def _note(self, module, args, inputs, output):
-        latents = args[0] if args else inputs["hidden_states"]
-        conditioning = {n: v for n, v in inputs.items() if n in module.denoiser.constants and v is not None}
-        sample = output[0] if isinstance(output, tuple) else output.sample
-        self.calls.setdefault(module._context or "0", []).append((latents, inputs["timestep"], conditioning, sample))
-
-    def assert_plan(self, model, plan, order=ORDER):
-        """Every branch ran `plan` and agrees with the oracle on the latents that it was given."""
-        assert set(self.transformer.executed.values()) == {plan}
-        for name, calls in self.calls.items():
-            latents, timestep, conditioning, seen = zip(*calls, strict=True)
-            timestep = torch.stack([t[0] for t in timestep])
-            expected = oracle.replay(model, torch.stack(latents), timestep, conditioning[0], plan, order)
-            limit = allowed(model, expected, plan, order)
-            oracle.assert_close(f"branch {name}", torch.stack(seen), expected, limit)
-
-
 # The same pictures --------------------------------------------------------------------------------------------------
 
 
@@ -132,14 +107,14 @@ def test_flux_forecasts_agree_with_the_oracle(cases, flux):
     seen = Recorder(transformer)
     paint(pipe, steps=8, negative_prompt="dogs", true_cfg_scale=2.0)
     assert seen.calls.keys() == {"cond", "uncond"}
-    seen.assert_plan(cases("flux")[0], "FF..F..F")
+    seen.assert_plan(cases("flux")[0], "FF..F..F", ORDER)
 
 
 def test_dit_forecasts_agree_with_the_oracle(cases, dit):
     pipe, transformer = dit
     seen = Recorder(transformer)
     paint(pipe, steps=8)
-    seen.assert_plan(cases("dit")[0], "FF..F..F")
+    seen.assert_plan(cases("dit")[0], "FF..F..F", ORDER)
 
 
 def test_the_recorder_can_fail(cases, dit):
@@ -148,7 +123,7 @@ def test_the_recorder_can_fail(cases, dit):
     paint(pipe, steps=8)
     seen.calls["0"][3][-1].add_(1e-4)
     with pytest.raises(AssertionError, match="branch 0 differs by"):
-        seen.assert_plan(cases("dit")[0], "FF..F..F")
+        seen.assert_plan(cases("dit")[0], "FF..F..F", ORDER)
 
 
 def test_an_engine_in_the_pipeline(tiny, onnx):
@@ -156,7 +131,7 @@ def test_an_engine_in_the_pipeline(tiny, onnx):
     pipe, transformer = piped((tiny("flux").model, onnx("flux")))
     seen = Recorder(transformer)
     paint(pipe, steps=6)
-    seen.assert_plan(tiny("flux").model, "FF..F.")
+    seen.assert_plan(tiny("flux").model, "FF..F.", ORDER)
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------
@@ -168,7 +143,7 @@ def test_a_scheduler_with_two_calls_per_step(cases, dit):
     seen = Recorder(transformer)
     paint(pipe, steps=5)
     assert [float(call[1][0]) for call in seen.calls["0"]] == [999, 749.25, 749.25, 499.5, 499.5, 249.75, 249.75, 0, 0]
-    seen.assert_plan(cases("dit")[0], "FF..F..F.")
+    seen.assert_plan(cases("dit")[0], "FF..F..F.", ORDER)
 
 
 def test_all_full_with_two_calls_per_step(cases):
@@ -216,7 +191,7 @@ def test_an_explicit_plan(cases):
     pipe, transformer = piped(cases("flux"), plan="FF.F.")
     seen = Recorder(transformer)
     paint(pipe)
-    seen.assert_plan(cases("flux")[0], "FF.F.")
+    seen.assert_plan(cases("flux")[0], "FF.F.", ORDER)
     with pytest.raises(StepError, match=r"loop is at its step 5, expected its end after 5 steps \(plan FF.F.\); give"):
         paint(pipe, steps=6)
 
@@ -322,7 +297,7 @@ def test_a_callback_that_changes_the_latents(cases, flux):
     pipe, transformer = flux
     seen = Recorder(transformer)
     paint(pipe, callback_on_step_end=lambda pipe, i, t, tensors: {"latents": 0.9 * tensors["latents"]})
-    seen.assert_plan(cases("flux")[0], "FF..F")
+    seen.assert_plan(cases("flux")[0], "FF..F", ORDER)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

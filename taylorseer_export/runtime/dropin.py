@@ -18,6 +18,7 @@ import torch
 
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Plan
+from taylorseer_export.runtime.arguments import attributes_of, form_of, ignored
 from taylorseer_export.runtime.calls import Branch, Call, Request, Seen, host_array
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.slot import Slot
@@ -66,7 +67,11 @@ class DropIn(torch.nn.Module):
         self._warmup = default.warmup if warmup is None else warmup
         self._regular()  # refuses a bad interval or warmup now
         self._plan = None if plan is None and steps is None else self._resolved(plan, steps)
-        self.config = _Config(denoiser.manifest.model.config)
+        model = denoiser.manifest.model
+        self.config = _Config(model.config)
+        for name, value in attributes_of(model.class_name, model.config).items():
+            setattr(self, name, value)
+        self._form, self._ignored = form_of(denoiser.manifest), ignored(denoiser.manifest)
         self._context: str | None = None
         self._request: Request | None = None
         self._slots: dict[str, Slot] = {}
@@ -217,9 +222,10 @@ class DropIn(torch.nn.Module):
                 self._lengthen(request)
         request.latents = call.latents
         request.ran.add(name)
-        branch = self._branch(request, name, call)
+        taken, inputs = self._form(latents, {n: seen.value for n, seen in call.conditioning.items()})
+        branch = self._branch(request, name, call, tuple(taken.shape), inputs)
         stays = self._tensors and latents.is_cuda  # a GPU's values never come to the host
-        prediction = branch.slot.advance(latents if stays else host_array(latents), call.timestep)
+        prediction = branch.slot.advance(taken if stays else host_array(taken), call.timestep)
         branch.next = request.step + 1
         if not self._tensors:
             return torch.from_numpy(prediction.read()).to(latents)
@@ -230,7 +236,7 @@ class DropIn(torch.nn.Module):
         """The call, its arguments checked by name."""
         clock = self.denoiser.timestep.name
         for name, value in inputs.items():
-            if name != clock and name not in self.denoiser.constants and not _is_nothing(value):
+            if name not in (clock, *self.denoiser.constants, *self._ignored) and not _is_nothing(value):
                 raise StepError(
                     f"argument `{name}` is given, expected only {clock}, {', '.join(self.denoiser.constants)}, which "
                     "the bundle was traced with; leave it out"
@@ -259,13 +265,15 @@ class DropIn(torch.nn.Module):
             self._request = running
         return running
 
-    def _branch(self, request: Request, name: str, call: Call) -> Branch:
+    def _branch(
+        self, request: Request, name: str, call: Call, shape: tuple[int, ...], inputs: dict[str, Any]
+    ) -> Branch:
         """The branch of a call; one that is new or missed a step starts with a full step."""
         branch = request.branches.get(name)
         if branch is None or branch.next != request.step:
-            conditioning = {n: host_array(seen.value) for n, seen in call.conditioning.items()}
-            sizes = self.denoiser.sizes(call.shape, conditioning)
-            slot = self._slot(name, sizes, call.shape)
+            conditioning = {n: host_array(value) for n, value in inputs.items()}
+            sizes = self.denoiser.sizes(shape, conditioning)
+            slot = self._slot(name, sizes, shape)
             timesteps = None if request.timesteps is None else request.timesteps[request.step :]
             before = "" if branch is None else branch.before + branch.slot.executed
             slot.start(conditioning, request.plan_from(request.step), request.order, timesteps)

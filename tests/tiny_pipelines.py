@@ -14,14 +14,18 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DDIMScheduler,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
     FluxPipeline,
+    HiDreamImagePipeline,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -135,6 +139,37 @@ def hunyuan_image_pipeline(transformer):
     )
 
 
+def qwen_image_pipeline(transformer):
+    """Pictures of a multiple of 16 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_qwen_image_vae(transformer.config.in_channels // 4),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+        )
+    )
+
+
+def sd3_pipeline(transformer):
+    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings."""
+    encoders = dict.fromkeys(f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3"))
+    vae = tiny_vae(transformer.config.in_channels)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return _quiet(StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=vae, **encoders))
+
+
+def hidream_pipeline(transformer):
+    """Pictures of 16 pixels a side; the prompt is given as embeddings."""
+    encoders = dict.fromkeys(f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3", "_4"))
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    vae = tiny_vae(transformer.config.in_channels)
+    pipe = HiDreamImagePipeline(transformer=transformer, scheduler=scheduler, vae=vae, **encoders)
+    pipe.default_sample_size = 8  # it scales every picture to this many latent pixels a side
+    return _quiet(pipe)
+
+
 def tiny_vae(channels):
     return _seeded(
         lambda: AutoencoderKL(
@@ -151,6 +186,20 @@ def tiny_vae(channels):
 def tiny_wan_vae(channels):
     return _seeded(
         lambda: AutoencoderKLWan(
+            base_dim=3,
+            z_dim=channels,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.0] * channels,
+            latents_std=[1.0] * channels,
+        )
+    )
+
+
+def tiny_qwen_image_vae(channels):
+    return _seeded(
+        lambda: AutoencoderKLQwenImage(
             base_dim=3,
             z_dim=channels,
             dim_mult=[1, 1, 1, 1],
@@ -244,7 +293,11 @@ class Recorder:
 
     def _note(self, module, args, inputs, output):
         latents = args[0] if args else inputs["hidden_states"]
-        conditioning = {n: v for n, v in inputs.items() if n in module.denoiser.constants and v is not None}
+        conditioning = {
+            n: v if isinstance(v, torch.Tensor) else torch.tensor(v)
+            for n, v in inputs.items()
+            if n in module.denoiser.constants and v is not None
+        }
         sample = output[0] if isinstance(output, tuple) else output.sample
         timestep = inputs[module.denoiser.timestep.name]
         # Two nameless calls on the same latents are two branches.

@@ -53,11 +53,14 @@ def _kontext(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]
 
 
 def _qwen_image(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A mask that is left out lets every text token through."""
-    text = inputs.get("encoder_hidden_states")
-    if text is None or inputs.get("encoder_hidden_states_mask") is not None:
-        return latents, inputs
-    return latents, {**inputs, "encoder_hidden_states_mask": text.new_ones(text.shape[:2]).long()}
+    """A mask that is left out lets every text token through; of the shapes the model looks at the first alone."""
+    given = dict(inputs)
+    text, shapes = given.get("encoder_hidden_states"), given.get("img_shapes")
+    if text is not None:
+        given.setdefault("encoder_hidden_states_mask", text.new_ones(text.shape[:2]).long())
+    if shapes is not None:
+        given["img_shapes"] = [shapes[0]] * len(latents)
+    return latents, given
 
 
 _FORMS: dict[str, Form] = {"flux-kontext": _kontext, "qwen-image": _qwen_image}

@@ -89,6 +89,7 @@ def _family_or_verb(command: str) -> Family:
 
 def _help() -> str:
     """The first page: families in one group, verbs in another."""
+    width = max(map(len, (*FAMILIES, *VERBS))) + 2
     lines = [
         f"usage: {PROGRAM} FAMILY [options]      export a model as a bundle of engines",
         f"       {PROGRAM} VERB BUNDLE [options] use a bundle",
@@ -98,12 +99,9 @@ def _help() -> str:
         "families:",
     ]
     for family in FAMILIES.values():
-        d = family.defaults
-        lines.append(
-            f"  {family.name:<10}{family.title} (order {d.order}, interval {d.interval}, warmup {d.warmup} steps)"
-        )
+        lines.append(f"  {family.name:<{width}}{family.title}")
     lines += ["", "verbs:"]
-    lines += [f"  {name:<10}{verb.SUMMARY}" for name, verb in VERBS.items()]
+    lines += [f"  {name:<{width}}{verb.SUMMARY}" for name, verb in VERBS.items()]
     lines += ["", f"`{PROGRAM} FAMILY --help` and `{PROGRAM} VERB --help` list the options with units and defaults."]
     return "\n".join(lines)
 

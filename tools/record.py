@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ LIBRARIES = ("torch", "diffusers", "onnxruntime", "onnx", "onnxscript", "numpy",
 def circumstances() -> dict[str, Any]:
     """Machine, versions, commit and command line."""
     git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    commit, changed = (_output([*git, *words]) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((s.split(":")[1].strip() for s in lines if s.startswith("model name")), platform.processor())
@@ -32,13 +31,28 @@ def circumstances() -> dict[str, Any]:
         "commit": commit,
         "uncommitted_changes": bool(changed),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
         "cpu": cpu,
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         # Folders of the machine it ran on say nothing to a reader.
         "command": " ".join(["python", f"tools/{tool}", *[Path(a).name if a[0] == "/" else a for a in sys.argv[1:]]]),
     }
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints; nothing where there is no such command."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 def write_record(name: str, record: Mapping[str, Any], folder: Path = RESULTS) -> Path:

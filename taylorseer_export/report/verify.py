@@ -137,24 +137,36 @@ class _Reference:
         self.model, self.plan, self.order = model, plan, order
         self.family = family_named(denoiser.manifest.family)
         self.latent, self.timestep = denoiser.latent.name, denoiser.timestep.name
+        self.specs = {t.name: t for t in (denoiser.latent, denoiser.timestep, *denoiser.constants.values())}
+        self.divisor = denoiser.manifest.sampling.timestep_divisor
         self.granularity = denoiser.manifest.state.granularity
         self.sites = [s.name for s in denoiser.manifest.sites] if self.granularity == "module" else []
-        self.dtype = next(model.parameters()).dtype
+        first = next(model.parameters())
+        self.dtype, self.device = first.dtype, first.device
         self.record: dict[tuple[str, int], Tensor] = {}
         self.number = 0
         self.entering: Tensor | None = None
 
     def step(self, latent: np.ndarray, timestep: float, conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
-        def tensor(values: Any) -> Tensor:
-            value = torch.as_tensor(values)
-            return value.to(self.dtype) if value.is_floating_point() else value
-
         given = {self.latent: latent, self.timestep: np.full(len(latent), timestep, np.float32), **conditioning}
         with torch.no_grad():
-            inputs = {name: tensor(value) for name, value in given.items()}
+            inputs = {name: self._as_seen(name, value) for name, value in given.items()}
             result: Tensor = self.family.forward(self.model, inputs)
         self.number += 1
-        return result.double().numpy()
+        return result.double().cpu().numpy()
+
+    def _as_seen(self, name: str, values: Any) -> Tensor:
+        """An input as the bundle sees it: rounded to its contract's type, and again where the model scales it up.
+
+        FLUX multiplies timestep and guidance by 1000 in the type they come in; in bfloat16 that moves them by up to 2.
+        """
+        value = torch.as_tensor(values, device=self.device)
+        if not value.is_floating_point():
+            return value
+        value = value.to(getattr(torch, self.specs[name].dtype))
+        if name in (self.timestep, "guidance") and self.divisor != 1:
+            return ((value * self.divisor).double() / self.divisor).to(self.dtype)
+        return value.to(self.dtype)
 
     @contextmanager
     def hooked(self) -> Iterator[_Reference]:

@@ -49,7 +49,7 @@ class TorchRunner:
         self._functions = dict(functions)
         self._record: Callable[[str, Call], Call] | None = None
         if device == "cuda" and cuda_graphs:
-            self._record = _Recorder().record
+            self._record = Recorder().record
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         import torch
@@ -136,7 +136,7 @@ class TorchBuffer:
         return result
 
 
-class _Recorder:
+class Recorder:
     """Captures calls as CUDA graphs, all on one stream and in one pool of memory."""
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ from diffusers import (
 )
 
 
-def randomised(build, seed):
+def _randomised(build, seed):
     """What `build` returns with weights of a trained model's scale, on whatever device it was built."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -61,7 +61,7 @@ def tiny_flux(
 ):
     """FLUX of width heads * head_dim, float32, eval; head_dim is a multiple of 16."""
     axis = head_dim * 3 // 8
-    return randomised(
+    return _randomised(
         lambda: FluxTransformer2DModel(
             in_channels=in_channels,
             num_layers=double,
@@ -209,7 +209,7 @@ def hidream_inputs(model, steps, batch=1, side=4, text_tokens=3, seed=0):
 
 def tiny_dit(seed=0, layers=3, heads=2, head_dim=16, in_channels=4, sample_size=8, classes=10, sigma=True):
     """DiT on square latents, patch 2, float32, eval; sigma doubles the output channels."""
-    return randomised(
+    return _randomised(
         lambda: DiTTransformer2DModel(
             num_attention_heads=heads,
             attention_head_dim=head_dim,
@@ -234,7 +234,7 @@ def dit_inputs(model, steps, batch=1, seed=0):
 
 def tiny_wan(seed=0, layers=2, heads=2, head_dim=12, in_channels=4, image_dim=None, text_dim=20):
     """Wan, patch (1, 2, 2), float32, eval; `image_dim` makes it image-to-video, as in Wan 2.1."""
-    return randomised(
+    return _randomised(
         lambda: WanTransformer3DModel(
             num_attention_heads=heads,
             attention_head_dim=head_dim,

@@ -1,0 +1,430 @@
+"""AOTInductor packages, the torch runner, and what GPUs add; the contract of all runners is in `test_runtime`."""
+
+import contextlib
+import json
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import PACKAGES
+from harness import FLOAT32, allowed, eager_denoiser, open_slot, representable, run, toy_trace
+from oracle import assert_close
+
+from taylorseer_export import cli
+from taylorseer_export.build import inductor as building
+from taylorseer_export.build.eager import eager_modules, pointwise_sums, weighted, writing
+from taylorseer_export.build.export import PRECISIONS, Options, check_options, write_bundle
+from taylorseer_export.build.program import exported_program, mixed_types
+from taylorseer_export.bundle.manifest import MANIFEST, Graph, Manifest, Tensor
+from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.errors import BuildError, BundleError, StepError
+from taylorseer_export.graph.types import float_types
+from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.torch_runner import TorchBuffer, TorchRunner
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine"),
+]
+SIZES = {"batch": 2, "image_tokens": 6, "text_tokens": 5, "steps": 3}
+
+
+def values_of(tensors, seed=0):
+    """Random tensors for a contract at `SIZES`."""
+    rng = torch.Generator().manual_seed(seed)
+    made = []
+    for t in tensors:
+        shape, dtype = resolve(t.shape, SIZES), getattr(torch, t.dtype)
+        floats = dtype.is_floating_point
+        made.append(torch.randn(shape, generator=rng).to(dtype) if floats else torch.zeros(shape, dtype=dtype))
+    return made
+
+
+# Types
+
+
+@pytest.mark.parametrize(("name", "precision"), [("plain", "bf16"), ("dit", "fp16")])
+def test_no_operator_mixes_float_types(drafts, name, precision):
+    draft = drafts(name, precision=precision, device="cuda")
+    for cut in draft.split.graphs:
+        assert mixed_types(exported_program(cut, {**draft.sizes, "steps": None})) == []
+
+
+def test_a_mixed_type_is_seen_and_a_cast_mends_it():
+    class Mixed(torch.nn.Module):
+        def forward(self, x):
+            return x + x.double(), x == x.double(), x * 2
+
+    program = torch.export.export(Mixed(), (torch.zeros(3),))
+    assert [text.split("`")[1] for text in mixed_types(program)] == ["aten.add.Tensor", "aten.eq.Tensor"]
+    _, trace = toy_trace(lambda m, x, t, text, label: m.site(x) + (x.double() + x).float())
+    assert all(len(float_types(node)) < 2 for node in trace.module.graph.nodes)
+    assert any(float_types(node) == {torch.float64} for node in trace.module.graph.nodes)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize(("name", "granularity"), [("plain", "module"), ("plain", "residual"), ("dit", "last")])
+def test_half_precision_stays_within_its_bound(drafts, tiny, name, granularity, precision):
+    dtype, plan, order = PRECISIONS[precision], "FFF..F..", 2
+    inputs = representable(tiny(name).inputs(8, batch=2), dtype)
+    seen = run(eager_denoiser(drafts(name, granularity, precision=precision, device="cuda")), inputs, plan, order)
+    latents, timestep, conditioning = inputs
+    if name == "plain":  # FLUX multiplies it by 1000 in its own type
+        timestep = oracle.seen_by(timestep, dtype)
+    reference = oracle.replay(tiny(name).model, latents, timestep, conditioning, plan, order, granularity)
+    ratio = assert_close(precision, seen, reference, allowed(tiny(name).model, reference, plan, order, dtype))
+    assert ratio > 1e-3  # it did compute in that type
+    narrow = allowed(tiny(name).model, reference, plan, order, FLOAT32)
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_close(precision, seen, reference, narrow)
+
+
+# Forms of a graph
+
+
+@pytest.mark.parametrize("layout", ["snapshots", "derivatives"])
+@pytest.mark.parametrize(("name", "granularity", "state"), [("flux", "module", None), ("dit", "residual", "bf16")])
+def test_pointwise_sums_are_the_same_forecast(drafts, name, granularity, state, layout):
+    draft = drafts(name, granularity, layout, state_dtype=state)
+    cut = draft.split.forecast
+    module = eager_modules(draft)["forecast"]
+    inputs = values_of(cut.inputs)
+    with torch.no_grad():
+        (expected,) = module(*inputs)
+        changed = pointwise_sums(eager_modules(draft)["forecast"])
+        (seen,) = changed(*inputs)
+    # Two orders of summing the same float32 terms, then the same layers.
+    assert_close("noise_pred", seen, expected, oracle.bound(expected, 8.0, FLOAT32, len(draft.split.sites), 64))
+    sums = [n for n in changed.graph.nodes if n.target is torch.ops.aten.sum.dim_IntList]
+    assert len(sums) == len(draft.split.sites)
+    assert len([n for n in changed.graph.nodes if n.target is torch.ops.aten.matmul.default]) == 0
+
+
+def test_a_writing_graph_fills_what_it_is_given(drafts):
+    draft = drafts("dit", "module", "derivatives")
+    for cut in draft.split.graphs:
+        module = eager_modules(draft)[cut.name]
+        inputs = values_of(cut.inputs)
+        with torch.no_grad():
+            expected = module(*inputs)
+            outputs = [torch.full_like(value, torch.nan) for value in expected]
+            assert writing(module, cut)(*inputs, *outputs) == ()
+        assert all(torch.equal(seen, value) for seen, value in zip(outputs, expected, strict=True))
+
+
+def test_a_graph_moves_to_a_device_with_what_it_makes(drafts):
+    draft = drafts("plain")
+    for cut in draft.split.graphs:
+        weights = {name: torch.empty(draft.stored[name][1], device="meta") for name in cut.parameters()}
+        nodes = weighted(cut, weights, "meta").graph.nodes
+        devices = {v for n in nodes for v in (*n.args, *n.kwargs.values()) if isinstance(v, torch.device)}
+        assert devices <= {torch.device("meta")}
+
+
+# Building
+
+
+def test_without_a_compiler_nothing_starts(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BuildError, match=r"C\+\+ compiler `no-such-compiler` is not installed, .* name another in CXX"):
+        check_options(Options(order=2, interval=4, warmup=2, engine="inductor"))
+
+
+def test_without_a_gpu_nothing_is_built_for_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = Options(order=2, interval=4, warmup=2, engine="inductor", device="cuda")
+    with pytest.raises(BuildError, match=r"--device is cuda, expected a GPU that torch can use here.*or use --device"):
+        check_options(options)
+
+
+def test_a_graph_that_does_not_compile_leaves_nothing(drafts, monkeypatch, tmp_path):
+    def fail(*arguments, **options):
+        raise RuntimeError("no kernel\nat all")
+
+    monkeypatch.setattr(torch._inductor, "aot_compile", fail)
+    with pytest.raises(BuildError, match=r"graph `prepare` does not compile, expected torch .*: no kernel$"):
+        write_bundle(drafts("plain", **PACKAGES["plain"]), tmp_path, "broken")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_one_package_and_weights_that_are_stored_once(packages, drafts, name):
+    folder, draft = packages(name), drafts(name, **PACKAGES[name])
+    assert {p.name for p in folder.iterdir()} == {building.PACKAGE, "weights.safetensors", MANIFEST}
+    inside = zipfile.ZipFile(folder / building.PACKAGE).namelist()
+    assert not [path for path in inside if path.endswith((".cpp", ".blob"))]
+    assert {path.split("/")[-2] for path in inside if path.endswith(".so")} == {"prepare", "full", "forecast"}
+    assert (folder / building.PACKAGE).stat().st_size < 8 << 20
+    engine = Manifest.from_bytes((folder / MANIFEST).read_bytes(), folder).engine
+    assert engine.kind == "inductor" and engine.versions["torch"] == torch.__version__
+    assert draft.options.precision == ("bf16" if name == "dit" else "fp32")
+
+
+# Loading
+
+
+def test_graphs_share_one_copy_of_the_weights(inductor):
+    used = [call.args[1] for call in inductor("plain").runner._functions.values()]
+    shared = set(used[0]) & set(used[1]) | set(used[1]) & set(used[2])
+    assert shared
+    for name in shared:
+        assert len({tensors[name].data_ptr() for tensors in used if name in tensors}) == 1
+
+
+@pytest.fixture
+def rewritten(packages, tmp_path):
+    """A bundle of links to the package's files, with another entry in its manifest's engine."""
+
+    def make(**update):
+        folder = tmp_path / "copy"
+        folder.mkdir()
+        for path in packages("plain").iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        manifest = Manifest.from_bytes((folder / MANIFEST).read_bytes(), folder)
+        engine = manifest.engine
+        parts = {key: {**getattr(engine, key), **value} for key, value in update.items()}
+        manifest = manifest.model_copy(update={"engine": engine.model_copy(update=parts)})
+        (folder / MANIFEST).write_bytes(manifest.to_json())
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("update", "expected"),
+    [
+        ({"versions": {"torch": "2.9.0"}}, r"torch is \S+, expected 2.9.0, with which .* pip install 'torch==2.9.0'"),
+        ({"device": {"instructions": "SVE256"}}, r"instructions is \w+, expected SVE256, for which .*; build it here"),
+        (
+            {"device": {"machine": "riscv64"}},
+            r"machine is \w+, expected riscv64, .* `taylorseer-export flux .* --engin",
+        ),
+        ({"device": {"devices": "cuda"}}, r"device is `cpu`, expected one that .* \(cuda\).*--engine inductor .*--dev"),
+    ],
+)
+def test_another_machine_is_refused_before_the_package_is_touched(rewritten, monkeypatch, update, expected):
+    import torch._inductor.package as package
+
+    monkeypatch.setattr(package, "load_package", lambda *a, **k: pytest.fail("the package was opened"))
+    with pytest.raises(BundleError, match=expected):
+        load(rewritten(**update))
+
+
+def test_a_package_that_torch_refuses(packages, monkeypatch):
+    import torch._inductor.package as package
+
+    def refuse(*arguments, **options):
+        raise RuntimeError("bad archive\ndetails")
+
+    monkeypatch.setattr(package, "load_package", refuse)
+    with pytest.raises(BundleError, match=r"graphs.pt2 is refused by torch .* \(bad archive\), .* build it again with"):
+        load(packages("plain"))
+
+
+def test_the_command_line_works_on_a_package(packages, tmp_path, capsys):
+    from safetensors.numpy import save_file
+    from tiny_models import dit_inputs, tiny_dit
+
+    folder = str(packages("dit"))
+    assert cli.main(["inspect", folder]) == 0
+    assert "engine inductor" in capsys.readouterr().out
+    assert cli.main(["verify", folder, "--steps", "6"]) == 0
+    assert cli.main(["bench", folder, "--steps", "6", "--repeats", "1", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (record["engine"], record["precision"], record["fallbacks"]) == ("inductor", "bf16", 0)
+    latents, timestep, conditioning = dit_inputs(tiny_dit(), 4, batch=2)
+    tensors = {"latents": latents, "timestep": timestep.float(), **conditioning}
+    save_file({k: v.numpy() for k, v in tensors.items()}, tmp_path / "in.safetensors")
+    files = ["--inputs", str(tmp_path / "in.safetensors"), "--outputs", str(tmp_path / "out.safetensors")]
+    assert cli.main(["replay", folder, *files, "--plan", "FF.."]) == 0
+    run_there = ["run", folder, "--label", "1", "--steps", "4", "--out", str(tmp_path / "latents.safetensors")]
+    assert cli.main(run_there) == 0
+    assert cli.main(["bench", folder, "--no-cuda-graphs"]) == 2
+    assert "--no-cuda-graphs is given for the CPU" in capsys.readouterr().err
+
+
+# Buffers and captures
+
+
+def test_a_tensor_as_a_buffer():
+    buffer = TorchBuffer(torch.zeros(3, 2, dtype=torch.bfloat16))
+    buffer.entry(1).write(np.float32([5, 6.001]))
+    assert buffer.read().dtype == np.float32 and buffer.read().tolist() == [[0, 0], [5, 6], [0, 0]]
+    assert buffer.entry(1).address == buffer.address + 4 and buffer.nbytes == 12 and buffer.shape == (3, 2)
+    buffer.write(torch.ones(2, dtype=torch.float64))
+    buffer.entry(0).copy(TorchBuffer(torch.full((2,), 7.0, dtype=torch.bfloat16)))
+    assert buffer.read().tolist() == [[7, 7], [1, 1], [1, 1]]
+    buffer.read()[...] = 9
+    readonly = np.broadcast_to(np.float32(4), (3, 2))
+    buffer.write(readonly)
+    assert buffer.read().tolist() == [[4, 4]] * 3
+    buffer.clear()
+    assert not buffer.read().any()
+
+
+CONTRACT = Graph(
+    file="graphs.pt2",
+    inputs=(Tensor(name="x", dtype="float32", shape=(4,), role="latent"),),
+    outputs=(Tensor(name="y", dtype="float32", shape=(4,), role="noise_pred"),),
+    weights_bytes=0,
+)
+
+
+class FakeCuda:
+    """The parts of `torch.cuda` that capture: it notes what happens, and its graphs run what was captured."""
+
+    def __init__(self, fails=False):
+        self.events, self.fails = [], fails
+
+    def Stream(self):
+        stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: self.events.append("synchronize"))
+        return stream
+
+    def current_stream(self):
+        return None
+
+    def graph_pool_handle(self):
+        self.events.append("pool")
+        return (0, 1)
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.events.append("replay"))
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.events.append("warm")
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        assert pool == (0, 1) and capture_error_mode == "thread_local"
+        self.events.append("capture")
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        yield
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    def make(fails=False, **options):
+        fake, calls = FakeCuda(fails), []
+        for name in ("Stream", "current_stream", "graph_pool_handle", "CUDAGraph", "stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+
+        def double(x, y):
+            calls.append("call")
+            y.copy_(2 * x)
+
+        return fake, calls, TorchRunner({"full": double}, {"full": CONTRACT}, "cuda", **options)
+
+    return make
+
+
+def bound(runner, offset=0):
+    memory = torch.zeros(16)
+    return runner.bind("full", {"x": TorchBuffer(memory[offset : offset + 4])}, {"y": TorchBuffer(memory[8:12])})
+
+
+def test_a_bound_call_is_warmed_captured_and_replayed(captured):
+    fake, calls, runner = captured()
+    first, second = bound(runner), bound(runner)
+    assert fake.events == ["pool", *["warm", "synchronize", "capture"] * 2]  # one pool, a graph for each
+    assert calls == ["call"] * 6
+    first()
+    second()
+    assert fake.events[-2:] == ["replay", "replay"] and len(calls) == 6  # nothing but the launch
+    assert (runner.captures, runner.fallbacks) == (2, 0)
+
+
+def test_a_fallback_is_counted_where_it_is_asked_for(captured):
+    fake, calls, runner = captured(cuda_graphs=False)
+    call = bound(runner)
+    call()
+    call()
+    assert (runner.captures, runner.fallbacks, calls, fake.events) == (0, 2, ["call", "call"], [])
+
+
+def test_a_fallback_that_was_not_asked_for_is_an_error(captured):
+    _, _, runner = captured(fails=True)
+    with pytest.raises(StepError, match=r"graph `full` cannot be captured \(operation not .*capturing\), .*--no-cuda"):
+        bound(runner)
+
+
+def test_a_tensor_that_starts_between_is_refused(captured):
+    _, _, runner = captured()
+    with pytest.raises(StepError, match=r"tensor `x` of graph `full` starts at 4 bytes past a multiple of 16, expecte"):
+        bound(runner, offset=1)
+
+
+def test_a_call_that_fails_says_so():
+    def fail(x, y):
+        raise RuntimeError("shapes differ\nmore")
+
+    call = bound(TorchRunner({"full": fail}, {"full": CONTRACT}))
+    with pytest.raises(
+        StepError, match=r"graph `full` failed \(shapes differ\), expected it to run; check that the si"
+    ):
+        call()
+
+
+# On a GPU
+
+
+@pytest.fixture(scope="module")
+def on_gpu(drafts, tmp_path_factory):
+    """A bfloat16 package built and loaded on the GPU."""
+    draft = drafts("dit", "module", precision="bf16", engine="inductor", device="cuda", batch=2)
+    return load(write_bundle(draft, tmp_path_factory.mktemp("engines"), "gpu"), "cuda")
+
+
+@pytest.mark.parametrize(("plan", "order"), [("FFFF", 2), ("FFF...F..F.F..", 2), ("F.F....F", 1)])
+@pytest.mark.parametrize("dummy", [pytest.param(0, marks=needs_gpu)], ids=["cuda"])
+def test_parity_on_a_gpu(on_gpu, tiny, plan, order, dummy):
+    inputs = representable(tiny("dit").inputs(len(plan), batch=2), torch.bfloat16)
+    seen = run(on_gpu, inputs, plan, order)
+    reference = oracle.replay(tiny("dit").model, *inputs, plan, order)
+    assert_close(plan, seen, reference, allowed(tiny("dit").model, reference, plan, order, torch.bfloat16))
+    assert torch.equal(run(on_gpu, inputs, plan, order), seen)  # a second run is clean
+
+
+@pytest.mark.parametrize("dummy", [pytest.param(0, marks=needs_gpu)], ids=["cuda"])
+def test_a_step_on_a_gpu_allocates_nothing(on_gpu, tiny, dummy):
+    inputs = representable(tiny("dit").inputs(8, batch=2), torch.bfloat16)
+    slot = open_slot(on_gpu, inputs)
+    latents = inputs[0].to("cuda", torch.bfloat16)
+    expected = run(on_gpu, inputs, "FFF..F..", 2)
+    arrays = {name: value.numpy() for name, value in inputs[2].items()}
+    slot.start(arrays, slot.denoiser.plan("FFF..F.."), 2, inputs[1].float().numpy())
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    buffers = []
+    for latent in latents:
+        buffers.append(slot.advance(latent))
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert len({buffer.address for buffer in buffers}) == 1
+    assert torch.equal(torch.from_numpy(buffers[-1].read()), expected[-1])
+    assert on_gpu.runner.fallbacks == 0 and on_gpu.runner.captures >= 2
+
+
+def test_the_trial_of_the_gpu_bench_runs_through(tmp_path):
+    """Every contestant of `tools/bench_gpu.py` on tiny models, without compiling: the code that a GPU will run."""
+    import subprocess
+    import sys
+
+    tool = Path(__file__).resolve().parents[1] / "tools" / "bench_gpu.py"
+    trial = ["--device", "cpu", "--tiny", "--no-compile", "--steps", "8", "--order", "1", "--loops", "1"]
+    done = subprocess.run([sys.executable, str(tool), *trial, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout[-2000:]
+    record = json.loads(done.stdout.strip().splitlines()[-1])
+    for model in record["models"]:
+        results = model["results"]
+        assert not [label for label, result in results.items() if "failed" in result or "left_out" in result]
+        for granularity in ("residual", "module"):
+            ours = results[f"ours {granularity} order 1"]
+            assert ours["plan"] == "FFF....." and ours["fallbacks"] == 0
+            assert ours["efficiency"] == pytest.approx(ours["speedup"] / ours["ideal_speedup"])
+            assert 0 < max(ours["parity"]["FFF..F."]["over_bound_of_each_step"]) <= 1
+        assert results["eager"]["flops"] > 0

@@ -321,7 +321,7 @@ def ours(case: Case, granularity: str, order: int, shared: dict[str, Any], floor
         try:
             result["parity"] = parity(case, engine)
         except (RuntimeError, TimeoutError) as error:  # such as too little memory for the float32 model
-            result["failed"] = f"parity: {_first_line(error)}"
+            result["failed"] = f"parity: {_short(error)}"
     engine.close()
     return result
 
@@ -344,8 +344,9 @@ def parity(case: Case, engine: Ours) -> dict[str, Any]:
     return found
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+def _short(error: BaseException) -> str:
+    """An error in one line; torch's own begin with what failed and go on with why."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager
@@ -394,7 +395,7 @@ def bench(name: str, args: argparse.Namespace, machine: Machine, left: Callable[
             with limited(left() + GRACE):
                 results[label] = run()
         except Exception as error:  # a peer that does not run here must not cost the numbers of the others
-            results[label] = {"failed": _first_line(error)}
+            results[label] = {"failed": _short(error)}
         machine.free()
         print(f"{name}: {label} took {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     weights = sum(p.nbytes for p in case.model.parameters())

@@ -1,5 +1,6 @@
 """Checkpoints as they come: variants, single files, original layouts, and LoRAs added while the weights stream."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,10 +11,14 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from test_checkpoint import INDEX, WEIGHTS, assert_holds, edit_json, opened
 
+from taylorseer_export.build.export import describe
+from taylorseer_export.cli import main
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.graph.original import Converted
+from taylorseer_export.report.verify import checkpoint_of
+from taylorseer_export.runtime.denoiser import Denoiser
 
 FLUX = FAMILIES["flux"]
 WIDTH = 3072  # of FLUX; diffusers' converter has it as a constant
@@ -205,11 +210,96 @@ def reference_state(name, **config):
     return {n: tuple(value.shape) for n, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("text", ["time_text_embed.timestep_embedder.linear_1.weight", "x_embedder.bias"])
-def test_conversion_covers_the_model(text):
+def test_conversion_covers_flux():
     expected = reference_state("FluxTransformer2DModel", num_layers=2, num_single_layers=3, guidance_embeds=True)
     assert Converted("FluxTransformer2DModel", {}, flux_layout(2, 3)).shapes == expected
-    assert text in expected
+
+
+def hunyuan_layout():
+    """Names and shapes of HunyuanVideo as its authors publish it, with one block of each kind."""
+    shapes = {
+        "img_in.proj.weight": (WIDTH, 16, 1, 2, 2),
+        "img_in.proj.bias": (WIDTH,),
+        **linear("txt_in.input_embedder", WIDTH, 4096),
+        **linear("txt_in.t_embedder.mlp.0", WIDTH, 256),
+        **linear("txt_in.t_embedder.mlp.2", WIDTH, WIDTH),
+        **linear("txt_in.c_embedder.linear_1", WIDTH, 4096),
+        **linear("txt_in.c_embedder.linear_2", WIDTH, WIDTH),
+        **linear("vector_in.in_layer", WIDTH, 768),
+        **linear("vector_in.out_layer", WIDTH, WIDTH),
+        **linear("final_layer.linear", 64, WIDTH),
+        **linear("final_layer.adaLN_modulation.1", 2 * WIDTH, WIDTH),
+    }
+    for name in ("time_in", "guidance_in"):
+        shapes |= linear(f"{name}.mlp.0", WIDTH, 256) | linear(f"{name}.mlp.2", WIDTH, WIDTH)
+    refiner = "txt_in.individual_token_refiner.blocks.0"
+    shapes |= {f"{refiner}.{norm}.{part}": (WIDTH,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
+    shapes |= linear(f"{refiner}.self_attn_qkv", 3 * WIDTH, WIDTH) | linear(f"{refiner}.self_attn_proj", WIDTH, WIDTH)
+    shapes |= linear(f"{refiner}.mlp.fc1", 4 * WIDTH, WIDTH) | linear(f"{refiner}.mlp.fc2", WIDTH, 4 * WIDTH)
+    shapes |= linear(f"{refiner}.adaLN_modulation.1", 2 * WIDTH, WIDTH)
+    for name in ("double_blocks.0.img", "double_blocks.0.txt"):
+        shapes |= linear(f"{name}_mod.linear", 6 * WIDTH, WIDTH) | linear(f"{name}_attn_qkv", 3 * WIDTH, WIDTH)
+        shapes |= linear(f"{name}_attn_proj", WIDTH, WIDTH) | linear(f"{name}_mlp.fc1", 4 * WIDTH, WIDTH)
+        shapes |= linear(f"{name}_mlp.fc2", WIDTH, 4 * WIDTH)
+        shapes |= {f"{name}_attn_{side}_norm.weight": (128,) for side in "qk"}
+    shapes |= linear("single_blocks.0.linear1", 7 * WIDTH, WIDTH) | linear("single_blocks.0.linear2", WIDTH, 5 * WIDTH)
+    shapes |= linear("single_blocks.0.modulation.linear", 3 * WIDTH, WIDTH)
+    return shapes | {f"single_blocks.0.{side}_norm.weight": (128,) for side in "qk"}
+
+
+def test_conversion_covers_hunyuan_video():
+    blocks = {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}
+    expected = reference_state("HunyuanVideoTransformer3DModel", **blocks)
+    assert Converted("HunyuanVideoTransformer3DModel", {}, hunyuan_layout()).shapes == expected
+
+
+# Name in diffusers -> name as Wan's authors publish it; longer ones first.
+WAN_NAMES = {
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "attn1.to_out.0": "self_attn.o",
+    "attn2.to_out.0": "cross_attn.o",
+    "attn1.to_": "self_attn.",
+    "attn2.to_": "cross_attn.",
+    "attn1.": "self_attn.",
+    "attn2.": "cross_attn.",
+    "norm2": "norm3",
+    "proj_out": "head.head",
+}
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_wan_as_its_authors_publish_it(tiny, tmp_path, shards):
+    """Also in shards, with an index and a config.json that is not diffusers' own."""
+    tensors = {}
+    for name, value in tiny("wan").model.state_dict().items():
+        if name.endswith("scale_shift_table"):
+            name = name.replace("scale_shift_table", "modulation" if name.startswith("blocks") else "head.modulation")
+        for ours, theirs in WAN_NAMES.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = value
+    given = tmp_path / "wan.safetensors"
+    if shards:
+        given, half = tmp_path / "shards", len(tensors) // 2
+        given.mkdir()
+        (given / "config.json").write_text('{"_class_name": "WanModel"}')
+        parts = {"a.safetensors": list(tensors)[:half], "b.safetensors": list(tensors)[half:]}
+        for file, names in parts.items():
+            save_file({name: tensors[name] for name in names}, given / file)
+        index = {"weight_map": {name: file for file, names in parts.items() for name in names}}
+        (given / INDEX).write_text(json.dumps(index))
+    else:
+        save_file(tensors, given)
+    checkpoint = open_checkpoint(str(given), FAMILIES["wan"], config=str(tiny("wan").folder))
+    checkpoint.skeleton(torch.float32)
+    state = tiny("wan").model.state_dict()
+    assert checkpoint.shapes.keys() == state.keys()
+    assert [name for name, value in state.items() if not torch.equal(checkpoint.tensor(name), value)] == []
 
 
 def test_a_layout_that_no_converter_knows(original, folder, tmp_path):
@@ -368,6 +458,31 @@ def test_the_hash_covers_loras_and_their_scales(tiny, tmp_path):
     ]
     assert len(set(seen)) == len(seen)
     assert digest(a) == digest(f"{a}:1")
+
+
+def test_the_manifest_says_what_was_added(tiny, drafts, tmp_path):
+    """So that `verify` opens the same weights again, and a bundle says how it is rebuilt."""
+    save_file(pairs(tiny("dit").model), tmp_path / "lora.safetensors")
+    given = f"{tmp_path}/lora.safetensors:0.5"
+    checkpoint = open_checkpoint(str(tiny("dit").folder), FAMILIES["dit"], loras=[given])
+    draft = drafts("dit")
+    draft = dataclasses.replace(draft, checkpoint=dataclasses.replace(draft.checkpoint, loras=checkpoint.loras))
+    manifest = describe(draft, "added", draft.checkpoint.sha256())
+    assert manifest.model.loras == (given,)
+    assert f" --lora {given} " in manifest.command()
+    again = checkpoint_of(Denoiser(manifest, None))
+    weight = f"{MODULES[0]}.weight"
+    assert torch.equal(again.tensor(weight), checkpoint.tensor(weight))
+    manifest = manifest.model_copy(update={"model": manifest.model.model_copy(update={"loras": ()})})
+    with pytest.raises(CheckpointError, match=r"expected .*…, those the bundle was made from; pass the right --model"):
+        checkpoint_of(Denoiser(manifest, None))
+
+
+@pytest.mark.parametrize("options", [["--lora", "none.safetensors"], ["--variant", "fp16"], ["--config", "none"]])
+def test_bad_options_are_one_sentence(capsys, options):
+    assert main(["dit", *options, "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("taylorseer-export: --") and said.count("\n") == 1
 
 
 def without(lora, name):

@@ -209,8 +209,10 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     ranges, sizes = checkpoint.family.dimensions(checkpoint.config), _sizes(checkpoint, options)
     pieces = split(traced.trace, options.granularity, options.layout, options.order, options.state_type())
     default = checkpoint.family.latent_sizes(checkpoint.config, *checkpoint.latent_size)
+    default |= checkpoint.family.typical
+    if "text_tokens" in checkpoint.card:
+        default |= {"text_tokens": checkpoint.card["text_tokens"]}
     # Guidance by a batch of two halves doubles what a single picture needs.
-    default |= {"text_tokens": checkpoint.card.get("text_tokens", 512)}
     default |= {"batch": 2 if checkpoint.family.guidance == "batched" else 1}
     within = {name: min(max(default.get(name, low), low), high) for name, (low, high) in ranges.items()}
     typical = {name: sizes[name] or within[name] for name in ranges} | {"steps": options.steps}

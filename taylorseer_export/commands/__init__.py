@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from taylorseer_export.commands import bench, calibrate, evaluate, inspect, replay, run, verify
+from taylorseer_export.commands import bench, calibrate, evaluate, inspect, replay, run, taps, verify
 
 VERBS: dict[str, ModuleType] = {
     "run": run,
@@ -14,4 +14,5 @@ VERBS: dict[str, ModuleType] = {
     "verify": verify,
     "bench": bench,
     "inspect": inspect,
+    "taps": taps,
 }

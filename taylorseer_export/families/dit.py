@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input
+from taylorseer_export.families.family import Defaults, Family, Input, fixed
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -23,16 +22,6 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return {"batch": (1, 64)}
 
 
-def _latent_sizes(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
-    size = config["sample_size"]
-    if (height, width) != (size, size):
-        raise ConfigError(
-            f"latent size is {height}x{width}, expected {size}x{size} (latent pixels), the one size of this model's "
-            "position table; leave --size out or choose another model"
-        )
-    return {}
-
-
 DIT = Family(
     name="dit",
     title="DiT-XL/2 at 256 and 512 pixels",
@@ -43,7 +32,7 @@ DIT = Family(
     stack_output=("norm_out", "input"),
     inputs=_inputs,
     dimensions=_dimensions,
-    latent_sizes=_latent_sizes,
+    latent_sizes=fixed,
     defaults=Defaults(steps=50, interval=4, warmup=2, order=4),
     scheduler="DDIMScheduler",
     guidance="batched",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from taylorseer_export.errors import ConfigError
@@ -61,6 +61,17 @@ def patches(config: Mapping[str, Any], height: int, width: int) -> dict[str, int
     return {"rows": height // patch, "columns": width // patch}
 
 
+def fixed(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
+    """`latent_sizes` of a model that knows one picture size, that of its position table."""
+    size = config["sample_size"]
+    if (height, width) != (size, size):
+        raise ConfigError(
+            f"latent size is {height}x{width}, expected {size}x{size} (latent pixels), the one size of this model's "
+            "position table; leave --size out or choose another model"
+        )
+    return {}
+
+
 def call(model: Any, inputs: dict[str, Any]) -> Any:
     """noise_pred of a model whose `forward` takes the declared inputs as they are."""
     return model(**inputs, return_dict=False)[0]
@@ -108,6 +119,7 @@ class Family:
         latent_size: (height, width) of the latent, or (frames, height, width), at the model's usual resolution.
         latent_scale: Pixels per latent pixel along each side.
         time_scale: Frames per latent frame; the first latent frame is one frame.
+        typical: Dimension -> size that estimates are quoted at, where the size of the latent does not give it.
         timestep_divisor: What the scheduler's timestep is divided by before the transformer takes it, dimensionless.
         forward: `(model, inputs) -> noise_pred`: how the declared inputs become a call of the model, where they are
             not its arguments one by one. The trace and the eager reference of `verify` both call it this way.
@@ -132,6 +144,28 @@ class Family:
     latent_size: tuple[int, ...]
     latent_scale: int = 8
     time_scale: int = 4
+    typical: Mapping[str, int] = field(default_factory=lambda: {"text_tokens": 512})
     timestep_divisor: float = 1.0
     forward: Callable[[Any, dict[str, Any]], Any] = call
     patched: Callable[[Any], AbstractContextManager[object]] = as_it_is
+
+
+def unknown(model_class: str) -> Family:
+    """A family of which nothing is known but its class, to be filled in."""
+    return Family(
+        name="unknown",
+        title=model_class,
+        model_class=model_class,
+        reference="",
+        sites=(),
+        stack_input=("", ""),
+        stack_output=("", ""),
+        inputs=lambda config: (),
+        dimensions=lambda config: {},
+        latent_sizes=lambda config, *size: {},
+        defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
+        scheduler="",
+        guidance="none",
+        guidance_scale=1.0,
+        latent_size=(128, 128),
+    )

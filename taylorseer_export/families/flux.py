@@ -83,6 +83,7 @@ FLUX_KONTEXT = replace(
     reference="black-forest-labs/FLUX.1-Kontext-dev",
     inputs=_kontext_inputs,
     dimensions=_kontext_dimensions,
+    typical={"text_tokens": 512, "condition_tokens": 4096},
     forward=_kontext,
     defaults=Defaults(steps=50, interval=4, warmup=3, order=2),
     guidance_scale=2.5,

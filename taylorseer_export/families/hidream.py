@@ -100,5 +100,6 @@ HIDREAM = Family(
     guidance="batched",
     guidance_scale=5.0,
     latent_size=(128, 128),
+    typical={"text_tokens": 128},
     patched=_static,
 )

@@ -39,4 +39,5 @@ SD3 = Family(
     guidance="batched",
     guidance_scale=7.0,
     latent_size=(128, 128),
+    typical={"text_tokens": 333},
 )

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from taylorseer_export.errors import CheckpointError
-from taylorseer_export.families.family import Family
+from taylorseer_export.families.family import Family, unknown
 from taylorseer_export.graph.files import opened, read_json, shapes, tensor_files, tensor_names
 from taylorseer_export.graph.lora import Lora, open_lora
 from taylorseer_export.graph.original import Converted
@@ -236,6 +236,27 @@ def open_checkpoint(
         checkpoint = _open_named(reference, family, variant, config)
     known = checkpoint.shapes if loras else {}
     return replace(checkpoint, loras=tuple(open_lora(lora, family.model_class, known) for lora in loras))
+
+
+def open_config(reference: str) -> Checkpoint:
+    """A transformer of any class in diffusers by its config alone: it can be traced and described, not written.
+
+    Raises:
+        CheckpointError: There is no config.json, or its class is none of diffusers'.
+    """
+    import diffusers
+
+    folder = Path(reference).expanduser()
+    candidates = (folder / "transformer" / "config.json", folder / "config.json", folder)
+    path = next((file for file in candidates if file.is_file()), candidates[1])
+    entries = read_json(path)
+    name = str(entries.get("_class_name"))
+    if not hasattr(diffusers, name):
+        raise CheckpointError(
+            f"{path} is of class {name}, expected a transformer of diffusers {diffusers.__version__}; check the path"
+        )
+    config = {key: value for key, value in entries.items() if not key.startswith("_")}
+    return Checkpoint(reference, unknown(name), path.parent, config, {}, weightless=True)
 
 
 def _open_named(reference: str, family: Family, variant: str | None, config: str | None) -> Checkpoint:

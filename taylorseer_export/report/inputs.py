@@ -47,7 +47,9 @@ def random_trajectory(
     conditioning = {}
     for name, tensor in denoiser.constants.items():
         shape = resolve(tensor.shape, sizes)
-        if tensor.dtype == "int64":
+        if name == "img_shapes":  # frames, height and width in tokens
+            conditioning[name] = np.broadcast_to([1, *_sides(sizes["image_tokens"])], shape).astype(np.int64)
+        elif tensor.dtype == "int64":
             conditioning[name] = generator.integers(0, 2, shape)
         elif name.endswith("_mask"):
             conditioning[name] = np.ones(shape, np.float32)
@@ -65,7 +67,13 @@ def random_trajectory(
 def _positions(shape: tuple[int, ...]) -> np.ndarray:
     """(0, row, column) of each token of an image as square as the count allows: `[T, 3]`."""
     count = shape[0]
-    width = max(w for w in range(1, int(count**0.5) + 1) if count % w == 0)
+    _, width = _sides(count)
     ids = np.zeros(shape, np.float32)
     ids[:, 1], ids[:, 2] = np.divmod(np.arange(count), width)
     return ids
+
+
+def _sides(count: int) -> tuple[int, int]:
+    """(height, width) of a picture of `count` tokens, as square as the count allows."""
+    width = max(w for w in range(1, int(count**0.5) + 1) if count % w == 0)
+    return count // width, width

@@ -1,0 +1,122 @@
+"""Proposals of declarations: the known families are found again from their modules alone, and strangers are judged."""
+
+import json
+import re
+
+import pytest
+from conftest import MODELS
+
+from taylorseer_export import cli
+from taylorseer_export.errors import ExportError
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph import propose
+
+# Where a declaration says more than conventions do, or says it otherwise.
+DIFFERS = {
+    "flux": {"timestep"},  # in the precision of the model, as its pipeline passes it
+    "plain": {"timestep"},
+    "kontext": {"timestep", "image_latents", "image_ids"},  # two inputs of ours for one argument
+    "qwen-image": {"timestep", "img_shapes"},  # numbers, for which a tensor stands while tracing
+    "hidream": {"hidden_states", "pooled_embeds", "encoder_hidden_states_t5", "encoder_hidden_states_llama3"},
+    "hunyuan": {"encoder_attention_mask"},  # of another dtype
+    "hunyuan-channels": {"encoder_attention_mask"},
+    "hunyuan-replace": {"encoder_attention_mask"},
+    "wan-image": {"encoder_hidden_states"},  # of a fixed number of tokens
+}
+PIXART = {
+    "_class_name": "PixArtTransformer2DModel",
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 2,
+    "cross_attention_dim": 32,
+    "sample_size": 8,
+    "caption_channels": 24,
+    "use_additional_conditions": False,
+    "interpolation_scale": 1,
+}
+
+
+def matched(model, patterns):
+    return {name for name, _ in model.named_modules() if any(re.fullmatch(p, name) for p in patterns)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_known_families_are_found_again(name):
+    family, build, _ = MODELS[name]
+    model, declared = build(), FAMILIES[family]
+    found = propose.propose(model)
+    assert matched(model, found.sites) == matched(model, declared.sites)
+    assert (found.stack_input, found.stack_output) == (declared.stack_input, declared.stack_output)
+    one, other = ({spec.name: spec for spec in inputs} for inputs in (found.inputs, declared.inputs(model.config)))
+    assert {n for n in one.keys() | other.keys() if one.get(n) != other.get(n)} == DIFFERS.get(name, set())
+
+
+def test_what_is_left_out_is_said():
+    found = propose.propose(MODELS["hunyuan"][1]()).skipped
+    assert "blocks inside another part" in found["context_embedder.token_refiner.refiner_blocks"]
+    assert "no path to the output" in found["transformer_blocks.0.ff_context"]
+    assert "joined with the MLP in proj_out" in found["single_transformer_blocks.0.attn"]
+    assert "add it if you pass it" in propose.propose(MODELS["qwen-image"][1]()).skipped["argument img_shapes"]
+
+
+def taps(tmp_path, capsys, config, *options):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code = cli.main(["taps", str(tmp_path), *options])
+    return code, capsys.readouterr()
+
+
+def test_a_stranger_is_proposed_and_traced(tmp_path, capsys):
+    code, printed = taps(tmp_path, capsys, PIXART)
+    assert code == 0
+    assert "traced and split: 5 sites" in printed.out  # attention and MLP of two blocks, the ungated ones as one
+    assert "no attention, no MLP" in printed.out
+    assert 'stack_output=("norm_out", "input")' in printed.out
+
+
+def test_the_declaration_is_python(tmp_path, capsys):
+    """Pasted into a module with its imports, it is a family that says what was proposed."""
+    _, printed = taps(tmp_path, capsys, PIXART, "--no-trace")
+    assert "not checked: --no-trace" in printed.out
+    from taylorseer_export.families import family
+
+    space = dict(vars(family))
+    exec(printed.out, space)
+    made = space["PIXART"]
+    assert made.sites == tuple(rf"transformer_blocks\.\d+\.{m}" for m in ("attn1", "attn2", "ff"))
+    assert [spec.name for spec in made.inputs({})] == [
+        "hidden_states",
+        "encoder_hidden_states",
+        "timestep",
+        "encoder_attention_mask",
+    ]
+
+
+def test_an_incomplete_proposal_is_told(capsys):
+    """A site too few leaves an MLP in the forecast graph, and the check sees it."""
+    model = MODELS["sd3"][1]()
+    found = propose.propose(model)
+    assert propose.heavy(propose.check(model, found)) == []
+    fewer = propose.replace(found, sites=tuple(s for s in found.sites if not s.endswith("ff")))
+    assert "gelu" in propose.heavy(propose.check(model, fewer))
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"_class_name": "NoSuchModel"}, "is of class NoSuchModel, expected a transformer of diffusers"),
+        ({"_class_name": "AutoencoderTiny"}, "has no list of blocks with an attention, expected a diffusion transf"),
+    ],
+)
+def test_no_transformer(tmp_path, capsys, config, sentence):
+    code, printed = taps(tmp_path, capsys, config)
+    assert code == 2
+    assert sentence in printed.err
+
+
+def test_a_folder_without_a_config(tmp_path, capsys):
+    assert cli.main(["taps", str(tmp_path / "nothing")]) == 2
+    assert "config.json is not readable JSON" in capsys.readouterr().err
+    with pytest.raises(ExportError, match=r"declare it by hand, see families/README\.md"):
+        propose.propose(propose.nn.Linear(2, 2))

@@ -79,7 +79,7 @@ def test_aliases_that_users_know(tmp_path, capsys):
         (["flux", "--size", "30x30", "--latent-size", "4x4"], "expected one of them"),
         (["flux", "--size", "5x32x32"], "--size is 5x32x32, expected HxW for family flux"),
         (["flux", "--size", "33x32"], "expected a multiple of 2"),
-        (["flux", "--size", "34x32"], "expected an even number"),
+        (["flux", "--size", "34x32"], "expected a multiple of 2"),
         (["dit", "--size", "32x32"], "expected 16x16"),
         (["flux", "--batch", "99"], "expected 1 to 16"),
         (["flux", "--engine", "tensorflow"], "use --engine onnxruntime"),

@@ -29,7 +29,7 @@ Guard = Literal["cg", "fbcache", "teacache"]
 class Evidence(Part):
     """How far the latents of a way to sample are from those of all-full, over the samples named by the field."""
 
-    fitted: float = Field(description="PSNR of the latents of the samples that were fitted to, in dB.")
+    fitted: float = Field(description="Mean PSNR of the latents of the samples that were fitted to, in dB.")
     held_out: float = Field(description="The same of the samples that took no part in the fit, in dB.")
 
 

@@ -31,27 +31,15 @@ from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request, sample
 from taylorseer_export.runtime.slot import Slot
 
+_LEAST = 1e-20  # mean square over peak square that still counts as a difference: 200 dB
 _KEPT = 0.5  # share of the gain over the regular plan, in dB, that must remain on held-out samples
 
 Weights = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
-class Distance:
-    """How far latents are from those of all-full: the mean square of the difference and their range, over samples."""
-
-    square: float
-    span: float
-
-    @property
-    def psnr(self) -> float:
-        """In dB, with the range of the all-full latents as the peak; infinite where nothing differs."""
-        return float("inf") if self.square == 0 else float(10 * np.log10(self.span**2 / self.square))
-
-
-@dataclass(frozen=True)
 class Way:
-    """One way to sample and how near it comes to all-full, on fitted and on held-out samples, in dB."""
+    """One way to sample and how near it comes to all-full on fitted and on held-out samples: mean PSNR, in dB."""
 
     plan: Plan
     order: int
@@ -185,23 +173,22 @@ class Calibrator:
         return tuple(weights)
 
     def _way(self, plan: Plan, order: int, weights: Weights | None) -> Way:
-        fitted, held_out = (self._distance(group, plan, order, weights).psnr for group in (self.fitted, self.held_out))
+        fitted, held_out = (self._psnr(group, plan, order, weights) for group in (self.fitted, self.held_out))
         return Way(plan, order, weights, fitted, held_out)
 
-    def _distance(
-        self, trajectories: Sequence[Trajectory], plan: Plan, order: int, weights: Weights | None
-    ) -> Distance:
-        square, count, low, high = 0.0, 0, np.inf, -np.inf
+    def _psnr(self, trajectories: Sequence[Trajectory], plan: Plan, order: int, weights: Weights | None) -> float:
+        """PSNR of the latents against all-full, with their range as the peak: the mean over samples, in dB."""
+        found: list[float] = []
         for trajectory in trajectories:
+            slot = self._slot(trajectory.request)
             result = sample(
-                self.denoiser, trajectory.request, plan, order, slot=self._slot(trajectory.request), weights=weights,
+                self.denoiser, trajectory.request, plan, order, slot=slot, weights=weights,
                 on_step=lambda step: self._on_step(),
             )  # fmt: skip
-            exact = trajectory.latents[-1]
-            square += float(((result.latents.astype(np.float64) - exact) ** 2).sum())
-            count += exact.size
-            low, high = min(low, float(exact.min())), max(high, float(exact.max()))
-        return Distance(square / count, high - low)
+            exact = trajectory.latents[-1].astype(np.float64)
+            squares = np.square(result.latents - exact).reshape(len(exact), -1).mean(1) / np.ptp(exact) ** 2
+            found += list(-10 * np.log10(np.maximum(squares, _LEAST)))
+        return float(np.mean(found)) if found else float("nan")
 
     def _slot(self, request: Request) -> Slot:
         """One slot for all groups of one size."""

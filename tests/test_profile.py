@@ -8,6 +8,7 @@ from taylorseer_export.bundle.profile import Evidence, Profile, profile_names, r
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.errors import BundleError, ConfigError
 from taylorseer_export.method import Plan, forecast_weights
+from taylorseer_export.runtime.denoiser import Denoiser
 
 PLAN = "FF..F..."
 SAME = Evidence(fitted=40.0, held_out=40.0)
@@ -148,3 +149,33 @@ def test_weights_of_another_plan_are_refused(onnx, tiny):
     slot = open_slot(onnx("dit"), inputs)
     with pytest.raises(ConfigError, match="expected 2, one for each snapshot"):
         slot.start(as_arrays(conditioning), Plan("FF.."), 2, timestep.float().numpy(), weights=((), (), (1.0,), (1.0,)))
+
+
+def test_the_drop_in_runs_a_profile(bundle, onnx, tiny):
+    """Its calls equal a slot's with the profile's weights; a plan beside it, and a loop too long, are refused."""
+    reuse = tuple((0.0,) * (len(w) - 1) + (1.0,) if w else () for w in weights_of(Plan(PLAN), 1))
+    write_profile(bundle, made(bundle.manifest, weights=reuse))
+    denoiser = Denoiser(bundle.manifest, onnx("dit").runner, bundle)
+    latents, timestep, conditioning = inputs = tiny("dit").inputs(len(PLAN), batch=2)
+    slot = open_slot(denoiser, inputs)
+    slot.start(as_arrays(conditioning), Plan(PLAN), 1, timestep.float().numpy(), weights=reuse)
+    expected = np.stack([slot.step(x.numpy()) for x in latents])
+    transformer = denoiser.as_transformer(profile="fast")
+    seen = [
+        transformer(hidden_states=x, timestep=t.expand(2), **conditioning, return_dict=False)[0].numpy()
+        for x, t in zip(latents, timestep, strict=True)
+    ]
+    np.testing.assert_array_equal(np.stack(seen), expected)
+    assert list(transformer.executed.values()) == [PLAN]
+    with transformer.request(timesteps=timestep.float().numpy()):
+        seen = [
+            transformer(hidden_states=x, timestep=t.expand(2), **conditioning, return_dict=False)[0].numpy()
+            for x, t in zip(latents, timestep, strict=True)
+        ]
+    np.testing.assert_array_equal(np.stack(seen), expected)
+    with pytest.raises(ConfigError, match="8 steps long, expected 5"):
+        transformer.begin(steps=5)
+    with pytest.raises(ConfigError, match="profile is given beside plan"):
+        denoiser.as_transformer(profile="fast", plan="FF..")
+    with pytest.raises(ConfigError, match="8 steps long, expected 20"):
+        denoiser.as_transformer(profile="fast", steps=20)

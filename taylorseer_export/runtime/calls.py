@@ -13,7 +13,7 @@ A pipeline calls once for every step and branch, and says neither where a loop b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -85,6 +85,7 @@ class Request:
         declared: Begun by the user, so that no call is taken for the first of another request.
         renewed: Opened only because the conditioning was new tensors, of equal values.
         timesteps: Of all steps, where they are known ahead.
+        weights: Of each step of a calibrated plan; the forecasts' own if None.
         over: No further call belongs to it.
         step: The step under way, -1 before the first.
         ran: Branches that ran in it.
@@ -97,6 +98,7 @@ class Request:
     declared: bool = False
     renewed: bool = False
     timesteps: np.ndarray | None = None
+    weights: Sequence[Sequence[float]] | None = None
     over: bool = False
     step: int = -1
     ran: set[str] = field(default_factory=set)

@@ -37,6 +37,7 @@ class DropIn(torch.nn.Module):
         steps: The same for the regular plan; left out, a loop may be of any length.
         interval, warmup: Of the regular plan; the bundle's defaults if left out. Unit: steps.
         order: Order of the forecasts, dimensionless; the bundle's default if left out.
+        profile: Name of a calibrated plan of the bundle, in the place of plan, interval, warmup and order.
 
     Attributes:
         config: The model's config, its entries also as attributes.
@@ -53,8 +54,13 @@ class DropIn(torch.nn.Module):
         interval: int | None = None,
         warmup: int | None = None,
         order: int | None = None,
+        profile: str | None = None,
     ) -> None:
         super().__init__()
+        if profile is not None and any(value is not None for value in (plan, interval, warmup, order)):
+            raise ConfigError(
+                "profile is given beside plan, interval, warmup or order, expected it alone; leave them out"
+            )
         if plan is not None and (interval is not None or warmup is not None):
             raise ConfigError("plan is given beside interval or warmup, expected one or the other; leave one out")
         default = denoiser.manifest.plan
@@ -66,7 +72,11 @@ class DropIn(torch.nn.Module):
         self._interval = default.interval if interval is None else interval
         self._warmup = default.warmup if warmup is None else warmup
         self._regular()  # refuses a bad interval or warmup now
+        self._weights: Sequence[Sequence[float]] | None = None
         self._plan = None if plan is None and steps is None else self._resolved(plan, steps)
+        if profile is not None:
+            found = denoiser.profile(profile, steps)
+            self._plan, self._order, self._weights = found.steps(), found.order, found.weights
         model = denoiser.manifest.model
         self.config = _Config(model.config)
         for name, value in attributes_of(model.class_name, model.config).items():
@@ -192,8 +202,12 @@ class DropIn(torch.nn.Module):
                 raise ConfigError(f"steps is {steps}, expected {len(timesteps)}, one per timestep; leave steps out")
             steps = len(timesteps)
         fixed = self._plan if plan is None and steps is None else self._resolved(plan, steps)
+        # Weights belong to the plan and order that they were calibrated for.
+        weights = self._weights if fixed is self._plan and order is None else None
         order = self._order if order is None else order
-        self._request = Request(fixed or self._regular(), fixed is not None, order, declared=True, timesteps=timesteps)
+        self._request = Request(
+            fixed or self._regular(), fixed is not None, order, declared=True, timesteps=timesteps, weights=weights
+        )
 
     @contextmanager
     def request(self, **options: Any) -> Iterator[DropIn]:
@@ -261,7 +275,8 @@ class DropIn(torch.nn.Module):
         running = self._request
         if running is None or not running.continues(call):
             renewed = running is not None and running.renews(call)
-            running = Request(self._plan or self._regular(), self._plan is not None, self._order, renewed=renewed)
+            plan, fixed = self._plan or self._regular(), self._plan is not None
+            running = Request(plan, fixed, self._order, renewed=renewed, weights=self._weights)
             self._request = running
         return running
 
@@ -275,8 +290,13 @@ class DropIn(torch.nn.Module):
             sizes = self.denoiser.sizes(shape, conditioning)
             slot = self._slot(name, sizes, shape)
             timesteps = None if request.timesteps is None else request.timesteps[request.step :]
+            if request.weights is not None and request.step > 0:
+                raise StepError(
+                    f"branch `{name}` begins at step {request.step} of a calibrated plan, expected step 0, since its "
+                    "weights are for the snapshots of all full steps; use the drop-in without a profile"
+                )
             before = "" if branch is None else branch.before + branch.slot.executed
-            slot.start(conditioning, request.plan_from(request.step), request.order, timesteps)
+            slot.start(conditioning, request.plan_from(request.step), request.order, timesteps, weights=request.weights)
             branch = request.branches[name] = Branch(slot, call.conditioning, request.step, request.step, before)
         elif len(request.plan) > branch.begun + len(branch.slot.plan or ()):
             branch.slot.extend(request.plan_from(branch.begun))
@@ -299,6 +319,9 @@ class DropIn(torch.nn.Module):
         return Plan.regular(default.steps if steps is None else steps, self._interval, self._warmup, default.dialect)
 
     def _resolved(self, plan: str | None, steps: int | None) -> Plan:
+        if plan is None and steps is not None and self._weights is not None and self._plan is not None:
+            self._plan.check_length(steps)
+            return self._plan
         return self._regular(steps) if plan is None else self.denoiser.plan(plan, steps)
 
     def _lengthen(self, request: Request) -> None:

@@ -142,7 +142,14 @@ _ONE_GPU = (
 )
 
 ENGINES: Mapping[str, Kind] = {
-    "onnxruntime": Kind("taylorseer_export.build.onnxruntime"),
+    "onnxruntime": Kind(
+        "taylorseer_export.build.onnxruntime",
+        (
+            Option(
+                "provider", "what runs it on a GPU: cuda or tensorrt (default: cuda)", one_of("cuda", "tensorrt"), "P"
+            ),
+        ),
+    ),
     "inductor": Kind(
         "taylorseer_export.build.inductor",
         (Option("max-autotune", "try every kernel torch knows for each operation; many times slower to build", None),),

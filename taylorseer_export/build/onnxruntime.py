@@ -15,8 +15,13 @@ def check(options: Options) -> None:
     """Its CPU kernels have matrix products of float32 alone; on a GPU every precision runs.
 
     Raises:
-        ConfigError: The precision needs a GPU, and the bundle is not made for one.
+        ConfigError: The precision or the provider needs a GPU, and the bundle is not made for one.
     """
+    if options.device == "cpu" and "provider" in options.engine_options:
+        raise ConfigError(
+            f"--provider is {options.engine_options['provider']} with --device cpu, expected it with --device cuda; "
+            "leave one out"
+        )
     if options.precision != "fp32" and options.device != "cuda":
         raise ConfigError(
             f"--precision is {options.precision}, expected fp32 for --engine onnxruntime, whose CPU kernels have no "

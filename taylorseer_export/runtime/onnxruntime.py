@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Graph
+from taylorseer_export.bundle.manifest import Dimension, Graph
+from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.errors import BundleError, StepError
 from taylorseer_export.runtime.engines import check_version
 from taylorseer_export.runtime.runner import Buffer, Call, check_binding, host_dtype
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # On the CPU this fusion puts the last residual add and the final norm into one kernel that is slower than both.
 _SLOW_FUSIONS = ["SkipLayerNormFusion"]
 _ONNX_BFLOAT16 = 16
@@ -31,7 +33,8 @@ def open_runner(bundle: Bundle, device: str, threads: int, cuda_graphs: bool = T
     check_version(bundle, "onnxruntime", _library().__version__, parts=2)
     graphs: dict[str, Graph] = dict(bundle.manifest.graphs.items())
     files = {name: bundle.path(graph.file) for name, graph in graphs.items()}
-    return OnnxRuntimeRunner(files, graphs, device, threads)
+    provider = bundle.manifest.engine.options.get("provider", device) if device == "cuda" else device
+    return OnnxRuntimeRunner(files, graphs, device, threads, provider, cuda_graphs, bundle.manifest.dimensions)
 
 
 def _library() -> Any:
@@ -53,22 +56,37 @@ class OnnxRuntimeRunner:
         graphs: Graph name -> contract.
         device: `cpu` or `cuda`.
         threads: Threads of each graph on the CPU; 0 leaves it to ONNX Runtime.
+        provider: `cpu`, `cuda` or `tensorrt`; the device if left out.
+        cuda_graphs: Whether the CUDA provider captures each bound call. The TensorRT provider has one CUDA graph for a
+            session, which would replay the first call for all, so it has none here and its calls count as fallbacks.
+        dimensions: Ranges of the sizes, which the TensorRT provider builds for.
 
     Raises:
         BundleError: onnxruntime is not installed, has no such device, or refuses a file.
     """
 
     def __init__(
-        self, files: Mapping[str, Path], graphs: Mapping[str, Graph], device: str = "cpu", threads: int = 0
+        self,
+        files: Mapping[str, Path],
+        graphs: Mapping[str, Graph],
+        device: str = "cpu",
+        threads: int = 0,
+        provider: str | None = None,
+        cuda_graphs: bool = True,
+        dimensions: Mapping[str, Dimension] | None = None,
     ) -> None:
         onnxruntime = _library()
         self.graphs, self.device, self.fallbacks = graphs, device, 0
-        provider = _PROVIDERS.get(device, device)
-        if provider not in onnxruntime.get_available_providers():
+        kind = provider or device
+        first = _PROVIDERS.get(kind, kind)
+        if first not in onnxruntime.get_available_providers():
             raise BundleError(
                 f"device is `{device}`, expected one that this onnxruntime has "
-                f"({', '.join(onnxruntime.get_available_providers())}); install onnxruntime-gpu or use --device cpu"
+                f"({', '.join(onnxruntime.get_available_providers())}, not {first}); install onnxruntime-gpu in its "
+                "place, or use --device cpu"
             )
+        # Every bound call has a number, under which the provider keeps its CUDA graph.
+        self._numbers = itertools.count(1) if kind == "cuda" and cuda_graphs else None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -77,9 +95,14 @@ class OnnxRuntimeRunner:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._sessions: dict[str, Any] = {}
         for name, path in files.items():
+            providers: list[Any] = [first]
+            if kind == "tensorrt":
+                providers = [(first, _profile(graphs[name], dimensions or {})), _PROVIDERS["cuda"]]
+            elif self._numbers is not None:
+                providers = [(first, {"enable_cuda_graph": "1"})]
             try:
                 self._sessions[name] = onnxruntime.InferenceSession(
-                    path, options, providers=[provider], disabled_optimizers=_SLOW_FUSIONS
+                    path, options, providers=providers, disabled_optimizers=_SLOW_FUSIONS
                 )
             except Exception as error:
                 raise BundleError(
@@ -87,6 +110,12 @@ class OnnxRuntimeRunner:
                     "load; rebuild the bundle with this version"
                 ) from error
             _check_contract(path, graphs[name], self._sessions[name])
+            if self._sessions[name].get_providers()[0] != first:
+                raise BundleError(
+                    f"{first} does not start on this machine, expected it for {path} (onnxruntime fell back to "
+                    f"{', '.join(self._sessions[name].get_providers())}); install the CUDA libraries that it names on "
+                    "standard error, or use --device cpu"
+                )
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         if self.device == "cpu":
@@ -104,17 +133,25 @@ class OnnxRuntimeRunner:
             b = outputs[tensor.name]
             binding.bind_output(tensor.name, self.device, 0, _element_type(tensor.dtype), b.shape, b.address)
         keep = (*inputs.values(), *outputs.values())  # the binding holds addresses; the call holds the memory
+        options = None
+        if self._numbers is not None:
+            options = _library().RunOptions()
+            options.add_run_config_entry("gpu_graph_id", str(next(self._numbers)))
+        falls_back = int(options is None and self.device != "cpu")
 
         def call() -> None:
             assert keep
+            self.fallbacks += falls_back
             try:
-                session.run_with_iobinding(binding)
+                session.run_with_iobinding(binding, options)
             except Exception as error:
                 raise StepError(
                     f"graph `{graph}` failed ({str(error).strip().splitlines()[0]}), expected it to run; "
                     "check that the sizes lie in the bundle's ranges"
                 ) from error
 
+        if options is not None:
+            call()  # captures: the first step finds everything warm
         return call
 
     def close(self) -> None:
@@ -132,6 +169,17 @@ def _check_contract(path: Path, graph: Graph, session: Any) -> None:
             raise BundleError(
                 f"{kind} of {path} are {seen}, expected {expected} as in the manifest; export the bundle again"
             )
+
+
+def _profile(graph: Graph, dimensions: Mapping[str, Dimension]) -> dict[str, str]:
+    """The TensorRT provider's own words for the smallest, typical and largest shapes of a graph's inputs."""
+    sizes = [{name: getattr(d, end) for name, d in dimensions.items()} for end in ("minimum", "typical", "maximum")]
+    return {
+        f"trt_profile_{word}_shapes": ",".join(
+            f"{t.name}:{'x'.join(map(str, resolve(t.shape, chosen)))}" for t in graph.inputs
+        )
+        for word, chosen in zip(("min", "opt", "max"), sizes, strict=True)
+    }
 
 
 def _element_type(dtype: str) -> Any:

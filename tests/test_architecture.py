@@ -49,6 +49,7 @@ HEAVY: dict[str, frozenset[str]] = {
     "onnx_ir": frozenset({"build/onnx.py"}),
     "onnxscript": frozenset({"build/onnx.py"}),
     "onnxruntime": frozenset({"runtime/onnxruntime.py"}),
+    "polygraphy": frozenset({"build/polygraphy.py", "report/polygraphy.py"}),
     "tensorrt": frozenset({"bundle/tensorrt.py"}),
     "tensorrt_rtx": frozenset({"bundle/tensorrt.py"}),
     "torch_tensorrt": frozenset({"build/torch_tensorrt.py"}),
@@ -58,7 +59,7 @@ HEAVY: dict[str, frozenset[str]] = {
 }
 
 # Where torch may be imported at the top of a file; on the run side it is imported inside the function that needs it.
-TORCH_AT_THE_TOP = frozenset({"graph", "build", "report/verify.py", "runtime/dropin.py"})
+TORCH_AT_THE_TOP = frozenset({"graph", "build", "report/verify.py", "report/polygraphy.py", "runtime/dropin.py"})
 
 FORBIDDEN_NAMES = frozenset({"utils", "util", "helpers", "helper", "common", "misc", "registry"})
 LONGEST = 400  # lines of one module

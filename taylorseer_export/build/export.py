@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from taylorseer_export.build.engines import Progress, builder, check_engine
+from taylorseer_export.build.polygraphy import check_sizes, write_examples
 from taylorseer_export.build.weights import WEIGHTS, Stored, write_weights
 from taylorseer_export.bundle.manifest import (
     MANIFEST,
@@ -58,6 +59,7 @@ class Options:
         state_dtype: The same for the Taylor buffers; None takes the precision. Arithmetic on them is float32.
         latent_size: (height, width) or (frames, height, width) of the latent; None accepts the family's range.
         batch: Samples per call of the transformer; None accepts the family's range.
+        polygraphy: Whether the bundle gets example inputs and profiles for Polygraphy's command line.
     """
 
     order: int
@@ -74,6 +76,7 @@ class Options:
     state_dtype: str | None = None
     latent_size: tuple[int, ...] | None = None
     batch: int | None = None
+    polygraphy: bool = False
 
     def state_type(self) -> torch.dtype:
         """dtype of the Taylor buffers."""
@@ -253,17 +256,22 @@ def write_bundle(plan: Draft, out: Path, name: str, progress: Progress | None = 
         progress: Called with (stage, done, total); bytes for weights, graphs for graphs.
 
     Raises:
-        ConfigError: `out` cannot hold a bundle.
+        ConfigError: `out` cannot hold a bundle, or example inputs would be too large.
         BuildError: A graph has no form in this engine.
         BundleError: The disk is full.
     """
     checkpoint = plan.checkpoint
     target = out / f"{checkpoint.family.name}-{name}"
+    graphs = {cut.name: plan.contract(cut) for cut in plan.split.graphs}
+    if plan.options.polygraphy:
+        check_sizes(graphs, plan.dimensions())
     with writing(target, plan.weights_bytes() + (32 << 20)) as folder:
         builder(plan.options.engine).build(plan, folder, progress or (lambda *_: None))
         text = checkpoint.root / "text"
         if checkpoint.embedded and text.is_dir():
             shutil.copytree(text, folder / "text")
+        if plan.options.polygraphy:
+            write_examples(folder, graphs, plan.dimensions())
         manifest = describe(plan, name, checkpoint.sha256(), hash_files(folder))
         (folder / MANIFEST).write_bytes(manifest.to_json())
     return target

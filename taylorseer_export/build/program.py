@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ def exported_program(
     inputs = example_inputs(tensors, sizes, device)
     try:
         with torch.no_grad(), quiet():
-            program = torch.export.export(module or cut.module, inputs, dynamic_shapes=dynamic, strict=False)
+            source = _sharing_sizes(module or cut.module, tensors)
+            program = torch.export.export(source, inputs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         raise BuildError(
             f"graph `{cut.name}` does not re-export, expected a static graph; "
@@ -54,6 +56,27 @@ def exported_program(
             "it, and export with --precision fp32 until it is mended"
         )
     return program
+
+
+def _sharing_sizes(module: fx.GraphModule, contract: tuple[Tensor, ...]) -> fx.GraphModule:
+    """The module with the sizes of one name compared before anything else.
+
+    Every input brings symbols of its own. Found equal only on the way, they leave shapes behind that mix both and that
+    no engine can read.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    nodes = [n for n in graph.nodes if n.op == "placeholder"]
+    known: dict[str, fx.Node] = {}
+    with graph.inserting_before(nodes[-1].next):
+        for node, tensor in zip(nodes, contract, strict=True):
+            for k, entry in enumerate(tensor.shape):
+                if isinstance(entry, str) and entry.isidentifier():
+                    size = graph.call_function(torch.ops.aten.sym_size.int, (node, k))
+                    if entry in known:
+                        graph.call_function(torch._check, (graph.call_function(operator.eq, (known[entry], size)),))
+                    known.setdefault(entry, size)
+    return fx.GraphModule(module, graph)
 
 
 def example_inputs(

@@ -118,6 +118,9 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     engine.add_argument(
         "--out", type=Path, default=Path("engines"), help="folder that gets <family>-<name>/ (default: %(default)s/)"
     )
+    engine.add_argument(
+        "--polygraphy", action="store_true", help="add example inputs and profiles for Polygraphy's command line"
+    )
     engine.add_argument("--dry-run", action="store_true", help="print the card and the memory table, write nothing")
     add_options(parser)
 
@@ -125,6 +128,8 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
 def run(family: Family, given: argparse.Namespace) -> int:
     """Trace, split, build, write."""
     need("export", "torch", "diffusers", "accelerate")
+    if given.polygraphy:
+        need("polygraphy", "polygraphy")
     from taylorseer_export.build import export
     from taylorseer_export.graph.checkpoint import open_checkpoint
     from taylorseer_export.report import planner
@@ -151,6 +156,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
         state_dtype=given.state_dtype,
         latent_size=_latent_size(given, family, checkpoint.latent_scale),
         batch=given.batch,
+        polygraphy=given.polygraphy,
     )
     export.check_options(options)
     if given.slots > 1 and not (given.memory_budget or given.dry_run):

@@ -17,15 +17,28 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=whole(1, 1000), default=16, help="denoising steps to compare (default: %(default)s)"
     )
+    parser.add_argument(
+        "--polygraphy", action="store_true", help="compare each graph by itself with Polygraphy's Comparator, before"
+    )
 
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
     need("export", "torch", "diffusers")
+    if given.polygraphy:
+        need("polygraphy", "polygraphy", "onnxruntime")
     from taylorseer_export.report import inputs, verify
 
     denoiser = open_denoiser(given)
     checkpoint = verify.checkpoint_of(denoiser, given.model)
+    if given.polygraphy:
+        from taylorseer_export.report.polygraphy import compare_graphs
+
+        compare_graphs(
+            denoiser,
+            checkpoint,
+            lambda graph, seen, bound: print(f"{graph:<9} differs by {seen:.1e}, {seen / bound:.2f} of its bound"),
+        )
     data = inputs.random_trajectory(denoiser, given.steps)
     total = len(verify.plans(denoiser, given.steps))
     done = 0

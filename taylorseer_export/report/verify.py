@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.errors import CheckpointError, ParityError
 from taylorseer_export.families import family_named
 from taylorseer_export.graph.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
@@ -89,9 +90,7 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, plan: Plan, 
     sizes = denoiser.sizes(data.latents.shape[1:], data.conditioning)
     slot = denoiser.slot(sizes)
     slot.start(data.conditioning, plan, order, data.timesteps)
-    depth, length = max(len(_module_sites(model, manifest.family)), 1), _longest_contraction(model)
-    roundoff = _ROUNDOFF[manifest.state.dtype]
-    unit = math.sqrt(depth) * (math.sqrt(32) * roundoff + math.sqrt(length) * _ROUNDOFF["float32"])
+    unit = roundoff_of(model, manifest)
     seen, bounds = [], []
     with _Reference(model, denoiser, plan, order).hooked() as reference:
         for step, (latent, timestep) in enumerate(zip(data.latents, data.timesteps, strict=True)):
@@ -101,6 +100,13 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, plan: Plan, 
             seen.append(float(np.abs(found.astype(np.float64) - expected).max()))
             bounds.append(unit * amplified * float(np.abs(expected).max()))
     return Parity(str(plan), order, tuple(seen), tuple(bounds))
+
+
+def roundoff_of(model: nn.Module, manifest: Manifest) -> float:
+    """Share of its largest value by which an output may be off: `compare`'s bound without gain and scale."""
+    depth, length = max(len(_module_sites(model, manifest.family)), 1), _longest_contraction(model)
+    roundoff = _ROUNDOFF[manifest.state.dtype]
+    return math.sqrt(depth) * (math.sqrt(32) * roundoff + math.sqrt(length) * _ROUNDOFF["float32"])
 
 
 def verify(denoiser: Denoiser, checkpoint: Checkpoint, data: Trajectory, on_plan: Callable[[Parity], object]) -> None:

@@ -39,7 +39,7 @@ def compare_graphs(denoiser: Denoiser, checkpoint: Checkpoint, on_graph: Callabl
         ParityError: Names the graph, the output, and what was seen.
     """
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
-    from polygraphy.comparator import Comparator, CompareFunc
+    from polygraphy.comparator import Comparator, SimpleCompareFunc
     from polygraphy.logger import G_LOGGER
 
     manifest = denoiser.manifest
@@ -57,7 +57,7 @@ def compare_graphs(denoiser: Denoiser, checkpoint: Checkpoint, on_graph: Callabl
             results = Comparator.run(runners, data_loader=[example_inputs(graph, manifest.dimensions)])
             scale = {output: float(np.abs(value).max()) for output, value in results["eager"][0].items()}
             allowed = {output: bound * size for output, size in scale.items()}
-            compare = CompareFunc.simple(atol=allowed, rtol=0, check_error_stat="max")
+            compare = SimpleCompareFunc(atol=allowed, rtol=0, check_error_stat="max")
             (verdict,) = Comparator.compare_accuracy(results, compare_func=compare)
         worst = 0.0
         for pair, (outputs,) in verdict.items():

@@ -1,0 +1,48 @@
+"""The cards of the published models: none is stale, and staleness is noticed."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cards  # noqa: E402
+
+
+@pytest.mark.parametrize("name", cards.MODELS)
+def test_no_card_is_stale(name):
+    assert not cards.stale(name), f"graphs/{name}.md is stale; run python tools/cards.py --model {name}"
+
+
+def test_every_card_has_a_model_and_every_model_a_card():
+    assert {path.stem for path in (ROOT / "graphs").glob("*.md")} - {"README"} == cards.MODELS.keys()
+    assert {path.stem for path in (ROOT / "graphs" / "configs").glob("*.json")} == cards.MODELS.keys()
+
+
+def test_a_card_is_generated_from_its_config_alone(monkeypatch):
+    """Another width, another number of layers, another rule of the trace: each makes another digest."""
+    name = "dit-xl-2-256"
+    entries = cards.config(name)
+    first = cards.digest(name)
+    monkeypatch.setattr(cards, "config", lambda _: entries | {"num_layers": 30})
+    deeper = cards.digest(name)
+    monkeypatch.setattr(cards, "config", lambda _: entries | {"num_attention_heads": 12})
+    narrower = cards.digest(name)
+    assert len({first, deeper, narrower}) == 3
+    monkeypatch.undo()
+    monkeypatch.setattr(cards, "PRODUCTS", ())
+    assert cards.digest(name) != first
+
+
+def test_a_card_says_what_the_graphs_say():
+    """The card of DiT-XL/2 at two layers, against numbers worked out by hand."""
+    entries = cards.config("dit-xl-2-256") | {"num_layers": 2}
+    text = cards.text("dit-xl-2-256", entries)
+    snapshot = 2 * 256 * 1152 * 2  # batch of two halves, tokens, width, bytes of bfloat16
+    assert f"| module | 4 | {4 * snapshot / 1e6:.2f} MB |" in text
+    assert "| `transformer_blocks.*.attn1` | 2 | [batch, 256, 1152], 1.18 MB |" in text
+    assert json.dumps("FF...F...F...F...F...F...F...F...F...F...F...F...F").strip('"') in text
+    assert "14 full (interval 4, warmup 2): speed-up at most 3.57" in text

@@ -1,0 +1,251 @@
+"""Generated cards of the published models: `graphs/<model>.md`, made from their configs alone, without weights.
+
+    python tools/cards.py                       all cards (about a minute each and 1 GB, most of it torch.export)
+    python tools/cards.py --model dit-xl-2-256  one
+    python tools/cards.py --check               exit 1 if a card is stale
+
+A card says what an export would build in bfloat16: it traces and splits the real configuration on fake tensors. To know
+cheaply whether it is stale, each card ends with the digest of its twin, the card of the same configuration with two
+layers of each kind, which takes seconds: whatever changes in the trace, the cut, the sites, the sizes or in this file
+changes the twin as well, and a comment changes neither. Only a fault of deeper models alone would escape it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from record import ROOT
+from tqdm import tqdm
+
+sys.path.insert(0, str(ROOT))
+
+from taylorseer_export.build.export import Draft, Options, Traced, draft, trace_model
+from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph.checkpoint import Checkpoint
+from taylorseer_export.graph.cut import Cut
+from taylorseer_export.report.card import highest_gain, role_bytes, size
+from taylorseer_export.report.planner import GRANULARITIES
+
+GRAPHS = ROOT / "graphs"
+ORDERS = range(5)
+PRODUCTS = ("linear", "addmm", "mm", "matmul", "bmm", "conv2d", "conv3d", "convolution")
+TWIN_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published model: its family, its hub id, and its plan where the paper's is for another variant."""
+
+    family: str
+    reference: str
+    steps: int | None = None
+
+
+# Its transformer's config.json lies in graphs/configs/.
+MODELS = {
+    "dit-xl-2-256": Model("dit", "facebook/DiT-XL-2-256"),
+    "dit-xl-2-512": Model("dit", "facebook/DiT-XL-2-512"),
+    "flux.1-dev": Model("flux", "black-forest-labs/FLUX.1-dev"),
+    "flux.1-schnell": Model("flux", "black-forest-labs/FLUX.1-schnell", steps=4),
+    "flux.1-kontext-dev": Model("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
+    "hunyuanvideo": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo"),
+    "hunyuanvideo-i2v": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo-I2V-33ch"),
+    "hunyuanvideo-i2v-token-replace": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo-I2V"),
+    "wan2.1-t2v-1.3b": Model("wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    "wan2.1-t2v-14b": Model("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+    "wan2.1-i2v-14b-480p": Model("wan", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", steps=40),
+    "wan2.2-t2v-a14b": Model("wan", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+    "wan2.2-i2v-a14b": Model("wan", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", steps=40),
+}
+
+
+def path(name: str) -> Path:
+    """Where the card of a model lies."""
+    return GRAPHS / f"{name}.md"
+
+
+def card(name: str) -> str:
+    """The whole text of a card, with the digest of its twin."""
+    return f"{text(name, config(name))}\n<!-- twin {digest(name)} -->\n"
+
+
+def digest(name: str) -> str:
+    """SHA-256 of the card of the same model with few layers."""
+    twin = {k: min(v, TWIN_LAYERS) if k.endswith("_layers") else v for k, v in config(name).items()}
+    # The card quotes the config in full, so that every entry of the real one counts.
+    return hashlib.sha256((text(name, twin) + json.dumps(config(name), sort_keys=True)).encode()).hexdigest()
+
+
+def stale(name: str) -> bool:
+    """Whether the card on disk is missing, or is not the one that would be written."""
+    return not path(name).is_file() or f"<!-- twin {digest(name)} -->" not in path(name).read_text(encoding="utf-8")
+
+
+def config(name: str) -> dict[str, Any]:
+    """The published config of the transformer."""
+    found: dict[str, Any] = json.loads((GRAPHS / "configs" / f"{name}.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in found.items() if not key.startswith("_")}
+
+
+def text(name: str, entries: Mapping[str, Any]) -> str:
+    """The card of a model with these config entries, in bfloat16 at the size its family quotes."""
+    model = MODELS[name]
+    family = FAMILIES[model.family]
+    default = family.defaults
+    options = Options(
+        order=default.order,
+        interval=default.interval,
+        warmup=default.warmup,
+        steps=model.steps or default.steps,
+        engine="inductor",  # one that takes bfloat16; none is built
+        precision="bf16",
+    )
+    checkpoint = Checkpoint(model.reference, family, Path(name), dict(entries), {}, weightless=True)
+    traced = trace_model(checkpoint, options)
+    drafts = {g: draft(traced, replace(options, granularity=g)) for g in GRANULARITIES}
+    made, plan = drafts["module"], options.plan()
+    sizes = made.typical
+    lines = [
+        f"# {name}",
+        "",
+        f"`{family.model_class}` of `{model.reference}`, family `{family.name}`, {_parameters(traced) / 1e9:.3f} B "
+        f"parameters; bfloat16, granularity `module`, layout `snapshots`, order {options.order}.",
+        f"Sizes at {', '.join(f'{k} {v}' for k, v in sizes.items())}. Generated by `python tools/cards.py`.",
+        "",
+        f"    {plan}",
+        "",
+        f"{len(plan)} steps, {len(plan.full_steps)} full (interval {options.interval}, warmup {options.warmup}): "
+        f"speed-up at most {plan.ceiling:.2f}, gain up to {highest_gain(plan, options.order):.1f}. "
+        f"Guidance: {family.guidance}.",
+        "",
+        *_picture(made),
+        "",
+        "## Graphs",
+        "",
+        *_table(
+            ("graph", "weights", "operators", "matrix products", "attention", "inputs", "outputs"),
+            (_counts(made, cut) for cut in made.split.graphs),
+        ),
+        "",
+        "## Taylor buffers of one slot",
+        "",
+        *_table(
+            ("granularity", "sites", *(f"order {k}" for k in ORDERS), "weights of forecast"),
+            (_buffers(g, d) for g, d in drafts.items()),
+        ),
+        "",
+        f"Derivatives take twice as much. Step tables of a request: "
+        f"{size(role_bytes(made.split.prepare.outputs, 'step', sizes))}; its constants: "
+        f"{size(role_bytes(made.split.prepare.outputs, 'constant', sizes))}.",
+        "",
+        "## Sites",
+        "",
+        *_table(("sites", "count", "one snapshot"), _sites(made)),
+    ]
+    for cut in made.split.graphs:
+        lines += ["", f"## {cut.name}: inputs and outputs", ""]
+        lines += _table(("", "name", "count", "dtype", "shape", "role"), _contract(cut))
+        lines += ["", f"Operators: {', '.join(f'{op} {n}' for op, n in sorted(cut.operators().items()))}."]
+    return "\n".join(lines) + "\n"
+
+
+def _parameters(traced: Traced) -> int:
+    return sum(p.numel() for p in traced.trace.module.parameters())
+
+
+def _picture(made: Draft) -> list[str]:
+    """The split as a flow chart, which GitHub draws."""
+    prepare, full, forecast = (size(made.weights_bytes(cut)) for cut in made.split.graphs)
+    plan = made.options.plan()
+    state = size(role_bytes(made.split.forecast.inputs, "taylor_in", made.typical))
+    return [
+        "```mermaid",
+        "flowchart LR",
+        f'  request(["request, all timesteps"]) --> prepare["prepare<br/>{prepare}, once"]',
+        f'  prepare -- "constants, table rows" --> full["full<br/>{full}, {len(plan.full_steps)} steps"]',
+        f'  prepare -- "table rows" --> forecast["forecast<br/>{forecast}, {len(plan) - len(plan.full_steps)} steps"]',
+        '  latent(["latent"]) --> full & forecast',
+        f'  full -- "{len(made.split.sites)} sites" --> buffers[("Taylor buffers<br/>{state}")] --> forecast',
+        '  full & forecast --> prediction(["noise_pred"])',
+        "```",
+    ]
+
+
+def _counts(made: Draft, cut: Cut) -> tuple[str, ...]:
+    found = cut.operators()
+    attention = sum(n for op, n in found.items() if "attention" in op)
+    numbers = (sum(found.values()), sum(found[op] for op in PRODUCTS), attention, len(cut.inputs), len(cut.outputs))
+    return (cut.name, size(made.weights_bytes(cut)), *map(str, numbers))
+
+
+def _buffers(granularity: str, made: Draft) -> tuple[str, ...]:
+    entry = role_bytes(made.split.forecast.inputs, "taylor_in", made.typical) // (made.options.order + 1)
+    return (
+        granularity,
+        str(len(made.split.sites)),
+        *(size(entry * (k + 1)) for k in ORDERS),
+        size(made.weights_bytes(made.split.forecast)),
+    )
+
+
+def _sites(made: Draft) -> Iterable[tuple[str, ...]]:
+    """Sites that differ in the number of their block alone, and share a shape, as one line."""
+    groups = Counter((_numberless(site), shape) for site, shape in made.split.sites.items())
+    for (site, shape), count in groups.items():
+        # The buffers hold what the shape says, in bfloat16.
+        held = 2 * math.prod(resolve(shape, made.typical))
+        yield f"`{site}`", str(count), f"{_shape(shape)}, {size(held)}"
+
+
+def _contract(cut: Cut) -> Iterable[tuple[str, ...]]:
+    """Inputs and outputs; those that differ in numbers within their names alone are one line."""
+    for label, tensors in (("in", cut.inputs), ("out", cut.outputs)):
+        groups: Counter[tuple[Any, ...]] = Counter((_numberless(t.name), t.dtype, t.shape, t.role) for t in tensors)
+        for (name, dtype, shape, role), count in groups.items():
+            yield label, f"`{name}`", str(count), dtype, _shape(shape), role
+
+
+def _numberless(name: str) -> str:
+    """The name without the number of its block and without the one that tells nodes of a graph apart."""
+    return re.sub(r"(?<=\.)\d+(?=\.)|(?<=_)\d+$", "*", name)
+
+
+def _shape(shape: tuple[int | str, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    cells = [[cell.replace("*", r"\*") if "`" not in cell else cell for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *cells)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(MODELS), nargs="+", default=list(MODELS), help="(default: all)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a card is stale")
+    args = parser.parse_args()
+    if args.check:
+        found = [name for name in tqdm(args.model, unit="card", leave=False) if stale(name)]
+        for name in found:
+            print(f"{path(name).relative_to(ROOT)} is stale; run python tools/cards.py --model {name}")
+        return 1 if found else 0
+    for name in tqdm(args.model, unit="card", leave=False):
+        path(name).write_text(card(name), encoding="utf-8")
+        tqdm.write(str(path(name).relative_to(ROOT)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -41,6 +41,7 @@ MODELS = {
     "sd3": ("sd3", tm.tiny_sd3, tm.sd3_inputs),
     "hidream": ("hidream", tm.tiny_hidream, tm.hidream_inputs),
     "dit": ("dit", tm.tiny_dit, tm.dit_inputs),
+    "framepack": ("framepack", tm.tiny_framepack, tm.framepack_inputs),
     "hunyuan": ("hunyuan-video", tm.tiny_hunyuan, tm.hunyuan_inputs),
     "hunyuan-channels": ("hunyuan-video", lambda: tm.tiny_hunyuan(1, "latent_concat", 9, False), tm.hunyuan_inputs),
     "hunyuan-replace": ("hunyuan-video", lambda: tm.tiny_hunyuan(2, "token_replace"), tm.hunyuan_inputs),

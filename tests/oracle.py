@@ -104,6 +104,13 @@ FAMILIES = {
             (r"single_transformer_blocks\.\d+\.proj_out", None),  # video then text rows
         )
     ),
+    "HunyuanVideoFramepackTransformer3DModel": Family(
+        (
+            (r"transformer_blocks\.\d+\.attn", (0, 1)),
+            (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
+            (r"single_transformer_blocks\.\d+\.proj_out", None),
+        ),
+    ),
     "WanTransformer3DModel": Family(((r"blocks\.\d+\.(attn1|attn2|ffn)", None),), first="blocks.0"),
 }
 
@@ -175,7 +182,8 @@ class Oracle:
         self.embedding = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
     def _exit(self, module, args):
-        base = self.embedding if self.residual else torch.zeros_like(args[0])
+        # FramePack puts tokens of the past first and drops them before the final norm.
+        base = self.embedding[:, -args[0].shape[1] :] if self.residual else torch.zeros_like(args[0])
         forecast = self._feature("stack", args[0] - base)
         return (base + forecast, *args[1:]) if self.plan[self.now] == "." else None
 

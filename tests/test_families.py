@@ -31,6 +31,7 @@ class Row(NamedTuple):
     light: frozenset[str] = frozenset()
 
 
+PAST = ("latents_clean", "latents_history_2x", "latents_history_4x")
 ROWS = {
     "hidream": Row(
         ({"batch": 1, "side": 2, "text_tokens": 9}, {"batch": 3, "side": 5}),
@@ -47,6 +48,12 @@ ROWS = {
     "kontext": Row(
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "img_ids", "txt_ids", "image_latents", "image_ids"}),
+    ),
+    "framepack": Row(
+        ({"batch": 1, "frames": 1, "height": 3}, {"width": 3, "text_tokens": 9}),
+        frozenset({"encoder_hidden_states", "encoder_attention_mask", "image_embeds"})
+        | {f"{index}{past}" for index in ("", "indices_") for past in PAST}
+        | {"indices_latents"},
     ),
     "hunyuan": Row(
         ({"frames": 1, "height": 2, "width": 5, "text_tokens": 9}, {"batch": 3, "frames": 3, "height": 3}),

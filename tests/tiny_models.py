@@ -15,6 +15,7 @@ from diffusers import (
     DiTTransformer2DModel,
     FluxTransformer2DModel,
     HiDreamImageTransformer2DModel,
+    HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoTransformer3DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -230,6 +231,45 @@ def dit_inputs(model, steps, batch=1, seed=0):
     shape = (batch, config.in_channels, config.sample_size, config.sample_size)
     labels = torch.randint(config.num_embeds_ada_norm, (batch,), generator=rng)
     return _trajectory(timestep / 1000, shape, rng), timestep, {"class_labels": labels}
+
+
+def tiny_framepack(seed=0, double=1, single=1, heads=2, head_dim=12):
+    """FramePack's transformer with all three histories, float32, eval."""
+    return _randomised(
+        lambda: HunyuanVideoFramepackTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            num_layers=double,
+            num_single_layers=single,
+            num_refiner_layers=1,
+            text_embed_dim=20,
+            pooled_projection_dim=16,
+            rope_axes_dim=(4, 4, 4),
+            has_image_proj=True,
+            image_proj_dim=10,
+            has_clean_x_embedder=True,
+        ),
+        seed,
+    )
+
+
+def framepack_inputs(model, steps, batch=1, frames=2, height=2, width=2, text_tokens=6, seed=0):
+    """As `hunyuan_inputs`, with the past; height and width in units of 8 latent pixels."""
+    config, rng = model.config, torch.Generator().manual_seed(seed + 1)
+    latents, timestep, conditioning = hunyuan_inputs(
+        model, steps, batch, frames, 4 * height, 4 * width, text_tokens, seed
+    )
+    conditioning["image_embeds"] = torch.randn(batch, 729, config.image_proj_dim, generator=rng)
+    conditioning["indices_latents"] = torch.arange(20, 20 + frames)
+    begin = 0
+    for name, count in (("latents_history_4x", 16), ("latents_history_2x", 2), ("latents_clean", 2)):
+        shape = (batch, config.in_channels, count, 8 * height, 8 * width)
+        conditioning[name] = torch.randn(shape, generator=rng)
+        conditioning[f"indices_{name}"] = torch.arange(begin, begin + count)
+        begin += count
+    return latents, timestep, conditioning
 
 
 def tiny_wan(seed=0, layers=2, heads=2, head_dim=12, in_channels=4, image_dim=None, text_dim=20):

@@ -8,6 +8,7 @@ from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.dit import DIT
 from taylorseer_export.families.family import Family
 from taylorseer_export.families.flux import FLUX, FLUX_KONTEXT
+from taylorseer_export.families.framepack import FRAMEPACK
 from taylorseer_export.families.hidream import HIDREAM
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
 from taylorseer_export.families.qwen_image import QWEN_IMAGE
@@ -18,6 +19,7 @@ _ALL = (
     DIT,
     FLUX,
     FLUX_KONTEXT,
+    FRAMEPACK,
     HIDREAM,
     HUNYUAN_VIDEO,
     QWEN_IMAGE,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input
+from taylorseer_export.families.family import Defaults, Family, Input, patches
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -28,14 +27,7 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: int) -> dict[str, int]:
-    side = config["patch_size"]
-    for label, size in (("height", height), ("width", width)):
-        if size % side:
-            raise ConfigError(
-                f"latent {label} is {size}, expected a multiple of {side} (latent pixels), the side of a patch; "
-                "change --size or --latent-size"
-            )
-    return {"frames": frames, "rows": height // side, "columns": width // side}
+    return {"frames": frames, **patches(config, height, width)}
 
 
 HUNYUAN_VIDEO = Family(

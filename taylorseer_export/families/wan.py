@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input
+from taylorseer_export.families.family import Defaults, Family, Input, patches
 
 _TEXT = 512  # tokens; diffusers splits image from text tokens at this count
 _IMAGE = 257  # tokens of the image encoder
@@ -35,14 +34,7 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: int) -> dict[str, int]:
-    _, high, wide = config["patch_size"]
-    for label, size, patch in (("height", height, high), ("width", width, wide)):
-        if size % patch:
-            raise ConfigError(
-                f"latent {label} is {size}, expected a multiple of {patch} (latent pixels), the side of a patch; "
-                "change --size or --latent-size"
-            )
-    return {"frames": frames, "rows": height // high, "columns": width // wide}
+    return {"frames": frames, **patches({"patch_size": config["patch_size"][1]}, height, width)}
 
 
 WAN = Family(

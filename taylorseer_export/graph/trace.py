@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from taylorseer_export.bundle.shapes import linear, resolve
 from taylorseer_export.errors import ExportError
-from taylorseer_export.families.family import Family, Input
+from taylorseer_export.families.family import Family, Input, replaced
 from taylorseer_export.graph.rewrite import functional, plain
 from taylorseer_export.graph.taps import tap_operator, tapped
 from taylorseer_export.graph.types import explicit_casts
@@ -124,19 +124,16 @@ def dimension(entry: str, dims: Mapping[str, Any]) -> Any:
 def _called(model: nn.Module, family: Family, inputs: tuple[Input, ...]) -> Iterator[None]:
     """For the length of the block, `model` takes the declared inputs, the way its family calls it."""
 
-    original = model.forward
-
-    def forward(**given: torch.Tensor) -> Any:
-        return family.forward(original, given)
-
     names = [inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY) for spec in inputs]
-    forward.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]  # what torch.export binds by
     with family.patched(model):
-        model.forward = forward
-        try:
+        original = model.forward
+
+        def forward(**given: torch.Tensor) -> Any:
+            return family.forward(original, given)
+
+        forward.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]  # what torch.export binds by
+        with replaced(model, forward=forward):
             yield
-        finally:
-            del model.forward
 
 
 def example_tensor(spec: Input, sizes: dict[str, int], precision: torch.dtype) -> torch.Tensor:

@@ -213,7 +213,8 @@ class _Reference:
         if self.granularity == "last":
             return self._forecast("last", value)
         assert self.entering is not None
-        return self.entering + self._forecast("residual", value - self.entering)
+        entered = self.entering[:, -value.shape[1] :]  # FramePack drops the tokens of the past before the final norm
+        return entered + self._forecast("residual", value - entered)
 
 
 def _on_argument(argument: str, rule: Callable[[Tensor], Tensor]) -> Any:

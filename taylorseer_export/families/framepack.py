@@ -1,0 +1,95 @@
+"""FramePack: HunyuanVideo's blocks over a window of frames, with the frames before it as conditioning tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+from taylorseer_export.families.family import Defaults, Family, Input, patches, replaced
+from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
+
+# Frames of the past as the pipeline passes them: (argument, frames).
+_PAST = (("latents_clean", 2), ("latents_history_2x", 2), ("latents_history_4x", 16))
+_PATCH = 8  # side of the coarsest patch of the past, in latent pixels; other sides would have to be padded
+_IMAGE = 729  # tokens of the image encoder
+
+
+def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    channels, picture = config["in_channels"], (f"{_PATCH}*rows", f"{_PATCH}*columns")
+    inputs = [
+        Input("hidden_states", ("batch", channels, "frames", *picture), "latent"),
+        Input("timestep", ("batch",), "step", "float32"),
+        Input("encoder_hidden_states", ("batch", "text_tokens", config["text_embed_dim"]), "constant"),
+        Input("encoder_attention_mask", ("batch", "text_tokens"), "constant", "float32"),
+        Input("pooled_projections", ("batch", config["pooled_projection_dim"]), "constant"),
+        Input("image_embeds", ("batch", _IMAGE, config["image_proj_dim"]), "constant"),
+        Input("indices_latents", ("frames",), "constant", "int64"),
+        Input("guidance", ("batch",), "constant"),
+    ]
+    for name, frames in _PAST:
+        inputs.append(Input(name, ("batch", channels, frames, *picture), "constant"))
+        inputs.append(Input(f"indices_{name}", (frames,), "constant", "int64"))
+    return tuple(inputs)
+
+
+def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {"batch": (1, 8), "frames": (1, 64), "rows": (2, 32), "columns": (2, 32), "text_tokens": (2, 1024)}
+
+
+def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: int) -> dict[str, int]:
+    return {"frames": frames, **patches({"patch_size": _PATCH}, height, width)}
+
+
+def _masked(model: Any) -> AbstractContextManager[None]:
+    return replaced(model, forward=partial(_forward, model))
+
+
+def _forward(model: Any, hidden_states: Any, timestep: Any, guidance: Any, return_dict: bool, **given: Any) -> Any:
+    """The model's own forward, but for the text: padding is masked out for every batch.
+
+    The original crops it by a value of the mask where the batch is 1, and fills the mask in a loop over the batch
+    where it is not. Rows that no one attends to and that do not leave the network change nothing.
+    """
+    import torch
+
+    patch, patch_t = model.config.patch_size, model.config.patch_size_t
+    batch, _, frames, height, width = hidden_states.shape
+    rows, columns = height // patch, width // patch
+    names = ("latents", *(name for name, _ in _PAST))
+    past = model.clean_x_embedder(*(given[name] for name, _ in _PAST))
+    rotary = [model.rope(given[f"indices_{name}"], height, width, hidden_states.device) for name in names]
+    target = model.x_embedder(hidden_states)
+    tokens, rotary = model._pack_history_states(target, *past, *rotary, rows, columns)
+    temb, _ = model.time_text_embed(timestep, given["pooled_projections"], guidance)
+    mask = given["encoder_attention_mask"]
+    image = model.image_projection(given["image_embeds"])
+    text = torch.cat([image, model.context_embedder(given["encoder_hidden_states"], timestep, mask)], 1)
+    seen = tokens.shape[1] + image.shape[1] + mask.sum(1, dtype=torch.int)
+    seen = (torch.arange(tokens.shape[1] + text.shape[1], device=seen.device) < seen[:, None])[:, None, None]
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        tokens, text = block(tokens, text, temb, seen, rotary)
+    tokens = model.proj_out(model.norm_out(tokens[:, -target.shape[1] :], temb))
+    pixels = tokens.reshape(batch, frames // patch_t, rows, columns, -1, patch_t, patch, patch)
+    return (pixels.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3),)
+
+
+FRAMEPACK = Family(
+    name="framepack",
+    title="FramePack (HunyuanVideo, next frames from those before), sides that are multiples of 64 pixels",
+    model_class="HunyuanVideoFramepackTransformer3DModel",
+    reference="lllyasviel/FramePackI2V_HY",
+    sites=HUNYUAN_VIDEO.sites,
+    stack_input=HUNYUAN_VIDEO.stack_input,
+    stack_output=HUNYUAN_VIDEO.stack_output,
+    inputs=_inputs,
+    dimensions=_dimensions,
+    latent_sizes=_latent_sizes,
+    defaults=Defaults(steps=25, interval=5, warmup=1, order=0),
+    scheduler="FlowMatchEulerDiscreteScheduler",
+    guidance="embedded",
+    guidance_scale=9.0,
+    latent_size=(9, 80, 80),
+    patched=_masked,
+)

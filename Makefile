@@ -7,10 +7,11 @@ RUN  := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test bench clean
+.PHONY: help .venv demo serve test bench clean
 
 help:
 	@echo 'make demo    export the embedded tiny models, sample with and without forecasts, draw the pictures'
+	@echo 'make serve   start a real Triton server on loopback with the embedded models'
 	@echo 'make test    ruff, mypy and all tests'
 	@echo 'make bench   full, forecast and whole-loop times, beside the plan ceiling'
 	@echo 'make .venv   the environment alone (the others make it when it is missing or old)'
@@ -30,7 +31,13 @@ $(DONE): pyproject.toml tools/constraints.txt
 	@echo 'Installing into $(VENV) (several minutes and about 2 GB the first time) ...'
 	@'$(PYTHON)' -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off -c tools/constraints.txt -e '.[dev]'
+	@$(RUN) -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off --no-deps --upgrade \
+		--target $(VENV)/triton nvidia-pytriton==0.7.0 numpy==1.26.4 || \
+		echo "no Triton server for this platform (Linux x86_64, glibc 2.35): its tests will be skipped" >&2
 	@touch $(DONE)
+
+serve: $(DONE)
+	@$(RUN) tools/triton_server.py
 
 demo: $(DONE)
 	@$(RUN) tools/demo.py

@@ -39,3 +39,18 @@ class ParityError(TaylorSeerError):
     """A difference exceeds its derived bound; names output, step, what was seen, and the bound."""
 
     exit_code = 1
+
+
+class ServeError(TaylorSeerError):
+    """A server refused a request or gave it up.
+
+    Args:
+        message: The sentence.
+        status: Why, as Triton names it: `UNAVAILABLE` (try again), `CANCELLED`, `INTERNAL`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, status: str) -> None:
+        super().__init__(message)
+        self.status = status

@@ -56,6 +56,7 @@ HEAVY: dict[str, frozenset[str]] = {
     "transformers": frozenset(),
     "PIL": frozenset({"runtime/picture.py"}),
     "tqdm": frozenset({"commands/terminal.py"}),
+    "tritonclient": frozenset({"serve/repository.py", "serve/client.py"}),
 }
 
 # Where torch may be imported at the top of a file; on the run side it is imported inside the function that needs it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from taylorseer_export.commands import bench, calibrate, evaluate, inspect, replay, run, taps, verify
+from taylorseer_export.commands import bench, calibrate, client, evaluate, inspect, replay, run, taps, triton, verify
 
 VERBS: dict[str, ModuleType] = {
     "run": run,
@@ -15,4 +15,6 @@ VERBS: dict[str, ModuleType] = {
     "bench": bench,
     "inspect": inspect,
     "taps": taps,
+    "triton": triton,
+    "client": client,
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.profile import Profile, read_profile
 from taylorseer_export.bundle.shapes import match
 from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
@@ -46,6 +46,13 @@ def load(
     return Denoiser(bundle.manifest, open_runner(bundle, device, threads, cuda_graphs), bundle, device)
 
 
+def request_constants(manifest: Manifest) -> dict[str, Tensor]:
+    """The arguments a request keeps constant: prepare reads most, a graph in the loop may read some directly."""
+    produced = {t.name for t in manifest.graphs["prepare"].outputs}
+    declared = [t for g in manifest.graphs.values() for t in g.inputs if t.role == "constant"]
+    return {t.name: t for t in declared if t.name not in produced}
+
+
 class Denoiser:
     """Engines of one bundle, ready to serve requests through slots.
 
@@ -60,10 +67,7 @@ class Denoiser:
         self.manifest, self.runner, self.bundle, self.device = manifest, runner, bundle, device
         self.latent = manifest.graphs["full"].input_of("latent")
         self.timestep = manifest.graphs["prepare"].input_of("step")
-        # The arguments a request keeps constant: prepare reads most, a graph in the loop may read some directly.
-        produced = {t.name for t in manifest.graphs["prepare"].outputs}
-        declared = [t for g in manifest.graphs.values() for t in g.inputs if t.role == "constant"]
-        self.constants = {t.name: t for t in declared if t.name not in produced}
+        self.constants = request_constants(manifest)
 
     def plan(self, text: str | None = None, steps: int | None = None) -> Plan:
         """The plan a request asks for: its own string, or the bundle's rule over `steps`."""

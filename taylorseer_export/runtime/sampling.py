@@ -279,7 +279,12 @@ def dit_request(
 
 
 def pictures(denoiser: Denoiser, request: Request, result: Result) -> np.ndarray:
-    """The pictures of an embedded model: `[N, H, W, 3]` uint8.
+    """The pictures of an embedded model: `[N, H, W, 3]` uint8. Raises what `pictures_of` raises."""
+    return pictures_of(denoiser, request, result.latents)
+
+
+def pictures_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np.ndarray:
+    """The pictures of latents of an embedded model: `[N, H, W, 3]` uint8.
 
     Raises:
         ConfigError: The bundle brings no decoder; its latents go to the model's own VAE.
@@ -290,8 +295,8 @@ def pictures(denoiser: Denoiser, request: Request, result: Result) -> np.ndarray
             "model; write latents with --out latents.safetensors and decode them with the model's VAE"
         )
     if denoiser.manifest.family == "dit":
-        return pictures_from_dit_latents(result.latents)
-    return pictures_from_flux_latents(result.latents, request.height, request.width)
+        return pictures_from_dit_latents(latents)
+    return pictures_from_flux_latents(latents, request.height, request.width)
 
 
 # Schedulers ----------------------------------------------------------------------------------------------------------

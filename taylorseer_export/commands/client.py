@@ -1,0 +1,69 @@
+"""`client`: send a request to a served model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from taylorseer_export.commands.terminal import need, progress, read_tensors, write_tensors
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.options import size, whole
+
+SUMMARY = "Send a request to a served model: a picture, or tensors."
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument("model", metavar="MODEL", help="name of the model on the server")
+    parser.add_argument("--url", default="127.0.0.1:8001", help="host:port of the server (default: %(default)s, gRPC)")
+    parser.add_argument(
+        "--protocol", choices=("http", "grpc", "stream"), help="default: stream for MODEL-stream, else grpc"
+    )
+    parser.add_argument("--prompt", help="caption to draw (flux)")
+    parser.add_argument("--label", type=whole(0), help="class to draw (dit)")
+    parser.add_argument("--inputs", type=Path, help="safetensors with the inputs of a denoiser model")
+    parser.add_argument("--seed", type=whole(0), help="of the noise (default: 0)")
+    parser.add_argument("--size", type=size, metavar="HxW", help="picture in pixels (default: 32x32)")
+    parser.add_argument("--steps", type=whole(1, 1000), help="denoising steps (default: the bundle's)")
+    parser.add_argument("--plan", help="explicit plan, F for a full and . for a forecast step (default: a rule)")
+    parser.add_argument("--order", type=whole(0, 4), help="order of the forecasts (default: the bundle's)")
+    parser.add_argument("--interval", type=whole(1), help="steps between full steps (default: the bundle's)")
+    parser.add_argument("--warmup", type=whole(1), help="full steps at the start (default: the bundle's)")
+    parser.add_argument("--guidance-scale", type=float, help="dimensionless (default: the bundle's)")
+    parser.add_argument("--timeout", type=float, help="seconds after which the server gives up (default: never)")
+    parser.add_argument("--out", type=Path, required=True, help="picture.png or latents.safetensors")
+
+
+def run(given: argparse.Namespace) -> int:
+    """The command itself; returns the exit code."""
+    need("triton", "tritonclient")
+    from taylorseer_export.serve.client import Protocol, infer
+
+    protocol: Protocol = given.protocol or ("stream" if given.model.endswith("-stream") else "grpc")
+    values = _values(given)
+    with progress("steps", given.steps or 1) as advance:
+        made = infer(
+            given.url, given.model, values, protocol, given.timeout, lambda done, _: advance(done, given.steps or done)
+        )
+    if "picture" in made:
+        need("sample", "PIL")
+        from taylorseer_export.runtime.picture import grid
+
+        grid([[made["picture"]]], max(1, 256 // made["picture"].shape[0]), (), ()).save(given.out)
+    elif given.out.suffix == ".safetensors":
+        write_tensors(given.out, {"latents": made["denoised"]}, {"plan": made["executed"][0].decode()})
+    else:
+        raise ConfigError(f"--out is {given.out}, expected a .safetensors file for latents; change its name")
+    plan = made["executed"][0].decode()
+    print(f"plan      {plan} ({plan.count('F')} of {len(plan)} steps full)")
+    print(f"wrote     {given.out}")
+    return 0
+
+
+def _values(given: argparse.Namespace) -> dict[str, Any]:
+    names = ("prompt", "label", "seed", "steps", "plan", "order", "interval", "warmup", "guidance_scale")
+    values = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    if given.size:
+        values["height"], values["width"] = given.size
+    return values | (read_tensors(given.inputs) if given.inputs else {})

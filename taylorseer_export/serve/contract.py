@@ -1,0 +1,183 @@
+"""What the served models take and return: one table for the configuration, the server and the client.
+
+Two roles. `denoiser`: latents and conditioning in, the latents at the end of a whole loop out, the bundle's own
+scheduler running in the server. `picture`: a caption or label in, a picture out, for bundles that bring what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from taylorseer_export.bundle.manifest import Manifest, Tensor
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.method import Plan
+from taylorseer_export.runtime.denoiser import Denoiser, request_constants
+from taylorseer_export.runtime.runner import host_dtype
+from taylorseer_export.runtime.sampling import Loop, Request, dit_request, flux_request, pictures_of
+
+Role = Literal["picture", "denoiser"]
+LONGEST_TEXT = 4096  # characters of a caption or a plan; what is longer is refused before it is read
+
+_TYPES = {"float32": "FP32", "float16": "FP16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
+
+
+class Port(NamedTuple):
+    """One input or output of a served model. `datatype` as Triton names it; -1 in `dims` is any extent."""
+
+    name: str
+    datatype: str
+    dims: tuple[int, ...]
+    optional: bool = False
+
+
+class Ask(NamedTuple):
+    """A request as the service takes it."""
+
+    request: Request
+    plan: Plan
+    order: int | None
+
+
+_STEPS = tuple(Port(name, "INT32", (1,), True) for name in ("steps", "interval", "warmup", "order"))
+_PLAN = (*_STEPS, Port("plan", "BYTES", (1,), True))
+_SCALE = Port("guidance_scale", "FP32", (1,), True)
+
+
+def roles(manifest: Manifest) -> tuple[Role, ...]:
+    """What a bundle can be served as."""
+    return ("picture", "denoiser") if manifest.model.embedded and manifest.family in ("dit", "flux") else ("denoiser",)
+
+
+def inputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
+    """What a model takes."""
+    scale = (_SCALE,) if manifest.sampling.guidance == "batched" else ()
+    if role == "picture":
+        what = (
+            (Port("label", "INT64", (1,)),)
+            if manifest.family == "dit"
+            else (Port("prompt", "BYTES", (1,)), *(Port(side, "INT32", (1,), True) for side in ("height", "width")))
+        )
+        return (*what, Port("seed", "INT64", (1,), True), *_PLAN, *scale)
+    (latent,) = (t for t in manifest.graphs["full"].inputs if t.role == "latent")
+    constants = [Port(name, _datatype(t), _dims(t)) for name, t in request_constants(manifest).items()]
+    sigmas = (Port("sigmas", "FP32", (-1,), True),) if "FlowMatch" in manifest.sampling.scheduler else ()
+    return (Port("latents", "FP32", _dims(latent)), *constants, *sigmas, *_PLAN, *scale)
+
+
+def outputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
+    """What a model returns: `step` steps are done; `executed`, the plan as run, comes with the last step alone."""
+    (latent,) = (t for t in manifest.graphs["full"].inputs if t.role == "latent")
+    made = Port("picture", "UINT8", (-1, -1, 3)) if role == "picture" else Port("denoised", "FP32", _dims(latent))
+    return (made, Port("step", "INT32", (1,)), Port("executed", "BYTES", (1,)))
+
+
+def ask(denoiser: Denoiser, role: Role, values: Mapping[str, np.ndarray]) -> Ask:
+    """Read a request.
+
+    Args:
+        denoiser: The loaded bundle.
+        role: Of the model.
+        values: By the names of `inputs`; what was left out is absent.
+
+    Raises:
+        ConfigError, StepError: Something is missing, unknown, out of range or contradicts something else.
+    """
+    sampling = denoiser.manifest.sampling
+    for port in inputs(denoiser.manifest, role):
+        if port.name not in values and not port.optional:
+            raise ConfigError(f"input `{port.name}` is missing, expected {port.datatype} {list(port.dims)}; send it")
+    plan, order = _plan(denoiser, values), _whole(values, "order")
+    scale = float(values["guidance_scale"][0]) if "guidance_scale" in values else None
+    if scale is not None and not np.isfinite(scale):
+        raise ConfigError(f"guidance_scale is {scale}, expected a finite number; correct it")
+    if role == "denoiser":
+        _check_finite(values)
+        conditioning = {name: values[name] for name in denoiser.constants if name in values}
+        latents = np.asarray(values["latents"], np.float32)
+        # Two halves of a batch over one of latents: conditional and unconditional.
+        branches = {len(v) for n, v in conditioning.items() if denoiser.constants[n].shape[0] == "batch"}
+        guided = sampling.guidance == "batched" and branches == {2 * len(latents)}
+        scale = sampling.guidance_scale if scale is None else scale
+        return Ask(Request(latents, conditioning, guided, scale, 0, 0, _sigmas(plan, values)), plan, order)
+    seed = _whole(values, "seed") or 0
+    if not 0 <= seed < 1 << 63:
+        raise ConfigError(f"seed is {seed}, expected a whole number, at least 0; correct it")
+    if denoiser.manifest.family == "dit":
+        return Ask(dit_request(denoiser, [int(values["label"][0])], [seed], scale), plan, order)
+    height, width = _whole(values, "height") or 32, _whole(values, "width") or 32
+    return Ask(flux_request(denoiser, [_text(values, "prompt")], [seed], (height, width)), plan, order)
+
+
+def answer(denoiser: Denoiser, role: Role, loop: Loop, executed: str = "") -> dict[str, np.ndarray]:
+    """The outputs after a step, by the names of `outputs`: a preview, or with `executed` the answer itself."""
+    latents = loop.latents if executed else loop.estimate()
+    made = {"denoised": latents} if role == "denoiser" else {"picture": pictures_of(denoiser, loop.request, latents)[0]}
+    made["step"] = np.array([loop.step], np.int32)
+    if executed:
+        made["executed"] = np.array([executed.encode()], np.object_)
+    return made
+
+
+def _plan(denoiser: Denoiser, values: Mapping[str, np.ndarray]) -> Plan:
+    default, most = denoiser.manifest.plan, denoiser.manifest.dimensions["steps"].maximum
+    steps, interval, warmup = (_whole(values, name) for name in ("steps", "interval", "warmup"))
+    if steps is not None and not 1 <= steps <= most:
+        raise ConfigError(f"steps is {steps}, expected 1 to {most} (steps); correct it")
+    if "plan" in values:
+        text = _text(values, "plan")
+        if interval is not None or warmup is not None:
+            raise ConfigError("plan is given with interval or warmup, expected one of both ways; leave one out")
+        if len(text) > most:
+            raise ConfigError(f"plan is {len(text)} steps long, expected 1 to {most} (steps); shorten it")
+        return denoiser.plan(text, steps)
+    if steps is None and "sigmas" in values:
+        steps = len(values["sigmas"])
+    return Plan.regular(
+        default.steps if steps is None else steps,
+        default.interval if interval is None else interval,
+        default.warmup if warmup is None else warmup,
+        default.dialect,
+    )
+
+
+def _sigmas(plan: Plan, values: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    sigmas = values.get("sigmas")
+    if sigmas is None:
+        return None
+    plan.check_length(len(sigmas))
+    if not (np.diff(sigmas) < 0).all() or not 0 < sigmas[-1] <= sigmas[0] <= 1:
+        raise ConfigError("sigmas are not falling from at most 1 to above 0, expected noise levels; sort them")
+    return np.asarray(sigmas, np.float32)
+
+
+def _check_finite(values: Mapping[str, np.ndarray]) -> None:
+    for name, value in values.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise ConfigError(
+                f"input `{name}` has values that are NaN or infinite, expected finite numbers; correct it"
+            )
+
+
+def _whole(values: Mapping[str, np.ndarray], name: str) -> int | None:
+    return int(values[name][0]) if name in values else None
+
+
+def _text(values: Mapping[str, np.ndarray], name: str) -> str:
+    data: Any = values[name][0]
+    if len(data) > LONGEST_TEXT:
+        raise ConfigError(f"{name} is {len(data)} bytes, expected at most {LONGEST_TEXT} (bytes); shorten it")
+    try:
+        return data if isinstance(data, str) else bytes(data).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not readable ({error.reason}), expected UTF-8 text; encode it so") from error
+
+
+def _datatype(tensor: Tensor) -> str:
+    return _TYPES[host_dtype(tensor.dtype).name]
+
+
+def _dims(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(extent if isinstance(extent, int) else -1 for extent in tensor.shape)

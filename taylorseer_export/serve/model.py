@@ -1,0 +1,186 @@
+"""The model file that Triton's Python backend runs: `1/model.py` of every served model is a copy of this one.
+
+It translates: tensors to requests and back, errors to status codes, counts to metrics. `execute` returns at once;
+answers are sent from the service's threads when they are ready, so that later requests join the steps under way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import triton_python_backend_utils as triton
+
+from taylorseer_export.errors import ServeError, TaylorSeerError
+from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.sampling import Loop
+from taylorseer_export.serve import contract
+from taylorseer_export.serve.service import Limits, Service
+
+_FINAL = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+_METRICS_EVERY = 0.25  # seconds between updates of the metrics; each costs a message to the server
+
+
+class TritonPythonModel:
+    """One instance: one bundle, its engines and its slots."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load, check and warm up; Triton calls the model ready when this returns, and unavailable if it raises."""
+        config = json.loads(args["model_config"])
+        options = {name: entry["string_value"] for name, entry in config["parameters"].items()}
+        self._role: contract.Role = options["role"]
+        self._streams = config["model_transaction_policy"]["decoupled"]
+        try:
+            import torch
+
+            torch.set_num_threads(1)  # it runs the scheduler alone, whose sums are small
+            bundle = Path(args["model_repository"], args["model_version"], "bundle")
+            self._denoiser = load(bundle, options["device"], int(options["threads"]))
+            limits = {name: int(options[name]) for name in ("slots", "queue", "batch", "workers", "slot_bytes")}
+            self._service = Service(self._denoiser, Limits(**limits))
+            self._service.warm_up()
+        except TaylorSeerError as error:
+            raise triton.TritonModelException(str(error)) from error
+        for call in self._service.unequal:
+            triton.Logger.log_warn(f"calls of {call} give other bits shared than alone and are not shared")
+        self._inputs = contract.inputs(self._denoiser.manifest, self._role)
+        self._metrics = Metrics(self._service, args["model_name"])
+
+    def execute(self, requests: list[Any]) -> None:
+        """Hand requests to the service; each is answered through its own sender."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                tensors = ((port.name, triton.get_input_tensor_by_name(request, port.name)) for port in self._inputs)
+                values = {name: tensor.as_numpy().copy() for name, tensor in tensors if tensor is not None}
+                ask = contract.ask(self._denoiser, self._role, values)
+                timeout = 1e-6 * request.timeout() or None
+                self._service.submit(*ask, Caller(self._denoiser, self._role, sender, self._streams), timeout)
+            except Exception as error:  # of this request; the others go on
+                send_error(sender, error)
+
+    def finalize(self) -> None:
+        """Finish what is under way, then release the engines."""
+        self._service.close()
+        self._metrics.close()
+        self._denoiser.close()
+
+
+class Caller:
+    """The sender of one request, as the service knows it."""
+
+    def __init__(self, denoiser: Any, role: contract.Role, sender: Any, streams: bool) -> None:
+        self._denoiser, self._role, self._sender, self._streams = denoiser, role, sender, streams
+
+    def cancelled(self) -> bool:
+        return bool(self._sender.is_cancelled())
+
+    def advanced(self, loop: Loop) -> None:
+        if self._streams:
+            self._send(lambda: contract.answer(self._denoiser, self._role, loop), 0)
+
+    def finished(self, loop: Loop, executed: str) -> None:
+        self._send(lambda: contract.answer(self._denoiser, self._role, loop, executed), _FINAL)
+
+    def failed(self, error: TaylorSeerError) -> None:
+        send_error(self._sender, error)
+
+    def _send(self, answer: Callable[[], dict[str, Any]], flags: int) -> None:
+        try:
+            tensors = [triton.Tensor(name, value) for name, value in answer().items()]
+            self._sender.send(triton.InferenceResponse(tensors), flags=flags)
+        except Exception as error:
+            if not flags:
+                raise
+            send_error(self._sender, error)
+
+
+def send_error(sender: Any, error: Exception) -> None:
+    """Answer a request with an error: its status if it has one, the caller's fault if it is one of ours."""
+    if isinstance(error, ServeError):
+        status = error.status
+    else:
+        status = "INVALID_ARG" if isinstance(error, TaylorSeerError) else "INTERNAL"
+    try:
+        sender.send(
+            triton.InferenceResponse(error=triton.TritonError(str(error), getattr(triton.TritonError, status))),
+            flags=_FINAL,
+        )
+    except Exception as lost:
+        triton.Logger.log_error(f"an answer could not be sent ({lost}): {error}")
+
+
+class Metrics:
+    """The counts of a service at Triton's own metrics endpoint, labelled with the model."""
+
+    def __init__(self, service: Service, model: str) -> None:
+        self._service, self._model = service, model
+        self._sent: dict[str, float] = {}
+        counter, gauge = triton.MetricFamily.COUNTER, triton.MetricFamily.GAUGE
+        self._families = {
+            name: triton.MetricFamily(name=f"taylorseer_{name}", description=text, kind=kind)
+            for name, text, kind in (
+                ("steps_total", "Denoising steps, by kind", counter),
+                ("calls_total", "Engine calls of denoising steps, by kind", counter),
+                ("step_seconds_total", "Time in engine calls, by kind (seconds)", counter),
+                ("full_steps_total", "Full steps of finished requests, planned and executed", counter),
+                ("requests_total", "Requests, by outcome", counter),
+                ("fallbacks_total", "Shared calls that each request had to make alone", counter),
+                ("slots", "Slots", gauge),
+                ("slots_in_use", "Slots that hold a request", gauge),
+                ("queue", "Requests that wait for a slot", gauge),
+            )
+        }
+        self._metrics: dict[tuple[str, str, str], Any] = {}
+        for kind in ("full", "forecast"):
+            for family in ("steps_total", "calls_total", "step_seconds_total"):
+                self._metric(family, "kind", kind)
+        for outcome in ("done", "failed", "cancelled", "late", "refused"):
+            self._metric("requests_total", "outcome", outcome)
+        self._metric("fallbacks_total")
+        self._metric("slots").set(service.limits.slots)
+        self._update()
+        self._stop = Event()
+        self._thread = Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _metric(self, family: str, label: str = "", value: str = "") -> Any:
+        key = (family, label, value)
+        if key not in self._metrics:
+            labels = {"model": self._model} | ({label: value} if label else {})
+            self._metrics[key] = self._families[family].Metric(labels=labels)
+        return self._metrics[key]
+
+    def _run(self) -> None:
+        while not self._stop.wait(_METRICS_EVERY):
+            self._update()
+
+    def _update(self) -> None:
+        self._metric("slots_in_use").set(self._service.slots_in_use)
+        self._metric("queue").set(self._service.waiting)
+        for name, count in self._service.snapshot().items():
+            increase = count - self._sent.get(name, 0)
+            if increase:
+                self._metric(*_place(name)).increment(increase)
+                self._sent[name] = count
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._update()
+        self._metrics.clear()  # before their families
+        self._families.clear()
+
+
+def _place(name: str) -> tuple[str, ...]:
+    """`steps.full` -> family, label and value of its metric."""
+    group, _, value = name.partition(".")
+    if group in ("planned", "executed"):
+        return ("full_steps_total", "when", group)
+    if group == "fallbacks":
+        return ("fallbacks_total",)
+    family = "step_seconds_total" if group == "seconds" else f"{group}_total"
+    return (family, "outcome" if group == "requests" else "kind", value)

@@ -1,0 +1,214 @@
+"""A Triton model repository from a bundle: self-contained, versioned, and checked against Triton's own protobuf.
+
+    <out>/<family>-<name>/             picture model, where the bundle can make one
+        config.pbtxt
+        1/model.py  1/bundle/…         a later bundle becomes version 2; Triton serves the newest
+    <out>/<family>-<name>-stream/      the same, a response per step
+    <out>/<family>-<name>-denoiser/    latents in, latents out
+    <out>/<family>-<name>-denoiser-stream/
+
+Every model is a process with its own engines and slots, so load only those that are used. Their copies of the bundle
+are hard links to one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from taylorseer_export.bundle.manifest import MANIFEST, Manifest
+from taylorseer_export.bundle.store import Bundle, open_bundle
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.report.card import size, state_bytes, table_bytes
+from taylorseer_export.serve import contract
+
+MODELS = ("picture", "picture-stream", "denoiser", "denoiser-stream")
+_ROOM = 4  # a slot takes requests of up to this many times the typical bytes, where no memory budget says otherwise
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How a bundle is served.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        models: Of `MODELS`; all that the bundle can be served as if empty.
+        instances: Processes of every model, each with its own engines and slots.
+        slots, queue, batch, workers: As in `Limits`, for each instance; `batch` 0 chooses by the device.
+        threads: CPU threads of one engine call; 0 is one per core.
+        memory_budget: Bytes of the weights, Taylor buffers and step tables of one instance; None for the usual room.
+    """
+
+    device: str = "cpu"
+    models: tuple[str, ...] = ()
+    instances: int = 1
+    slots: int = 4
+    queue: int = 64
+    batch: int = 0
+    workers: int = 0
+    threads: int = 1
+    memory_budget: int | None = None
+
+
+def write_repository(folder: Path, out: Path, deployment: Deployment) -> list[Path]:
+    """Write the models of a bundle into a repository, each whole or not at all.
+
+    Args:
+        folder: The bundle; every byte of it is checked.
+        out: The repository; models of other bundles in it are left alone.
+        deployment: How to serve it.
+
+    Returns:
+        The folder of every version written.
+
+    Raises:
+        BundleError: The bundle is missing or damaged.
+        ConfigError: It cannot be served so.
+    """
+    bundle = open_bundle(folder)
+    manifest = bundle.manifest
+    configs = {name: config(manifest, name, deployment) for name in _models(manifest, deployment)}
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f".partial-{secrets.token_hex(4)}"
+    written: list[Path] = []
+    try:
+        for name, text in configs.items():
+            staged, model = partial / name, out / _model_name(manifest, name)
+            _copy(bundle, staged / "bundle", written[0] / "bundle" if written else None)
+            shutil.copyfile(Path(__file__).with_name("model.py"), staged / "model.py")
+            (partial / "config.pbtxt").write_text(text, encoding="utf-8")
+            model.mkdir(exist_ok=True)
+            versions = [int(path.name) for path in model.iterdir() if path.name.isdigit()]
+            version = model / str(max(versions, default=0) + 1)
+            staged.rename(version)
+            (partial / "config.pbtxt").replace(model / "config.pbtxt")
+            written.append(version)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return written
+
+
+def config(manifest: Manifest, model: str, deployment: Deployment) -> str:
+    """The `config.pbtxt` of one of `MODELS`, written and read back by Triton's own protobuf.
+
+    Raises:
+        ConfigError: tritonclient is not installed, or the deployment does not fit the bundle.
+    """
+    schema, text_format = _protobuf()
+    role: contract.Role = "denoiser" if model.startswith("denoiser") else "picture"
+    made = schema.ModelConfig(name=_model_name(manifest, model), backend="python", max_batch_size=0)
+    for ports, field in (
+        (contract.inputs(manifest, role), made.input),
+        (contract.outputs(manifest, role), made.output),
+    ):
+        for port in ports:
+            entry = field.add(name=port.name, data_type=_data_type(schema, port.datatype), dims=port.dims)
+            if port.optional:
+                entry.optional = True
+    made.model_transaction_policy.decoupled = model.endswith("-stream")
+    group = schema.ModelInstanceGroup
+    kind = group.KIND_GPU if deployment.device == "cuda" else group.KIND_CPU
+    made.instance_group.add(kind=kind, count=deployment.instances)
+    made.version_policy.latest.num_versions = 1
+    for name, value in _options(manifest, role, deployment).items():
+        made.parameters[name].string_value = value
+    text: str = text_format.MessageToString(made)
+    assert text_format.Parse(text, schema.ModelConfig()) == made, (
+        "bug in taylorseer-export: config.pbtxt reads otherwise"
+    )
+    return text
+
+
+def slot_bytes(manifest: Manifest, slots: int, budget: int | None) -> int:
+    """Bytes that one slot may have.
+
+        slot = (budget - weights) / slots
+
+    Without a budget it is room for a request of four times the typical size.
+
+    Raises:
+        ConfigError: That is less than a request of the bundle's typical size needs.
+    """
+    sizes = {name: d.typical for name, d in manifest.dimensions.items()}
+    typical = state_bytes(manifest, sizes) + table_bytes(manifest, sizes)
+    if budget is None:
+        return _ROOM * typical
+    weights = sum(file.size for file in manifest.files.values())
+    if (budget - weights) // slots < typical:
+        raise ConfigError(
+            f"--memory-budget is {size(budget)}, expected at least {size(weights + slots * typical)} "
+            f"({size(weights)} of weights and {slots} slots of {size(typical)}); raise it, or lower --slots"
+        )
+    return (budget - weights) // slots
+
+
+def _options(manifest: Manifest, role: contract.Role, deployment: Deployment) -> dict[str, str]:
+    """What the model file reads: everything that is not Triton's own."""
+    devices = manifest.engine.device.get("devices", "cpu").split()
+    if deployment.device not in devices:
+        raise ConfigError(
+            f"--device is {deployment.device}, expected one that the bundle was built for ({', '.join(devices)}); "
+            "choose one of those, or export again"
+        )
+    shares = deployment.device == "cpu"  # windows of device buffers cannot be copied by ONNX Runtime
+    if deployment.batch > 1 and not shares:
+        raise ConfigError(
+            f"--batch is {deployment.batch} on {deployment.device}, expected 1: engine calls are shared on the CPU "
+            "alone; leave it out"
+        )
+    values: dict[str, Any] = {
+        "role": role,
+        "device": deployment.device,
+        "threads": deployment.threads,
+        "slots": deployment.slots,
+        "queue": deployment.queue,
+        "batch": deployment.batch or (deployment.slots if shares else 1),
+        "workers": deployment.workers,
+        "slot_bytes": slot_bytes(manifest, deployment.slots, deployment.memory_budget),
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def _models(manifest: Manifest, deployment: Deployment) -> list[str]:
+    possible = [model for model in MODELS if model.removesuffix("-stream") in contract.roles(manifest)]
+    for model in deployment.models:
+        if model not in possible:
+            raise ConfigError(
+                f"--models has `{model}`, expected some of {', '.join(possible)}, which this bundle can be served as; "
+                "leave it out"
+            )
+    return [model for model in possible if model in (deployment.models or possible)]
+
+
+def _model_name(manifest: Manifest, model: str) -> str:
+    suffix = model.replace("picture", "").lstrip("-")
+    return f"{manifest.family}-{manifest.name}" + (f"-{suffix}" if suffix else "")
+
+
+def _copy(bundle: Bundle, target: Path, twin: Path | None) -> None:
+    """The files that the manifest lists; a twin in the same repository is linked to instead of copied again."""
+    for name in (*bundle.manifest.files, MANIFEST):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if twin is not None:
+            os.link(twin / name, target / name)
+        else:
+            shutil.copyfile(bundle.folder / name, target / name)
+
+
+def _data_type(schema: Any, datatype: str) -> int:
+    return int(schema.DataType.Value("TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"))
+
+
+def _protobuf() -> tuple[Any, Any]:
+    try:
+        from google.protobuf import text_format
+        from tritonclient.grpc import model_config_pb2
+    except ImportError as error:
+        raise ConfigError(
+            "tritonclient is not installed, expected it for Triton's protobuf; pip install 'taylorseer-export[triton]'"
+        ) from error
+    return model_config_pb2, text_format

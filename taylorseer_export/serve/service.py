@@ -1,0 +1,305 @@
+"""The service: many requests over one loaded bundle, with slots, shared engine calls, deadlines and cancellation.
+
+Triton's model file only translates between its tensors and this; a program without Triton can use it as well.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from threading import Condition, Thread
+from typing import Protocol
+
+from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
+from taylorseer_export.method import Plan
+from taylorseer_export.report.card import size, state_bytes, table_bytes
+from taylorseer_export.report.inputs import random_trajectory
+from taylorseer_export.runtime.batch import SharedCalls, ids_of
+from taylorseer_export.runtime.denoiser import Denoiser, Slot
+from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.runtime.schedule import ForecastStep
+from taylorseer_export.serve.batcher import Batcher, Job
+
+
+class Caller(Protocol):
+    """Who sent a request. Its methods are called from the threads of the service, one at a time."""
+
+    def cancelled(self) -> bool:
+        """Whether it no longer wants the answer; asked once per step."""
+        ...
+
+    def advanced(self, loop: Loop) -> None:
+        """A step is done, not the last one."""
+        ...
+
+    def finished(self, loop: Loop, executed: str) -> None:
+        """All steps are done; `executed` is the plan as run."""
+        ...
+
+    def failed(self, error: TaylorSeerError) -> None:
+        """No answer will come."""
+        ...
+
+
+@dataclass
+class Limits:
+    """What a service may use.
+
+    Attributes:
+        slots: Requests under way at one time.
+        queue: Requests that wait for a slot.
+        batch: Requests that share one engine call; 1 turns sharing off.
+        workers: Engine calls at one time, each with the threads the bundle was loaded with; 0 is one per core.
+        slot_bytes: Taylor buffers and step tables of one request; 0 is no limit.
+    """
+
+    slots: int = 4
+    queue: int = 64
+    batch: int = 4
+    workers: int = 0
+    slot_bytes: int = 0
+
+
+@dataclass
+class _Ticket:
+    """What a worker needs to know of one request."""
+
+    loop: Loop
+    caller: Caller
+    ids: object
+    slot: Slot | None = None
+
+
+class Service:
+    """Serves requests over one denoiser until it is closed.
+
+    Args:
+        denoiser: The loaded bundle. The service does not close it.
+        limits: What it may use.
+
+    Attributes:
+        counts: What happened since the start: `steps.<kind>`, `calls.<kind>` and `seconds.<kind>` of full and forecast
+            steps; `planned.full` and `executed.full`, steps of the requests done; `requests.<outcome>` (done, failed,
+            cancelled, late, refused); `fallbacks`, calls meant to be shared that each request had to make alone.
+    """
+
+    def __init__(self, denoiser: Denoiser, limits: Limits) -> None:
+        self.denoiser, self.limits = denoiser, limits
+        self.counts: defaultdict[str, float] = defaultdict(float)
+        workers = limits.workers or len(os.sched_getaffinity(0))
+        self._calls = [SharedCalls(denoiser) for _ in range(workers)]
+        self._batcher = Batcher(limits.slots, limits.queue, limits.batch, self._calls[0].most, workers)
+        self._idle: list[Slot] = []
+        self._changed = Condition()
+        self._stopping = False
+        self._workers = [Thread(target=self._work, args=(calls,), daemon=True) for calls in self._calls]
+        for worker in self._workers:
+            worker.start()
+
+    def warm_up(self) -> None:
+        """Run both kinds of step, alone and shared, at the bundle's typical sizes.
+
+        Shared calls are compared with calls alone while this runs, so the first requests need not do it.
+        """
+        trajectory = random_trajectory(self.denoiser, 2)
+        sizes = self.denoiser.sizes(trajectory.latents.shape[1:], trajectory.conditioning)
+        slots = [self.denoiser.slot(sizes) for _ in range(min(self.limits.batch, self.limits.slots))]
+        for calls in self._calls:
+            for count in range(1, len(slots) + 1):
+                for slot in slots[:count]:
+                    slot.start(trajectory.conditioning, Plan("F."), 0, trajectory.timesteps)
+                for latents in trajectory.latents:
+                    for slot in slots[:count]:
+                        slot.stage(latents)
+                    key = calls.key(slots[0], None)
+                    if key is None or count * sizes["batch"] > calls.most or not calls.run(slots[:count]):
+                        for slot in slots[:count]:
+                            slot.run()
+                    for slot in slots[:count]:
+                        slot.finish()
+        self._idle = slots[: self.limits.slots]
+
+    @property
+    def slots_in_use(self) -> int:
+        return self._batcher.in_use
+
+    @property
+    def waiting(self) -> int:
+        return self._batcher.waiting
+
+    @property
+    def unequal(self) -> set[object]:
+        """Calls that gave other bits shared than alone, and so are not shared: (graph, sizes)."""
+        return set().union(*(calls.unequal for calls in self._calls))
+
+    def snapshot(self) -> dict[str, float]:
+        """The counts at this moment."""
+        with self._changed:
+            return dict(self.counts)
+
+    def submit(
+        self, request: Request, plan: Plan, order: int | None, caller: Caller, timeout: float | None = None
+    ) -> None:
+        """Take a request; its answer comes through `caller`.
+
+        Args:
+            request: As for `sample`.
+            plan: Which steps are full.
+            order: Of the forecasts; the bundle's default if left out.
+            caller: Who gets the answer.
+            timeout: Seconds after which it is given up; never if left out.
+
+        Raises:
+            ConfigError, StepError: The request does not fit the bundle or a slot; nothing was queued.
+            ServeError: The queue is full, or the service is closing.
+        """
+        loop = Loop(self.denoiser, request, plan, order)
+        self._check_size(loop)
+        ticket = _Ticket(loop, caller, ids_of(self.denoiser, request.conditioning))
+        deadline = inf if timeout is None else time.monotonic() + timeout
+        job = Job(ticket, loop.sizes["batch"], deadline, caller.cancelled)
+        with self._changed:
+            try:
+                self._batcher.offer(job)
+            except ServeError:
+                self.counts["requests.refused"] += 1
+                raise
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Refuse what waits, finish what is under way, and end the threads."""
+        with self._changed:
+            waiting = self._batcher.close()
+            self._stopping = True
+            self._changed.notify_all()
+        for job in waiting:
+            job.work.caller.failed(
+                ServeError("the server stopped, expected it to run on; send it again", "UNAVAILABLE")
+            )
+        for worker in self._workers:
+            worker.join()
+
+    def _check_size(self, loop: Loop) -> None:
+        """Refuse what a slot may not hold."""
+        manifest = self.denoiser.manifest
+        needed = state_bytes(manifest, loop.sizes) + table_bytes(manifest, {**loop.sizes, "steps": len(loop.plan)})
+        if self.limits.slot_bytes and needed > self.limits.slot_bytes:
+            raise ConfigError(
+                f"request needs {size(needed)} of Taylor buffers and step tables, expected at most "
+                f"{size(self.limits.slot_bytes)} for one slot; ask for a smaller size or fewer steps"
+            )
+
+    # Workers -------------------------------------------------------------------------------------------------------
+
+    def _work(self, calls: SharedCalls) -> None:
+        while True:
+            with self._changed:
+                while (turn := self._batcher.take(time.monotonic())) is None:
+                    if self._stopping and self._batcher.idle:
+                        self._changed.notify_all()
+                        return
+                    self._changed.wait()
+            if turn.kind == "step":
+                self._step(turn.jobs, calls)
+            elif turn.kind == "start":
+                (job,) = turn.jobs
+                if self._tried(self._start, job):
+                    self._go_on(job, calls)
+            else:
+                self._drop(turn.jobs[0])
+
+    def _drop(self, job: Job) -> None:
+        outcome = "cancelled" if job.cancelled() else "late"
+        done, steps = job.work.loop.step, len(job.work.loop.plan)
+        self._leave(job, outcome)
+        if outcome == "late":
+            message = f"request is late after {done} of {steps} steps, expected to end in its time; give it more"
+            job.work.caller.failed(ServeError(message, "UNAVAILABLE"))
+        else:
+            message = f"request is cancelled after {done} of {steps} steps, expected to run to its end; send it again"
+            job.work.caller.failed(ServeError(message, "CANCELLED"))
+
+    def _start(self, job: Job) -> None:
+        job.work.slot = self._seat(job.work.loop.sizes)
+        job.work.loop.start(job.work.slot)
+
+    def _stage(self, job: Job) -> None:
+        job.work.slot.stage(job.work.loop.model_input())
+
+    def _run(self, job: Job) -> None:
+        job.work.slot.run()
+
+    def _accept(self, job: Job) -> None:
+        loop = job.work.loop
+        loop.accept(job.work.slot.finish())
+        if loop.step < len(loop.plan):
+            job.work.caller.advanced(loop)
+
+    def _seat(self, sizes: dict[str, int]) -> Slot:
+        """A slot of these sizes: an idle one, or a new one, which takes the place of an idle one of other sizes."""
+        with self._changed:
+            for slot in self._idle:
+                if slot.sizes == sizes:
+                    self._idle.remove(slot)
+                    return slot
+            del self._idle[: max(0, len(self._idle) + self._batcher.in_use - self.limits.slots)]
+        return self.denoiser.slot(sizes)
+
+    def _step(self, jobs: list[Job], calls: SharedCalls) -> None:
+        """One step of every job, in one engine call if it can be."""
+        began = time.perf_counter()
+        jobs = [job for job in jobs if self._tried(self._stage, job)]
+        if not jobs:
+            return
+        kind = "forecast" if isinstance(jobs[0].work.slot.upcoming, ForecastStep) else "full"
+        shared = len(jobs) > 1 and calls.run([job.work.slot for job in jobs])
+        count = 1 if shared else len(jobs)
+        if not shared:
+            jobs = [job for job in jobs if self._tried(self._run, job)]
+        with self._changed:
+            self.counts["fallbacks"] += count > 1
+            self.counts[f"calls.{kind}"] += count
+            self.counts[f"steps.{kind}"] += len(jobs)
+            self.counts[f"seconds.{kind}"] += time.perf_counter() - began
+        for job in jobs:
+            if self._tried(self._accept, job):
+                self._go_on(job, calls)
+
+    def _go_on(self, job: Job, calls: SharedCalls) -> None:
+        """After a start or a step: queue the next step, or deliver the answer."""
+        ticket = job.work
+        if ticket.loop.step == len(ticket.loop.plan):
+            executed = ticket.slot.executed
+            self._leave(job, "done", executed)
+            ticket.caller.finished(ticket.loop, executed)
+            return
+        job.key = calls.key(ticket.slot, ticket.ids)
+        with self._changed:
+            self._batcher.give_back(job)
+            self._changed.notify()
+
+    def _tried(self, action: Callable[[Job], object], job: Job) -> bool:
+        """Do something for one request. If that fails it fails alone: its slot is freed and its caller is told."""
+        try:
+            action(job)
+        except Exception as error:
+            known = isinstance(error, TaylorSeerError) and job.work.loop.step == 0
+            self._leave(job, "failed")
+            job.work.caller.failed(error if known else ServeError(str(error), "INTERNAL"))
+            return False
+        return True
+
+    def _leave(self, job: Job, outcome: str, executed: str = "") -> None:
+        with self._changed:
+            self._batcher.leave(job)
+            if job.work.slot is not None:
+                self._idle.append(job.work.slot)
+            self.counts[f"requests.{outcome}"] += 1
+            if outcome == "done":
+                self.counts["planned.full"] += str(job.work.loop.plan).count("F")
+                self.counts["executed.full"] += executed.count("F")
+            self._changed.notify()

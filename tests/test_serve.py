@@ -1,0 +1,408 @@
+"""Serving without a server: who runs next, what each request gets, and the repository that is written."""
+
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from harness import as_arrays
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taylorseer_export.cli import main
+from taylorseer_export.errors import ConfigError, ServeError, StepError
+from taylorseer_export.method import Plan
+from taylorseer_export.runtime.sampling import Request, sample
+from taylorseer_export.serve import contract
+from taylorseer_export.serve.batcher import Batcher, Job
+from taylorseer_export.serve.repository import Deployment, config, slot_bytes, write_repository
+from taylorseer_export.serve.service import Limits, Service
+
+SECONDS = 60  # until a test gives up waiting; nothing is measured with it
+
+# The batcher
+
+
+def seated(batcher, *jobs):
+    """Offer jobs and start them; all are ready afterwards."""
+    for job in jobs:
+        batcher.offer(job)
+        assert batcher.take(0.0) == ("start", [job])
+    for job in jobs:
+        batcher.give_back(job)
+
+
+def test_a_later_request_joins_at_the_next_step():
+    batcher, first, later = Batcher(slots=2, queue=9, batch=4, most=8), Job(key="full"), Job(key="full")
+    seated(batcher, first)
+    assert batcher.take(0.0) == ("step", [first])
+    batcher.offer(later)
+    assert batcher.take(0.0) == ("start", [later])
+    batcher.give_back(later)
+    batcher.give_back(first)
+    assert batcher.take(0.0) == ("step", [later, first])
+
+
+def test_only_equal_keys_share_and_a_lonely_one_shares_with_nobody():
+    batcher = Batcher(slots=6, queue=9, batch=6, most=8)
+    a, b, c, d, e, f = (Job(key=key) for key in ("x", "y", "x", None, None, "x"))
+    seated(batcher, a, b, c, d, e, f)
+    assert [batcher.take(0.0).jobs for _ in range(4)] == [[a, c, f], [b], [d], [e]]
+    assert batcher.take(0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("limits", "groups"),
+    [
+        ({"batch": 4, "most": 8}, [4]),
+        ({"batch": 3, "most": 8}, [3, 1]),
+        ({"batch": 4, "most": 5}, [2, 2]),  # two samples each
+        ({"batch": 4, "most": 8, "workers": 2}, [2, 2]),  # no worker is left without
+        ({"batch": 1, "most": 8}, [1, 1, 1, 1]),
+    ],
+)
+def test_a_call_has_its_limits(limits, groups):
+    batcher = Batcher(slots=4, queue=9, **limits)
+    seated(batcher, *(Job(key="x", samples=2) for _ in range(4)))
+    assert [len(batcher.take(0.0).jobs) for _ in groups] == groups
+
+
+def test_the_queue_is_bounded_and_a_free_slot_counts():
+    batcher = Batcher(slots=1, queue=1)
+    jobs = [Job(), Job()]
+    for job in jobs:
+        batcher.offer(job)
+    with pytest.raises(ServeError, match=r"queue is full \(1 requests wait for 1 slots\), expected room") as caught:
+        batcher.offer(Job())
+    assert caught.value.status == "UNAVAILABLE"
+    assert batcher.take(0.0) == ("start", [jobs[0]])
+    assert batcher.waiting == 1 and batcher.in_use == 1 and batcher.take(0.0) is None
+
+
+def test_late_and_cancelled_requests_are_dropped_wherever_they_are():
+    batcher = Batcher(slots=3, queue=9, batch=3, most=8)
+    late, left, good = Job(deadline=5.0, key="x"), Job(cancelled=lambda: True, key="x"), Job(key="x")
+    waiting = Job(deadline=5.0)
+    left.cancelled = lambda: False
+    seated(batcher, good, late, left)
+    left.cancelled = lambda: True
+    batcher.offer(waiting)
+    turns = [batcher.take(5.0) for _ in range(4)]
+    assert turns == [("drop", [waiting]), ("step", [good]), ("drop", [late]), ("drop", [left])]
+    gone = Job(cancelled=lambda: True)
+    batcher.leave(late)
+    batcher.offer(gone)
+    assert batcher.take(5.0) == ("drop", [gone]) and batcher.in_use == 2
+
+
+def test_closing_hands_back_what_waits_and_lets_the_rest_go_on():
+    batcher, under_way, waiting = Batcher(slots=1, queue=9), Job(), Job()
+    seated(batcher, under_way)
+    batcher.offer(waiting)
+    assert batcher.close() == [waiting]
+    with pytest.raises(ServeError, match="the server is stopping"):
+        batcher.offer(Job())
+    assert not batcher.idle and batcher.take(0.0) == ("step", [under_way])
+    batcher.leave(under_way)
+    assert batcher.idle
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(1, 5), st.integers(1, 3),
+    st.lists(st.tuples(st.sampled_from("xy."), st.integers(1, 6), st.integers(1, 2)), min_size=1, max_size=20),
+)  # fmt: skip
+def test_every_request_gets_all_its_steps(slots, batch, workers, wanted):
+    """Jobs of random keys and lengths: slots are never exceeded, calls are within limits, and everybody ends."""
+    batcher = Batcher(slots, len(wanted), batch, 4, workers)
+    jobs = [
+        Job(SimpleNamespace(left=steps), samples, key=None if key == "." else key) for key, steps, samples in wanted
+    ]
+    for job in jobs:
+        batcher.offer(job)
+    idle = 0
+    while not batcher.idle:
+        turn = batcher.take(0.0)
+        assert turn is not None and batcher.in_use <= slots
+        assert len(turn.jobs) == 1 or sum(job.samples for job in turn.jobs) <= 4
+        assert len(turn.jobs) <= batch and len({job.key for job in turn.jobs}) == 1
+        idle += 1
+        assert idle <= sum(steps for _, steps, _ in wanted) + len(jobs)  # each turn starts or advances somebody
+        for job in turn.jobs:
+            job.work.left -= turn.kind == "step"
+            (batcher.give_back if job.work.left else batcher.leave)(job)
+    assert all(job.work.left == 0 for job in jobs)
+
+
+# The service
+
+
+class Caller:
+    """Remembers what it is told; leaves after `patience` steps."""
+
+    def __init__(self, patience=None, fails_at=None):
+        self.patience, self.fails_at = patience, fails_at
+        self.steps, self.latents, self.executed, self.error = 0, None, None, None
+        self.done = threading.Event()
+
+    def cancelled(self):
+        return self.patience is not None and self.steps >= self.patience
+
+    def advanced(self, loop):
+        self.steps = loop.step
+        if self.fails_at == loop.step:
+            raise RuntimeError("the line is dead")
+
+    def finished(self, loop, executed):
+        self.latents, self.executed = loop.latents, executed
+        self.done.set()
+
+    def failed(self, error):
+        self.error = error
+        self.done.set()
+
+    def wait(self):
+        assert self.done.wait(SECONDS)
+        return self
+
+
+@pytest.fixture(params=["flux", "dit"])
+def denoiser(request, onnx):
+    return onnx(request.param)
+
+
+@pytest.fixture
+def serve(denoiser):
+    """Open services of that denoiser; all are closed at the end."""
+    opened = []
+
+    def make(**limits):
+        opened.append(Service(denoiser, Limits(**{"workers": 2, **limits})))
+        return opened[-1]
+
+    yield make
+    for service in opened:
+        service.close()
+
+
+def request_of(denoiser, tiny, seed, **sizes):
+    latents, _, conditioning = tiny(denoiser.manifest.family).inputs(1, batch=1, seed=seed, **sizes)
+    return Request(latents[0].numpy(), as_arrays(conditioning), False, 1.0, 0, 0)
+
+
+def mixed(denoiser, tiny):
+    """(request, plan, order) of twelve requests that differ in everything a request may choose."""
+    sizes = [{}] if denoiser.manifest.family == "dit" else [{}, {"height": 2, "width": 3}, {"height": 3, "width": 2}]
+    plans = ["FFF..F..", "FFFF", "FF.F.F....", "F....F"]
+    return [(request_of(denoiser, tiny, k, **sizes[k % len(sizes)]), Plan(plans[k % 4]), k % 3) for k in range(12)]
+
+
+def check_empty(service):
+    assert service.slots_in_use == 0 and service.waiting == 0
+    assert len(service._idle) <= service.limits.slots
+
+
+def test_every_answer_is_the_one_it_gets_alone(denoiser, serve, tiny):
+    service, asked = serve(slots=3), mixed(denoiser, tiny)
+    service.warm_up()
+    callers = [Caller() for _ in asked]
+    for (request, plan, order), caller in zip(asked, callers, strict=True):
+        service.submit(request, plan, order, caller)
+    for (request, plan, order), caller in zip(asked, callers, strict=True):
+        alone = sample(denoiser, request, plan, order)
+        assert caller.wait().error is None
+        assert caller.latents.tobytes() == alone.latents.tobytes() and caller.executed == str(plan)
+        assert caller.steps == len(plan) - 1  # every step but the last was reported
+    check_empty(service)
+    counts, plans = service.snapshot(), [str(plan) for _, plan, _ in asked]
+    full = sum(plan.count("F") for plan in plans)
+    assert counts["steps.full"] == counts["planned.full"] == counts["executed.full"] == full
+    assert counts["steps.forecast"] == sum(map(len, plans)) - full
+    assert counts["requests.done"] == len(asked) and not service.unequal
+
+
+def test_requests_of_one_kind_share_calls(denoiser, serve, tiny):
+    service, held = serve(slots=4, workers=1), threading.Event()
+
+    class Holding(Caller):
+        def advanced(self, loop):
+            held.wait(SECONDS)
+            super().advanced(loop)
+
+    callers = [Holding() for _ in range(4)]
+    for k, caller in enumerate(callers):
+        service.submit(request_of(denoiser, tiny, k), Plan("F" * 6), 1, caller)
+    held.set()
+    assert all(caller.wait().error is None for caller in callers)
+    counts = service.snapshot()
+    # All wait for the first one's first step, and are in step from their second on at the latest.
+    assert counts["steps.full"] == 24 and counts["calls.full"] <= 2 + 4 + 5
+
+
+def test_a_request_that_is_cancelled_frees_its_slot_within_a_step(denoiser, serve, tiny):
+    service = serve(slots=1)
+    leaving, next_one = Caller(patience=2), Caller()
+    service.submit(request_of(denoiser, tiny, 0), Plan("F" * 40), 0, leaving)
+    service.submit(request_of(denoiser, tiny, 1), Plan("FF."), 1, next_one)
+    error = leaving.wait().error
+    assert (error.status, leaving.steps) == ("CANCELLED", 2)
+    assert str(error).startswith("request is cancelled after 2 of 40 steps, expected")
+    alone = sample(denoiser, request_of(denoiser, tiny, 1), Plan("FF."), 1)
+    assert next_one.wait().latents.tobytes() == alone.latents.tobytes()
+    check_empty(service)
+
+
+def test_a_late_request_is_given_up(denoiser, serve, tiny):
+    service, caller = serve(slots=1), Caller()
+    service.submit(request_of(denoiser, tiny, 0), Plan("F" * 40), 0, caller, timeout=0.0)
+    error = caller.wait().error
+    assert error.status == "UNAVAILABLE" and str(error).startswith("request is late after 0 of 40 steps, expected")
+    check_empty(service)
+
+
+@pytest.mark.parametrize("fault", ["engine", "caller", "nan"])
+def test_a_failing_request_harms_nobody(denoiser, serve, tiny, monkeypatch, fault):
+    service = serve(slots=3, workers=1)
+    bad, good = Caller(fails_at=2 if fault == "caller" else None), [Caller(), Caller()]
+    poisoned = request_of(denoiser, tiny, 7)
+    accept = type(denoiser.slot(denoiser.sizes(poisoned.latents.shape, poisoned.conditioning))).finish
+
+    def finish(slot):
+        prediction = accept(slot)
+        if slot._mark is poisoned and len(slot.executed) == 2:
+            if fault == "engine":
+                raise StepError("graph `full` failed, expected it to run; try again")
+            prediction[...] = np.nan
+        return prediction
+
+    if fault != "caller":
+        from taylorseer_export.runtime.denoiser import Slot
+        from taylorseer_export.runtime.sampling import Loop
+
+        monkeypatch.setattr(Slot, "finish", finish)
+        start = Loop.start
+        monkeypatch.setattr(
+            Loop, "start", lambda loop, slot: (setattr(slot, "_mark", loop.request), start(loop, slot))[1]
+        )
+    service.submit(request_of(denoiser, tiny, 0), Plan("FFF..F"), 2, good[0])
+    service.submit(poisoned, Plan("FFF..F"), 2, bad)
+    service.submit(request_of(denoiser, tiny, 1), Plan("FFF..F"), 2, good[1])
+    expected = {
+        "engine": "graph `full` failed",
+        "caller": "the line is dead",
+        "nan": "noise_pred has values that are NaN",
+    }
+    assert str(bad.wait().error).startswith(expected[fault]) and bad.error.status == "INTERNAL"
+    latents = [caller.wait().latents for caller in good]
+    monkeypatch.undo()
+    for k, seen in enumerate(latents):
+        alone = sample(denoiser, request_of(denoiser, tiny, k), Plan("FFF..F"), 2)
+        assert seen.tobytes() == alone.latents.tobytes()
+    check_empty(service)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_queued(denoiser, serve, tiny):
+    service = serve(slots=1, slot_bytes=10_000)
+    with pytest.raises(ConfigError, match=r"request needs .* expected at most 10.00 KB for one slot"):
+        service.submit(request_of(denoiser, tiny, 0), Plan("FF."), 1, Caller())
+    with pytest.raises(StepError, match="expected"):
+        service.submit(Request(np.zeros((1, 2), np.float32), {}, False, 1.0, 0, 0), Plan("F"), 1, Caller())
+    check_empty(service)
+
+
+def test_closing_finishes_what_is_under_way_and_refuses_the_rest(denoiser, tiny):
+    service, first, second = Service(denoiser, Limits(slots=1, workers=1)), Caller(), Caller()
+    service.submit(request_of(denoiser, tiny, 0), Plan("F" * 8), 0, first)
+    service.submit(request_of(denoiser, tiny, 1), Plan("F" * 8), 0, second)
+    service.close()
+    for caller in (first.wait(), second.wait()):
+        assert caller.executed == "F" * 8 or caller.error.status == "UNAVAILABLE"
+    assert second.error is not None and not any(worker.is_alive() for worker in service._workers)
+
+
+# The repository
+
+
+def test_the_configuration_reads_back_with_triton_s_own_protobuf(onnx):
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as schema
+
+    manifest = onnx("flux").manifest
+    text = config(manifest, "denoiser-stream", Deployment(instances=2, slots=3, queue=5))
+    seen = text_format.Parse(text, schema.ModelConfig())
+    assert seen.name == f"flux-{manifest.name}-denoiser-stream" and seen.backend == "python"
+    assert seen.model_transaction_policy.decoupled and seen.instance_group[0].count == 2
+    assert {i.name: (schema.DataType.Name(i.data_type), list(i.dims), i.optional) for i in seen.input}["latents"] == (
+        "TYPE_FP32", [-1, -1, 16], False,
+    )  # fmt: skip
+    assert {i.name for i in seen.input if i.optional} == {"sigmas", "steps", "interval", "warmup", "order", "plan"}
+    assert (seen.parameters["slots"].string_value, seen.parameters["queue"].string_value) == ("3", "5")
+
+
+def test_a_repository_is_whole_versioned_and_checks_its_bundle(bundles, tmp_path):
+    (first,) = write_repository(bundles("dit"), tmp_path / "models", Deployment(models=("denoiser",)))
+    (second,) = write_repository(bundles("dit"), tmp_path / "models", Deployment(models=("denoiser",)))
+    assert (first.name, second.name) == ("1", "2") and first.parent == second.parent
+    assert sorted(path.name for path in first.parent.iterdir()) == ["1", "2", "config.pbtxt"]
+    assert sorted(path.name for path in first.iterdir()) == ["bundle", "model.py"]
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == [first.parent.name]
+    copied, listed = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (first / "bundle", bundles("dit"))
+    )
+    assert copied == listed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--models", "picture"], "--models has `picture`, expected some of denoiser, denoiser-stream"),
+        (["--memory-budget", "1MB"], "--memory-budget is 1.00 MB, expected at least"),
+        (["--device", "cuda", "--batch", "2"], "--batch is 2 on cuda, expected 1"),
+        (["--slots", "0"], "--slots: is 0, expected a whole number, at least 1"),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_anything_is_written(bundles, tmp_path, capsys, options, message):
+    assert main(["triton", str(bundles("dit")), "--out", str(tmp_path / "models"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
+def test_slots_share_the_memory_budget(onnx):
+    manifest = onnx("flux").manifest
+    weights = sum(file.size for file in manifest.files.values())
+    assert slot_bytes(manifest, 4, weights + 4 * 10_000_000) == 10_000_000
+    assert slot_bytes(manifest, 8, None) == slot_bytes(manifest, 1, None) > 0
+
+
+# The contract
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": [0]}, "steps is 0, expected 1 to 1000 (steps)"),
+        ({"steps": [10_000]}, "steps is 10000, expected 1 to 1000 (steps)"),
+        ({"plan": [b"FF."], "steps": [7]}, "plan FF. is 3 steps long, expected 7 (steps)"),
+        ({"plan": [b"F" * 1001]}, "plan is 1001 steps long, expected 1 to 1000 (steps)"),
+        ({"plan": [b"F" * 5000]}, "plan is 5000 bytes, expected at most 4096 (bytes)"),
+        ({"plan": [b"F\xff"]}, "plan is not readable"),
+        ({"plan": [b"FF."], "interval": [3]}, "plan is given with interval or warmup"),
+        ({"interval": [0]}, "interval is 0, expected at least 1 (steps)"),
+        ({"latents": np.full((1, 4, 16), np.nan, np.float32)}, "input `latents` has values that are NaN or infinite"),
+        ({"guidance": np.array([np.inf], np.float32)}, "input `guidance` has values that are NaN or infinite"),
+        ({"sigmas": np.array([0.2, 0.5], np.float32)}, "sigmas are not falling"),
+        ({"sigmas": np.array([0.5, 0.2], np.float32), "steps": [3]}, "plan F"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_request_is_said(onnx, tiny, change, message):
+    denoiser = onnx("flux")
+    latents, _, conditioning = tiny("flux").inputs(1, batch=1, height=2, width=2)
+    values = {"latents": latents[0].numpy(), **as_arrays(conditioning)}
+    contract.ask(denoiser, "denoiser", values)  # is right before the change
+    for name in values.keys() if "steps" in change else ():
+        with pytest.raises(ConfigError, match=f"input `{name}` is missing, expected"):
+            contract.ask(denoiser, "denoiser", {other: value for other, value in values.items() if other != name})
+    with pytest.raises(ConfigError) as caught:
+        contract.ask(denoiser, "denoiser", values | {name: np.asarray(value) for name, value in change.items()})
+    assert message in str(caught.value)

@@ -1,0 +1,371 @@
+"""The real tritonserver, started and stopped here: what it answers, what it refuses, and what it leaves behind."""
+
+import random
+import signal
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import triton_server
+from triton_server import Server
+
+from taylorseer_export.cli import main
+from taylorseer_export.errors import ConfigError, ServeError
+from taylorseer_export.method import Plan
+from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.sampling import Request, dit_request, flux_request, pictures, sample
+from taylorseer_export.serve.client import infer
+from taylorseer_export.serve.repository import Deployment, write_repository
+
+pytestmark = pytest.mark.skipif(bool(triton_server.missing()), reason=triton_server.missing() or "it runs")
+
+SECONDS = 120  # until a test gives up waiting; nothing is measured with it
+MODELS = ("flux-tiny", "flux-tiny-stream", "flux-tiny-denoiser", "dit-tiny", "dit-tiny-denoiser")
+BROKEN = "dit-tiny-denoiser"  # its copy of the weights is damaged
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """Family -> folder of its embedded model's bundle."""
+    out = tmp_path_factory.mktemp("engines")
+    for family in ("flux", "dit"):
+        assert main([family, "--out", str(out)]) == 0
+    return {family: out / f"{family}-tiny" for family in ("flux", "dit")}
+
+
+@pytest.fixture(scope="module")
+def denoisers(engines):
+    """Family -> the same engines in this process."""
+    return {family: load(folder, threads=1) for family, folder in engines.items()}
+
+
+@pytest.fixture(scope="module")
+def repository(engines, tmp_path_factory):
+    out = tmp_path_factory.mktemp("models")
+    write_repository(engines["flux"], out, Deployment(slots=4, queue=64))
+    write_repository(engines["dit"], out, Deployment(slots=2, queue=64))
+    weights = out / BROKEN / "1/bundle/weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.unlink()  # the other models link to the same file
+    weights.write_bytes(data)
+    return out
+
+
+@pytest.fixture(scope="module")
+def server(repository):
+    before = set(Path("/dev/shm").iterdir())
+    with Server(repository, MODELS) as running:
+        running.wait_ready()
+        yield running
+        assert running.stop() == 0, running.said()
+    assert set(Path("/dev/shm").iterdir()) <= before  # no shared memory is left
+
+
+@pytest.fixture(scope="module")
+def alone(denoisers):
+    """(family, what, seed, size, plan, order) -> the picture made in this process, one request at a time."""
+
+    @cache
+    def make(family, what, seed, size, plan, order):
+        denoiser = denoisers[family]
+        request = (
+            flux_request(denoiser, [what], [seed], size) if family == "flux" else dit_request(denoiser, [what], [seed])
+        )
+        return pictures(denoiser, request, sample(denoiser, request, Plan(plan), order))[0]
+
+    one_at_a_time = threading.Lock()
+
+    def ask(*request):
+        with one_at_a_time:
+            return make(*request)
+
+    return ask
+
+
+def metrics(server):
+    """Name and labels -> value, of our own metrics."""
+    text = urllib.request.urlopen(f"http://{server.metrics}/metrics").read().decode()
+    return {key: float(value) for key, value in (x.rsplit(" ", 1) for x in text.splitlines() if x[:5] == "taylo")}
+
+
+def wait_until(server, name, value):
+    """Metrics are sent a few times per second."""
+    until = time.monotonic() + SECONDS
+    while metrics(server).get(name) != value and time.monotonic() < until:
+        time.sleep(0.1)
+    assert metrics(server)[name] == value
+
+
+CAPTION = "a red circle left of a blue square"
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc", "stream"])
+def test_a_seed_gives_the_picture_it_gives_in_process(server, alone, protocol):
+    plan = "FFF.....F.....F.."
+    url, model = (server.http if protocol == "http" else server.grpc), "flux-tiny" + "-stream" * (protocol == "stream")
+    seen, values = [], {"prompt": CAPTION, "seed": 5, "plan": plan, "order": 1, "height": 32, "width": 48}
+    made = infer(url, model, values, protocol, on_step=lambda step, outputs: seen.append((step, outputs)))
+    expected = alone("flux", CAPTION, 5, (32, 48), plan, 1)
+    assert made["picture"].tobytes() == expected.tobytes() and made["picture"].shape == (32, 48, 3)
+    assert made["executed"].tolist() == [plan.encode()] and made["step"].tolist() == [len(plan)]
+    assert [step for step, _ in seen] == (list(range(1, len(plan) + 1)) if protocol == "stream" else [])
+    # Previews come closer: the last one before the end is nearly the picture, the first is not.
+    off = [np.abs(outputs["picture"].astype(int) - expected).mean() for _, outputs in seen]
+    assert not off or (off[-2] < off[0] / 4 and off[-1] == 0)
+
+
+def test_defaults_are_the_bundle_s(server, alone, denoisers):
+    made = infer(server.http, "dit-tiny", {"label": 3}, "http")
+    default = denoisers["dit"].manifest.plan
+    assert made["picture"].tobytes() == alone("dit", 3, 0, None, default.text, None).tobytes()
+    assert made["executed"].tolist() == [default.text.encode()]
+
+
+@pytest.mark.parametrize("sigmas", [None, np.linspace(1, 0.05, 12, dtype=np.float32) ** 2])
+def test_the_denoiser_takes_latents_and_conditioning(server, denoisers, sigmas):
+    denoiser = denoisers["flux"]
+    request = flux_request(denoiser, [CAPTION], [1])
+    values = {"latents": request.latents, **request.conditioning, "steps": 12, "interval": 4, "warmup": 2}
+    made = infer(server.grpc, "flux-tiny-denoiser", values | ({} if sigmas is None else {"sigmas": sigmas}))
+    asked = Request(request.latents, request.conditioning, False, 1.0, 0, 0, sigmas)
+    expected = sample(denoiser, asked, Plan.regular(12, 4, 2))
+    assert made["denoised"].tobytes() == expected.latents.tobytes()
+    assert made["executed"].tolist() == [expected.executed.encode()]
+
+
+def malformed():
+    """What is wrong -> (change of the values, words of the answer)."""
+    return {
+        "dtype": ({"seed": ("FP32", np.zeros(1, np.float32))}, "data-type"),
+        "shape": ({"seed": ("INT64", np.zeros(2, np.int64))}, "shape"),
+        "rank": ({"seed": ("INT64", np.zeros((1, 1), np.int64))}, "shape"),
+        "missing": ({"prompt": None}, "input `prompt` is missing, expected BYTES [1]"),
+        "extra": ({"mood": ("INT64", np.zeros(1, np.int64))}, "mood"),
+        "no steps": ({"steps": ("INT32", np.array([0], np.int32))}, "steps is 0, expected 1 to 1000 (steps)"),
+        "too many steps": ({"steps": ("INT32", np.array([10_000], np.int32))}, "steps is 10000, expected 1 to 1000"),
+        "plan": ({"plan": ("BYTES", np.array([b"FF."], object))}, "plan FF. is 3 steps long, expected 12 (steps)"),
+        "plan letters": ({"plan": ("BYTES", np.array([b"FFx........."], object))}, "plan has `x` at step 2"),
+        "order": ({"order": ("INT32", np.array([4], np.int32))}, "order is 4, expected at most 1"),
+        "word": ({"prompt": ("BYTES", np.array([b"a purple cow"], object))}, "caption word is 'cow'"),
+        "long": ({"prompt": ("BYTES", np.array([b"a" * 100_000_000], object))}, "prompt is 100000000 bytes, expected"),
+        "size": ({"height": ("INT32", np.array([33], np.int32))}, "height is 33, expected a multiple of 4 (pixels)"),
+        "large": ({"height": ("INT32", np.array([512], np.int32))}, "request needs"),
+    }
+
+
+def send_raw(server, model, change):
+    """A plain request with some tensors replaced, typed and shaped as they are: no client corrects them."""
+    import tritonclient.grpc as library
+
+    values = {"prompt": ("BYTES", np.array([b"a red circle"], object)), "steps": ("INT32", np.array([12], np.int32))}
+    client = library.InferenceServerClient(server.grpc)
+    try:
+        made = []
+        for name, typed in (values | change).items():
+            if typed is not None:
+                made.append(library.InferInput(name, list(typed[1].shape), typed[0]))
+                made[-1].set_data_from_numpy(typed[1])
+        return client.infer(model, made)
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("what", malformed())
+def test_a_malformed_request_is_the_caller_s_fault(server, what):
+    from tritonclient.utils import InferenceServerException
+
+    change, words = malformed()[what]
+    with pytest.raises(InferenceServerException) as caught:
+        send_raw(server, "flux-tiny", change)
+    assert "INVALID_ARGUMENT" in str(caught.value.status()) and words in str(caught.value)
+    assert infer(server.grpc, "flux-tiny", {"prompt": "a red circle", "steps": 3})["picture"].shape == (32, 32, 3)
+
+
+def test_numbers_that_are_not_finite_are_refused(server, denoisers):
+    request = flux_request(denoisers["flux"], [CAPTION], [1])
+    values = {"latents": np.full_like(request.latents, np.nan), **request.conditioning}
+    with pytest.raises(ServeError, match="input `latents` has values that are NaN or infinite") as caught:
+        infer(server.grpc, "flux-tiny-denoiser", values)
+    assert "INVALID_ARGUMENT" in caught.value.status
+
+
+def test_a_label_that_is_none_is_refused(server):
+    with pytest.raises(ServeError, match="--label is 10, expected 0 to 9"):
+        infer(server.grpc, "dit-tiny", {"label": 10})
+
+
+def test_a_deadline_that_passes_is_said(server):
+    with pytest.raises(ServeError, match="request is late after") as caught:
+        infer(server.grpc, "flux-tiny", {"prompt": CAPTION, "steps": 250, "interval": 1}, timeout=0.02)
+    assert "UNAVAILABLE" in caught.value.status
+
+
+def test_a_damaged_bundle_keeps_its_model_unavailable_and_no_other(server):
+    import tritonclient.http as library
+
+    client = library.InferenceServerClient(server.http)
+    try:
+        states = {entry["name"]: entry for entry in client.get_model_repository_index()}
+    finally:
+        client.close()
+    assert states[BROKEN]["state"] == "UNAVAILABLE" and "weights.safetensors has SHA-256" in states[BROKEN]["reason"]
+    assert all(states[name]["state"] == "READY" for name in MODELS if name != BROKEN)
+    assert "weights.safetensors has SHA-256" in server.said()
+
+
+def test_the_client_command_writes_the_picture(server, alone, tmp_path, capsys):
+    from PIL import Image
+
+    out = tmp_path / "circle.png"
+    plan = "FFF.....F..."
+    arguments = ["client", "flux-tiny-stream", "--url", server.grpc, "--prompt", CAPTION, "--seed", "2", "--plan", plan]
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert f"plan      {plan} (4 of 12 steps full)" in capsys.readouterr().out
+    drawn = np.asarray(Image.open(out))
+    expected = alone("flux", CAPTION, 2, (32, 32), plan, None)
+    scale = 256 // 32
+    gap = (drawn.shape[0] - 256) // 2
+    assert (drawn[gap : gap + 256 : scale, gap : gap + 256 : scale, :3] == expected).all()
+    assert main([*arguments, "--label", "3", "--out", str(out)]) == 2  # not an input of this model
+    assert "input is `label`, expected one that the model has" in capsys.readouterr().err
+
+
+# Many at once
+
+
+class Storm:
+    """Requests of every kind at a time; `run` sends one and returns what was wrong with its answer, if anything."""
+
+    def __init__(self, server, alone, denoisers):
+        self.server, self.alone, self.denoisers = server, alone, denoisers
+
+    def run(self, number):
+        choose = random.Random(number)
+        family = choose.choice(["flux", "flux", "flux", "dit"])
+        steps = choose.choice([10, 17, 30, 50])
+        plan = str(Plan.regular(steps, choose.choice([3, 5, 6]), choose.choice([1, 3])))
+        order = choose.choice([0, 1])
+        seed = choose.randrange(2)
+        what = choose.choice(["a red circle", CAPTION]) if family == "flux" else choose.choice([3, 8])
+        size = choose.choice([(32, 32), (32, 48), (48, 32)]) if family == "flux" else None
+        values = {"prompt" if family == "flux" else "label": what, "seed": seed, "plan": plan, "order": order}
+        if size:
+            values |= {"height": size[0], "width": size[1]}
+        if number % 20 == 7:
+            return self._malformed(family, values)
+        if number % 5 == 3:
+            return self._cancelled(values | {"prompt": "a red circle"}, choose.randrange(1, 9))
+        http = choose.random() < 0.5
+        url, protocol = (self.server.http, "http") if http else (self.server.grpc, "grpc")
+        made = infer(url, f"{family}-tiny", values, protocol)
+        expected = self.alone(family, what, seed, size, plan, order)
+        return "" if made["picture"].tobytes() == expected.tobytes() else f"{values} differs from its solo run"
+
+    def _malformed(self, family, values):
+        try:
+            infer(self.server.grpc, f"{family}-tiny", values | {"steps": 7})
+        except ServeError as error:
+            return "" if "INVALID_ARGUMENT" in error.status else f"{values}: {error}"
+        return f"{values} was answered, expected INVALID_ARGUMENT"
+
+    def _cancelled(self, values, step):
+        """Stream until `step` steps are done, then leave."""
+        import tritonclient.grpc as library
+
+        values = {name: value for name, value in values.items() if name != "label"}
+        reached, client = threading.Event(), library.InferenceServerClient(self.server.grpc)
+
+        def hear(result, error):
+            if error is not None or int(result.as_numpy("step")[0]) >= step:
+                reached.set()
+
+        made = []
+        for name, value in values.items():
+            text = isinstance(value, str)
+            kind = "BYTES" if text else "INT64" if name == "seed" else "INT32"
+            array = np.array([value.encode()], object) if text else np.array([value], kind.lower())
+            made.append(library.InferInput(name, [1], kind))
+            made[-1].set_data_from_numpy(array)
+        client.start_stream(hear)
+        client.async_stream_infer("flux-tiny-stream", made)
+        heard = reached.wait(SECONDS)
+        client.stop_stream(cancel_requests=True)
+        client.close()
+        return "" if heard else f"{values} did not reach step {step}"
+
+
+def stub_memory(server):
+    """Resident memory of all model processes of a server. Unit: bytes."""
+    import psutil
+
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return sum(child.memory_info().rss for child in children)
+
+
+def test_two_hundred_mixed_requests_eight_at_a_time(server, alone, denoisers):
+    storm, rounds, each = Storm(server, alone, denoisers), 3, 67
+    memory, before = [], metrics(server)
+    for _ in range(rounds):  # the same requests every time, so that the memory can be compared
+        with ThreadPoolExecutor(8) as senders:
+            wrong = [answer for answer in senders.map(storm.run, range(each)) if answer]
+        assert wrong == []
+        for model in ("flux-tiny", "flux-tiny-stream", "dit-tiny"):
+            wait_until(server, f'taylorseer_slots_in_use{{model="{model}"}}', 0)
+            wait_until(server, f'taylorseer_queue{{model="{model}"}}', 0)
+        memory.append(stub_memory(server))
+    # Flat, but for what allocators keep: a leak of one slot per request would be ten times as much.
+    assert memory[2] - memory[1] <= 0.02 * memory[1], memory
+    seen = {name: value - before.get(name, 0) for name, value in metrics(server).items()}
+    assert seen['taylorseer_requests_total{model="flux-tiny-stream",outcome="cancelled"}'] >= 1
+    assert seen['taylorseer_requests_total{model="flux-tiny",outcome="failed"}'] == 0
+    for model in ("flux-tiny", "dit-tiny"):
+        full = [seen[f'taylorseer_full_steps_total{{model="{model}",when="{w}"}}'] for w in ("planned", "executed")]
+        assert full[0] == full[1] > 0
+        assert seen[f'taylorseer_fallbacks_total{{model="{model}"}}'] == 0
+    # Calls were shared.
+    steps, calls = (seen[f'taylorseer_{name}_total{{kind="full",model="flux-tiny"}}'] for name in ("steps", "calls"))
+    assert calls < steps
+
+
+def test_a_server_that_was_killed_serves_again_at_once(repository, alone):
+    before = set(Path("/dev/shm").iterdir())
+    plan = "FF..F"
+    try:
+        with Server(repository, ["dit-tiny"]) as first:
+            first.wait_ready()
+            with ThreadPoolExecutor(1) as sender:
+                asked = {"label": 3, "steps": 400, "interval": 1}
+                under_way = sender.submit(infer, first.grpc, "dit-tiny", asked)
+                wait_until(first, 'taylorseer_slots_in_use{model="dit-tiny"}', 1)
+                first.stop(signal.SIGKILL)
+                with pytest.raises(ServeError, match="answered `"):
+                    under_way.result(SECONDS)
+        with Server(repository, ["dit-tiny"]) as second:
+            second.wait_ready()
+            made = infer(second.grpc, "dit-tiny", {"label": 8, "seed": 1, "plan": plan})
+            assert made["picture"].tobytes() == alone("dit", 8, 1, None, plan, None).tobytes()
+            assert second.stop() == 0
+    finally:  # what the killed one could not give back
+        for left in set(Path("/dev/shm").iterdir()) - before:
+            left.unlink(missing_ok=True)
+
+
+def test_a_server_that_is_not_there_is_said(tmp_path):
+    (port,) = triton_server.free_ports(1)
+    with pytest.raises(ServeError, match=f"127.0.0.1:{port} answered"):
+        infer(f"127.0.0.1:{port}", "flux-tiny", {})
+    assert main(["client", "m", "--url", f"127.0.0.1:{port}", "--out", str(tmp_path / "x.png")]) == 1
+
+
+def test_an_unknown_input_is_said_before_it_is_sent(server):
+    with pytest.raises(ConfigError, match="input is `colour`, expected one that the model has"):
+        infer(server.grpc, "flux-tiny", {"colour": 3})

@@ -1,0 +1,150 @@
+"""Load on a real Triton server: throughput and latency against offered load, serial and batched serving side by side.
+
+    python tools/bench_triton.py --file
+
+Serial serving does one request at a time, every engine call on all cores. Batched serving has slots and shared engine
+calls, one thread per call and a call per core. Both servers are up at the same time and take turns, so noise of the
+machine hits both alike; a server without requests uses no core. Offered load is first a number of clients that each
+wait for their answer (closed), then requests per second that come whether or not earlier ones are answered (open),
+at shares of what serial serving managed. Latency is from sending to the whole answer, over gRPC, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import circumstances, write_record
+from tqdm import tqdm
+from triton_server import Server, embedded_repository, missing
+
+from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.sampling import flux_request, pictures, sample
+from taylorseer_export.serve.client import infer
+from taylorseer_export.serve.repository import Deployment, write_repository
+
+MODEL = "flux-tiny"
+CAPTION = "a red circle left of a blue square"
+SETTINGS = {
+    "serial": Deployment(models=("picture",), slots=1, workers=1, threads=0, batch=1, queue=1000),
+    "batched": Deployment(models=("picture",), slots=4, workers=0, threads=1, queue=1000),
+}
+SHARES = (0.5, 0.8, 1.0, 1.3)  # of the serial throughput, for open load
+
+
+def request(server: Server, seed: int) -> float:
+    """Milliseconds of one picture."""
+    began = time.perf_counter()
+    infer(server.grpc, MODEL, {"prompt": CAPTION, "seed": seed})
+    return 1e3 * (time.perf_counter() - began)
+
+
+def closed(server: Server, clients: int, count: int) -> dict[str, Any]:
+    """`clients` senders, each sending its next request when the last is answered."""
+    began = time.perf_counter()
+    with ThreadPoolExecutor(clients) as senders:
+        times = list(senders.map(lambda seed: request(server, seed), range(count)))
+    return {"clients": clients, **summary(times, count / (time.perf_counter() - began))}
+
+
+def opened(server: Server, rate: float, count: int) -> dict[str, Any]:
+    """Requests at random moments, `rate` per second on average."""
+    choose, times, threads = random.Random(0), [], []
+    began = due = time.perf_counter()
+    for seed in range(count):
+        due += choose.expovariate(rate)
+        time.sleep(max(0.0, due - time.perf_counter()))
+        threads.append(threading.Thread(target=lambda seed=seed: times.append(request(server, seed))))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    return {"offered_per_s": rate, **summary(times, count / (time.perf_counter() - began))}
+
+
+def summary(times: list[float], throughput: float) -> dict[str, Any]:
+    percentiles = {f"p{q}_ms": float(np.percentile(times, q)) for q in (50, 90, 99)}
+    return {"requests": len(times), "throughput_per_s": throughput, **percentiles}
+
+
+def in_process(folder: Path, threads: int, count: int) -> float:
+    """Median milliseconds of the same picture without a server."""
+    denoiser = load(folder, threads=threads)
+    times = []
+    for seed in range(count):
+        began = time.perf_counter()
+        asked = flux_request(denoiser, [CAPTION], [seed])
+        pictures(denoiser, asked, sample(denoiser, asked, denoiser.plan()))
+        times.append(1e3 * (time.perf_counter() - began))
+    denoiser.close()
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=80, help="of every point (default: %(default)s)")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--rounds", type=int, default=3, help="turns of both servers (default: %(default)s)")
+    parser.add_argument("--file", action="store_true", help="write the record into tools/results")
+    given = parser.parse_args()
+    if reason := missing():
+        raise SystemExit(reason)
+    import torch
+
+    torch.set_num_threads(1)  # as in the server
+    with tempfile.TemporaryDirectory() as scratch:
+        embedded_repository(Path(scratch), models=("denoiser",))
+        bundle = Path(scratch) / "engines" / MODEL
+        for name, deployment in SETTINGS.items():
+            write_repository(bundle, Path(scratch) / name, deployment)
+        with Server(Path(scratch) / "serial") as serial, Server(Path(scratch) / "batched") as batched:
+            servers = {"serial": serial.wait_ready(), "batched": batched.wait_ready()}
+            for server in servers.values():
+                closed(server, 4, 12)  # first calls
+            alone = {name: in_process(bundle, SETTINGS[name].threads, given.requests) for name in SETTINGS}
+            points: dict[str, list[dict[str, Any]]] = {name: [] for name in SETTINGS}
+            with tqdm(total=given.rounds * len(given.clients) * 2, desc="closed") as bar:
+                for _ in range(given.rounds):
+                    for clients in given.clients:
+                        for name, server in servers.items():
+                            points[name].append(closed(server, clients, given.requests))
+                            bar.update()
+            best = statistics.median(p["throughput_per_s"] for p in points["serial"] if p["clients"] == 1)
+            for share in tqdm(SHARES, desc="open"):
+                for name, server in servers.items():
+                    points[name].append(opened(server, share * best, given.requests))
+    record = {**circumstances(), "model": MODEL, "in_process_ms": alone, "points": points}
+    for name in SETTINGS:
+        one = statistics.median(p["p50_ms"] for p in points[name] if p.get("clients") == 1)
+        record[f"{name}_overhead_ms"] = one - alone[name]
+        record[f"{name}_overhead_allowed_ms"] = 0.03 * alone[name] + 5
+    for clients in given.clients:
+        pairs = [[p["throughput_per_s"] for p in points[name] if p.get("clients") == clients] for name in SETTINGS]
+        record[f"gain_{clients}_clients"] = statistics.median(b / a for a, b in zip(*pairs, strict=True))
+    print(table(record))
+    if given.file:
+        print(f"filed {write_record('triton', record)}")
+    print(json.dumps({key: value for key, value in record.items() if key.startswith(("gain", "serial", "batched"))}))
+
+
+def table(record: dict[str, Any]) -> str:
+    rows = [f"{'serving':10}{'load':>16}{'per s':>9}{'p50 ms':>9}{'p90':>9}{'p99':>9}"]
+    for name, points in record["points"].items():
+        for p in points:
+            load_ = f"{p['clients']} clients" if "clients" in p else f"{p['offered_per_s']:.1f} per s"
+            rows.append(
+                f"{name:10}{load_:>16}{p['throughput_per_s']:9.1f}{p['p50_ms']:9.1f}{p['p90_ms']:9.1f}{p['p99_ms']:9.1f}"
+            )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()

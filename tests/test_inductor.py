@@ -21,8 +21,9 @@ from taylorseer_export.build.export import PRECISIONS, Options, check_options, w
 from taylorseer_export.build.program import exported_program, mixed_types
 from taylorseer_export.bundle.manifest import MANIFEST, Graph, Manifest, Tensor
 from taylorseer_export.bundle.shapes import resolve
-from taylorseer_export.errors import BuildError, BundleError, StepError
+from taylorseer_export.errors import BuildError, BundleError, ParityError, StepError
 from taylorseer_export.graph.types import float_types
+from taylorseer_export.report.bench import bench
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.torch_runner import TorchBuffer, TorchRunner
 
@@ -81,6 +82,24 @@ def test_half_precision_stays_within_its_bound(drafts, tiny, name, granularity, 
     narrow = allowed(tiny(name).model, reference, plan, order, FLOAT32)
     with pytest.raises(AssertionError, match="differs by"):
         assert_close(precision, seen, reference, narrow)
+
+
+def test_numbers_that_overflow_are_refused(drafts):
+    """Weights that float16 cannot carry through: `bench` and `verify` see it, where a mere timing would not."""
+    denoiser = eager_denoiser(drafts("dit", "last", precision="fp16", device="cuda"))
+    good = denoiser.runner._functions["full"]
+
+    def overflow(*tensors):
+        good(*tensors)
+        tensors[-2].mul_(torch.inf)  # noise_pred is the first of two outputs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(denoiser.runner._functions, "full", overflow)
+        with pytest.raises(
+            ParityError, match=r"NaN or infinite in places at step 0 of plan FF\.\., .*--precision bf16"
+        ):
+            bench(denoiser, denoiser.plan("FF.."), repeats=1)
+    assert bench(denoiser, denoiser.plan("FF.."), repeats=1)["fallbacks"] == 0
 
 
 # Forms of a graph

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from taylorseer_export.errors import ParityError
 from taylorseer_export.method import Plan
 from taylorseer_export.report.card import state_bytes
 from taylorseer_export.report.inputs import random_trajectory
@@ -118,8 +119,13 @@ def _run(slot: Slot, latents: np.ndarray) -> list[float]:
     times = []
     for latent in latents:
         began = time.perf_counter()
-        slot.step(latent)
+        prediction = slot.step(latent)
         times.append(1e3 * (time.perf_counter() - began))
+        if not np.isfinite(prediction).all():
+            raise ParityError(
+                f"noise_pred is NaN or infinite in places at step {len(times) - 1} of plan {slot.plan}, expected "
+                "finite numbers; export again with --precision bf16 or fp32, whose range is wider than that of fp16"
+            )
     return times
 
 

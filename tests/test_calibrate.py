@@ -103,6 +103,7 @@ def test_a_short_window_still_gives_a_plan():
 def test_the_regular_plan_of_as_many_full_steps(full, expected):
     plan = regular_plan(50, full, 3)
     assert len(plan.full_steps) == full and str(plan).startswith(expected)
+    assert len(regular_plan(8, 7, 2).full_steps) == 5  # none has 7, and all full would be no comparison
 
 
 def test_reuse_errors_are_what_they_say(digits):

@@ -97,11 +97,12 @@ def directions(count: int) -> np.ndarray:
 
 
 def regular_plan(steps: int, full_steps: int, warmup: int) -> Plan:
-    """The regular plan with the nearest number of full steps, the warm-up as near to `warmup` as that allows."""
+    """The regular plan with the most full steps up to `full_steps`, its warm-up as near to `warmup` as that allows."""
     plans = [
-        (abs(len(plan.full_steps) - full_steps), abs(w - warmup), str(plan))
+        (full_steps - len(plan.full_steps), abs(w - warmup), str(plan))
         for w in range(1, min(full_steps, warmup + 1) + 1)
         for interval in range(1, steps + 1)
         for plan in [Plan.regular(steps, interval, w)]
+        if len(plan.full_steps) <= full_steps
     ]
     return Plan(min(plans)[2])

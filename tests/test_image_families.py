@@ -5,6 +5,7 @@
 import copy
 import sys
 
+import numpy as np
 import pytest
 import torch
 from harness import open_slot
@@ -12,6 +13,7 @@ from oracle import assert_close
 
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.report.inputs import random_trajectory
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -90,3 +92,12 @@ def test_kontext_without_its_condition(eager, tiny, key):
     rest = {n: v for n, v in conditioning.items() if n != key}
     with pytest.raises(StepError, match=rf"input `{key}` is missing, expected float32 .*; pass it with the condit"):
         open_slot(eager("kontext"), (latents, timestep, rest))
+
+
+def test_random_inputs_of_qwen_agree_with_each_other(eager):
+    """What `verify` and `bench` make up: the sizes multiply to the tokens there are, and a step runs."""
+    data = random_trajectory(eager("qwen-image"), 2, {"image_tokens": 6, "text_tokens": 4})
+    assert data.conditioning["img_shapes"].tolist() == [[[1, 3, 2]]]
+    slot = eager("qwen-image").slot(eager("qwen-image").sizes(data.latents.shape[1:], data.conditioning))
+    slot.start(data.conditioning, slot.denoiser.plan("F."), None, data.timesteps)
+    assert all(np.isfinite(slot.step(latent)).all() for latent in data.latents)

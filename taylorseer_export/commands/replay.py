@@ -1,4 +1,9 @@
-"""`replay`: given latents through a bundle, teacher-forced."""
+"""`replay`: given latents through a bundle, teacher-forced.
+
+`latents` are the rows of `hidden_states` that change with the step. Rows that a pipeline joins to them and never
+changes, like the conditioning picture of FLUX-Kontext, are an input of their own (`image_latents`) and are not in
+`noise_pred`.
+"""
 
 from __future__ import annotations
 

@@ -205,3 +205,20 @@ def test_bfloat16_with_parts_kept_in_float32(tiny, monkeypatch):
     limit = oracle.bound(reference, oracle.gains("FFF..F..", 1), torch.bfloat16, *oracle.extent(model))
     seen = run(eager_denoiser(made), inputs, "FFF..F..", 1)
     assert 0.01 < assert_close("bfloat16", seen, reference, limit)
+
+
+def test_two_experts_begin_with_a_full_step_each(eager, tiny):
+    """Wan 2.2: `transformer` and `transformer_2` are two bundles, so the switch forces a full step."""
+    latents, timestep, conditioning = tiny("wan").inputs(9)
+    experts = [eager("wan").as_transformer() for _ in range(2)]
+    seen = []
+    for step, (x, t) in enumerate(zip(latents, timestep, strict=True)):
+        expert = experts[step >= 4]
+        for branch in ("cond", "uncond"):
+            with expert.cache_context(branch):
+                seen.append(expert(hidden_states=x, timestep=t.expand(1), return_dict=False, **conditioning)[0])
+    assert [set(expert.executed.values()) for expert in experts] == [{"FF.."}, {"FF..."}]
+    alone = run(eager("wan"), (latents[4:], timestep[4:], conditioning), "FF...")
+    limit = 2 * allowed(tiny("wan").model, alone, "FF...", ORDER)  # prepared step by step, and all at once
+    for branch in (0, 1):
+        assert_close(f"branch {branch}", torch.stack(seen[8 + branch :: 2]), alone, limit)

@@ -57,12 +57,16 @@ MODELS = {
     "dit-xl-2-256": Model("dit", "facebook/DiT-XL-2-256"),
     "dit-xl-2-512": Model("dit", "facebook/DiT-XL-2-512"),
     "flux.1-dev": Model("flux", "black-forest-labs/FLUX.1-dev"),
+    "flux.1-schnell": Model("flux", "black-forest-labs/FLUX.1-schnell", steps=4),
+    "flux.1-kontext-dev": Model("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
     "hunyuanvideo": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo"),
     "hunyuanvideo-i2v": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo-I2V-33ch"),
     "hunyuanvideo-i2v-token-replace": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo-I2V"),
     "wan2.1-t2v-1.3b": Model("wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     "wan2.1-t2v-14b": Model("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
     "wan2.1-i2v-14b-480p": Model("wan", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", steps=40),
+    "wan2.2-t2v-a14b": Model("wan", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+    "wan2.2-i2v-a14b": Model("wan", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", steps=40),
 }
 
 

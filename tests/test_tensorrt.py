@@ -250,7 +250,6 @@ def test_options_are_set_and_read_back(builder):
     assert config.get_compute_capability(0) == trt.ComputeCapability.SM89
     plain = plans.configure(trt, builder, options(engine_options={"tf32": True}))
     assert plain.get_flag(trt.BuilderFlag.TF32)
-    assert plain.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 4 << 30
     seen = {plain.get_compute_capability(k).name for k in range(plain.num_compute_capabilities)}
     assert seen == {name for name in trt.ComputeCapability.__members__ if name[2:].isdigit()} - {"SM75"}
 

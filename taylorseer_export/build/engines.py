@@ -109,7 +109,12 @@ def pools(text: str) -> str:
 
 # Names as in `trtexec` and Polygraphy.
 _EVERY_TENSORRT = (
-    Option("workspace", "scratch memory a layer may use (default: the GPU's; 4GiB for tensorrt-rtx)", memory, "SIZE"),
+    Option(
+        "workspace",
+        "scratch memory a layer may use at the largest sizes (default: the GPU's; 64GiB without one)",
+        memory,
+        "SIZE",
+    ),
     Option("tf32", "let float32 products round their inputs to 10 bits", None),
     Option("weight-streaming", "let weights stay on the host at run time, for small GPUs; no CUDA graphs", None),
 )

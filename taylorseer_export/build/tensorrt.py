@@ -22,7 +22,6 @@ from taylorseer_export.bundle.tensorrt import dtype_names, extents, library, lib
 from taylorseer_export.errors import BuildError, ConfigError
 from taylorseer_export.graph.cut import Cut
 
-_RTX_WORKSPACE = 4 << 30  # bytes; without a GPU to ask, the library would allow 64 GiB
 _OLDEST = (8, 0)  # the first compute capability with bfloat16
 _FLAGS = {
     "version-compatible": "VERSION_COMPATIBLE",
@@ -236,9 +235,7 @@ def configure(trt: Any, builder: Any, options: Options) -> Any:
 def memory_pools(options: Options) -> dict[str, int]:
     """Memory pool by the library's name -> its limit in bytes."""
     given = options.engine_options
-    pools = {"WORKSPACE": _RTX_WORKSPACE} if options.engine == "tensorrt-rtx" else {}
-    if "workspace" in given:
-        pools["WORKSPACE"] = given["workspace"]
+    pools = {"WORKSPACE": given["workspace"]} if "workspace" in given else {}
     for entry in filter(None, given.get("pool-limit", "").split(",")):
         name, size = entry.split(":")
         pools[name.replace("-", "_").upper()] = int(size)

@@ -23,14 +23,12 @@ from taylorseer_export.errors import BuildError, ConfigError
 trt = pytest.importorskip("tensorrt_rtx")
 
 # Every symbolic size in bfloat16; in float16 a static bundle, which is cheaper and has other shapes.
-# Family -> its smallest model. Left out are those that do not trace in half precision yet, or were not tried.
+# Family -> its smallest model.
 NAMES = {family: name for name, (family, *_) in reversed(MODELS.items())} | {"flux": "plain"}
-LEFT_OUT = {"sd3", "hidream", "hunyuan-video"}
 CASES = [
     (name, precision, more)
     for precision, more in (("bf16", {}), ("fp16", {"batch": 2}))
     for family, name in NAMES.items()
-    if family not in LEFT_OUT
 ]
 
 

@@ -112,9 +112,9 @@ class Checkpoint:
                     kind = dtype if parameter.is_floating_point() and not kept else parameter.dtype
                     with fake:
                         module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=kind), False)
-        for name, buffer in model.named_buffers():  # those computed by the model keep the dtype it gave them
-            if name in self.shapes and buffer.is_floating_point():
-                buffer.data = buffer.data.to(dtype)
+            for name, buffer in module._buffers.items():  # those computed by the model keep the dtype it gave them
+                if buffer is not None and buffer.is_floating_point() and f"{path}.{name}" in self.shapes:
+                    module._buffers[name] = buffer.to(dtype)
         return model
 
     @cached_property

@@ -63,6 +63,7 @@ def write_onnx(cut: Cut, sizes: Mapping[str, int | None], weights: Mapping[str, 
         graph.initializers[name].const_value = None
     with quiet():
         optimizer.optimize(model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=1 << 16)
+        _without_sequences(graph)
     for name in weights.keys() & graph.initializers.keys():
         place = weights[name]
         graph.initializers[name].const_value = ir.ExternalTensor(
@@ -85,6 +86,24 @@ def write_onnx(cut: Cut, sizes: Mapping[str, int | None], weights: Mapping[str, 
     graph.name = cut.name
     model.producer_name, model.producer_version = "taylorseer-export", None
     ir.save(model, path)
+
+
+def _without_sequences(graph: Any) -> None:
+    """Take the parts of an unbound tensor by index: where the simplifier lost its shape, a sequence of them is left,
+    which TensorRT does not know."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        if node.op_type != "SplitToSequence" or node.attributes["keepdims"].as_int():
+            continue
+        for use in list(node.outputs[0].uses()):
+            part = use.node
+            gather = ir.node("Gather", [node.inputs[0], part.inputs[1]], {"axis": node.attributes["axis"].as_int()})
+            gather.outputs[0].shape, gather.outputs[0].type = part.outputs[0].shape, part.outputs[0].type
+            graph.insert_before(part, gather)
+            ir.convenience.replace_all_uses_with(part.outputs[0], gather.outputs[0])
+            graph.remove(part, safe=True)
+        graph.remove(node, safe=True)
 
 
 def _numpy_dtype(dtype: torch.dtype) -> Any:

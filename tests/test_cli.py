@@ -260,7 +260,7 @@ def test_any_changed_byte_is_refused(copy, capsys):
     [
         ({"versions": {"onnxruntime": "0.1.2"}}, "pip install 'onnxruntime==0.1.2'"),
         ({"device": {"devices": "npu"}}, "built for (npu)"),
-        ({"kind": "tensorrt"}, "--engine onnxruntime"),
+        ({"kind": "tensorrt"}, "pip install 'taylorseer-export[tensorrt]'"),
     ],
 )
 def test_another_version_device_or_engine_is_refused(copy, capsys, update, expected):

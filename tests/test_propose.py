@@ -21,6 +21,18 @@ DIFFERS = {
     "hunyuan": {"encoder_attention_mask"},  # of another dtype
     "hunyuan-channels": {"encoder_attention_mask"},
     "hunyuan-replace": {"encoder_attention_mask"},
+    "framepack": {  # the past, in three histories of fixed lengths
+        "encoder_attention_mask",
+        "hidden_states",
+        "image_embeds",
+        "indices_latents",
+        "indices_latents_clean",
+        "indices_latents_history_2x",
+        "indices_latents_history_4x",
+        "latents_clean",
+        "latents_history_2x",
+        "latents_history_4x",
+    },
     "wan-image": {"encoder_hidden_states"},  # of a fixed number of tokens
 }
 PIXART = {

@@ -67,6 +67,10 @@ MODELS = {
     "wan2.1-i2v-14b-480p": Model("wan", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", steps=40),
     "wan2.2-t2v-a14b": Model("wan", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
     "wan2.2-i2v-a14b": Model("wan", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", steps=40),
+    "hidream-i1-full": Model("hidream", "HiDream-ai/HiDream-I1-Full"),
+    "qwen-image": Model("qwen-image", "Qwen/Qwen-Image"),
+    "stable-diffusion-3.5-medium": Model("sd3", "stabilityai/stable-diffusion-3.5-medium"),
+    "stable-diffusion-3.5-large": Model("sd3", "stabilityai/stable-diffusion-3.5-large"),
 }
 
 
@@ -82,7 +86,10 @@ def card(name: str) -> str:
 
 def digest(name: str) -> str:
     """SHA-256 of the card of the same model with few layers."""
-    twin = {k: min(v, TWIN_LAYERS) if k.endswith("_layers") else v for k, v in config(name).items()}
+    entries = config(name)
+    twin = {k: min(v, TWIN_LAYERS) if k.startswith("num_") and k.endswith("_layers") else v for k, v in entries.items()}
+    if "llama_layers" in twin:  # HiDream: one entry for each block, of both kinds
+        twin["llama_layers"] = twin["llama_layers"][: 2 * TWIN_LAYERS]
     # The card quotes the config in full, so that every entry of the real one counts.
     return hashlib.sha256((text(name, twin) + json.dumps(config(name), sort_keys=True)).encode()).hexdigest()
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from families import MODELS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results"
 README = ROOT / "README.md"
@@ -96,6 +98,35 @@ def bench_table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def calibration_table(record: Mapping[str, Any]) -> str:
+    """Rows of `tools/calibration.py`: mean and spread over the samples, none of which was calibrated on."""
+    ways = ("calibrated", "paper's plan", "fewer steps")
+    lines = [f"| model | full steps | {' | '.join(ways)} |", "|---|--:|--:|--:|--:|"]
+    for family, model in record["models"].items():
+        found = {(row["steps"], row["full_steps"], row["way"]): row for row in model["rows"]}
+        for steps, full in dict.fromkeys((row["steps"], row["full_steps"]) for row in model["rows"]):
+            rows = [found.get((steps, full, way)) for way in ways]
+            cells = ["" if row is None else f"{row['psnr_mean']:.1f} ± {row['psnr_std']:.1f}" for row in rows]
+            lines.append(f"| {family} | {full} of {steps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def families_table(record: Mapping[str, Any]) -> str:
+    """Counts of `tools/families.py`: tests passed for each model."""
+    columns = {
+        "oracle": "each step equals the float64 oracle",
+        "onnxruntime": "the same in ONNX Runtime",
+        "pipeline": "diffusers pipeline with the drop-in",
+        "tensorrt-rtx": "TensorRT-RTX builds, bf16 and fp16",
+    }
+    lines = [f"| family | {' | '.join(columns.values())} |", f"|---|{'--:|' * len(columns)}"]
+    for name, title in MODELS.items():
+        cells = [record["models"].get(name, {}).get(column, {}) for column in columns]
+        shown = [f"{c['failed']} failed" if c.get("failed") else str(c.get("passed", "")) for c in cells]
+        lines.append(f"| {title} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 _OTHERS = {
     "untapped": "plain model exported the same way, all full",
     "fewer steps": "the same engine, 10 full steps",
@@ -107,6 +138,8 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "quality": quality_table,
     "bench-mid-flux": bench_table,
+    "calibration-flux": calibration_table,
+    "families": families_table,
 }
 
 

@@ -1,0 +1,87 @@
+"""Families: what the tests showed of each, counted from their own report.
+
+    .venv/bin/python -m pytest --junitxml=report.xml         any run of the tests that writes a JUnit report
+    python tools/families.py report.xml --file             files the counts; `tools/readme.py` makes the table
+
+A cell is the number of tests that passed for a model; one that failed shows as such, and nothing run leaves it empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from record import circumstances, write_record
+
+# Column -> (test module, pattern of test names) whose cases count in it.
+COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
+    "oracle": (("test_families", r"(?!.*(onnx|can_fail)).*"), ("test_runtime", r".*oracle.*"), ("test_split", r".*")),
+    "onnxruntime": (("test_families", r".*onnx.*"), ("test_onnx", r".*")),
+    "pipeline": (("test_dropin_families", r".*"), ("test_dropin", r"test_(flux|dit)_.*")),
+    "tensorrt-rtx": (("test_tensorrt", r".*family_builds.*"),),
+    "card": (("test_cards", r".*"),),
+}
+MODELS = {
+    "plain": "flux (schnell)",
+    "flux": "flux (dev)",
+    "kontext": "flux-kontext",
+    "dit": "dit",
+    "hidream": "hidream",
+    "hunyuan": "hunyuan-video",
+    "hunyuan-channels": "hunyuan-video (image to video, channels)",
+    "hunyuan-replace": "hunyuan-video (image to video, first frame)",
+    "framepack": "framepack",
+    "wan": "wan (text to video)",
+    "wan-image": "wan (image to video)",
+    "qwen-image": "qwen-image",
+    "sd3": "sd3",
+}
+
+
+def counts(report: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Model -> column -> outcome -> number of tests."""
+    found: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    for case in ElementTree.parse(report).iter("testcase"):
+        module, name = case.get("classname", "").split(".")[-1], case.get("name", "")
+        model = _model(name)
+        for column, sources in COLUMNS.items():
+            if model and any(module == file and re.fullmatch(pattern, name) for file, pattern in sources):
+                found[model][column][_outcome(case)] += 1
+    return {model: {c: dict(n) for c, n in columns.items()} for model, columns in sorted(found.items())}
+
+
+def _model(name: str) -> str | None:
+    """The model that a test's parameters name; the longest one, since `wan-image` begins with `wan`."""
+    parameters = name.partition("[")[2].rstrip("]")
+    named = re.match(r"test_(flux|dit)_", name)
+    words = [m for m in MODELS if re.search(rf"(^|-){re.escape(m)}($|-)", parameters)]
+    return max(words, key=len) if words else named[1] if named else None
+
+
+def _outcome(case: Any) -> str:
+    for kind in ("failure", "error", "skipped"):
+        if case.find(kind) is not None:
+            return "failed" if kind != "skipped" else kind
+    return "passed"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Count what the tests showed of each family.")
+    parser.add_argument("report", type=Path, help="JUnit report of a run of the tests")
+    parser.add_argument("--file", action="store_true", help="file the record in tools/results")
+    given = parser.parse_args()
+    record = {**circumstances(), "models": counts(given.report)}
+    print(json.dumps(record["models"], indent=1))
+    if given.file:
+        print(write_record("families", record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -108,6 +108,12 @@ CASES = {
         VIDEO | {"prompt_template": {"template": "{}", "crop_start": 0}},
         {"cond"},
     ),
+    "hunyuan-channels": (
+        "hunyuan-channels",
+        hunyuan_image_pipeline,
+        {"height": 32, "width": 48, "num_frames": 5, "image": PICTURE, "prompt": None, **EMBEDDED},
+        {"0"},
+    ),
     "hunyuan-replace": (
         "hunyuan-replace",
         hunyuan_image_pipeline,

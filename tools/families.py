@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,7 +26,6 @@ COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
     "onnxruntime": (("test_families", r".*onnx.*"), ("test_onnx", r".*")),
     "pipeline": (("test_dropin_families", r".*"), ("test_dropin", r"test_(flux|dit)_.*")),
     "tensorrt-rtx": (("test_tensorrt", r".*family_builds.*"),),
-    "card": (("test_cards", r".*"),),
 }
 MODELS = {
     "plain": "flux (schnell)",
@@ -44,15 +44,18 @@ MODELS = {
 }
 
 
-def counts(report: Path) -> dict[str, dict[str, dict[str, int]]]:
-    """Model -> column -> outcome -> number of tests."""
+def counts(reports: Sequence[Path]) -> dict[str, dict[str, dict[str, int]]]:
+    """Model -> column -> outcome -> number of tests; a later report has the last word on a test."""
+    outcomes = {}
+    for report in reports:
+        for case in ElementTree.parse(report).iter("testcase"):
+            outcomes[case.get("classname", "").split(".")[-1], case.get("name", "")] = _outcome(case)
     found: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    for case in ElementTree.parse(report).iter("testcase"):
-        module, name = case.get("classname", "").split(".")[-1], case.get("name", "")
+    for (module, name), outcome in outcomes.items():
         model = _model(name)
         for column, sources in COLUMNS.items():
             if model and any(module == file and re.fullmatch(pattern, name) for file, pattern in sources):
-                found[model][column][_outcome(case)] += 1
+                found[model][column][outcome] += 1
     return {model: {c: dict(n) for c, n in columns.items()} for model, columns in sorted(found.items())}
 
 
@@ -73,10 +76,10 @@ def _outcome(case: Any) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Count what the tests showed of each family.")
-    parser.add_argument("report", type=Path, help="JUnit report of a run of the tests")
+    parser.add_argument("reports", type=Path, nargs="+", help="JUnit reports of runs of the tests")
     parser.add_argument("--file", action="store_true", help="file the record in tools/results")
     given = parser.parse_args()
-    record = {**circumstances(), "models": counts(given.report)}
+    record = {**circumstances(), "models": counts(given.reports)}
     print(json.dumps(record["models"], indent=1))
     if given.file:
         print(write_record("families", record))

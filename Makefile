@@ -46,7 +46,7 @@ test: $(DONE)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 bench: $(DONE)
 	@$(RUN) tools/bench.py

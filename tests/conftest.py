@@ -1,13 +1,20 @@
-"""Fixtures that cost seconds, made once: checkpoints are saved, models traced, and bundles written on first use."""
+"""Fixtures that cost seconds, made once: checkpoints are saved, models traced, and bundles written on first use.
 
+`make test` runs files on several workers. What lives in memory is made once by each worker that asks for it; bundles,
+which take longest, are written once for all of them.
+"""
+
+import gc
 import os
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: no test may reach the net
 
 import pytest
 import tiny_models as tm
 import torch
+from filelock import FileLock
 from harness import Tiny, eager_denoiser
 
 from taylorseer_export import cli
@@ -18,6 +25,11 @@ from taylorseer_export.graph.trace import trace
 from taylorseer_export.runtime.denoiser import load
 
 torch.set_num_threads(1)
+# Tracing makes millions of small objects that live; looking through them for garbage took a third of an export.
+gc.set_threshold(50_000, 20, 50)
+
+# The files that take minutes: they start first, so that no worker is left with one when the others are done.
+LONG = ("test_tensorrt.py", "test_triton.py", "test_families.py", "test_readme.py", "test_inductor.py")
 
 # The only ONNX exports of the graph and engine tests; each takes many seconds.
 BUNDLES = {
@@ -48,6 +60,37 @@ MODELS = {
     "wan": ("wan", tm.tiny_wan, tm.wan_inputs),
     "wan-image": ("wan", lambda: tm.tiny_wan(seed=1, in_channels=9, image_dim=10), tm.wan_inputs),
 }
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers():
+    """As many as there are cores for this process, and at most four: each holds traces and models, about 2 GB."""
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """(name, write) -> what `write(folder)` returned, a path in a folder of that name.
+
+    It is called by the first worker that asks; the others wait for it and get the same path.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name, write):
+        folder = root / "once" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        done = folder.with_suffix(".done")
+        with FileLock(folder.with_suffix(".lock")):
+            if not done.exists():
+                done.write_text(str(write(folder)))
+        return Path(done.read_text())
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -95,14 +138,13 @@ def drafts(tiny, traces):
 
 
 @pytest.fixture(scope="session")
-def bundles(drafts, tmp_path_factory):
+def bundles(drafts, once):
     """Name -> folder of its bundle, with the options of `BUNDLES` where it is one of them."""
 
-    @cache
-    def make(name):
-        return export.write_bundle(drafts(name, **BUNDLES.get(name, {})), tmp_path_factory.mktemp("engines"), name)
+    def write(name, folder):
+        return export.write_bundle(drafts(name, **BUNDLES.get(name, {})), folder, name)
 
-    return make
+    return cache(lambda name: once(f"bundle-{name}", partial(write, name)))
 
 
 @pytest.fixture(scope="session")
@@ -118,14 +160,13 @@ def onnx(bundles):
 
 
 @pytest.fixture(scope="session")
-def packages(drafts, tmp_path_factory):
+def packages(drafts, once):
     """Name of `PACKAGES` -> folder of its bundle."""
 
-    @cache
-    def make(name):
-        return export.write_bundle(drafts(name, **PACKAGES[name]), tmp_path_factory.mktemp("engines"), name)
+    def write(name, folder):
+        return export.write_bundle(drafts(name, **PACKAGES[name]), folder, name)
 
-    return make
+    return cache(lambda name: once(f"package-{name}", partial(write, name)))
 
 
 @pytest.fixture(scope="session")
@@ -135,8 +176,11 @@ def inductor(packages):
 
 
 @pytest.fixture(scope="session")
-def residual_digits(tmp_path_factory):
+def residual_digits(once):
     """The embedded DiT at granularity `residual`, exported by the command line: the folder of its bundle."""
-    out = tmp_path_factory.mktemp("engines")
-    assert cli.main(["dit", "--order", "2", "--state", "residual", "--out", str(out)]) == 0
-    return out / "dit-tiny"
+
+    def write(folder):
+        assert cli.main(["dit", "--order", "2", "--state", "residual", "--out", str(folder)]) == 0
+        return folder / "dit-tiny"
+
+    return once("residual-digits", write)

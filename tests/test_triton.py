@@ -60,14 +60,19 @@ def repository(engines, tmp_path_factory):
     return out
 
 
+def shared_memory():
+    """Files of the servers' own shared memory; tests beside these may have some too."""
+    return set(Path("/dev/shm").glob("triton*"))
+
+
 @pytest.fixture(scope="module")
 def server(repository):
-    before = set(Path("/dev/shm").iterdir())
+    before = shared_memory()
     with Server(repository, MODELS) as running:
         running.wait_ready()
         yield running
         assert running.stop() == 0, running.said()
-    assert set(Path("/dev/shm").iterdir()) <= before  # no shared memory is left
+    assert shared_memory() <= before  # none is left
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +342,7 @@ def test_two_hundred_mixed_requests_eight_at_a_time(server, alone, denoisers):
 
 
 def test_a_server_that_was_killed_serves_again_at_once(repository, alone):
-    before = set(Path("/dev/shm").iterdir())
+    before = shared_memory()
     plan = "FF..F"
     try:
         with Server(repository, ["dit-tiny"]) as first:
@@ -355,7 +360,7 @@ def test_a_server_that_was_killed_serves_again_at_once(repository, alone):
             assert made["picture"].tobytes() == alone("dit", 8, 1, None, plan, None).tobytes()
             assert second.stop() == 0
     finally:  # what the killed one could not give back
-        for left in set(Path("/dev/shm").iterdir()) - before:
+        for left in shared_memory() - before:
             left.unlink(missing_ok=True)
 
 

@@ -76,7 +76,7 @@ def test_the_queue_is_bounded_and_a_free_slot_counts():
         batcher.offer(Job())
     assert caught.value.status == "UNAVAILABLE"
     assert batcher.take(0.0) == ("start", [jobs[0]])
-    assert batcher.waiting == 1 and batcher.in_use == 1 and batcher.take(0.0) is None
+    assert batcher.waiting == 1 and batcher.in_use == 1 and not batcher.pending and batcher.take(0.0) is None
 
 
 def test_late_and_cancelled_requests_are_dropped_wherever_they_are():
@@ -122,6 +122,7 @@ def test_every_request_gets_all_its_steps(slots, batch, workers, wanted):
         batcher.offer(job)
     idle = 0
     while not batcher.idle:
+        assert batcher.pending
         turn = batcher.take(0.0)
         assert turn is not None and batcher.in_use <= slots
         assert len(turn.jobs) == 1 or sum(job.samples for job in turn.jobs) <= 4

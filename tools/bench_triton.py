@@ -29,7 +29,7 @@ from triton_server import Server, embedded_repository, missing
 
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import flux_request, pictures, sample
-from taylorseer_export.serve.client import infer
+from taylorseer_export.serve.client import Client
 from taylorseer_export.serve.repository import Deployment, write_repository
 
 MODEL = "flux-tiny"
@@ -41,18 +41,26 @@ SETTINGS = {
 SHARES = (0.5, 0.8, 1.0, 1.3)  # of the serial throughput, for open load
 
 
-def request(server: Server, seed: int) -> float:
+def request(client: Client, seed: int) -> float:
     """Milliseconds of one picture."""
     began = time.perf_counter()
-    infer(server.grpc, MODEL, {"prompt": CAPTION, "seed": seed})
+    client.infer(MODEL, {"prompt": CAPTION, "seed": seed})
     return 1e3 * (time.perf_counter() - began)
 
 
 def closed(server: Server, clients: int, count: int) -> dict[str, Any]:
-    """`clients` senders, each sending its next request when the last is answered."""
+    """`clients` senders with a connection each, sending the next request when the last is answered."""
+    seeds, times = iter(range(count)), []
+
+    def send() -> None:
+        with Client(server.grpc) as client:
+            for seed in seeds:
+                times.append(request(client, seed))
+
     began = time.perf_counter()
     with ThreadPoolExecutor(clients) as senders:
-        times = list(senders.map(lambda seed: request(server, seed), range(count)))
+        for sent in [senders.submit(send) for _ in range(clients)]:
+            sent.result()
     return {"clients": clients, **summary(times, count / (time.perf_counter() - began))}
 
 
@@ -60,10 +68,15 @@ def opened(server: Server, rate: float, count: int) -> dict[str, Any]:
     """Requests at random moments, `rate` per second on average."""
     choose, times, threads = random.Random(0), [], []
     began = due = time.perf_counter()
+
+    def send(seed: int) -> None:
+        with Client(server.grpc) as client:
+            times.append(request(client, seed))
+
     for seed in range(count):
         due += choose.expovariate(rate)
         time.sleep(max(0.0, due - time.perf_counter()))
-        threads.append(threading.Thread(target=lambda seed=seed: times.append(request(server, seed))))
+        threads.append(threading.Thread(target=send, args=(seed,)))
         threads[-1].start()
     for thread in threads:
         thread.join()

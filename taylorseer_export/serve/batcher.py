@@ -123,6 +123,11 @@ class Batcher:
                 samples += job.samples
         return Turn("step", jobs)
 
+    @property
+    def pending(self) -> bool:
+        """Whether another `take` would find something to do."""
+        return bool(self._ready) or (bool(self._waiting) and len(self._seated) < self.slots)
+
     def give_back(self, job: Job) -> None:
         """After a start or a step: the job is ready for its next one."""
         self._ready.append(job)

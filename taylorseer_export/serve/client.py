@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,88 @@ Protocol = Literal["http", "grpc", "stream"]
 _LONGEST_WAIT = 600.0  # seconds without any word from the server
 
 
+class Client:
+    """A connection to a server, kept for many requests, one at a time.
+
+    Args:
+        url: `host:port` of the protocol.
+        protocol: `http`, `grpc`, or `stream`, which is gRPC with an answer per step.
+
+    Raises:
+        ConfigError: tritonclient is not installed.
+    """
+
+    def __init__(self, url: str, protocol: Protocol = "grpc") -> None:
+        self._url, self._protocol = url, protocol
+        self._library = _library("http" if protocol == "http" else "grpc")
+        self._client = self._library.InferenceServerClient(url)
+        self._declared: dict[str, list[dict[str, Any]]] = {}
+
+    def infer(
+        self,
+        model: str,
+        values: Mapping[str, Any],
+        timeout: float | None = None,
+        on_step: Callable[[int, dict[str, np.ndarray]], object] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Send one request and wait for its answer.
+
+        Args:
+            model: Its name; for `stream` one that ends with `-stream`.
+            values: Inputs by name; text as `str`, numbers and arrays as they are. They are converted to the types that
+                the server says the model has; it is asked once.
+            timeout: Seconds after which the server gives the request up; never if left out.
+            on_step: With `stream`: called with the number of steps done and the outputs after each.
+
+        Returns:
+            The outputs by name.
+
+        Raises:
+            ConfigError: The model has no such input.
+            ServeError: The server is not there, or answered with an error.
+        """
+        microseconds = None if timeout is None else round(1e6 * timeout)
+        try:
+            if model not in self._declared:
+                form = {} if self._protocol == "http" else {"as_json": True}
+                self._declared[model] = self._client.get_model_metadata(model, **form)["inputs"]
+            inputs = [_input(self._library, self._declared[model], name, value) for name, value in values.items()]
+            if self._protocol == "stream":
+                return self._stream(model, inputs, microseconds, on_step)
+            return _outputs(self._client.infer(model, inputs, timeout=microseconds))
+        except (self._library.InferenceServerException, OSError) as error:
+            raise _said(self._url, error) from error
+
+    def _stream(self, model: str, inputs: list[Any], timeout: int | None, on_step: Any) -> dict[str, np.ndarray]:
+        answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        self._client.start_stream(lambda result, error: answers.put((result, error)))
+        try:
+            self._client.async_stream_infer(model, inputs, timeout=timeout)
+            while True:
+                result, error = answers.get(timeout=_LONGEST_WAIT)
+                if error is not None:
+                    raise error
+                made = _outputs(result)
+                if on_step:
+                    on_step(int(made["step"][0]), made)
+                if "executed" in made:
+                    return made
+        finally:
+            self._client.stop_stream()
+
+    def close(self) -> None:
+        """End the connection."""
+        self._client.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 def infer(
     url: str,
     model: str,
@@ -22,52 +105,9 @@ def infer(
     timeout: float | None = None,
     on_step: Callable[[int, dict[str, np.ndarray]], object] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Send one request and wait for its answer.
-
-    Args:
-        url: `host:port` of the protocol.
-        model: Its name; for `stream` one that ends with `-stream`.
-        values: Inputs by name; text as `str`, numbers and arrays as they are. They are converted to the types that the
-            server says the model has.
-        protocol: `http`, `grpc`, or `stream`, which is gRPC with an answer per step.
-        timeout: Seconds after which the server gives the request up; never if left out.
-        on_step: With `stream`: called with the number of steps done and the outputs after each.
-
-    Returns:
-        The outputs by name.
-
-    Raises:
-        ConfigError: The server has no such model, or the model no such input.
-        ServeError: The server is not there, or answered with an error.
-    """
-    library = _library("http" if protocol == "http" else "grpc")
-    microseconds = None if timeout is None else round(1e6 * timeout)
-    client = library.InferenceServerClient(url)
-    try:
-        declared = client.get_model_metadata(model, **({} if protocol == "http" else {"as_json": True}))
-        inputs = [_input(library, declared["inputs"], name, value) for name, value in values.items()]
-        if protocol == "stream":
-            return _stream(client, model, inputs, microseconds, on_step)
-        return _outputs(client.infer(model, inputs, timeout=microseconds))
-    except (library.InferenceServerException, OSError) as error:
-        raise _said(url, error) from error
-    finally:
-        client.close()
-
-
-def _stream(client: Any, model: str, inputs: list[Any], timeout: int | None, on_step: Any) -> dict[str, np.ndarray]:
-    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
-    client.start_stream(lambda result, error: answers.put((result, error)))
-    client.async_stream_infer(model, inputs, timeout=timeout)
-    while True:
-        result, error = answers.get(timeout=_LONGEST_WAIT)
-        if error is not None:
-            raise error
-        made = _outputs(result)
-        if on_step:
-            on_step(int(made["step"][0]), made)
-        if "executed" in made:
-            return made
+    """Send one request over a connection of its own; the arguments are those of `Client` and its `infer`."""
+    with Client(url, protocol) as client:
+        return client.infer(model, values, timeout, on_step)
 
 
 def _outputs(result: Any) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import triton_python_backend_utils as triton
@@ -21,7 +21,9 @@ from taylorseer_export.serve import contract
 from taylorseer_export.serve.service import Limits, Service
 
 _FINAL = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-_METRICS_EVERY = 0.25  # seconds between updates of the metrics; each costs a message to the server
+# Seconds between messages to the server, which would cost more than a small step if each step sent its own.
+_METRICS_EVERY = 0.25
+_CANCELLATIONS_EVERY = 0.02
 
 
 class TritonPythonModel:
@@ -48,6 +50,7 @@ class TritonPythonModel:
             triton.Logger.log_warn(f"calls of {call} give other bits shared than alone and are not shared")
         self._inputs = contract.inputs(self._denoiser.manifest, self._role)
         self._metrics = Metrics(self._service, args["model_name"])
+        self._watch = Watch()
 
     def execute(self, requests: list[Any]) -> None:
         """Hand requests to the service; each is answered through its own sender."""
@@ -58,13 +61,15 @@ class TritonPythonModel:
                 values = {name: tensor.as_numpy().copy() for name, tensor in tensors if tensor is not None}
                 ask = contract.ask(self._denoiser, self._role, values)
                 timeout = 1e-6 * request.timeout() or None
-                self._service.submit(*ask, Caller(self._denoiser, self._role, sender, self._streams), timeout)
+                caller = Caller(self._denoiser, self._role, sender, self._streams, self._watch)
+                self._service.submit(*ask, caller, timeout)
             except Exception as error:  # of this request; the others go on
                 send_error(sender, error)
 
     def finalize(self) -> None:
         """Finish what is under way, then release the engines."""
         self._service.close()
+        self._watch.close()
         self._metrics.close()
         self._denoiser.close()
 
@@ -72,21 +77,41 @@ class TritonPythonModel:
 class Caller:
     """The sender of one request, as the service knows it."""
 
-    def __init__(self, denoiser: Any, role: contract.Role, sender: Any, streams: bool) -> None:
+    def __init__(self, denoiser: Any, role: contract.Role, sender: Any, streams: bool, watch: Watch) -> None:
         self._denoiser, self._role, self._sender, self._streams = denoiser, role, sender, streams
+        self._watch, self._left, self._answered, self._line = watch, False, False, Lock()
 
     def cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())
+        if self not in self._watch.callers:  # before it is given a slot
+            self._watch.callers.add(self)
+            self.ask()
+        return self._left
+
+    def ask(self) -> None:
+        """Ask the server whether the sender has left; takes a message there and back.
+
+        The server dies if it is asked about a request that has its final answer.
+        """
+        with self._line:
+            self._left = self._left or (not self._answered and bool(self._sender.is_cancelled()))
 
     def advanced(self, loop: Loop) -> None:
         if self._streams:
             self._send(lambda: contract.answer(self._denoiser, self._role, loop), 0)
 
     def finished(self, loop: Loop, executed: str) -> None:
+        self._hang_up()
         self._send(lambda: contract.answer(self._denoiser, self._role, loop, executed), _FINAL)
 
     def failed(self, error: TaylorSeerError) -> None:
+        self._hang_up()
         send_error(self._sender, error)
+
+    def _hang_up(self) -> None:
+        """Before the final answer: no question is under way, and none will be asked."""
+        with self._line:
+            self._answered = True
+        self._watch.callers.discard(self)
 
     def _send(self, answer: Callable[[], dict[str, Any]], flags: int) -> None:
         try:
@@ -111,6 +136,29 @@ def send_error(sender: Any, error: Exception) -> None:
         )
     except Exception as lost:
         triton.Logger.log_error(f"an answer could not be sent ({lost}): {error}")
+
+
+class Watch:
+    """Asks again and again which of the requests under way are cancelled, so that no step waits for the answer.
+
+    Attributes:
+        callers: Of the requests under way.
+    """
+
+    def __init__(self) -> None:
+        self.callers: set[Caller] = set()
+        self._stop = Event()
+        self._thread = Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(_CANCELLATIONS_EVERY):
+            for caller in tuple(self.callers):
+                caller.ask()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
 
 
 class Metrics:

@@ -196,21 +196,27 @@ class Service:
     # Workers -------------------------------------------------------------------------------------------------------
 
     def _work(self, calls: SharedCalls) -> None:
+        going_on: list[Job] = []
         while True:
             with self._changed:
+                for job in going_on:
+                    self._batcher.give_back(job)
                 while (turn := self._batcher.take(time.monotonic())) is None:
                     if self._stopping and self._batcher.idle:
                         self._changed.notify_all()
                         return
                     self._changed.wait()
+                # A worker goes on with its own jobs; it wakes another only if there is more to do.
+                if self._batcher.pending:
+                    self._changed.notify()
             if turn.kind == "step":
-                self._step(turn.jobs, calls)
+                going_on = self._step(turn.jobs, calls)
             elif turn.kind == "start":
-                (job,) = turn.jobs
-                if self._tried(self._start, job):
-                    self._go_on(job, calls)
+                going_on = [job for job in turn.jobs if self._tried(self._start, job)]
             else:
+                going_on = []
                 self._drop(turn.jobs[0])
+            going_on = [job for job in going_on if self._goes_on(job, calls)]
 
     def _drop(self, job: Job) -> None:
         outcome = "cancelled" if job.cancelled() else "late"
@@ -249,12 +255,12 @@ class Service:
             del self._idle[: max(0, len(self._idle) + self._batcher.in_use - self.limits.slots)]
         return self.denoiser.slot(sizes)
 
-    def _step(self, jobs: list[Job], calls: SharedCalls) -> None:
-        """One step of every job, in one engine call if it can be."""
+    def _step(self, jobs: list[Job], calls: SharedCalls) -> list[Job]:
+        """One step of every job, in one engine call if it can be; returns those that did not fail."""
         began = time.perf_counter()
         jobs = [job for job in jobs if self._tried(self._stage, job)]
         if not jobs:
-            return
+            return []
         kind = "forecast" if isinstance(jobs[0].work.slot.upcoming, ForecastStep) else "full"
         shared = len(jobs) > 1 and calls.run([job.work.slot for job in jobs])
         count = 1 if shared else len(jobs)
@@ -265,22 +271,18 @@ class Service:
             self.counts[f"calls.{kind}"] += count
             self.counts[f"steps.{kind}"] += len(jobs)
             self.counts[f"seconds.{kind}"] += time.perf_counter() - began
-        for job in jobs:
-            if self._tried(self._accept, job):
-                self._go_on(job, calls)
+        return [job for job in jobs if self._tried(self._accept, job)]
 
-    def _go_on(self, job: Job, calls: SharedCalls) -> None:
-        """After a start or a step: queue the next step, or deliver the answer."""
+    def _goes_on(self, job: Job, calls: SharedCalls) -> bool:
+        """After a start or a step: whether there is a next step; delivers the answer if not."""
         ticket = job.work
         if ticket.loop.step == len(ticket.loop.plan):
             executed = ticket.slot.executed
             self._leave(job, "done", executed)
             ticket.caller.finished(ticket.loop, executed)
-            return
+            return False
         job.key = calls.key(ticket.slot, ticket.ids)
-        with self._changed:
-            self._batcher.give_back(job)
-            self._changed.notify()
+        return True
 
     def _tried(self, action: Callable[[Job], object], job: Job) -> bool:
         """Do something for one request. If that fails it fails alone: its slot is freed and its caller is told."""

@@ -1,11 +1,12 @@
 """Calibration: what a calibrated profile is worth on the embedded models, on samples that it has never seen.
 
-    python tools/calibration.py                            both models, about ten minutes on two idle cores
+    python tools/calibration.py                            both models, about fifteen minutes on two idle cores
 
 Every row draws the same 64 samples (captions and seeds none of which were calibrated on) as the untouched model drew
 them with all its steps, and is compared with what that drew: PSNR of all pictures together and how it spreads over the
 pictures. Beside each profile stand the paper's plan of as many full steps at the same order, and a loop of only as many
-steps. Nothing here depends on how busy the machine is.
+steps. A profile that `calibrate` would refuse is a row too, with the reason. The record is written after every budget.
+Nothing in it but the seconds depends on how busy the machine is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import argparse
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(ROOT))
 
 from taylorseer_export.build.export import Options, draft, write_bundle
+from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.method import Plan
@@ -35,14 +38,18 @@ from taylorseer_export.runtime.picture import grid
 
 ORDER = 2
 LOOPS = ((50, (18, 12, 10, 8)), (20, (10,)))  # steps, full steps
-FITTED, HELD_OUT, JUDGED = 8, 4, 64
+FITTED, HELD_OUT, JUDGED = 8, 8, 64  # the first two as of `calibrate`
 FIRST_FITTED, FIRST_JUDGED = 1_000_000, 0  # seeds
 SHOWN = 6  # samples in the picture
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to sample, judged on samples that took no part in the calibration; PSNR in dB against all-full."""
+    """One way to sample, judged on samples that took no part in the calibration; PSNR in dB against all-full.
+
+    `gain_mean` and `gain_std`: of a calibrated way over the paper's plan, picture by picture. `refused`: what
+    `calibrate` says in the place of writing it, if it does. `seconds`: that the search for it took.
+    """
 
     way: str
     steps: int
@@ -55,6 +62,10 @@ class Row:
     latent_error: float
     fitted_latent_psnr: float
     held_out_latent_psnr: float
+    gain_mean: float | None = None
+    gain_std: float | None = None
+    refused: str | None = None
+    seconds: float | None = None
 
 
 def judge(denoiser: Denoiser, requests: list[sampling.Request], way: Way) -> tuple[np.ndarray, np.ndarray]:
@@ -72,35 +83,44 @@ def judge(denoiser: Denoiser, requests: list[sampling.Request], way: Way) -> tup
 
 def rows_of(
     denoiser: Denoiser, steps: int, counts: tuple[int, ...], bar: tqdm
-) -> tuple[list[Row], list[tuple[str, np.ndarray]]]:
-    """The rows of one loop length, and the pictures of the smallest number of full steps."""
+) -> Iterator[tuple[list[Row], list[tuple[str, np.ndarray]]]]:
+    """For each number of full steps its three rows, and the pictures of each."""
     window = min(steps - 1, 4 * -(-steps // min(counts)))
-    fitted, held_out = (
-        groups(denoiser, count, FIRST_FITTED + first) for count, first in ((FITTED, 0), (HELD_OUT, FITTED))
-    )
+    fitted = groups(denoiser, FITTED, FIRST_FITTED, least=2)
+    held_out = groups(denoiser, HELD_OUT, FIRST_FITTED + FITTED)
     calibrator = Calibrator(denoiser, fitted, held_out, steps, window, bar.update)
     judged = groups(denoiser, JUDGED, FIRST_JUDGED)
-    exact, drawn = judge(denoiser, judged, Way(Plan("F" * steps), 0, None, 0.0, 0.0))
-    rows, shown = [], [("all full", drawn)]
+    nothing = np.zeros(1)
+    exact, drawn = judge(denoiser, judged, Way(Plan("F" * steps), 0, None, nothing, nothing))
     for count in counts:
+        began = time.perf_counter()
         found = calibrator.calibrate(count, ORDER)
+        seconds, refused = time.perf_counter() - began, None
+        try:
+            found.check()
+        except ConfigError as error:
+            refused = str(error)
         ways = (("calibrated", found.calibrated), ("paper's plan", found.regular), ("fewer steps", found.fewer_steps))
+        rows, shown, each = [], [("all full", drawn)], {}
         for name, way in ways:
             latents, pictures = judge(denoiser, judged, way)
             squares = np.maximum(((pictures - drawn) ** 2).reshape(len(drawn), -1).mean(1), 1e-2)
-            each = 10 * np.log10(255**2 / squares)
+            each[name] = 10 * np.log10(255**2 / squares)
             rows.append(
                 Row(
-                    name, steps, count if name == "fewer steps" else len(way.plan.full_steps), str(way.plan),
-                    float(10 * np.log10(255**2 / squares.mean())), float(each.mean()), float(each.std(ddof=1)),
-                    float(each.min()), float(np.linalg.norm(latents - exact) / np.linalg.norm(exact)),
-                    way.fitted, way.held_out,
+                    name, steps, len(way.plan.full_steps), str(way.plan),
+                    float(10 * np.log10(255**2 / squares.mean())), float(each[name].mean()),
+                    float(each[name].std(ddof=1)), float(each[name].min()),
+                    float(np.linalg.norm(latents - exact) / np.linalg.norm(exact)), way.fitted, way.held_out,
                 )
             )  # fmt: skip
-            if count == min(counts):
-                shown.append((f"{name}, {count}", pictures))
-            bar.update()
-    return rows, shown
+            shown.append((f"{name}, {count}", pictures))
+        gains = each["calibrated"] - each["paper's plan"]
+        rows[0] = replace(
+            rows[0], gain_mean=float(gains.mean()), gain_std=float(gains.std(ddof=1)), refused=refused,
+            seconds=round(seconds, 1),
+        )  # fmt: skip
+        yield rows, shown
 
 
 def markdown(family: str, rows: list[Row]) -> str:
@@ -112,7 +132,9 @@ def markdown(family: str, rows: list[Row]) -> str:
         "|---|--:|--:|--:|",
     ]
     for k in range(0, len(rows), 3):
-        cells = [f"{row.psnr:.1f} ({row.psnr_std:.1f})" for row in rows[k : k + 3]]
+        cells = [
+            f"{row.psnr_mean:.1f} ({row.psnr_std:.1f}){' refused' if row.refused else ''}" for row in rows[k : k + 3]
+        ]
         lines.append(f"| {rows[k].full_steps} of {rows[k].steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -126,6 +148,7 @@ def main() -> int:
     record = circumstances() | {
         "order": ORDER, "fitted": FITTED, "held_out": HELD_OUT, "judged": JUDGED, "models": {}
     }  # fmt: skip
+    name = "calibration" if len(args.model) == 2 else f"calibration-{args.model[0]}"
     for family in args.model:
         checkpoint = open_checkpoint(None, FAMILIES[family])
         rows: list[Row] = []
@@ -133,16 +156,18 @@ def main() -> int:
             options = Options(order=ORDER, interval=6, warmup=3)
             denoiser = load(write_bundle(draft(checkpoint, options), Path(folder), "calibration"), threads=1)
             for steps, counts in LOOPS:
-                found, shown = rows_of(denoiser, steps, counts, bar)
-                rows += found
-                if steps == LOOPS[0][0]:
-                    made = [[p.astype(np.uint8) for p in pictures[:SHOWN]] for _, pictures in shown]
-                    args.out.mkdir(parents=True, exist_ok=True)
-                    grid(made, 3, [name for name, _ in shown]).save(args.out / f"calibration-{family}.png")
-        record["models"][family] = {"weights_sha256": checkpoint.sha256(), "rows": [asdict(row) for row in rows]}
+                for found, shown in rows_of(denoiser, steps, counts, bar):
+                    rows += found
+                    record["models"][family] = {
+                        "weights_sha256": checkpoint.sha256(), "rows": [asdict(row) for row in rows]
+                    }  # fmt: skip
+                    record["seconds"] = round(time.perf_counter() - began, 1)
+                    path = write_record(name, record, args.out)
+                    if (steps, found[0].full_steps) == (LOOPS[0][0], min(counts)):
+                        made = [[p.astype(np.uint8) for p in pictures[:SHOWN]] for _, pictures in shown]
+                        grid(made, 3, [title for title, _ in shown]).save(args.out / f"calibration-{family}.png")
         print(markdown(family, rows) + "\n", flush=True)
-    record["seconds"] = round(time.perf_counter() - began, 1)
-    print(write_record("calibration" if len(args.model) == 2 else f"calibration-{args.model[0]}", record, args.out))
+    print(path)
     return 0
 
 

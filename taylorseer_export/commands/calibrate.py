@@ -31,9 +31,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         type=whole(0, 4),
         help="order of the forecasts (default: what the buffers hold, at most 2)",
     )
-    parser.add_argument("--samples", type=whole(1), default=8, help="samples to fit to (default: %(default)s)")
+    parser.add_argument("--samples", type=whole(2), default=8, help="samples to fit to (default: %(default)s)")
     parser.add_argument(
-        "--held-out", type=whole(1), default=4, help="further samples that must agree (default: %(default)s)"
+        "--held-out", type=whole(2), default=8, help="further samples that must agree (default: %(default)s)"
     )
     parser.add_argument(
         "--prompts", type=Path, help="text file: a caption or a class per line (default: the embedded model's own)"
@@ -63,7 +63,7 @@ def run(given: argparse.Namespace) -> int:
     full_steps = given.full_steps or (math.floor(steps / given.speedup) if given.speedup else None)
     if full_steps is not None:
         check_full_steps(full_steps, steps)
-    fitted = groups(denoiser, given.samples, _FIRST_SEED, prompts, tensors)
+    fitted = groups(denoiser, given.samples, _FIRST_SEED, prompts, tensors, least=2)
     held_out = groups(denoiser, given.held_out, _FIRST_SEED + given.samples, prompts, tensors)
     window = min(steps - 1, 4 * math.ceil(steps / (full_steps or max(steps // 5, 1))))
     total = len(fitted) * steps * (window + 2) + len(held_out) * steps

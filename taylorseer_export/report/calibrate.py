@@ -4,12 +4,17 @@
 2. Candidate plans with the number of full steps that the budget allows (`planning`), and the regular one.
 3. For each, the weights, fitted where they act: the loop runs with the plan, and on each forecast step the weights are
    chosen that bring its latents nearest to those of the all-full loop. What earlier forecasts left wrong is thereby
-   corrected as far as a forecast can. With r the way from the paper's forecast to the all-full latents, J how that
-   forecast moves with the weights (their sum kept at 1), and the sums over all samples so far:
+   corrected as far as a forecast can. With r the way from the paper's forecast to the all-full latents of a sample, J
+   how that forecast moves with the weights (their sum kept at 1), and the sums over all samples so far:
 
-       change of the weights = (Σ Jᵀ J + ridge)⁻¹ Σ Jᵀ r
+       change of the weights = (Σ Jᵀ J / |r|² + ridge)⁻¹ Σ Jᵀ r / |r|²
 
-4. The candidate nearest to all-full on the fitted samples, tried on samples that took no part.
+   Dividing by |r|² lets a sample that any forecast misses by far decide no more than another.
+4. Candidates are judged on samples that their weights were not fitted to: fitted to one half of the groups, run on the
+   other, and the reverse. From the best one, full steps are moved one at a time as long as that helps, and the ridge is
+   chosen. Its weights are then fitted to all groups, and tried on samples that took no part in any of this.
+
+The distance between two latents is a PSNR whose peak is the range of the exact ones, for each sample by itself.
 """
 
 from __future__ import annotations
@@ -25,27 +30,42 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.profile import Evidence, Profile
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Plan, forecast_weights
-from taylorseer_export.report.planning import RIDGE, Planner, directions, regular_plan
-from taylorseer_export.report.reuse import ReuseErrors, Trajectory, all_full
+from taylorseer_export.report.planning import RIDGE, Planner, directions, neighbours, regular_plan
+from taylorseer_export.report.reuse import Archive, ReuseErrors, all_full
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request, sample
 from taylorseer_export.runtime.slot import Slot
 
+_NOT_LESS = 1e-3  # of the mean |r|², added to each, so that a sample without an error does not decide alone
 _LEAST = 1e-20  # mean square over peak square that still counts as a difference: 200 dB
 _KEPT = 0.5  # share of the gain over the regular plan, in dB, that must remain on held-out samples
+_TILTS = (-1.5, 0.0, 1.5)
+_COHERENT = (0.0, 0.5, 1.0)
+_RIDGES = (1e-3, RIDGE, 1e-1)
+MOVES = 12  # plans tried beside the best candidate, one full step moved
 
 Weights = tuple[tuple[float, ...], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Way:
-    """One way to sample and how near it comes to all-full on fitted and on held-out samples: mean PSNR, in dB."""
+    """One way to sample, and the PSNR of its latents to all-full: of each fitted and each held-out sample, in dB."""
 
     plan: Plan
     order: int
     weights: Weights | None
-    fitted: float
-    held_out: float
+    fitted_each: np.ndarray
+    held_out_each: np.ndarray
+
+    @property
+    def fitted(self) -> float:
+        """Mean over the fitted samples, in dB."""
+        return float(self.fitted_each.mean())
+
+    @property
+    def held_out(self) -> float:
+        """Mean over the held-out samples, in dB."""
+        return float(self.held_out_each.mean())
 
 
 @dataclass(frozen=True)
@@ -55,8 +75,41 @@ class Calibration:
     calibrated: Way
     regular: Way
     fewer_steps: Way
-    samples: int
-    held_out: int
+
+    @property
+    def samples(self) -> int:
+        """Samples that were fitted to."""
+        return len(self.calibrated.fitted_each)
+
+    @property
+    def held_out(self) -> int:
+        """Samples that took no part."""
+        return len(self.calibrated.held_out_each)
+
+    def check(self) -> None:
+        """Refuse what held-out samples do not confirm.
+
+        They must show a gain over the regular plan, half of that on the fitted samples or less by no more than chance
+        explains (two standard errors of the mean), and nothing lost against fewer steps.
+
+        Raises:
+            ConfigError: They do not.
+        """
+        best, paper, fewer = self.calibrated, self.regular, self.fewer_steps
+        each = best.held_out_each - paper.held_out_each
+        gain, kept = best.fitted - paper.fitted, float(each.mean())
+        chance = 2 * float(each.std(ddof=1)) / len(each) ** 0.5 if len(each) > 1 else 0.0
+        if kept <= 0 or kept + chance < _KEPT * gain:
+            raise ConfigError(
+                f"calibration gains {gain:.1f} dB over the regular plan on its {self.samples} samples and "
+                f"{kept:.1f} dB on {self.held_out} others, expected at least half as much; raise --samples"
+            )
+        if best.held_out < fewer.held_out:
+            raise ConfigError(
+                f"calibration reaches {best.held_out:.1f} dB on {self.held_out} held-out samples, expected at least "
+                f"the {fewer.held_out:.1f} dB of {len(fewer.plan)} steps, all full; sample with --steps "
+                f"{len(fewer.plan)}, or raise --full-steps"
+            )
 
 
 class Calibrator:
@@ -69,6 +122,7 @@ class Calibrator:
         steps: Length of the loop.
         window: Largest distance from a full step to a forecast that draws on it.
         on_step: Called after every step of every loop.
+        moves: Plans tried beside the best candidate.
     """
 
     def __init__(
@@ -79,42 +133,36 @@ class Calibrator:
         steps: int,
         window: int,
         on_step: Callable[[], object] = lambda: None,
+        moves: int = MOVES,
     ) -> None:
-        self.denoiser, self.steps, self._on_step = denoiser, steps, on_step
-        self._slots: dict[tuple[int, ...], Slot] = {}
+        self.denoiser, self.steps, self._on_step, self._moves = denoiser, steps, on_step, moves
+        self._slots: dict[tuple[tuple[str, int], ...], Slot] = {}
         self.errors = ReuseErrors(steps, window)
-        self.fitted: list[Trajectory] = []
-        for request in requests:
-            trajectory = all_full(denoiser, self._slot(request), request, steps, on_step)
-            self.errors.add(denoiser, self._slot(request), trajectory, on_step)
-            self.fitted.append(trajectory)
-        self.held_out = [all_full(denoiser, self._slot(r), r, steps, on_step) for r in held_out]
+        self.fitted, self.held_out = Archive(requests), Archive(held_out)
+        for archive in (self.fitted, self.held_out):
+            for group in range(len(archive)):
+                request = archive.request(group)
+                trajectory = all_full(denoiser, self._slot(request), request, steps, on_step)
+                if archive is self.fitted:
+                    self.errors.add(denoiser, self._slot(request), trajectory, on_step)
+                archive.keep(group, trajectory)
+        self._planners: dict[int, list[Planner]] = {}
 
-    def calibrate(self, full_steps: int, order: int) -> Calibration:
-        """The best plan and weights found with `full_steps` full steps.
+    def calibrate(self, full_steps: int, order: int, moves: int | None = None) -> Calibration:
+        """The best plan and weights found with `full_steps` full steps; `check` of what is returned judges them.
 
         Raises:
-            ConfigError: What was gained on the fitted samples is not there on the others.
+            ConfigError: The number leaves nothing to forecast, or nothing to forecast from.
         """
         check_full_steps(full_steps, self.steps)
         regular = regular_plan(self.steps, full_steps, self.denoiser.manifest.plan.warmup)
-        plans = {Planner(self.errors, order, coherent).best(full_steps) for coherent in (True, False)}
-        if len(regular.full_steps) == full_steps:
-            plans.add(regular)
-        ways = []
-        for plan in sorted(plans, key=str):
-            weights = self._fit(plan, order)
-            ways.append(self._way(plan, order, weights))
-        best = max(ways, key=lambda way: way.fitted)
-        paper = self._way(regular, order, None)
-        fewer = self._way(Plan("F" * full_steps), 0, None)
-        gain, kept = best.fitted - paper.fitted, best.held_out - paper.held_out
-        if kept < _KEPT * gain:
-            raise ConfigError(
-                f"calibration gains {gain:.1f} dB over the regular plan on its {self._count(self.fitted)} samples and "
-                f"{kept:.1f} dB on {self._count(self.held_out)} others, expected at least half as much; raise --samples"
-            )
-        return Calibration(best, paper, fewer, self._count(self.fitted), self._count(self.held_out))
+        plan, ridge = self._search(self._candidates(full_steps, order, regular), order, moves)
+        weights = self._fit(plan, order, range(len(self.fitted)), ridge)
+        return Calibration(
+            self._way(plan, order, weights),
+            self._way(regular, order, None),
+            self._way(Plan("F" * full_steps), 0, None),
+        )
 
     def calibrate_to(self, psnr: float, order: int) -> Calibration:
         """The same with the fewest full steps that reach `psnr` on held-out samples, found by bisection.
@@ -122,12 +170,12 @@ class Calibrator:
         Raises:
             ConfigError: No plan with a forecast step reaches it.
         """
-        low, high = 1, self.steps
+        low, high = 0, self.steps
         found: Calibration | None = None
         reached = 0.0
         while high - low > 1:
             middle = (low + high) // 2
-            tried = self.calibrate(middle, order)
+            tried = self.calibrate(middle, order, moves=0)
             reached = max(reached, tried.calibrated.held_out)
             if tried.calibrated.held_out >= psnr:
                 found, high = tried, middle
@@ -140,32 +188,78 @@ class Calibrator:
             )
         return found
 
-    def _fit(self, plan: Plan, order: int) -> Weights:
+    def _candidates(self, full_steps: int, order: int, regular: Plan) -> list[Plan]:
+        """Plans of the least cost, whatever share and tilt the cost has, and the regular one where it has as many."""
+        if order not in self._planners:
+            self._planners[order] = [Planner(self.errors, order, tilt) for tilt in _TILTS]
+        plans = {p.best(full_steps, share) for p in self._planners[order] for share in _COHERENT}
+        if len(regular.full_steps) == full_steps:
+            plans.add(regular)
+        return sorted(plans, key=str)
+
+    def _search(self, plans: Sequence[Plan], order: int, moves: int | None) -> tuple[Plan, float]:
+        """The plan that does best on samples it was not fitted to, and the ridge that suits it."""
+        known = {plan: self._crossed(plan, order, RIDGE) for plan in plans}
+        best = max(known, key=lambda plan: known[plan])
+        left = self._moves if moves is None else moves
+        drawn = np.random.default_rng(0)
+        waiting = neighbours(best)
+        drawn.shuffle(waiting)
+        while left and waiting:
+            plan = waiting.pop()
+            if plan in known:
+                continue
+            left -= 1
+            known[plan] = self._crossed(plan, order, RIDGE)
+            if known[plan] > known[best]:
+                best, waiting = plan, neighbours(plan)
+                drawn.shuffle(waiting)
+        ridges = {ridge: known[best] if ridge == RIDGE else self._crossed(best, order, ridge) for ridge in _RIDGES}
+        return best, max(ridges, key=lambda ridge: ridges[ridge])
+
+    def _crossed(self, plan: Plan, order: int, ridge: float) -> float:
+        """Mean PSNR of the fitted samples, each run with weights fitted to the other half of the groups, in dB.
+
+        With one group there is no other half: it is run with weights fitted to itself.
+        """
+        halves = [range(k, len(self.fitted), 2) for k in (0, 1)]
+        if not halves[1]:
+            halves = [halves[0], halves[0]]
+        found = [
+            self._psnr(self.fitted, run, plan, order, self._fit(plan, order, fitted, ridge))
+            for fitted, run in (halves, halves[::-1])
+        ]
+        return float(np.concatenate(found).mean())
+
+    def _fit(self, plan: Plan, order: int, chosen: Sequence[int], ridge: float) -> Weights:
         """The weights of each step of `plan`, fitted in the loop, group after group."""
         changes: dict[int, Any] = defaultdict(lambda: [0.0, 0.0])  # step -> [sum of J'J, sum of J'r]
         weights: list[tuple[float, ...]] = [()] * len(plan)
-        for trajectory in self.fitted:
-            loop, slot = Loop(self.denoiser, trajectory.request, plan, order), self._slot(trajectory.request)
+        for group in chosen:
+            request, exact = self.fitted.request(group), self.fitted.latents(group)
+            loop, slot = Loop(self.denoiser, request, plan, order), self._slot(request)
             loop.start(slot)
             for step in range(len(plan)):
                 model_input = loop.model_input()
                 if not plan.is_full(step):
-                    aim = trajectory.latents[step + 1].astype(np.float64)
                     start = np.array(forecast_weights(plan.history(step, order), step, order))
+                    free, count = directions(len(start)), len(request.latents)
 
                     def landing(tried: np.ndarray) -> np.ndarray:
                         prediction = loop.prediction(slot.try_weights(model_input, tried))  # noqa: B023
-                        return loop.preview(prediction).ravel().astype(np.float64)  # noqa: B023
+                        return loop.preview(prediction).reshape(count, -1).astype(np.float64)  # noqa: B023
 
-                    free = directions(len(start))
-                    base = landing(start)
                     if free.size:
-                        moves = np.stack([landing(start + column) - base for column in free.T], 1)
+                        base = landing(start)
+                        moves = np.stack([landing(start + column) - base for column in free.T], -1)
+                        missed = exact[step + 1].reshape(count, -1) - base
+                        squares = np.square(missed).sum(1)
+                        equal = 1 / (squares + _NOT_LESS * squares.mean() + np.finfo(np.float64).tiny)
                         sums = changes[step]
-                        sums[0] = sums[0] + moves.T @ moves
-                        sums[1] = sums[1] + moves.T @ (aim.ravel() - base)
-                        ridge = RIDGE * np.trace(sums[0]) / free.shape[1] * np.eye(free.shape[1])
-                        start = start + free @ np.linalg.solve(sums[0] + ridge, sums[1])
+                        sums[0] = sums[0] + np.einsum("nkf,n,nkg->fg", moves, equal, moves)
+                        sums[1] = sums[1] + np.einsum("nkf,n,nk->f", moves, equal, missed)
+                        held = ridge * np.trace(sums[0]) / free.shape[1] * np.eye(free.shape[1])
+                        start = start + free @ np.linalg.solve(sums[0] + held, sums[1])
                     weights[step] = tuple(float(w) for w in start)
                     slot.try_weights(model_input, weights[step])
                 loop.accept(slot.step(model_input))
@@ -173,36 +267,44 @@ class Calibrator:
         return tuple(weights)
 
     def _way(self, plan: Plan, order: int, weights: Weights | None) -> Way:
-        fitted, held_out = (self._psnr(group, plan, order, weights) for group in (self.fitted, self.held_out))
+        fitted, held_out = (
+            self._psnr(archive, range(len(archive)), plan, order, weights) for archive in (self.fitted, self.held_out)
+        )
         return Way(plan, order, weights, fitted, held_out)
 
-    def _psnr(self, trajectories: Sequence[Trajectory], plan: Plan, order: int, weights: Weights | None) -> float:
-        """PSNR of the latents against all-full, with their range as the peak: the mean over samples, in dB."""
-        found: list[float] = []
-        for trajectory in trajectories:
-            slot = self._slot(trajectory.request)
+    def _psnr(
+        self, archive: Archive, chosen: Sequence[int], plan: Plan, order: int, weights: Weights | None
+    ) -> np.ndarray:
+        """PSNR of the latents of each sample of the chosen groups against all-full, in dB."""
+        found = [np.zeros(0)]
+        for group in chosen:
+            request = archive.request(group)
             result = sample(
-                self.denoiser, trajectory.request, plan, order, slot=slot, weights=weights,
+                self.denoiser, request, plan, order, slot=self._slot(request), weights=weights,
                 on_step=lambda step: self._on_step(),
             )  # fmt: skip
-            exact = trajectory.latents[-1].astype(np.float64)
-            squares = np.square(result.latents - exact).reshape(len(exact), -1).mean(1) / np.ptp(exact) ** 2
-            found += list(-10 * np.log10(np.maximum(squares, _LEAST)))
-        return float(np.mean(found)) if found else float("nan")
+            found.append(psnr_of_each(result.latents, archive.latents(group)[-1]))
+        return np.concatenate(found)
 
     def _slot(self, request: Request) -> Slot:
         """One slot for all groups of one size."""
-        if request.latents.shape not in self._slots:
-            loop = Loop(self.denoiser, request, Plan("F"))
-            self._slots[request.latents.shape] = self.denoiser.slot(loop.sizes)
-        return self._slots[request.latents.shape]
+        sizes = Loop(self.denoiser, request, Plan("F")).sizes
+        key = tuple(sorted(sizes.items()))
+        if key not in self._slots:
+            self._slots[key] = self.denoiser.slot(sizes)
+        return self._slots[key]
 
-    def _count(self, trajectories: Sequence[Trajectory]) -> int:
-        return sum(len(t.request.latents) for t in trajectories)
+
+def psnr_of_each(latents: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """PSNR of each sample's latents `[N, ...]`, with the range of its exact ones as the peak: `[N]` in dB."""
+    seen, true = (x.reshape(len(x), -1).astype(np.float64) for x in (latents, exact))
+    squares = np.square(seen - true).mean(1) / np.square(np.ptp(true, axis=1))
+    return np.asarray(-10 * np.log10(np.maximum(squares, _LEAST)))
 
 
 def profile_of(manifest: Manifest, name: str, found: Calibration) -> Profile:
-    """The profile that keeps a calibration of the model of `manifest`."""
+    """The profile that keeps a calibration of the model of `manifest`; raises what `Calibration.check` raises."""
+    found.check()
     best = found.calibrated
     assert best.weights is not None
 

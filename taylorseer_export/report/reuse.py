@@ -10,15 +10,21 @@ Everything a calibration asks of a model is therefore in the inner products of i
 which sites and how much each of them matters is already in the predictions.
 
 Each source runs once more as the only full step of a short request, so no snapshot is kept: memory holds the latents of
-one loop and a fixed random choice of elements of each reuse error, whatever the number of samples.
+one loop and a fixed random choice of elements of each reuse error, whatever the number of samples. Loops that are
+needed again lie in files (`Archive`).
+
+A few samples of a model can be far harder than the rest. So that they do not decide for all, the products of each
+sample are divided by their trace.
 
 Shapes: S steps, P pairs of steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -43,7 +49,7 @@ class Trajectory:
 
 
 class ReuseErrors:
-    """Inner products of reuse errors `[P, P]`, summed over samples.
+    """Inner products of reuse errors `[P, P]`, the sum over samples of equal weight.
 
     Args:
         steps: Length of the loop.
@@ -76,7 +82,8 @@ class ReuseErrors:
                     errors[:, self.index[source, step]] = trajectory.reach[step] * error
                 on_step()
         for sample in errors.astype(np.float64):
-            self.products += sample @ sample.T * (size / len(chosen))
+            products = sample @ sample.T
+            self.products += products / max(np.trace(products), np.finfo(np.float64).tiny)
         self.samples += samples
 
 
@@ -97,3 +104,36 @@ def all_full(denoiser: Denoiser, slot: Slot, request: Request, steps: int, on_st
         latents.append(loop.latents)
         on_step()
     return Trajectory(request, latents, predictions, loop.model_timesteps, tuple(reach))
+
+
+class Archive:
+    """All-full loops of groups of samples: requests are made and latents read from files when they are asked for.
+
+    The files go with the archive. Each holds `(S + 1) · N` latents in float32.
+
+    Args:
+        requests: The groups; indexing one makes it.
+    """
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._requests, self._files = requests, [Path()] * len(requests)
+        self._folder = TemporaryDirectory(prefix="taylorseer-export-")
+        self.samples = 0
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def request(self, group: int) -> Request:
+        """One group."""
+        return self._requests[group]
+
+    def keep(self, group: int, trajectory: Trajectory) -> None:
+        """Write the latents of a group's loop."""
+        file = Path(self._folder.name) / f"{group}.npy"
+        np.save(file, np.stack(trajectory.latents))
+        self._files[group] = file
+        self.samples += len(trajectory.request.latents)
+
+    def latents(self, group: int) -> np.ndarray:
+        """`[S + 1, N, ...]` float32, read from the file where it is looked at."""
+        return np.load(self._files[group], mmap_mode="r")

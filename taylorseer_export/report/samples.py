@@ -6,8 +6,9 @@ given the outputs of its text encoders, one row for each sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,13 +41,34 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+class Groups(Sequence[Request]):
+    """Requests that are made when they are asked for, so that memory does not grow with their number.
+
+    Args:
+        count: How many.
+        make: The request of a number.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Request]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        if not -self._count <= number < self._count:
+            raise IndexError(number)
+        return self._make(number % self._count)
+
+
 def groups(
     denoiser: Denoiser,
     count: int,
     seed: int,
     prompts: Sequence[str] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
-) -> list[Request]:
+    least: int = 1,
+) -> Groups:
     """`count` samples as requests of one size each; every sample has a seed of its own, from `seed` on.
 
     Args:
@@ -55,15 +77,17 @@ def groups(
         seed: Of the first sample's noise.
         prompts: Captions or classes, taken in turn; the embedded model's own if left out.
         tensors: Conditioning with one row per sample, for models without an encoder here; taken in turn.
+        least: Groups there are at least, as far as there are samples.
 
     Raises:
         ConfigError: The model needs tensors and has none, or a prompt is not one of its own.
     """
-    size = _group_size(denoiser, count)
-    return [
-        _request(denoiser, range(first, first + size), seed, prompts, tensors)
-        for first in range(0, count - count % size + (size if count % size else 0), size)
-    ]
+    size = _group_size(denoiser, count, least)
+    made = Groups(
+        -(-count // size), lambda k: _request(denoiser, range(k * size, (k + 1) * size), seed, prompts, tensors)
+    )
+    made[0]  # what is wrong with the input is said now, not after hours
+    return made
 
 
 def captions(count: int, seed: int) -> list[str]:
@@ -81,12 +105,12 @@ def captions(count: int, seed: int) -> list[str]:
     return made
 
 
-def _group_size(denoiser: Denoiser, count: int) -> int:
+def _group_size(denoiser: Denoiser, count: int, least: int) -> int:
     batch = denoiser.manifest.dimensions["batch"]
     halves = 2 if denoiser.manifest.sampling.guidance == "batched" else 1
     if batch.minimum == batch.maximum:
         return max(batch.maximum // halves, 1)
-    most = max(min(_LARGEST, batch.maximum // halves, count), 1)
+    most = max(min(_LARGEST, batch.maximum // halves, count // least), 1)
     return next(size for size in range(most, 0, -1) if count % size == 0 or size == 1)
 
 
@@ -101,10 +125,10 @@ def _request(
     seeds = [seed + number for number in numbers]
     if manifest.family == "dit":
         chosen = prompts or [str(c) for c in range(int(manifest.model.config["num_embeds_ada_norm"]))]
-        labels = [chosen[number % len(chosen)] for number in numbers]
-        wrong = next((label for label in labels if not label.isdigit()), None)
+        wrong = next((label for label in chosen if not label.isdigit()), None)
         if wrong is not None:
             raise ConfigError(f"--prompts has the line `{wrong}`, expected a class per line (a whole number); mend it")
+        labels = [chosen[number % len(chosen)] for number in numbers]
         return dit_request(denoiser, [int(label) for label in labels], seeds)
     if manifest.model.embedded:
         chosen = prompts or captions(numbers.stop, seed)

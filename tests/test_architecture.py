@@ -42,7 +42,7 @@ STANDARD_LIBRARY_ONLY = frozenset({"errors", "method"})
 # Heavy library -> the only files of the package that import it. A new entry here is a decision, not a formality.
 HEAVY: dict[str, frozenset[str]] = {
     "diffusers": frozenset(
-        {"graph/checkpoint.py", "graph/lora.py", "graph/original.py", "runtime/dropin.py", "runtime/sampling.py"}
+        {"graph/checkpoint.py", "graph/lora.py", "graph/original.py", "runtime/clock.py", "runtime/dropin.py"}
     ),
     "accelerate": frozenset({"graph/checkpoint.py"}),
     "onnx": frozenset({"build/onnx.py"}),

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from taylorseer_export import cli
 from taylorseer_export.bundle.manifest import MANIFEST, Manifest
+from taylorseer_export.families import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,14 @@ def digits(tmp_path_factory):
     out = tmp_path_factory.mktemp("engines")
     assert cli.main(["dit", "--order", "2", "--out", str(out)]) == 0
     return out / "dit-tiny"
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """The embedded Wan, exported once: the folder of its bundle."""
+    out = tmp_path_factory.mktemp("engines")
+    assert cli.main(["wan", "--out", str(out)]) == 0
+    return out / "wan-tiny"
 
 
 @pytest.fixture
@@ -85,7 +94,8 @@ def test_aliases_that_users_know(tmp_path, capsys):
         (["flux", "--engine", "tensorflow"], "use --engine onnxruntime"),
         (["flux", "--precision", "bf16"], "expected fp32"),
         (["flux", "--model", "/no/such/folder"], "check the path"),
-        (["wan"], "family wan has no embedded model, expected --model; pass a diffusers folder"),
+        (["wan", "--size", "480x832"], "--size is 480x832, expected FxHxW (frames first) for family wan"),
+        (["wan", "--size", "80x480x832"], "expected a multiple of 4 and 1"),
         (["run", "/no/such/bundle"], "/no/such/bundle"),
         (["replay", "x", "--inputs", "y"], "required: --outputs"),
     ],
@@ -138,6 +148,64 @@ def test_bad_requests(digits, arguments, expected, capsys, tmp_path, monkeypatch
     code, text = said(capsys, "run", digits, *arguments)
     assert code == 2
     assert expected in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("family", ["hidream", "hunyuan-video"])
+def test_an_embedded_model_says_that_it_is_random(family, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([family, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"exporting the tiny {family} embedded" in lines[0] and FAMILIES[family].reference in lines[0]
+    assert lines[1].startswith("its weights are random") and lines[2] == f"{family}-tiny"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_family_without_pictures_is_sampled_verified_and_timed(videos, tmp_path, capsys):
+    """Two branches of guidance: the embedded random Wan through every verb."""
+    out = tmp_path / "latents.safetensors"
+    run = ["run", str(videos), "--steps", "6", "--seed", "1", "2", "--size", "5x32x48", "--out", str(out)]
+    assert cli.main(run) == 0
+    assert "no --inputs: the conditioning is random" in capsys.readouterr().out
+    first = load_file(out)["latents"]
+    assert first.shape == (2, 16, 2, 4, 6) and np.isfinite(first).all()
+    assert cli.main([*run[:-4], "--out", str(out), "--seed", "1", "--size", "5x32x48"]) == 0
+    text = np.random.default_rng(0).standard_normal((1, 5, 32)).astype(np.float32)
+    given = tmp_path / "in.safetensors"
+    save_file({"encoder_hidden_states": text, "negative_encoder_hidden_states": -text}, given)
+    made = {}
+    for scale in ("5", "1", "1"):
+        arguments = ["run", str(videos), "--steps", "4", "--inputs", str(given), "--guidance-scale", scale]
+        assert cli.main([*arguments, "--size", "5x32x48", "--out", str(out)]) == 0
+        made.setdefault(scale, []).append(load_file(out)["latents"])
+    assert np.array_equal(*made["1"]) and not np.array_equal(made["5"][0], made["1"][0])
+    assert cli.main(["verify", str(videos), "--steps", "6"]) == 0
+    assert cli.main(["bench", str(videos), "--steps", "4", "--repeats", "1", "--json"]) == 0
+    assert cli.main(["inspect", str(videos)]) == 0
+    assert cli.main(["triton", str(videos), "--out", str(tmp_path / "models")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tensors", "expected"),
+    [
+        (["--prompt", "x"], {}, "--prompt is given for family wan, expected it for flux"),
+        (["--label", 1], {}, "--label is given for family wan, expected it for dit"),
+        (["--out", "x.png"], {}, "expected NAME.safetensors"),
+        (["--size", "32x48"], {}, "expected FxHxW (frames first)"),
+        (["--size", "5x40x48"], {}, "latent height is 5, expected a multiple of 2"),
+        ([], {"other": (1,)}, "input `other` is not known, expected encoder_hidden_states"),
+        ([], {"negative_encoder_hidden_states": (1, 5, 32)}, "input `encoder_hidden_states` is missing"),
+        ([], {"encoder_hidden_states": (3, 5, 32)}, "has 3 rows, expected 1 or 2"),
+        ([], {"encoder_hidden_states": (1, 5, 31)}, "dimension 2 (`32`) is 31 elements, expected 32"),
+        ([], {"encoder_hidden_states": (1, 5, 32), "condition": (1, 4)}, "expected none for a model from text alone"),
+    ],
+)
+def test_bad_requests_of_a_family_without_pictures(videos, tmp_path, capsys, arguments, tensors, expected):
+    given = []
+    if tensors:
+        save_file({n: np.zeros(shape, np.float32) for n, shape in tensors.items()}, tmp_path / "in.safetensors")
+        given = ["--inputs", tmp_path / "in.safetensors"]
+    code, text = said(capsys, "run", videos, "--seed", 1, 2, *given, *arguments)
+    assert code == 2 and expected in text and "Traceback" not in text and len(text.strip().splitlines()) == 1
 
 
 def inputs_of_replay(steps=6, **changes):

@@ -1,18 +1,25 @@
 """Each family's own diffusers pipelines with the drop-in: all-`F` equals the untouched one, forecasts the oracle.
 
+And the same loops without a pipeline, from the tensors that it passes: what `run` does.
+
 Equal means bit for bit, but where a part of the model is traced in another form, equal in exact arithmetic (HiDream's
-experts, Qwen-Image's rotation): there every call stays within the derived bound of the untouched model on its inputs.
+experts, Qwen-Image's rotation, FramePack's mask): there every call stays within the derived bound of the untouched
+model on its inputs.
 """
 
+from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
-from harness import eager_denoiser
+from harness import allowed, eager_denoiser
+from oracle import assert_close
 from PIL import Image
 from tiny_models import tiny_hunyuan, tiny_wan
 from tiny_pipelines import (
     Recorder,
+    framepack_pipeline,
     hidream_pipeline,
     hunyuan_image_pipeline,
     hunyuan_pipeline,
@@ -24,9 +31,15 @@ from tiny_pipelines import (
 )
 
 from taylorseer_export.build import export
+from taylorseer_export.bundle.shapes import match
 from taylorseer_export.errors import StepError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
+from taylorseer_export.method import Plan
+from taylorseer_export.runtime.calls import host_array
+from taylorseer_export.runtime.clock import scheduler_of
+from taylorseer_export.runtime.sampling import sample
+from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
 
 PICTURE = Image.linear_gradient("L").convert("RGB").resize((16, 16))
 GUIDED = {"negative_prompt": "dog", "guidance_scale": 4.0}
@@ -66,6 +79,15 @@ HIDREAM = guided(
     prompt_embeds_llama3=text(3, 24).repeat(3, 1, 1, 1),
     pooled_prompt_embeds=text(12),
 )
+FRAMEPACK = {
+    "height": 128,
+    "width": 128,
+    "num_frames": 5,
+    "latent_window_size": 2,
+    "image": PICTURE,
+    "prompt": None,
+    **EMBEDDED,
+}
 
 # Case -> (model of conftest, pipeline around it, arguments of the pipeline, branches of guidance).
 CASES = {
@@ -120,9 +142,18 @@ CASES = {
         {"height": 32, "width": 48, "num_frames": 5, "image": PICTURE, "prompt": None, **EMBEDDED},
         {"0"},
     ),
+    "framepack": ("framepack", framepack_pipeline, FRAMEPACK, {"0"}),
+    "framepack-guided": (
+        "framepack",
+        framepack_pipeline,
+        FRAMEPACK
+        | {"negative_prompt_embeds": -text(6, 20), "negative_pooled_prompt_embeds": -text(16), "true_cfg_scale": 2.0}
+        | {"negative_prompt_attention_mask": MASK},
+        {"0", "1"},
+    ),
 }
 
-REWRITTEN = {"hidream", "qwen-image"}
+REWRITTEN = {"hidream", "qwen-image", "framepack"}
 
 # Models that the pipelines want otherwise than the tests of graphs do.
 MODELS = {
@@ -151,7 +182,8 @@ def denoisers(tiny, eager, tmp_path_factory):
 def paint(pipe, steps=5, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     options = {"prompt": "cat", "output_type": "latent", "return_dict": False, **options}
-    return pipe(num_inference_steps=steps, generator=generator, **options)[0]
+    painted = pipe(num_inference_steps=steps, generator=generator, **options)[0]
+    return painted[-1] if isinstance(painted, list) else painted  # FramePack: the frames so far, after every section
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -197,6 +229,88 @@ def test_the_second_expert_begins_with_a_full_step(denoisers):
     assert first == "F..F..F.."[: len(first)]
     assert second == "F..F..F.."[: len(second)]
     assert pipe.transformer_2.executed["uncond"] == second
+
+
+def tensors_of(denoiser, calls):
+    """What `run --inputs` takes, from the first step's calls of a pipeline: its latents and conditioning."""
+    constants, guidance = denoiser.constants, denoiser.manifest.sampling.guidance
+    given = [{name: host_array(value) for name, value in inputs.items() if name in constants} for _, inputs in calls]
+    if guidance == "batched":  # unconditional first, as diffusers has it
+        halves = {name: np.split(value, 2, constants[name].shape.index("batch")) for name, value in given[0].items()}
+        given = [{name: half[k] for name, half in halves.items()} for k in (1, 0)]
+    tensors = {name: value for name, value in given[0].items() if name != "guidance"}
+    if guidance in ("batched", "branches"):
+        tensors |= {NEGATIVE + name: value for name, value in given[1].items()}
+    latents = calls[0][0]
+    beside = condition_shape(denoiser.manifest, tuple(latents.shape))
+    if beside is not None:
+        frames = beside[2] < latents.shape[2]
+        tensors[CONDITION] = (latents[:, :, : beside[2]] if frames else latents[:, -beside[1] :]).numpy()
+    return tensors
+
+
+# Without those that differ in a size alone, and guidance by a second call of a model that has it as an input.
+@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith(("-picture", "-two", "-guided"))])
+def test_run_does_what_the_pipeline_does(denoisers, case):
+    """Noise, packing, clock, guidance, and what is joined to the latents: all steps full, from the same tensors."""
+    name, build, options, _ = CASES[case]
+    model, denoiser = denoisers(name)
+    pipe = build(model)
+    pipe.scheduler = scheduler_of(denoiser.manifest)
+    pipe.transformer = denoiser.as_transformer(interval=1)
+    form, calls = pipe.transformer._form, []
+    pipe.transformer._form = lambda latents, inputs: calls.append(form(latents, inputs)) or calls[-1]
+    scale = options.get("true_cfg_scale", options.get("guidance_scale", denoiser.manifest.sampling.guidance_scale))
+    painted = paint(pipe, steps=4, **{"guidance_scale": scale, **options})
+    latents = calls[0][0]
+    sizes = match(denoiser.latent.shape, tuple(latents.shape), {}, "latents")
+    sides = tuple(int(options[side]) // 16 for side in ("height", "width")) if name == "qwen-image" else None
+    request = tensor_request(denoiser, tensors_of(denoiser, calls), [0], sizes, sides, scale)
+    if case == "framepack":  # it draws from the same generator to encode the picture, and adds the picture at the end
+        request, painted = replace(request, latents=latents.numpy()), painted[:, :, 1:]
+    made = torch.from_numpy(sample(denoiser, request, Plan("FFFF")).latents)
+    if case == "hunyuan-channels":
+        made = made[:, :, 1:]  # the pipeline drops the picture
+    # Only the tables differ, prepared step by step and all at once; every step adds its part, guidance magnifies it.
+    bound = 4 * (2 * scale if request.guided else 1) * allowed(model, painted[None], "F", 0)
+    assert_close(case, made[None], painted[None], bound)
+
+
+def executed_at_every_step(transformer, steps, **options):
+    """(what was painted, what had run after each step) of FramePack."""
+    pipe, ran = framepack_pipeline(transformer), []
+
+    def note(pipe, step, timestep, given):
+        ran.append(transformer.executed["0"])
+        return given
+
+    return paint(pipe, steps, callback_on_step_end=note, **FRAMEPACK | options), ran
+
+
+def test_framepack_goes_from_section_to_section(denoisers):
+    """Each section is a loop over other frames of the past, so it is a request of its own."""
+    _, denoiser = denoisers("framepack")
+    painted, ran = executed_at_every_step(denoiser.as_transformer(interval=3, warmup=1), 4, num_frames=10)
+    assert ran == ["F", "F.", "F..", "F..F"] * 2
+    assert painted.shape[2] == 1 + 2 * 2  # the picture, then two latent frames of each section
+
+
+def test_framepack_in_half_precision_casts_its_past_at_every_step(tiny, monkeypatch):
+    """New tensors of equal numbers are one request; other numbers are another."""
+    monkeypatch.setattr(export, "check_options", lambda options: None)  # no engine of this test runs bfloat16
+    checkpoint = open_checkpoint(str(tiny("framepack").folder), FAMILIES["framepack"])
+    made = eager_denoiser(export.draft(checkpoint, export.Options(1, 3, 1, steps=4, precision="bf16")))
+    half = {name: value.bfloat16() for name, value in FRAMEPACK.items() if name.endswith("embeds")}
+    painted, ran = executed_at_every_step(made.as_transformer(), 4, **half)
+    assert ran == ["F", "F.", "F..", "F..F"]
+    told, _ = executed_at_every_step(made.as_transformer(plan="F..F"), 4, **half)
+    assert torch.equal(painted, told) and painted.isfinite().all()
+    dropin = made.as_transformer()
+    latents, timestep, conditioning = tiny("framepack").inputs(3)
+    past = conditioning.pop("latents_clean")
+    for step, other in enumerate((past, past.clone(), past + 1)):
+        dropin(latents[step].bfloat16(), timestep=timestep[step].expand(1), latents_clean=other, **conditioning)
+        assert len(dropin.executed["0"]) == (1, 2, 1)[step]
 
 
 def test_guidance_that_the_model_leaves_alone(denoisers):

@@ -1,15 +1,21 @@
 """The embedded models' files, text features and pictures: everything but the drawing itself."""
 
+# The trained ones draw; those of RANDOM have random weights and are there so that every command runs.
+
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import taylorseer_export
 from taylorseer_export.errors import CheckpointError, ConfigError
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.runtime.caption import CaptionEncoder
 from taylorseer_export.runtime.picture import (
     flux_latents_from_pictures,
@@ -19,7 +25,10 @@ from taylorseer_export.runtime.picture import (
     write_png,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
 ASSETS = Path(taylorseer_export.__file__).parent / "assets"
+RANDOM = sorted(set(FAMILIES) - {"dit", "flux"})
 TEXT = ASSETS / "flux" / "text"
 MEGABYTE = 1024**2
 
@@ -151,7 +160,6 @@ def test_flux_latents_match_torch_and_the_pipeline():
 
     The lines are repeated here because importing the pipeline takes ten seconds.
     """
-    torch = pytest.importorskip("torch")
     pictures = np.random.default_rng(1).integers(0, 256, (2, 48, 32, 3), dtype=np.uint8)
     values = torch.from_numpy(pictures / np.float32(127.5) - np.float32(1)).permute(0, 3, 1, 2)
     unshuffled = torch.nn.functional.pixel_unshuffle(values, 2)
@@ -250,23 +258,56 @@ def test_cards_tell_how_to_sample_and_to_train_again(family):
     [
         ("dit", "DiTTransformer2DModel", "DDIMScheduler"),
         ("flux", "FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler"),
+        *((name, FAMILIES[name].model_class, FAMILIES[name].scheduler) for name in RANDOM),
     ],
 )
 def test_folders_load_as_the_diffusers_classes(family, transformer, scheduler):
-    torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     folder = ASSETS / family
     card = json.loads((folder / "card.json").read_text())
-    model = getattr(diffusers, transformer).from_pretrained(
-        folder / "transformer", local_files_only=True, low_cpu_mem_usage=False
-    )
+    model = getattr(diffusers, transformer).from_pretrained(folder / "transformer", local_files_only=True)
     assert sum(p.numel() for p in model.parameters()) == card["parameters"]
     assert all(torch.isfinite(p).all() for p in model.parameters())
     getattr(diffusers, scheduler).from_pretrained(folder / "scheduler", local_files_only=True)
 
 
+@pytest.mark.parametrize("family", RANDOM)
+def test_random_models_say_so_and_are_small(family):
+    card = json.loads((ASSETS / family / "card.json").read_text())
+    assert card["weights"].startswith("random, seed 0") and "no picture" in card["weights"]
+    assert sum(path.stat().st_size for path in (ASSETS / family).rglob("*") if path.is_file()) < MEGABYTE / 2
+
+
+@pytest.mark.parametrize("family", RANDOM)
+def test_random_models_are_opened_where_no_model_is_named(family):
+    checkpoint = open_checkpoint(None, FAMILIES[family])
+    assert checkpoint.embedded
+    model = checkpoint.skeleton(torch.float16)  # every tensor fits the config
+    assert len(checkpoint.latent_size) == len(FAMILIES[family].latent_size)
+    assert set(checkpoint.card) & set(FAMILIES[family].dimensions(model.config)) >= {"text_tokens"}
+
+
+def test_random_models_are_what_the_tool_makes(tmp_path):
+    """The smallest again, from its seed: the bits of torch's generator on a CPU are the same everywhere."""
+    random_tiny = pytest.importorskip("random_tiny")
+    from safetensors.numpy import load_file
+
+    random_tiny.write("hunyuan-video", tmp_path)
+    for file in ("transformer/config.json", "scheduler/scheduler_config.json", "card.json"):
+        shipped, again = (json.loads((root / file).read_text()) for root in (ASSETS / "hunyuan-video", tmp_path))
+        versions = {"_diffusers_version", "torch"}
+        assert {k: v for k, v in again.items() if k not in versions} == {
+            k: v for k, v in shipped.items() if k not in versions
+        }
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    shipped, again = (load_file(root / weights) for root in (ASSETS / "hunyuan-video", tmp_path))
+    assert shipped.keys() == again.keys()
+    for name, value in shipped.items():  # sums may be taken in another order on another CPU
+        np.testing.assert_allclose(again[name].astype(np.float32), value, rtol=2.0**-10, err_msg=name)
+
+
 def test_embedded_weights_are_stored_as_float16():
-    for family in ("dit", "flux"):
+    for family in FAMILIES:
         path = ASSETS / family / "transformer" / "diffusion_pytorch_model.safetensors"
         blob = path.read_bytes()
         header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])

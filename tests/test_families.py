@@ -7,12 +7,12 @@ from typing import NamedTuple
 import oracle
 import pytest
 import torch
-from harness import FLOAT32, allowed, as_arrays, begin, eager_denoiser, open_slot, run
+from harness import FLOAT32, TOY, allowed, as_arrays, begin, eager_denoiser, open_slot, run
 from oracle import assert_close
 
-from taylorseer_export import cli
 from taylorseer_export.build import export
 from taylorseer_export.bundle.shapes import names
+from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
 
@@ -173,9 +173,9 @@ def test_forecast_has_no_attention_no_mlp_no_text(drafts, tiny, name, granularit
     assert pieces.full.operators()["scaled_dot_product_attention"] > 0
 
 
-def test_a_family_without_an_embedded_model_asks_for_one(capsys):
-    assert cli.main(["flux-kontext"]) == 2
-    assert "flux-kontext has no embedded model, expected --model; pass a diffusers folder" in capsys.readouterr().err
+def test_a_family_without_an_embedded_model_asks_for_one():
+    with pytest.raises(CheckpointError, match=r"toy has no embedded model, expected --model; pass a diffusers folder"):
+        open_checkpoint(None, TOY)
 
 
 def test_cfg_in_one_batch_is_both_halves_alone(eager, tiny, name):

@@ -9,6 +9,8 @@ no forecast means anything.
 # Shapes: S steps, B batch, T = height * width image tokens, L text tokens, C channels
 
 import math
+import sys
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -22,31 +24,9 @@ from diffusers import (
     WanTransformer3DModel,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
-def _randomised(build, seed):
-    """What `build` returns with weights of a trained model's scale, on whatever device it was built."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build().eval()
-        for name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter)
-            if parameter.ndim == 1:
-                parameter.data = 0.1 * noise + (0.0 if name.endswith("bias") else 1.0)
-            elif "embedding_table" in name:
-                parameter.data = noise
-            else:
-                parameter.data = noise / math.sqrt(parameter[0].numel())
-            if name.endswith(("timestep_embedder.linear_1.weight", "time_embedder.linear_1.weight")):
-                parameter.data *= _low_pass(parameter.shape[1]).to(parameter)
-    return model
-
-
-def _low_pass(channels, cutoff=3e-3):
-    """Column factors [channels] that leave angular frequencies below `cutoff` per unit timestep."""
-    half = channels // 2
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(half) / half)
-    keep = 1 / (1 + (frequency / cutoff) ** 2)
-    return (keep / keep.square().mean().sqrt()).repeat(2)
+from random_tiny import randomised
 
 
 def tiny_flux(
@@ -62,7 +42,7 @@ def tiny_flux(
 ):
     """FLUX of width heads * head_dim, float32, eval; head_dim is a multiple of 16."""
     axis = head_dim * 3 // 8
-    return _randomised(
+    return randomised(
         lambda: FluxTransformer2DModel(
             in_channels=in_channels,
             num_layers=double,
@@ -115,7 +95,7 @@ def kontext_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed
 
 def tiny_qwen_image(seed=0, layers=2):
     """Qwen-Image of width 32, float32, eval."""
-    return _randomised(
+    return randomised(
         lambda: QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
@@ -145,7 +125,7 @@ def qwen_image_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, s
 
 def tiny_sd3(seed=0, layers=2):
     """SD3.5 of width 32, the first block with its second attention, float32, eval."""
-    return _randomised(
+    return randomised(
         lambda: SD3Transformer2DModel(
             sample_size=16,
             in_channels=4,
@@ -177,7 +157,7 @@ def sd3_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):
 
 def tiny_hidream(seed=0, double=1, single=2):
     """HiDream of width 32, two of four experts chosen, float32, eval; its blocks read Llama layers 2, 0 and 1."""
-    return _randomised(
+    return randomised(
         lambda: HiDreamImageTransformer2DModel(
             patch_size=2,
             in_channels=4,
@@ -210,7 +190,7 @@ def hidream_inputs(model, steps, batch=1, side=4, text_tokens=3, seed=0):
 
 def tiny_dit(seed=0, layers=3, heads=2, head_dim=16, in_channels=4, sample_size=8, classes=10, sigma=True):
     """DiT on square latents, patch 2, float32, eval; sigma doubles the output channels."""
-    return _randomised(
+    return randomised(
         lambda: DiTTransformer2DModel(
             num_attention_heads=heads,
             attention_head_dim=head_dim,
@@ -235,7 +215,7 @@ def dit_inputs(model, steps, batch=1, seed=0):
 
 def tiny_framepack(seed=0, double=1, single=1, heads=2, head_dim=12):
     """FramePack's transformer with all three histories, float32, eval."""
-    return _randomised(
+    return randomised(
         lambda: HunyuanVideoFramepackTransformer3DModel(
             in_channels=4,
             out_channels=4,
@@ -274,7 +254,7 @@ def framepack_inputs(model, steps, batch=1, frames=2, height=2, width=2, text_to
 
 def tiny_wan(seed=0, layers=2, heads=2, head_dim=12, in_channels=4, image_dim=None, text_dim=20):
     """Wan, patch (1, 2, 2), float32, eval; `image_dim` makes it image-to-video, as in Wan 2.1."""
-    return _randomised(
+    return randomised(
         lambda: WanTransformer3DModel(
             num_attention_heads=heads,
             attention_head_dim=head_dim,
@@ -306,7 +286,7 @@ def wan_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_tokens=6
 
 def tiny_hunyuan(seed=0, condition=None, in_channels=4, guidance=True, double=1, single=2, heads=2, head_dim=12):
     """HunyuanVideo, patch (1, 2, 2), float32, eval; `condition` is its `image_condition_type`."""
-    return _randomised(
+    return randomised(
         lambda: HunyuanVideoTransformer3DModel(
             in_channels=in_channels,
             out_channels=4,

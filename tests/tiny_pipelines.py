@@ -22,6 +22,7 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     HiDreamImagePipeline,
+    HunyuanVideoFramepackPipeline,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     QwenImagePipeline,
@@ -41,6 +42,9 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
     UMT5Config,
@@ -135,6 +139,23 @@ def hunyuan_image_pipeline(transformer):
             text_encoder_2=None,
             tokenizer_2=None,
             image_processor=None,
+        )
+    )
+
+
+def framepack_pipeline(transformer):
+    """Videos of sides that are multiples of 64 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        HunyuanVideoFramepackPipeline(
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+            vae=tiny_hunyuan_vae(transformer.config.in_channels),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            text_encoder_2=None,
+            tokenizer_2=None,
+            image_encoder=tiny_siglip(transformer.config.image_proj_dim),
+            feature_extractor=SiglipImageProcessor(size={"height": 54, "width": 54}),
         )
     )
 
@@ -244,6 +265,14 @@ def tiny_vision(width):
         hidden_size=width, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=2
     )
     return _seeded(lambda: CLIPVisionModel(config))
+
+
+def tiny_siglip(width):
+    """729 tokens of a picture of 54 pixels a side."""
+    config = SiglipVisionConfig(
+        hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=54, patch_size=2
+    )
+    return _seeded(lambda: SiglipVisionModel(config))
 
 
 def tiny_t5(width):

@@ -213,8 +213,7 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     pieces = split(traced.trace, options.granularity, options.layout, options.order, options.state_type())
     default = checkpoint.family.latent_sizes(checkpoint.config, *checkpoint.latent_size)
     default |= checkpoint.family.typical
-    if "text_tokens" in checkpoint.card:
-        default |= {"text_tokens": checkpoint.card["text_tokens"]}
+    default |= {name: checkpoint.card[name] for name in ranges if name in checkpoint.card}
     # Guidance by a batch of two halves doubles what a single picture needs.
     default |= {"batch": 2 if checkpoint.family.guidance == "batched" else 1}
     within = {name: min(max(default.get(name, low), low), high) for name, (low, high) in ranges.items()}
@@ -341,7 +340,7 @@ def tool_version() -> str:
 def _sampling(checkpoint: Checkpoint) -> Sampling:
     """Scheduler and guidance: what the checkpoint says, else what the family's pipeline uses."""
     family = checkpoint.family
-    config = checkpoint.scheduler
+    config = checkpoint.scheduler or family.scheduler_config
     guidance = family.guidance
     if guidance == "embedded" and not checkpoint.config.get("guidance_embeds", True):
         guidance = "none"

@@ -141,6 +141,8 @@ def run(family: Family, given: argparse.Namespace) -> int:
             f"no --model: exporting the tiny {family.name} embedded in this package; "
             f"for the real one: {PROGRAM} {family.name} --model {family.reference}"
         )
+        if "weights" in checkpoint.card:
+            print(f"its weights are {checkpoint.card['weights']}")
     options = export.Options(
         order=given.order,
         interval=given.interval,
@@ -184,25 +186,36 @@ def run(family: Family, given: argparse.Namespace) -> int:
 
 
 def _latent_size(given: argparse.Namespace, family: Family, scale: int) -> tuple[int, ...] | None:
-    """Size of the latent: `scale` pixels make a latent pixel, and after the first frame `time_scale` a latent frame."""
+    """Size of the latent that the options fix, or None."""
     if given.size and given.latent_size:
         raise ConfigError("--size and --latent-size are both given, expected one of them; leave one out")
-    option, value = ("--size", given.size) if given.size else ("--latent-size", given.latent_size)
-    if value is None:
-        return None
+    if given.latent_size is not None:
+        _check_form("--latent-size", given.latent_size, family)
+        return tuple(given.latent_size)
+    return None if given.size is None else latent_size("--size", given.size, family, scale)
+
+
+def latent_size(option: str, value: tuple[int, ...], family: Family, scale: int) -> tuple[int, ...]:
+    """Size of the latent: `scale` pixels make a latent pixel, and after the first frame `time_scale` a latent frame.
+
+    Raises:
+        ConfigError: The size has another form, or does not divide.
+    """
+    _check_form(option, value, family)
+    *frames, height, width = value
+    for label, pixels in (("height", height), ("width", width)):
+        if pixels % scale:
+            raise ConfigError(f"{option} {label} is {pixels}, expected a multiple of {scale} (pixels); change it")
+    if frames and (frames[0] - 1) % family.time_scale:
+        raise ConfigError(
+            f"{option} frames is {frames[0]}, expected a multiple of {family.time_scale} and 1, like 81; change it"
+        )
+    return (*((f - 1) // family.time_scale + 1 for f in frames), height // scale, width // scale)
+
+
+def _check_form(option: str, value: tuple[int, ...], family: Family) -> None:
     if len(value) != len(family.latent_size):
         form = "FxHxW (frames first)" if len(family.latent_size) == 3 else "HxW"
         raise ConfigError(
             f"{option} is {'x'.join(map(str, value))}, expected {form} for family {family.name}; write it so"
         )
-    if option == "--latent-size":
-        return tuple(value)
-    *frames, height, width = value
-    for label, pixels in (("height", height), ("width", width)):
-        if pixels % scale:
-            raise ConfigError(f"--size {label} is {pixels}, expected a multiple of {scale} (pixels); change it")
-    if frames and (frames[0] - 1) % family.time_scale:
-        raise ConfigError(
-            f"--size frames is {frames[0]}, expected a multiple of {family.time_scale} and 1, like 81; change it"
-        )
-    return (*((f - 1) // family.time_scale + 1 for f in frames), height // scale, width // scale)

@@ -1,9 +1,14 @@
-"""`run`: sample with a bundle."""
+"""`run`: sample with a bundle.
+
+The embedded DiT and FLUX draw pictures from labels and captions. Any other model samples latents from the tensors that
+its pipeline passes to the transformer, under their diffusers names; `negative_NAME` beside NAME turns guidance on.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from taylorseer_export.commands.terminal import (
     forecasts_of,
@@ -17,6 +22,10 @@ from taylorseer_export.commands.terminal import (
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.options import bundle_options, plan_options, size, whole
 
+if TYPE_CHECKING:
+    from taylorseer_export.runtime.denoiser import Denoiser
+    from taylorseer_export.runtime.sampling import Request
+
 SUMMARY = "Sample with a bundle: a picture, or tensors."
 
 
@@ -26,9 +35,19 @@ def options(parser: argparse.ArgumentParser) -> None:
     plan_options(parser)
     parser.add_argument("--label", type=whole(0), nargs="+", help="classes to draw (dit)")
     parser.add_argument("--prompt", nargs="+", help="captions to draw (embedded flux)")
-    parser.add_argument("--inputs", type=Path, help="safetensors with the text encoders' outputs (flux)")
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        help="safetensors with the conditioning, under diffusers' argument names; `negative_NAME` for guidance, "
+        "`condition` for what image-to-video joins to the noise (all but dit; default: random, but for flux)",
+    )
     parser.add_argument("--seed", type=whole(0), nargs="+", default=[0], help="seeds of the noise (default: 0)")
-    parser.add_argument("--size", type=size, default=(32, 32), metavar="HxW", help="picture in pixels (default: 32x32)")
+    parser.add_argument(
+        "--size",
+        type=size,
+        metavar="HxW or FxHxW",
+        help="picture or video in pixels (default: the bundle's; flux 32x32)",
+    )
     parser.add_argument("--guidance-scale", type=float, help="dimensionless (default: the bundle's)")
     parser.add_argument("--out", type=Path, help="picture.png or latents.safetensors")
 
@@ -44,31 +63,34 @@ def run(given: argparse.Namespace) -> int:
     denoiser = open_denoiser(given)
     plan, order, weights = forecasts_of(denoiser, given, given.steps)
     manifest = denoiser.manifest
-    if manifest.family not in ("dit", "flux"):
-        raise ConfigError(
-            f"family is {manifest.family}, expected dit or flux, which `run` can sample without a text encoder; "
-            "set `pipe.transformer = taylorseer_export.load(BUNDLE).as_transformer()` in its diffusers pipeline"
-        )
-    if len(given.size) != 2:
-        raise ConfigError(f"--size is {'x'.join(map(str, given.size))}, expected HxW for a picture; write it so")
     count = max(len(given.label or ()), len(given.prompt or ()), len(given.seed))
     seeds = spread("--seed", given.seed, count)
+    for option, family in (("label", "dit"), ("prompt", "flux")):
+        if getattr(given, option) is not None and manifest.family != family:
+            raise ConfigError(
+                f"--{option} is given for family {manifest.family}, expected it for {family}; leave it out"
+            )
     if manifest.family == "dit":
         labels = spread("--label", given.label or list(range(10))[:count], count)
         request = sampling.dit_request(denoiser, labels, seeds, given.guidance_scale)
         names = [f"label {label}" for label in labels]
-    else:
+    elif manifest.family == "flux":
+        picture = given.size or (32, 32)
+        if len(picture) != 2:
+            raise ConfigError(f"--size is {'x'.join(map(str, picture))}, expected HxW for a picture; write it so")
         prompts = given.prompt or (None if given.inputs else ["a red circle left of a blue square"])
         prompts = None if prompts is None else spread("--prompt", prompts, count)
         tensors = read_tensors(given.inputs) if given.inputs else None
-        request = sampling.flux_request(denoiser, prompts, seeds, given.size, tensors, given.guidance_scale)
+        request = sampling.flux_request(denoiser, prompts, seeds, picture, tensors, given.guidance_scale)
         names = list(prompts or [f"seed {seed}" for seed in seeds])
+    else:
+        request, names = _tensor_request(denoiser, given, seeds), []
     with progress("sampling", len(plan)) as advance:
         result = sampling.sample(
             denoiser, request, plan, order, given.form, on_step=lambda k: advance(k + 1, len(plan)), weights=weights
         )
     out = given.out or Path(
-        f"{manifest.family}-{manifest.name}.png" if manifest.model.embedded else "latents.safetensors"
+        f"{manifest.family}-{manifest.name}.png" if names and manifest.model.embedded else "latents.safetensors"
     )
     if out.suffix == ".safetensors":
         write_tensors(out, {"latents": result.latents}, {"plan": str(plan)})
@@ -87,3 +109,29 @@ def run(given: argparse.Namespace) -> int:
     )
     print(f"wrote     {out}")
     return 0
+
+
+def _tensor_request(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) -> Request:
+    """A request from the tensors of `--inputs`, or from random ones, which is said."""
+    from taylorseer_export.commands.export import latent_size
+    from taylorseer_export.families import family_named
+    from taylorseer_export.report.inputs import random_conditioning
+    from taylorseer_export.runtime import tensors
+
+    manifest = denoiser.manifest
+    family = family_named(manifest.family)
+    if given.out and given.out.suffix != ".safetensors":
+        raise ConfigError(
+            f"--out is {given.out} for family {family.name}, expected NAME.safetensors, since only the model's own VAE "
+            "makes a picture of its latents; change it"
+        )
+    latent = None if given.size is None else latent_size("--size", given.size, family, family.latent_scale)
+    sizes = {} if latent is None else family.latent_sizes(manifest.model.config, *latent)
+    sides = (latent[0] // 2, latent[1] // 2) if latent and "image_tokens" in sizes else None
+    if given.inputs:
+        values = read_tensors(given.inputs)
+    else:
+        print("no --inputs: the conditioning is random, so the result shows that the loop runs and is no picture")
+        typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
+        values = random_conditioning(denoiser, {**typical, **sizes, "batch": 1}, guided=True)
+    return tensors.tensor_request(denoiser, values, seeds, sizes, sides, given.guidance_scale)

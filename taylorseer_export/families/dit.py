@@ -35,6 +35,7 @@ DIT = Family(
     latent_sizes=fixed,
     defaults=Defaults(steps=50, interval=4, warmup=2, order=4),
     scheduler="DDIMScheduler",
+    scheduler_config={"clip_sample": False},
     guidance="batched",
     guidance_scale=4.0,
     latent_size=(32, 32),

@@ -113,6 +113,7 @@ class Family:
         latent_sizes: `(config, *latent size) -> {dimension: size}` for one latent, before packing.
         defaults: The paper's plan and order.
         scheduler: Class name of the diffusers scheduler that the family's pipeline uses.
+        scheduler_config: What the published checkpoints set of it, for a checkpoint that brings no scheduler.
         guidance: How classifier-free guidance reaches the model: not at all, `embedded` as an input, `batched` as
             two halves of a batch, or as two `branches`, called one after the other in every step.
         guidance_scale: The pipeline's default, dimensionless.
@@ -145,6 +146,7 @@ class Family:
     latent_scale: int = 8
     time_scale: int = 4
     typical: Mapping[str, int] = field(default_factory=lambda: {"text_tokens": 512})
+    scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     timestep_divisor: float = 1.0
     forward: Callable[[Any, dict[str, Any]], Any] = call
     patched: Callable[[Any], AbstractContextManager[object]] = as_it_is

@@ -70,6 +70,7 @@ FLUX = Family(
     latent_sizes=packed,
     defaults=Defaults(steps=50, interval=6, warmup=3, order=1),
     scheduler="FlowMatchEulerDiscreteScheduler",
+    scheduler_config={"use_dynamic_shifting": True, "shift": 3.0},
     guidance="embedded",
     guidance_scale=3.5,
     latent_size=(128, 128),

@@ -88,6 +88,7 @@ FRAMEPACK = Family(
     latent_sizes=_latent_sizes,
     defaults=Defaults(steps=25, interval=5, warmup=1, order=0),
     scheduler="FlowMatchEulerDiscreteScheduler",
+    scheduler_config={"shift": 7.0},
     guidance="embedded",
     guidance_scale=9.0,
     latent_size=(9, 80, 80),

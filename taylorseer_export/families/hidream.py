@@ -97,6 +97,7 @@ HIDREAM = Family(
     latent_sizes=_latent_sizes,
     defaults=Defaults(steps=50, interval=4, warmup=1, order=2),
     scheduler="UniPCMultistepScheduler",
+    scheduler_config={"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
     guidance="batched",
     guidance_scale=5.0,
     latent_size=(128, 128),

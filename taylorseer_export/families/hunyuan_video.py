@@ -47,6 +47,7 @@ HUNYUAN_VIDEO = Family(
     latent_sizes=_latent_sizes,
     defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
     scheduler="FlowMatchEulerDiscreteScheduler",
+    scheduler_config={"shift": 7.0},
     guidance="embedded",
     guidance_scale=6.0,
     latent_size=(33, 90, 160),

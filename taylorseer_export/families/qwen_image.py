@@ -91,6 +91,12 @@ QWEN_IMAGE = Family(
     latent_sizes=packed,
     defaults=Defaults(steps=50, interval=4, warmup=3, order=1),
     scheduler="FlowMatchEulerDiscreteScheduler",
+    scheduler_config={
+        "use_dynamic_shifting": True,
+        "max_shift": 0.9,
+        "max_image_seq_len": 8192,
+        "shift_terminal": 0.02,
+    },
     guidance="branches",
     guidance_scale=4.0,
     latent_size=(128, 128),

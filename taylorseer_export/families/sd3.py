@@ -36,6 +36,7 @@ SD3 = Family(
     latent_sizes=patches,
     defaults=Defaults(steps=28, interval=4, warmup=3, order=1),
     scheduler="FlowMatchEulerDiscreteScheduler",
+    scheduler_config={"shift": 3.0},
     guidance="batched",
     guidance_scale=7.0,
     latent_size=(128, 128),

@@ -50,6 +50,7 @@ WAN = Family(
     latent_sizes=_latent_sizes,
     defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
     scheduler="UniPCMultistepScheduler",
+    scheduler_config={"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
     guidance="branches",
     guidance_scale=5.0,
     latent_size=(21, 60, 104),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import clock
+from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, place
+
+_TEXT = re.compile(r"(encoder_hidden_states|pooled_)(?!.*(_image|_mask)$)")  # what a negative prompt changes
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,8 @@ def random_trajectory(
     """
     manifest = denoiser.manifest
     sizes = {name: d.typical for name, d in manifest.dimensions.items()} | dict(sizes or {})
-    generator = np.random.default_rng(seed)
-    conditioning = {}
-    for name, tensor in denoiser.constants.items():
-        shape = resolve(tensor.shape, sizes)
-        if name == "img_shapes":  # frames, height and width in tokens
-            conditioning[name] = np.broadcast_to([1, *_sides(sizes["image_tokens"])], shape).astype(np.int64)
-        elif tensor.dtype == "int64":
-            conditioning[name] = generator.integers(0, 2, shape)
-        elif name.endswith("_mask"):
-            conditioning[name] = np.ones(shape, np.float32)
-        elif name.endswith("_ids"):
-            conditioning[name] = np.zeros(shape, np.float32) if name == "txt_ids" else _positions(shape)
-        else:
-            conditioning[name] = generator.standard_normal(shape).astype(np.float32)
+    conditioning = random_conditioning(denoiser, sizes, seed)
+    generator = np.random.default_rng(seed + 1)
     shape = resolve(denoiser.latent.shape, sizes)
     start, end = generator.standard_normal((2, *shape)).astype(np.float32)
     angle = np.linspace(0, np.pi / 2, steps, dtype=np.float32).reshape(-1, *[1] * len(shape))
@@ -64,16 +56,35 @@ def random_trajectory(
     return Trajectory(latents, clock(manifest, shape, steps).model_timesteps, conditioning)
 
 
-def _positions(shape: tuple[int, ...]) -> np.ndarray:
-    """(0, row, column) of each token of an image as square as the count allows: `[T, 3]`."""
-    count = shape[0]
-    _, width = _sides(count)
-    ids = np.zeros(shape, np.float32)
-    ids[:, 1], ids[:, 2] = np.divmod(np.arange(count), width)
-    return ids
+def random_conditioning(
+    denoiser: Denoiser, sizes: Mapping[str, int], seed: int = 0, guided: bool = False
+) -> dict[str, np.ndarray]:
+    """Constant inputs of these sizes: places of tokens in order, labels and embeddings at random.
 
+    Args:
+        denoiser: The loaded bundle.
+        sizes: Of every dimension.
+        seed: Of the numbers.
+        guided: Whether it is for `tensor_request`: with a negative prompt where guidance of this model needs one, with
+            the picture of an image-to-video model, and without the guidance that is an input.
+    """
+    generator = np.random.default_rng(seed)
 
-def _sides(count: int) -> tuple[int, int]:
-    """(height, width) of a picture of `count` tokens, as square as the count allows."""
-    width = max(w for w in range(1, int(count**0.5) + 1) if count % w == 0)
-    return count // width, width
+    def normal(shape: tuple[int, ...]) -> np.ndarray:
+        return generator.standard_normal(shape).astype(np.float32)
+
+    made = {}
+    for name, tensor in denoiser.constants.items():
+        shape = resolve(tensor.shape, sizes)
+        value = place(name, shape, sizes)
+        if value is None and tensor.dtype == "int64":
+            value = generator.integers(0, 2, shape)
+        made[name] = normal(shape) if value is None else value
+    if guided:
+        made.pop("guidance", None)
+        if denoiser.manifest.sampling.guidance in ("batched", "branches"):
+            texts = [n for n in made if _TEXT.match(n)]
+            made |= {NEGATIVE + name: normal(made[name].shape) for name in texts}
+        beside = condition_shape(denoiser.manifest, resolve(denoiser.latent.shape, sizes))
+        made |= {} if beside is None else {CONDITION: normal(beside)}
+    return made

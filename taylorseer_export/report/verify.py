@@ -146,9 +146,10 @@ class _Reference:
         self.specs = {t.name: t for t in (denoiser.latent, denoiser.timestep, *denoiser.constants.values())}
         self.divisor = denoiser.manifest.sampling.timestep_divisor
         self.granularity = denoiser.manifest.state.granularity
-        self.sites = [s.name for s in denoiser.manifest.sites] if self.granularity == "module" else []
-        first = next(model.parameters())
-        self.dtype, self.device = first.dtype, first.device
+        # The family's, not the manifest's: sites without a gate share one there, and are forecast alike.
+        self.sites = _module_sites(model, denoiser.manifest.family) if self.granularity == "module" else []
+        widest = max(model.parameters(), key=lambda parameter: parameter.dtype.itemsize)  # some are kept in float32
+        self.dtype, self.device = widest.dtype, widest.device
         self.record: dict[tuple[str, int], Tensor] = {}
         self.number = 0
         self.entering: Tensor | None = None

@@ -25,6 +25,12 @@ def ignored(manifest: Manifest) -> frozenset[str]:
     return frozenset({"guidance"} if unguided else ())
 
 
+def renewed(manifest: Manifest) -> frozenset[str]:
+    """Arguments that the pipeline casts anew at every call, so that it is their numbers that stay the same."""
+    past = {"latents_clean", "latents_history_2x", "latents_history_4x"}
+    return frozenset(past if manifest.family == "framepack" else ())
+
+
 def attributes_of(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """What pipelines read from a transformer besides its config."""
     if class_name != "HiDreamImageTransformer2DModel":

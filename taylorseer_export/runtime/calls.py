@@ -4,8 +4,8 @@ A pipeline calls once for every step and branch, and says neither where a loop b
 
 - A *request* is a loop over the same conditioning tensors. It ends when the pipeline says that its call is over (all
   of diffusers' do), when an error passes through, and before a call that cannot belong to it: conditioning that is
-  other tensors or was changed in place, latents of another shape, a timestep that returns to the first one or moves
-  against the direction of the loop.
+  other tensors or was changed in place (other numbers, where the pipeline casts it at every call), latents of another
+  shape, a timestep that returns to the first one or moves against the direction of the loop.
 - A *step* is a call on new latents, whatever its timestep, so a second-order scheduler's inner calls are steps too.
 - A *branch* of guidance is named by `cache_context`; without one, the calls on the very same latents are told apart by
   their order. Every branch has its own slot and all follow one plan; one that missed a step starts over, full.
@@ -25,24 +25,33 @@ from taylorseer_export.runtime.slot import Slot
 
 
 class Seen(NamedTuple):
-    """A value and its version when it was seen: the same tensor changed in place is another one."""
+    """A value and its version when it was seen: the same tensor changed in place is another one.
+
+    One that is `renewed` is made anew by the pipeline for every call, so that only its numbers tell it from others.
+    """
 
     value: Any
     version: int
+    renewed: bool = False
 
     @classmethod
-    def of(cls, value: Any) -> Seen:
+    def of(cls, value: Any, renewed: bool = False) -> Seen:
         """The value now; inference tensors count no versions."""
         counted = hasattr(value, "is_inference") and not value.is_inference()
-        return cls(value, value._version if counted else 0)
+        return cls(value, value._version if counted else 0, renewed)
 
     def same(self, other: Seen) -> bool:
+        if self.renewed and self.value is not other.value:
+            return self.equal(other)
         return self.value is other.value and self.version == other.version
 
     def equal(self, other: Seen) -> bool:
         """Whether the values are the same, where the tensors need not be; changed in place counts as changed."""
         if self.value is other.value:
             return self.version == other.version
+        if hasattr(self.value, "is_cuda") and hasattr(other.value, "is_cuda"):  # on the device that they are on
+            alike = self.value.dtype == other.value.dtype and self.value.device == other.value.device
+            return alike and bool(self.value.equal(other.value))
         return np.array_equal(host_array(self.value), host_array(other.value))
 
 

@@ -18,7 +18,7 @@ import torch
 
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Plan
-from taylorseer_export.runtime.arguments import attributes_of, form_of, ignored
+from taylorseer_export.runtime.arguments import attributes_of, form_of, ignored, renewed
 from taylorseer_export.runtime.calls import Branch, Call, Request, Seen, host_array
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.slot import Slot
@@ -82,6 +82,7 @@ class DropIn(torch.nn.Module):
         for name, value in attributes_of(model.class_name, model.config).items():
             setattr(self, name, value)
         self._form, self._ignored = form_of(denoiser.manifest), ignored(denoiser.manifest)
+        self._renewed = renewed(denoiser.manifest)
         self._context: str | None = None
         self._request: Request | None = None
         self._slots: dict[str, Slot] = {}
@@ -267,7 +268,8 @@ class DropIn(torch.nn.Module):
                 f"input `{clock}` has {len(values)} different values, expected one for all samples and tokens; "
                 "pass the timestep of the step"
             )
-        conditioning = {n: Seen.of(v) for n, v in inputs.items() if n in self.denoiser.constants and v is not None}
+        given = {n: v for n, v in inputs.items() if n in self.denoiser.constants and v is not None}
+        conditioning = {n: Seen.of(v, n in self._renewed) for n, v in given.items()}
         return Call(self._context, Seen.of(latents), tuple(latents.shape), float(values[0]), conditioning)
 
     def _request_of(self, call: Call) -> Request:

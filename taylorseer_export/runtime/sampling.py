@@ -1,7 +1,8 @@
 """Sampling: a whole denoising loop over a slot, with diffusers' own schedulers.
 
-What a family's pipeline does around the transformer is here and nowhere else: how noise becomes its input, what it
-calls a timestep, and how guidance combines two halves of a batch.
+What a family's pipeline does around the transformer is here and nowhere else: how noise becomes its input, and how
+guidance combines two halves of a batch or two branches. `clock.py` knows what it calls a timestep, and `tensors.py`
+makes requests of any family from tensors.
 """
 
 from __future__ import annotations
@@ -10,18 +11,26 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Manifest, Sampling
-from taylorseer_export.errors import BundleError, ConfigError, StepError
+from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Plan
 from taylorseer_export.method.weights import Form
 from taylorseer_export.runtime.caption import CaptionEncoder
+from taylorseer_export.runtime.clock import clock, scheduler_of
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.picture import pictures_from_dit_latents, pictures_from_flux_latents
 from taylorseer_export.runtime.slot import Slot
+
+
+class Joined(NamedTuple):
+    """What a model from pictures has beside the noise, the same at every step: channels that follow the latents (axis
+    1), or frames in the place of their first (axis 2)."""
+
+    axis: int
+    value: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,13 @@ class Request:
     Attributes:
         latents: The noise `[N, ...]`, float32, one entry per picture.
         conditioning: Constant inputs of the transformer, by their diffusers argument names.
-        guided: Whether the batch of the transformer is two halves, conditional and unconditional.
+        guided: Whether guidance combines two predictions: of two halves of the transformer's batch, conditional and
+            unconditional, or of two branches.
         guidance_scale: Dimensionless; used where `guided`.
         height, width: Of a picture, in pixels; 0 where only latents are made.
         sigmas: `[S]` noise levels of the steps, for flow-matching schedulers; evenly spaced if left out.
+        negative: Constant inputs of the second branch, where guidance calls the transformer twice.
+        joined: What the transformer is given beside the latents.
     """
 
     latents: np.ndarray
@@ -44,6 +56,8 @@ class Request:
     height: int
     width: int
     sigmas: np.ndarray | None = None
+    negative: dict[str, np.ndarray] | None = None
+    joined: Joined | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,7 @@ def sample(
 
     Args:
         denoiser: The loaded bundle.
-        request: From `flux_request`, `dit_request` or `tensor_request`.
+        request: From `flux_request`, `dit_request` or `tensor_request`. A second branch gets a slot of its own.
         plan: Its length is the number of steps.
         order: Order of the forecasts; the bundle's default if left out.
         form: `taylor` or `newton`.
@@ -90,21 +104,24 @@ def sample(
         StepError: An input does not fit the bundle, or a step returned a number that is not finite.
     """
     loop = Loop(denoiser, request, plan, order, form, weights)
-    slot = slot or denoiser.slot(loop.sizes)
+    slots = [slot or denoiser.slot(loop.sizes)]
+    slots += [denoiser.slot(denoiser.sizes(loop.model_input().shape, request.negative))] if request.negative else []
     began = time.perf_counter()
-    loop.start(slot)
+    for branch, conditioning in zip(slots, (request.conditioning, request.negative), strict=False):
+        loop.start(branch, conditioning)
     prepare_ms = 1e3 * (time.perf_counter() - began)
     milliseconds = []
     for step in range(len(plan)):
         model_input = loop.model_input()
         began = time.perf_counter()
-        prediction = slot.step(model_input)
+        predictions = [branch.step(model_input) for branch in slots]
         milliseconds.append(1e3 * (time.perf_counter() - began))
-        loop.accept(prediction)
+        loop.accept(np.concatenate(predictions))
         if on_step:
             on_step(step)
-    assert slot.executed == str(plan), "bug in taylorseer-export: the steps that ran are not those planned"
-    return Result(loop.latents, str(plan), slot.executed, tuple(milliseconds), prepare_ms)
+    for branch in slots:
+        assert branch.executed == str(plan), "bug in taylorseer-export: the steps that ran are not those planned"
+    return Result(loop.latents, str(plan), slots[0].executed, tuple(milliseconds), prepare_ms)
 
 
 class Loop:
@@ -132,9 +149,9 @@ class Loop:
         import torch
 
         self.request, self.plan, self.order, self.form, self.weights = request, plan, order, form, weights
-        sampling = denoiser.manifest.sampling
-        self._scheduler = _scheduler(sampling)
-        self._ticks = _clock(sampling, self._scheduler, request.latents.shape, len(plan), request.sigmas)
+        self._family = denoiser.manifest.family
+        self._scheduler = scheduler_of(denoiser.manifest)
+        self._ticks = clock(denoiser.manifest, request.latents.shape, len(plan), request.sigmas, self._scheduler)
         self._latents = torch.from_numpy(request.latents * float(getattr(self._scheduler, "init_noise_sigma", 1.0)))
         self._last: tuple[Any, Any, Any] = (None, None, None)
         self.step = 0
@@ -145,9 +162,10 @@ class Loop:
         """`[N, ...]` float32, after the steps accepted so far."""
         return np.asarray(self._latents.numpy())
 
-    def start(self, slot: Slot) -> None:
-        """Begin the request in a slot of `sizes`."""
-        slot.start(self.request.conditioning, self.plan, self.order, self.model_timesteps, self.form, self.weights)
+    def start(self, slot: Slot, conditioning: Mapping[str, np.ndarray] | None = None) -> None:
+        """Begin the request in a slot of `sizes`, with the conditioning of another branch where one is given."""
+        conditioning = self.request.conditioning if conditioning is None else conditioning
+        slot.start(conditioning, self.plan, self.order, self.model_timesteps, self.form, self.weights)
 
     @property
     def model_timesteps(self) -> np.ndarray:
@@ -157,12 +175,18 @@ class Loop:
     def model_input(self, latents: np.ndarray | None = None) -> np.ndarray:
         """What the transformer takes of the latents, the loop's own if left out."""
         latents = self.latents if latents is None else latents
-        return _doubled(latents) if self.request.guided else latents
+        if (joined := self.request.joined) is not None:
+            behind = joined.axis == 1
+            own = latents if behind else latents[:, :, joined.value.shape[2] :]
+            latents = np.concatenate([own, joined.value] if behind else [joined.value, own], joined.axis)
+        return _doubled(latents) if self.request.guided and self.request.negative is None else latents
 
     def prediction(self, noise_pred: np.ndarray) -> np.ndarray:
-        """What the scheduler takes of the transformer's answer: the halves combined, a learned sigma dropped."""
+        """What the scheduler takes of the transformer's answer: both guided ones combined, a learned sigma dropped."""
+        if self._family == "hidream":  # it predicts the way to the picture, and schedulers take the way to the noise
+            noise_pred = -noise_pred
         if self.request.guided:
-            noise_pred = _guide(noise_pred, self.request.guidance_scale)
+            noise_pred = _guide(noise_pred, self.request.guidance_scale, self._family == "qwen-image")
         return noise_pred[:, : self._latents.shape[1]] if noise_pred.ndim == 4 else noise_pred
 
     def preview(self, prediction: np.ndarray) -> np.ndarray:
@@ -185,10 +209,14 @@ class Loop:
                 f"noise_pred has values that are NaN or infinite at step {self.step} (plan {self.plan}), expected "
                 "finite numbers; lower --order or --interval"
             )
-        answer = torch.from_numpy(self.prediction(prediction))
-        advanced = self._scheduler.step(answer, self._ticks.timesteps[self.step], self._latents)
-        self._last = self._latents, answer, advanced
+        answer, latents, joined = torch.from_numpy(self.prediction(prediction)), self._latents, self.request.joined
+        if joined is not None and joined.axis == 2:  # given frames are no part of what is sampled
+            answer, latents = (value[:, :, joined.value.shape[2] :] for value in (answer, latents))
+        advanced = self._scheduler.step(answer, self._ticks.timesteps[self.step], latents)
+        self._last = latents, answer, advanced
         self._latents = advanced.prev_sample
+        if joined is not None and joined.axis == 2:
+            self._latents = torch.cat([torch.from_numpy(joined.value), self._latents], 2)
         self.step += 1
 
     def estimate(self) -> np.ndarray:
@@ -250,10 +278,8 @@ def flux_request(
         scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
         inputs["guidance"] = np.full(count, scale, np.float32)
     channels = int(denoiser.latent.shape[-1]) // 4
-    noise = np.concatenate([_noise((1, channels, 2 * rows, 2 * columns), seed) for seed in seeds])
-    packed = noise.reshape(count, channels, rows, 2, columns, 2).transpose(0, 2, 4, 1, 3, 5)
-    latents = packed.reshape(count, rows * columns, 4 * channels)
-    return Request(np.ascontiguousarray(latents), inputs, False, 1.0, size[0] if embedded else 0, size[1])
+    latents = np.concatenate([packed(drawn((1, channels, 2 * rows, 2 * columns), seed)) for seed in seeds])
+    return Request(latents, inputs, False, 1.0, size[0] if embedded else 0, size[1])
 
 
 def dit_request(
@@ -271,7 +297,7 @@ def dit_request(
             raise ConfigError(f"--label is {label}, expected 0 to {classes - 1} (class index); choose one of those")
     scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
     _, channels, height, width = denoiser.latent.shape
-    noise = np.concatenate([_noise((1, int(channels), int(height), int(width)), seed) for seed in seeds])
+    noise = np.concatenate([drawn((1, int(channels), int(height), int(width)), seed) for seed in seeds])
     guided = scale != 1.0
     null = [classes] * len(labels) if guided else []
     conditioning = {"class_labels": np.array([*labels, *null], np.int64)}
@@ -299,75 +325,35 @@ def pictures_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np
     return pictures_from_flux_latents(latents, request.height, request.width)
 
 
-# Schedulers ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Timesteps as the scheduler counts them, and as the transformer takes them."""
-
-    timesteps: Sequence[Any]
-    model_timesteps: np.ndarray
-
-
-def clock(manifest: Manifest, shape: tuple[int, ...], steps: int) -> Clock:
-    """The timesteps of a loop of `steps` steps over latents of `shape`, by the bundle's own scheduler."""
-    return _clock(manifest.sampling, _scheduler(manifest.sampling), shape, steps)
-
-
-def _clock(
-    sampling: Sampling, scheduler: Any, shape: tuple[int, ...], steps: int, sigmas: np.ndarray | None = None
-) -> Clock:
-    """As diffusers' pipelines do: flow schedulers take evenly spaced sigmas, all others the number of steps."""
-    if "FlowMatch" in type(scheduler).__name__:
-        mu = _shift(scheduler.config, shape) if scheduler.config.get("use_dynamic_shifting", False) else None
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps) if sigmas is None else sigmas, mu=mu)
-    elif sigmas is not None:
-        raise ConfigError(
-            f"sigmas are given, but {sampling.scheduler} takes only a number of steps, expected none; leave them out"
-        )
-    else:
-        scheduler.set_timesteps(steps)
-    model_timesteps = scheduler.timesteps.numpy().astype(np.float32) / np.float32(sampling.timestep_divisor)
-    return Clock(scheduler.timesteps, model_timesteps)
-
-
-def _shift(config: Mapping[str, Any], shape: tuple[int, ...]) -> float:
-    """What FLUX's pipeline shifts the sigmas by: linear in the number of image tokens `[B, T, C]`."""
-    low, high = config["base_image_seq_len"], config["max_image_seq_len"]
-    slope = (config["max_shift"] - config["base_shift"]) / (high - low)
-    return float(config["base_shift"] + slope * (shape[1] - low))
-
-
-def _scheduler(sampling: Sampling) -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise BundleError(
-            "diffusers is not installed, expected it for its schedulers; pip install 'taylorseer-export[sample]', "
-            "or drive the denoiser step by step"
-        ) from error
-    return getattr(diffusers, sampling.scheduler).from_config(sampling.config)
-
-
 # Small parts ---------------------------------------------------------------------------------------------------------
 
 
-def _noise(shape: tuple[int, ...], seed: int) -> np.ndarray:
+def drawn(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Noise as diffusers' pipelines draw it: on the CPU, in float32."""
     import torch
 
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float32).numpy()
 
 
+def packed(latents: np.ndarray) -> np.ndarray:
+    """`[N, C, 2 R, 2 W]` as tokens of 2 x 2 latent pixels, `[N, R W, 4 C]`, row by row."""
+    count, channels, height, width = latents.shape
+    parts = latents.reshape(count, channels, height // 2, 2, width // 2, 2).transpose(0, 2, 4, 1, 3, 5)
+    return np.ascontiguousarray(parts.reshape(count, height * width // 4, 4 * channels))
+
+
 def _doubled(latents: np.ndarray) -> np.ndarray:
     return np.concatenate([latents, latents])
 
 
-def _guide(prediction: np.ndarray, scale: float) -> np.ndarray:
-    """Classifier-free guidance: unconditional + scale (conditional - unconditional)."""
+def _guide(prediction: np.ndarray, scale: float, keeps_norm: bool = False) -> np.ndarray:
+    """Classifier-free guidance: unconditional + scale (conditional - unconditional), of each token as long as the
+    conditional where the norm is kept."""
     conditional, unconditional = np.split(prediction, 2)
     guided: np.ndarray = unconditional + np.float32(scale) * (conditional - unconditional)
+    if keeps_norm:
+        guided *= np.linalg.norm(conditional, axis=-1, keepdims=True) / np.linalg.norm(guided, axis=-1, keepdims=True)
     return guided
 
 

@@ -1,0 +1,78 @@
+"""The clock of a loop: the timesteps of a bundle's scheduler, set as the pipeline of its family sets them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.errors import BundleError, ConfigError
+
+_COUNTED = frozenset({"sd3", "hidream"})  # whose pipelines give even a flow scheduler the number of steps
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Timesteps as the scheduler counts them, and as the transformer takes them."""
+
+    timesteps: Sequence[Any]
+    model_timesteps: np.ndarray
+
+
+def clock(
+    manifest: Manifest, shape: tuple[int, ...], steps: int, sigmas: np.ndarray | None = None, scheduler: Any = None
+) -> Clock:
+    """The timesteps of a loop of `steps` steps over latents of `shape`.
+
+    As diffusers' pipelines do: most give flow schedulers evenly spaced sigmas, and all others the number of steps.
+
+    Args:
+        manifest: Of the bundle, whose own scheduler it is.
+        shape: Of the latents.
+        steps: Of the loop.
+        sigmas: `[S]` noise levels for flow schedulers; evenly spaced if left out.
+        scheduler: From `scheduler_of`, to be set; a new one if left out.
+
+    Raises:
+        ConfigError: The scheduler takes no sigmas.
+    """
+    scheduler = scheduler_of(manifest) if scheduler is None else scheduler
+    if "FlowMatch" in type(scheduler).__name__:
+        mu = _shift(manifest, scheduler.config, shape) if scheduler.config.get("use_dynamic_shifting", False) else None
+        if sigmas is None and manifest.family not in _COUNTED:
+            sigmas = np.linspace(1.0, 1.0 / steps, steps)
+        scheduler.set_timesteps(None if sigmas is not None else steps, sigmas=sigmas, mu=mu)
+    elif sigmas is not None:
+        raise ConfigError(
+            f"sigmas are given, but {manifest.sampling.scheduler} takes only a number of steps, expected none; "
+            "leave them out"
+        )
+    else:
+        scheduler.set_timesteps(steps)
+    model_timesteps = scheduler.timesteps.numpy().astype(np.float32) / np.float32(manifest.sampling.timestep_divisor)
+    return Clock(scheduler.timesteps, model_timesteps)
+
+
+def _shift(manifest: Manifest, config: Mapping[str, Any], shape: tuple[int, ...]) -> float:
+    """What the pipelines shift the sigmas by: linear in the number of tokens of a packed or an unpacked latent."""
+    low, high = config["base_image_seq_len"], config["max_image_seq_len"]
+    slope = (config["max_shift"] - config["base_shift"]) / (high - low)
+    tokens = shape[1] if len(shape) == 3 else math.prod(shape[2:]) / int(manifest.model.config["patch_size"]) ** 2
+    shift = float(config["base_shift"] + slope * (tokens - low))
+    return min(shift, math.log(7.0)) if manifest.family == "framepack" else shift
+
+
+def scheduler_of(manifest: Manifest) -> Any:
+    """A new scheduler of a bundle, not set yet."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise BundleError(
+            "diffusers is not installed, expected it for its schedulers; pip install 'taylorseer-export[sample]', "
+            "or drive the denoiser step by step"
+        ) from error
+    return getattr(diffusers, manifest.sampling.scheduler).from_config(manifest.sampling.config)

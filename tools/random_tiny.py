@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""The embedded models of the families that have no trained one: tiny, random, seeded, of the real diffusers class.
+
+    python tools/random_tiny.py                all of them
+    python tools/random_tiny.py --family wan   one
+
+They are there so that every command of a family runs without a download, and what they make is no picture. Their
+weights have the scale of a trained model's, so that a comparison with them can fail: every linear keeps its input's
+variance, and the timestep embedding is smooth over a step (a random one makes every feature jump from step to step).
+The same seed gives the same bits with the same version of torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from taylorseer_export.families import FAMILIES  # noqa: E402
+
+ASSETS = ROOT / "taylorseer_export" / "assets"
+SEED = 0
+# What each differs by from its class's defaults. Latents have the channels of the published models; widths are tiny.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "flux-kontext": {
+        "in_channels": 64,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 32,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 6, 6),
+    },
+    "framepack": {
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "text_embed_dim": 32,
+        "pooled_projection_dim": 24,
+        "rope_axes_dim": (4, 4, 4),
+        "has_image_proj": True,
+        "image_proj_dim": 16,
+        "has_clean_x_embedder": True,
+    },
+    "hidream": {
+        "patch_size": 2,
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 8,  # its experts are at least 256 wide
+        "num_attention_heads": 2,
+        "caption_channels": [32, 24],
+        "text_emb_dim": 32,
+        "axes_dims_rope": (4, 2, 2),
+        "max_resolution": (64, 64),
+        "llama_layers": [2, 0, 1],
+    },
+    "hunyuan-video": {
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "text_embed_dim": 32,
+        "pooled_projection_dim": 24,
+        "rope_axes_dim": (4, 4, 4),
+    },
+    "qwen-image": {
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": (4, 6, 6),
+    },
+    "sd3": {
+        "sample_size": 16,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 32,
+        "pos_embed_max_size": 32,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    },
+    "wan": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 32,
+        "freq_dim": 64,
+        "ffn_dim": 96,
+        "num_layers": 3,
+        "rope_max_seq_len": 64,
+    },
+}
+# Dimensions at which estimates are quoted, latent size first; all else the config says.
+SIZES: dict[str, dict[str, Any]] = {
+    "flux-kontext": {"latent_size": [16, 16], "text_tokens": 12, "condition_tokens": 64},
+    "framepack": {"latent_size": [3, 16, 16], "text_tokens": 12},
+    "hidream": {"latent_size": [16, 16], "text_tokens": 12},
+    "hunyuan-video": {"latent_size": [3, 8, 12], "text_tokens": 12},
+    "qwen-image": {"latent_size": [16, 16], "text_tokens": 12},
+    "sd3": {"latent_size": [16, 16], "text_tokens": 12},
+    "wan": {"latent_size": [3, 8, 12], "text_tokens": 12},
+}
+
+
+def randomised(build: Callable[[], torch.nn.Module], seed: int) -> Any:
+    """What `build` returns, in eval mode, with weights of a trained model's scale, on whatever device it was built.
+
+    Gates are of order one and norm weights are not exactly one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build().eval()
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            if parameter.ndim == 1:
+                parameter.data = 0.1 * noise + (0.0 if name.endswith("bias") else 1.0)
+            elif "embedding_table" in name:
+                parameter.data = noise
+            else:
+                parameter.data = noise / math.sqrt(parameter[0].numel())
+            if name.endswith(("timestep_embedder.linear_1.weight", "time_embedder.linear_1.weight")):
+                parameter.data *= _low_pass(parameter.shape[1]).to(parameter)
+    return model
+
+
+def _low_pass(channels: int, cutoff: float = 3e-3) -> torch.Tensor:
+    """Column factors [channels] that leave angular frequencies below `cutoff` per unit timestep."""
+    half = channels // 2
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(half) / half)
+    keep = 1 / (1 + (frequency / cutoff) ** 2)
+    return (keep / keep.square().mean().sqrt()).repeat(2)
+
+
+def write(name: str, folder: Path) -> int:
+    """Write the diffusers folder of one family, its weights as float16; returns the number of parameters."""
+    family = FAMILIES[name]
+    model = randomised(lambda: getattr(diffusers, family.model_class)(**CONFIGS[name]), SEED)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_config(folder / "transformer")
+    weights = {key: value.detach().to(torch.float16).contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, folder / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    scheduler = getattr(diffusers, family.scheduler)(**family.scheduler_config)
+    scheduler.save_config(folder / "scheduler")
+    card = {
+        "name": f"random {family.name}",
+        "model": family.model_class,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": f"random, seed {SEED}, float16: trained on nothing, so whatever it makes is noise and no picture",
+        **SIZES[name],
+        "tool": "tools/random_tiny.py",
+        "torch": torch.__version__,
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    return int(card["parameters"])  # type: ignore[call-overload]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", choices=tuple(CONFIGS), nargs="+", default=list(CONFIGS), help="(default: all)")
+    parser.add_argument("--out", type=Path, default=ASSETS, help="folder that gets FAMILY/ (default: the package's)")
+    given = parser.parse_args()
+    for name in given.family:
+        count = write(name, given.out / name)
+        print(f"{name:<14}{count:>9} parameters, {given.out / name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

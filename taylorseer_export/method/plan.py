@@ -1,6 +1,8 @@
 """The plan: which steps of the denoising loop are full steps and which are forecast steps."""
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 from taylorseer_export.errors import ConfigError
@@ -93,7 +95,7 @@ class Plan:
         """Length of the loop. Unit: steps."""
         return len(self.text)
 
-    @property
+    @cached_property
     def full_steps(self) -> tuple[int, ...]:
         """The indices of the full steps, in order."""
         return tuple(step for step, kind in enumerate(self.text) if kind == FULL)
@@ -140,8 +142,8 @@ class Plan:
         """
         check_order(order)
         self.is_full(step)  # refuses a step that is not in the plan
-        past = tuple(s for s in self.full_steps if self.history_start <= s < step)
-        return past[-(order + 1) :]
+        first, last = (bisect_left(self.full_steps, s) for s in (self.history_start, step))
+        return self.full_steps[max(first, last - order - 1) : max(first, last)]
 
     def check_length(self, steps: int) -> None:
         """Refuse a loop of another length than the plan.

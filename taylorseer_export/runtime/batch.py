@@ -13,7 +13,7 @@ call of every kind, size and count is made both ways and compared, and a combina
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +53,7 @@ class SharedCalls:
         self.unequal: set[Hashable] = set()
         self._equal: set[Hashable] = set()
         self._bound: dict[Hashable, _Bound] = {}
+        self._pays: dict[Hashable, bool] = {}
         graphs = denoiser.manifest.graphs
         tensors = [t for name in ("full", "forecast") for t in (*graphs[name].inputs, *graphs[name].outputs)]
         fixed = BATCH not in denoiser.manifest.dimensions
@@ -67,15 +68,18 @@ class SharedCalls:
             ids: What stands for the request's inputs without a sample dimension, from `ids_of`.
         """
         step = slot.upcoming
-        graph = slot.denoiser.manifest.graphs[_graph(step)]
-        state = sum(slot.source(tensor).nbytes for tensor in graph.inputs if tensor.role == "taylor_in")
-        if state > graph.weights_bytes:
+        name, graph = _graph(step), slot.denoiser.manifest.graphs[_graph(step)]
+        kind = (name, *slot.sizes.items())
+        if kind not in self._pays:
+            state = sum(slot.source(tensor).nbytes for tensor in graph.inputs if tensor.role == "taylor_in")
+            self._pays[kind] = state <= graph.weights_bytes
+        if not self._pays[kind]:
             return None
         # The numbers go to all samples of a call; full steps of the snapshots layout have none.
         values = step.weights if isinstance(step, ForecastStep) else step.scales
         numbers = values.tobytes() if any(tensor.role == "weights" for tensor in graph.inputs) else b""
-        sizes = tuple(sorted((name, size) for name, size in slot.sizes.items() if name != BATCH))
-        return _graph(step), sizes, numbers, ids
+        sizes = tuple(sorted((size, extent) for size, extent in slot.sizes.items() if size != BATCH))
+        return name, sizes, numbers, ids
 
     def run(self, slots: Sequence[Slot]) -> bool:
         """Run the staged step of every slot in one call.
@@ -116,29 +120,20 @@ class SharedCalls:
         return _Bound(runner.bind(graph, inputs, outputs), inputs, outputs, parts)
 
     def _gather(self, graph: GraphName, slots: Sequence[Slot], bound: _Bound) -> None:
-        for tensor in self.denoiser.manifest.graphs[graph].inputs:
+        inputs = self.denoiser.manifest.graphs[graph].inputs
+        for tensor in inputs:
             if BATCH not in tensor.shape:
                 bound.inputs[tensor.name].copy(slots[0].source(tensor))
-                continue
-            own = [part for slot in slots for part in _parts(tensor, slot.source(tensor))]
-            for target, source in zip(bound.parts[tensor.name], own, strict=True):
-                for a, b in zip(target, source, strict=True):
-                    a.copy(b)
+        for shared, own in _pairs(inputs, slots, bound, Slot.source):
+            shared.copy(own)
 
     def _scatter(self, graph: GraphName, slots: Sequence[Slot], bound: _Bound) -> None:
-        for tensor in self.denoiser.manifest.graphs[graph].outputs:
-            own = [part for slot in slots for part in _parts(tensor, slot.target(tensor))]
-            for source, target in zip(bound.parts[tensor.name], own, strict=True):
-                for a, b in zip(target, source, strict=True):
-                    a.copy(b)
+        for shared, own in _pairs(self.denoiser.manifest.graphs[graph].outputs, slots, bound, Slot.target):
+            own.copy(shared)
 
     def _same(self, graph: GraphName, slots: Sequence[Slot], bound: _Bound) -> bool:
-        for tensor in self.denoiser.manifest.graphs[graph].outputs:
-            own = [part for slot in slots for part in _parts(tensor, slot.target(tensor))]
-            for shared, alone in zip(bound.parts[tensor.name], own, strict=True):
-                if any(a.read().tobytes() != b.read().tobytes() for a, b in zip(shared, alone, strict=True)):
-                    return False
-        return True
+        pairs = _pairs(self.denoiser.manifest.graphs[graph].outputs, slots, bound, Slot.target)
+        return all(shared.read().tobytes() == own.read().tobytes() for shared, own in pairs)
 
 
 def ids_of(denoiser: Denoiser, conditioning: Mapping[str, np.ndarray]) -> Hashable:
@@ -156,6 +151,17 @@ def _separable(tensor: Tensor) -> bool:
     if any(BATCH in names(entry) for entry in tensor.shape if entry != BATCH):
         return False
     return BATCH not in tensor.shape or tensor.shape.index(BATCH) <= 1
+
+
+def _pairs(
+    tensors: Sequence[Tensor], slots: Sequence[Slot], bound: _Bound, place: Callable[[Slot, Tensor], Buffer]
+) -> Iterator[tuple[Buffer, Buffer]]:
+    """Part by part of the tensors with samples: where the shared call has it, and where its slot does."""
+    for tensor in tensors:
+        if BATCH in tensor.shape:
+            own = (parts for slot in slots for parts in _parts(tensor, place(slot, tensor)))
+            for shared, alone in zip(bound.parts[tensor.name], own, strict=True):
+                yield from zip(shared, alone, strict=True)
 
 
 def _parts(tensor: Tensor, buffer: Buffer) -> list[list[Buffer]]:

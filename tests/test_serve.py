@@ -1,5 +1,7 @@
 """Serving without a server: who runs next, what each request gets, and the repository that is written."""
 
+import os
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -8,10 +10,14 @@ import pytest
 from harness import as_arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_profile import made, weights_of
 
+from taylorseer_export.bundle.profile import write_profile
+from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.cli import main
-from taylorseer_export.errors import ConfigError, ServeError, StepError
+from taylorseer_export.errors import BundleError, ConfigError, ServeError, StepError
 from taylorseer_export.method import Plan
+from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Request, sample
 from taylorseer_export.serve import contract
 from taylorseer_export.serve.batcher import Batcher, Job
@@ -222,6 +228,18 @@ def test_every_answer_is_the_one_it_gets_alone(denoiser, serve, tiny):
     assert counts["requests.done"] == len(asked) and not service.unequal
 
 
+def test_a_profile_s_weights_are_those_that_run(denoiser, serve, tiny):
+    plan, request = Plan("FF..F..."), request_of(denoiser, tiny, 0)
+    reuse = tuple((0.0,) * (len(w) - 1) + (1.0,) if w else () for w in weights_of(plan, 1))
+    values = {"latents": request.latents, **request.conditioning, "profile": np.array([b"fast"], object)}
+    asked = contract.ask(denoiser, "denoiser", values, {"fast": made(denoiser.manifest, weights=reuse)})
+    service, caller = serve(slots=1), Caller()
+    service.submit(asked.request, asked.plan, asked.order, caller, weights=asked.weights)
+    assert caller.wait().executed == str(plan)
+    assert caller.latents.tobytes() == sample(denoiser, request, plan, 1, weights=reuse).latents.tobytes()
+    assert caller.latents.tobytes() != sample(denoiser, request, plan, 1).latents.tobytes()
+
+
 def test_requests_of_one_kind_share_calls(denoiser, serve, tiny):
     service, held = serve(slots=4, workers=1), threading.Event()
 
@@ -336,7 +354,8 @@ def test_the_configuration_reads_back_with_triton_s_own_protobuf(onnx):
     assert {i.name: (schema.DataType.Name(i.data_type), list(i.dims), i.optional) for i in seen.input}["latents"] == (
         "TYPE_FP32", [-1, -1, 16], False,
     )  # fmt: skip
-    assert {i.name for i in seen.input if i.optional} == {"sigmas", "steps", "interval", "warmup", "order", "plan"}
+    plan = {"steps", "interval", "warmup", "order", "plan", "profile"}
+    assert {i.name for i in seen.input if i.optional} == {"sigmas", *plan}
     assert (seen.parameters["slots"].string_value, seen.parameters["queue"].string_value) == ("3", "5")
 
 
@@ -352,6 +371,20 @@ def test_a_repository_is_whole_versioned_and_checks_its_bundle(bundles, tmp_path
         for folder in (first / "bundle", bundles("dit"))
     )
     assert copied == listed
+
+
+def test_profiles_go_with_their_bundle_and_a_damaged_one_is_found(bundles, tmp_path):
+    folder, models = tmp_path / "bundle", tmp_path / "models"
+    shutil.copytree(bundles("dit"), folder, copy_function=os.link)
+    bundle = open_bundle(folder)
+    path = write_profile(bundle, made(bundle.manifest))
+    (version,) = write_repository(folder, models, Deployment(models=("denoiser",)))
+    denoiser = Denoiser(bundle.manifest, SimpleNamespace(), open_bundle(version / "bundle"))
+    assert contract.profiles(denoiser) == {"fast": made(bundle.manifest).seal()}
+    path.write_bytes(path.read_bytes().replace(b"8", b"9", 1))
+    with pytest.raises(BundleError, match="calibrate again"):
+        write_repository(folder, models, Deployment(models=("denoiser",)))
+    assert [path.name for path in models.iterdir()] == [version.parent.name]
 
 
 @pytest.mark.parametrize(
@@ -392,6 +425,14 @@ def test_slots_share_the_memory_budget(onnx):
         ({"interval": [0]}, "interval is 0, expected at least 1 (steps)"),
         ({"latents": np.full((1, 4, 16), np.nan, np.float32)}, "input `latents` has values that are NaN or infinite"),
         ({"guidance": np.array([np.inf], np.float32)}, "input `guidance` has values that are NaN or infinite"),
+        ({"profile": [b"slow"]}, "profile is `slow`, expected one of this model (fast); choose one of those"),
+        ({"profile": [b"../fast"]}, "profile is `../fast`, expected one of this model (fast)"),
+        ({"profile": [b"x" * 5000]}, "profile is 5000 bytes, expected at most 4096 (bytes)"),
+        ({"profile": [b"\xff"]}, "profile is not readable"),
+        ({"profile": [b"fast"], "plan": [b"FF......"]}, "plan is given beside profile, expected one of them"),
+        ({"profile": [b"fast"], "order": [1]}, "order is given beside profile, expected one of them"),
+        ({"profile": [b"fast"], "steps": [9]}, "profile `fast` is 8 steps long, expected 9 (steps)"),
+        ({"profile": [b"fast"], "sigmas": np.array([0.5, 0.2], np.float32)}, "is 8 steps long, expected 2 (steps)"),
         ({"sigmas": np.array([0.2, 0.5], np.float32)}, "sigmas are not falling"),
         ({"sigmas": np.array([0.5, 0.2], np.float32), "steps": [3]}, "plan F"),
     ],
@@ -400,10 +441,11 @@ def test_what_is_wrong_with_a_request_is_said(onnx, tiny, change, message):
     denoiser = onnx("flux")
     latents, _, conditioning = tiny("flux").inputs(1, batch=1, height=2, width=2)
     values = {"latents": latents[0].numpy(), **as_arrays(conditioning)}
-    contract.ask(denoiser, "denoiser", values)  # is right before the change
+    known = {"fast": made(denoiser.manifest)}
+    contract.ask(denoiser, "denoiser", values, known)  # is right before the change
     for name in values.keys() if "steps" in change else ():
         with pytest.raises(ConfigError, match=f"input `{name}` is missing, expected"):
-            contract.ask(denoiser, "denoiser", {other: value for other, value in values.items() if other != name})
+            contract.ask(denoiser, "denoiser", {n: value for n, value in values.items() if n != name}, known)
     with pytest.raises(ConfigError) as caught:
-        contract.ask(denoiser, "denoiser", values | {name: np.asarray(value) for name, value in change.items()})
+        contract.ask(denoiser, "denoiser", values | {n: np.asarray(value) for n, value in change.items()}, known)
     assert message in str(caught.value)

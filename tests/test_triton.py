@@ -12,11 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_profile import PLAN as PROFILE_PLAN
+from test_profile import made, weights_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import triton_server
 from triton_server import Server
 
+from taylorseer_export.bundle.profile import write_profile
+from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.cli import main
 from taylorseer_export.errors import ConfigError, ServeError
 from taylorseer_export.method import Plan
@@ -28,6 +32,7 @@ from taylorseer_export.serve.repository import Deployment, write_repository
 pytestmark = pytest.mark.skipif(bool(triton_server.missing()), reason=triton_server.missing() or "it runs")
 
 SECONDS = 120  # until a test gives up waiting; nothing is measured with it
+PLAN = Plan(PROFILE_PLAN)
 MODELS = ("flux-tiny", "flux-tiny-stream", "flux-tiny-denoiser", "dit-tiny", "dit-tiny-denoiser")
 BROKEN = "dit-tiny-denoiser"  # its copy of the weights is damaged
 
@@ -38,6 +43,9 @@ def engines(tmp_path_factory):
     out = tmp_path_factory.mktemp("engines")
     for family in ("flux", "dit"):
         assert main([family, "--out", str(out)]) == 0
+        bundle = open_bundle(out / f"{family}-tiny")
+        reuse = tuple((0.0, 1.0) if weights else () for weights in weights_of(PLAN, 1))
+        write_profile(bundle, made(bundle.manifest, weights=reuse))
     return {family: out / f"{family}-tiny" for family in ("flux", "dit")}
 
 
@@ -50,7 +58,7 @@ def denoisers(engines):
 @pytest.fixture(scope="module")
 def repository(engines, tmp_path_factory):
     out = tmp_path_factory.mktemp("models")
-    write_repository(engines["flux"], out, Deployment(slots=4, queue=64))
+    write_repository(engines["flux"], out, Deployment(slots=4, queue=64, memory_budget=100_000_000))
     write_repository(engines["dit"], out, Deployment(slots=2, queue=64))
     weights = out / BROKEN / "1/bundle/weights.safetensors"
     data = bytearray(weights.read_bytes())
@@ -147,6 +155,18 @@ def test_the_denoiser_takes_latents_and_conditioning(server, denoisers, sigmas):
     assert made["executed"].tolist() == [expected.executed.encode()]
 
 
+@pytest.mark.parametrize("family", ["flux", "dit"])
+def test_a_profile_is_asked_for_by_name(server, denoisers, family):
+    denoiser, what = denoisers[family], {"prompt": CAPTION} if family == "flux" else {"label": 3}
+    answer = infer(server.http, f"{family}-tiny", {**what, "seed": 1, "profile": "fast"}, "http")
+    request = flux_request(denoiser, [CAPTION], [1]) if family == "flux" else dit_request(denoiser, [3], [1])
+    profile = denoiser.profile("fast")
+    calibrated = sample(denoiser, request, PLAN, 1, weights=profile.weights)
+    assert answer["picture"].tobytes() == pictures(denoiser, request, calibrated)[0].tobytes()
+    assert answer["executed"].tolist() == [str(PLAN).encode()]
+    assert calibrated.latents.tobytes() != sample(denoiser, request, PLAN, 1).latents.tobytes()
+
+
 def malformed():
     """What is wrong -> (change of the values, words of the answer)."""
     return {
@@ -163,8 +183,27 @@ def malformed():
         "word": ({"prompt": ("BYTES", np.array([b"a purple cow"], object))}, "caption word is 'cow'"),
         "long": ({"prompt": ("BYTES", np.array([b"a" * 100_000_000], object))}, "prompt is 100000000 bytes, expected"),
         "size": ({"height": ("INT32", np.array([33], np.int32))}, "height is 33, expected a multiple of 4 (pixels)"),
-        "large": ({"height": ("INT32", np.array([512], np.int32))}, "request needs"),
+        "large": ({"height": ("INT32", np.array([8192], np.int32))}, "request needs"),
+        "profile": (
+            {"profile": ("BYTES", np.array([b"slow"], object))},
+            "profile is `slow`, expected one of this model",
+        ),
+        "profile text": ({"profile": ("BYTES", np.array([b"\xff"], object))}, "profile is not readable"),
+        "profile and steps": ({"profile": ("BYTES", np.array([b"fast"], object))}, "8 steps long, expected 12 (steps)"),
     }
+
+
+def tensors(**values):
+    """Inputs for tritonclient over gRPC."""
+    import tritonclient.grpc as library
+
+    made = []
+    for name, value in values.items():
+        kind = "BYTES" if isinstance(value, str) else "INT64" if name in ("seed", "label") else "INT32"
+        array = np.array([value.encode()], object) if isinstance(value, str) else np.array([value], kind.lower())
+        made.append(library.InferInput(name, [1], kind))
+        made[-1].set_data_from_numpy(array)
+    return made
 
 
 def send_raw(server, model, change):
@@ -214,6 +253,28 @@ def test_a_deadline_that_passes_is_said(server):
     assert "UNAVAILABLE" in caught.value.status
 
 
+@pytest.mark.parametrize("how", ["cancel", "close", "give up"])
+def test_who_leaves_a_plain_grpc_request_frees_its_slot(server, how):
+    import tritonclient.grpc as library
+    from tritonclient.utils import InferenceServerException
+
+    slots = 'taylorseer_slots_in_use{model="flux-tiny"}'
+    left = 'taylorseer_requests_total{model="flux-tiny",outcome="cancelled"}'
+    wait_until(server, slots, 0)
+    before, client = metrics(server)[left], library.InferenceServerClient(server.grpc)
+    made = tensors(prompt=CAPTION, steps=1000, interval=1)
+    if how == "give up":
+        with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
+            client.infer("flux-tiny", made, client_timeout=0.5)
+    else:
+        under_way = client.async_infer("flux-tiny", made, lambda result, error: None)
+        wait_until(server, slots, 1)
+        under_way.cancel() if how == "cancel" else client.close()
+    wait_until(server, left, before + 1)
+    wait_until(server, slots, 0)
+    client.close()
+
+
 def test_a_damaged_bundle_keeps_its_model_unavailable_and_no_other(server):
     import tritonclient.http as library
 
@@ -256,7 +317,7 @@ class Storm:
     def run(self, number):
         choose = random.Random(number)
         family = choose.choice(["flux", "flux", "flux", "dit"])
-        steps = choose.choice([10, 17, 30, 50])
+        steps = choose.randint(10, 50)
         plan = str(Plan.regular(steps, choose.choice([3, 5, 6]), choose.choice([1, 3])))
         order = choose.choice([0, 1])
         seed = choose.randrange(2)
@@ -266,9 +327,11 @@ class Storm:
         if size:
             values |= {"height": size[0], "width": size[1]}
         if number % 20 == 7:
-            return self._malformed(family, values)
+            wrong = choose.choice([{"steps": 7}, {"order": 4}, {"seed": -1}, {"profile": "fast"}, {"interval": 3}])
+            return self._malformed(family, values | wrong)
         if number % 5 == 3:
-            return self._cancelled(values | {"prompt": "a red circle"}, choose.randrange(1, 9))
+            values = {name: value for name, value in values.items() if name != "label"} | {"prompt": CAPTION}
+            return self._cancelled(values, choose.randrange(1, steps))
         http = choose.random() < 0.5
         url, protocol = (self.server.http, "http") if http else (self.server.grpc, "grpc")
         made = infer(url, f"{family}-tiny", values, protocol)
@@ -277,7 +340,7 @@ class Storm:
 
     def _malformed(self, family, values):
         try:
-            infer(self.server.grpc, f"{family}-tiny", values | {"steps": 7})
+            infer(self.server.grpc, f"{family}-tiny", values)
         except ServeError as error:
             return "" if "INVALID_ARGUMENT" in error.status else f"{values}: {error}"
         return f"{values} was answered, expected INVALID_ARGUMENT"
@@ -286,22 +349,14 @@ class Storm:
         """Stream until `step` steps are done, then leave."""
         import tritonclient.grpc as library
 
-        values = {name: value for name, value in values.items() if name != "label"}
         reached, client = threading.Event(), library.InferenceServerClient(self.server.grpc)
 
         def hear(result, error):
             if error is not None or int(result.as_numpy("step")[0]) >= step:
                 reached.set()
 
-        made = []
-        for name, value in values.items():
-            text = isinstance(value, str)
-            kind = "BYTES" if text else "INT64" if name == "seed" else "INT32"
-            array = np.array([value.encode()], object) if text else np.array([value], kind.lower())
-            made.append(library.InferInput(name, [1], kind))
-            made[-1].set_data_from_numpy(array)
         client.start_stream(hear)
-        client.async_stream_infer("flux-tiny-stream", made)
+        client.async_stream_infer("flux-tiny-stream", tensors(**values))
         heard = reached.wait(SECONDS)
         client.stop_stream(cancel_requests=True)
         client.close()
@@ -317,7 +372,7 @@ def stub_memory(server):
 
 
 def test_two_hundred_mixed_requests_eight_at_a_time(server, alone, denoisers):
-    storm, rounds, each = Storm(server, alone, denoisers), 3, 67
+    storm, rounds, each = Storm(server, alone, denoisers), 3, 200
     memory, before = [], metrics(server)
     for _ in range(rounds):  # the same requests every time, so that the memory can be compared
         with ThreadPoolExecutor(8) as senders:
@@ -335,7 +390,9 @@ def test_two_hundred_mixed_requests_eight_at_a_time(server, alone, denoisers):
     for model in ("flux-tiny", "dit-tiny"):
         full = [seen[f'taylorseer_full_steps_total{{model="{model}",when="{w}"}}'] for w in ("planned", "executed")]
         assert full[0] == full[1] > 0
-        assert seen[f'taylorseer_fallbacks_total{{model="{model}"}}'] == 0
+        assert all(
+            seen[f'taylorseer_fallbacks_total{{kind="{k}",model="{model}"}}'] == 0 for k in ("shared", "cuda_graph")
+        )
     # Calls were shared.
     steps, calls = (seen[f'taylorseer_{name}_total{{kind="full",model="flux-tiny"}}'] for name in ("steps", "calls"))
     assert calls < steps

@@ -27,6 +27,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=size, metavar="HxW", help="picture in pixels (default: 32x32)")
     parser.add_argument("--steps", type=whole(1, 1000), help="denoising steps (default: the bundle's)")
     parser.add_argument("--plan", help="explicit plan, F for a full and . for a forecast step (default: a rule)")
+    parser.add_argument("--profile", metavar="NAME", help="calibrated plan and weights, in the place of plan and order")
     parser.add_argument("--order", type=whole(0, 4), help="order of the forecasts (default: the bundle's)")
     parser.add_argument("--interval", type=whole(1), help="steps between full steps (default: the bundle's)")
     parser.add_argument("--warmup", type=whole(1), help="full steps at the start (default: the bundle's)")
@@ -62,7 +63,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _values(given: argparse.Namespace) -> dict[str, Any]:
-    names = ("prompt", "label", "seed", "steps", "plan", "order", "interval", "warmup", "guidance_scale")
+    names = ("prompt", "label", "seed", "steps", "plan", "profile", "order", "interval", "warmup", "guidance_scale")
     values = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     if given.size:
         values["height"], values["width"] = given.size

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Tensor
+from taylorseer_export.bundle.profile import Profile, profile_names
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Plan
 from taylorseer_export.runtime.denoiser import Denoiser, request_constants
@@ -39,10 +40,11 @@ class Ask(NamedTuple):
     request: Request
     plan: Plan
     order: int | None
+    weights: tuple[tuple[float, ...], ...] | None  # of a profile
 
 
 _STEPS = tuple(Port(name, "INT32", (1,), True) for name in ("steps", "interval", "warmup", "order"))
-_PLAN = (*_STEPS, Port("plan", "BYTES", (1,), True))
+_PLAN = (*_STEPS, *(Port(name, "BYTES", (1,), True) for name in ("plan", "profile")))
 _SCALE = Port("guidance_scale", "FP32", (1,), True)
 
 
@@ -74,13 +76,25 @@ def outputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
     return (made, Port("step", "INT32", (1,)), Port("executed", "BYTES", (1,)))
 
 
-def ask(denoiser: Denoiser, role: Role, values: Mapping[str, np.ndarray]) -> Ask:
+def profiles(denoiser: Denoiser) -> dict[str, Profile]:
+    """The calibrated profiles of the bundle, by name.
+
+    Raises:
+        BundleError: One is damaged, or of another model.
+    """
+    return {name: denoiser.profile(name) for name in (profile_names(denoiser.bundle) if denoiser.bundle else ())}
+
+
+def ask(
+    denoiser: Denoiser, role: Role, values: Mapping[str, np.ndarray], known: Mapping[str, Profile] | None = None
+) -> Ask:
     """Read a request.
 
     Args:
         denoiser: The loaded bundle.
         role: Of the model.
         values: By the names of `inputs`; what was left out is absent.
+        known: From `profiles`.
 
     Raises:
         ConfigError, StepError: Something is missing, unknown, out of range or contradicts something else.
@@ -89,7 +103,7 @@ def ask(denoiser: Denoiser, role: Role, values: Mapping[str, np.ndarray]) -> Ask
     for port in inputs(denoiser.manifest, role):
         if port.name not in values and not port.optional:
             raise ConfigError(f"input `{port.name}` is missing, expected {port.datatype} {list(port.dims)}; send it")
-    plan, order = _plan(denoiser, values), _whole(values, "order")
+    plan, order, weights = _forecasts(denoiser, values, known or {})
     scale = float(values["guidance_scale"][0]) if "guidance_scale" in values else None
     if scale is not None and not np.isfinite(scale):
         raise ConfigError(f"guidance_scale is {scale}, expected a finite number; correct it")
@@ -101,14 +115,14 @@ def ask(denoiser: Denoiser, role: Role, values: Mapping[str, np.ndarray]) -> Ask
         branches = {len(v) for n, v in conditioning.items() if denoiser.constants[n].shape[0] == "batch"}
         guided = sampling.guidance == "batched" and branches == {2 * len(latents)}
         scale = sampling.guidance_scale if scale is None else scale
-        return Ask(Request(latents, conditioning, guided, scale, 0, 0, _sigmas(plan, values)), plan, order)
+        return Ask(Request(latents, conditioning, guided, scale, 0, 0, _sigmas(plan, values)), plan, order, weights)
     seed = _whole(values, "seed") or 0
     if not 0 <= seed < 1 << 63:
         raise ConfigError(f"seed is {seed}, expected a whole number, at least 0; correct it")
     if denoiser.manifest.family == "dit":
-        return Ask(dit_request(denoiser, [int(values["label"][0])], [seed], scale), plan, order)
+        return Ask(dit_request(denoiser, [int(values["label"][0])], [seed], scale), plan, order, weights)
     height, width = _whole(values, "height") or 32, _whole(values, "width") or 32
-    return Ask(flux_request(denoiser, [_text(values, "prompt")], [seed], (height, width)), plan, order)
+    return Ask(flux_request(denoiser, [_text(values, "prompt")], [seed], (height, width)), plan, order, weights)
 
 
 def answer(denoiser: Denoiser, role: Role, loop: Loop, executed: str = "") -> dict[str, np.ndarray]:
@@ -119,6 +133,26 @@ def answer(denoiser: Denoiser, role: Role, loop: Loop, executed: str = "") -> di
     if executed:
         made["executed"] = np.array([executed.encode()], np.object_)
     return made
+
+
+def _forecasts(
+    denoiser: Denoiser, values: Mapping[str, np.ndarray], known: Mapping[str, Profile]
+) -> tuple[Plan, int | None, tuple[tuple[float, ...], ...] | None]:
+    """Plan, order and weights of a profile, or plan and order as the request names them."""
+    if "profile" not in values:
+        return _plan(denoiser, values), _whole(values, "order"), None
+    for name in ("plan", "interval", "warmup", "order"):
+        if name in values:
+            raise ConfigError(f"{name} is given beside profile, expected one of them; leave {name} out")
+    name = _text(values, "profile")
+    if name not in known:
+        raise ConfigError(
+            f"profile is `{name[:64]}`, expected one of this model ({', '.join(known) or 'it has none'}); choose one "
+            "of those, or leave it out"
+        )
+    profile, steps = known[name], _whole(values, "steps")
+    profile.check_fits(denoiser.manifest, len(values["sigmas"]) if steps is None and "sigmas" in values else steps)
+    return profile.steps(), profile.order, profile.weights
 
 
 def _plan(denoiser: Denoiser, values: Mapping[str, np.ndarray]) -> Plan:

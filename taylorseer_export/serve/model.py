@@ -41,6 +41,7 @@ class TritonPythonModel:
             torch.set_num_threads(1)  # it runs the scheduler alone, whose sums are small
             bundle = Path(args["model_repository"], args["model_version"], "bundle")
             self._denoiser = load(bundle, options["device"], int(options["threads"]))
+            self._profiles = contract.profiles(self._denoiser)
             limits = {name: int(options[name]) for name in ("slots", "queue", "batch", "workers", "slot_bytes")}
             self._service = Service(self._denoiser, Limits(**limits))
             self._service.warm_up()
@@ -59,10 +60,10 @@ class TritonPythonModel:
             try:
                 tensors = ((port.name, triton.get_input_tensor_by_name(request, port.name)) for port in self._inputs)
                 values = {name: tensor.as_numpy().copy() for name, tensor in tensors if tensor is not None}
-                ask = contract.ask(self._denoiser, self._role, values)
+                ask = contract.ask(self._denoiser, self._role, values, self._profiles)
                 timeout = 1e-6 * request.timeout() or None
                 caller = Caller(self._denoiser, self._role, sender, self._streams, self._watch)
-                self._service.submit(*ask, caller, timeout)
+                self._service.submit(ask.request, ask.plan, ask.order, caller, timeout, ask.weights)
             except Exception as error:  # of this request; the others go on
                 send_error(sender, error)
 
@@ -176,7 +177,7 @@ class Metrics:
                 ("step_seconds_total", "Time in engine calls, by kind (seconds)", counter),
                 ("full_steps_total", "Full steps of finished requests, planned and executed", counter),
                 ("requests_total", "Requests, by outcome", counter),
-                ("fallbacks_total", "Shared calls that each request had to make alone", counter),
+                ("fallbacks_total", "Engine calls that were not shared or no CUDA graph as asked, by kind", counter),
                 ("slots", "Slots", gauge),
                 ("slots_in_use", "Slots that hold a request", gauge),
                 ("queue", "Requests that wait for a slot", gauge),
@@ -188,7 +189,8 @@ class Metrics:
                 self._metric(family, "kind", kind)
         for outcome in ("done", "failed", "cancelled", "late", "refused"):
             self._metric("requests_total", "outcome", outcome)
-        self._metric("fallbacks_total")
+        for kind in ("shared", "cuda_graph"):
+            self._metric("fallbacks_total", "kind", kind)
         self._metric("slots").set(service.limits.slots)
         self._update()
         self._stop = Event()
@@ -228,7 +230,5 @@ def _place(name: str) -> tuple[str, ...]:
     group, _, value = name.partition(".")
     if group in ("planned", "executed"):
         return ("full_steps_total", "when", group)
-    if group == "fallbacks":
-        return ("fallbacks_total",)
     family = "step_seconds_total" if group == "seconds" else f"{group}_total"
     return (family, "outcome" if group == "requests" else "kind", value)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from taylorseer_export.bundle.manifest import MANIFEST, Manifest
+from taylorseer_export.bundle.profile import PROFILES, profile_names, read_profile
 from taylorseer_export.bundle.store import Bundle, open_bundle
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.report.card import size, state_bytes, table_bytes
@@ -58,7 +59,7 @@ def write_repository(folder: Path, out: Path, deployment: Deployment) -> list[Pa
     """Write the models of a bundle into a repository, each whole or not at all.
 
     Args:
-        folder: The bundle; every byte of it is checked.
+        folder: The bundle; every byte of it and of its profiles is checked.
         out: The repository; models of other bundles in it are left alone.
         deployment: How to serve it.
 
@@ -66,11 +67,13 @@ def write_repository(folder: Path, out: Path, deployment: Deployment) -> list[Pa
         The folder of every version written.
 
     Raises:
-        BundleError: The bundle is missing or damaged.
+        BundleError: The bundle or a profile is missing or damaged.
         ConfigError: It cannot be served so.
     """
     bundle = open_bundle(folder)
     manifest = bundle.manifest
+    for profile in profile_names(bundle):
+        read_profile(bundle, profile)
     configs = {name: config(manifest, name, deployment) for name in _models(manifest, deployment)}
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f".partial-{secrets.token_hex(4)}"
@@ -190,8 +193,8 @@ def _model_name(manifest: Manifest, model: str) -> str:
 
 
 def _copy(bundle: Bundle, target: Path, twin: Path | None) -> None:
-    """The files that the manifest lists; a twin in the same repository is linked to instead of copied again."""
-    for name in (*bundle.manifest.files, MANIFEST):
+    """The files that the manifest lists and the profiles; a twin in the same repository is linked to, not copied."""
+    for name in (*bundle.manifest.files, MANIFEST, *(f"{PROFILES}/{name}.json" for name in profile_names(bundle))):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if twin is not None:
             os.link(twin / name, target / name)

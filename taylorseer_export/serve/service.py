@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from threading import Condition, Thread
@@ -22,7 +22,7 @@ from taylorseer_export.runtime.batch import SharedCalls, ids_of
 from taylorseer_export.runtime.denoiser import Denoiser, Slot
 from taylorseer_export.runtime.sampling import Loop, Request
 from taylorseer_export.runtime.schedule import ForecastStep
-from taylorseer_export.serve.batcher import Batcher, Job
+from taylorseer_export.serve.batcher import Batcher, Job, Turn
 
 
 class Caller(Protocol):
@@ -84,7 +84,7 @@ class Service:
     Attributes:
         counts: What happened since the start: `steps.<kind>`, `calls.<kind>` and `seconds.<kind>` of full and forecast
             steps; `planned.full` and `executed.full`, steps of the requests done; `requests.<outcome>` (done, failed,
-            cancelled, late, refused); `fallbacks`, calls meant to be shared that each request had to make alone.
+            cancelled, late, refused); `fallbacks.shared`, calls meant to be shared that each request had to make alone.
     """
 
     def __init__(self, denoiser: Denoiser, limits: Limits) -> None:
@@ -137,12 +137,18 @@ class Service:
         return set().union(*(calls.unequal for calls in self._calls))
 
     def snapshot(self) -> dict[str, float]:
-        """The counts at this moment."""
+        """The counts at this moment, with `fallbacks.cuda_graph`, calls that ran without the graph asked for."""
         with self._changed:
-            return dict(self.counts)
+            return {**self.counts, "fallbacks.cuda_graph": self.denoiser.runner.fallbacks}
 
     def submit(
-        self, request: Request, plan: Plan, order: int | None, caller: Caller, timeout: float | None = None
+        self,
+        request: Request,
+        plan: Plan,
+        order: int | None,
+        caller: Caller,
+        timeout: float | None = None,
+        weights: Sequence[Sequence[float]] | None = None,
     ) -> None:
         """Take a request; its answer comes through `caller`.
 
@@ -152,12 +158,13 @@ class Service:
             order: Of the forecasts; the bundle's default if left out.
             caller: Who gets the answer.
             timeout: Seconds after which it is given up; never if left out.
+            weights: Of each step, in the place of the paper's; those of a profile.
 
         Raises:
             ConfigError, StepError: The request does not fit the bundle or a slot; nothing was queued.
             ServeError: The queue is full, or the service is closing.
         """
-        loop = Loop(self.denoiser, request, plan, order)
+        loop = Loop(self.denoiser, request, plan, order, weights=weights)
         self._check_size(loop)
         ticket = _Ticket(loop, caller, ids_of(self.denoiser, request.conditioning))
         deadline = inf if timeout is None else time.monotonic() + timeout
@@ -196,27 +203,38 @@ class Service:
     # Workers -------------------------------------------------------------------------------------------------------
 
     def _work(self, calls: SharedCalls) -> None:
-        going_on: list[Job] = []
-        while True:
+        while (turn := self._next()) is not None:
+            if turn.kind == "drop":
+                self._drop(turn.jobs[0])
+                continue
+            if turn.kind == "start":
+                moved = [job for job in turn.jobs if self._tried(self._start, job)]
+            else:
+                moved = self._step(turn.jobs, calls)
+            ended = [job for job in moved if job.work.loop.step == len(job.work.loop.plan)]
+            going_on = [job for job in moved if job not in ended]
+            for job in going_on:
+                job.key = calls.key(job.work.slot, job.work.ids)
             with self._changed:
                 for job in going_on:
                     self._batcher.give_back(job)
-                while (turn := self._batcher.take(time.monotonic())) is None:
-                    if self._stopping and self._batcher.idle:
-                        self._changed.notify_all()
-                        return
-                    self._changed.wait()
-                # A worker goes on with its own jobs; it wakes another only if there is more to do.
-                if self._batcher.pending:
+                if ended:  # others may go on with the rest while the answers are sent
                     self._changed.notify()
-            if turn.kind == "step":
-                going_on = self._step(turn.jobs, calls)
-            elif turn.kind == "start":
-                going_on = [job for job in turn.jobs if self._tried(self._start, job)]
-            else:
-                going_on = []
-                self._drop(turn.jobs[0])
-            going_on = [job for job in going_on if self._goes_on(job, calls)]
+            for job in ended:
+                self._finish(job)
+
+    def _next(self) -> Turn | None:
+        """Wait for something to do; None at the end of the service."""
+        with self._changed:
+            while (turn := self._batcher.take(time.monotonic())) is None:
+                if self._stopping and self._batcher.idle:
+                    self._changed.notify_all()
+                    return None
+                self._changed.wait()
+            # A worker goes on with its own jobs: another is woken only if there is more to do.
+            if self._batcher.pending:
+                self._changed.notify()
+            return turn
 
     def _drop(self, job: Job) -> None:
         outcome = "cancelled" if job.cancelled() else "late"
@@ -267,22 +285,17 @@ class Service:
         if not shared:
             jobs = [job for job in jobs if self._tried(self._run, job)]
         with self._changed:
-            self.counts["fallbacks"] += count > 1
+            self.counts["fallbacks.shared"] += count > 1
             self.counts[f"calls.{kind}"] += count
             self.counts[f"steps.{kind}"] += len(jobs)
             self.counts[f"seconds.{kind}"] += time.perf_counter() - began
         return [job for job in jobs if self._tried(self._accept, job)]
 
-    def _goes_on(self, job: Job, calls: SharedCalls) -> bool:
-        """After a start or a step: whether there is a next step; delivers the answer if not."""
-        ticket = job.work
-        if ticket.loop.step == len(ticket.loop.plan):
-            executed = ticket.slot.executed
-            self._leave(job, "done", executed)
-            ticket.caller.finished(ticket.loop, executed)
-            return False
-        job.key = calls.key(ticket.slot, ticket.ids)
-        return True
+    def _finish(self, job: Job) -> None:
+        """Free the slot and deliver the answer."""
+        executed = job.work.slot.executed
+        self._leave(job, "done", executed)
+        job.work.caller.finished(job.work.loop, executed)
 
     def _tried(self, action: Callable[[Job], object], job: Job) -> bool:
         """Do something for one request. If that fails it fails alone: its slot is freed and its caller is told."""

@@ -113,7 +113,7 @@ def test_closing_hands_back_what_waits_and_lets_the_rest_go_on():
     assert batcher.idle
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 4), st.integers(1, 5), st.integers(1, 3),
     st.lists(st.tuples(st.sampled_from("xy."), st.integers(1, 6), st.integers(1, 2)), min_size=1, max_size=20),

@@ -15,6 +15,7 @@ from taylorseer_export.bundle.shapes import names
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
+from taylorseer_export.runtime.check import check_engines
 
 
 class Row(NamedTuple):
@@ -131,6 +132,11 @@ def test_all_full_is_the_untouched_model(eager, tiny, name):
     # Both are float32, so both may err by the bound.
     seen = run(eager(name), inputs, "FFF")
     assert_close(f"{name} all full", seen, reference, 2 * allowed(model, reference, "FFF", ORDER))
+
+
+@pytest.mark.parametrize(("granularity", "layout"), PAIRS)
+def test_the_check_at_load_lets_it_pass(eager, name, granularity, layout):
+    assert check_engines(eager(name, granularity, layout)) is None
 
 
 def changed(value):

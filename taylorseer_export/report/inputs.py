@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.runtime.check import random_constants
 from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, place
+from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape
 
 _TEXT = re.compile(r"(encoder_hidden_states|pooled_)(?!.*(_image|_mask)$)")  # what a negative prompt changes
 
@@ -73,13 +74,7 @@ def random_conditioning(
     def normal(shape: tuple[int, ...]) -> np.ndarray:
         return generator.standard_normal(shape).astype(np.float32)
 
-    made = {}
-    for name, tensor in denoiser.constants.items():
-        shape = resolve(tensor.shape, sizes)
-        value = place(name, shape, sizes)
-        if value is None and tensor.dtype == "int64":
-            value = generator.integers(0, 2, shape)
-        made[name] = normal(shape) if value is None else value
+    made = random_constants(denoiser, sizes, generator)
     if guided:
         made.pop("guidance", None)
         if denoiser.manifest.sampling.guidance in ("batched", "branches"):

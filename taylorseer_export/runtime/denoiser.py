@@ -15,6 +15,7 @@ from taylorseer_export.bundle.shapes import match
 from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Plan
+from taylorseer_export.runtime.check import check_engines
 from taylorseer_export.runtime.engines import open_runner
 from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
@@ -29,8 +30,9 @@ def load(
     threads: int = 0,
     progress: Progress | None = None,
     cuda_graphs: bool = True,
+    check: bool = True,
 ) -> Denoiser:
-    """Check a bundle and load its engines.
+    """Check a bundle, load its engines, and check what they compute.
 
     Args:
         folder: The bundle.
@@ -38,12 +40,21 @@ def load(
         threads: CPU threads of each engine; 0 leaves it to the engine.
         progress: Called with the bytes just checked.
         cuda_graphs: Whether calls on a GPU are replayed as CUDA graphs.
+        check: Whether two steps on typical inputs show that the engines are sound; see `check_engines`. Left out, what
+            overflows is first seen in a picture.
 
     Raises:
-        BundleError: The bundle is missing, damaged, too new, or not for this machine.
+        BundleError: The bundle is missing, damaged, too new, not for this machine, or its engines overflow.
     """
     bundle = open_bundle(Path(folder), progress)
-    return Denoiser(bundle.manifest, open_runner(bundle, device, threads, cuda_graphs), bundle, device)
+    denoiser = Denoiser(bundle.manifest, open_runner(bundle, device, threads, cuda_graphs), bundle, device)
+    if check:
+        try:
+            check_engines(denoiser)
+        except BaseException:
+            denoiser.close()
+            raise
+    return denoiser
 
 
 def request_constants(manifest: Manifest) -> dict[str, Tensor]:

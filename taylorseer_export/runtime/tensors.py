@@ -16,13 +16,12 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.places import place, sides_of
 from taylorseer_export.runtime.sampling import Joined, Request, drawn, packed
 
 NEGATIVE = "negative_"  # before the name of an input: its value for the unconditional half or branch
 CONDITION = "condition"  # what an image-to-video model has beside the noise
 _GUIDANCE_FACTOR = {"hunyuan-video": 1000.0, "framepack": 1000.0}  # by which the pipelines multiply the scale
-# FramePack's frames in time: 16 and 2 of the past, the picture and the last frame, then the new ones.
-_FIRST_FRAME = {"indices_latents_history_4x": 0, "indices_latents_history_2x": 16, "indices_latents_clean": 18}
 
 
 def tensor_request(
@@ -100,32 +99,6 @@ def condition_shape(manifest: Manifest, latent: tuple[int, ...]) -> tuple[int, .
         return (*latent[:2], 1, *latent[3:])
     channels = latent[1] - int(config.get("out_channels") or latent[1])
     return (latent[0], channels, *latent[2:]) if channels else None
-
-
-def place(
-    name: str, shape: tuple[int, ...], sizes: Mapping[str, int], sides: tuple[int, int] | None = None
-) -> np.ndarray | None:
-    """Where tokens are and which count, for the inputs that say this and nothing else; None for any other input."""
-    if name.endswith("_mask"):
-        return np.ones(shape, np.float32 if name == "encoder_attention_mask" else np.int64)
-    if name.startswith("indices_"):
-        return np.arange(shape[0], dtype=np.int64) + _FIRST_FRAME.get(name, 20)
-    if name == "img_shapes":  # frames, height and width in tokens
-        return np.broadcast_to([1, *(sides or sides_of(sizes["image_tokens"]))], shape).astype(np.int64)
-    if name == "txt_ids":
-        return np.zeros(shape, np.float32)
-    if name in ("img_ids", "image_ids"):  # FLUX: a picture to be edited has a 1 in column 0
-        _, width = sides_of(shape[0]) if sides is None or name == "image_ids" else sides
-        ids = np.full(shape, float(name == "image_ids"), np.float32)
-        ids[:, 1], ids[:, 2] = np.divmod(np.arange(shape[0]), width)
-        return ids
-    return None
-
-
-def sides_of(count: int) -> tuple[int, int]:
-    """(rows, columns) of a picture of `count` tokens, as square as the count allows."""
-    width = max(w for w in range(1, int(count**0.5) + 1) if count % w == 0)
-    return count // width, width
 
 
 def _rows(name: str, shape: tuple[int | str, ...], value: np.ndarray, count: int) -> np.ndarray:

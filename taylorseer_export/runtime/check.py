@@ -1,0 +1,117 @@
+"""The check at load: what the engines write on typical inputs is finite and in range, before anyone relies on it.
+
+Weights that overflow float16, a build that went wrong, buffers bound to the wrong names: an engine with such a fault
+loads and runs. Two steps show it. On the CPU they are of the smallest sizes that the bundle takes, which cost little
+beside reading the weights once; on a GPU of its typical sizes, whose kernels the first request then finds made.
+
+Shapes: B batch, S steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from taylorseer_export.bundle.manifest import GraphName, Tensor
+from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.errors import BundleError
+from taylorseer_export.method import Plan
+from taylorseer_export.runtime.places import place
+from taylorseer_export.runtime.schedule import ForecastStep
+
+if TYPE_CHECKING:
+    from taylorseer_export.runtime.denoiser import Denoiser
+    from taylorseer_export.runtime.runner import Buffer
+
+# Largest finite value. What stands there was cut off: no sound computation ends on it.
+_LARGEST = {"float16": 65504.0, "bfloat16": (2 - 2.0**-7) * 2.0**127, "float32": (2 - 2.0**-23) * 2.0**127}
+
+
+def check_engines(denoiser: Denoiser, seed: int = 0) -> None:
+    """Run a full step, and a forecast step that repeats it, and look at every tensor that the graphs write.
+
+        |value| < largest finite value of its dtype,        |forecast - full| <= max |full|
+
+    The forecast step reuses the features of the full step on the same latents and timestep, so it would give the same
+    prediction if nothing were rounded. Off by as much as the prediction itself, it did not read what was written.
+    Tensors that are constant for a request may hold infinities, as attention masks do, and no NaN.
+
+    Args:
+        denoiser: The loaded bundle.
+        seed: Of the inputs: latents and conditioning of unit variance, and the timestep in the middle.
+
+    Raises:
+        BundleError: Names graph and tensor, and says what was seen.
+    """
+    manifest = denoiser.manifest
+    end = "minimum" if denoiser.device == "cpu" else "typical"
+    sizes = {name: getattr(d, end) for name, d in manifest.dimensions.items()}
+    generator = np.random.default_rng(seed)
+    conditioning = random_constants(denoiser, sizes, generator)
+    latents = generator.standard_normal(resolve(denoiser.latent.shape, sizes)).astype(np.float32)
+    # Schedulers of diffusers count timesteps from 1000 where their config does not say otherwise.
+    last = manifest.sampling.config.get("num_train_timesteps") or 1000
+    middle = last / 2 / manifest.sampling.timestep_divisor
+    slot = denoiser.slot(denoiser.sizes(latents.shape, conditioning))
+    slot.start(conditioning, Plan("F."), 0, np.full(2, middle, np.float32))
+    prepared = {tensor.name for tensor in manifest.graphs["prepare"].outputs}
+    predictions = []
+    for _ in range(2):
+        graph: GraphName = "forecast" if isinstance(slot.upcoming, ForecastStep) else "full"
+        contract = manifest.graphs[graph]
+        slot.stage(latents)
+        read = [(tensor, slot.source(tensor)) for tensor in contract.inputs if tensor.name in prepared]
+        written = [(tensor, slot.target(tensor)) for tensor in contract.outputs]
+        for tensor, buffer in read:
+            _check(denoiser, "prepare", tensor, buffer)
+        slot.run()
+        for tensor, buffer in written:
+            _check(denoiser, graph, tensor, buffer)
+        predictions.append(slot.finish().astype(np.float64))
+    full, forecast = predictions
+    off, most = np.abs(forecast - full).max(), np.abs(full).max()
+    if off >= most and off > 0:
+        raise BundleError(
+            f"output `noise_pred` of graph `forecast` is off by {off:.3g} where it repeats a full step of up to "
+            f"{most:.3g}, expected the same up to rounding; export again with `{manifest.command()}`, and report it "
+            "if it stays"
+        )
+
+
+def random_constants(
+    denoiser: Denoiser, sizes: Mapping[str, int], generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Constant inputs of these sizes: places of tokens in order, labels and embeddings of unit variance at random."""
+    made = {}
+    for name, tensor in denoiser.constants.items():
+        shape = resolve(tensor.shape, sizes)
+        value = place(name, shape, sizes)
+        if value is None and tensor.dtype == "int64":
+            value = generator.integers(0, 2, shape)
+        made[name] = generator.standard_normal(shape).astype(np.float32) if value is None else value
+    return made
+
+
+def _check(denoiser: Denoiser, graph: GraphName, tensor: Tensor, buffer: Buffer) -> None:
+    """Refuse values that are no numbers, or that stand at the end of their dtype's range."""
+    if tensor.dtype not in _LARGEST:
+        return
+    values = np.abs(buffer.read().astype(np.float64))
+    bad = np.isnan(values) if tensor.role == "constant" else ~(values < _LARGEST[tensor.dtype])
+    if not bad.any():
+        return
+    manifest = denoiser.manifest
+    finite = values[np.isfinite(values)]
+    largest = f", the others up to {finite.max():.3g}" if finite.size else ""
+    fix = (
+        f"export again with `{manifest.command(precision='bf16')}`, whose range is wider"
+        if manifest.precision == "fp16"
+        else f"check the weights of {manifest.model.reference}, and export again with `{manifest.command()}`"
+    )
+    raise BundleError(
+        f"output `{tensor.name}` of graph `{graph}` has {int(bad.sum())} of {bad.size} values that are NaN, infinite "
+        f"or cut off on typical inputs{largest}, expected numbers below {_LARGEST[tensor.dtype]:.3g} "
+        f"({tensor.dtype}); {fix}"
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: no test may reach the net
 
+import onnxruntime
 import pytest
 import tiny_models as tm
 import torch
@@ -20,6 +21,7 @@ from hypothesis import settings
 
 from taylorseer_export import cli
 from taylorseer_export.build import export
+from taylorseer_export.bundle.tensorrt import library_name
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.graph.trace import trace
@@ -28,11 +30,19 @@ from taylorseer_export.runtime.denoiser import load
 torch.set_num_threads(1)
 settings.register_profile("no clock", deadline=None)  # a busy machine is no failure
 settings.load_profile("no clock")
+torch.backends.cudnn.allow_tf32 = False  # a GPU's float32 is held to the bounds of float32
 # Tracing makes millions of small objects that live; looking through them for garbage took a third of an export.
 gc.set_threshold(50_000, 20, 50)
 
 # The files that take minutes: they start first, so that no worker is left with one when the others are done.
-LONG = ("test_tensorrt.py", "test_triton.py", "test_families.py", "test_readme.py", "test_inductor.py")
+LONG = (
+    "test_tensorrt.py",
+    "test_mid_size.py",
+    "test_families.py",
+    "test_triton.py",
+    "test_inductor.py",
+    "test_readme.py",
+)
 
 # The only ONNX exports of the graph and engine tests; each takes many seconds.
 BUNDLES = {
@@ -45,6 +55,19 @@ BUNDLES = {
 PACKAGES = {
     "plain": {"engine": "inductor"},
     "dit": {"engine": "inductor", "granularity": "residual", "layout": "derivatives", "precision": "bf16", "batch": 2},
+}
+
+# What engine tests build where there is a GPU; `on_gpu` says what each of them needs.
+ON_GPU = {
+    ("inductor", "flux"): {},
+    ("inductor", "dit"): {"granularity": "residual", "layout": "derivatives", "precision": "bf16", "batch": 2},
+    ("onnxruntime", "flux"): {},
+    ("onnxruntime", "dit"): {"layout": "derivatives"},
+    ("tensorrt-rtx", "flux"): {},
+    ("tensorrt-rtx", "dit"): {"layout": "derivatives", "precision": "bf16"},
+    ("tensorrt", "flux"): {},
+    ("tensorrt", "dit"): {"layout": "derivatives", "precision": "bf16"},
+    ("torch-tensorrt", "flux"): {},
 }
 
 # Name -> (family, how its tiny model is built, inputs for it).
@@ -176,6 +199,36 @@ def packages(drafts, once):
 def inductor(packages):
     """Name of `PACKAGES` -> denoiser over AOTInductor."""
     return cache(lambda name: load(packages(name), threads=1))
+
+
+@pytest.fixture(scope="session")
+def on_gpu(drafts, once):
+    """(kind, name, cuda_graphs) -> denoiser over engines of the GPU at hand; a key of `ON_GPU`.
+
+    Skips where the library is missing, or does not build for this GPU.
+    """
+
+    def needs_of(kind):
+        if kind == "onnxruntime" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            pytest.skip("this onnxruntime has no CUDA provider; onnxruntime-gpu has")
+        if kind == "torch-tensorrt":
+            pytest.importorskip("torch_tensorrt")
+        if "tensorrt" in kind:
+            trt = pytest.importorskip(library_name(kind))
+            here = "SM{}{}".format(*torch.cuda.get_device_capability())
+            if kind == "tensorrt-rtx" and here not in trt.ComputeCapability.__members__:
+                pytest.skip(f"TensorRT-RTX does not build for {here}")
+
+    def write(kind, name, folder):
+        return export.write_bundle(drafts(name, engine=kind, device="cuda", **ON_GPU[kind, name]), folder, name)
+
+    @cache
+    def make(kind, name, cuda_graphs=True):
+        needs_of(kind)
+        folder = once(f"gpu-{kind}-{name}", partial(write, kind, name))
+        return load(folder, "cuda", cuda_graphs=cuda_graphs)
+
+    return make
 
 
 @pytest.fixture(scope="session")

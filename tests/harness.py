@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import oracle
+import pytest
 import torch
 
 from taylorseer_export.build.eager import eager_modules
@@ -18,6 +19,10 @@ from taylorseer_export.runtime.eager import EagerRunner
 from taylorseer_export.runtime.slot import Slot
 
 FLOAT32 = torch.float32
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine"),
+]
 
 
 class Tiny(NamedTuple):

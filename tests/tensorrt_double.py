@@ -13,7 +13,14 @@ import torch
 from taylorseer_export.bundle.shapes import evaluate, names
 from taylorseer_export.bundle.tensorrt import extents
 
-TAKEN = ("ILogger", "DataType", "TensorIOMode", "ExecutionContextAllocationStrategy", "CudaGraphStrategy")
+TAKEN = (
+    "ILogger",
+    "DataType",
+    "TensorIOMode",
+    "ExecutionContextAllocationStrategy",
+    "CudaGraphStrategy",
+    "DynamicShapesKernelSpecializationStrategy",
+)
 THEIRS = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 
 
@@ -101,6 +108,7 @@ class Config:
 
     def __init__(self, trt):
         self.trt, self.strategy, self.cache, self.cuda_graph_strategy = trt, None, None, None
+        self.dynamic_shapes_kernel_specialization_strategy = None
 
     def set_execution_context_allocation_strategy(self, strategy):
         self.strategy = strategy

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from conftest import PACKAGES
-from harness import FLOAT32, allowed, eager_denoiser, open_slot, representable, run, toy_trace
+from harness import FLOAT32, NEEDS_GPU, allowed, eager_denoiser, open_slot, representable, run, toy_trace
 from oracle import assert_close
 
 from taylorseer_export import cli
@@ -27,10 +27,6 @@ from taylorseer_export.report.bench import bench
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.torch_runner import TorchBuffer, TorchRunner
 
-needs_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine"),
-]
 SIZES = {"batch": 2, "image_tokens": 6, "text_tokens": 5, "steps": 3}
 
 
@@ -351,7 +347,7 @@ def bound(runner, offset=0):
 def test_a_bound_call_is_warmed_captured_and_replayed(captured):
     fake, calls, runner = captured()
     first, second = bound(runner), bound(runner)
-    assert fake.events == ["pool", *["warm", "synchronize", "capture"] * 2]  # one pool, a graph for each
+    assert fake.events == ["pool", *["warm", "synchronize", "capture", "replay"] * 2]  # one pool, a graph for each
     assert calls == ["call"] * 6
     first()
     second()
@@ -393,29 +389,13 @@ def test_a_call_that_fails_says_so():
 # On a GPU
 
 
-@pytest.fixture(scope="module")
-def on_gpu(drafts, tmp_path_factory):
-    """A bfloat16 package built and loaded on the GPU."""
-    draft = drafts("dit", "module", precision="bf16", engine="inductor", device="cuda", batch=2)
-    return load(write_bundle(draft, tmp_path_factory.mktemp("engines"), "gpu"), "cuda")
-
-
-@pytest.mark.parametrize(("plan", "order"), [("FFFF", 2), ("FFF...F..F.F..", 2), ("F.F....F", 1)])
-@pytest.mark.parametrize("dummy", [pytest.param(0, marks=needs_gpu)], ids=["cuda"])
-def test_parity_on_a_gpu(on_gpu, tiny, plan, order, dummy):
-    inputs = representable(tiny("dit").inputs(len(plan), batch=2), torch.bfloat16)
-    seen = run(on_gpu, inputs, plan, order)
-    reference = oracle.replay(tiny("dit").model, *inputs, plan, order)
-    assert_close(plan, seen, reference, allowed(tiny("dit").model, reference, plan, order, torch.bfloat16))
-    assert torch.equal(run(on_gpu, inputs, plan, order), seen)  # a second run is clean
-
-
-@pytest.mark.parametrize("dummy", [pytest.param(0, marks=needs_gpu)], ids=["cuda"])
-def test_a_step_on_a_gpu_allocates_nothing(on_gpu, tiny, dummy):
+@pytest.mark.parametrize("kind", [pytest.param("inductor", marks=NEEDS_GPU)])
+def test_a_step_on_a_gpu_allocates_nothing(on_gpu, tiny, kind):
+    denoiser = on_gpu(kind, "dit")
     inputs = representable(tiny("dit").inputs(8, batch=2), torch.bfloat16)
-    slot = open_slot(on_gpu, inputs)
+    slot = open_slot(denoiser, inputs)
     latents = inputs[0].to("cuda", torch.bfloat16)
-    expected = run(on_gpu, inputs, "FFF..F..", 2)
+    expected = run(denoiser, inputs, "FFF..F..", 2)
     arrays = {name: value.numpy() for name, value in inputs[2].items()}
     slot.start(arrays, slot.denoiser.plan("FFF..F.."), 2, inputs[1].float().numpy())
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
@@ -425,7 +405,7 @@ def test_a_step_on_a_gpu_allocates_nothing(on_gpu, tiny, dummy):
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
     assert len({buffer.address for buffer in buffers}) == 1
     assert torch.equal(torch.from_numpy(buffers[-1].read()), expected[-1])
-    assert on_gpu.runner.fallbacks == 0 and on_gpu.runner.captures >= 2
+    assert denoiser.runner.fallbacks == 0 and denoiser.runner.captures >= 2
 
 
 def test_the_trial_of_the_gpu_bench_runs_through(tmp_path):

@@ -8,8 +8,19 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import BUNDLES, PACKAGES
-from harness import FLOAT32, advance, allowed, as_arrays, begin, eager_denoiser, open_slot, representable, run
+from conftest import BUNDLES, ON_GPU, PACKAGES
+from harness import (
+    FLOAT32,
+    NEEDS_GPU,
+    advance,
+    allowed,
+    as_arrays,
+    begin,
+    eager_denoiser,
+    open_slot,
+    representable,
+    run,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import assert_close
@@ -21,15 +32,21 @@ from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.onnxruntime import HostBuffer, OnnxRuntimeRunner
 from taylorseer_export.runtime.runner import check_binding
 
-# (runner, model, granularity, layout); all of order 2.
+
+def drafted(options):
+    return options.get("granularity", "module"), options.get("layout", "snapshots")
+
+
+# (runner, model, granularity, layout); all of order 2. Those on a GPU are named by the kind of their engines.
 CASES = [
     ("eager", "flux", "module", "snapshots"),
     ("eager", "flux", "module", "derivatives"),
     ("eager", "plain", "residual", "snapshots"),
     ("eager", "dit", "module", "snapshots"),
     ("eager", "dit", "last", "derivatives"),
-    *[("onnx", n, o.get("granularity", "module"), o.get("layout", "snapshots")) for n, o in BUNDLES.items()],
-    *[("inductor", n, o.get("granularity", "module"), o.get("layout", "snapshots")) for n, o in PACKAGES.items()],
+    *[("onnx", n, *drafted(o)) for n, o in BUNDLES.items()],
+    *[("inductor", n, *drafted(o)) for n, o in PACKAGES.items()],
+    *[pytest.param((f"{k} cuda", n, *drafted(o)), marks=NEEDS_GPU, id=f"{k}-{n}-cuda") for (k, n), o in ON_GPU.items()],
 ]
 PLANS = [
     ("FFF...F..F.F..", 2),  # uneven gaps
@@ -66,11 +83,14 @@ class Case:
 
 
 @pytest.fixture(params=CASES, ids="-".join)
-def case(request, eager, onnx, inductor, tiny):
+def case(request, eager, onnx, inductor, on_gpu, tiny):
     runner, name, granularity, layout = request.param
-    denoiser = (
-        eager(name, granularity, layout) if runner == "eager" else {"onnx": onnx, "inductor": inductor}[runner](name)
-    )
+    if runner == "eager":
+        denoiser = eager(name, granularity, layout)
+    elif runner.endswith(" cuda"):
+        denoiser = on_gpu(runner.removesuffix(" cuda"), name)
+    else:
+        denoiser = {"onnx": onnx, "inductor": inductor}[runner](name)
     assert (denoiser.manifest.state.granularity, denoiser.manifest.state.layout) == (granularity, layout)
     return Case(*request.param, denoiser, tiny(name))
 
@@ -249,6 +269,24 @@ def test_a_request_may_be_dropped_half_way(case):
         advance(slot, first, step)
     # Another plan, length and order in the same slot.
     assert torch.equal(run(case.denoiser, second, "FF..F.", 1, slot=slot), run(case.denoiser, second, "FF..F.", 1))
+
+
+def test_every_call_on_a_gpu_is_a_cuda_graph(case):
+    """And on the CPU none is counted as a fallback."""
+    run(case.denoiser, case.inputs(4), "FF..")
+    assert case.denoiser.runner.fallbacks == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [pytest.param(*key, marks=NEEDS_GPU, id="-".join(key)) for key in ON_GPU if key[1] == "flux"]
+)
+def test_without_cuda_graphs_the_numbers_are_the_same_and_every_call_is_counted(on_gpu, tiny, kind, name):
+    inputs = tiny(name).inputs(9, batch=2)
+    captured, plain = (on_gpu(kind, name, graphs) for graphs in (True, False))
+    before = plain.runner.fallbacks
+    seen = run(plain, inputs, "FFF..F.F.")
+    assert plain.runner.fallbacks - before == 10  # prepare and nine steps
+    assert torch.equal(seen, run(captured, inputs, "FFF..F.F."))
 
 
 def test_what_was_planned_is_what_ran(case):

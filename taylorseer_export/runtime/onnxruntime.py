@@ -20,6 +20,8 @@ from taylorseer_export.runtime.runner import Buffer, Call, check_binding, host_d
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # On the CPU this fusion puts the last residual add and the final norm into one kernel that is slower than both.
 _SLOW_FUSIONS = ["SkipLayerNormFusion"]
+# Left alone, the CUDA provider rounds the inputs of float32 products to 10 bits.
+_FLOAT32 = {"use_tf32": "0"}
 _ONNX_BFLOAT16 = 16
 _ALIGNMENT = 256  # bytes; what TensorRT asks for, and a multiple of every cache line
 
@@ -97,9 +99,10 @@ class OnnxRuntimeRunner:
         for name, path in files.items():
             providers: list[Any] = [first]
             if kind == "tensorrt":
-                providers = [(first, _profile(graphs[name], dimensions or {})), _PROVIDERS["cuda"]]
-            elif self._numbers is not None:
-                providers = [(first, {"enable_cuda_graph": "1"})]
+                providers = [(first, _profile(graphs[name], dimensions or {})), (_PROVIDERS["cuda"], _FLOAT32)]
+            elif kind == "cuda":
+                captured = {} if self._numbers is None else {"enable_cuda_graph": "1"}
+                providers = [(first, {**_FLOAT32, **captured})]
             try:
                 self._sessions[name] = onnxruntime.InferenceSession(
                     path, options, providers=providers, disabled_optimizers=_SLOW_FUSIONS

@@ -203,6 +203,10 @@ class TensorRTRunner(TorchRunner):
         config.set_execution_context_allocation_strategy(strategy)
         if self._captures_itself:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # By default kernels for the shapes at hand are made aside and come in when they are done: between two steps of
+        # a loop, whose bits they change. `prepare` runs once for a request and does not wait for any.
+        made = trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = made.NONE if graph == "prepare" else made.EAGER
         if graph not in self._caches:
             self._caches[graph] = config.create_runtime_cache()
             file = self._cache_file(graph)

@@ -146,7 +146,7 @@ class Recorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, name: str, call: Call) -> Call:
-        """The call as one launch; it has run twice when this returns, and its kernels are warm."""
+        """The call as one launch, warm: its kernels have run, and a first launch has put the graph on the device."""
         import torch
 
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -158,6 +158,7 @@ class Recorder:
             self._stream.synchronize()
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 call()
+            graph.replay()
         except RuntimeError as error:
             raise StepError(
                 f"graph `{name}` cannot be captured ({str(error).strip().splitlines()[0]}), expected a CUDA graph; "

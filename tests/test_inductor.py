@@ -179,6 +179,17 @@ def test_one_package_and_weights_that_are_stored_once(packages, drafts, name):
     assert draft.options.precision == ("bf16" if name == "dit" else "fp32")
 
 
+def test_float16_on_the_cpu(drafts, tiny, tmp_path):
+    """The third type: a package of it compiles, passes the check at load, and stays within the bound of float16."""
+    plan, order, options = "FFF..F..", 2, {"layout": "derivatives", "engine": "inductor", "precision": "fp16"}
+    folder = write_bundle(drafts("dit", "residual", batch=2, **options), tmp_path, "half")
+    inputs = representable(tiny("dit").inputs(len(plan), batch=2), torch.float16)
+    reference = oracle.replay(tiny("dit").model, *inputs, plan, order, "residual")
+    with load(folder, threads=1) as denoiser:
+        seen = run(denoiser, inputs, plan, order)
+    assert_close("float16", seen, reference, allowed(tiny("dit").model, reference, plan, order, torch.float16))
+
+
 # Loading
 
 

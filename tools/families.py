@@ -22,7 +22,11 @@ from record import circumstances, write_record
 
 # Column -> (test module, pattern of test names) whose cases count in it.
 COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
-    "oracle": (("test_families", r"(?!.*(onnx|can_fail)).*"), ("test_runtime", r".*oracle.*"), ("test_split", r".*")),
+    "oracle": (
+        ("test_families", r"(?!.*(onnx|can_fail|check_at_load)).*"),
+        ("test_runtime", r".*oracle.*"),
+        ("test_split", r".*"),
+    ),
     "onnxruntime": (("test_families", r".*onnx.*"), ("test_onnx", r".*")),
     "pipeline": (("test_dropin_families", r".*"), ("test_dropin", r"test_(flux|dit)_.*")),
     "tensorrt-rtx": (("test_tensorrt", r".*family_builds.*"),),

@@ -139,6 +139,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "quality": quality_table,
     "bench-mid-flux": bench_table,
     "calibration-flux": calibration_table,
+    "calibration-dit": calibration_table,
     "families": families_table,
 }
 

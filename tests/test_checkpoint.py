@@ -206,8 +206,14 @@ def test_config_that_builds_nothing(folder):
 
 def test_no_weights(folder):
     (folder / WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match=r"has 0 safetensors files and no index.*download the checkpoint again"):
+    with pytest.raises(
+        CheckpointError, match=r"a config without weights, expected both; add --dry-run to see its card"
+    ):
         opened(folder)
+    for named in (folder, folder / "config.json"):
+        alone = open_checkpoint(str(named), FAMILIES["dit"], weightless=True)
+        assert alone.weightless and not alone.files
+        assert alone.skeleton(torch.float32).config.num_layers == alone.config["num_layers"]
 
 
 def test_ambiguous_weights(folder):
@@ -280,3 +286,21 @@ def test_many_misfits_are_counted(folder):
     rewrite(folder, dict.clear)
     with pytest.raises(CheckpointError, match=r"; and \d+ more\)"):
         opened(folder).skeleton(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "reference", "steps"),
+    [
+        ("flux", "black-forest-labs/FLUX.1-schnell", 4),
+        ("flux", "/models/FLUX.1-schnell/transformer", 4),
+        ("flux", "flux1-schnell.safetensors", 4),
+        ("flux", "/home/dev/FLUX.1-dev", 50),
+        ("hidream", "HiDream-ai/HiDream-I1-Dev", 28),
+        ("hidream", "/home/dev/HiDream-I1-Fast/transformer/config.json", 16),
+        ("hidream", "/home/dev/HiDream-I1-Full", 50),
+        ("wan", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", 40),
+        ("wan", "", 50),
+    ],
+)
+def test_a_variant_is_told_by_the_model_s_own_name(family, reference, steps):
+    assert FAMILIES[family].variant(reference).defaults.steps == steps

@@ -11,8 +11,9 @@ import torch
 from harness import open_slot
 from oracle import assert_close
 
-from taylorseer_export.errors import ConfigError, StepError
+from taylorseer_export.errors import CheckpointError, ConfigError, StepError
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.report.inputs import random_trajectory
 
 
@@ -101,3 +102,27 @@ def test_random_inputs_of_qwen_agree_with_each_other(eager):
     slot = eager("qwen-image").slot(eager("qwen-image").sizes(data.latents.shape[1:], data.conditioning))
     slot.start(data.conditioning, slot.denoiser.plan("F."), None, data.timesteps)
     assert all(np.isfinite(slot.step(latent)).all() for latent in data.latents)
+
+
+def test_sd3_s_lines_sum_up_to_its_table(tiny):
+    """Cut from the middle as the model does it, bit for bit; a table that is no such sum is refused."""
+    model = copy.deepcopy(tiny("sd3").model)
+    checkpoint = open_checkpoint(str(tiny("sd3").folder), FAMILIES["sd3"])
+    for name in ("rows", "columns"):
+        model.pos_embed.register_buffer(name, checkpoint.tensor(f"pos_embed.{name}"))
+    for height, width in ((56, 56), (2, 6), (10, 14)):
+        expected = model.pos_embed.cropped_pos_embed(height, width)
+        with FAMILIES["sd3"].patched(model):
+            assert torch.equal(model.pos_embed.cropped_pos_embed(height, width), expected)
+    table = model.pos_embed.pos_embed.clone()
+    table[0, 5, 3] += 1
+    for part in FAMILIES["sd3"].derived(model.config).values():
+        with pytest.raises(CheckpointError, match=r"`pos_embed.pos_embed` is not the sum of .*; check --model"):
+            part.make(table)
+
+
+def test_sd3_s_graphs_hold_the_lines_alone(drafts):
+    made = drafts("sd3")
+    assert {"pos_embed.rows", "pos_embed.columns"} <= made.stored.keys()
+    assert "pos_embed.pos_embed" not in made.stored
+    assert made.read("pos_embed.rows").shape == made.stored["pos_embed.rows"][1]

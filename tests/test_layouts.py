@@ -426,7 +426,6 @@ def test_names_that_diffusers_converts(tiny, tmp_path):
 
 
 def test_it_is_what_diffusers_fuses(tiny, tmp_path):
-    pytest.importorskip("peft", reason="peft is not installed, which diffusers needs to fuse a LoRA")
     model = diffusers.FluxTransformer2DModel.from_pretrained(tiny("flux").folder)
     modules = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.proj_out")
     lora = pairs(model, modules, prefix="transformer.")

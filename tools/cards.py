@@ -45,11 +45,10 @@ TWIN_LAYERS = 2
 
 @dataclass(frozen=True)
 class Model:
-    """A published model: its family, its hub id, and its plan where the paper's is for another variant."""
+    """A published model: its family and its hub id."""
 
     family: str
     reference: str
-    steps: int | None = None
 
 
 # Its transformer's config.json lies in graphs/configs/.
@@ -57,16 +56,16 @@ MODELS = {
     "dit-xl-2-256": Model("dit", "facebook/DiT-XL-2-256"),
     "dit-xl-2-512": Model("dit", "facebook/DiT-XL-2-512"),
     "flux.1-dev": Model("flux", "black-forest-labs/FLUX.1-dev"),
-    "flux.1-schnell": Model("flux", "black-forest-labs/FLUX.1-schnell", steps=4),
+    "flux.1-schnell": Model("flux", "black-forest-labs/FLUX.1-schnell"),
     "flux.1-kontext-dev": Model("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
     "hunyuanvideo": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo"),
     "hunyuanvideo-i2v": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo-I2V-33ch"),
     "hunyuanvideo-i2v-token-replace": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo-I2V"),
     "wan2.1-t2v-1.3b": Model("wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     "wan2.1-t2v-14b": Model("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
-    "wan2.1-i2v-14b-480p": Model("wan", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", steps=40),
+    "wan2.1-i2v-14b-480p": Model("wan", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"),
     "wan2.2-t2v-a14b": Model("wan", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
-    "wan2.2-i2v-a14b": Model("wan", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", steps=40),
+    "wan2.2-i2v-a14b": Model("wan", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
     "hidream-i1-full": Model("hidream", "HiDream-ai/HiDream-I1-Full"),
     "qwen-image": Model("qwen-image", "Qwen/Qwen-Image"),
     "stable-diffusion-3.5-medium": Model("sd3", "stabilityai/stable-diffusion-3.5-medium"),
@@ -108,13 +107,13 @@ def config(name: str) -> dict[str, Any]:
 def text(name: str, entries: Mapping[str, Any]) -> str:
     """The card of a model with these config entries, in bfloat16 at the size its family quotes."""
     model = MODELS[name]
-    family = FAMILIES[model.family]
+    family = FAMILIES[model.family].variant(model.reference)
     default = family.defaults
     options = Options(
         order=default.order,
         interval=default.interval,
         warmup=default.warmup,
-        steps=model.steps or default.steps,
+        steps=default.steps,
         engine="inductor",  # one that takes bfloat16; none is built
         precision="bf16",
     )

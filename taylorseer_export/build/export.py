@@ -195,7 +195,8 @@ def trace_model(checkpoint: Checkpoint, options: Options) -> Traced:
     checkpoint = replace(checkpoint, config=config)
     _sizes(checkpoint, options)
     traced = trace(skeleton, checkpoint.family, dtype)
-    computed = {name: value for name, value in skeleton.named_buffers() if name not in checkpoint.files}
+    stored = checkpoint.files.keys() | checkpoint.derived.keys()
+    computed = {name: value for name, value in skeleton.named_buffers() if name not in stored}
     return Traced(checkpoint, traced, options.precision, computed | traced.constants)
 
 

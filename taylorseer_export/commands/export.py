@@ -20,7 +20,8 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     what.add_argument(
         "--model",
         metavar="REF",
-        help="diffusers folder, hub id, or safetensors file of any layout (default: the embedded tiny model)",
+        help="diffusers folder, hub id, or safetensors file of any layout; with --dry-run also a config.json alone "
+        "(default: the embedded tiny model)",
     )
     what.add_argument("--variant", metavar="NAME", help="which weights of several, like fp16 (default: the plain ones)")
     what.add_argument(
@@ -64,8 +65,7 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     how.add_argument(
         "--steps",
         type=whole(1, 1000),
-        default=default.steps,
-        help="denoising steps of the default plan (default: %(default)s)",
+        help=f"denoising steps of the default plan (default: {_steps(family)})",
     )
     how.add_argument(
         "--dialect",
@@ -125,6 +125,11 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     add_options(parser)
 
 
+def _steps(family: Family) -> str:
+    others = [f"{change['defaults'].steps} for {word}" for word, change in family.variants.items()]
+    return ", ".join([str(family.defaults.steps), *others])
+
+
 def run(family: Family, given: argparse.Namespace) -> int:
     """Trace, split, build, write."""
     need("export", "torch", "diffusers", "accelerate")
@@ -135,7 +140,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
     from taylorseer_export.report import planner
     from taylorseer_export.report.card import card
 
-    checkpoint = open_checkpoint(given.model, family, given.variant, given.config, given.lora)
+    checkpoint = open_checkpoint(given.model, family, given.variant, given.config, given.lora, given.dry_run)
     if given.model is None:
         print(
             f"no --model: exporting the tiny {family.name} embedded in this package; "
@@ -147,7 +152,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
         order=given.order,
         interval=given.interval,
         warmup=given.warmup,
-        steps=given.steps,
+        steps=given.steps or checkpoint.family.defaults.steps,
         dialect=given.dialect,
         granularity=given.state or export.Options.granularity,
         layout=given.layout or export.Options.layout,
@@ -163,7 +168,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
     export.check_options(options)
     if given.slots > 1 and not (given.memory_budget or given.dry_run):
         raise ConfigError(f"--slots is {given.slots} without a budget, expected --memory-budget too; add it")
-    path = Path((given.model or "tiny").rstrip("/").removesuffix(".safetensors"))
+    path = Path((given.model or "tiny").rstrip("/").removesuffix(".safetensors").removesuffix(".json"))
     name = given.name or path.name.lower()
     with progress("tracing and splitting", 1) as advance:
         traced = export.trace_model(checkpoint, options)

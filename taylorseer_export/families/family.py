@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from taylorseer_export.errors import ConfigError
@@ -31,6 +32,21 @@ class Input:
     role: Role
     dtype: str = "float"
     values: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor that the graphs read in the place of a larger one of the checkpoint.
+
+    Attributes:
+        source: Name of that one.
+        shape: Of this one.
+        make: The tensor of the checkpoint -> this one; raises `CheckpointError` if it is of another kind.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    make: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -77,8 +93,13 @@ def call(model: Any, inputs: dict[str, Any]) -> Any:
     return model(**inputs, return_dict=False)[0]
 
 
-def as_it_is(model: Any) -> AbstractContextManager[object]:
-    """For a model that is traced without a change."""
+def nothing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """For a model whose tensors are read as they are."""
+    return {}
+
+
+def as_it_is(_: Any) -> AbstractContextManager[object]:
+    """For a model that is built, or traced, without a change."""
     return nullcontext()
 
 
@@ -124,6 +145,10 @@ class Family:
         timestep_divisor: What the scheduler's timestep is divided by before the transformer takes it, dimensionless.
         forward: `(model, inputs) -> noise_pred`: how the declared inputs become a call of the model, where they are
             not its arguments one by one. The trace and the eager reference of `verify` both call it this way.
+        variants: Word of a model's name -> what of this declaration is different for it.
+        derived: `config -> {name: tensor}` that the model gets for the length of the trace, to be used by `patched`.
+        built: `model class -> context manager` in which a model is built that only is to be traced, without tables
+            that would cost memory.
         patched: `model -> context manager` that puts parts of the model into a form that exports, equal to the
             original, for the length of the trace.
     """
@@ -149,7 +174,17 @@ class Family:
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     timestep_divisor: float = 1.0
     forward: Callable[[Any, dict[str, Any]], Any] = call
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    derived: Callable[[Mapping[str, Any]], Mapping[str, Derived]] = nothing
+    built: Callable[[Any], AbstractContextManager[object]] = as_it_is
     patched: Callable[[Any], AbstractContextManager[object]] = as_it_is
+
+    def variant(self, reference: str) -> Family:
+        """The declaration for a hub id, folder or file: `FLUX.1-schnell` has the word `schnell`."""
+        parts = [part for part in reference.split("/") if part not in ("", "transformer", "config.json")]
+        words = re.findall(r"[a-z0-9]+", parts[-1].lower()) if parts else []
+        changes = [change for word, change in self.variants.items() if word in words]
+        return replace(self, **changes[0]) if changes else self
 
 
 def unknown(model_class: str) -> Family:

@@ -84,6 +84,9 @@ def _static(model: Any) -> Iterator[None]:
         yield
 
 
+# Distilled, so without guidance: one prompt to a batch, and the scheduler of flow matching.
+_DISTILLED = {"guidance": "none", "guidance_scale": 1.0, "scheduler": "FlowMatchEulerDiscreteScheduler"}
+
 HIDREAM = Family(
     name="hidream",
     title="HiDream-I1 full, dev and fast",
@@ -102,5 +105,17 @@ HIDREAM = Family(
     guidance_scale=5.0,
     latent_size=(128, 128),
     typical={"text_tokens": 128},
+    variants={
+        "dev": {
+            **_DISTILLED,
+            "defaults": Defaults(steps=28, interval=4, warmup=1, order=2),
+            "scheduler_config": {"shift": 6.0},
+        },
+        "fast": {
+            **_DISTILLED,
+            "defaults": Defaults(steps=16, interval=4, warmup=1, order=2),
+            "scheduler_config": {"shift": 3.0},
+        },
+    },
     patched=_static,
 )

@@ -54,4 +54,5 @@ WAN = Family(
     guidance="branches",
     guidance_scale=5.0,
     latent_size=(21, 60, 104),
+    variants={"i2v": {"defaults": Defaults(steps=40, interval=5, warmup=1, order=1)}},
 )

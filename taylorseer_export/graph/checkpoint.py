@@ -7,7 +7,7 @@ tensor by tensor, from the checkpoint's safetensors to the bundle. A 24 GB check
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from taylorseer_export.errors import CheckpointError
-from taylorseer_export.families.family import Family, unknown
+from taylorseer_export.families.family import Derived, Family, unknown
 from taylorseer_export.graph.files import opened, read_json, shapes, tensor_files, tensor_names
 from taylorseer_export.graph.lora import Lora, open_lora
 from taylorseer_export.graph.original import Converted
@@ -101,7 +101,8 @@ class Checkpoint:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        model = self._empty_model()
+        with self.family.built(self.model_class):
+            model = self._empty_model()
         if not self.weightless:
             self._check_tensors(model)
         fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
@@ -115,7 +116,16 @@ class Checkpoint:
             for name, buffer in module._buffers.items():  # those computed by the model keep the dtype it gave them
                 if buffer is not None and buffer.is_floating_point() and f"{path}.{name}" in self.shapes:
                     module._buffers[name] = buffer.to(dtype)
+        for name, part in self.derived.items():
+            owner, _, leaf = name.rpartition(".")
+            with fake:
+                model.get_submodule(owner).register_buffer(leaf, torch.empty(part.shape, dtype=dtype))
         return model
+
+    @cached_property
+    def derived(self) -> Mapping[str, Derived]:
+        """What the graphs read in the place of larger tensors, by name."""
+        return self.family.derived(self.config)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -140,7 +150,10 @@ class Checkpoint:
         return model
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, read from disk, converted and with its updates added."""
+        """One tensor, read from disk, converted and with its updates added, or derived from one."""
+        if name in self.derived:
+            made: torch.Tensor = self.derived[name].make(self.tensor(self.derived[name].source))
+            return made
         tensor = self._read(name) if self.converted is None else self.converted.tensor(name, self._read)
         for lora in self.loras:
             tensor = lora.add_to(name, tensor)
@@ -208,6 +221,7 @@ def open_checkpoint(
     variant: str | None = None,
     config: str | None = None,
     loras: Sequence[str] = (),
+    weightless: bool = False,
 ) -> Checkpoint:
     """Find a checkpoint, whatever its layout.
 
@@ -218,6 +232,7 @@ def open_checkpoint(
         variant: Which of several precisions the folder holds, like `fp16`.
         config: The transformer's config.json, or a folder with one, where none lies beside the weights.
         loras: Files to be added to the weights, each as `file` or `file:scale`.
+        weightless: Whether a config alone will do, a config.json or a folder with one, to be described and not written.
 
     Raises:
         CheckpointError: Nothing is there, a file is missing or damaged, or it is another family's.
@@ -233,9 +248,28 @@ def open_checkpoint(
             )
         checkpoint = _open_folder(EMBEDDED, family, folder)
     else:
-        checkpoint = _open_named(reference, family, variant, config)
+        alone = _config_alone(Path(reference).expanduser())
+        if alone is not None and not weightless:
+            raise CheckpointError(
+                f"--model is {reference}, a config without weights, expected both; add --dry-run to see its card, or "
+                "download the weights"
+            )
+        if alone is None:
+            checkpoint = _open_named(reference, family, variant, config)
+        else:
+            checkpoint = Checkpoint(reference, family, alone.parent, _config(alone, family), {}, weightless=True)
     known = checkpoint.shapes if loras else {}
-    return replace(checkpoint, loras=tuple(open_lora(lora, family.model_class, known) for lora in loras))
+    family = family if checkpoint.embedded else family.variant(checkpoint.reference)
+    return replace(checkpoint, family=family, loras=tuple(open_lora(lora, family.model_class, known) for lora in loras))
+
+
+def _config_alone(path: Path) -> Path | None:
+    """The config.json that a path is or holds without any weights beside it, or None."""
+    if path.is_file():
+        return path if path.suffix == ".json" else None
+    folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
+    lonely = (folder / "config.json").is_file() and not any(folder.glob("*.safetensors*"))
+    return folder / "config.json" if lonely else None
 
 
 def open_config(reference: str) -> Checkpoint:

@@ -20,7 +20,7 @@ from taylorseer_export.method import Plan
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Request, sample
 from taylorseer_export.serve import contract
-from taylorseer_export.serve.batcher import Batcher, Job
+from taylorseer_export.serve.batcher import _PATIENCE, Batcher, Job
 from taylorseer_export.serve.repository import Deployment, config, slot_bytes, write_repository
 from taylorseer_export.serve.service import Limits, Service
 
@@ -53,8 +53,18 @@ def test_only_equal_keys_share_and_a_lonely_one_shares_with_nobody():
     batcher = Batcher(slots=6, queue=9, batch=6, most=8)
     a, b, c, d, e, f = (Job(key=key) for key in ("x", "y", "x", None, None, "x"))
     seated(batcher, a, b, c, d, e, f)
-    assert [batcher.take(0.0).jobs for _ in range(4)] == [[a, c, f], [b], [d], [e]]
+    assert [batcher.take(0.0).jobs for _ in range(4)] == [[d], [e], [a, c, f], [b]]
     assert batcher.take(0.0) is None
+
+
+def test_steps_that_run_alone_go_first_but_nobody_waits_for_ever():
+    batcher, shared, lonely, partner = Batcher(slots=3, queue=9, batch=3, most=8), Job(key="x"), Job(), Job(key="x")
+    seated(batcher, shared, lonely, partner)
+    for _ in range(_PATIENCE):
+        assert batcher.take(0.0) == ("step", [lonely])
+        batcher.give_back(lonely)
+    assert batcher.take(0.0) == ("step", [shared, partner])
+    assert shared.passed == 0
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 
 from taylorseer_export.errors import ServeError
 
+_PATIENCE = 16  # steps; on the smallest models that many forecast steps take about as long as a full step
+
 
 @dataclass(eq=False)
 class Job:
@@ -30,6 +32,7 @@ class Job:
         deadline: When it is given up, in the time that `take` is told (seconds).
         cancelled: Whether its sender has left. It may be slow, so it is asked once per step.
         key: Jobs with equal keys share the engine call of their next step; None runs alone.
+        passed: How often another was preferred since its last step; at most `_PATIENCE` times.
     """
 
     work: Any = None
@@ -37,6 +40,7 @@ class Job:
     deadline: float = inf
     cancelled: Callable[[], bool] = field(default=lambda: False)
     key: Hashable = None
+    passed: int = field(default=0, init=False)
 
 
 class Turn(NamedTuple):
@@ -93,8 +97,9 @@ class Batcher:
     def take(self, now: float) -> Turn | None:
         """The next thing to do, or None while there is nothing or all of it is being done.
 
-        Jobs to start come first, so that they join the next shared step; then the job that has been ready longest, with
-        its partners. Whether a job is late is asked of all that wait; whether its sender has left, when its turn comes.
+        Jobs to start come first, so that they join the next shared step; then steps that run alone, which are the short
+        ones, so that the others gather; then the job that has been ready longest, with its partners. Whether a job is
+        late is asked of all that wait; whether its sender has left, when its turn comes.
         """
         for job in self._waiting:
             if job.deadline <= now:
@@ -108,7 +113,7 @@ class Batcher:
             return Turn("start", [job])
         if not self._ready:
             return None
-        first = self._ready.popleft()
+        first = self._first()
         if first.deadline <= now or first.cancelled():
             return Turn("drop", [first])
         jobs = [first]
@@ -122,6 +127,18 @@ class Batcher:
                 jobs.append(job)
                 samples += job.samples
         return Turn("step", jobs)
+
+    def _first(self) -> Job:
+        """Who is next: the one ready longest, or one that runs alone if the other has not been passed too often."""
+        first = self._ready[0]
+        if first.key is not None and first.passed < _PATIENCE:
+            lonely = next((job for job in self._ready if job.key is None), None)
+            if lonely is not None:
+                first.passed += 1
+                first = lonely
+        self._ready.remove(first)
+        first.passed = 0
+        return first
 
     @property
     def pending(self) -> bool:

@@ -327,7 +327,7 @@ class Storm:
         if size:
             values |= {"height": size[0], "width": size[1]}
         if number % 20 == 7:
-            wrong = choose.choice([{"steps": 7}, {"order": 4}, {"seed": -1}, {"profile": "fast"}, {"interval": 3}])
+            wrong = choose.choice([{"steps": 7}, {"order": 9}, {"seed": -1}, {"profile": "fast"}, {"interval": 3}])
             return self._malformed(family, values | wrong)
         if number % 5 == 3:
             values = {name: value for name, value in values.items() if name != "label"} | {"prompt": CAPTION}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from taylorseer_export.errors import ConfigError
+from taylorseer_export.method.guard import RULES
 
 PROGRAM = "taylorseer-export"
 _UNITS = {"": 1, "b": 1, "byte": 1, "bytes": 1} | {
@@ -62,6 +63,16 @@ def plan_options(parser: argparse.ArgumentParser, steps: bool = True) -> None:
     parser.add_argument(
         "--form", choices=("taylor", "newton"), default="taylor", help="form of the forecast (default: %(default)s)"
     )
+    guard = parser.add_argument_group("guard: forecasts that may become full steps, after the warm-up")
+    guard.add_argument(
+        "--guard", choices=RULES, help="rule; the bundle must have been exported with it (default: none)"
+    )
+    guard.add_argument(
+        "--threshold", type=real(0), help="error under which a step is forecast, dimensionless (default: the profile's)"
+    )
+    guard.add_argument("--guard-order", type=whole(0, 4), help="order of the expected first block (default: --order)")
+    guard.add_argument("--cap", type=whole(1), help="most forecast steps in a row (default: no limit)")
+    guard.add_argument("--accumulate", action="store_true", help="errors add up until the next full step")
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:

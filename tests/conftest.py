@@ -46,14 +46,14 @@ LONG = (
 
 # The only ONNX exports of the graph and engine tests; each takes many seconds.
 BUNDLES = {
-    "flux": {"layout": "snapshots"},
-    "dit": {"layout": "derivatives"},
-    "plain": {"granularity": "last", "latent_size": (4, 6), "batch": 2},  # static but for the text
+    "flux": {"layout": "snapshots", "guards": ("cg", "fbcache", "teacache")},
+    "dit": {"layout": "derivatives", "guards": ("teacache",)},
+    "plain": {"granularity": "last", "latent_size": (4, 6), "batch": 2, "guards": ("cg",)},  # static but for the text
 }
 
 # The only packages compiled for the engine tests; each takes half a minute.
 PACKAGES = {
-    "plain": {"engine": "inductor"},
+    "plain": {"engine": "inductor", "guards": ("cg", "fbcache")},
     "dit": {"engine": "inductor", "granularity": "residual", "layout": "derivatives", "precision": "bf16", "batch": 2},
 }
 

@@ -204,6 +204,76 @@ def replay(model, latents, timestep, conditioning, plan, order, granularity="mod
     return torch.stack([oracle.step(x, t, conditioning) for x, t, _ in steps])
 
 
+@torch.no_grad()
+def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64):
+    """What a guard's rule compares, exactly, at every step: a list of S tensors [B, rows, C].
+
+    cg: output of the first block. fbcache: that less the block's input. teacache: input of its attention.
+    Only rows of the latent, but for teacache: Kontext has those of its conditioning image behind them, FramePack those
+    of its past before them.
+    """
+    model = torch.nn.Module.to(copy.deepcopy(model), dtype).eval()
+    kind = type(model).__name__
+    family, now, found = FAMILIES[kind], {}, []
+
+    def entry(module, args, kwargs):
+        now["in"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+    def block(module, args, output):
+        values = output if isinstance(output, tuple) else (output,)
+        (now["out"],) = (v for v in values if v.shape[1] == now["in"].shape[1])
+
+    def leave(module, args):
+        now["rows"] = args[0].shape[1]
+
+    first = model.get_submodule(family.first)
+    (tapped(model)[0][1] if rule == "teacache" else first).register_forward_pre_hook(entry, with_kwargs=True)
+    if rule != "teacache":
+        first.register_forward_hook(block)
+        model.get_submodule(family.last).register_forward_pre_hook(leave)
+    for latent, t in zip(latents, timestep, strict=True):
+        rest = {"hidden_states": latent, **conditioning}
+        rest = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rest.items()}
+        family.call(model, t.expand(latent.shape[0]), **rest)
+        if rule == "teacache":
+            found.append(now["in"])
+            continue
+        value = now["out"] - now["in"] if rule == "fbcache" else now["out"]
+        rows = latent.shape[1] if kind == "FluxTransformer2DModel" else now["rows"]
+        found.append(value[:, -rows:] if "Framepack" in kind else value[:, :rows])
+    return found
+
+
+def guarded(values, plan, rule, threshold, order=2, cap=None, accumulate=False):
+    """(executed plan, [S] errors, [S] what was compared with the threshold) of a guard; None where nothing was.
+
+    forecast iff the plan has a forecast there, the error is under the threshold and fewer than `cap` came in a row.
+    """
+    executed, errors, compared, since = "", [], [], []
+    for step, kind in enumerate(plan):
+        errors.append(None)
+        compared.append(None)
+        if kind == ".":
+            full = [s for s, k in enumerate(executed) if k == "F"]
+            start = max(len(executed) - len(executed.lstrip("F")) - 2, 0)
+            if rule == "cg":
+                series = Series(order)
+                for s in full:
+                    if s >= start:
+                        series.update(s, values[s])
+                expected = series.forecast(step)
+            else:
+                expected = values[step - 1 if rule == "teacache" else full[-1]]
+            against = values[step] if rule == "cg" else expected
+            errors[-1] = ((expected - values[step]).abs().mean() / against.abs().mean()).item()
+            since.append(errors[-1])
+            compared[-1] = sum(since) if accumulate or rule == "teacache" else since[-1]
+            kind = "." if compared[-1] < threshold and (cap is None or len(since) <= cap) else "F"
+        executed += kind
+        since = [] if kind == "F" else since
+    return executed, errors, compared
+
+
 def tapped(model):
     """(name, module, output elements) of every site, in the order of the model's modules."""
     sites = FAMILIES[type(model).__name__].sites

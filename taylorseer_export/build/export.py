@@ -37,6 +37,7 @@ from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.split import Granularity, Layout, Split, split
 from taylorseer_export.graph.trace import Trace, trace
 from taylorseer_export.method import Plan
+from taylorseer_export.method.guard import Rule
 from taylorseer_export.method.plan import Dialect
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -60,6 +61,7 @@ class Options:
         latent_size: (height, width) or (frames, height, width) of the latent; None accepts the family's range.
         batch: Samples per call of the transformer; None accepts the family's range.
         polygraphy: Whether the bundle gets example inputs and profiles for Polygraphy's command line.
+        guards: The rules that a request may guard its forecasts by; each adds its part to the probe.
     """
 
     order: int
@@ -77,6 +79,7 @@ class Options:
     latent_size: tuple[int, ...] | None = None
     batch: int | None = None
     polygraphy: bool = False
+    guards: tuple[Rule, ...] = ()
 
     def state_type(self) -> torch.dtype:
         """dtype of the Taylor buffers."""
@@ -211,7 +214,8 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     check_options(options)
     checkpoint, module = traced.checkpoint, traced.trace.module
     ranges, sizes = checkpoint.family.dimensions(checkpoint.config), _sizes(checkpoint, options)
-    pieces = split(traced.trace, options.granularity, options.layout, options.order, options.state_type())
+    how = (options.granularity, options.layout, options.order, options.state_type(), options.guards)
+    pieces = split(traced.trace, *how)
     default = checkpoint.family.latent_sizes(checkpoint.config, *checkpoint.latent_size)
     default |= checkpoint.family.typical
     default |= {name: checkpoint.card[name] for name in ranges if name in checkpoint.card}
@@ -313,6 +317,7 @@ def describe(
             layout=options.layout,
             order=options.order,
             dtype=str(options.state_type()).removeprefix("torch."),  # type: ignore[arg-type]
+            guards=options.guards,
         ),
         graphs=graphs,  # type: ignore[arg-type]
         plan=PlanDefaults(

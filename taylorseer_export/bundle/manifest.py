@@ -21,12 +21,16 @@ from pydantic import (
 from taylorseer_export.bundle import shapes
 from taylorseer_export.bundle.sealed import Part, Sealed, Sha256
 from taylorseer_export.errors import BundleError
+from taylorseer_export.method.guard import Rule
 from taylorseer_export.method.plan import Dialect, Plan
 
 MANIFEST = "manifest.json"
 
 GraphName = Literal["prepare", "full", "forecast", "probe", "rest"]
-Role = Literal["latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred"]
+Role = Literal[
+    "latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred",
+    "probe_in", "probe_out", "error", "carried",
+]  # fmt: skip
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
 
 
@@ -70,7 +74,9 @@ class Tensor(Part):
     role: Role = Field(
         description="What it is for. latent: the noisy sample. step: changes with the step alone. "
         "constant: fixed for the request. weights: the forecast weights. taylor_in, taylor_out: "
-        "the Taylor buffers read and written. noise_pred: the prediction of the denoiser."
+        "the Taylor buffers read and written. noise_pred: the prediction of the denoiser. probe_in, "
+        "probe_out: what the probe keeps, read and written. error: how far the probe's quantity is from what was "
+        "expected. carried: from the probe to the rest of a full step."
     )
     values: tuple[int, int] | None = Field(
         default=None, description="Smallest and largest value accepted, where it is an index into a table."
@@ -126,6 +132,7 @@ class State(Part):
     )
     order: int = Field(ge=0, le=4, description="Highest order kept, dimensionless.")
     dtype: Dtype = Field(description="Element type of the Taylor buffers.")
+    guards: tuple[Rule, ...] = Field(default=(), description="The rules whose errors the probe computes.")
 
 
 class PlanDefaults(Part):
@@ -257,6 +264,7 @@ class Manifest(Sealed):
             "order": self.state.order,
             "interval": self.plan.interval,
             "warmup": self.plan.warmup,
+            "guard": " --guard ".join(self.state.guards) or None,
             "steps": self.plan.steps,
             "engine": self.engine.kind,
             "precision": self.precision,

@@ -19,11 +19,10 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.sealed import Part, Sealed, Sha256
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.errors import BundleError, ConfigError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Plan, Rule
 from taylorseer_export.method.weights import check_order
 
 PROFILES = "profiles"
-Guard = Literal["cg", "fbcache", "teacache"]
 
 
 class Evidence(Part):
@@ -50,7 +49,7 @@ class Profile(Sealed):
     weights: tuple[tuple[float, ...], ...] = Field(
         description="Per step the weights of the history, oldest first; none on a full step. They sum to 1."
     )
-    thresholds: dict[Guard, float] = Field(description="Threshold of each guard that gives as many full steps.")
+    thresholds: dict[Rule, float] = Field(description="Threshold of each guard that gives as many full steps.")
     samples: int = Field(ge=1, description="Samples that were fitted to.")
     held_out: int = Field(ge=1, description="Samples that took no part in the fit.")
     calibrated: Evidence = Field(description="This profile.")

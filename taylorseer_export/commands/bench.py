@@ -24,11 +24,11 @@ def run(given: argparse.Namespace) -> int:
     from taylorseer_export.report import bench
 
     denoiser = open_denoiser(given)
-    plan, order, _ = forecasts_of(denoiser, given, given.steps)
+    plan, order, _, guard = forecasts_of(denoiser, given, given.steps)
     with progress("loops", 2 * (given.repeats + 1), quiet=given.json) as advance:
         done = iter(range(1, 2 * (given.repeats + 1) + 1))
         record = bench.bench(
-            denoiser, plan, order, repeats=given.repeats,
+            denoiser, plan, order, repeats=given.repeats, guard=guard,
             on_loop=lambda: advance(next(done), 2 * (given.repeats + 1)),
         )  # fmt: skip
     print(json.dumps(record) if given.json else bench.table(record))

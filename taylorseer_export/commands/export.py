@@ -10,6 +10,7 @@ from taylorseer_export.build.engines import ENGINES, add_options, given_options
 from taylorseer_export.commands.terminal import need, progress, stages
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Family
+from taylorseer_export.method.guard import RULES
 from taylorseer_export.options import PROGRAM, memory, size, whole
 
 
@@ -82,6 +83,13 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
         "--layout",
         choices=("snapshots", "derivatives"),
         help="what the Taylor buffers hold (default: snapshots, or the best that fits --memory-budget)",
+    )
+    how.add_argument(
+        "--guard",
+        action="append",
+        choices=RULES,
+        default=[],
+        help="rule that requests may guard their forecasts by; may be repeated (default: none)",
     )
     how.add_argument(
         "--memory-budget",
@@ -164,6 +172,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
         latent_size=_latent_size(given, family, checkpoint.latent_scale),
         batch=given.batch,
         polygraphy=given.polygraphy,
+        guards=tuple(dict.fromkeys(given.guard)),
     )
     export.check_options(options)
     if given.slots > 1 and not (given.memory_budget or given.dry_run):

@@ -10,7 +10,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from taylorseer_export.commands.terminal import forecasts_of, open_denoiser, progress, read_tensors, write_tensors
+from taylorseer_export.commands.terminal import (
+    forecasts_of,
+    open_denoiser,
+    progress,
+    read_tensors,
+    report_guard,
+    write_tensors,
+)
 from taylorseer_export.options import bundle_options, plan_options
 
 SUMMARY = "Run given latents through a bundle, teacher-forced and without a sampler."
@@ -45,14 +52,16 @@ def run(given: argparse.Namespace) -> int:
             f"{list(latents.shape)}; give both the same first dimension"
         )
     denoiser = open_denoiser(given)
-    plan, order, weights = forecasts_of(denoiser, given, len(latents))
+    plan, order, weights, guard = forecasts_of(denoiser, given, len(latents))
     slot = denoiser.slot(denoiser.sizes(latents.shape[1:], tensors))
-    slot.start(tensors, plan, order, timesteps, given.form, weights)
+    slot.start(tensors, plan, order, timesteps, given.form, weights, guard)
     predictions = []
     with progress("replaying", len(plan)) as advance:
         for step, latent in enumerate(latents):
             predictions.append(slot.step(latent))
             advance(step + 1, len(plan))
     write_tensors(given.outputs, {"noise_pred": np.stack(predictions)}, {"plan": slot.executed})
+    if guard:
+        report_guard(guard, str(plan), slot.executed, slot.errors)
     print(f"plan      {slot.executed}\nwrote     {given.outputs}")
     return 0

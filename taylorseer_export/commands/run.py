@@ -16,6 +16,7 @@ from taylorseer_export.commands.terminal import (
     open_denoiser,
     progress,
     read_tensors,
+    report_guard,
     spread,
     write_tensors,
 )
@@ -61,7 +62,7 @@ def run(given: argparse.Namespace) -> int:
     from taylorseer_export.runtime.picture import grid
 
     denoiser = open_denoiser(given)
-    plan, order, weights = forecasts_of(denoiser, given, given.steps)
+    plan, order, weights, guard = forecasts_of(denoiser, given, given.steps)
     manifest = denoiser.manifest
     count = max(len(given.label or ()), len(given.prompt or ()), len(given.seed))
     seeds = spread("--seed", given.seed, count)
@@ -87,8 +88,9 @@ def run(given: argparse.Namespace) -> int:
         request, names = _tensor_request(denoiser, given, seeds), []
     with progress("sampling", len(plan)) as advance:
         result = sampling.sample(
-            denoiser, request, plan, order, given.form, on_step=lambda k: advance(k + 1, len(plan)), weights=weights
-        )
+            denoiser, request, plan, order, given.form, on_step=lambda k: advance(k + 1, len(plan)), weights=weights,
+            guard=guard,
+        )  # fmt: skip
     out = given.out or Path(
         f"{manifest.family}-{manifest.name}.png" if names and manifest.model.embedded else "latents.safetensors"
     )
@@ -101,7 +103,10 @@ def run(given: argparse.Namespace) -> int:
     kinds = np.array(list(result.executed))
     times = np.array(result.milliseconds)
     forecast = times[kinds == "."]
-    print(f"plan      {result.executed} ({result.executed.count('F')} of {len(plan)} steps full, as planned)")
+    how = f"guard {guard}" if guard else "as planned"
+    print(f"plan      {result.executed} ({result.executed.count('F')} of {len(plan)} steps full, {how})")
+    if guard:
+        report_guard(guard, str(plan), result.executed, result.errors)
     print(
         f"times     prepare {result.prepare_ms:.1f} ms, full {np.median(times[kinds == 'F']):.2f} ms"
         + (f", forecast {np.median(forecast):.2f} ms" if len(forecast) else "")

@@ -21,6 +21,7 @@ from taylorseer_export.graph.sizes import simplified
 from taylorseer_export.graph.trace import Trace, eliminate_dead, is_tap
 
 aten = torch.ops.aten
+SUM = torch.float32  # sums and differences of snapshots; weights rounded to bfloat16 would not add up to 1
 
 
 @dataclass(frozen=True)
@@ -196,3 +197,26 @@ class StepBuilder:
 def identifier(name: str) -> str:
     """A tensor name as a Python identifier, for placeholders."""
     return name.replace(".", "__")
+
+
+def weighted_sum(
+    builder: Builder, weights: fx.Node, buffer: fx.Node, stored: torch.dtype, wanted: torch.dtype, like: fx.Node
+) -> fx.Node:
+    """sum_i weights[i] * buffer[i], as the product [1, M] @ [M, elements], in the shape of `like`.
+
+    The product reads every snapshot once and writes once, and its sums are formed in float32 by every engine.
+
+    Args:
+        weights: `[1, M]` float32.
+        buffer: `[M, ...]` of dtype `stored`.
+        wanted: dtype of the sum.
+    """
+    make = builder.graph.call_function
+    entries = cast(builder, make(aten.flatten.using_ints, (buffer, 1)), stored, SUM)
+    product = cast(builder, make(aten.matmul.default, (weights, entries)), SUM, wanted)
+    return make(aten.reshape.default, (product, [builder.size(s) for s in like.meta["val"].shape]))
+
+
+def cast(builder: Builder, value: fx.Node, seen: torch.dtype, wanted: torch.dtype) -> fx.Node:
+    """The value in another dtype, where it is of one."""
+    return value if seen == wanted else builder.graph.call_function(aten.to.dtype, (value, wanted))

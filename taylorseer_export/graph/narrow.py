@@ -28,7 +28,7 @@ from torch import fx
 
 from taylorseer_export.graph.binding import is_size
 from taylorseer_export.graph.rewrite import TO_THE_END, call
-from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT
+from taylorseer_export.graph.taps import FIRST_INPUT, FIRST_OUTPUT, STACK_INPUT, STACK_OUTPUT
 from taylorseer_export.graph.trace import Trace, eliminate_dead, is_tap
 
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ _ROWWISE = (aten.linear.default, aten.layer_norm.default)  # over the last dimen
 def narrow(trace: Trace) -> None:
     """Move every row slice that stands behind a tap back onto that tap, in place."""
     graph = trace.module.graph
-    taps = [n for n in graph.nodes if is_tap(n) and not _is_stack_tap(n)]
+    taps = [n for n in graph.nodes if is_tap(n) and not _is_mark(n)]
     inside = _upstream(taps)
     for node in list(graph.nodes):
         if node.target is aten.slice.Tensor and _step(node) == 1:
@@ -104,7 +104,7 @@ class _Move:
         if self._passes(source):
             first = self.of(source.args[0])  # type: ignore[arg-type]
             moved = call(self.graph, source.target, [first, *source.args[1:]], source.kwargs, like=source)
-            if _is_stack_tap(source):
+            if _is_mark(source):
                 source.replace_all_uses_with(source.args[0])  # type: ignore[arg-type]  # one tap per name
             return moved
         if source.target is aten.cat.default and _cat_dim(source) == self.dim:
@@ -153,7 +153,7 @@ class _Move:
         if source.target in _ELEMENTWISE:
             return any(self._leads_to_tap(a) for a in source.args)
         if self._passes(source):
-            return _is_stack_tap(source) or self._leads_to_tap(source.args[0])
+            return _is_mark(source) or self._leads_to_tap(source.args[0])
         if source.target is aten.cat.default and _cat_dim(source) == self.dim:
             return any(self._leads_to_tap(a) for a in source.args[0])  # type: ignore[union-attr]
         return is_tap(source.args[0] if source.target is aten.slice.Tensor else source)
@@ -164,11 +164,12 @@ class _Move:
             return False
         if source.target in _ROWWISE:
             return self.dim < source.meta["val"].ndim - 1
-        return _is_stack_tap(source)
+        return _is_mark(source)
 
 
-def _is_stack_tap(node: fx.Node) -> bool:
-    return is_tap(node) and node.args[1] in (STACK_INPUT, STACK_OUTPUT)
+def _is_mark(node: fx.Node) -> bool:
+    """Whether the node is a tap that marks a place and is no site."""
+    return is_tap(node) and node.args[1] in (STACK_INPUT, STACK_OUTPUT, FIRST_INPUT, FIRST_OUTPUT)
 
 
 def _rows_of_rows(graph: fx.Graph, inner: fx.Node, dim: int, start: Any, end: Any) -> fx.Node | None:

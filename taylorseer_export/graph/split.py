@@ -4,6 +4,8 @@
     full       latent, request values, table rows        -> noise_pred, what the Taylor buffers keep
     forecast   latent, table rows, Taylor buffers, weights -> noise_pred
 
+and where a guard is asked for, `full` once more in two parts, `probe` and `rest` (`probe.py`).
+
 `full` and `forecast` are the latent-dependent nodes behind `noise_pred`, without and with the cut; what they read of
 earlier binding times is `prepare`'s output. Nothing here knows a model: the cut points are taps, the binding times a
 dependency analysis, and whatever no output needs is never copied.
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,17 +27,18 @@ from torch import fx
 
 from taylorseer_export.bundle.manifest import Role, Tensor
 from taylorseer_export.graph.binding import Time, binding_times, is_size
-from taylorseer_export.graph.cut import Builder, Cut, StepBuilder
+from taylorseer_export.graph.cut import SUM, Builder, Cut, StepBuilder, cast, weighted_sum
 from taylorseer_export.graph.narrow import narrow, readers
+from taylorseer_export.graph.probe import Prober
 from taylorseer_export.graph.sizes import simplified, written
 from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT, tap_operator
 from taylorseer_export.graph.trace import Trace
+from taylorseer_export.method.guard import Rule
 
 aten = torch.ops.aten
 Granularity = Literal["module", "residual", "last"]
 Layout = Literal["snapshots", "derivatives"]
 STEPS = "steps"
-_SUM = torch.float32  # sums and differences of snapshots; weights rounded to bfloat16 would not add up to 1
 UNGATED = "ungated"  # the site that all branches without a gate share
 
 # Operators that only move, repeat or cast data: cheaper to redo per step than to keep what they return.
@@ -54,14 +57,21 @@ class Split:
     full: Cut
     forecast: Cut
     sites: dict[str, tuple[int | str, ...]]
+    probe: Cut | None = None
+    rest: Cut | None = None
 
     @property
-    def graphs(self) -> tuple[Cut, Cut, Cut]:
-        return (self.prepare, self.full, self.forecast)
+    def graphs(self) -> tuple[Cut, ...]:
+        return tuple(cut for cut in (self.prepare, self.full, self.forecast, self.probe, self.rest) if cut)
 
 
 def split(
-    trace: Trace, granularity: Granularity, layout: Layout, order: int, state_dtype: torch.dtype | None = None
+    trace: Trace,
+    granularity: Granularity,
+    layout: Layout,
+    order: int,
+    state_dtype: torch.dtype | None = None,
+    guards: Collection[Rule] = (),
 ) -> Split:
     """Derive the graphs of `trace`.
 
@@ -74,15 +84,18 @@ def split(
         order: Highest difference kept, dimensionless.
         state_dtype: dtype of the Taylor buffers; the model's if left out. Sums and differences over them are formed
             in float32.
+        guards: The rules that the probe computes an error for; without any there is no probe.
 
     Raises:
         ExportError: A size inside the graph cannot be computed from the inputs of a derived graph.
     """
     narrow(trace)
-    return _Splitter(trace, granularity, layout, order, state_dtype or trace.precision).run()
+    return Splitter(trace, granularity, layout, order, state_dtype or trace.precision).run(guards)
 
 
-class _Splitter:
+class Splitter:
+    """Derives the graphs; `probe.py` uses its parts."""
+
     def __init__(
         self, trace: Trace, granularity: Granularity, layout: Layout, order: int, state_dtype: torch.dtype
     ) -> None:
@@ -98,16 +111,25 @@ class _Splitter:
         self.cuts = self._merged(cuts) if granularity == "module" else {granularity: (cuts[STACK_OUTPUT],)}
         self.sites = {site: self._shape(nodes[0]) for site, nodes in self.cuts.items()}
 
-    def run(self) -> Split:
+        # What the full graph returns, and what it is computed from.
+        self.base_nodes = [self.base] if self.base else []
+        self.full_targets = [self.noise_pred, *(n for nodes in self.cuts.values() for n in nodes), *self.base_nodes]
+
+    def run(self, guards: Collection[Rule]) -> Split:
         cuts = [node for nodes in self.cuts.values() for node in nodes]
-        base = [self.base] if self.base else []
-        late_full = self._late([self.noise_pred, *cuts, *base], stop=())
-        late_forecast = self._late([self.noise_pred, *base], stop=cuts)
-        early_full, early_forecast = self._frontier(late_full), self._frontier(late_forecast)
-        tables = self._tables(early_full, early_forecast)
-        full = self._full(early_full, tables)
+        late_full = self.late(self.full_targets, stop=())
+        late_forecast = self.late([self.noise_pred, *self.base_nodes], stop=cuts)
+        early_full, early_forecast = self.frontier(late_full), self.frontier(late_forecast)
+        prober = Prober(self, guards) if guards else None
+        early_probe = prober.early_probe if prober else set()
+        early = early_full | early_forecast | early_probe
+        tables = self._tables(early, early_forecast, early_probe)
+        full = self.full(Builder(self.trace, "full"), early_full, tables)
         forecast = self._forecast(early_forecast, tables)
-        return Split(self._prepare(early_full | early_forecast, tables), full, forecast, self.sites)
+        prepare = self._prepare(early, tables)
+        if prober is None:
+            return Split(prepare, full, forecast, self.sites)
+        return Split(prepare, full, forecast, self.sites, prober.probe(tables), prober.rest(tables))
 
     # What is cut ---------------------------------------------------------------------------------------------------
 
@@ -126,7 +148,7 @@ class _Splitter:
         A branch qualifies if in the forecast graph it is added to the hidden state and nothing but additions follow
         up to the end of the stack; so do all cross-attentions of Wan.
         """
-        reaching = self._late([self.noise_pred], stop=cuts.values())
+        reaching = self.late([self.noise_pred], stop=cuts.values())
         ungated = {name: node for name, node in cuts.items() if self._only_added(node, reaching)}
         shapes = {self._shape(node) for node in ungated.values()}
         if len(ungated) < 2 or len(shapes) > 1:
@@ -145,7 +167,7 @@ class _Splitter:
             (node,) = users
         return True
 
-    def _late(self, targets: list[fx.Node], stop: Iterable[fx.Node]) -> set[fx.Node]:
+    def late(self, targets: list[fx.Node], stop: Iterable[fx.Node]) -> set[fx.Node]:
         """The latent-dependent nodes behind `targets`, not going past `stop`."""
         late: set[fx.Node] = set()
         stack, stop = list(targets), set(stop)
@@ -176,7 +198,7 @@ class _Splitter:
             return int(size)
         return int(size.node.expr.xreplace({s: self.trace.example_sizes[n] for s, n in self.trace.names.items()}))
 
-    def _frontier(self, late: set[fx.Node]) -> set[fx.Node]:
+    def frontier(self, late: set[fx.Node]) -> set[fx.Node]:
         """The request and step values that late nodes read."""
         return {
             n
@@ -197,35 +219,38 @@ class _Splitter:
         expression = simplified(size.node.expr).xreplace(names)
         return int(expression) if expression.is_Integer else written(expression)
 
-    def _tensor(self, name: str, node: fx.Node, role: Role) -> Tensor:
+    def tensor(self, name: str, node: fx.Node, role: Role) -> Tensor:
         return Tensor(name=name, dtype=_dtype_name(node), shape=self._shape(node), role=role)
 
-    def _declared(self, node: fx.Node) -> Tensor:
+    def declared(self, node: fx.Node) -> Tensor:
         """Contract of a placeholder of the trace."""
         spec = self.specs[str(node.target)]
-        return self._tensor(spec.name, node, spec.role).model_copy(update={"values": spec.values})
+        return self.tensor(spec.name, node, spec.role).model_copy(update={"values": spec.values})
 
     # Tables --------------------------------------------------------------------------------------------------------
 
-    def _tables(self, full: set[fx.Node], forecast: set[fx.Node]) -> dict[str, list[fx.Node]]:
-        """Pack the step values: `step.shared` is read by both kinds of step, `step.full` by full steps alone."""
+    def _tables(self, early: set[fx.Node], forecast: set[fx.Node], probe: set[fx.Node]) -> dict[str, list[fx.Node]]:
+        """Pack the step values: `step.shared` is read by both kinds of step, `step.full` by full steps alone.
+
+        Of these last the probe reads `step.probe`.
+        """
         order = {node: k for k, node in enumerate(self.trace.module.graph.nodes)}
         tables: dict[str, list[fx.Node]] = defaultdict(list)
-        for node in sorted(full | forecast, key=order.__getitem__):
+        for node in sorted(early, key=order.__getitem__):
             if self.times[node] is not Time.STEP or node.op == "placeholder":
                 continue
-            name = "step.shared" if node in forecast else "step.full"
+            name = "step.shared" if node in forecast else "step.probe" if node in probe else "step.full"
             dtype = _dtype_name(node)
             tables[name if dtype == _dtype_name(self.noise_pred) else f"{name}.{dtype}"].append(node)
         return dict(tables)
 
-    def _bind_early(self, builder: Builder, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> None:
+    def bind_early(self, builder: Builder, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> None:
         """Make every early value of `early` available in `builder`: as an input, or as columns of a table row."""
         for node in self.trace.module.graph.nodes:
             if node in early and node.op == "placeholder":
-                builder.copies[node] = builder.placeholder(self._declared(node))
+                builder.copies[node] = builder.placeholder(self.declared(node))
             elif node in early and self.times[node] is Time.REQUEST:
-                builder.copies[node] = builder.placeholder(self._tensor(self._request_name(node), node, "constant"))
+                builder.copies[node] = builder.placeholder(self.tensor(self._request_name(node), node, "constant"))
         for name, members in tables.items():
             if not early.intersection(members):
                 continue
@@ -251,22 +276,22 @@ class _Splitter:
 
     # Graphs --------------------------------------------------------------------------------------------------------
 
-    def _latent_inputs(self, builder: Builder) -> None:
+    def latent_inputs(self, builder: Builder) -> None:
         for node in self.trace.module.graph.nodes:
             if node.op == "placeholder" and self.times[node] is Time.LATENT:
-                builder.copies[node] = builder.placeholder(self._declared(node))
+                builder.copies[node] = builder.placeholder(self.declared(node))
 
-    def _full(self, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> Cut:
-        builder = Builder(self.trace, "full")
-        self._latent_inputs(builder)
-        self._bind_early(builder, early, tables)
-        outputs = [(self._tensor("noise_pred", self.noise_pred, "noise_pred"), builder.copy(self.noise_pred))]
+    def full(self, builder: Builder, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> Cut:
+        """The graph of a full step, from what is already in `builder`."""
+        self.latent_inputs(builder)
+        self.bind_early(builder, early, tables)
+        outputs = [(self.tensor("noise_pred", self.noise_pred, "noise_pred"), builder.copy(self.noise_pred))]
         scales = None
         for site, nodes in self.cuts.items():
             value, made_in = builder.copy(nodes[0]), self.trace.precision
             for node in nodes[1:]:
-                value, made_in = _cast(builder, value, made_in, _SUM), _SUM
-                more = _cast(builder, builder.copy(node), self.trace.precision, _SUM)
+                value, made_in = cast(builder, value, made_in, SUM), SUM
+                more = cast(builder, builder.copy(node), self.trace.precision, SUM)
                 value = builder.graph.call_function(aten.add.Tensor, (value, more))
             if self.base is not None:
                 value = builder.graph.call_function(aten.sub.Tensor, (value, builder.copy(self.base)))
@@ -277,9 +302,9 @@ class _Splitter:
                         Tensor(name="scales", dtype="float32", shape=(self.order,), role="weights")
                     )
                 old = builder.placeholder(self._buffer(site, "taylor_in")) if self.order > 0 else None
-                value, made_in = _cast(builder, value, made_in, _SUM), _SUM
+                value, made_in = cast(builder, value, made_in, SUM), SUM
                 value, shape = self._differences(builder, value, old, scales), (self.order + 1, *shape)
-            value = _cast(builder, value, made_in, self.state_dtype)
+            value = cast(builder, value, made_in, self.state_dtype)
             tensor = Tensor(name=f"taylor_out.{site}", dtype=_name(self.state_dtype), shape=shape, role="taylor_out")
             outputs.append((tensor, value))
         return builder.finish(outputs)
@@ -289,19 +314,20 @@ class _Splitter:
         make = builder.graph.call_function
         differences = [new]
         for j in range(self.order):
-            before = _cast(builder, make(aten.select.int, (old, 0, j)), self.state_dtype, _SUM)
+            before = cast(builder, make(aten.select.int, (old, 0, j)), self.state_dtype, SUM)
             change = make(aten.sub.Tensor, (differences[-1], before))
             differences.append(make(aten.mul.Tensor, (change, make(aten.select.int, (scales, 0, j)))))
         return make(aten.stack.default, (differences,))
 
     def _forecast(self, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> Cut:
         builder = Builder(self.trace, "forecast")
-        self._latent_inputs(builder)
-        self._bind_early(builder, early, tables)
+        self.latent_inputs(builder)
+        self.bind_early(builder, early, tables)
         weights = builder.placeholder(Tensor(name="weights", dtype="float32", shape=(self.order + 1,), role="weights"))
         row = builder.graph.call_function(aten.unsqueeze.default, (weights, 0))
         for site, nodes in self.cuts.items():
-            value = self._weighted_sum(builder, row, builder.placeholder(self._buffer(site, "taylor_in")), nodes[0])
+            buffer = builder.placeholder(self._buffer(site, "taylor_in"))
+            value = weighted_sum(builder, row, buffer, self.state_dtype, self.trace.precision, nodes[0])
             if self.base is not None:
                 value = builder.graph.call_function(aten.add.Tensor, (builder.copy(self.base), value))
             builder.copies[nodes[0]] = value
@@ -311,18 +337,7 @@ class _Splitter:
                 (other,) = (source for source in addition.all_input_nodes if source is not node)
                 builder.copies[addition] = builder.copy(other)
         output = builder.copy(self.noise_pred)
-        return builder.finish([(self._tensor("noise_pred", self.noise_pred, "noise_pred"), output)])
-
-    def _weighted_sum(self, builder: Builder, weights: fx.Node, buffer: fx.Node, cut: fx.Node) -> fx.Node:
-        """The forecast of one site: sum_i weights[i] * buffer[i], as the product [1, M] @ [M, elements].
-
-        The product reads every snapshot once and writes once, and its sums are formed in float32 by every engine.
-        """
-        make = builder.graph.call_function
-        entries = _cast(builder, make(aten.flatten.using_ints, (buffer, 1)), self.state_dtype, _SUM)
-        product = make(aten.matmul.default, (weights, entries))
-        product = _cast(builder, product, _SUM, self.trace.precision)
-        return make(aten.reshape.default, (product, [builder.size(s) for s in cut.meta["val"].shape]))
+        return builder.finish([(self.tensor("noise_pred", self.noise_pred, "noise_pred"), output)])
 
     def _buffer(self, site: str, role: Role) -> Tensor:
         shape = (self.order + 1, *self.sites[site])
@@ -333,7 +348,7 @@ class _Splitter:
         request = Builder(self.trace, "prepare")
         for node in self.trace.module.graph.nodes:
             if node.op == "placeholder" and self.times[node] is Time.REQUEST:
-                request.copies[node] = request.placeholder(self._declared(node))
+                request.copies[node] = request.placeholder(self.declared(node))
         (step_node,) = (
             n for n in self.trace.module.graph.nodes if n.op == "placeholder" and self.times[n] is Time.STEP
         )
@@ -343,7 +358,7 @@ class _Splitter:
         outputs = []
         for node in self.trace.module.graph.nodes:
             if node in early and node.op != "placeholder" and self.times[node] is Time.REQUEST:
-                outputs.append((self._tensor(self._request_name(node), node, "constant"), request.copy(node)))
+                outputs.append((self.tensor(self._request_name(node), node, "constant"), request.copy(node)))
         step = StepBuilder(self.times, request, timesteps, step_node)
         for name, members in tables.items():
             columns = [request.graph.call_function(aten.flatten.using_ints, (step.copy(n), 1)) for n in members]
@@ -353,10 +368,6 @@ class _Splitter:
             tensor = Tensor(name=name, dtype=_dtype_name(members[0]), shape=(STEPS, "batch", width), role="step")
             outputs.append((tensor, table))
         return request.finish(outputs)
-
-
-def _cast(builder: Builder, value: fx.Node, seen: torch.dtype, wanted: torch.dtype) -> fx.Node:
-    return value if seen == wanted else builder.graph.call_function(aten.to.dtype, (value, wanted))
 
 
 def _name(dtype: torch.dtype) -> Any:

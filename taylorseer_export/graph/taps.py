@@ -20,6 +20,8 @@ from taylorseer_export.families.family import Family
 
 STACK_INPUT = "stack.input"
 STACK_OUTPUT = "stack.output"
+FIRST_INPUT = "first.input"
+FIRST_OUTPUT = "first.output"
 
 
 @cache
@@ -43,6 +45,7 @@ def tapped(model: nn.Module, family: Family) -> Iterator[tuple[str, ...]]:
 
     A site is the output of a module before its gate and before the residual add. Two more taps mark where the
     hidden state enters the first block and where it leaves for the final norm; the coarser granularities use them.
+    Two are for guards: the modulated input of the first site, and the hidden state behind the first block.
 
     Args:
         model: An unmodified diffusers transformer.
@@ -71,7 +74,13 @@ def tapped(model: nn.Module, family: Family) -> Iterator[tuple[str, ...]]:
         ):
             hook = _argument_hook(tap, argument, label)
             hooks.callback(modules[name].register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield tuple(sorted(sites, key=list(modules).index))
+        block, argument = family.stack_input
+        kept = _kept_output_hook(tap, argument, FIRST_OUTPUT)
+        hooks.callback(modules[block].register_forward_hook(kept, with_kwargs=True).remove)
+        sites.sort(key=list(modules).index)
+        hook = _argument_hook(tap, "hidden_states", FIRST_INPUT)
+        hooks.callback(modules[sites[0]].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield tuple(sites)
 
 
 def _output_hook(tap: Any, name: str) -> Any:
@@ -94,3 +103,26 @@ def _argument_hook(tap: Any, argument: str, label: str) -> Any:
         return (tap(args[0], label), *args[1:]), kwargs
 
     return hook
+
+
+def _kept_output_hook(tap: Any, argument: str, label: str) -> Any:
+    """Tap the output that goes on what `argument` brought: of several, the one of its shape.
+
+    Some blocks return the text first, some the image; sizes are symbols here, so no two of them are equal by chance.
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return tap(output, label)
+        shape = (kwargs[argument] if argument in kwargs else args[0]).shape
+        (kept,) = (k for k, value in enumerate(output) if _same_shape(value.shape, shape))
+        return tuple(tap(value, label) if k == kept else value for k, value in enumerate(output))
+
+    return hook
+
+
+def _same_shape(one: Any, other: Any) -> bool:
+    """Whether two shapes are equal for all sizes, without fixing any of them."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))

@@ -1,5 +1,6 @@
 """The TaylorSeer method as plain arithmetic: plans and weights, standard library only."""
 
+from taylorseer_export.method.guard import RULES, Guard, Rule
 from taylorseer_export.method.plan import Dialect, Plan
 from taylorseer_export.method.weights import (
     Form,
@@ -12,9 +13,12 @@ from taylorseer_export.method.weights import (
 )
 
 __all__ = [
+    "RULES",
     "Dialect",
     "Form",
+    "Guard",
     "Plan",
+    "Rule",
     "derivative_weights",
     "exact_weights",
     "forecast_weights",

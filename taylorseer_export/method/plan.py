@@ -84,6 +84,23 @@ class Plan:
             "".join(FULL if s < warmup or (s - warmup + shift) % interval == 0 else FORECAST for s in range(steps))
         )
 
+    @classmethod
+    def guarded(cls, steps: int, warmup: int) -> "Plan":
+        """The plan that a guard starts from: a warm-up, then forecasts, and a full step at the end.
+
+        Args:
+            steps: Length of the loop. Unit: steps.
+            warmup: Full steps at the start; clipped to `steps`. Unit: steps.
+
+        Raises:
+            ConfigError: A number is below 1.
+
+        Source:
+            arXiv:2508.02240, which forecasts neither during the warm-up nor on the last step.
+        """
+        text = str(cls.regular(steps, steps + 1, warmup))
+        return cls(text[:-1] + FULL)
+
     def __str__(self) -> str:
         return self.text
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from taylorseer_export.errors import ParityError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Guard, Plan
 from taylorseer_export.report.card import state_bytes
 from taylorseer_export.report.inputs import random_trajectory
 from taylorseer_export.runtime.denoiser import Denoiser
@@ -23,6 +23,7 @@ def bench(
     sizes: Mapping[str, int] | None = None,
     repeats: int = 3,
     on_loop: Callable[[], object] | None = None,
+    guard: Guard | None = None,
 ) -> dict[str, Any]:
     """Time the loop of `plan` and the all-full loop, in turn, in one slot.
 
@@ -38,6 +39,7 @@ def bench(
         sizes: Dimension sizes; the bundle's typical ones where left out.
         repeats: Counted pairs of loops.
         on_loop: Called after each of the `2 (repeats + 1)` loops.
+        guard: Decides over the forecast steps of `plan`, by errors of random inputs: full steps are those that ran.
 
     Returns:
         One flat record, times in milliseconds and sizes in bytes.
@@ -53,7 +55,7 @@ def bench(
     for repeat in range(repeats + 1):
         for current in (plan, full_plan):
             began = time.perf_counter()
-            slot.start(data.conditioning, current, order, data.timesteps)
+            slot.start(data.conditioning, current, order, data.timesteps, guard=guard if current is plan else None)
             prepared = time.perf_counter()
             times = _run(slot, data.latents)
             total = 1e3 * (time.perf_counter() - began)
@@ -65,6 +67,7 @@ def bench(
             executed = slot.executed if current is plan else executed
             if on_loop:
                 on_loop()
+    ideal = len(plan) / executed.count("F")
     speedup = float(np.median(np.array(loops[full_plan]) / np.array(loops[plan])))
     manifest = denoiser.manifest
     return {
@@ -74,6 +77,7 @@ def bench(
         "steps": len(plan),
         "full_steps": executed.count("F"),
         "order": manifest.plan.order if order is None else order,
+        "guard": str(guard) if guard else None,
         "granularity": manifest.state.granularity,
         "layout": manifest.state.layout,
         "sizes": found,
@@ -83,8 +87,8 @@ def bench(
         "loop_ms": float(np.median(loops[plan])),
         "all_full_loop_ms": float(np.median(loops[full_plan])),
         "speedup": speedup,
-        "ideal_speedup": plan.ceiling,
-        "efficiency": speedup / plan.ceiling,
+        "ideal_speedup": ideal,
+        "efficiency": speedup / ideal,
         "state_bytes": state_bytes(manifest, found),
         "weights_bytes": sum(f.size for name, f in manifest.files.items() if name.endswith(".safetensors")),
         "engine": manifest.engine.kind,

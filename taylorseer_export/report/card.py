@@ -6,11 +6,18 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping
 
-from taylorseer_export.bundle.manifest import Manifest, Role, Tensor
+from taylorseer_export.bundle.manifest import GraphName, Manifest, Role, Tensor
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.method import Plan, forecast_weights, gain
 
 _WIDTH = 118  # columns
+_WHEN: dict[GraphName, str] = {
+    "prepare": "once per request",
+    "full": "full steps",
+    "forecast": "forecast steps",
+    "probe": "every step under a guard",
+    "rest": "full steps under a guard, after the probe",
+}
 _BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
 
 
@@ -30,8 +37,10 @@ def card(manifest: Manifest) -> str:
         f" (interval {manifest.plan.interval}, warmup {manifest.plan.warmup}, order {manifest.plan.order},"
         f" {manifest.plan.dialect} dialect, gain up to {highest_gain(plan, manifest.plan.order):.1f})",
     ]
-    for name, when in (("prepare", "once per request"), ("full", "full steps"), ("forecast", "forecast steps")):
-        graph = manifest.graphs[name]  # type: ignore[index]
+    for name, when in _WHEN.items():
+        if name not in manifest.graphs:
+            continue
+        graph = manifest.graphs[name]
         lines.append(f"  {name:<10} {size(graph.weights_bytes):>9} of weights, {when}")
         for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
             text = f"{kind:<7}{', '.join(_grouped(tensors))}"
@@ -43,11 +52,13 @@ def card(manifest: Manifest) -> str:
                 break_long_words=False,
                 break_on_hyphens=False,
             )
-    state = manifest.state
+    state, kept = manifest.state, size(probe_bytes(manifest, sizes))
+    guards = [f"  guards     {', '.join(state.guards)}: {kept} per slot"] if state.guards else []
     lines += [
         f"  state      {size(state_bytes(manifest, sizes))} per slot: {len(manifest.sites)} x {state.order + 1} "
         f"{state.layout} at granularity {state.granularity}, {state.dtype}",
         f"  tables     {size(table_bytes(manifest, sizes))} per request",
+        *guards,
         "  sizes      " + ", ".join(_range(n, d.minimum, d.maximum) for n, d in manifest.dimensions.items()),
         "             quoted at " + ", ".join(f"{name} {value}" for name, value in sizes.items()),
     ]
@@ -63,6 +74,23 @@ def state_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
 def table_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
     """Bytes of the step tables of one request."""
     return role_bytes(manifest.graphs["prepare"].outputs, "step", sizes)
+
+
+def probe_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
+    """Bytes of what the probe of one slot keeps between steps and hands to the rest of a full step."""
+    probe = manifest.graphs.get("probe")
+    return kept_by_probe(probe.inputs, probe.outputs, sizes) if probe else 0
+
+
+def kept_by_probe(inputs: Iterable[Tensor], outputs: Iterable[Tensor], sizes: Mapping[str, int]) -> int:
+    """The same from the tensors of a probe graph."""
+    handed = sum(role_bytes(outputs, role, sizes) for role in ("probe_out", "carried", "error"))
+    return role_bytes(inputs, "probe_in", sizes) + handed
+
+
+def request_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
+    """Bytes of a request: Taylor buffers, step tables for `sizes["steps"]` steps, what a probe keeps."""
+    return state_bytes(manifest, sizes) + table_bytes(manifest, sizes) + probe_bytes(manifest, sizes)
 
 
 def role_bytes(tensors: Iterable[Tensor], role: Role, sizes: Mapping[str, int]) -> int:

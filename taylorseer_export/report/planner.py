@@ -1,6 +1,6 @@
 """The memory planner: what every way of keeping Taylor buffers costs, and the best one that fits a budget.
 
-    total = weights of the bundle + slots * (Taylor buffers + step tables)
+    total = weights of the bundle + slots * (Taylor buffers + step tables + what a probe keeps)
 
 One trace serves all rows. Granularity decides what is kept, so it takes one split each; layout and order only multiply
 what one entry of the buffers weighs. Not in these numbers: what an engine needs while it runs (its activations and
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.report.card import highest_gain, role_bytes
+from taylorseer_export.report.card import highest_gain, kept_by_probe, role_bytes
 
 if TYPE_CHECKING:
     from taylorseer_export.build.export import Draft, Options, Traced
@@ -34,6 +34,7 @@ class Choice:
         granularity, layout, order: As on the command line.
         state_bytes: Taylor buffers of one slot; derivatives count twice, one set is read while the other is written.
         table_bytes: Step tables of one slot.
+        probe_bytes: What the probe of one slot keeps; 0 without guards.
         graph_bytes: (graph, bytes of the weights it reads); graphs may share a weight.
         weights_bytes: Weights of the bundle, each counted once.
         ceiling: Steps over full steps of the plan: the highest speed-up it allows, dimensionless.
@@ -46,6 +47,7 @@ class Choice:
     order: int
     state_bytes: int
     table_bytes: int
+    probe_bytes: int
     graph_bytes: tuple[tuple[str, int], ...]
     weights_bytes: int
     ceiling: float
@@ -59,7 +61,7 @@ class Choice:
 
     def total(self, slots: int = 1) -> int:
         """Bytes of the weights and of `slots` requests at one time."""
-        return self.weights_bytes + slots * (self.state_bytes + self.table_bytes)
+        return self.weights_bytes + slots * (self.state_bytes + self.table_bytes + self.probe_bytes)
 
 
 def choices(traced: Traced, options: Options) -> tuple[Choice, ...]:
@@ -77,6 +79,7 @@ def choices(traced: Traced, options: Options) -> tuple[Choice, ...]:
     for granularity in GRANULARITIES:
         made = draft(traced, replace(options, granularity=granularity, layout="snapshots"))
         kept = role_bytes(made.split.forecast.inputs, "taylor_in", made.typical)
+        probe = made.split.probe
         entry = kept // (options.order + 1)  # every buffer is [order + 1, ...]
         first = Choice(
             granularity=granularity,
@@ -84,6 +87,7 @@ def choices(traced: Traced, options: Options) -> tuple[Choice, ...]:
             order=0,
             state_bytes=entry,
             table_bytes=role_bytes(made.split.prepare.outputs, "step", made.typical),
+            probe_bytes=kept_by_probe(probe.inputs, probe.outputs, made.typical) if probe else 0,
             graph_bytes=tuple((cut.name, made.weights_bytes(cut)) for cut in made.split.graphs),
             weights_bytes=made.weights_bytes(),
             ceiling=plan.ceiling,
@@ -171,11 +175,13 @@ def table(rows: Sequence[Choice], slots: int = 1) -> str:
     """
     unit, scale = next((u, s) for u, s in _UNITS if s <= min(row.state_bytes for row in rows) or s == 1)
     graphs = [name for name, _ in rows[0].graph_bytes]
-    head = ("state", "layout", "order", "buffers", "tables", *graphs, "bundle", "total", "gain")
+    probe = ("probe kept",) if rows[0].probe_bytes else ()
+    head = ("state", "layout", "order", "buffers", "tables", *probe, *graphs, "bundle", "total", "gain")
     body = []
     for row in rows:
         weights = (*dict(row.graph_bytes).values(), row.weights_bytes)
-        sizes = [_cell(count, scale) for count in (row.state_bytes, row.table_bytes, *weights, row.total(slots))]
+        slot = (row.state_bytes, row.table_bytes, *([row.probe_bytes] if probe else []))
+        sizes = [_cell(count, scale) for count in (*slot, *weights, row.total(slots))]
         body.append((row.granularity, row.layout, str(row.order), *sizes, f"{row.gain:.1f}"))
     widths = [max(len(line[k]) for line in (head, *body)) for k in range(len(head))]
 
@@ -206,7 +212,7 @@ def _remedy(rows: Sequence[Choice], asked: Sequence[Choice], least: Choice, budg
     others = [row for row in asked if row.total(slots) <= budget]
     if others:
         return f"use {min(others, key=_preference).options}, which fits"
-    count = (budget - least.weights_bytes) // (least.state_bytes + least.table_bytes)
+    count = (budget - least.weights_bytes) // (least.total() - least.weights_bytes)
     if count > 0:
         return f"use --slots {count}, or raise it"
     same = [r for r in rows if (r.granularity, r.layout) == (least.granularity, least.layout) and r.order < least.order]

@@ -98,6 +98,7 @@ class Request:
         over: No further call belongs to it.
         step: The step under way, -1 before the first.
         ran: Branches that ran in it.
+        decided: Under a guard, which kind of step it is, once its first branch ran.
         first, last, direction: Timesteps seen, and the sign of their movement, 0 while it is not known.
     """
 
@@ -111,6 +112,7 @@ class Request:
     over: bool = False
     step: int = -1
     ran: set[str] = field(default_factory=set)
+    decided: str | None = None
     branches: dict[str, Branch] = field(default_factory=dict)
     latents: Seen | None = None
     first: float = 0.0
@@ -166,7 +168,7 @@ class Request:
             self.direction = float(np.sign(call.timestep - self.last))
         self.step += 1
         self.last = call.timestep
-        self.ran = set()
+        self.ran, self.decided = set(), None
 
     def plan_from(self, step: int) -> Plan:
         """The rest of the plan for a branch that starts at `step`: the first is full, whatever was planned."""

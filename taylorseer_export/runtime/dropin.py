@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from taylorseer_export.errors import ConfigError, StepError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Guard, Plan
 from taylorseer_export.runtime.arguments import attributes_of, form_of, ignored, renewed
 from taylorseer_export.runtime.calls import Branch, Call, Request, Seen, host_array
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.probe import check_guard
 from taylorseer_export.runtime.slot import Slot
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -38,6 +39,8 @@ class DropIn(torch.nn.Module):
         interval, warmup: Of the regular plan; the bundle's defaults if left out. Unit: steps.
         order: Order of the forecasts, dimensionless; the bundle's default if left out.
         profile: Name of a calibrated plan of the bundle, in the place of plan, interval, warmup and order.
+        guard: What may turn forecast steps into full ones; the plan is then a warm-up followed by forecasts, unless one
+            is given. The branches of guidance share the decisions of the one that is called first.
 
     Attributes:
         config: The model's config, its entries also as attributes.
@@ -55,8 +58,16 @@ class DropIn(torch.nn.Module):
         warmup: int | None = None,
         order: int | None = None,
         profile: str | None = None,
+        guard: Guard | None = None,
     ) -> None:
         super().__init__()
+        if guard is not None:
+            check_guard(denoiser.manifest, guard)
+            if profile is not None or interval is not None:
+                raise ConfigError(
+                    "guard is given beside profile or interval, expected it with a plan or a warm-up; leave those out"
+                )
+        self._guard = guard
         if profile is not None and any(value is not None for value in (plan, interval, warmup, order)):
             raise ConfigError(
                 "profile is given beside plan, interval, warmup or order, expected it alone; leave them out"
@@ -240,7 +251,10 @@ class DropIn(torch.nn.Module):
         taken, inputs = self._form(latents, {n: seen.value for n, seen in call.conditioning.items()})
         branch = self._branch(request, name, call, tuple(taken.shape), inputs)
         stays = self._tensors and latents.is_cuda  # a GPU's values never come to the host
-        prediction = branch.slot.advance(taken if stays else host_array(taken), call.timestep)
+        values = taken if stays else host_array(taken)
+        prediction = branch.slot.advance(values, call.timestep, request.decided)
+        if self._guard is not None:
+            request.decided = branch.slot.executed[-1]
         branch.next = request.step + 1
         if not self._tensors:
             return torch.from_numpy(prediction.read()).to(latents)
@@ -298,7 +312,14 @@ class DropIn(torch.nn.Module):
                     "weights are for the snapshots of all full steps; use the drop-in without a profile"
                 )
             before = "" if branch is None else branch.before + branch.slot.executed
-            slot.start(conditioning, request.plan_from(request.step), request.order, timesteps, weights=request.weights)
+            slot.start(
+                conditioning,
+                request.plan_from(request.step),
+                request.order,
+                timesteps,
+                weights=request.weights,
+                guard=self._guard,
+            )
             branch = request.branches[name] = Branch(slot, call.conditioning, request.step, request.step, before)
         elif len(request.plan) > branch.begun + len(branch.slot.plan or ()):
             branch.slot.extend(request.plan_from(branch.begun))
@@ -318,7 +339,16 @@ class DropIn(torch.nn.Module):
 
     def _regular(self, steps: int | None = None) -> Plan:
         default = self.denoiser.manifest.plan
-        return Plan.regular(default.steps if steps is None else steps, self._interval, self._warmup, default.dialect)
+        if steps is None:
+            return self._open(default.steps)
+        if self._guard is not None:
+            return Plan.guarded(steps, self._warmup)
+        return Plan.regular(steps, self._interval, self._warmup, default.dialect)
+
+    def _open(self, steps: int) -> Plan:
+        """The first `steps` of a loop of unknown length; under a guard its last one is like the others."""
+        interval = self._interval if self._guard is None else steps + 1
+        return Plan.regular(steps, interval, self._warmup, self.denoiser.manifest.plan.dialect)
 
     def _resolved(self, plan: str | None, steps: int | None) -> Plan:
         if plan is None and steps is not None and self._weights is not None and self._plan is not None:
@@ -333,7 +363,7 @@ class DropIn(torch.nn.Module):
                 f"the loop is at its step {request.step}, expected its end after {len(request.plan)} steps (plan "
                 f"{request.plan}); give a plan as long as the loop, or none"
             )
-        request.plan = self._regular(2 * len(request.plan))
+        request.plan = self._open(2 * len(request.plan))
 
 
 class _Config(dict[str, Any]):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from taylorseer_export.errors import ConfigError, StepError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Guard, Plan
 from taylorseer_export.method.weights import Form
 from taylorseer_export.runtime.caption import CaptionEncoder
 from taylorseer_export.runtime.clock import clock, scheduler_of
@@ -66,9 +66,10 @@ class Result:
 
     Attributes:
         latents: `[N, ...]` float32.
-        planned, executed: The plan as asked and as run; equal, or something is wrong.
+        planned, executed: The plan as asked and as run; equal, but for forecasts that a guard made full.
         milliseconds: Time of each step in the denoiser alone, without the scheduler.
         prepare_ms: Time of preparing the request.
+        errors: Under a guard, what its probe measured at each step, NaN where it was not asked.
     """
 
     latents: np.ndarray
@@ -76,6 +77,7 @@ class Result:
     executed: str
     milliseconds: tuple[float, ...]
     prepare_ms: float
+    errors: tuple[float, ...] = ()
 
 
 def sample(
@@ -87,6 +89,7 @@ def sample(
     slot: Slot | None = None,
     on_step: Callable[[int], object] | None = None,
     weights: Sequence[Sequence[float]] | None = None,
+    guard: Guard | None = None,
 ) -> Result:
     """Run the loop of `plan` from noise to latents.
 
@@ -99,11 +102,12 @@ def sample(
         slot: A slot to reuse; a new one is opened if left out.
         on_step: Called with each finished step.
         weights: Of each step, in the place of the form's; those of a profile.
+        guard: What may turn forecast steps of the plan into full ones.
 
     Raises:
         StepError: An input does not fit the bundle, or a step returned a number that is not finite.
     """
-    loop = Loop(denoiser, request, plan, order, form, weights)
+    loop = Loop(denoiser, request, plan, order, form, weights, guard)
     slots = [slot or denoiser.slot(loop.sizes)]
     slots += [denoiser.slot(denoiser.sizes(loop.model_input().shape, request.negative))] if request.negative else []
     began = time.perf_counter()
@@ -114,14 +118,17 @@ def sample(
     for step in range(len(plan)):
         model_input = loop.model_input()
         began = time.perf_counter()
-        predictions = [branch.step(model_input) for branch in slots]
+        predictions, decided = [], None
+        for branch in slots:  # under a guard the first one decides for all
+            predictions.append(branch.advance(model_input, decided=decided).read())
+            decided = branch.executed[-1] if guard else None
         milliseconds.append(1e3 * (time.perf_counter() - began))
         loop.accept(np.concatenate(predictions))
         if on_step:
             on_step(step)
     for branch in slots:
-        assert branch.executed == str(plan), "bug in taylorseer-export: the steps that ran are not those planned"
-    return Result(loop.latents, str(plan), slots[0].executed, tuple(milliseconds), prepare_ms)
+        loop.check_executed(branch.executed)
+    return Result(loop.latents, str(plan), slots[0].executed, tuple(milliseconds), prepare_ms, slots[0].errors)
 
 
 class Loop:
@@ -131,7 +138,7 @@ class Loop:
     request; a server does it for many in turn, and both get the same numbers.
 
     Args:
-        denoiser, request, plan, order, form, weights: As in `sample`.
+        denoiser, request, plan, order, form, weights, guard: As in `sample`.
 
     Raises:
         StepError: An input does not fit the bundle.
@@ -145,10 +152,12 @@ class Loop:
         order: int | None = None,
         form: Form = "taylor",
         weights: Sequence[Sequence[float]] | None = None,
+        guard: Guard | None = None,
     ) -> None:
         import torch
 
-        self.request, self.plan, self.order, self.form, self.weights = request, plan, order, form, weights
+        self.request, self.plan, self.order, self.form = request, plan, order, form
+        self.weights, self.guard = weights, guard
         self._family = denoiser.manifest.family
         self._scheduler = scheduler_of(denoiser.manifest)
         self._ticks = clock(denoiser.manifest, request.latents.shape, len(plan), request.sigmas, self._scheduler)
@@ -165,7 +174,13 @@ class Loop:
     def start(self, slot: Slot, conditioning: Mapping[str, np.ndarray] | None = None) -> None:
         """Begin the request in a slot of `sizes`, with the conditioning of another branch where one is given."""
         conditioning = self.request.conditioning if conditioning is None else conditioning
-        slot.start(conditioning, self.plan, self.order, self.model_timesteps, self.form, self.weights)
+        slot.start(conditioning, self.plan, self.order, self.model_timesteps, self.form, self.weights, self.guard)
+
+    def check_executed(self, executed: str) -> None:
+        """Fail if the steps that ran are not those planned: only a guard adds full ones."""
+        pairs = list(zip(str(self.plan), executed, strict=True))
+        same = all(ran == kind or (self.guard and ran == "F") for kind, ran in pairs)
+        assert same, "bug in taylorseer-export: the steps that ran are not those planned"
 
     @property
     def model_timesteps(self) -> np.ndarray:

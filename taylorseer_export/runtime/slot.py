@@ -1,7 +1,8 @@
 """A slot: one request's memory and the calls bound to it.
 
 Buffers are allocated and bound once, and used by one request after another. Starting a request runs `prepare` for all
-its timesteps; each step then copies in a latent and two table rows and replays one bound call.
+its timesteps; each step then copies in a latent and two table rows and replays one bound call. Under a guard the probe
+is called before it, and a full step is the rest of what the probe began.
 
 Shapes: S steps, B batch, M = order + 1.
 """
@@ -13,13 +14,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Tensor
+from taylorseer_export.bundle.manifest import GraphName, Tensor
 from taylorseer_export.bundle.shapes import resolve
-from taylorseer_export.errors import StepError
-from taylorseer_export.method import Plan
+from taylorseer_export.errors import ConfigError, StepError
+from taylorseer_export.method import Guard, Plan
 from taylorseer_export.method.weights import Form
+from taylorseer_export.runtime.probe import Probe, check_guard
 from taylorseer_export.runtime.runner import Buffer, Call
-from taylorseer_export.runtime.schedule import ForecastStep, FullStep, forecast_step, schedule
+from taylorseer_export.runtime.schedule import (
+    ForecastStep,
+    FullStep,
+    check_request,
+    forecast_step,
+    full_step,
+    schedule,
+)
 from taylorseer_export.runtime.values import checked
 
 if TYPE_CHECKING:
@@ -45,16 +54,22 @@ class Slot:
         self._runner = denoiser.runner
         manifest = denoiser.manifest
         self._layout = manifest.state.layout
-        full, forecast = manifest.graphs["full"], manifest.graphs["forecast"]
         self._buffers: dict[str, Buffer] = {}
-        for tensor in (*full.inputs, *full.outputs, *forecast.inputs, *denoiser.constants.values()):
-            if tensor.role not in ("taylor_in", "taylor_out") and tensor.name not in self._buffers:
+        looped = [t for name, g in manifest.graphs.items() if name != "prepare" for t in (*g.inputs, *g.outputs)]
+        for tensor in (*looped, *denoiser.constants.values()):
+            if tensor.role not in ("taylor_in", "taylor_out", "probe_in") and tensor.name not in self._buffers:
                 self._buffers[tensor.name] = self._new(tensor)
         # With derivatives a full step reads one set of buffers and writes the other.
         self._taylor = [self._taylor_buffers() for _ in range(2 if self._layout == "derivatives" else 1)]
-        self._full_calls, self._forecast_calls = self._bind(full.inputs, full.outputs, forecast.inputs)
+        self._full_calls, self._forecast_calls = self._bind_full("full"), self._bind_forecast()
+        self._rest_calls, self._probe = [], None
+        if "probe" in manifest.graphs:
+            self._rest_calls = self._bind_full("rest")
+            self._probe = Probe(manifest, self._runner, self._buffers, self._new)
+        self._guard: Guard | None = None
+        self._compared = False
         self._prepared: _Prepared | None = None
-        self._steps: tuple[FullStep | ForecastStep, ...] = ()
+        self._steps: list[FullStep | ForecastStep] = []
         self._forecasts: tuple[int, Form] = (0, "taylor")
         self._tables: dict[str, Buffer] = {}
         self._timesteps: np.ndarray | None = None
@@ -69,6 +84,7 @@ class Slot:
         timesteps: Sequence[float] | np.ndarray | None = None,
         form: Form = "taylor",
         weights: Sequence[Sequence[float]] | None = None,
+        guard: Guard | None = None,
     ) -> None:
         """Begin a request: check and copy its conditioning, clear the state, prepare all steps.
 
@@ -79,6 +95,7 @@ class Slot:
             timesteps: `[S]`, the value passed to the transformer at each step. Left out, `step` takes them one by one.
             form: `taylor` or `newton`.
             weights: Of each step, in the place of the form's, as `schedule` takes them; those of a profile.
+            guard: What may turn forecast steps of the plan into full ones.
 
         Raises:
             ConfigError: Plan, order and timesteps do not fit each other or the bundle.
@@ -86,7 +103,7 @@ class Slot:
         """
         manifest = self.denoiser.manifest
         order = min(manifest.plan.order, manifest.state.order) if order is None else order
-        steps = schedule(plan, order, manifest.state.order, self._layout, form, weights)
+        steps = self._planned(plan, order, form, weights, guard)
         arrays = {
             n: checked(self.denoiser.constants[n], v) for n, v in conditioning.items() if n in self.denoiser.constants
         }
@@ -108,7 +125,10 @@ class Slot:
             for buffer in buffers.values():
                 buffer.clear()  # what an earlier request left, infinities included, must not reach this one
         self._steps, self.executed, self._timesteps = steps, "", timesteps
-        self._forecasts = order, form
+        self._forecasts, self._guard = (order, form), guard
+        if guard is not None:
+            assert self._probe is not None
+            self._probe.start(guard, order)
         self._tables = {} if timesteps is None else self._prepare(timesteps)
         self.plan = plan
 
@@ -116,9 +136,24 @@ class Slot:
         """Go on with a longer plan, where the length of the loop is not known ahead; it begins as the one under way."""
         if self.plan is None or not str(plan).startswith(str(self.plan)):
             raise StepError(f"plan is {plan}, expected one that begins with {self.plan}; lengthen the plan under way")
-        order, form = self._forecasts
-        self._steps = schedule(plan, order, self.denoiser.manifest.state.order, self._layout, form)
+        if self._guard is None:
+            self._steps = self._planned(plan, *self._forecasts, None, None)
         self.plan = plan
+
+    def _planned(
+        self, plan: Plan, order: int, form: Form, weights: Sequence[Sequence[float]] | None, guard: Guard | None
+    ) -> list[FullStep | ForecastStep]:
+        """What the steps of a plan do; under a guard that is known step by step."""
+        capacity = self.denoiser.manifest.state.order
+        if guard is None:
+            return list(schedule(plan, order, capacity, self._layout, form, weights))
+        check_guard(self.denoiser.manifest, guard)
+        check_request(order, capacity, self._layout, form)
+        if weights is not None:
+            raise ConfigError(
+                f"weights are given beside guard {guard}, expected none, since they belong to one plan; leave one out"
+            )
+        return []
 
     def step(self, latents: Any, timestep: float | None = None) -> np.ndarray:
         """Run the next step of the plan.
@@ -135,19 +170,23 @@ class Slot:
         """
         return self.advance(latents, timestep).read()
 
-    def advance(self, latents: Any, timestep: float | None = None) -> Buffer:
-        """As `step`, and all of it on the device: nothing waits for it and nothing comes back to the host.
+    def advance(self, latents: Any, timestep: float | None = None, decided: str | None = None) -> Buffer:
+        """As `step`, and all of it on the device: nothing comes back to the host but the error that a guard waits for.
 
-        `latents` may be a tensor on a GPU, whose values are then not checked. Returns the buffer of `noise_pred`, which
-        the next step overwrites.
+        `latents` may be a tensor on a GPU, whose values are then not checked. `decided` is as of `stage`. Returns the
+        buffer of `noise_pred`, which the next step overwrites.
         """
-        self.stage(latents, timestep)
+        self.stage(latents, timestep, decided)
         self.run()
         return self._count()
 
-    def stage(self, latents: Any, timestep: float | None = None) -> None:
-        """The first third of `step`: check the latents and put all inputs of the next step in place."""
-        current, number = self.upcoming, len(self.executed)
+    def stage(self, latents: Any, timestep: float | None = None, decided: str | None = None) -> None:
+        """The first third of `step`: check the latents and put all inputs of the next step in place.
+
+        Under a guard it is settled here which kind of step it is. `decided` is what the guard of another branch of the
+        same step decided, `F` or `.`, and holds for this one too.
+        """
+        number = self._number()
         on_device = getattr(latents, "is_cuda", False)  # to look at its values would be to wait for them
         array = latents if on_device else checked(self.denoiser.latent, latents, f" at step {number}")
         if array.shape != self._latent_shape():
@@ -157,16 +196,34 @@ class Slot:
             )
         self._write_rows(number, timestep)
         self._buffers[self.denoiser.latent.name].write(array)
+        if self._guard is not None:
+            self._decide(number, decided)
+        current = self.upcoming
         if isinstance(current, ForecastStep):
             self._buffers["weights"].write(current.weights)
         elif "scales" in self._buffers:
             self._buffers["scales"].write(current.scales)
 
+    def _decide(self, number: int, decided: str | None) -> None:
+        """Run the probe, and fix what the step does by its error, unless the plan or another branch has done so."""
+        assert self._probe is not None and self.plan is not None
+        del self._steps[number:]  # the step may have been staged before
+        planned_full = self.plan.is_full(number)
+        self._compared = not planned_full and decided is None
+        if planned_full or decided != ".":
+            self._probe.measure(self.executed)
+        full = planned_full or decided == "F" or (self._compared and not self._probe.forecasts())
+        (order, form), capacity = self._forecasts, self.denoiser.manifest.state.order
+        if full:
+            self._steps.append(full_step(Plan(self.executed + "F"), number, order, capacity, self._layout))
+        else:
+            so_far = Plan(self.executed + ".")
+            self._steps.append(forecast_step(so_far, number, order, capacity, self._layout, form))
+
     def run(self) -> None:
         """The second third of `step`: the engine call. A call shared with other slots (`SharedCalls`) replaces it."""
-        current = self.upcoming
-        calls = self._full_calls if isinstance(current, FullStep) else self._forecast_calls
-        calls[current.entry % len(calls)]()
+        calls = {"full": self._full_calls, "rest": self._rest_calls, "forecast": self._forecast_calls}[self.graph]
+        calls[self.upcoming.entry % len(calls)]()
 
     def finish(self) -> np.ndarray:
         """The last third of `step`: count the step and return its `noise_pred`, a new array."""
@@ -174,6 +231,8 @@ class Slot:
 
     def _count(self) -> Buffer:
         self.executed += "F" if isinstance(self.upcoming, FullStep) else "."
+        if self._guard is not None and self._probe is not None:
+            self._probe.keep(self.executed, self._compared)
         return self._buffers["noise_pred"]
 
     def try_weights(self, latents: Any, weights: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -184,19 +243,38 @@ class Slot:
         assert self.plan is not None
         number, (order, form), state = len(self.executed), self._forecasts, self.denoiser.manifest.state
         step = forecast_step(self.plan, number, order, state.order, self._layout, form, weights)
-        self._steps = (*self._steps[:number], step, *self._steps[number + 1 :])
+        self._steps[number] = step
         self.stage(latents)
         self.run()
         return self._buffers["noise_pred"].read()
 
     @property
     def upcoming(self) -> FullStep | ForecastStep:
-        """The step that comes next; raises `StepError` where there is none."""
+        """The step that comes next; raises `StepError` where there is none, or a guard has yet to settle it."""
+        number = self._number()
+        if number >= len(self._steps):
+            raise StepError(f"step {number} is not settled, expected it staged under a guard; call stage() first")
+        return self._steps[number]
+
+    @property
+    def graph(self) -> GraphName:
+        """The graph that the upcoming step runs."""
+        if isinstance(self.upcoming, ForecastStep):
+            return "forecast"
+        return "full" if self._guard is None else "rest"
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """What the probe measured at each step so far, dimensionless; NaN where the guard was not asked."""
+        return tuple(self._probe.errors) if self._guard is not None and self._probe is not None else ()
+
+    def _number(self) -> int:
+        """Index of the next step; raises `StepError` where there is none."""
         number = len(self.executed)
         if self.plan is None or number >= len(self.plan):
             seen = "no request" if self.plan is None else f"a request after its last step ({number} of {number})"
             raise StepError(f"the slot has {seen}, expected one under way; call start() first")
-        return self._steps[number]
+        return number
 
     def source(self, tensor: Tensor) -> Buffer:
         """Where the upcoming step reads an input of its graph."""
@@ -231,31 +309,33 @@ class Slot:
         inputs = self.denoiser.manifest.graphs["forecast"].inputs
         return {_site(t): self._new(t) for t in inputs if t.role == "taylor_in"}
 
-    def _bind(
-        self, full_in: Sequence[Tensor], full_out: Sequence[Tensor], forecast_in: Sequence[Tensor]
-    ) -> tuple[list[Call], list[Call]]:
-        """One bound call per entry a full step may write, and per set of buffers a forecast step may read."""
+    def _sources(self, tensors: Sequence[Tensor], taylor: Mapping[str, Buffer]) -> dict[str, Buffer]:
+        """Tensor -> its buffer; Taylor buffers by their site in `taylor`."""
+        roles = ("taylor_in", "taylor_out")
+        return {t.name: taylor[_site(t)] if t.role in roles else self._buffers[t.name] for t in tensors}
 
-        def inputs(tensors: Sequence[Tensor], source: dict[str, Buffer]) -> dict[str, Buffer]:
-            return {t.name: source[_site(t)] if t.role == "taylor_in" else self._buffers[t.name] for t in tensors}
-
-        def outputs(target: Mapping[str, Buffer]) -> dict[str, Buffer]:
-            return {t.name: target[_site(t)] if t.role == "taylor_out" else self._buffers[t.name] for t in full_out}
-
-        bind = self._runner.bind
+    def _bind_forecast(self) -> list[Call]:
+        """One bound call per set of buffers that a forecast step may read."""
+        graph = self.denoiser.manifest.graphs["forecast"]
         prediction = {"noise_pred": self._buffers["noise_pred"]}
-        forecasts = [bind("forecast", inputs(forecast_in, buffers), prediction) for buffers in self._taylor]
+        return [
+            self._runner.bind("forecast", self._sources(graph.inputs, buffers), prediction) for buffers in self._taylor
+        ]
+
+    def _bind_full(self, name: GraphName) -> list[Call]:
+        """One bound call of `full` or `rest` per entry that a full step may write."""
+        graph = self.denoiser.manifest.graphs[name]
         if self._layout == "derivatives":
             a, b = self._taylor
-            fulls = [bind("full", inputs(full_in, b), outputs(a)), bind("full", inputs(full_in, a), outputs(b))]
+            pairs = [(b, a), (a, b)]
         else:
             (ring,) = self._taylor
             entries = self.denoiser.manifest.state.order + 1
-            fulls = [
-                bind("full", inputs(full_in, ring), outputs({site: b.entry(k) for site, b in ring.items()}))
-                for k in range(entries)
-            ]
-        return fulls, forecasts
+            pairs = [(ring, {site: buffer.entry(k) for site, buffer in ring.items()}) for k in range(entries)]
+        return [
+            self._runner.bind(name, self._sources(graph.inputs, read), self._sources(graph.outputs, written))
+            for read, written in pairs
+        ]
 
     # Preparing -----------------------------------------------------------------------------------------------------
 

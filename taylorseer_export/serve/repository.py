@@ -24,7 +24,7 @@ from taylorseer_export.bundle.manifest import MANIFEST, Manifest
 from taylorseer_export.bundle.profile import PROFILES, profile_names, read_profile
 from taylorseer_export.bundle.store import Bundle, open_bundle
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.report.card import size, state_bytes, table_bytes
+from taylorseer_export.report.card import request_bytes, size
 from taylorseer_export.serve import contract
 
 MODELS = ("picture", "picture-stream", "denoiser", "denoiser-stream")
@@ -137,7 +137,7 @@ def slot_bytes(manifest: Manifest, slots: int, budget: int | None) -> int:
         ConfigError: That is less than a request of the bundle's typical size needs.
     """
     sizes = {name: d.typical for name, d in manifest.dimensions.items()}
-    typical = state_bytes(manifest, sizes) + table_bytes(manifest, sizes)
+    typical = request_bytes(manifest, sizes)
     if budget is None:
         return _ROOM * typical
     weights = sum(file.size for file in manifest.files.values())

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
 from taylorseer_export.method import Plan
-from taylorseer_export.report.card import size, state_bytes, table_bytes
+from taylorseer_export.report.card import request_bytes, size
 from taylorseer_export.report.inputs import random_trajectory
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
 from taylorseer_export.runtime.denoiser import Denoiser, Slot
@@ -193,7 +193,7 @@ class Service:
     def _check_size(self, loop: Loop) -> None:
         """Refuse what a slot may not hold."""
         manifest = self.denoiser.manifest
-        needed = state_bytes(manifest, loop.sizes) + table_bytes(manifest, {**loop.sizes, "steps": len(loop.plan)})
+        needed = request_bytes(manifest, {**loop.sizes, "steps": len(loop.plan)})
         if self.limits.slot_bytes and needed > self.limits.slot_bytes:
             raise ConfigError(
                 f"request needs {size(needed)} of Taylor buffers and step tables, expected at most "

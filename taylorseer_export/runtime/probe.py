@@ -1,0 +1,141 @@
+"""The probe of one slot: what it keeps between steps, its bound call, and what the guard makes of its errors.
+
+Every step of a guarded request begins with the probe. It leaves the values that the rest of a full step goes on from,
+and one error; the guard decides by that error, and nothing else comes back from the device.
+
+Shapes: B batch, P snapshots kept: order + 1 for `cg`, 1 for the other rules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from taylorseer_export.bundle.manifest import Manifest, Tensor
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.method import Guard, Plan
+from taylorseer_export.runtime.runner import Buffer, Runner
+from taylorseer_export.runtime.schedule import forecast_step, full_step
+
+
+class Probe:
+    """Measures the error of every step of a slot and decides by its guard.
+
+    Args:
+        manifest: Of a bundle with a probe graph.
+        runner: The loaded engines.
+        buffers: Name -> buffer of every tensor that the probe shares with the slot.
+        new: Allocates a buffer for a tensor of the contract.
+
+    Attributes:
+        errors: Of every step of the request so far, dimensionless; NaN where nothing was compared.
+    """
+
+    def __init__(
+        self, manifest: Manifest, runner: Runner, buffers: Mapping[str, Buffer], new: Callable[[Tensor], Buffer]
+    ) -> None:
+        graph = manifest.graphs["probe"]
+        self._rings = {t.name: new(t) for t in graph.inputs if t.role == "probe_in"}
+        self._inputs = {t.name: self._rings.get(t.name) or buffers[t.name] for t in graph.inputs}
+        self._outputs = {t.name: buffers[t.name] for t in graph.outputs}
+        self._call = runner.bind("probe", self._inputs, self._outputs)
+        self._guard: Guard | None = None
+        self._order = 0
+        self._since_full: list[float] = []
+        self.errors: list[float] = []
+
+    def start(self, guard: Guard, order: int) -> None:
+        """Begin a request; `order` is that of its forecasts."""
+        for ring in self._rings.values():
+            ring.clear()
+        for name, buffer in self._inputs.items():
+            if name.startswith("probe_weights."):
+                buffer.clear()
+        self._guard, self._since_full, self.errors = guard, [], []
+        asked = order if guard.order is None else guard.order
+        self._order = min(asked, self._ring.shape[0] - 1)
+
+    def measure(self, executed: str) -> None:
+        """Run the probe for the step behind `executed`; its inputs are in place."""
+        guard = self._guard
+        assert guard is not None
+        if executed:
+            # What was kept of the last full steps, or of the step before, in the place of a full one.
+            past = "F" if guard.every_step else executed
+            expected = forecast_step(Plan(past + "."), len(past), self._order, self._ring.shape[0] - 1, "snapshots")
+            self._inputs[f"probe_weights.{guard.rule}"].write(expected.weights)
+        self._call()
+
+    def forecasts(self) -> bool:
+        """Whether the measured step, planned as a forecast step, stays one: the one value that the host waits for."""
+        assert self._guard is not None
+        difference, against = self._outputs[f"error.{self._guard.rule}"].read().astype(np.float64).sum(0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self.errors.append(float(difference / against))
+        self._since_full.append(self.errors[-1])
+        return self._guard.forecasts(self._since_full)
+
+    def keep(self, executed: str, compared: bool) -> None:
+        """After a step: keep its snapshot where the rule says so, on the device.
+
+        Args:
+            executed: All steps that ran, this one included.
+            compared: Whether `forecasts` was asked about it.
+        """
+        guard, full = self._guard, executed[-1] == "F"
+        assert guard is not None
+        if not compared:
+            self.errors.append(math.nan)
+        if full:
+            self._since_full = []
+        if full or guard.every_step:
+            past = "F" if guard.every_step else executed
+            entry = full_step(Plan(past), len(past) - 1, 0, self._ring.shape[0] - 1, "snapshots").entry
+            self._ring.entry(entry).copy(self._outputs[f"probe_out.{guard.rule}"])
+
+    @property
+    def _ring(self) -> Buffer:
+        """What the request's rule keeps, `[P, ...]`."""
+        assert self._guard is not None
+        return self._rings[f"probe_in.{self._guard.rule}"]
+
+
+def check_guard(manifest: Manifest, guard: Guard) -> None:
+    """Refuse a guard that the bundle has no probe for.
+
+    Raises:
+        ConfigError: Its rule was not exported, or its order is above what the probe keeps.
+    """
+    rules = manifest.state.guards
+    if guard.rule not in rules:
+        raise ConfigError(
+            f"guard is `{guard.rule}`, expected one that the bundle was exported with "
+            f"({', '.join(rules) or 'it has none'}); export again with --guard {guard.rule}"
+        )
+    if guard.order is not None and guard.order > manifest.state.order:
+        raise ConfigError(
+            f"order of the guard is {guard.order}, expected at most {manifest.state.order}, which the bundle's probe "
+            f"keeps; export again with --order {guard.order}"
+        )
+
+
+def silent(guard: Guard, planned: str, executed: str, errors: Sequence[float]) -> str | None:
+    """A warning where a guard decided nothing: it always forecast, or never did.
+
+    Args:
+        guard: As it was.
+        planned, executed: Steps of the request.
+        errors: Of its steps, NaN where nothing was compared.
+    """
+    asked = [k for k, kind in enumerate(planned) if kind == "."]
+    seen = [errors[k] for k in asked if math.isfinite(errors[k])]
+    full = sum(executed[k] == "F" for k in asked)
+    if not asked or not seen or 0 < full < len(asked):
+        return None
+    what, remedy = ("never", "raise") if full else ("always", "lower")
+    return (
+        f"guard {guard} {what} forecast, expected some of {len(asked)} steps; its errors were {min(seen):.3g} to "
+        f"{max(seen):.3g}: {remedy} --threshold"
+    )

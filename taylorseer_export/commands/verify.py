@@ -40,7 +40,7 @@ def run(given: argparse.Namespace) -> int:
             lambda graph, seen, bound: print(f"{graph:<9} differs by {seen:.1e}, {seen / bound:.2f} of its bound"),
         )
     data = inputs.random_trajectory(denoiser, given.steps)
-    total = len(verify.plans(denoiser, given.steps))
+    total = len(verify.plans(denoiser, given.steps)) + len(denoiser.manifest.state.guards)
     done = 0
     with progress("comparing", total) as advance:
 
@@ -49,7 +49,8 @@ def run(given: argparse.Namespace) -> int:
             done += 1
             advance(done, total)
             seen = max(result.seen)
-            print(f"{result.plan}  order {result.order}  differs by {seen:.1e}, {result.ratio:.2f} of its bound")
+            guard = f", guard {result.guard}" if result.guard else ""
+            print(f"{result.plan}  order {result.order}{guard}  differs by {seen:.1e}, {result.ratio:.2f} of its bound")
 
         verify.verify(denoiser, checkpoint, data, on_plan)
     print(f"{denoiser.manifest.family}-{denoiser.manifest.name} equals the eager model within its bounds")

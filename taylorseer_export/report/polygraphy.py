@@ -83,6 +83,7 @@ def _options(denoiser: Denoiser) -> Options:
         layout=manifest.state.layout,
         device="cuda",  # where every precision is allowed; nothing is built
         precision=manifest.precision,
+        guards=manifest.state.guards,
         state_dtype={"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[manifest.state.dtype],
     )
 

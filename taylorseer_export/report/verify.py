@@ -21,22 +21,24 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.errors import CheckpointError, ParityError
 from taylorseer_export.families import family_named
 from taylorseer_export.graph.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
-from taylorseer_export.method import Plan, exact_weights, gain
+from taylorseer_export.method import Guard, Plan, Rule, exact_weights, gain
 from taylorseer_export.report.inputs import Trajectory
 from taylorseer_export.runtime.denoiser import Denoiser
 
 _ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+_LEAST = 1e-30  # a threshold that no error is under
 _FLOAT64_LIMIT = 2 << 30  # bytes of float32 weights above which the reference stays in float32
 
 
 @dataclass(frozen=True)
 class Parity:
-    """One plan compared: per step the largest difference and its bound, both absolute."""
+    """One plan, as executed, compared: per step the largest difference and its bound, both absolute."""
 
     plan: str
     order: int
     seen: tuple[float, ...]
     bound: tuple[float, ...]
+    guard: Guard | None = None
 
     @property
     def ratio(self) -> float:
@@ -76,8 +78,13 @@ def reference_model(checkpoint: Checkpoint) -> nn.Module:
     return checkpoint.load(torch.float64 if size < _FLOAT64_LIMIT else torch.float32)
 
 
-def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, plan: Plan, order: int) -> Parity:
+def compare(
+    model: nn.Module, denoiser: Denoiser, data: Trajectory, plan: Plan, order: int, guard: Guard | None = None
+) -> Parity:
     """Run one plan on the bundle and on the reference, fed the same latents at every step.
+
+    Under a guard the reference takes the steps for full that the bundle did; that a guard decides as it should is for
+    tests, but here its two halves of a full step are put beside the model.
 
     The bound on the difference at a step is that of `depth` sites whose rounding errors add up at random:
 
@@ -89,17 +96,19 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, plan: Plan, 
     manifest = denoiser.manifest
     sizes = denoiser.sizes(data.latents.shape[1:], data.conditioning)
     slot = denoiser.slot(sizes)
-    slot.start(data.conditioning, plan, order, data.timesteps)
+    slot.start(data.conditioning, plan, order, data.timesteps, guard=guard)
+    answers = [slot.step(latent) for latent in data.latents]
+    plan = Plan(slot.executed)
     unit = roundoff_of(model, manifest)
     seen, bounds = [], []
     with _Reference(model, denoiser, plan, order).hooked() as reference:
         for step, (latent, timestep) in enumerate(zip(data.latents, data.timesteps, strict=True)):
             expected = reference.step(latent, timestep, data.conditioning)
-            found = slot.step(latent)
+            found = answers[step]
             amplified = 1.0 if plan.is_full(step) else gain(exact_weights(plan.history(step, order), step, order))
             seen.append(float(np.abs(found.astype(np.float64) - expected).max()))
             bounds.append(unit * amplified * float(np.abs(expected).max()))
-    return Parity(str(plan), order, tuple(seen), tuple(bounds))
+    return Parity(str(plan), order, tuple(seen), tuple(bounds), guard)
 
 
 def roundoff_of(model: nn.Module, manifest: Manifest) -> float:
@@ -110,21 +119,37 @@ def roundoff_of(model: nn.Module, manifest: Manifest) -> float:
 
 
 def verify(denoiser: Denoiser, checkpoint: Checkpoint, data: Trajectory, on_plan: Callable[[Parity], object]) -> None:
-    """Compare the plans that matter: all full, the default, order 0, and an uneven one.
+    """Compare the plans that matter: all full, the default, order 0, an uneven one; and what every guard executes.
 
     Raises:
         ParityError: A bound is broken.
     """
     model = reference_model(checkpoint)
-    for plan, order in plans(denoiser, len(data.timesteps)):
-        result = compare(model, denoiser, data, plan, order)
+    state, steps = denoiser.manifest.state, len(data.timesteps)
+    cases: list[tuple[Plan, int, Guard | None]] = [(plan, order, None) for plan, order in plans(denoiser, steps)]
+    for rule in state.guards:
+        guard = Guard(rule, _middle_error(denoiser, data, rule))
+        cases.append((Plan.guarded(steps, min(2, steps)), state.order, guard))
+    for plan, order, guard in cases:
+        result = compare(model, denoiser, data, plan, order, guard)
         on_plan(result)
         if not result.ratio <= 1:
             step = result.worst
             raise ParityError(
-                f"noise_pred differs by {result.seen[step]:.3g} at step {step} of plan {plan} (order {order}), "
+                f"noise_pred differs by {result.seen[step]:.3g} at step {step} of plan {result.plan} (order {order}), "
                 f"expected at most {result.bound[step]:.3g}; export again, and report it if it stays"
             )
+
+
+def _middle_error(denoiser: Denoiser, data: Trajectory, rule: Rule) -> float:
+    """A threshold at which a guard forecasts some steps and not others: the median error of full steps."""
+    slot = denoiser.slot(denoiser.sizes(data.latents.shape[1:], data.conditioning))
+    plan = Plan.guarded(len(data.timesteps), min(2, len(data.timesteps)))
+    slot.start(data.conditioning, plan, None, data.timesteps, guard=Guard(rule, _LEAST))
+    for latent in data.latents:
+        slot.step(latent)
+    errors = [error for error in slot.errors if math.isfinite(error)]
+    return max(float(np.median(errors)), _LEAST) if errors else 1.0
 
 
 def plans(denoiser: Denoiser, steps: int) -> list[tuple[Plan, int]]:

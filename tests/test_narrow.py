@@ -6,6 +6,7 @@ from harness import TOY, toy_inputs, toy_trace
 from oracle import assert_close
 
 from taylorseer_export.graph.narrow import narrow, readers
+from taylorseer_export.graph.taps import FIRST_INPUT
 from taylorseer_export.graph.trace import is_tap
 
 aten = torch.ops.aten
@@ -177,7 +178,7 @@ def test_a_slice_of_one_part_is_that_part(compute):
     """Behind the tap nothing reads the concatenation: `image + gate * slice(tap)`."""
     trace = narrowed(compute)[1]
     (cat,) = (n for n in trace.module.graph.nodes if n.target is aten.cat.default)
-    assert list(cat.users) == [trace.taps()["site"]]
+    assert list(cat.users) == [trace.taps()[FIRST_INPUT]]  # the mark on what the site reads
 
 
 def test_neighbouring_slices_become_one():

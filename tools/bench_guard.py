@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         rows.append({
             "rule": rule, "share": share, "probe_over_full": probe, "excess": probe - share,
             "probe_and_rest_over_full": statistics.median((p + r) / f for p, r, f in pairs),
-            "forecast_over_full": statistics.median(a / b for a, b in zip(times["forecast"], times["full"], strict=True)),
+            "forecast_over_full": statistics.median(map(truediv, times["forecast"], times["full"])),
             "ms": {name: statistics.median(values) for name, values in times.items()}, "probe_bytes": kept,
             "flops": counted,
         })  # fmt: skip

@@ -128,8 +128,8 @@ def verify(denoiser: Denoiser, checkpoint: Checkpoint, data: Trajectory, on_plan
     state, steps = denoiser.manifest.state, len(data.timesteps)
     cases: list[tuple[Plan, int, Guard | None]] = [(plan, order, None) for plan, order in plans(denoiser, steps)]
     for rule in state.guards:
-        guard = Guard(rule, _middle_error(denoiser, data, rule))
-        cases.append((Plan.guarded(steps, min(2, steps)), state.order, guard))
+        guarded = Guard(rule, _middle_error(denoiser, data, rule))
+        cases.append((Plan.guarded(steps, min(2, steps)), state.order, guarded))
     for plan, order, guard in cases:
         result = compare(model, denoiser, data, plan, order, guard)
         on_plan(result)

@@ -27,7 +27,7 @@ ARROWS: dict[str, frozenset[str]] = {
     "runtime": frozenset({"bundle", "method", "errors"}),
     "report": frozenset({"runtime", "build", "graph", "bundle", "families", "method", "errors"}),
     "serve": frozenset({"runtime", "report", "bundle", "families", "method", "errors"}),
-    "options": frozenset({"errors"}),
+    "options": frozenset({"method", "errors"}),
     "commands": frozenset(
         {"options", "serve", "report", "runtime", "build", "graph", "bundle", "families", "method", "errors"}
     ),

@@ -1,4 +1,4 @@
-"""One pass over a FLUX of twelve blocks and 71 M random weights, through the command line and against the oracle."""
+"""A FLUX of twelve blocks and 71 M random weights, by command line: against the oracle, and as TensorRT-RTX plans."""
 
 import numpy as np
 import oracle
@@ -8,19 +8,31 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import flux_inputs, mid_flux
 
 from taylorseer_export import cli
+from taylorseer_export.bundle.store import open_bundle
 
 STEPS, ORDER, UNEVEN = 8, 2, "FF.F...F"
 
 
 @pytest.fixture(scope="module")
-def mid(tmp_path_factory):
-    """(model, bundle folder): saved in shards by diffusers, exported from there."""
-    folder = tmp_path_factory.mktemp("mid")
-    model = mid_flux()
-    model.save_pretrained(folder / "model", max_shard_size="100MB")
-    arguments = ["flux", "--model", folder / "model", "--order", ORDER, "--latent-size", "16x12", "--out", folder]
+def saved(tmp_path_factory):
+    """(model, its folder): saved in shards by diffusers."""
+    model, folder = mid_flux(), tmp_path_factory.mktemp("mid") / "model"
+    model.save_pretrained(folder, max_shard_size="100MB")
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def mid(saved):
+    """(model, bundle folder): exported from there."""
+    model, folder = saved
+    return model, exported(folder, folder.parent)
+
+
+def exported(model, out, *options):
+    """Folder of the bundle that the command line makes of a saved model."""
+    arguments = ["flux", "--model", model, "--order", ORDER, "--latent-size", "16x12", *options, "--out", out]
     assert cli.main([str(a) for a in arguments]) == 0
-    return model, folder / "flux-model"
+    return out / "flux-model"
 
 
 def test_verify_passes(mid, capsys):
@@ -41,3 +53,15 @@ def test_replay_equals_the_oracle(mid, tmp_path, plan):
     expected = oracle.replay(model, latents, timestep, conditioning, plan, ORDER)
     bound = oracle.bound(expected, oracle.gains(plan, ORDER), torch.float32, *oracle.extent(model))
     assert oracle.assert_close("noise_pred", seen, expected, bound) <= 1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_tensorrt_rtx_builds_it(saved, tmp_path, precision):
+    """Parser and builder are the real ones, for two generations of GPU; batch, text and steps are ranges."""
+    pytest.importorskip("tensorrt_rtx")
+    model, folder = saved
+    bundle = exported(folder, tmp_path, "--engine", "tensorrt-rtx", "--precision", precision, "--gpu-arch", "8.9,12.0")
+    graphs = open_bundle(bundle).manifest.graphs
+    weights = {name: graph.weights_bytes for name, graph in graphs.items()}
+    assert sum(weights.values()) >= 2 * sum(p.numel() for p in model.parameters())  # two bytes each, none left out
+    assert all((bundle / graphs[name].file).stat().st_size > size / 2 for name, size in weights.items())

@@ -289,6 +289,20 @@ def test_without_cuda_graphs_the_numbers_are_the_same_and_every_call_is_counted(
     assert torch.equal(seen, run(captured, inputs, "FFF..F.F."))
 
 
+def test_a_forecast_step_copies_only_the_rows_that_it_reads(eager, tiny):
+    denoiser, inputs = eager("dit"), tiny("dit").inputs(2, batch=2)
+    graphs = denoiser.manifest.graphs
+    full, forecast = ({t.name for t in graphs[g].inputs if t.role == "step"} for g in ("full", "forecast"))
+    assert full - forecast
+    expected, slot = run(denoiser, inputs, "F."), open_slot(denoiser, inputs)
+    begin(slot, inputs, "F.")
+    advance(slot, inputs, 0)
+    for name in full - forecast:
+        slot._buffers[name].write(np.float32(np.nan))
+    assert torch.equal(advance(slot, inputs, 1), expected[1])
+    assert all(np.isnan(slot._buffers[name].read()).all() for name in full - forecast)
+
+
 def test_what_was_planned_is_what_ran(case):
     plan, inputs = "FFF...F.", case.inputs(8)
     slot = open_slot(case.denoiser, inputs)

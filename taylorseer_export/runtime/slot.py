@@ -372,8 +372,12 @@ class Slot:
                     "start() when they are not known ahead"
                 )
             tables, row = self._tables, number
+        # The rows that the step's graph reads; all of them under a guard, which settles later which graph that is.
+        graphs = self.denoiser.manifest.graphs
+        read = tables.keys() if self._guard is not None else {t.name for t in graphs[self.graph].inputs}
         for name, table in tables.items():
-            self._buffers[name].copy(table.entry(row))
+            if name in read:
+                self._buffers[name].copy(table.entry(row))
 
 
 def _site(tensor: Tensor) -> str:

@@ -53,8 +53,8 @@ HEAVY: dict[str, frozenset[str]] = {
     "tensorrt": frozenset({"bundle/tensorrt.py"}),
     "tensorrt_rtx": frozenset({"bundle/tensorrt.py"}),
     "torch_tensorrt": frozenset({"build/torch_tensorrt.py"}),
-    "transformers": frozenset(),
-    "PIL": frozenset({"runtime/picture.py"}),
+    "transformers": frozenset({"report/metrics.py"}),
+    "PIL": frozenset({"report/metrics.py", "runtime/picture.py"}),
     "tqdm": frozenset({"commands/terminal.py"}),
     "tritonclient": frozenset({"serve/repository.py", "serve/client.py"}),
 }

@@ -14,12 +14,14 @@ from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Plan, forecast_weights
 from taylorseer_export.report import calibrate
+from taylorseer_export.report.branches import Branches
 from taylorseer_export.report.calibrate import Calibrator, psnr_of_each
+from taylorseer_export.report.inputs import random_conditioning
 from taylorseer_export.report.planning import Planner, best_weights, directions, regular_plan
 from taylorseer_export.report.reuse import ReuseErrors, all_full
 from taylorseer_export.report.samples import captions, groups
 from taylorseer_export.runtime.denoiser import load
-from taylorseer_export.runtime.sampling import Loop
+from taylorseer_export.runtime.sampling import sample
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +112,11 @@ def test_reuse_errors_are_what_they_say(digits):
     """Two pairs, from their definition: a request whose only full step is the source."""
     denoiser = load(digits, threads=1)
     (request,) = groups(denoiser, 1, 7)
-    slot, errors = denoiser.slot(Loop(denoiser, request, Plan("F")).sizes), ReuseErrors(6, 5)
+    slot, errors = Branches(denoiser, request), ReuseErrors(6, 5)
     trajectory = all_full(denoiser, slot, request, 6, lambda: None)
     errors.add(denoiser, slot, trajectory, lambda: None)
     plan = Plan("F..")
-    slot.start(request.conditioning, plan, 0, trajectory.model_timesteps[2:5])
+    slot.start(request, plan, 0, trajectory.model_timesteps[2:5])
     expected = []
     for step, noise_pred in enumerate([slot.step(np.concatenate([x, x]))[:, :1] for x in trajectory.latents[2:5]], 2):
         conditional, unconditional = np.split(noise_pred, 2)
@@ -259,3 +261,39 @@ def test_bad_input_is_one_sentence(digits, tmp_path, capsys, arguments, expected
 def test_a_profile_excludes_a_plan(digits, capsys):
     assert cli.main(["run", str(digits), "--profile", "x", "--plan", "FF.."]) == 2
     assert "--plan is given beside --profile" in capsys.readouterr().err
+
+
+SIZES = {"wan": {"frames": 3, "rows": 2, "columns": 3}, "hunyuan-replace": {"frames": 3, "rows": 2, "columns": 3}}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_other_families_from_tensors(eager, name):
+    """Guidance in two calls, and a given first frame: all-full is what `sample` makes, and calibration comes nearer."""
+    denoiser = eager(name, "residual")
+    typical = {dimension: d.typical for dimension, d in denoiser.manifest.dimensions.items()}
+    sizes = {**typical, **SIZES[name], "text_tokens": 4}
+    tensors = random_conditioning(denoiser, {**sizes, "batch": 4}, guided=True)
+    samples = groups(denoiser, 4, 0, None, tensors, 2, sizes=(SIZES[name], None))
+    others = groups(denoiser, 2, 9, None, tensors, sizes=(SIZES[name], None))
+    calibrator = Calibrator(denoiser, samples, others, 6, 5, moves=0)
+    for k, request in enumerate(samples):
+        exact = sample(denoiser, request, Plan("F" * 6)).latents
+        assert np.array_equal(calibrator.fitted.latents(k)[-1], exact)
+        assert (request.negative is not None) == (name == "wan")
+    found = calibrator.calibrate(3, 1)
+    assert found.calibrated.fitted > found.regular.fitted and len(found.calibrated.plan.full_steps) == 3
+
+
+def test_what_tensors_must_say(eager):
+    denoiser = eager("wan", "residual")
+    rows = np.zeros((3, 4, int(denoiser.constants["encoder_hidden_states"].shape[-1])), np.float32)
+    both = {"encoder_hidden_states": rows, "negative_encoder_hidden_states": rows[:2]}
+    for tensors, scale, expected in (
+        (both, None, "2 rows of `negative_encoder_hidden_states` and 3 of `encoder_hidden_states`, expected as many"),
+        ({"encoder_hidden_states": rows}, None, "has no tensor `negative_...`.*or pass --guidance-scale 1"),
+        (None, None, "--inputs is missing"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            groups(denoiser, 2, 0, None, tensors, guidance_scale=scale)
+    with pytest.raises(ConfigError, match=r"--prompts is given for wan.*pass its outputs with --inputs"):
+        groups(denoiser, 2, 0, ["a cat"], None)

@@ -1,15 +1,19 @@
 """The evaluation: its numbers from their definitions, and its page opened in a browser."""
 
 import html.parser
+import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from taylorseer_export import cli
-from taylorseer_export.report.evaluate import UNMEASURED, Case, cases, evaluate
+from taylorseer_export.report.evaluate import Case, cases, evaluate
+from taylorseer_export.report.metrics import Shown, metrics
 from taylorseer_export.report.page import page
 from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime import sampling
@@ -27,12 +31,13 @@ def denoiser(residual_digits):
 @pytest.fixture(scope="module")
 def rows(denoiser):
     plan = denoiser.plan("FF..F...")
-    return evaluate(denoiser, groups(denoiser, 4, 0), cases(denoiser, STEPS, plan), shown=3)
+    measures, _ = metrics(None, captions=False, digits=True)
+    return evaluate(denoiser, groups(denoiser, 4, 0), cases(denoiser, STEPS, plan), measures, shown=3)
 
 
 @pytest.fixture(scope="module")
 def text(rows):
-    return page("dit: ways <to> sample", {"engine": "onnxruntime"}, rows, UNMEASURED)
+    return page("dit: ways <to> sample", {"engine": "onnxruntime"}, rows, metrics(None, False, True)[1])
 
 
 def test_rows_are_all_ways_that_the_bundle_has(rows):
@@ -76,7 +81,9 @@ def test_a_row_that_differs_is_told_apart(denoiser, rows):
 def test_the_page_needs_nothing_else_and_is_well_formed(text, rows):
     assert set(re.findall(r"(?:src|href)=(\S{6})", text)) == {'"data:'} and "http" not in text
     assert "ways &lt;to&gt; sample" in text and "<to>" not in text
-    assert all(metric in text for metric in UNMEASURED) and all(row.plan in text for row in rows)
+    assert "LPIPS (needs AlexNet" in text and all(metric in text for metric in rows[0].metrics)
+    plans = [re.findall("class=.(full|forecast)", line) for line in text.split("class=steps")[1:]]
+    assert plans == [[{"F": "full", ".": "forecast"}[kind] for kind in row.plan] for row in rows]
     assert text.count("<img") == len(rows) * 3 and text.count("data-other=") == len(rows) * 3
     parser = html.parser.HTMLParser()
     parser.feed(text)
@@ -121,7 +128,137 @@ def test_command_line(residual_digits, tmp_path, capsys):
     arguments = ["evaluate", str(residual_digits), "--steps", "4", "--plan", "FF..", "--samples", "2", "--threads", "1"]
     assert cli.main([*arguments, "--out", str(out), "--json"]) == 0
     printed = capsys.readouterr().out
-    assert "2 steps" in printed and "not measured: LPIPS" in printed and '"rows": [' in printed
+    assert "2 steps" in printed and "not measured: LPIPS (needs AlexNet of torchvision: alexnet-" in printed
+    assert "label accuracy" in printed and '"rows": [' in printed
     assert out.read_text().startswith("<!doctype html>")
     assert cli.main(["evaluate", str(residual_digits), "--out", str(tmp_path / "no" / "page.html")]) == 2
     assert "create it" in capsys.readouterr().err
+
+
+def test_rows_that_decided_at_run_time_show_what_ran(rows):
+    decided = replace(rows[-1], executed=("FF..F.F.", "FFF.F..."))
+    shown = page("x", {}, [rows[0], decided], {})
+    assert shown.count('added" title=') == sum(
+        ran != kind for executed in decided.executed for kind, ran in zip(decided.plan, executed, strict=True)
+    )
+    assert "Ringed: decided at run time" in shown and "Ringed" not in page("x", {}, rows, {})
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_read(real_digits):
+    """Real digits are read right but for a few, their distance to themselves is nothing, and noise is far away."""
+    pictures, labels = real_digits
+    distance, accuracy = metrics(None, captions=False, digits=True)[0]
+    real = Shown(pictures, pictures, labels=labels)
+    noise = np.random.default_rng(0).integers(0, 256, pictures.shape).astype(np.uint8)
+    assert accuracy.measure(real) > 0.95 and accuracy.measure(replace(real, labels=(labels + 1) % 10)) < 0.05
+    near, far = distance.measure(real), distance.measure(replace(real, pictures=noise))
+    assert abs(near) < 1e-6 * far
+
+
+def test_the_distance_is_frechets(real_digits):
+    """Against scipy's matrix square root."""
+    from scipy.linalg import sqrtm
+
+    from taylorseer_export.report.digits import trained_reader
+
+    pictures, labels = real_digits
+    some = pictures[labels % 2 == 0]
+    distance, _ = metrics(None, captions=False, digits=True)[0]
+    network, _ = trained_reader()
+    with torch.no_grad():
+        a, b = (network(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).double().numpy() for x in (pictures, some))
+    covariances = np.cov(a.T), np.cov(b.T)
+    floor = 1e-9 * np.eye(len(covariances[0]))  # features that are never on make the matrix singular
+    root = np.trace(sqrtm((covariances[0] + floor) @ (covariances[1] + floor)).real)
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(sum(covariances)) - 2 * root
+    assert distance.measure(Shown(some, some)) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def real_digits():
+    """scikit-learn's digits as the DiT saw them: pictures `[1797, 16, 16, 3]` and labels."""
+    from sklearn.datasets import load_digits
+    from torch.nn.functional import interpolate
+
+    digits = load_digits()
+    ink = torch.from_numpy(digits.images.astype(np.float32) / 16)[:, None]
+    large = interpolate(ink, size=(16, 16), mode="bicubic").clamp(0, 1) * 2 - 1
+    grey = ((large + 1) / 2).clamp(0, 1).mul(255).round().byte()[:, 0, :, :, None].numpy()
+    return np.repeat(grey, 3, axis=3), digits.target
+
+
+def test_metrics_without_their_weights_are_named_with_what_they_need(tmp_path):
+    found, missing = metrics(tmp_path, captions=True, digits=False)
+    assert not found and set(missing) == {"LPIPS", "FID, sFID, IS", "CLIP score", "ImageReward"}
+    assert all("in the folder of --metric-weights" in what for what in missing.values())
+    assert "prompts" in metrics(tmp_path, captions=False, digits=False)[1]["CLIP score, ImageReward"]
+
+
+def test_lpips_is_computed_from_local_weights(tmp_path):
+    """AlexNet at random: what is the same has distance 0, what differs more is farther. Nothing is fetched."""
+    torchvision = pytest.importorskip("torchvision", reason="torchvision has no wheel for this build of torch")
+    weights = torchvision.models.alexnet(weights=None).features.state_dict()
+    small = {f"features.{name}": value for name, value in weights.items()}
+    for name, shape in (("1", (4096, 9216)), ("4", (4096, 4096)), ("6", (1000, 4096))):
+        # One number, shown as a whole matrix: LPIPS reads none of these, so the file stays small.
+        small |= {f"classifier.{name}.weight": torch.zeros(1).expand(shape)}
+        small |= {f"classifier.{name}.bias": torch.zeros(shape[0])}
+    torch.save(small, tmp_path / "alexnet-owt-7be5be79.pth")
+    (lpips,), missing = metrics(tmp_path, captions=False, digits=False)
+    assert lpips.name == "LPIPS" and "LPIPS" not in missing
+    generator = np.random.default_rng(0)
+    exact = generator.integers(60, 200, (2, 16, 16, 3)).astype(np.uint8)
+    near, far = (np.clip(exact + generator.normal(0, by, exact.shape), 0, 255).astype(np.uint8) for by in (5, 50))
+    distances = [lpips.measure(Shown(made, exact)) for made in (exact, near, far)]
+    assert distances[0] == 0 < distances[1] < distances[2]
+
+
+def test_inception_metrics_are_computed_from_local_weights(tmp_path):
+    pytest.importorskip("torchvision", reason="torchvision has no wheel for this build of torch")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr("torch.load", lambda *a, **k: {})
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], "none")
+    torch.save(network.state_dict(), tmp_path / "weights-inception-2015-12-05-6726825d.pth")
+    found, _ = metrics(tmp_path, captions=False, digits=False)
+    assert [metric.name for metric in found] == ["FID", "sFID", "IS"]
+    generator = np.random.default_rng(0)
+    exact, other = generator.integers(0, 256, (2, 3, 16, 16, 3)).astype(np.uint8)
+    for metric in found[:2]:
+        assert abs(metric.measure(Shown(exact, exact))) < metric.measure(Shown(other // 4, exact))
+    assert found[2].measure(Shown(exact, exact)) >= 1
+
+
+def test_clip_score_is_computed_from_a_local_model(tmp_path):
+    folder = tmp_path / "clip-vit-base-patch16"
+    tiny_clip(folder)
+    (score,), _ = metrics(tmp_path, captions=True, digits=False)
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
+    found = score.measure(Shown(pictures, pictures, captions=["a red circle", "a blue square"]))
+    assert score.name == "CLIP score" and 0 <= found <= 100
+
+
+def tiny_clip(folder):
+    """A CLIP at random, of the smallest size, as transformers saves it."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    letters = [*"abcdefghijklmnopqrstuvwxyz", *(f"{x}</w>" for x in "abcdefghijklmnopqrstuvwxyz")]
+    vocabulary = {word: k for k, word in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**small, "vocab_size": len(vocabulary), "eos_token_id": len(vocabulary) - 1},
+        vision_config={**small, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    pictures = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(folder)

@@ -6,9 +6,10 @@ import argparse
 import math
 from pathlib import Path
 
+from taylorseer_export.commands.run import latent_sizes
 from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.options import bundle_options, real, whole
+from taylorseer_export.options import bundle_options, real, size, whole
 
 SUMMARY = "Find the plan and weights that suit the model, and keep them in the bundle as a profile."
 _FIRST_SEED = 1_000_000  # far from the seeds people use, so that a profile is not judged on its own samples
@@ -38,7 +39,16 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=Path, help="text file: a caption or a class per line (default: the embedded model's own)"
     )
-    parser.add_argument("--inputs", type=Path, help="safetensors with the text encoders' outputs, a row per sample")
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        help="safetensors with the conditioning under diffusers' argument names, a row per sample; `negative_NAME` for "
+        "guidance (default: random, for an embedded model that has learned nothing)",
+    )
+    parser.add_argument(
+        "--size", type=size, metavar="HxW or FxHxW", help="in pixels (default: the bundle's; not for flux and dit)"
+    )
+    parser.add_argument("--guidance-scale", type=real(0), help="dimensionless (default: the bundle's)")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -46,7 +56,7 @@ def run(given: argparse.Namespace) -> int:
     need("sample", "torch", "diffusers")
     from taylorseer_export.bundle.profile import check_name, write_profile
     from taylorseer_export.report.calibrate import Calibrator, check_full_steps, profile_of
-    from taylorseer_export.report.samples import groups, read_prompts
+    from taylorseer_export.report.samples import groups, random_inputs, read_prompts
 
     check_name(given.name)
     prompts = read_prompts(given.prompts) if given.prompts else None
@@ -63,8 +73,18 @@ def run(given: argparse.Namespace) -> int:
     full_steps = given.full_steps or (math.floor(steps / given.speedup) if given.speedup else None)
     if full_steps is not None:
         check_full_steps(full_steps, steps)
-    fitted = groups(denoiser, given.samples, _FIRST_SEED, prompts, tensors, least=2)
-    held_out = groups(denoiser, given.held_out, _FIRST_SEED + given.samples, prompts, tensors)
+    sizes = latent_sizes(denoiser, given.size)
+    tensors = tensors or random_inputs(denoiser, given.samples, sizes[0])
+    fitted = groups(denoiser, given.samples, _FIRST_SEED, prompts, tensors, 2, given.guidance_scale, sizes)
+    held_out = groups(
+        denoiser,
+        given.held_out,
+        _FIRST_SEED + given.samples,
+        prompts,
+        tensors,
+        guidance_scale=given.guidance_scale,
+        sizes=sizes,
+    )
     window = min(steps - 1, 4 * math.ceil(steps / (full_steps or max(steps // 5, 1))))
     total = len(fitted) * steps * (window + 2) + len(held_out) * steps
     with progress("calibrating", total) as advance:

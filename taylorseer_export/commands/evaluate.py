@@ -7,9 +7,10 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from taylorseer_export.commands.run import latent_sizes
 from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.options import bundle_options, whole
+from taylorseer_export.options import bundle_options, real, size, whole
 
 SUMMARY = "Compare ways to sample with a bundle: one table and one HTML page."
 
@@ -24,8 +25,23 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=Path, help="a caption or a class per line (default: the embedded model's own)"
     )
-    parser.add_argument("--inputs", type=Path, help="safetensors with the text encoders' outputs, a row per sample")
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        help="safetensors with the conditioning under diffusers' argument names, a row per sample; `negative_NAME` for "
+        "guidance (default: random, for an embedded model that has learned nothing)",
+    )
+    parser.add_argument(
+        "--size", type=size, metavar="HxW or FxHxW", help="in pixels (default: the bundle's; not for flux and dit)"
+    )
+    parser.add_argument("--guidance-scale", type=real(0), help="dimensionless (default: the bundle's)")
     parser.add_argument("--out", type=Path, help="page to write (default: evaluation-<bundle>.html)")
+    parser.add_argument(
+        "--metric-weights",
+        type=Path,
+        metavar="FOLDER",
+        help="weights of LPIPS, FID, CLIP score and the like, under the names that the output gives",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
@@ -33,8 +49,9 @@ def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
     need("sample", "torch", "diffusers", "PIL", "skimage")
     from taylorseer_export.report import evaluate
+    from taylorseer_export.report.metrics import metrics
     from taylorseer_export.report.page import page
-    from taylorseer_export.report.samples import groups, read_prompts
+    from taylorseer_export.report.samples import groups, prompts_of, random_inputs, read_prompts
 
     prompts = read_prompts(given.prompts) if given.prompts else None
     tensors = read_tensors(given.inputs) if given.inputs else None
@@ -46,27 +63,47 @@ def run(given: argparse.Namespace) -> int:
         raise ConfigError(f"folder {out.parent} is missing, expected it for {out.name}; create it")
     plan = denoiser.plan(given.plan, given.steps)
     ways = evaluate.cases(denoiser, len(plan), plan)
-    requests = groups(denoiser, given.samples, given.seed, prompts, tensors)
+    if given.metric_weights is not None and not given.metric_weights.is_dir():
+        raise ConfigError(f"--metric-weights {given.metric_weights} is not a folder, expected one; check the path")
+    sizes = latent_sizes(denoiser, given.size)
+    tensors = tensors or random_inputs(denoiser, given.samples, sizes[0])
+    requests = groups(
+        denoiser, given.samples, given.seed, prompts, tensors, guidance_scale=given.guidance_scale, sizes=sizes
+    )
+    count = len(requests[0].latents)
+    captions = [
+        caption
+        for k in range(len(requests))
+        for caption in prompts_of(denoiser, range(k * count, (k + 1) * count), given.seed, prompts)
+    ]
+    measures, missing = (
+        metrics(given.metric_weights, bool(captions), manifest.family == "dit")
+        if evaluate.draws(denoiser)
+        else ([], {"metrics of pictures": "the VAE that makes them of these latents"})
+    )
     total = sum(len(case.plan) for case in ways) * len(requests) + len(ways[-1].plan)
     with progress("evaluating", total) as advance:
         done = iter(range(1, 1 << 62))
-        rows = evaluate.evaluate(denoiser, requests, ways, on_step=lambda: advance(next(done), total))
+        rows = evaluate.evaluate(
+            denoiser, requests, ways, measures, captions, on_step=lambda: advance(next(done), total)
+        )
     facts = {
         "bundle": name,
         "engine": f"{manifest.engine.kind} {manifest.precision} on {given.device}",
         "granularity": manifest.state.granularity,
         "steps": str(len(plan)),
-        "samples": str(sum(len(r.latents) for r in requests)),
-        "in groups of": str(len(requests[0].latents)),
+        "samples": str(len(requests) * count),
+        "in groups of": str(count),
     }
     partial = out.with_name(f".{out.name}.partial")
     try:
-        partial.write_text(page(f"{name}: ways to sample", facts, rows, evaluate.UNMEASURED), encoding="utf-8")
+        partial.write_text(page(f"{name}: ways to sample", facts, rows, missing), encoding="utf-8")
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
     print(evaluate.table(rows))
-    print("not measured: " + ", ".join(evaluate.UNMEASURED) + " (they need weights that this package does not bring)")
+    for name, what in missing.items():
+        print(f"not measured: {name} (needs {what})")
     print(f"wrote {out}")
     if given.json:
         records = [{k: v for k, v in asdict(row).items() if k != "shown"} for row in rows]

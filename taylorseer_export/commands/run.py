@@ -118,21 +118,16 @@ def run(given: argparse.Namespace) -> int:
 
 def _tensor_request(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) -> Request:
     """A request from the tensors of `--inputs`, or from random ones, which is said."""
-    from taylorseer_export.commands.export import latent_size
-    from taylorseer_export.families import family_named
     from taylorseer_export.report.inputs import random_conditioning
     from taylorseer_export.runtime import tensors
 
     manifest = denoiser.manifest
-    family = family_named(manifest.family)
     if given.out and given.out.suffix != ".safetensors":
         raise ConfigError(
-            f"--out is {given.out} for family {family.name}, expected NAME.safetensors, since only the model's own VAE "
+            f"--out is {given.out} for family {manifest.family}, expected NAME.safetensors, since only its own VAE "
             "makes a picture of its latents; change it"
         )
-    latent = None if given.size is None else latent_size("--size", given.size, family, family.latent_scale)
-    sizes = {} if latent is None else family.latent_sizes(manifest.model.config, *latent)
-    sides = (latent[0] // 2, latent[1] // 2) if latent and "image_tokens" in sizes else None
+    sizes, sides = latent_sizes(denoiser, given.size)
     if given.inputs:
         values = read_tensors(given.inputs)
     else:
@@ -140,3 +135,16 @@ def _tensor_request(denoiser: Denoiser, given: argparse.Namespace, seeds: list[i
         typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
         values = random_conditioning(denoiser, {**typical, **sizes, "batch": 1}, guided=True)
     return tensors.tensor_request(denoiser, values, seeds, sizes, sides, given.guidance_scale)
+
+
+def latent_sizes(denoiser: Denoiser, asked: tuple[int, ...] | None) -> tuple[dict[str, int], tuple[int, int] | None]:
+    """Sizes of the latent by dimension for `--size`, and (rows, columns) in tokens where it is packed."""
+    from taylorseer_export.commands.export import latent_size
+    from taylorseer_export.families import family_named
+
+    if asked is None:
+        return {}, None
+    family = family_named(denoiser.manifest.family)
+    latent = latent_size("--size", asked, family, family.latent_scale)
+    sizes = family.latent_sizes(denoiser.manifest.model.config, *latent)
+    return sizes, (latent[0] // 2, latent[1] // 2) if "image_tokens" in sizes else None

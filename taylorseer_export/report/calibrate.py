@@ -30,11 +30,11 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.profile import Evidence, Profile
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Plan, forecast_weights
+from taylorseer_export.report.branches import Pool, latents_of
 from taylorseer_export.report.planning import RIDGE, Planner, directions, neighbours, regular_plan
 from taylorseer_export.report.reuse import Archive, ReuseErrors, all_full
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Loop, Request, sample
-from taylorseer_export.runtime.slot import Slot
+from taylorseer_export.runtime.sampling import Loop, Request
 
 _NOT_LESS = 1e-3  # of the mean |r|², added to each, so that a sample without an error does not decide alone
 _LEAST = 1e-20  # mean square over peak square that still counts as a difference: 200 dB
@@ -136,15 +136,16 @@ class Calibrator:
         moves: int = MOVES,
     ) -> None:
         self.denoiser, self.steps, self._on_step, self._moves = denoiser, steps, on_step, moves
-        self._slots: dict[tuple[tuple[str, int], ...], Slot] = {}
+        self._pool = Pool(denoiser)
         self.errors = ReuseErrors(steps, window)
         self.fitted, self.held_out = Archive(requests), Archive(held_out)
         for archive in (self.fitted, self.held_out):
             for group in range(len(archive)):
                 request = archive.request(group)
-                trajectory = all_full(denoiser, self._slot(request), request, steps, on_step)
+                slot = self._pool.of(request)
+                trajectory = all_full(denoiser, slot, request, steps, on_step)
                 if archive is self.fitted:
-                    self.errors.add(denoiser, self._slot(request), trajectory, on_step)
+                    self.errors.add(denoiser, slot, trajectory, on_step)
                 archive.keep(group, trajectory)
         self._planners: dict[int, list[Planner]] = {}
 
@@ -237,8 +238,8 @@ class Calibrator:
         weights: list[tuple[float, ...]] = [()] * len(plan)
         for group in chosen:
             request, exact = self.fitted.request(group), self.fitted.latents(group)
-            loop, slot = Loop(self.denoiser, request, plan, order), self._slot(request)
-            loop.start(slot)
+            loop, slot = Loop(self.denoiser, request, plan, order), self._pool.of(request)
+            slot.begin(loop)
             for step in range(len(plan)):
                 model_input = loop.model_input()
                 if not plan.is_full(step):
@@ -279,20 +280,10 @@ class Calibrator:
         found = [np.zeros(0)]
         for group in chosen:
             request = archive.request(group)
-            result = sample(
-                self.denoiser, request, plan, order, slot=self._slot(request), weights=weights,
-                on_step=lambda step: self._on_step(),
-            )  # fmt: skip
-            found.append(psnr_of_each(result.latents, archive.latents(group)[-1]))
+            loop = Loop(self.denoiser, request, plan, order, weights=weights)
+            latents = latents_of(loop, self._pool.of(request), self._on_step)
+            found.append(psnr_of_each(latents, archive.latents(group)[-1]))
         return np.concatenate(found)
-
-    def _slot(self, request: Request) -> Slot:
-        """One slot for all groups of one size."""
-        sizes = Loop(self.denoiser, request, Plan("F")).sizes
-        key = tuple(sorted(sizes.items()))
-        if key not in self._slots:
-            self._slots[key] = self.denoiser.slot(sizes)
-        return self._slots[key]
 
 
 def psnr_of_each(latents: np.ndarray, exact: np.ndarray) -> np.ndarray:

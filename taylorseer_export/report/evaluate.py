@@ -7,27 +7,21 @@ stands the honest baseline: a loop of only as many steps as a plan has full ones
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from taylorseer_export.bundle.profile import profile_names
 from taylorseer_export.method import Plan
 from taylorseer_export.method.weights import Form
+from taylorseer_export.report.branches import Pool
+from taylorseer_export.report.metrics import Metric, Shown
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Loop, Request, Result, pictures
-from taylorseer_export.runtime.slot import Slot
+from taylorseer_export.runtime.sampling import Loop, Request, pictures_of
 
 _WHITE = 255.0
 _INTERVALS = (3, 9)  # beside the bundle's own
-# Metrics that compare distributions or ask a network, and the weights they need, none of which this package brings.
-UNMEASURED = {
-    "LPIPS": "AlexNet with its linear heads",
-    "CLIP score": "openai/clip-vit-base-patch16",
-    "ImageReward": "ImageReward-v1.0",
-    "FID, sFID, IS": "Inception v3 of torch-fidelity",
-}
 
 
 @dataclass(frozen=True)
@@ -46,25 +40,30 @@ class Row:
     """What one way gave.
 
     Attributes:
+        full_steps: That ran, the mean over groups.
         loop_ms: Time of all steps of the loop in the denoiser, for one group of samples; the median over groups.
         latent_error: Norm of the difference of the final latents over the norm of those of all-full.
         psnr: Of all pictures together, or of the latents where the bundle makes no pictures, in dB; None where nothing
             differs.
         psnr_worst: Of the worst sample.
         ssim: Mean over the pictures; None without them.
+        metrics: Those of `metrics` that could be computed, by name; none without pictures.
         step_errors: `latent_error` after each step; none for a loop of another length.
+        executed: The steps that ran, for each group; other than `plan` only where something decides at run time.
         shown: The first pictures, `[K, H, W, 3]` uint8; none without them.
     """
 
     name: str
     plan: str
-    full_steps: int
+    full_steps: float
     loop_ms: float
     latent_error: float
     psnr: float | None
     psnr_worst: float | None
     ssim: float | None
+    metrics: Mapping[str, float]
     step_errors: tuple[float, ...]
+    executed: tuple[str, ...]
     shown: np.ndarray
 
 
@@ -101,6 +100,8 @@ def evaluate(
     denoiser: Denoiser,
     requests: Sequence[Request],
     ways: Sequence[Case],
+    measures: Sequence[Metric] = (),
+    captions: Sequence[str] = (),
     shown: int = 6,
     on_step: Callable[[], object] = lambda: None,
 ) -> list[Row]:
@@ -110,16 +111,24 @@ def evaluate(
         denoiser: The loaded bundle.
         requests: Groups of samples of one size.
         ways: From `cases`.
+        measures: From `metrics`.
+        captions: Of every sample, for the measures that read them.
         shown: Pictures kept of each row.
         on_step: Called after every step.
     """
-    slot = denoiser.slot(Loop(denoiser, requests[0], Plan("F")).sizes)
-    _run(denoiser, slot, requests[0], ways[-1], on_step)  # both engines run once before anything is timed
-    exact = [_run(denoiser, slot, request, ways[0], on_step) for request in requests]
+    pool = Pool(denoiser)
+    _run(denoiser, pool, requests[0], ways[-1], on_step)  # both engines run once before anything is timed
+    exact = [_run(denoiser, pool, request, ways[0], on_step) for request in requests]
+    labels = [request.conditioning.get("class_labels", np.zeros(0))[: len(request.latents)] for request in requests]
     rows = []
     for case in ways:
-        runs = exact if case is ways[0] else [_run(denoiser, slot, request, case, on_step) for request in requests]
-        rows.append(_row(denoiser, requests, case, runs, exact, shown))
+        runs = exact if case is ways[0] else [_run(denoiser, pool, request, case, on_step) for request in requests]
+        row = _row(case, runs, exact, shown)
+        if measures and len(runs[0].pictures):
+            made, true = (np.concatenate([run.pictures for run in group]) for group in (runs, exact))
+            seen = Shown(made, true, captions, np.concatenate(labels))
+            row = replace(row, metrics={metric.name: metric.measure(seen) for metric in measures})
+        rows.append(row)
     return rows
 
 
@@ -128,11 +137,12 @@ class _Run:
     latents: list[np.ndarray]  # after each step
     pictures: np.ndarray
     milliseconds: float
+    executed: str
 
 
-def _run(denoiser: Denoiser, slot: Slot, request: Request, case: Case, on_step: Callable[[], object]) -> _Run:
-    loop = Loop(denoiser, request, case.plan, case.order, case.form, case.weights)
-    loop.start(slot)
+def _run(denoiser: Denoiser, pool: Pool, request: Request, case: Case, on_step: Callable[[], object]) -> _Run:
+    loop, slot = Loop(denoiser, request, case.plan, case.order, case.form, case.weights), pool.of(request)
+    slot.begin(loop)
     latents, spent = [], 0.0
     for _ in range(len(case.plan)):
         model_input = loop.model_input()
@@ -144,19 +154,17 @@ def _run(denoiser: Denoiser, slot: Slot, request: Request, case: Case, on_step: 
         on_step()
     assert slot.executed == str(case.plan), "bug in taylorseer-export: the steps that ran are not those planned"
     made = np.zeros((0, 1, 1, 3), np.uint8)
-    if denoiser.manifest.model.embedded:
-        made = pictures(denoiser, request, Result(latents[-1], slot.executed, slot.executed, (), 0.0))
-    return _Run(latents, made, 1e3 * spent)
+    if draws(denoiser):
+        made = pictures_of(denoiser, request, latents[-1])
+    return _Run(latents, made, 1e3 * spent, slot.executed)
 
 
-def _row(
-    denoiser: Denoiser,
-    requests: Sequence[Request],
-    case: Case,
-    runs: Sequence[_Run],
-    exact: Sequence[_Run],
-    shown: int,
-) -> Row:
+def draws(denoiser: Denoiser) -> bool:
+    """Whether the bundle makes pictures: the embedded models that have learned something."""
+    return denoiser.manifest.model.embedded and denoiser.manifest.family in ("dit", "flux")
+
+
+def _row(case: Case, runs: Sequence[_Run], exact: Sequence[_Run], shown: int) -> Row:
     def error(step: int) -> float:
         seen, expected = (
             np.concatenate([run.latents[step] for run in group]).astype(np.float64) for group in (runs, exact)
@@ -175,13 +183,15 @@ def _row(
     return Row(
         name=case.name,
         plan=str(case.plan),
-        full_steps=len(case.plan.full_steps),
+        full_steps=float(np.mean([run.executed.count("F") for run in runs])),
         loop_ms=float(np.median([run.milliseconds for run in runs])),
         latent_error=error(-1),
         psnr=_decibel(squares.mean(), peak),
         psnr_worst=_decibel(squares.max(), peak),
         ssim=_ssim(made, reference),
+        metrics={},
         step_errors=tuple(error(step) for step in range(len(case.plan))) if same_length else (),
+        executed=tuple(run.executed for run in runs),
         shown=made[:shown],
     )
 
@@ -201,11 +211,15 @@ def _decibel(square: float, peak: float) -> float | None:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows for a terminal."""
-    lines = [f"  {'way':<22}{'full':>6}{'loop ms':>10}{'latent error':>14}{'PSNR dB':>10}{'worst':>8}{'SSIM':>8}"]
+    names = list(rows[0].metrics)
+    head = "".join(f"{name:>{len(name) + 2}}" for name in names)
+    lines = [f"  {'way':<22}{'full':>6}{'loop ms':>10}{'latent error':>14}{'PSNR dB':>10}{'worst':>8}{'SSIM':>8}{head}"]
     for row in rows:
+        cells = "".join(f"{row.metrics[name]:>{len(name) + 2}.3f}" for name in names)
         lines.append(
-            f"  {row.name:<22}{row.full_steps:>6}{row.loop_ms:>10.1f}{row.latent_error:>14.4f}"
-            f"{number(row.psnr, 1):>10}{number(row.psnr_worst, 1):>8}{number(row.ssim, 3) if row.ssim else '-':>8}"
+            f"  {row.name:<22}{row.full_steps:>6g}{row.loop_ms:>10.1f}{row.latent_error:>14.4f}"
+            f"{number(row.psnr, 1):>10}{number(row.psnr_worst, 1):>8}"
+            f"{'-' if row.ssim is None else number(row.ssim, 3):>8}{cells}"
         )
     return "\n".join(lines)
 

@@ -34,12 +34,18 @@ p { color: var(--soft); margin: .4rem 0; max-width: 48rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
-code { font-size: .8rem; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 svg { width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--ink); } svg .axis { stroke: var(--line); } svg .soft { fill: var(--soft); }
 .key { display: inline-block; width: .75rem; height: .75rem; border-radius: 50%; margin-right: .4rem; }
+.keys { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .85rem; margin: .5rem 0; }
+.decisions { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .35rem .75rem; align-items: center;
+  font-size: .85rem; }
+.steps { display: grid; grid-template-columns: repeat(var(--steps), 1fr); gap: 1px; }
+.steps b { aspect-ratio: 1; max-height: 1.1rem; width: 100%; border-radius: 1px; }
+.steps .full { background: #1b6ca8; } .steps .forecast { background: var(--line); }
+.steps .added { outline: 1px solid #c1440e; }
 .pictures { display: grid; gap: .4rem 2px; align-items: center; min-width: 34rem; }
 .pictures img { width: 100%; max-width: 9rem; image-rendering: pixelated; display: block; cursor: pointer; }
 .pictures span { font-size: .85rem; }
@@ -68,16 +74,20 @@ def page(title: str, facts: Mapping[str, str], rows: Sequence[Row], unmeasured: 
         "<h2>Ways to sample</h2>",
         "<p>PSNR, SSIM and latent error against all steps full, on the same noise and conditioning.</p>",
         _table(rows, colours),
-        "<p>Not measured: " + "; ".join(f"{escape(m)} (needs {escape(w)})" for m, w in unmeasured.items()) + ".</p>",
     ]
+    if unmeasured:
+        missing = "; ".join(f"{escape(name)} (needs {escape(what)})" for name, what in unmeasured.items())
+        parts.append(f"<p>Not measured: {missing}.</p>")
     if compared:
         by_steps = [(row.full_steps, row.psnr, row.name) for row in compared]
         by_time = [(row.loop_ms, row.psnr, row.name) for row in compared]
         parts += [
-            "<h2>Quality against cost</h2><div class=plots>",
+            "<h2>Quality against cost</h2><p>The line joins ways that no other beats at no more cost.</p>"
+            "<div class=plots>",
             _points(by_steps, "full steps", "PSNR dB", colours),
             _points(by_time, "loop, ms", "PSNR dB", colours),
             "</div>",
+            _key([row.name for row in compared], colours),
         ]
     curves = {row.name: row.step_errors for row in compared if row.step_errors}
     if curves:
@@ -85,7 +95,9 @@ def page(title: str, facts: Mapping[str, str], rows: Sequence[Row], unmeasured: 
             "<h2>Error after each step</h2><p>Latent error on a logarithmic scale.</p><div class=plots>",
             _curves(curves, colours),
             "</div>",
+            _key(list(curves), colours),
         ]
+    parts += ["<h2>Full and forecast steps</h2>", _decisions(rows)]
     if len(rows[0].shown):
         parts += [
             "<h2>Pictures</h2><p>Click a picture for its difference from all full, four times enlarged in value.</p>"
@@ -99,17 +111,42 @@ def page(title: str, facts: Mapping[str, str], rows: Sequence[Row], unmeasured: 
 
 
 def _table(rows: Sequence[Row], colours: Mapping[str, str]) -> str:
-    head = ("way", "full steps", "loop ms", "latent error", "PSNR dB", "worst", "SSIM", "plan")
+    metrics = list(rows[0].metrics)
+    head = ("way", "full steps", "loop ms", "latent error", "PSNR dB", "worst", "SSIM", *map(escape, metrics))
     lines = ["<tr>" + "".join(f"<th>{name}" for name in head)]
     for row in rows:
         key = f'<i class=key style="background:{colours[row.name]}"></i>{escape(row.name)}'
         ssim = "" if row.ssim is None else f"{row.ssim:.3f}"
         cells = (
-            key, f"{row.full_steps} of {len(row.plan)}", f"{row.loop_ms:.1f}", f"{row.latent_error:.4f}",
-            number(row.psnr, 1), number(row.psnr_worst, 1), ssim, f"<code>{row.plan}</code>",
+            key, f"{row.full_steps:g} of {len(row.plan)}", f"{row.loop_ms:.1f}", f"{row.latent_error:.4f}",
+            number(row.psnr, 1), number(row.psnr_worst, 1), ssim, *(f"{row.metrics[m]:.3f}" for m in metrics),
         )  # fmt: skip
         lines.append("<tr>" + "".join(f"<td>{cell}" for cell in cells))
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
+
+
+def _key(names: Sequence[str], colours: Mapping[str, str]) -> str:
+    """Which colour is which way."""
+    items = (f'<span><i class=key style="background:{colours[name]}"></i>{escape(name)}</span>' for name in names)
+    return f"<div class=keys>{''.join(items)}</div>"
+
+
+def _decisions(rows: Sequence[Row]) -> str:
+    """A line per way and per group that ran otherwise: dark squares are full steps, the ringed ones not planned so."""
+    steps = max(len(row.plan) for row in rows)
+    lines = []
+    for row in rows:
+        for number_, executed in enumerate(dict.fromkeys(row.executed)):
+            squares = "".join(
+                f'<b class="{"full" if ran == "F" else "forecast"}{" added" if ran != kind else ""}" '
+                f'title="step {step}"></b>'
+                for step, (kind, ran) in enumerate(zip(row.plan, executed, strict=True))
+            )
+            name = escape(row.name) if number_ == 0 else ""
+            lines.append(f'<span>{name}</span><div class=steps style="--steps:{steps}">{squares}</div>')
+    added = any(ran != row.plan for row in rows for ran in row.executed)
+    note = "Dark: full. Light: forecast." + (" Ringed: decided at run time." if added else "")
+    return f"<p>{note}</p><div class=decisions>{''.join(lines)}</div>"
 
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _EDGE = 480, 300, 52, 40, 14
@@ -133,13 +170,14 @@ class _Axes:
 
     def frame(self) -> str:
         parts = []
+        digits = int(self.x[1] - self.x[0] < 20)
         for k in range(5):
             x, y = (low + k / 4 * (high - low) for low, high in (self.x, self.y))
             px, py = self.place(x, 10**y if self.log else y)
             label = f"{10**y:.1e}" if self.log else f"{y:.1f}"
             parts.append(f'<line class=axis x1="{_LEFT}" x2="{_WIDTH - _EDGE}" y1="{py:.1f}" y2="{py:.1f}"/>')
             parts.append(f'<text class=soft x="{_LEFT - 6}" y="{py + 4:.1f}" text-anchor="end">{label}</text>')
-            parts.append(f'<text class=soft x="{px:.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{x:.0f}</text>')
+            parts.append(f'<text class=soft x="{px:.1f}" y="{_HEIGHT - 22}" text-anchor="middle">{x:.{digits}f}</text>')
         across, up = self.names
         parts.append(f'<text x="{_WIDTH - _EDGE}" y="{_HEIGHT - 6}" text-anchor="end">{escape(across)}</text>')
         parts.append(f'<text x="{_LEFT}" y="11" text-anchor="start">{escape(up)}</text>')

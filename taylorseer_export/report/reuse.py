@@ -29,9 +29,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from taylorseer_export.method import Plan
+from taylorseer_export.report.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request
-from taylorseer_export.runtime.slot import Slot
 
 _ELEMENTS = 2048  # of each reuse error and sample; inner products over them are good to a few per cent
 _MOST_PAIRS = 4096  # their inner products are a matrix of 128 MiB
@@ -63,7 +63,7 @@ class ReuseErrors:
         self.products = np.zeros((len(pairs), len(pairs)))
         self.samples = 0
 
-    def add(self, denoiser: Denoiser, slot: Slot, trajectory: Trajectory, on_step: Callable[[], object]) -> None:
+    def add(self, denoiser: Denoiser, slot: Branches, trajectory: Trajectory, on_step: Callable[[], object]) -> None:
         """Measure the reuse errors of the samples of a trajectory."""
         samples = len(trajectory.request.latents)
         size = trajectory.predictions[0][0].size
@@ -74,7 +74,7 @@ class ReuseErrors:
             # Of one length whatever the source, so that the prepare graph is bound once.
             steps = np.minimum(np.arange(source, source + self.window + 1), self.steps - 1)
             plan = Plan("F" + "." * self.window)
-            slot.start(trajectory.request.conditioning, plan, 0, trajectory.model_timesteps[steps])
+            slot.start(trajectory.request, plan, 0, trajectory.model_timesteps[steps])
             for step in range(source, min(source + self.window, self.steps - 1) + 1):
                 found = loop.prediction(slot.step(loop.model_input(trajectory.latents[step])))
                 if step > source:
@@ -87,10 +87,12 @@ class ReuseErrors:
         self.samples += samples
 
 
-def all_full(denoiser: Denoiser, slot: Slot, request: Request, steps: int, on_step: Callable[[], object]) -> Trajectory:
+def all_full(
+    denoiser: Denoiser, slot: Branches, request: Request, steps: int, on_step: Callable[[], object]
+) -> Trajectory:
     """Run the loop with every step full, and keep what it went through."""
     loop = Loop(denoiser, request, Plan("F" * steps), 0)
-    loop.start(slot)
+    slot.begin(loop)
     latents, predictions, reach = [loop.latents], [], []
     for _ in range(steps):
         noise_pred = slot.step(loop.model_input())

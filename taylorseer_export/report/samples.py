@@ -1,7 +1,7 @@
 """Samples: the requests that calibration and evaluation rest on, in groups of one size.
 
-The embedded models bring their own: captions in the words that FLUX knows, classes in turn for DiT. Any other model is
-given the outputs of its text encoders, one row for each sample.
+The embedded FLUX and DiT bring their own: captions in the words that FLUX knows, classes in turn for DiT. Any other
+model is given the outputs of its text encoders, one row for each sample, under diffusers' argument names.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.errors import ConfigError
+from taylorseer_export.report.inputs import random_conditioning
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Request, dit_request, flux_request
+from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, tensor_request
 
 _LARGEST = 8  # samples of a group: memory grows with it, not with the number of groups
 _COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white")
@@ -68,6 +69,8 @@ def groups(
     prompts: Sequence[str] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
     least: int = 1,
+    guidance_scale: float | None = None,
+    sizes: tuple[Mapping[str, int], tuple[int, int] | None] = ({}, None),
 ) -> Groups:
     """`count` samples as requests of one size each; every sample has a seed of its own, from `seed` on.
 
@@ -78,13 +81,18 @@ def groups(
         prompts: Captions or classes, taken in turn; the embedded model's own if left out.
         tensors: Conditioning with one row per sample, for models without an encoder here; taken in turn.
         least: Groups there are at least, as far as there are samples.
+        guidance_scale: Dimensionless; the bundle's default if left out.
+        sizes: Of the latent by dimension, and (rows, columns) of a packed one in tokens; the bundle's where left out.
 
     Raises:
         ConfigError: The model needs tensors and has none, or a prompt is not one of its own.
     """
     size = _group_size(denoiser, count, least)
+    if tensors is not None:
+        check_inputs(denoiser, tensors, guidance_scale)
     made = Groups(
-        -(-count // size), lambda k: _request(denoiser, range(k * size, (k + 1) * size), seed, prompts, tensors)
+        -(-count // size),
+        lambda k: _request(denoiser, range(k * size, (k + 1) * size), seed, prompts, tensors, guidance_scale, sizes),
     )
     made[0]  # what is wrong with the input is said now, not after hours
     return made
@@ -120,52 +128,98 @@ def _request(
     seed: int,
     prompts: Sequence[str] | None,
     tensors: Mapping[str, np.ndarray] | None,
+    guidance_scale: float | None,
+    sizes: tuple[Mapping[str, int], tuple[int, int] | None],
 ) -> Request:
     manifest = denoiser.manifest
     seeds = [seed + number for number in numbers]
     if manifest.family == "dit":
         chosen = prompts or [str(c) for c in range(int(manifest.model.config["num_embeds_ada_norm"]))]
+        if tensors is not None:
+            raise ConfigError(
+                "--inputs is given for dit, whose only input is a class, expected none; pass --prompts FILE"
+            )
         wrong = next((label for label in chosen if not label.isdigit()), None)
         if wrong is not None:
             raise ConfigError(f"--prompts has the line `{wrong}`, expected a class per line (a whole number); mend it")
         labels = [chosen[number % len(chosen)] for number in numbers]
-        return dit_request(denoiser, [int(label) for label in labels], seeds)
-    if manifest.model.embedded:
-        chosen = prompts or captions(numbers.stop, seed)
-        return flux_request(denoiser, [chosen[number % len(chosen)] for number in numbers], seeds)
+        return dit_request(denoiser, [int(label) for label in labels], seeds, guidance_scale)
+    if manifest.family == "flux" and manifest.model.embedded and (tensors is None or prompts):
+        chosen = prompts_of(denoiser, numbers, seed, prompts)
+        return flux_request(denoiser, chosen, seeds, guidance_scale=guidance_scale)
+    if prompts is not None:
+        raise ConfigError(
+            f"--prompts is given for {manifest.family}, whose bundle has no text encoder, expected tensors; pass its "
+            "outputs with --inputs FILE.safetensors"
+        )
     if tensors is None:
         raise ConfigError(
             f"--inputs is missing, expected the text encoders' outputs for {manifest.family}, one row per sample "
             f"({', '.join(denoiser.constants)}); pass --inputs FILE.safetensors"
         )
-    return tensor_request(denoiser, tensors, numbers, seeds)
+    return tensor_request(denoiser, rows_of(denoiser, tensors, numbers), seeds, *sizes, guidance_scale)
 
 
-def tensor_request(
-    denoiser: Denoiser, tensors: Mapping[str, np.ndarray], numbers: Sequence[int], seeds: Sequence[int]
-) -> Request:
-    """A request from conditioning tensors: rows `numbers` of those with a batch dimension, taken in turn.
+def prompts_of(denoiser: Denoiser, numbers: range, seed: int, prompts: Sequence[str] | None = None) -> list[str]:
+    """The prompts of the samples `numbers`; none where the bundle reads no text."""
+    if denoiser.manifest.family != "flux" or not denoiser.manifest.model.embedded:
+        return []
+    chosen = prompts or captions(numbers.stop, seed)
+    return [chosen[number % len(chosen)] for number in numbers]
+
+
+def rows_of(denoiser: Denoiser, tensors: Mapping[str, np.ndarray], numbers: range) -> dict[str, np.ndarray]:
+    """The rows `numbers`, taken in turn, of tensors that have one for each sample; the others as they are."""
+    found = {}
+    for name, value in tensors.items():
+        known = denoiser.constants.get(name.removeprefix(NEGATIVE))
+        shape = denoiser.latent.shape if name == CONDITION else () if known is None else known.shape
+        axis = shape.index("batch") if "batch" in shape and len(shape) == value.ndim else None
+        if axis is None or value.shape[axis] == 1:
+            found[name] = value
+        else:
+            found[name] = value.take([number % value.shape[axis] for number in numbers], axis)
+    return found
+
+
+def check_inputs(denoiser: Denoiser, tensors: Mapping[str, np.ndarray], guidance_scale: float | None = None) -> None:
+    """Refuse conditioning that does not say which row belongs to which, or what guidance needs.
 
     Raises:
-        ConfigError: The model takes guidance in another way than one call per step.
-        StepError: A tensor is missing or of another shape.
+        ConfigError: Tensors have different numbers of rows, or a negative prompt is missing.
     """
-    manifest = denoiser.manifest
-    if manifest.sampling.guidance not in ("none", "embedded"):
-        raise ConfigError(
-            f"guidance of {manifest.family} is `{manifest.sampling.guidance}`, expected none or embedded for samples "
-            "from tensors; calibrate such a model from Python with requests of its pipeline"
+    manifest, counts = denoiser.manifest, {}
+    for name, value in tensors.items():
+        known = denoiser.constants.get(name.removeprefix(NEGATIVE))
+        if known is not None and "batch" in known.shape and len(known.shape) == value.ndim:
+            counts[name] = value.shape[known.shape.index("batch")]
+    several = {name: count for name, count in counts.items() if count != 1}
+    if len(set(several.values())) > 1:
+        (first, one), (second, other) = (
+            min(several.items(), key=lambda x: x[1]),
+            max(several.items(), key=lambda x: x[1]),
         )
-    conditioning, sizes = {}, {"batch": len(seeds)}
-    for name, tensor in denoiser.constants.items():
-        if name not in tensors:
-            continue
-        value = np.asarray(tensors[name])
-        if tensor.shape[0] == "batch":
-            value = value[[number % len(value) for number in numbers]]
-        conditioning[name] = value
-        sizes = match(tensor.shape, value.shape, sizes, name)
+        raise ConfigError(
+            f"--inputs has {one} rows of `{first}` and {other} of `{second}`, expected as many of each, or 1; mend it"
+        )
+    scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
+    if (
+        manifest.sampling.guidance in ("batched", "branches")
+        and scale != 1
+        and not any(name.startswith(NEGATIVE) for name in tensors)
+    ):
+        raise ConfigError(
+            f"--inputs has no tensor `{NEGATIVE}...`, expected those of the negative prompt, since the model is "
+            f"guided with scale {scale:g}; add them, or pass --guidance-scale 1"
+        )
+
+
+def random_inputs(
+    denoiser: Denoiser, count: int, sizes: Mapping[str, int] | None = None
+) -> dict[str, np.ndarray] | None:
+    """Random conditioning for the embedded models that have learned nothing; None for all others."""
+    manifest = denoiser.manifest
+    if not manifest.model.embedded or manifest.family in ("dit", "flux"):
+        return None
     typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
-    shape = resolve(denoiser.latent.shape, typical | sizes)
-    noise = np.stack([np.random.default_rng(s).standard_normal(shape[1:], np.float32) for s in seeds])
-    return Request(noise, conditioning, False, 1.0, 0, 0)
+    return random_conditioning(denoiser, {**typical, **(sizes or {}), "batch": count}, guided=True)

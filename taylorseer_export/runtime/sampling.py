@@ -162,7 +162,7 @@ class Loop:
         self._scheduler = scheduler_of(denoiser.manifest)
         self._ticks = clock(denoiser.manifest, request.latents.shape, len(plan), request.sigmas, self._scheduler)
         self._latents = torch.from_numpy(request.latents * float(getattr(self._scheduler, "init_noise_sigma", 1.0)))
-        self._last: tuple[Any, Any, Any] = (None, None, None)
+        self._last: list[Any] = []
         self.step = 0
         self.sizes = denoiser.sizes(self.model_input().shape, request.conditioning)
 
@@ -206,10 +206,8 @@ class Loop:
 
     def preview(self, prediction: np.ndarray) -> np.ndarray:
         """The latents that this prediction would lead to; the loop does not advance."""
-        import torch
-
-        timestep, scheduler = self._ticks.timesteps[self.step], copy.deepcopy(self._scheduler)
-        return np.asarray(scheduler.step(torch.from_numpy(prediction), timestep, self._latents).prev_sample.numpy())
+        *_, latents = self._advanced(copy.deepcopy(self._scheduler), prediction)
+        return np.asarray(latents.numpy())
 
     def accept(self, prediction: np.ndarray) -> None:
         """Advance the latents by the transformer's answer.
@@ -217,22 +215,25 @@ class Loop:
         Raises:
             StepError: It has numbers that are not finite.
         """
-        import torch
-
         if not np.isfinite(prediction).all():
             raise StepError(
                 f"noise_pred has values that are NaN or infinite at step {self.step} (plan {self.plan}), expected "
                 "finite numbers; lower --order or --interval"
             )
-        answer, latents, joined = torch.from_numpy(self.prediction(prediction)), self._latents, self.request.joined
-        if joined is not None and joined.axis == 2:  # given frames are no part of what is sampled
-            answer, latents = (value[:, :, joined.value.shape[2] :] for value in (answer, latents))
-        advanced = self._scheduler.step(answer, self._ticks.timesteps[self.step], latents)
-        self._last = latents, answer, advanced
-        self._latents = advanced.prev_sample
-        if joined is not None and joined.axis == 2:
-            self._latents = torch.cat([torch.from_numpy(joined.value), self._latents], 2)
+        *self._last, self._latents = self._advanced(self._scheduler, self.prediction(prediction))
         self.step += 1
+
+    def _advanced(self, scheduler: Any, prediction: np.ndarray) -> tuple[Any, Any, Any, Any]:
+        """(latents, prediction, the scheduler's answer to both, the next latents) of the step under way."""
+        import torch
+
+        answer, latents, joined = torch.from_numpy(prediction), self._latents, self.request.joined
+        given = None if joined is None or joined.axis != 2 else torch.from_numpy(joined.value)
+        if given is not None:  # frames that are no part of what is sampled
+            answer, latents = (value[:, :, given.shape[2] :] for value in (answer, latents))
+        advanced = scheduler.step(answer, self._ticks.timesteps[self.step], latents)
+        following = advanced.prev_sample
+        return latents, answer, advanced, following if given is None else torch.cat([given, following], 2)
 
     def estimate(self) -> np.ndarray:
         """`[N, ...]` float32: where the last step thinks the loop will end, for previews."""

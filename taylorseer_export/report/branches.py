@@ -1,0 +1,86 @@
+"""Branches: what answers a request, one slot, or two where guidance calls the transformer twice in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from taylorseer_export.method import Plan
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.runtime.slot import Slot
+
+
+class Branches:
+    """Slots for requests of one size, the conditional first; used like one slot. All run the same plan.
+
+    Args:
+        denoiser: The loaded bundle.
+        request: Any of that size.
+    """
+
+    def __init__(self, denoiser: Denoiser, request: Request) -> None:
+        self.slots: list[Slot] = [denoiser.slot(sizes) for sizes in _sizes(denoiser, request)]
+
+    def begin(self, loop: Loop) -> None:
+        """Start the request of a loop."""
+        for slot, conditioning in zip(self.slots, _conditionings(loop.request), strict=True):
+            loop.start(slot, conditioning)
+
+    def start(self, request: Request, plan: Plan, order: int, timesteps: Sequence[float] | np.ndarray) -> None:
+        """Start a request at steps of another loop; the arguments are those of `Slot.start`."""
+        for slot, conditioning in zip(self.slots, _conditionings(request), strict=True):
+            slot.start(conditioning, plan, order, timesteps)
+
+    def step(self, latents: Any) -> np.ndarray:
+        """`noise_pred` of all slots, one after the other along the batch."""
+        return np.concatenate([slot.step(latents) for slot in self.slots])
+
+    def try_weights(self, latents: Any, weights: Sequence[float] | np.ndarray) -> np.ndarray:
+        """As `Slot.try_weights`, in all slots."""
+        return np.concatenate([slot.try_weights(latents, weights) for slot in self.slots])
+
+    @property
+    def executed(self) -> str:
+        """The steps that ran."""
+        first, *others = (slot.executed for slot in self.slots)
+        assert all(first == other for other in others), "bug in taylorseer-export: branches ran different steps"
+        return first
+
+
+class Pool:
+    """Branches by the size of their requests, opened when first asked for."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+        self._opened: dict[str, Branches] = {}
+
+    def __len__(self) -> int:
+        return len(self._opened)
+
+    def of(self, request: Request) -> Branches:
+        """Branches that fit a request; whoever holds them starts them anew."""
+        key = str([sorted(sizes.items()) for sizes in _sizes(self._denoiser, request)])
+        if key not in self._opened:
+            self._opened[key] = Branches(self._denoiser, request)
+        return self._opened[key]
+
+
+def latents_of(loop: Loop, branches: Branches, on_step: Callable[[], object]) -> np.ndarray:
+    """Run a loop to its end: the final latents."""
+    branches.begin(loop)
+    for _ in range(len(loop.plan)):
+        loop.accept(branches.step(loop.model_input()))
+        on_step()
+    return loop.latents
+
+
+def _conditionings(request: Request) -> list[dict[str, np.ndarray]]:
+    return [request.conditioning] if request.negative is None else [request.conditioning, request.negative]
+
+
+def _sizes(denoiser: Denoiser, request: Request) -> list[dict[str, int]]:
+    shape = Loop(denoiser, request, Plan("F")).model_input().shape
+    return [denoiser.sizes(shape, conditioning) for conditioning in _conditionings(request)]

@@ -47,8 +47,9 @@ LONG = (
 # The only ONNX exports of the graph and engine tests; each takes many seconds.
 BUNDLES = {
     "flux": {"layout": "snapshots", "guards": ("cg", "fbcache", "teacache")},
-    "dit": {"layout": "derivatives", "guards": ("teacache",)},
-    "plain": {"granularity": "last", "latent_size": (4, 6), "batch": 2, "guards": ("cg",)},  # static but for the text
+    "dit": {"layout": "derivatives", "guards": ("cg",)},
+    # Static but for the text.
+    "plain": {"granularity": "last", "latent_size": (4, 6), "batch": 2, "guards": ("cg", "teacache")},
 }
 
 # The only packages compiled for the engine tests; each takes half a minute.

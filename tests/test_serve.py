@@ -250,6 +250,27 @@ def test_a_profile_s_weights_are_those_that_run(denoiser, serve, tiny):
     assert caller.latents.tobytes() != sample(denoiser, request, plan, 1).latents.tobytes()
 
 
+def test_guarded_requests_get_what_they_would_alone(denoiser, serve, tiny):
+    """Each decides for itself, and shares calls with whoever decided the same."""
+    service, waiting = serve(slots=3, batch=3), []
+    for k, threshold in enumerate((1e-9, 0.05, 1e9, 0.05)):
+        request = request_of(denoiser, tiny, k)
+        values = {"latents": request.latents, **request.conditioning, "steps": np.array([8]), "warmup": np.array([2])}
+        values |= {"guard": np.array([b"cg"], object), "threshold": np.array([threshold]), "cap": np.array([3])}
+        asked = contract.ask(denoiser, "denoiser", values)
+        waiting.append((asked, Caller()))
+    for asked, caller in waiting:
+        service.submit(asked.request, asked.plan, asked.order, caller, weights=asked.weights, guard=asked.guard)
+    for asked, caller in waiting:
+        alone = sample(denoiser, asked.request, asked.plan, asked.order, guard=asked.guard)
+        assert caller.wait().error is None
+        assert (caller.executed, caller.latents.tobytes()) == (alone.executed, alone.latents.tobytes())
+    assert [caller.executed for _, caller in waiting][0::2] == ["FFFFFFFF", "FF...F.F"]
+    check_empty(service)
+    counts = service.snapshot()
+    assert counts["planned.full"] == 4 * 3 < counts["executed.full"]
+
+
 def test_requests_of_one_kind_share_calls(denoiser, serve, tiny):
     service, held = serve(slots=4, workers=1), threading.Event()
 
@@ -364,7 +385,7 @@ def test_the_configuration_reads_back_with_triton_s_own_protobuf(onnx):
     assert {i.name: (schema.DataType.Name(i.data_type), list(i.dims), i.optional) for i in seen.input}["latents"] == (
         "TYPE_FP32", [-1, -1, 16], False,
     )  # fmt: skip
-    plan = {"steps", "interval", "warmup", "order", "plan", "profile"}
+    plan = {"steps", "interval", "warmup", "order", "plan", "profile", "guard", "threshold", "cap"}
     assert {i.name for i in seen.input if i.optional} == {"sigmas", *plan}
     assert (seen.parameters["slots"].string_value, seen.parameters["queue"].string_value) == ("3", "5")
 
@@ -415,7 +436,7 @@ def test_what_cannot_be_served_is_said_before_anything_is_written(bundles, tmp_p
 def test_slots_share_the_memory_budget(onnx):
     manifest = onnx("flux").manifest
     weights = sum(file.size for file in manifest.files.values())
-    assert slot_bytes(manifest, 4, weights + 4 * 10_000_000) == 10_000_000
+    assert slot_bytes(manifest, 4, weights + 4 * 20_000_000) == 20_000_000
     assert slot_bytes(manifest, 8, None) == slot_bytes(manifest, 1, None) > 0
 
 
@@ -443,6 +464,14 @@ def test_slots_share_the_memory_budget(onnx):
         ({"profile": [b"fast"], "order": [1]}, "order is given beside profile, expected one of them"),
         ({"profile": [b"fast"], "steps": [9]}, "profile `fast` is 8 steps long, expected 9 (steps)"),
         ({"profile": [b"fast"], "sigmas": np.array([0.5, 0.2], np.float32)}, "is 8 steps long, expected 2 (steps)"),
+        ({"guard": [b"magic"]}, "guard is `magic`, expected one of cg, fbcache, teacache"),
+        ({"guard": [b"cg"]}, "threshold is missing, expected a number above 0 for guard cg"),
+        ({"guard": [b"cg"], "threshold": [0.0]}, "threshold is 0.0, expected a number above 0"),
+        ({"guard": [b"cg"], "threshold": [np.nan]}, "threshold is nan, expected a number above 0"),
+        ({"guard": [b"cg"], "threshold": [0.1], "cap": [0]}, "cap is 0, expected at least 1"),
+        ({"guard": [b"cg"], "threshold": [0.1], "interval": [3]}, "interval is given beside guard"),
+        ({"guard": [b"cg"], "profile": [b"slow"]}, "profile is `slow`, expected one of this model (fast)"),
+        ({"threshold": [0.1]}, "threshold is given without a guard, expected `guard` beside it"),
         ({"sigmas": np.array([0.2, 0.5], np.float32)}, "sigmas are not falling"),
         ({"sigmas": np.array([0.5, 0.2], np.float32), "steps": [3]}, "plan F"),
     ],

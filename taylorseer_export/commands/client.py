@@ -8,7 +8,8 @@ from typing import Any
 
 from taylorseer_export.commands.terminal import need, progress, read_tensors, write_tensors
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.options import size, whole
+from taylorseer_export.method.guard import RULES
+from taylorseer_export.options import real, size, whole
 
 SUMMARY = "Send a request to a served model: a picture, or tensors."
 
@@ -31,6 +32,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--order", type=whole(0, 4), help="order of the forecasts (default: the bundle's)")
     parser.add_argument("--interval", type=whole(1), help="steps between full steps (default: the bundle's)")
     parser.add_argument("--warmup", type=whole(1), help="full steps at the start (default: the bundle's)")
+    parser.add_argument("--guard", choices=RULES, help="rule that may turn forecast steps into full ones")
+    parser.add_argument("--threshold", type=real(0), help="of the guard, dimensionless (default: the profile's)")
+    parser.add_argument("--cap", type=whole(1), help="most forecast steps in a row under a guard (default: no limit)")
     parser.add_argument("--guidance-scale", type=float, help="dimensionless (default: the bundle's)")
     parser.add_argument("--timeout", type=float, help="seconds after which the server gives up (default: never)")
     parser.add_argument("--out", type=Path, required=True, help="picture.png or latents.safetensors")
@@ -63,7 +67,9 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _values(given: argparse.Namespace) -> dict[str, Any]:
-    names = ("prompt", "label", "seed", "steps", "plan", "profile", "order", "interval", "warmup", "guidance_scale")
+    what = ("prompt", "label", "seed", "guidance_scale")
+    how = ("steps", "plan", "profile", "order", "interval", "warmup", "guard", "threshold", "cap")
+    names = (*what, *how)
     values = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     if given.size:
         values["height"], values["width"] = given.size

@@ -23,10 +23,11 @@ from taylorseer_export.bundle.shapes import names, resolve
 from taylorseer_export.errors import StepError
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.runner import Buffer, Call
-from taylorseer_export.runtime.schedule import ForecastStep, FullStep
+from taylorseer_export.runtime.schedule import ForecastStep
 from taylorseer_export.runtime.slot import Slot
 
 BATCH = "batch"
+_SHARED: frozenset[GraphName] = frozenset({"full", "forecast", "rest"})
 
 
 class _Bound(NamedTuple):
@@ -55,7 +56,7 @@ class SharedCalls:
         self._bound: dict[Hashable, _Bound] = {}
         self._pays: dict[Hashable, bool] = {}
         graphs = denoiser.manifest.graphs
-        tensors = [t for name in ("full", "forecast") for t in (*graphs[name].inputs, *graphs[name].outputs)]
+        tensors = [t for name in _SHARED & graphs.keys() for t in (*graphs[name].inputs, *graphs[name].outputs)]
         fixed = BATCH not in denoiser.manifest.dimensions
         # The most samples of one call; 1 where samples do not lie side by side in every tensor.
         self.most = 1 if fixed or not all(map(_separable, tensors)) else denoiser.manifest.dimensions[BATCH].maximum
@@ -68,7 +69,7 @@ class SharedCalls:
             ids: What stands for the request's inputs without a sample dimension, from `ids_of`.
         """
         step = slot.upcoming
-        name, graph = _graph(step), slot.denoiser.manifest.graphs[_graph(step)]
+        name, graph = slot.graph, slot.denoiser.manifest.graphs[slot.graph]
         kind = (name, *slot.sizes.items())
         if kind not in self._pays:
             state = sum(slot.source(tensor).nbytes for tensor in graph.inputs if tensor.role == "taylor_in")
@@ -88,7 +89,7 @@ class SharedCalls:
             Whether it was done; otherwise nothing has changed and each slot has to `run` alone: the engine refused the
             call, an answer is not finite, or calls of this size were found to differ.
         """
-        graph = _graph(slots[0].upcoming)
+        graph = slots[0].graph
         samples = sum(slot.sizes[BATCH] for slot in slots)
         sizes = {**slots[0].sizes, BATCH: samples}
         combination = (graph, tuple(sorted(sizes.items())))
@@ -142,14 +143,12 @@ def ids_of(denoiser: Denoiser, conditioning: Mapping[str, np.ndarray]) -> Hashab
     return tuple((name, np.asarray(conditioning[name]).tobytes()) for name in shared)
 
 
-def _graph(step: FullStep | ForecastStep) -> GraphName:
-    return "full" if isinstance(step, FullStep) else "forecast"
-
-
 def _separable(tensor: Tensor) -> bool:
     """Whether samples lie side by side: along the first dimension, or the second of a Taylor buffer."""
     if any(BATCH in names(entry) for entry in tensor.shape if entry != BATCH):
         return False
+    if tensor.role == "carried" and BATCH not in tensor.shape:
+        return False  # of a latent, and so of each request its own
     return BATCH not in tensor.shape or tensor.shape.index(BATCH) <= 1
 
 

@@ -17,14 +17,15 @@ import numpy as np
 from taylorseer_export.bundle.manifest import GraphName, Tensor
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.errors import BundleError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Guard, Plan
 from taylorseer_export.runtime.places import place
-from taylorseer_export.runtime.schedule import ForecastStep
 
 if TYPE_CHECKING:
     from taylorseer_export.runtime.denoiser import Denoiser
     from taylorseer_export.runtime.runner import Buffer
+    from taylorseer_export.runtime.slot import Slot
 
+_ANY_ERROR = 1e30  # a threshold that every error is under
 # Largest finite value. What stands there was cut off: no sound computation ends on it.
 _LARGEST = {"float16": 65504.0, "bfloat16": (2 - 2.0**-7) * 2.0**127, "float32": (2 - 2.0**-23) * 2.0**127}
 
@@ -55,13 +56,20 @@ def check_engines(denoiser: Denoiser, seed: int = 0) -> None:
     last = manifest.sampling.config.get("num_train_timesteps") or 1000
     middle = last / 2 / manifest.sampling.timestep_divisor
     slot = denoiser.slot(denoiser.sizes(latents.shape, conditioning))
-    slot.start(conditioning, Plan("F."), 0, np.full(2, middle, np.float32))
+    guards = [None, *(Guard(rule, _ANY_ERROR) for rule in manifest.state.guards[:1])]
+    for guard in guards:
+        slot.start(conditioning, Plan("F."), 0, np.full(2, middle, np.float32), guard=guard)
+        _check_two_steps(denoiser, slot, latents)
+
+
+def _check_two_steps(denoiser: Denoiser, slot: Slot, latents: np.ndarray) -> None:
+    manifest = denoiser.manifest
     prepared = {tensor.name for tensor in manifest.graphs["prepare"].outputs}
     predictions = []
     for _ in range(2):
-        graph: GraphName = "forecast" if isinstance(slot.upcoming, ForecastStep) else "full"
-        contract = manifest.graphs[graph]
         slot.stage(latents)
+        graph = slot.graph
+        contract = manifest.graphs[graph]
         read = [(tensor, slot.source(tensor)) for tensor in contract.inputs if tensor.name in prepared]
         written = [(tensor, slot.target(tensor)) for tensor in contract.outputs]
         for tensor, buffer in read:

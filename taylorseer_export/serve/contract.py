@@ -14,8 +14,9 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.profile import Profile, profile_names
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import RULES, Guard, Plan
 from taylorseer_export.runtime.denoiser import Denoiser, request_constants
+from taylorseer_export.runtime.probe import check_guard
 from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Loop, Request, dit_request, flux_request, pictures_of
 
@@ -41,10 +42,12 @@ class Ask(NamedTuple):
     plan: Plan
     order: int | None
     weights: tuple[tuple[float, ...], ...] | None  # of a profile
+    guard: Guard | None
 
 
 _STEPS = tuple(Port(name, "INT32", (1,), True) for name in ("steps", "interval", "warmup", "order"))
 _PLAN = (*_STEPS, *(Port(name, "BYTES", (1,), True) for name in ("plan", "profile")))
+_GUARD = (Port("guard", "BYTES", (1,), True), Port("threshold", "FP32", (1,), True), Port("cap", "INT32", (1,), True))
 _SCALE = Port("guidance_scale", "FP32", (1,), True)
 
 
@@ -55,18 +58,19 @@ def roles(manifest: Manifest) -> tuple[Role, ...]:
 
 def inputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
     """What a model takes."""
-    scale = (_SCALE,) if manifest.sampling.guidance == "batched" else ()
+    asked = (*_PLAN, *(_GUARD if manifest.state.guards else ()))
+    asked = (*asked, _SCALE) if manifest.sampling.guidance == "batched" else asked
     if role == "picture":
         what = (
             (Port("label", "INT64", (1,)),)
             if manifest.family == "dit"
             else (Port("prompt", "BYTES", (1,)), *(Port(side, "INT32", (1,), True) for side in ("height", "width")))
         )
-        return (*what, Port("seed", "INT64", (1,), True), *_PLAN, *scale)
+        return (*what, Port("seed", "INT64", (1,), True), *asked)
     (latent,) = (t for t in manifest.graphs["full"].inputs if t.role == "latent")
     constants = [Port(name, _datatype(t), _dims(t)) for name, t in request_constants(manifest).items()]
     sigmas = (Port("sigmas", "FP32", (-1,), True),) if "FlowMatch" in manifest.sampling.scheduler else ()
-    return (Port("latents", "FP32", _dims(latent)), *constants, *sigmas, *_PLAN, *scale)
+    return (Port("latents", "FP32", _dims(latent)), *constants, *sigmas, *asked)
 
 
 def outputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
@@ -103,7 +107,8 @@ def ask(
     for port in inputs(denoiser.manifest, role):
         if port.name not in values and not port.optional:
             raise ConfigError(f"input `{port.name}` is missing, expected {port.datatype} {list(port.dims)}; send it")
-    plan, order, weights = _forecasts(denoiser, values, known or {})
+    how = _forecasts(denoiser, values, known or {})
+    plan = how.plan
     scale = float(values["guidance_scale"][0]) if "guidance_scale" in values else None
     if scale is not None and not np.isfinite(scale):
         raise ConfigError(f"guidance_scale is {scale}, expected a finite number; correct it")
@@ -115,14 +120,14 @@ def ask(
         branches = {len(v) for n, v in conditioning.items() if denoiser.constants[n].shape[0] == "batch"}
         guided = sampling.guidance == "batched" and branches == {2 * len(latents)}
         scale = sampling.guidance_scale if scale is None else scale
-        return Ask(Request(latents, conditioning, guided, scale, 0, 0, _sigmas(plan, values)), plan, order, weights)
+        return Ask(Request(latents, conditioning, guided, scale, 0, 0, _sigmas(plan, values)), *how)
     seed = _whole(values, "seed") or 0
     if not 0 <= seed < 1 << 63:
         raise ConfigError(f"seed is {seed}, expected a whole number, at least 0; correct it")
     if denoiser.manifest.family == "dit":
-        return Ask(dit_request(denoiser, [int(values["label"][0])], [seed], scale), plan, order, weights)
+        return Ask(dit_request(denoiser, [int(values["label"][0])], [seed], scale), *how)
     height, width = _whole(values, "height") or 32, _whole(values, "width") or 32
-    return Ask(flux_request(denoiser, [_text(values, "prompt")], [seed], (height, width)), plan, order, weights)
+    return Ask(flux_request(denoiser, [_text(values, "prompt")], [seed], (height, width)), *how)
 
 
 def answer(denoiser: Denoiser, role: Role, loop: Loop, executed: str = "") -> dict[str, np.ndarray]:
@@ -135,24 +140,63 @@ def answer(denoiser: Denoiser, role: Role, loop: Loop, executed: str = "") -> di
     return made
 
 
-def _forecasts(
-    denoiser: Denoiser, values: Mapping[str, np.ndarray], known: Mapping[str, Profile]
-) -> tuple[Plan, int | None, tuple[tuple[float, ...], ...] | None]:
-    """Plan, order and weights of a profile, or plan and order as the request names them."""
+class _Forecasts(NamedTuple):
+    plan: Plan
+    order: int | None
+    weights: tuple[tuple[float, ...], ...] | None
+    guard: Guard | None
+
+
+def _forecasts(denoiser: Denoiser, values: Mapping[str, np.ndarray], known: Mapping[str, Profile]) -> _Forecasts:
+    """Plan, order and weights of a profile, or plan, order and guard as the request names them."""
+    if "guard" in values:
+        return _guarded(denoiser, values, known)
+    for name in ("threshold", "cap"):
+        if name in values:
+            raise ConfigError(f"{name} is given without a guard, expected `guard` beside it; send both")
     if "profile" not in values:
-        return _plan(denoiser, values), _whole(values, "order"), None
+        return _Forecasts(_plan(denoiser, values), _whole(values, "order"), None, None)
     for name in ("plan", "interval", "warmup", "order"):
         if name in values:
             raise ConfigError(f"{name} is given beside profile, expected one of them; leave {name} out")
-    name = _text(values, "profile")
+    profile, steps = _known(known, _text(values, "profile")), _whole(values, "steps")
+    profile.check_fits(denoiser.manifest, len(values["sigmas"]) if steps is None and "sigmas" in values else steps)
+    return _Forecasts(profile.steps(), profile.order, profile.weights, None)
+
+
+def _guarded(denoiser: Denoiser, values: Mapping[str, np.ndarray], known: Mapping[str, Profile]) -> _Forecasts:
+    """A guard over the request's plan, or over a warm-up followed by forecasts; a profile brings its threshold."""
+    if "interval" in values:
+        raise ConfigError("interval is given beside guard, expected a plan, or steps and warmup; leave it out")
+    rule, order = _text(values, "guard"), _whole(values, "order")
+    if rule not in RULES:
+        raise ConfigError(f"guard is `{rule[:64]}`, expected one of {', '.join(RULES)}; choose one of those")
+    threshold = float(values["threshold"][0]) if "threshold" in values else None
+    default, steps = denoiser.manifest.plan, _plan(denoiser, values).steps
+    if "profile" in values:
+        profile = _known(known, _text(values, "profile"))
+        profile.check_fits(denoiser.manifest, steps if {"steps", "plan", "sigmas"} & values.keys() else None)
+        steps, order = len(profile.plan), profile.order if order is None else order
+        threshold = profile.thresholds.get(rule) if threshold is None else threshold
+    if threshold is None:
+        raise ConfigError(
+            f"threshold is missing, expected a number above 0 for guard {rule}; send it, or a profile that has one"
+        )
+    guard = Guard(rule, threshold, cap=_whole(values, "cap"))
+    check_guard(denoiser.manifest, guard)
+    if "plan" in values:
+        return _Forecasts(_plan(denoiser, values), order, None, guard)
+    warmup = _whole(values, "warmup")
+    return _Forecasts(Plan.guarded(steps, default.warmup if warmup is None else warmup), order, None, guard)
+
+
+def _known(known: Mapping[str, Profile], name: str) -> Profile:
     if name not in known:
         raise ConfigError(
             f"profile is `{name[:64]}`, expected one of this model ({', '.join(known) or 'it has none'}); choose one "
             "of those, or leave it out"
         )
-    profile, steps = known[name], _whole(values, "steps")
-    profile.check_fits(denoiser.manifest, len(values["sigmas"]) if steps is None and "sigmas" in values else steps)
-    return profile.steps(), profile.order, profile.weights
+    return known[name]
 
 
 def _plan(denoiser: Denoiser, values: Mapping[str, np.ndarray]) -> Plan:

@@ -63,7 +63,7 @@ class TritonPythonModel:
                 ask = contract.ask(self._denoiser, self._role, values, self._profiles)
                 timeout = 1e-6 * request.timeout() or None
                 caller = Caller(self._denoiser, self._role, sender, self._streams, self._watch)
-                self._service.submit(ask.request, ask.plan, ask.order, caller, timeout, ask.weights)
+                self._service.submit(ask.request, ask.plan, ask.order, caller, timeout, ask.weights, ask.guard)
             except Exception as error:  # of this request; the others go on
                 send_error(sender, error)
 

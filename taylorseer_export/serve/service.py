@@ -15,7 +15,7 @@ from threading import Condition, Thread
 from typing import Protocol
 
 from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Guard, Plan
 from taylorseer_export.report.card import request_bytes, size
 from taylorseer_export.report.inputs import random_trajectory
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
@@ -72,6 +72,7 @@ class _Ticket:
     caller: Caller
     ids: object
     slot: Slot | None = None
+    staged: bool = False
 
 
 class Service:
@@ -149,6 +150,7 @@ class Service:
         caller: Caller,
         timeout: float | None = None,
         weights: Sequence[Sequence[float]] | None = None,
+        guard: Guard | None = None,
     ) -> None:
         """Take a request; its answer comes through `caller`.
 
@@ -159,12 +161,13 @@ class Service:
             caller: Who gets the answer.
             timeout: Seconds after which it is given up; never if left out.
             weights: Of each step, in the place of the paper's; those of a profile.
+            guard: What may turn forecast steps of the plan into full ones.
 
         Raises:
             ConfigError, StepError: The request does not fit the bundle or a slot; nothing was queued.
             ServeError: The queue is full, or the service is closing.
         """
-        loop = Loop(self.denoiser, request, plan, order, weights=weights)
+        loop = Loop(self.denoiser, request, plan, order, weights=weights, guard=guard)
         self._check_size(loop)
         ticket = _Ticket(loop, caller, ids_of(self.denoiser, request.conditioning))
         deadline = inf if timeout is None else time.monotonic() + timeout
@@ -213,6 +216,7 @@ class Service:
                 moved = self._step(turn.jobs, calls)
             ended = [job for job in moved if job.work.loop.step == len(job.work.loop.plan)]
             going_on = [job for job in moved if job not in ended]
+            going_on = [job for job in going_on if self._tried(self._settle, job)]
             for job in going_on:
                 job.key = calls.key(job.work.slot, job.work.ids)
             with self._changed:
@@ -252,7 +256,16 @@ class Service:
         job.work.loop.start(job.work.slot)
 
     def _stage(self, job: Job) -> None:
-        job.work.slot.stage(job.work.loop.model_input())
+        ticket = job.work
+        if not ticket.staged:
+            ticket.slot.stage(ticket.loop.model_input())
+        ticket.staged = False
+
+    def _settle(self, job: Job) -> None:
+        """Under a guard the probe says which kind of step comes, and so with whom it may share a call."""
+        if job.work.loop.guard is not None:
+            job.work.slot.stage(job.work.loop.model_input())
+            job.work.staged = True
 
     def _run(self, job: Job) -> None:
         job.work.slot.run()

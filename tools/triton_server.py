@@ -32,6 +32,7 @@ from types import TracebackType
 SERVER = Path(sys.prefix) / "triton"
 ROOT = Path(__file__).resolve().parent.parent
 _READY_SECONDS = 180
+_EXIT_SECONDS = 90  # model processes that are cut off at their end leave their shared memory behind
 
 
 def missing() -> str:
@@ -88,6 +89,7 @@ class Server:
         command = [
             str(SERVER / "pytriton/tritonserver/bin/tritonserver"), f"--model-repository={repository}",
             f"--backend-directory={backends}", "--allow-gpu-metrics=false", "--exit-on-error=false",
+            f"--exit-timeout-secs={_EXIT_SECONDS}",
             "--backend-config=python,stub-timeout-seconds=120", "--log-verbose=0",
             *(f"--{kind}-address=127.0.0.1" for kind in ("http", "grpc", "metrics")),
             *(f"--{kind}-port={port}" for kind, port in zip(("http", "grpc", "metrics"), ports, strict=True)),
@@ -136,7 +138,7 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(how)
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=60)
+            self.process.wait(timeout=_EXIT_SECONDS + 10)
         with suppress(ProcessLookupError):  # models outlive a server that was killed
             os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()

@@ -6,6 +6,7 @@ answers are sent from the service's threads when they are ready, so that later r
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,8 @@ class TritonPythonModel:
         self._inputs = contract.inputs(self._denoiser.manifest, self._role)
         self._metrics = Metrics(self._service, args["model_name"])
         self._watch = Watch()
+        gc.collect()
+        gc.freeze()  # what is loaded now lives as long as the process: no collection of a request need look at it
 
     def execute(self, requests: list[Any]) -> None:
         """Hand requests to the service; each is answered through its own sender."""

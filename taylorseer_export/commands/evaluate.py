@@ -81,6 +81,14 @@ def run(given: argparse.Namespace) -> int:
         if evaluate.draws(denoiser)
         else ([], {"metrics of pictures": "the VAE that makes them of these latents"})
     )
+    if manifest.state.guards:
+        before = groups(
+            denoiser, min(given.samples, 8), given.seed + given.samples, prompts, tensors,
+            guidance_scale=given.guidance_scale, sizes=sizes,
+        )  # fmt: skip
+        with progress("fitting thresholds", 1) as advance:
+            ran = iter(range(1, 1 << 62))
+            ways += evaluate.guarded_cases(denoiser, plan, before, lambda: advance(k := next(ran), k + 1))
     total = sum(len(case.plan) for case in ways) * len(requests) + len(ways[-1].plan)
     with progress("evaluating", total) as advance:
         done = iter(range(1, 1 << 62))

@@ -14,7 +14,8 @@ from taylorseer_export.runtime.slot import Slot
 
 
 class Branches:
-    """Slots for requests of one size, the conditional first; used like one slot. All run the same plan.
+    """Slots for requests of one size, the conditional first; used like one slot. All run the same plan; under a
+    guard the first one decides for all.
 
     Args:
         denoiser: The loaded bundle.
@@ -36,7 +37,15 @@ class Branches:
 
     def step(self, latents: Any) -> np.ndarray:
         """`noise_pred` of all slots, one after the other along the batch."""
-        return np.concatenate([slot.step(latents) for slot in self.slots])
+        first, *others = self.slots
+        found = [first.step(latents)]
+        decided = first.executed[-1]  # by the plan, or by a guard for all
+        return np.concatenate(found + [slot.advance(latents, decided=decided).read() for slot in others])
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """What the probe of the first slot measured at each step; none without a guard."""
+        return self.slots[0].errors
 
     def try_weights(self, latents: Any, weights: Sequence[float] | np.ndarray) -> np.ndarray:
         """As `Slot.try_weights`, in all slots."""

@@ -20,8 +20,8 @@ The distance between two latents is a PSNR whose peak is the range of the exact 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,9 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.profile import Evidence, Profile
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.method import Plan, forecast_weights
+from taylorseer_export.method import Plan, Rule, forecast_weights
 from taylorseer_export.report.branches import Pool, latents_of
+from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.planning import RIDGE, Planner, directions, neighbours, regular_plan
 from taylorseer_export.report.reuse import Archive, ReuseErrors, all_full
 from taylorseer_export.runtime.denoiser import Denoiser
@@ -70,11 +71,12 @@ class Way:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration found, beside what it has to beat."""
+    """What a calibration found, beside what it has to beat; and the thresholds of guards with as many full steps."""
 
     calibrated: Way
     regular: Way
     fewer_steps: Way
+    thresholds: Mapping[Rule, float] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -188,6 +190,20 @@ class Calibrator:
                 "lower it"
             )
         return found
+
+    def thresholds(self, full_steps: int) -> dict[Rule, float]:
+        """Of every guard of the bundle, the threshold that gives at most as many full steps on the fitted samples.
+
+        None where the budget is too small for the warm-up of a guard's plan.
+        """
+        manifest = self.denoiser.manifest
+        if full_steps < len(Plan.guarded(self.steps, manifest.plan.warmup).full_steps):
+            return {}
+        requests = [self.fitted.request(group) for group in range(len(self.fitted))]
+        return {
+            rule: fit_threshold(self.denoiser, self._pool, requests, rule, full_steps, self.steps, self._on_step)
+            for rule in manifest.state.guards
+        }
 
     def _candidates(self, full_steps: int, order: int, regular: Plan) -> list[Plan]:
         """Plans of the least cost, whatever share and tilt the cost has, and the regular one where it has as many."""
@@ -311,7 +327,7 @@ def profile_of(manifest: Manifest, name: str, found: Calibration) -> Profile:
         order=best.order,
         plan=str(best.plan),
         weights=best.weights,
-        thresholds={},
+        thresholds=dict(found.thresholds),
         samples=found.samples,
         held_out=found.held_out,
         calibrated=evidence(best),

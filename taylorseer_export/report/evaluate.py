@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from taylorseer_export.bundle.profile import profile_names
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Guard, Plan, Rule
 from taylorseer_export.method.weights import Form
 from taylorseer_export.report.branches import Pool
+from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.metrics import Metric, Shown
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request, pictures_of
@@ -33,6 +34,7 @@ class Case:
     order: int
     form: Form = "taylor"
     weights: Sequence[Sequence[float]] | None = None
+    guard: Guard | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,38 @@ def cases(denoiser: Denoiser, steps: int, plan: Plan) -> list[Case]:
     return [Case("all full", Plan("F" * steps), 0), *fewer, *forecasts]
 
 
+def guarded_cases(
+    denoiser: Denoiser, plan: Plan, requests: Sequence[Request], on_step: Callable[[], object] = lambda: None
+) -> list[Case]:
+    """One way for every guard of the bundle, with about as many full steps as `plan` has.
+
+    The threshold is that of a profile with as many full steps, where the bundle has one, or else fitted to `requests`.
+
+    Args:
+        denoiser: The loaded bundle.
+        plan: The regular plan.
+        requests: Groups of samples that are not those evaluated.
+        on_step: Called after every step.
+
+    Raises:
+        ConfigError: The plan has too few full steps for a guard.
+    """
+    state, steps, count = denoiser.manifest.state, len(plan), len(plan.full_steps)
+    known: dict[Rule, float] = {}
+    for name in profile_names(denoiser.bundle) if denoiser.bundle else ():
+        profile = denoiser.profile(name)
+        if len(profile.plan) == steps and profile.plan.count("F") == count:
+            known |= profile.thresholds
+    found, pool = [], Pool(denoiser)
+    for rule in state.guards:
+        if rule not in known:
+            known[rule] = fit_threshold(denoiser, pool, requests, rule, count, steps, on_step)
+        guard = Guard(rule, known[rule])
+        base = Plan.guarded(steps, denoiser.manifest.plan.warmup)
+        found.append(Case(f"guard {rule} at {known[rule]:.3g}", base, min(state.order, 2), guard=guard))
+    return found
+
+
 def evaluate(
     denoiser: Denoiser,
     requests: Sequence[Request],
@@ -141,7 +175,7 @@ class _Run:
 
 
 def _run(denoiser: Denoiser, pool: Pool, request: Request, case: Case, on_step: Callable[[], object]) -> _Run:
-    loop, slot = Loop(denoiser, request, case.plan, case.order, case.form, case.weights), pool.of(request)
+    loop, slot = Loop(denoiser, request, case.plan, case.order, case.form, case.weights, case.guard), pool.of(request)
     slot.begin(loop)
     latents, spent = [], 0.0
     for _ in range(len(case.plan)):
@@ -152,7 +186,7 @@ def _run(denoiser: Denoiser, pool: Pool, request: Request, case: Case, on_step: 
         loop.accept(noise_pred)
         latents.append(loop.latents.copy())
         on_step()
-    assert slot.executed == str(case.plan), "bug in taylorseer-export: the steps that ran are not those planned"
+    loop.check_executed(slot.executed)
     made = np.zeros((0, 1, 1, 3), np.uint8)
     if draws(denoiser):
         made = pictures_of(denoiser, request, latents[-1])

@@ -1,0 +1,74 @@
+"""Thresholds: the error at which a guard runs as many full steps as a budget allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.method import Guard, Plan, Rule
+from taylorseer_export.report.branches import Pool
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.sampling import Loop, Request
+
+_LEAST = 1e-30  # a threshold that no error is under
+_HALVINGS = 8  # of the ratio between the highest and the lowest threshold that could be meant
+
+
+def fit_threshold(
+    denoiser: Denoiser,
+    pool: Pool,
+    requests: Sequence[Request],
+    rule: Rule,
+    full_steps: int,
+    steps: int,
+    on_step: Callable[[], object] = lambda: None,
+) -> float:
+    """The lowest threshold found at which loops of a guard have at most `full_steps` full steps on the average.
+
+    The count falls as the threshold rises, so it is found by bisection of its logarithm, between the least error that
+    an all-full loop shows and the sum of all of them.
+
+    Args:
+        denoiser: A bundle with a probe for `rule`.
+        pool: Slots for the loops.
+        requests: Groups of samples; all of one size.
+        rule: Of the guard.
+        full_steps: Budget of one loop, steps.
+        steps: Length of the loops.
+        on_step: Called after every step of every loop.
+
+    Raises:
+        ConfigError: The budget is below the warm-up and the last step, or leaves nothing to forecast.
+    """
+    plan = Plan.guarded(steps, denoiser.manifest.plan.warmup)
+    least = len(plan.full_steps)
+    if not least <= full_steps < steps:
+        raise ConfigError(
+            f"full steps are {full_steps}, expected {least} to {steps - 1} under a guard, whose plan begins with "
+            f"{denoiser.manifest.plan.warmup} and ends with 1; change --full-steps, or export again with another "
+            "--warmup"
+        )
+
+    def run(threshold: float) -> tuple[float, list[float]]:
+        counts, errors = [], []
+        for request in requests:
+            loop = Loop(denoiser, request, plan, guard=Guard(rule, threshold))
+            branches = pool.of(request)
+            branches.begin(loop)
+            for _ in range(steps):
+                loop.accept(branches.step(loop.model_input()))
+                on_step()
+            counts.append(branches.executed.count("F"))
+            errors += [error for error in branches.errors if math.isfinite(error)]
+        return float(np.mean(counts)), errors
+
+    _, errors = run(_LEAST)
+    low, high = max(min(errors), _LEAST), 2 * sum(errors) / len(requests)
+    for _ in range(_HALVINGS):
+        middle = math.sqrt(low * high)
+        count, _ = run(middle)
+        low, high = (low, middle) if count <= full_steps else (middle, high)
+    return high

@@ -237,7 +237,7 @@ def residual_digits(once):
     """The embedded DiT at granularity `residual`, exported by the command line: the folder of its bundle."""
 
     def write(folder):
-        assert cli.main(["dit", "--order", "2", "--state", "residual", "--out", str(folder)]) == 0
+        assert cli.main(["dit", "--order", "2", "--state", "residual", "--guard", "cg", "--out", str(folder)]) == 0
         return folder / "dit-tiny"
 
     return once("residual-digits", write)

@@ -12,10 +12,11 @@ from taylorseer_export import cli
 from taylorseer_export.bundle.profile import read_profile
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.method import Plan, forecast_weights
+from taylorseer_export.method import Guard, Plan, forecast_weights
 from taylorseer_export.report import calibrate
-from taylorseer_export.report.branches import Branches
+from taylorseer_export.report.branches import Branches, Pool
 from taylorseer_export.report.calibrate import Calibrator, psnr_of_each
+from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.inputs import random_conditioning
 from taylorseer_export.report.planning import Planner, best_weights, directions, regular_plan
 from taylorseer_export.report.reuse import ReuseErrors, all_full
@@ -227,11 +228,32 @@ def test_command_line(digits, tmp_path, capsys):
     assert cli.main([*arguments, "--speedup", "2", "--name", "half"]) == 0
     printed = capsys.readouterr().out
     assert "4 of 8 steps full" in printed and "2 fitted, 2 held out" in printed
+    assert "guard cg at" in printed
     profile = read_profile(open_bundle(digits), "half")
+    assert profile.thresholds.keys() == {"cg"}
     picture = tmp_path / "seven.png"
     run = ["run", str(digits), "--label", "7", "--profile", "half", "--out", str(picture), "--threads", "1"]
     assert cli.main(run) == 0 and picture.exists()
     assert profile.plan in capsys.readouterr().out
+    guarded = ["run", str(digits), "--profile", "half", "--guard", "cg", "--out", str(picture), "--threads", "1"]
+    assert cli.main(guarded) == 0
+    assert f"guard cg at {profile.thresholds['cg']:g}" in capsys.readouterr().out
+
+
+def test_a_threshold_keeps_the_budget_and_spends_it(digits):
+    """With any lower threshold that bisection could have told apart, there would be more full steps than allowed."""
+    denoiser = load(digits, threads=1)
+    requests, plan = groups(denoiser, 4, 80, least=2), Plan.guarded(12, 3)
+    pool = Pool(denoiser)
+    threshold = fit_threshold(denoiser, pool, requests, "cg", plan, 7)
+
+    def full_steps(at):
+        runs = [sample(denoiser, r, plan, guard=Guard("cg", at)).executed for r in requests]
+        return np.mean([executed.count("F") for executed in runs])
+
+    assert full_steps(threshold) <= 7 < full_steps(threshold * 0.8)
+    with pytest.raises(ConfigError, match=r"full steps are 3, expected 4 to 11 under a guard that starts from FFF\."):
+        fit_threshold(denoiser, pool, requests, "cg", plan, 3)
 
 
 @pytest.mark.parametrize(

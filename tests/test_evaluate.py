@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from taylorseer_export import cli
-from taylorseer_export.report.evaluate import Case, cases, evaluate
+from taylorseer_export.report.evaluate import Case, cases, evaluate, guarded_cases
 from taylorseer_export.report.metrics import Shown, metrics
 from taylorseer_export.report.page import page
 from taylorseer_export.report.samples import groups
@@ -133,6 +133,31 @@ def test_command_line(residual_digits, tmp_path, capsys):
     assert out.read_text().startswith("<!doctype html>")
     assert cli.main(["evaluate", str(residual_digits), "--out", str(tmp_path / "no" / "page.html")]) == 2
     assert "create it" in capsys.readouterr().err
+
+
+def test_guards_are_rows_with_as_many_full_steps(denoiser, residual_digits, tmp_path, capsys):
+    plan = denoiser.plan("FFF.F..F")
+    (case,) = guarded_cases(denoiser, plan, groups(denoiser, 4, 9))
+    assert case.guard is not None and case.name.startswith("guard cg at")
+    ways = [*cases(denoiser, STEPS, plan)[:1], case]
+    exact, row = evaluate(denoiser, groups(denoiser, 4, 0), ways)
+    assert row.plan == str(case.plan) and all(len(executed) == STEPS for executed in row.executed)
+    assert len(case.plan.full_steps) <= row.full_steps <= STEPS and exact.psnr is None
+    assert guarded_cases(denoiser, denoiser.plan("FF..F..."), groups(denoiser, 2, 9)) == []
+    arguments = [
+        "evaluate",
+        str(residual_digits),
+        "--samples",
+        "2",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path / "a.html"),
+    ]
+    assert cli.main([*arguments, "--plan", "FFF.F..F"]) == 0
+    assert "guard cg at" in capsys.readouterr().out
+    assert cli.main([*arguments, "--plan", "F......."]) == 0
+    assert "not measured: guards (needs a --plan with more full steps" in capsys.readouterr().out
 
 
 def test_rows_that_decided_at_run_time_show_what_ran(rows):

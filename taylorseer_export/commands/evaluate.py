@@ -88,7 +88,10 @@ def run(given: argparse.Namespace) -> int:
         )  # fmt: skip
         with progress("fitting thresholds", 1) as advance:
             ran = iter(range(1, 1 << 62))
-            ways += evaluate.guarded_cases(denoiser, plan, before, lambda: advance(k := next(ran), k + 1))
+            guarded = evaluate.guarded_cases(denoiser, plan, before, lambda: advance(k := next(ran), k + 1))
+        ways += guarded
+        if not guarded:
+            missing["guards"] = f"a --plan with more full steps than {plan}: the warm-up and the last at least"
     total = sum(len(case.plan) for case in ways) * len(requests) + len(ways[-1].plan)
     with progress("evaluating", total) as advance:
         done = iter(range(1, 1 << 62))

@@ -197,11 +197,12 @@ class Calibrator:
         None where the budget is too small for the warm-up of a guard's plan.
         """
         manifest = self.denoiser.manifest
-        if full_steps < len(Plan.guarded(self.steps, manifest.plan.warmup).full_steps):
+        plan = Plan.guarded(self.steps, manifest.plan.warmup)
+        if full_steps < len(plan.full_steps):
             return {}
         requests = [self.fitted.request(group) for group in range(len(self.fitted))]
         return {
-            rule: fit_threshold(self.denoiser, self._pool, requests, rule, full_steps, self.steps, self._on_step)
+            rule: fit_threshold(self.denoiser, self._pool, requests, rule, plan, full_steps, self._on_step)
             for rule in manifest.state.guards
         }
 

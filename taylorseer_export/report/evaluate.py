@@ -103,18 +103,19 @@ def guarded_cases(
 ) -> list[Case]:
     """One way for every guard of the bundle, with about as many full steps as `plan` has.
 
-    The threshold is that of a profile with as many full steps, where the bundle has one, or else fitted to `requests`.
+    None where `plan` has fewer than a guard starts from: the warm-up of the bundle's rule, and the last step. The
+    threshold is that of a profile with as many full steps, where the bundle has one, or else fitted to `requests`.
 
     Args:
         denoiser: The loaded bundle.
         plan: The regular plan.
         requests: Groups of samples that are not those evaluated.
         on_step: Called after every step.
-
-    Raises:
-        ConfigError: The plan has too few full steps for a guard.
     """
     state, steps, count = denoiser.manifest.state, len(plan), len(plan.full_steps)
+    base = Plan.guarded(steps, denoiser.manifest.plan.warmup)
+    if not len(base.full_steps) <= count < steps:
+        return []
     known: dict[Rule, float] = {}
     for name in profile_names(denoiser.bundle) if denoiser.bundle else ():
         profile = denoiser.profile(name)
@@ -123,9 +124,8 @@ def guarded_cases(
     found, pool = [], Pool(denoiser)
     for rule in state.guards:
         if rule not in known:
-            known[rule] = fit_threshold(denoiser, pool, requests, rule, count, steps, on_step)
+            known[rule] = fit_threshold(denoiser, pool, requests, rule, base, count, on_step)
         guard = Guard(rule, known[rule])
-        base = Plan.guarded(steps, denoiser.manifest.plan.warmup)
         found.append(Case(f"guard {rule} at {known[rule]:.3g}", base, min(state.order, 2), guard=guard))
     return found
 

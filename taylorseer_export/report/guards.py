@@ -22,8 +22,8 @@ def fit_threshold(
     pool: Pool,
     requests: Sequence[Request],
     rule: Rule,
+    plan: Plan,
     full_steps: int,
-    steps: int,
     on_step: Callable[[], object] = lambda: None,
 ) -> float:
     """The lowest threshold found at which loops of a guard have at most `full_steps` full steps on the average.
@@ -36,20 +36,18 @@ def fit_threshold(
         pool: Slots for the loops.
         requests: Groups of samples; all of one size.
         rule: Of the guard.
+        plan: What the guard starts from, as `Plan.guarded` gives it.
         full_steps: Budget of one loop, steps.
-        steps: Length of the loops.
         on_step: Called after every step of every loop.
 
     Raises:
-        ConfigError: The budget is below the warm-up and the last step, or leaves nothing to forecast.
+        ConfigError: The budget is below the full steps of the plan, or leaves nothing to forecast.
     """
-    plan = Plan.guarded(steps, denoiser.manifest.plan.warmup)
     least = len(plan.full_steps)
-    if not least <= full_steps < steps:
+    if not least <= full_steps < len(plan):
         raise ConfigError(
-            f"full steps are {full_steps}, expected {least} to {steps - 1} under a guard, whose plan begins with "
-            f"{denoiser.manifest.plan.warmup} and ends with 1; change --full-steps, or export again with another "
-            "--warmup"
+            f"full steps are {full_steps}, expected {least} to {len(plan) - 1} under a guard that starts from {plan}; "
+            "change their number, or the warm-up"
         )
 
     def run(threshold: float) -> tuple[float, list[float]]:
@@ -58,7 +56,7 @@ def fit_threshold(
             loop = Loop(denoiser, request, plan, guard=Guard(rule, threshold))
             branches = pool.of(request)
             branches.begin(loop)
-            for _ in range(steps):
+            for _ in range(len(plan)):
                 loop.accept(branches.step(loop.model_input()))
                 on_step()
             counts.append(branches.executed.count("F"))

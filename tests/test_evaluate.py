@@ -143,7 +143,7 @@ def test_guards_are_rows_with_as_many_full_steps(denoiser, residual_digits, tmp_
     exact, row = evaluate(denoiser, groups(denoiser, 4, 0), ways)
     assert row.plan == str(case.plan) and all(len(executed) == STEPS for executed in row.executed)
     assert len(case.plan.full_steps) <= row.full_steps <= STEPS and exact.psnr is None
-    assert guarded_cases(denoiser, denoiser.plan("FF..F..."), groups(denoiser, 2, 9)) == []
+    assert guarded_cases(denoiser, denoiser.plan("F......."), groups(denoiser, 2, 9)) == []
     arguments = [
         "evaluate",
         str(residual_digits),

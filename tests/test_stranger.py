@@ -33,7 +33,7 @@ def listed() -> Family:
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_models._randomised(
+    return tiny_models.randomised(
         lambda: PixArtTransformer2DModel(
             num_attention_heads=2,
             attention_head_dim=16,

@@ -26,7 +26,7 @@ from diffusers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
-from random_tiny import randomised
+from randomised import randomised
 
 
 def tiny_flux(

@@ -38,7 +38,7 @@ import diffusers  # noqa: E402
 from contestants import HOOKS, hook_schedule  # noqa: E402
 from full_size import MODELS  # noqa: E402
 from record import RESULTS, circumstances, write_record  # noqa: E402
-from tiny_models import _randomised, dit_inputs, flux_inputs, tiny_dit, tiny_flux  # noqa: E402
+from tiny_models import dit_inputs, flux_inputs, randomised, tiny_dit, tiny_flux  # noqa: E402
 
 from taylorseer_export.build import export  # noqa: E402
 from taylorseer_export.build.eager import pointwise_sums, weighted, writing  # noqa: E402
@@ -163,7 +163,7 @@ def _model(name: str, tiny: bool, device: str) -> torch.nn.Module:
     torch.set_default_dtype(BF16)
     try:
         with torch.device(device):
-            model = _randomised(lambda: kind.from_config({k: v for k, v in described.items() if k[0] != "_"}), seed=0)
+            model = randomised(lambda: kind.from_config({k: v for k, v in described.items() if k[0] != "_"}), seed=0)
     finally:
         torch.set_default_dtype(torch.float32)
     return model.to(BF16).requires_grad_(False)

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from randomised import randomised
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,35 +129,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "sd3": {"latent_size": [16, 16], "text_tokens": 12},
     "wan": {"latent_size": [3, 8, 12], "text_tokens": 12},
 }
-
-
-def randomised(build: Callable[[], torch.nn.Module], seed: int) -> Any:
-    """What `build` returns, in eval mode, with weights of a trained model's scale, on whatever device it was built.
-
-    Gates are of order one and norm weights are not exactly one.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build().eval()
-        for name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter)
-            if parameter.ndim == 1:
-                parameter.data = 0.1 * noise + (0.0 if name.endswith("bias") else 1.0)
-            elif "embedding_table" in name:
-                parameter.data = noise
-            else:
-                parameter.data = noise / math.sqrt(parameter[0].numel())
-            if name.endswith(("timestep_embedder.linear_1.weight", "time_embedder.linear_1.weight")):
-                parameter.data *= _low_pass(parameter.shape[1]).to(parameter)
-    return model
-
-
-def _low_pass(channels: int, cutoff: float = 3e-3) -> torch.Tensor:
-    """Column factors [channels] that leave angular frequencies below `cutoff` per unit timestep."""
-    half = channels // 2
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(half) / half)
-    keep = 1 / (1 + (frequency / cutoff) ** 2)
-    return (keep / keep.square().mean().sqrt()).repeat(2)
 
 
 def write(name: str, folder: Path) -> int:

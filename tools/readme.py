@@ -134,6 +134,22 @@ _OTHERS = {
     "hook sites": "diffusers' TaylorSeer hook on our sites, 10 full steps",
     "hook tuned": "the same hook, told to skip all it can",
 }
+
+
+def guard_table(record: Mapping[str, Any]) -> str:
+    """Rows of `tools/bench_guard.py`."""
+    lines = [
+        "| guard | share of the FLOPs | probe / full step | (probe + rest) / full step | kept per slot |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in record["rows"]:
+        lines.append(
+            f"| {row['rule']} | {row['share']:.3f} | {row['probe_over_full']:.3f} | "
+            f"{row['probe_and_rest_over_full']:.3f} | {row['probe_bytes'] / 1e6:.1f} MB |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "quality": quality_table,
@@ -141,6 +157,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "calibration-flux": calibration_table,
     "calibration-dit": calibration_table,
     "families": families_table,
+    "guard": guard_table,
 }
 
 

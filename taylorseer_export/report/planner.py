@@ -34,12 +34,12 @@ class Choice:
         granularity, layout, order: As on the command line.
         state_bytes: Taylor buffers of one slot; derivatives count twice, one set is read while the other is written.
         table_bytes: Step tables of one slot.
-        probe_bytes: What the probe of one slot keeps; 0 without guards.
         graph_bytes: (graph, bytes of the weights it reads); graphs may share a weight.
         weights_bytes: Weights of the bundle, each counted once.
         ceiling: Steps over full steps of the plan: the highest speed-up it allows, dimensionless.
         gain: Highest noise amplification of the plan at this order, dimensionless.
         quoted: The sizes that the numbers hold for, and which of them are merely typical.
+        probe_bytes: What the probe of one slot keeps; 0 without guards.
     """
 
     granularity: Literal["module", "residual", "last"]
@@ -47,12 +47,12 @@ class Choice:
     order: int
     state_bytes: int
     table_bytes: int
-    probe_bytes: int
     graph_bytes: tuple[tuple[str, int], ...]
     weights_bytes: int
     ceiling: float
     gain: float
     quoted: str
+    probe_bytes: int = 0
 
     @property
     def options(self) -> str:

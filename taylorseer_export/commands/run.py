@@ -95,7 +95,7 @@ def run(given: argparse.Namespace) -> int:
         f"{manifest.family}-{manifest.name}.png" if names and manifest.model.embedded else "latents.safetensors"
     )
     if out.suffix == ".safetensors":
-        write_tensors(out, {"latents": result.latents}, {"plan": str(plan)})
+        write_tensors(out, {"latents": result.latents}, {"plan": result.executed})
     else:
         made = sampling.pictures(denoiser, request, result)
         scale = max(1, 256 // made.shape[1])

@@ -47,6 +47,23 @@ def bundle_options(parser: argparse.ArgumentParser, runs: bool = True) -> None:
         )
 
 
+def sample_options(parser: argparse.ArgumentParser) -> None:
+    """What samples are made of, where a command makes many."""
+    parser.add_argument(
+        "--prompts", type=Path, help="text file: a caption or a class per line (default: the embedded model's own)"
+    )
+    parser.add_argument(
+        "--inputs",
+        type=Path,
+        help="safetensors with the conditioning under diffusers' argument names, a row per sample; `negative_NAME` for "
+        "guidance (default: random, for an embedded model that has learned nothing)",
+    )
+    parser.add_argument(
+        "--size", type=size, metavar="HxW or FxHxW", help="in pixels (default: the bundle's; not for flux and dit)"
+    )
+    parser.add_argument("--guidance-scale", type=real(0), help="dimensionless (default: the bundle's)")
+
+
 def plan_options(parser: argparse.ArgumentParser, steps: bool = True) -> None:
     """Which plan and which forecasts; `steps` where the request does not bring their number."""
     if steps:

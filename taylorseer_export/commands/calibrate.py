@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import replace
-from pathlib import Path
 
 from taylorseer_export.commands.run import latent_sizes
 from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.options import bundle_options, real, size, whole
+from taylorseer_export.options import bundle_options, real, sample_options, whole
 
 SUMMARY = "Find the plan and weights that suit the model, and keep them in the bundle as a profile."
 _FIRST_SEED = 1_000_000  # far from the seeds people use, so that a profile is not judged on its own samples
@@ -37,19 +36,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--held-out", type=whole(2), default=8, help="further samples that must agree (default: %(default)s)"
     )
-    parser.add_argument(
-        "--prompts", type=Path, help="text file: a caption or a class per line (default: the embedded model's own)"
-    )
-    parser.add_argument(
-        "--inputs",
-        type=Path,
-        help="safetensors with the conditioning under diffusers' argument names, a row per sample; `negative_NAME` for "
-        "guidance (default: random, for an embedded model that has learned nothing)",
-    )
-    parser.add_argument(
-        "--size", type=size, metavar="HxW or FxHxW", help="in pixels (default: the bundle's; not for flux and dit)"
-    )
-    parser.add_argument("--guidance-scale", type=real(0), help="dimensionless (default: the bundle's)")
+    sample_options(parser)
 
 
 def run(given: argparse.Namespace) -> int:

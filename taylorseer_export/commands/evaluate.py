@@ -10,7 +10,7 @@ from pathlib import Path
 from taylorseer_export.commands.run import latent_sizes
 from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.options import bundle_options, real, size, whole
+from taylorseer_export.options import bundle_options, sample_options, whole
 
 SUMMARY = "Compare ways to sample with a bundle: one table and one HTML page."
 
@@ -22,19 +22,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", help="the regular plan to compare with (default: the bundle's rule)")
     parser.add_argument("--samples", type=whole(1), default=16, help="samples (default: %(default)s)")
     parser.add_argument("--seed", type=whole(0), default=0, help="seed of the first sample (default: %(default)s)")
-    parser.add_argument(
-        "--prompts", type=Path, help="a caption or a class per line (default: the embedded model's own)"
-    )
-    parser.add_argument(
-        "--inputs",
-        type=Path,
-        help="safetensors with the conditioning under diffusers' argument names, a row per sample; `negative_NAME` for "
-        "guidance (default: random, for an embedded model that has learned nothing)",
-    )
-    parser.add_argument(
-        "--size", type=size, metavar="HxW or FxHxW", help="in pixels (default: the bundle's; not for flux and dit)"
-    )
-    parser.add_argument("--guidance-scale", type=real(0), help="dimensionless (default: the bundle's)")
+    sample_options(parser)
     parser.add_argument("--out", type=Path, help="page to write (default: evaluation-<bundle>.html)")
     parser.add_argument(
         "--metric-weights",

@@ -1,12 +1,14 @@
 """Calibration: what a calibrated profile is worth on the embedded models, on samples that it has never seen.
 
-    python tools/calibration.py                            both models, about fifteen minutes on two idle cores
+    python tools/calibration.py                            both models, about an hour on two idle cores
 
 Every row draws the same 64 samples (captions and seeds none of which were calibrated on) as the untouched model drew
 them with all its steps, and is compared with what that drew: PSNR of all pictures together and how it spreads over the
-pictures. Beside each profile stand the paper's plan of as many full steps at the same order, and a loop of only as many
-steps. A profile that `calibrate` would refuse is a row too, with the reason. The record is written after every budget.
-Nothing in it but the seconds depends on how busy the machine is.
+pictures. Beside each profile stand the paper's plan of as many full steps at the same order, a loop of only as many
+steps, and every guard over the paper's forecasts, at the threshold that gives as many full steps on the samples that
+were calibrated on. A guard decides for one sample at a time, as it does when one picture is asked for. A profile that
+`calibrate` would refuse is a row too, with the reason. The record is written after every budget. Nothing in it but the
+seconds depends on how busy the machine is.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,9 +31,11 @@ from taylorseer_export.build.export import Options, draft, write_bundle
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
-from taylorseer_export.method import Plan
+from taylorseer_export.method import RULES, Guard, Plan
+from taylorseer_export.report.branches import Pool
 from taylorseer_export.report.calibrate import Calibrator, Way
-from taylorseer_export.report.samples import groups
+from taylorseer_export.report.guards import fit_threshold
+from taylorseer_export.report.samples import groups, prompts_of
 from taylorseer_export.runtime import sampling
 from taylorseer_export.runtime.denoiser import Denoiser, load
 from taylorseer_export.runtime.picture import grid
@@ -47,51 +51,89 @@ SHOWN = 6  # samples in the picture
 class Row:
     """One way to sample, judged on samples that took no part in the calibration; PSNR in dB against all-full.
 
-    `gain_mean` and `gain_std`: of a calibrated way over the paper's plan, picture by picture. `refused`: what
-    `calibrate` says in the place of writing it, if it does. `seconds`: that the search for it took.
+    `full_steps`: of the plan; of a guard, its budget. `executed`: full steps that ran, the mean over the samples.
+    `gain_mean` and `gain_std`: over the paper's plan, picture by picture. The latent PSNR of the samples calibrated on
+    is left out where a guard is judged. `refused`: what `calibrate` says in the place of writing a profile, if it does.
+    `seconds`: that the search for the plan or the threshold took.
     """
 
     way: str
     steps: int
     full_steps: int
+    executed: float
     plan: str
     psnr: float
     psnr_mean: float
     psnr_std: float
     psnr_worst: float
     latent_error: float
-    fitted_latent_psnr: float
-    held_out_latent_psnr: float
+    fitted_latent_psnr: float | None = None
+    held_out_latent_psnr: float | None = None
+    threshold: float | None = None
     gain_mean: float | None = None
     gain_std: float | None = None
     refused: str | None = None
     seconds: float | None = None
 
 
-def judge(denoiser: Denoiser, requests: list[sampling.Request], way: Way) -> tuple[np.ndarray, np.ndarray]:
-    """Latents `[N, ...]` and pictures of all requests."""
-    latents, pictures = [], []
+@dataclass(frozen=True)
+class Judged:
+    """Latents `[N, ...]` and pictures of all samples, and the full steps that ran for each group."""
+
+    latents: np.ndarray
+    pictures: np.ndarray
+    executed: list[int]
+
+
+def judge(denoiser: Denoiser, requests: Sequence[sampling.Request], way: Way, guard: Guard | None = None) -> Judged:
+    """Draw all requests in one way."""
+    latents, pictures, executed = [], [], []
     slot = None
     for request in requests:
         loop = sampling.Loop(denoiser, request, way.plan)
         slot = slot or denoiser.slot(loop.sizes)
-        result = sampling.sample(denoiser, request, way.plan, way.order, slot=slot, weights=way.weights)
+        result = sampling.sample(denoiser, request, way.plan, way.order, slot=slot, weights=way.weights, guard=guard)
         latents.append(result.latents)
         pictures.append(sampling.pictures(denoiser, request, result))
-    return np.concatenate(latents).astype(np.float64), np.concatenate(pictures).astype(np.float64)
+        executed.append(result.executed.count("F"))
+    drawn, made = (np.concatenate(parts).astype(np.float64) for parts in (latents, pictures))
+    return Judged(drawn, made, executed)
+
+
+def one_by_one(denoiser: Denoiser, count: int, seed: int, least: int = 1) -> Sequence[sampling.Request]:
+    """The samples of `groups`, each as a request of its own."""
+    size = len(groups(denoiser, count, seed, least=least)[0].latents)
+    ranges = [range(first, first + size) for first in range(0, count, size)]
+    prompts = [prompt for numbers in ranges for prompt in prompts_of(denoiser, numbers, seed)]
+    return groups(denoiser, count, seed, prompts or None, least=count)
+
+
+def row_of(name: str, steps: int, count: int, plan: Plan, seen: Judged, exact: Judged) -> tuple[Row, np.ndarray]:
+    """The row of one way, and the PSNR of each picture in dB."""
+    squares = np.maximum(((seen.pictures - exact.pictures) ** 2).reshape(len(exact.pictures), -1).mean(1), 1e-2)
+    each = 10 * np.log10(255**2 / squares)
+    row = Row(
+        name, steps, count, float(np.mean(seen.executed)), str(plan), float(10 * np.log10(255**2 / squares.mean())),
+        float(each.mean()), float(each.std(ddof=1)), float(each.min()),
+        float(np.linalg.norm(seen.latents - exact.latents) / np.linalg.norm(exact.latents)),
+    )  # fmt: skip
+    return row, each
 
 
 def rows_of(
     denoiser: Denoiser, steps: int, counts: tuple[int, ...], bar: tqdm
 ) -> Iterator[tuple[list[Row], list[tuple[str, np.ndarray]]]]:
-    """For each number of full steps its three rows, and the pictures of each."""
+    """For each number of full steps its rows, the calibrated first, and the pictures of each."""
     window = min(steps - 1, 4 * -(-steps // min(counts)))
-    fitted = groups(denoiser, FITTED, FIRST_FITTED, least=2)
+    fitted, fitted_alone = (
+        groups(denoiser, FITTED, FIRST_FITTED, least=2),
+        one_by_one(denoiser, FITTED, FIRST_FITTED, 2),
+    )
     held_out = groups(denoiser, HELD_OUT, FIRST_FITTED + FITTED)
     calibrator = Calibrator(denoiser, fitted, held_out, steps, window, bar.update)
-    judged = groups(denoiser, JUDGED, FIRST_JUDGED)
-    nothing = np.zeros(1)
-    exact, drawn = judge(denoiser, judged, Way(Plan("F" * steps), 0, None, nothing, nothing))
+    judged, alone = groups(denoiser, JUDGED, FIRST_JUDGED), one_by_one(denoiser, JUDGED, FIRST_JUDGED)
+    nothing, pool = np.zeros(1), Pool(denoiser)
+    exact = judge(denoiser, judged, Way(Plan("F" * steps), 0, None, nothing, nothing))
     for count in counts:
         began = time.perf_counter()
         found = calibrator.calibrate(count, ORDER)
@@ -101,39 +143,40 @@ def rows_of(
         except ConfigError as error:
             refused = str(error)
         ways = (("calibrated", found.calibrated), ("paper's plan", found.regular), ("fewer steps", found.fewer_steps))
-        rows, shown, each = [], [("all full", drawn)], {}
+        rows, shown, each = [], [("all full", exact.pictures)], {}
         for name, way in ways:
-            latents, pictures = judge(denoiser, judged, way)
-            squares = np.maximum(((pictures - drawn) ** 2).reshape(len(drawn), -1).mean(1), 1e-2)
-            each[name] = 10 * np.log10(255**2 / squares)
-            rows.append(
-                Row(
-                    name, steps, len(way.plan.full_steps), str(way.plan),
-                    float(10 * np.log10(255**2 / squares.mean())), float(each[name].mean()),
-                    float(each[name].std(ddof=1)), float(each[name].min()),
-                    float(np.linalg.norm(latents - exact) / np.linalg.norm(exact)), way.fitted, way.held_out,
-                )
-            )  # fmt: skip
-            shown.append((f"{name}, {count}", pictures))
-        gains = each["calibrated"] - each["paper's plan"]
-        rows[0] = replace(
-            rows[0], gain_mean=float(gains.mean()), gain_std=float(gains.std(ddof=1)), refused=refused,
-            seconds=round(seconds, 1),
-        )  # fmt: skip
+            seen = judge(denoiser, judged, way)
+            row, each[name] = row_of(name, steps, len(way.plan.full_steps), way.plan, seen, exact)
+            rows.append(replace(row, fitted_latent_psnr=way.fitted, held_out_latent_psnr=way.held_out))
+            shown.append((f"{name}, {count}", seen.pictures))
+        rows[0] = replace(rows[0], refused=refused, seconds=round(seconds, 1))
+        base = Plan.guarded(steps, denoiser.manifest.plan.warmup)
+        for rule in denoiser.manifest.state.guards:
+            began = time.perf_counter()
+            threshold = fit_threshold(denoiser, pool, fitted_alone, rule, base, count, bar.update)
+            seconds = time.perf_counter() - began
+            seen = judge(denoiser, alone, Way(base, ORDER, None, nothing, nothing), Guard(rule, threshold))
+            row, each[rule] = row_of(f"guard {rule}", steps, count, base, seen, exact)
+            rows.append(replace(row, threshold=threshold, seconds=round(seconds, 1)))
+            shown.append((f"guard {rule}, {count}", seen.pictures))
+        for k, gains in enumerate(values - each["paper's plan"] for values in each.values()):
+            rows[k] = replace(rows[k], gain_mean=float(gains.mean()), gain_std=float(gains.std(ddof=1)))
         yield rows, shown
 
 
 def markdown(family: str, rows: list[Row]) -> str:
     """One table per model."""
+    ways = list(dict.fromkeys(row.way for row in rows))
     lines = [
-        f"### {FAMILIES[family].title} (embedded), {JUDGED} samples not calibrated on",
+        f"### {FAMILIES[family].title} (embedded), {JUDGED} samples not calibrated on: dB (spread) [full steps]",
         "",
-        "| full steps | calibrated dB (spread) | paper's plan dB (spread) | fewer steps dB (spread) |",
-        "|---|--:|--:|--:|",
+        f"| full steps | {' | '.join(ways)} |",
+        f"|---|{'--:|' * len(ways)}",
     ]
-    for k in range(0, len(rows), 3):
+    for k in range(0, len(rows), len(ways)):
         cells = [
-            f"{row.psnr_mean:.1f} ({row.psnr_std:.1f}){' refused' if row.refused else ''}" for row in rows[k : k + 3]
+            f"{row.psnr_mean:.1f} ({row.psnr_std:.1f}) [{row.executed:.1f}]{' refused' if row.refused else ''}"
+            for row in rows[k : k + len(ways)]
         ]
         lines.append(f"| {rows[k].full_steps} of {rows[k].steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -153,7 +196,7 @@ def main() -> int:
         checkpoint = open_checkpoint(None, FAMILIES[family])
         rows: list[Row] = []
         with tempfile.TemporaryDirectory() as folder, tqdm(desc=family, unit="loop step", file=sys.stderr) as bar:
-            options = Options(order=ORDER, interval=6, warmup=3)
+            options = Options(order=ORDER, interval=6, warmup=3, guards=RULES)
             denoiser = load(write_bundle(draft(checkpoint, options), Path(folder), "calibration"), threads=1)
             for steps, counts in LOOPS:
                 for found, shown in rows_of(denoiser, steps, counts, bar):

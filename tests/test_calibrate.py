@@ -14,13 +14,13 @@ from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Guard, Plan, forecast_weights
 from taylorseer_export.report import calibrate
-from taylorseer_export.report.branches import Branches, Pool
 from taylorseer_export.report.calibrate import Calibrator, psnr_of_each
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.inputs import random_conditioning
 from taylorseer_export.report.planning import Planner, best_weights, directions, regular_plan
 from taylorseer_export.report.reuse import ReuseErrors, all_full
 from taylorseer_export.report.samples import captions, groups
+from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
 
@@ -113,7 +113,7 @@ def test_reuse_errors_are_what_they_say(digits):
     """Two pairs, from their definition: a request whose only full step is the source."""
     denoiser = load(digits, threads=1)
     (request,) = groups(denoiser, 1, 7)
-    slot, errors = Branches(denoiser, request), ReuseErrors(6, 5)
+    slot, errors = Pool(denoiser).of(request), ReuseErrors(6, 5)
     trajectory = all_full(denoiser, slot, request, 6, lambda: None)
     errors.add(denoiser, slot, trajectory, lambda: None)
     plan = Plan("F..")

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,8 +18,10 @@ from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.cli import main
 from taylorseer_export.errors import BundleError, ConfigError, ServeError, StepError
 from taylorseer_export.method import Plan
+from taylorseer_export.report.card import request_bytes
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Request, sample
+from taylorseer_export.runtime.sampling import Loop, Request, sample
+from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
 from taylorseer_export.serve import contract
 from taylorseer_export.serve.batcher import _PATIENCE, Batcher, Job
 from taylorseer_export.serve.repository import Deployment, config, slot_bytes, write_repository
@@ -269,6 +272,72 @@ def test_guarded_requests_get_what_they_would_alone(denoiser, serve, tiny):
     check_empty(service)
     counts = service.snapshot()
     assert counts["planned.full"] == 4 * 3 < counts["executed.full"]
+
+
+# Case -> (model of conftest, what its negative prompt changes).
+GUIDED = {
+    "qwen-image": ("qwen-image", ("encoder_hidden_states", "encoder_hidden_states_mask")),
+    "wan-image": ("wan-image", ("encoder_hidden_states",)),
+    "first frame": ("hunyuan-replace", ()),
+}
+
+
+@pytest.mark.parametrize("case", GUIDED)
+def test_guidance_in_two_calls_and_what_is_joined_to_the_noise(eager, tiny, case):
+    """A request with `negative_` inputs and a `condition` gets what `run --inputs` does, beside others without."""
+    name, texts = GUIDED[case]
+    denoiser = eager(name)
+    latents, _, conditioning = tiny(name).inputs(1, batch=1)
+    tensors, latents = as_arrays(conditioning), latents[0].numpy()
+    rng = np.random.default_rng(0)
+    short = name != "wan-image"  # whose text has one length
+    for text in texts:  # of another length, where the model has no fixed one
+        kept = tensors[text][:, 1:] if short else tensors[text]
+        tensors[NEGATIVE + text] = np.ones_like(kept) if text.endswith("_mask") else -kept
+    beside = condition_shape(denoiser.manifest, latents.shape)
+    if beside is not None:
+        tensors[CONDITION] = rng.standard_normal(beside).astype(np.float32)
+    whole = denoiser.sizes(latents.shape, as_arrays(conditioning))
+    alone = tensor_request(denoiser, tensors, [3], whole, (4, 4) if name == "qwen-image" else None, 3.0)
+    values = {"latents": alone.latents, **tensors, "steps": np.array([6]), "interval": np.array([3])}
+    if texts:
+        values["guidance_scale"] = np.array([3.0], np.float32)
+    ports = {port.name: port for port in contract.inputs(denoiser.manifest, "denoiser")}
+    assert values.keys() <= ports.keys()
+    for key in ("latents", *tensors):
+        assert all(d in (-1, size) for d, size in zip(ports[key].dims, values[key].shape, strict=True)), key
+    asked = contract.ask(denoiser, "denoiser", values)
+    plain = contract.ask(denoiser, "denoiser", {n: v for n, v in values.items() if not n.startswith(NEGATIVE)})
+    assert (len(asked.request.branches), len(plain.request.branches)) == (1 + bool(texts), 1)
+    service, callers = Service(denoiser, Limits(slots=2, workers=2)), [Caller() for _ in range(4)]
+    try:
+        for caller, one in zip(callers, (asked, plain, asked, plain), strict=True):
+            service.submit(one.request, one.plan, one.order, caller)
+        for caller, request in zip(callers, (alone, plain.request, alone, plain.request), strict=True):
+            expected = sample(denoiser, request, asked.plan)
+            assert caller.wait().error is None
+            assert caller.latents.tobytes() == expected.latents.tobytes() and caller.executed == expected.executed
+        check_empty(service)
+    finally:
+        service.close()
+
+
+def test_two_branches_take_the_room_of_two(eager, tiny):
+    denoiser = eager("wan-image")
+    latents, _, conditioning = tiny("wan-image").inputs(1, batch=1)
+    one = Request(latents[0].numpy(), as_arrays(conditioning), False, 1.0, 0, 0)
+    both = replace(one, guided=True, guidance_scale=3.0, negative=one.conditioning)
+    needed = request_bytes(denoiser.manifest, {**Loop(denoiser, one, Plan("F")).sizes, "steps": 3})
+    service = Service(denoiser, Limits(slots=1, workers=1, slot_bytes=needed))
+    try:
+        with pytest.raises(ConfigError, match="Taylor buffers and step tables, expected at most"):
+            service.submit(both, Plan("FF."), 1, Caller())
+        service.submit(one, Plan("FF."), 1, caller := Caller())
+        assert caller.wait().error is None
+    finally:
+        service.close()
+    typical = {name: d.typical for name, d in denoiser.manifest.dimensions.items()}
+    assert slot_bytes(denoiser.manifest, 1, None) == 4 * 2 * request_bytes(denoiser.manifest, typical)
 
 
 def test_requests_of_one_kind_share_calls(denoiser, serve, tiny):

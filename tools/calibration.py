@@ -32,11 +32,11 @@ from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.method import RULES, Guard, Plan
-from taylorseer_export.report.branches import Pool
 from taylorseer_export.report.calibrate import Calibrator, Way
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.samples import groups, prompts_of
 from taylorseer_export.runtime import sampling
+from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import Denoiser, load
 from taylorseer_export.runtime.picture import grid
 

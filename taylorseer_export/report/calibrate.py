@@ -30,10 +30,10 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.profile import Evidence, Profile
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Plan, Rule, forecast_weights
-from taylorseer_export.report.branches import Pool, latents_of
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.planning import RIDGE, Planner, directions, neighbours, regular_plan
 from taylorseer_export.report.reuse import Archive, ReuseErrors, all_full
+from taylorseer_export.runtime.branches import Pool, latents_of
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Guard, Plan, Rule
-from taylorseer_export.report.branches import Pool
+from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request
 

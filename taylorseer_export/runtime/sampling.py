@@ -59,6 +59,11 @@ class Request:
     negative: dict[str, np.ndarray] | None = None
     joined: Joined | None = None
 
+    @property
+    def branches(self) -> list[dict[str, np.ndarray]]:
+        """The constant inputs of each call of a step, the conditional first."""
+        return [self.conditioning] if self.negative is None else [self.conditioning, self.negative]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -108,10 +113,9 @@ def sample(
         StepError: An input does not fit the bundle, or a step returned a number that is not finite.
     """
     loop = Loop(denoiser, request, plan, order, form, weights, guard)
-    slots = [slot or denoiser.slot(loop.sizes)]
-    slots += [denoiser.slot(denoiser.sizes(loop.model_input().shape, request.negative))] if request.negative else []
+    slots = [slot or denoiser.slot(loop.sizes), *(denoiser.slot(sizes) for sizes in loop.branches[1:])]
     began = time.perf_counter()
-    for branch, conditioning in zip(slots, (request.conditioning, request.negative), strict=False):
+    for branch, conditioning in zip(slots, request.branches, strict=True):
         loop.start(branch, conditioning)
     prepare_ms = 1e3 * (time.perf_counter() - began)
     milliseconds = []
@@ -140,6 +144,11 @@ class Loop:
     Args:
         denoiser, request, plan, order, form, weights, guard: As in `sample`.
 
+    Attributes:
+        step: Steps accepted so far.
+        branches: Sizes of the slot that each branch of guidance needs.
+        sizes: Those of the first.
+
     Raises:
         StepError: An input does not fit the bundle.
     """
@@ -164,7 +173,9 @@ class Loop:
         self._latents = torch.from_numpy(request.latents * float(getattr(self._scheduler, "init_noise_sigma", 1.0)))
         self._last: list[Any] = []
         self.step = 0
-        self.sizes = denoiser.sizes(self.model_input().shape, request.conditioning)
+        shape = self.model_input().shape
+        self.branches = [denoiser.sizes(shape, conditioning) for conditioning in request.branches]
+        self.sizes = self.branches[0]
 
     @property
     def latents(self) -> np.ndarray:

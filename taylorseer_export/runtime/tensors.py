@@ -53,26 +53,13 @@ def tensor_request(
     for name in tensors:
         if name.removeprefix(NEGATIVE) not in constants and name != CONDITION:
             raise ConfigError(f"input `{name}` is not known, expected {', '.join(constants)}; leave it out of --inputs")
-    given = {n: _rows(n, constants[n].shape, tensors[n], count) for n in constants if n in tensors}
-    found: dict[str, int] = {}
-    for name, value in given.items():
-        found = match(constants[name].shape, value.shape, found, name)
-    typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
-    extents = {**typical, **found, **(sizes or {}), "batch": count}
-    for name, tensor in constants.items():
-        if name not in given:
-            made = place(name, resolve(tensor.shape, extents), extents, sides)
-            if name == "guidance":
-                made = np.full(count, scale * _GUIDANCE_FACTOR.get(manifest.family, 1.0), np.float32)
-            if made is None:
-                shape = ", ".join(map(str, tensor.shape))
-                raise ConfigError(f"input `{name}` is missing, expected {tensor.dtype} [{shape}]; add it to --inputs")
-            given[name] = made
+    own = {n: _rows(n, constants[n].shape, tensors[n], count) for n in constants if n in tensors}
+    given, extents = _completed(denoiser, own, {**(sizes or {}), "batch": count}, sides, scale)
     latent = resolve(denoiser.latent.shape, extents)
-    joined, own = _joined(manifest, latent, tensors.get(CONDITION))
-    noise = np.concatenate([_noise(own, sides, seed) for seed in seeds])
+    joined, sampled = joined_to(manifest, latent, tensors.get(CONDITION))
+    noise = np.concatenate([_noise(sampled, sides, seed) for seed in seeds])
     if joined is not None and manifest.family == "hunyuan-video":  # its pipeline begins a little off the noise
-        noise = np.float32(0.999) * noise + np.float32(0.001) * joined.value[:, : own[1], :1]
+        noise = np.float32(0.999) * noise + np.float32(0.001) * joined.value[:, : sampled[1], :1]
     twins = {
         n: _rows(n, constants[n].shape, tensors[NEGATIVE + n], count) for n in constants if NEGATIVE + n in tensors
     }
@@ -83,11 +70,45 @@ def tensor_request(
         )
     if not twins or scale == 1.0:
         return Request(noise, given, False, 1.0, 0, 0, joined=joined)
+    # A negative prompt may have another number of tokens, and so masks and places of its own.
+    other, lengths = _completed(denoiser, {**own, **twins}, {**(sizes or {}), "batch": count}, sides, scale)
     if manifest.sampling.guidance != "batched":
-        return Request(noise, given, True, scale, 0, 0, negative={**given, **twins}, joined=joined)
+        return Request(noise, given, True, scale, 0, 0, negative=other, joined=joined)
+    for name, size in extents.items():
+        if lengths[name] != size:
+            raise ConfigError(
+                f"`{name}` of the `{NEGATIVE}` inputs is {lengths[name]}, expected {size} as of the others, which are "
+                "halves of one batch; pad the shorter ones"
+            )
     axes = {name: tensor.shape.index("batch") for name, tensor in constants.items() if "batch" in tensor.shape}
-    halves = {n: np.concatenate([v, twins.get(n, v)], axes[n]) if n in axes else v for n, v in given.items()}
+    halves = {n: np.concatenate([v, other[n]], axes[n]) if n in axes else v for n, v in given.items()}
     return Request(noise, halves, True, scale, 0, 0, joined=joined)
+
+
+def _completed(
+    denoiser: Denoiser,
+    given: Mapping[str, np.ndarray],
+    sizes: Mapping[str, int],
+    sides: tuple[int, int] | None,
+    scale: float,
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """(all constant inputs of one branch, sizes by dimension): masks, places of tokens and guidance are made."""
+    manifest, constants, completed = denoiser.manifest, denoiser.constants, dict(given)
+    found: dict[str, int] = {}
+    for name, value in given.items():
+        found = match(constants[name].shape, value.shape, found, name)
+    typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
+    extents = {**typical, **found, **sizes}
+    for name, tensor in constants.items():
+        if name not in completed:
+            made = place(name, resolve(tensor.shape, extents), extents, sides)
+            if name == "guidance":
+                made = np.full(sizes["batch"], scale * _GUIDANCE_FACTOR.get(manifest.family, 1.0), np.float32)
+            if made is None:
+                shape = ", ".join(map(str, tensor.shape))
+                raise ConfigError(f"input `{name}` is missing, expected {tensor.dtype} [{shape}]; add it to --inputs")
+            completed[name] = made
+    return completed, extents
 
 
 def condition_shape(manifest: Manifest, latent: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -111,10 +132,14 @@ def _rows(name: str, shape: tuple[int | str, ...], value: np.ndarray, count: int
     return value if value.shape[axis] == count else np.repeat(value, count, axis)
 
 
-def _joined(
+def joined_to(
     manifest: Manifest, latent: tuple[int, ...], condition: np.ndarray | None
 ) -> tuple[Joined | None, tuple[int, ...]]:
-    """(what is joined to the noise, shape of the noise)."""
+    """(what is joined to the noise, shape of the noise) for a transformer's latent of this shape.
+
+    Raises:
+        ConfigError: `condition` is missing, of another shape, or not known.
+    """
     expected = condition_shape(manifest, latent)
     if expected is None:
         if condition is not None:
@@ -130,7 +155,7 @@ def _joined(
     value = _rows(CONDITION, ("batch", *expected[1:]), np.asarray(condition, np.float32), expected[0])
     if value.shape != expected:
         raise ConfigError(f"input `{CONDITION}` is {list(value.shape)}, expected {list(expected)}; prepare it so")
-    if expected[2] == latent[2]:
+    if expected[1] < latent[1]:
         return Joined(1, value), (latent[0], latent[1] - expected[1], *latent[2:])
     return Joined(2, value), latent
 

@@ -19,6 +19,7 @@ from taylorseer_export.runtime.denoiser import Denoiser, request_constants
 from taylorseer_export.runtime.probe import check_guard
 from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Loop, Request, dit_request, flux_request, pictures_of
+from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, joined_to
 
 Role = Literal["picture", "denoiser"]
 LONGEST_TEXT = 4096  # characters of a caption or a plan; what is longer is refused before it is read
@@ -59,7 +60,7 @@ def roles(manifest: Manifest) -> tuple[Role, ...]:
 def inputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
     """What a model takes."""
     asked = (*_PLAN, *(_GUARD if manifest.state.guards else ()))
-    asked = (*asked, _SCALE) if manifest.sampling.guidance == "batched" else asked
+    asked = (*asked, _SCALE) if manifest.sampling.guidance in ("batched", "branches") else asked
     if role == "picture":
         what = (
             (Port("label", "INT64", (1,)),)
@@ -67,16 +68,19 @@ def inputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
             else (Port("prompt", "BYTES", (1,)), *(Port(side, "INT32", (1,), True) for side in ("height", "width")))
         )
         return (*what, Port("seed", "INT64", (1,), True), *asked)
-    (latent,) = (t for t in manifest.graphs["full"].inputs if t.role == "latent")
+    latents, beside = _latents(manifest)
     constants = [Port(name, _datatype(t), _dims(t)) for name, t in request_constants(manifest).items()]
+    joined = () if beside is None else (Port(CONDITION, "FP32", beside),)
     sigmas = (Port("sigmas", "FP32", (-1,), True),) if "FlowMatch" in manifest.sampling.scheduler else ()
-    return (Port("latents", "FP32", _dims(latent)), *constants, *sigmas, *asked)
+    negative = [Port(NEGATIVE + c.name, c.datatype, c.dims, True) for c in constants]
+    twins = negative if manifest.sampling.guidance == "branches" else ()
+    return (Port("latents", "FP32", latents), *constants, *joined, *twins, *sigmas, *asked)
 
 
 def outputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
     """What a model returns: `step` steps are done; `executed`, the plan as run, comes with the last step alone."""
-    (latent,) = (t for t in manifest.graphs["full"].inputs if t.role == "latent")
-    made = Port("picture", "UINT8", (-1, -1, 3)) if role == "picture" else Port("denoised", "FP32", _dims(latent))
+    latents, _ = _latents(manifest)
+    made = Port("picture", "UINT8", (-1, -1, 3)) if role == "picture" else Port("denoised", "FP32", latents)
     return (made, Port("step", "INT32", (1,)), Port("executed", "BYTES", (1,)))
 
 
@@ -113,14 +117,8 @@ def ask(
     if scale is not None and not np.isfinite(scale):
         raise ConfigError(f"guidance_scale is {scale}, expected a finite number; correct it")
     if role == "denoiser":
-        _check_finite(values)
-        conditioning = {name: values[name] for name in denoiser.constants if name in values}
-        latents = np.asarray(values["latents"], np.float32)
-        # Two halves of a batch over one of latents: conditional and unconditional.
-        branches = {len(v) for n, v in conditioning.items() if denoiser.constants[n].shape[0] == "batch"}
-        guided = sampling.guidance == "batched" and branches == {2 * len(latents)}
         scale = sampling.guidance_scale if scale is None else scale
-        return Ask(Request(latents, conditioning, guided, scale, 0, 0, _sigmas(plan, values)), *how)
+        return Ask(_loop_request(denoiser, values, scale, _sigmas(plan, values)), *how)
     seed = _whole(values, "seed") or 0
     if not 0 <= seed < 1 << 63:
         raise ConfigError(f"seed is {seed}, expected a whole number, at least 0; correct it")
@@ -128,6 +126,27 @@ def ask(
         return Ask(dit_request(denoiser, [int(values["label"][0])], [seed], scale), *how)
     height, width = _whole(values, "height") or 32, _whole(values, "width") or 32
     return Ask(flux_request(denoiser, [_text(values, "prompt")], [seed], (height, width)), *how)
+
+
+def _loop_request(
+    denoiser: Denoiser, values: Mapping[str, np.ndarray], scale: float, sigmas: np.ndarray | None
+) -> Request:
+    """A request of the role `denoiser`. Its guidance: two halves of a batch, or a second call on `negative_` inputs."""
+    _check_finite(values)
+    manifest, latents = denoiser.manifest, np.asarray(values["latents"], np.float32)
+    conditioning = {name: values[name] for name in denoiser.constants if name in values}
+    twins = {name: values[NEGATIVE + name] for name in conditioning if NEGATIVE + name in values}
+    # Two halves of a batch over one of latents: conditional and unconditional.
+    branches = {len(v) for n, v in conditioning.items() if denoiser.constants[n].shape[0] == "batch"}
+    guided = manifest.sampling.guidance == "batched" and branches == {2 * len(latents)}
+    negative = {**conditioning, **twins} if twins and scale != 1.0 else None
+    joined = None
+    if CONDITION in values:
+        whole = (len(latents), int(denoiser.latent.shape[1]), *latents.shape[2:])
+        joined, sampled = joined_to(manifest, whole, values[CONDITION])
+        if latents.shape != sampled:
+            raise ConfigError(f"input `latents` is {list(latents.shape)}, expected {list(sampled)}; send them so")
+    return Request(latents, conditioning, guided or negative is not None, scale, 0, 0, sigmas, negative, joined)
 
 
 def answer(denoiser: Denoiser, role: Role, loop: Loop, executed: str = "") -> dict[str, np.ndarray]:
@@ -251,6 +270,16 @@ def _text(values: Mapping[str, np.ndarray], name: str) -> str:
         return data if isinstance(data, str) else bytes(data).decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name} is not readable ({error.reason}), expected UTF-8 text; encode it so") from error
+
+
+def _latents(manifest: Manifest) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """(dimensions of the latents that a loop samples, of what is joined to them)."""
+    (latent,) = (t for t in manifest.graphs["full"].inputs if t.role == "latent")
+    dims = _dims(latent)
+    beside = condition_shape(manifest, dims)
+    if beside is not None and beside[1] < dims[1]:  # channels behind the noise
+        dims = (dims[0], dims[1] - beside[1], *dims[2:])
+    return dims, beside
 
 
 def _datatype(tensor: Tensor) -> str:

@@ -137,7 +137,8 @@ def slot_bytes(manifest: Manifest, slots: int, budget: int | None) -> int:
         ConfigError: That is less than a request of the bundle's typical size needs.
     """
     sizes = {name: d.typical for name, d in manifest.dimensions.items()}
-    typical = request_bytes(manifest, sizes)
+    branches = 2 if manifest.sampling.guidance == "branches" else 1  # of a guided request, each with a slot of its own
+    typical = branches * request_bytes(manifest, sizes)
     if budget is None:
         return _ROOM * typical
     weights = sum(file.size for file in manifest.files.values())

@@ -19,6 +19,7 @@ from taylorseer_export.method import Guard, Plan
 from taylorseer_export.report.card import request_bytes, size
 from taylorseer_export.report.inputs import random_trajectory
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
+from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser, Slot
 from taylorseer_export.runtime.sampling import Loop, Request
 from taylorseer_export.runtime.schedule import ForecastStep
@@ -71,7 +72,7 @@ class _Ticket:
     loop: Loop
     caller: Caller
     ids: object
-    slot: Slot | None = None
+    slot: Slot | Branches | None = None
     staged: bool = False
 
 
@@ -94,7 +95,7 @@ class Service:
         workers = limits.workers or len(os.sched_getaffinity(0))
         self._calls = [SharedCalls(denoiser) for _ in range(workers)]
         self._batcher = Batcher(limits.slots, limits.queue, limits.batch, self._calls[0].most, workers)
-        self._idle: list[Slot] = []
+        self._idle: list[Slot | Branches] = []
         self._changed = Condition()
         self._stopping = False
         self._workers = [Thread(target=self._work, args=(calls,), daemon=True) for calls in self._calls]
@@ -122,7 +123,7 @@ class Service:
                             slot.run()
                     for slot in slots[:count]:
                         slot.finish()
-        self._idle = slots[: self.limits.slots]
+        self._idle = [*slots[: self.limits.slots]]
 
     @property
     def slots_in_use(self) -> int:
@@ -196,7 +197,7 @@ class Service:
     def _check_size(self, loop: Loop) -> None:
         """Refuse what a slot may not hold."""
         manifest = self.denoiser.manifest
-        needed = request_bytes(manifest, {**loop.sizes, "steps": len(loop.plan)})
+        needed = sum(request_bytes(manifest, {**sizes, "steps": len(loop.plan)}) for sizes in loop.branches)
         if self.limits.slot_bytes and needed > self.limits.slot_bytes:
             raise ConfigError(
                 f"request needs {size(needed)} of Taylor buffers and step tables, expected at most "
@@ -218,7 +219,8 @@ class Service:
             going_on = [job for job in moved if job not in ended]
             going_on = [job for job in going_on if self._tried(self._settle, job)]
             for job in going_on:
-                job.key = calls.key(job.work.slot, job.work.ids)
+                alone = isinstance(job.work.slot, Branches)
+                job.key = None if alone else calls.key(job.work.slot, job.work.ids)
             with self._changed:
                 for job in going_on:
                     self._batcher.give_back(job)
@@ -252,8 +254,9 @@ class Service:
             job.work.caller.failed(ServeError(message, "CANCELLED"))
 
     def _start(self, job: Job) -> None:
-        job.work.slot = self._seat(job.work.loop.sizes)
-        job.work.loop.start(job.work.slot)
+        loop = job.work.loop
+        job.work.slot = slot = self._seat(loop)
+        slot.begin(loop) if isinstance(slot, Branches) else loop.start(slot)
 
     def _stage(self, job: Job) -> None:
         ticket = job.work
@@ -276,15 +279,16 @@ class Service:
         if loop.step < len(loop.plan):
             job.work.caller.advanced(loop)
 
-    def _seat(self, sizes: dict[str, int]) -> Slot:
-        """A slot of these sizes: an idle one, or a new one, which takes the place of an idle one of other sizes."""
+    def _seat(self, loop: Loop) -> Slot | Branches:
+        """A slot of its sizes, or two: idle ones, or new ones, which take the place of idle ones of other sizes."""
+        sizes = loop.sizes if len(loop.branches) == 1 else loop.branches
         with self._changed:
             for slot in self._idle:
                 if slot.sizes == sizes:
                     self._idle.remove(slot)
                     return slot
             del self._idle[: max(0, len(self._idle) + self._batcher.in_use - self.limits.slots)]
-        return self.denoiser.slot(sizes)
+        return self.denoiser.slot(sizes) if isinstance(sizes, dict) else Branches(self.denoiser, sizes)
 
     def _step(self, jobs: list[Job], calls: SharedCalls) -> list[Job]:
         """One step of every job, in one engine call if it can be; returns those that did not fail."""

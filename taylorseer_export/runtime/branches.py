@@ -10,6 +10,7 @@ import numpy as np
 from taylorseer_export.method import Plan
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.runtime.schedule import ForecastStep, FullStep
 from taylorseer_export.runtime.slot import Slot
 
 
@@ -19,28 +20,54 @@ class Branches:
 
     Args:
         denoiser: The loaded bundle.
-        request: Any of that size.
+        sizes: Of each slot: `branches` of a loop.
     """
 
-    def __init__(self, denoiser: Denoiser, request: Request) -> None:
-        self.slots: list[Slot] = [denoiser.slot(sizes) for sizes in _sizes(denoiser, request)]
+    def __init__(self, denoiser: Denoiser, sizes: Sequence[dict[str, int]]) -> None:
+        self.slots: list[Slot] = [denoiser.slot(one) for one in sizes]
 
     def begin(self, loop: Loop) -> None:
         """Start the request of a loop."""
-        for slot, conditioning in zip(self.slots, _conditionings(loop.request), strict=True):
+        for slot, conditioning in zip(self.slots, loop.request.branches, strict=True):
             loop.start(slot, conditioning)
 
     def start(self, request: Request, plan: Plan, order: int, timesteps: Sequence[float] | np.ndarray) -> None:
         """Start a request at steps of another loop; the arguments are those of `Slot.start`."""
-        for slot, conditioning in zip(self.slots, _conditionings(request), strict=True):
+        for slot, conditioning in zip(self.slots, request.branches, strict=True):
             slot.start(conditioning, plan, order, timesteps)
 
     def step(self, latents: Any) -> np.ndarray:
         """`noise_pred` of all slots, one after the other along the batch."""
+        self.stage(latents)
+        self.run()
+        return self.finish()
+
+    def stage(self, latents: Any) -> None:
+        """The first third of `step`, as of a slot."""
         first, *others = self.slots
-        found = [first.step(latents)]
-        decided = first.executed[-1]  # by the plan, or by a guard for all
-        return np.concatenate(found + [slot.advance(latents, decided=decided).read() for slot in others])
+        first.stage(latents)
+        decided = "." if isinstance(first.upcoming, ForecastStep) else "F"  # by the plan, or by a guard for all
+        for slot in others:
+            slot.stage(latents, decided=decided)
+
+    def run(self) -> None:
+        """The second third of `step`: an engine call of each slot."""
+        for slot in self.slots:
+            slot.run()
+
+    def finish(self) -> np.ndarray:
+        """The last third of `step`: count it and return what `step` does."""
+        return np.concatenate([slot.finish() for slot in self.slots])
+
+    @property
+    def upcoming(self) -> FullStep | ForecastStep:
+        """The step that comes next, as of a slot."""
+        return self.slots[0].upcoming
+
+    @property
+    def sizes(self) -> list[dict[str, int]]:
+        """Of each slot."""
+        return [slot.sizes for slot in self.slots]
 
     @property
     def errors(self) -> tuple[float, ...]:
@@ -71,9 +98,10 @@ class Pool:
 
     def of(self, request: Request) -> Branches:
         """Branches that fit a request; whoever holds them starts them anew."""
-        key = str([sorted(sizes.items()) for sizes in _sizes(self._denoiser, request)])
+        sizes = Loop(self._denoiser, request, Plan("F")).branches
+        key = str([sorted(one.items()) for one in sizes])
         if key not in self._opened:
-            self._opened[key] = Branches(self._denoiser, request)
+            self._opened[key] = Branches(self._denoiser, sizes)
         return self._opened[key]
 
 
@@ -84,12 +112,3 @@ def latents_of(loop: Loop, branches: Branches, on_step: Callable[[], object]) ->
         loop.accept(branches.step(loop.model_input()))
         on_step()
     return loop.latents
-
-
-def _conditionings(request: Request) -> list[dict[str, np.ndarray]]:
-    return [request.conditioning] if request.negative is None else [request.conditioning, request.negative]
-
-
-def _sizes(denoiser: Denoiser, request: Request) -> list[dict[str, int]]:
-    shape = Loop(denoiser, request, Plan("F")).model_input().shape
-    return [denoiser.sizes(shape, conditioning) for conditioning in _conditionings(request)]

@@ -6,6 +6,7 @@ parentheses. Entries are parsed with `ast` and walked by hand; nothing is ever e
 
 import ast
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from operator import add, floordiv, mul, sub
 
 from taylorseer_export.errors import ConfigError, StepError
@@ -167,6 +168,7 @@ def _line(node: ast.expr) -> tuple[int, int] | None:
     return None
 
 
+@lru_cache(maxsize=1024)
 def _parse(expression: str) -> ast.expr:
     try:
         if len(expression) > _LONGEST:

@@ -14,6 +14,7 @@ the bracket is w[i], and `exact_weights` computes it by running the recursion on
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import pairwise
 from math import factorial, fsum, prod
 from typing import Literal, get_args
@@ -66,11 +67,11 @@ def exact_weights(full_steps: Sequence[int], step: int, order: int, form: Form =
             f"history of step {step} is empty, expected at least 1 full step before it; begin the plan with `F`"
         )
     _check_increasing(full_steps, step)
-    steps = full_steps[-(order + 1) :]
+    distances = tuple(step - earlier for earlier in full_steps[-(order + 1) :])
     if form == "taylor":
-        return _taylor(steps, step)
+        return _taylor(distances)
     if form == "newton":
-        return _newton(steps, step)
+        return _newton(distances)
     raise ConfigError(
         f"form is `{form}`, expected one of {', '.join(f'`{name}`' for name in get_args(Form))}; "
         "use `taylor` for the method of the paper"
@@ -207,21 +208,20 @@ def _shares(steps: Sequence[int]) -> list[list[Fraction]]:
     return derivatives
 
 
-def _taylor(steps: Sequence[int], step: int) -> tuple[Fraction, ...]:
-    derivatives = _shares(steps)
-    lead = step - steps[-1]
-    terms = [Fraction(lead**j, factorial(j)) for j in range(len(derivatives))]
+@lru_cache(maxsize=1024)  # a loop has many forecast steps and few patterns of distances
+def _taylor(distances: tuple[int, ...]) -> tuple[Fraction, ...]:
+    """Weights of the full steps that lie so many steps back, the last one nearest."""
+    derivatives = _shares([-distance for distance in distances])
+    terms = [Fraction(distances[-1] ** j, factorial(j)) for j in range(len(derivatives))]
     shares = zip(*derivatives, strict=True)
     return tuple(
         sum((term * share for term, share in zip(terms, column, strict=True)), Fraction()) for column in shares
     )
 
 
-def _newton(steps: Sequence[int], step: int) -> tuple[Fraction, ...]:
+def _newton(distances: Sequence[int]) -> tuple[Fraction, ...]:
+    """As `_taylor`; (step - tⱼ) / (tᵢ - tⱼ) is the distance of j over how much farther j is than i."""
     return tuple(
-        prod(
-            (Fraction(step - other, own - other) for other in steps if other != own),
-            start=Fraction(1),
-        )
-        for own in steps
+        prod((Fraction(other, other - own) for other in distances if other != own), start=Fraction(1))
+        for own in distances
     )

@@ -54,6 +54,7 @@ class Slot:
         self._runner = denoiser.runner
         manifest = denoiser.manifest
         self._layout = manifest.state.layout
+        self._latent_shape = resolve(denoiser.latent.shape, sizes)
         self._buffers: dict[str, Buffer] = {}
         looped = [t for name, g in manifest.graphs.items() if name != "prepare" for t in (*g.inputs, *g.outputs)]
         for tensor in (*looped, *denoiser.constants.values()):
@@ -107,7 +108,7 @@ class Slot:
         arrays = {
             n: checked(self.denoiser.constants[n], v) for n, v in conditioning.items() if n in self.denoiser.constants
         }
-        sizes = self.denoiser.sizes(self._latent_shape(), {**conditioning, **arrays})
+        sizes = self.denoiser.sizes(self._latent_shape, {**conditioning, **arrays})
         if sizes != self.sizes:
             raise StepError(f"sizes are {sizes}, expected {self.sizes}, those of the slot; open a slot of that size")
         if timesteps is not None:
@@ -189,10 +190,10 @@ class Slot:
         number = self._number()
         on_device = getattr(latents, "is_cuda", False)  # to look at its values would be to wait for them
         array = latents if on_device else checked(self.denoiser.latent, latents, f" at step {number}")
-        if array.shape != self._latent_shape():
+        if array.shape != self._latent_shape:
             raise StepError(
                 f"input `{self.denoiser.latent.name}` is {list(array.shape)} at step {number}, expected "
-                f"{list(self._latent_shape())} as when the slot was opened; open a slot of that size"
+                f"{list(self._latent_shape)} as when the slot was opened; open a slot of that size"
             )
         self._write_rows(number, timestep)
         self._buffers[self.denoiser.latent.name].write(array)
@@ -300,9 +301,6 @@ class Slot:
 
     def _new(self, tensor: Tensor) -> Buffer:
         return self._runner.buffer(resolve(tensor.shape, self.sizes), tensor.dtype)
-
-    def _latent_shape(self) -> tuple[int, ...]:
-        return resolve(self.denoiser.latent.shape, self.sizes)
 
     def _taylor_buffers(self) -> dict[str, Buffer]:
         """Site -> buffer `[M, ...]`."""

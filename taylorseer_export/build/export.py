@@ -34,7 +34,8 @@ from taylorseer_export.bundle.store import hash_files, writing
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.graph.checkpoint import Checkpoint
 from taylorseer_export.graph.cut import Cut
-from taylorseer_export.graph.split import Granularity, Layout, Split, split
+from taylorseer_export.graph.split import Split, split
+from taylorseer_export.graph.splitter import Granularity, Layout
 from taylorseer_export.graph.trace import Trace, trace
 from taylorseer_export.method import Plan
 from taylorseer_export.method.guard import Rule

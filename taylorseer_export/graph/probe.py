@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -25,12 +24,10 @@ from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.bundle.shapes import names
 from taylorseer_export.graph.binding import Time
 from taylorseer_export.graph.cut import SUM, Builder, Cut, cast, weighted_sum
+from taylorseer_export.graph.splitter import Splitter
 from taylorseer_export.graph.taps import FIRST_INPUT, FIRST_OUTPUT, STACK_INPUT
 from taylorseer_export.graph.trace import is_tap
 from taylorseer_export.method.guard import Rule
-
-if TYPE_CHECKING:
-    from taylorseer_export.graph.split import Splitter
 
 aten = torch.ops.aten
 

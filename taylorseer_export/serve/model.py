@@ -7,8 +7,8 @@ answers are sent from the service's threads when they are ready, so that later r
 from __future__ import annotations
 
 import gc
-import sys
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Lock, Thread

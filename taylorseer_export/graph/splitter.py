@@ -1,0 +1,318 @@
+"""How one traced graph is cut: what each part reads of the others, by which name and shape, and the graphs made of it.
+
+A graph is the nodes of its binding time behind its outputs; what they read of earlier times is what `prepare` has to
+return, as request values or packed into the rows of tables. Nothing here knows a model: the cut points are taps, the
+binding times a dependency analysis, and whatever no output needs is never copied.
+
+Shapes: B batch, S steps, M = order + 1 entries of a Taylor buffer, W width of a table row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import fx
+
+from taylorseer_export.bundle.manifest import Role, Tensor
+from taylorseer_export.graph.binding import Time, binding_times, is_size
+from taylorseer_export.graph.cut import SUM, Builder, Cut, StepBuilder, cast, weighted_sum
+from taylorseer_export.graph.narrow import readers
+from taylorseer_export.graph.sizes import simplified, written
+from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT, tap_operator
+from taylorseer_export.graph.trace import Trace
+
+aten = torch.ops.aten
+Granularity = Literal["module", "residual", "last"]
+Layout = Literal["snapshots", "derivatives"]
+STEPS = "steps"
+UNGATED = "ungated"  # the site that all branches without a gate share
+
+# Operators that only move, repeat or cast data: cheaper to redo per step than to keep what they return.
+_MOVES = (
+    aten.expand.default, aten.unsqueeze.default, aten.view.default, aten.reshape.default, aten.to.dtype,
+    aten.repeat.default, aten.repeat_interleave.self_int, aten.flatten.using_ints, aten.unflatten.int,
+    aten.permute.default, aten.transpose.int,
+)  # fmt: skip
+
+
+class Splitter:
+    """What is cut where, and the graphs `prepare`, `full` and `forecast`.
+
+    Args:
+        trace, granularity, layout, order, state_dtype: As of `split`; the trace is narrowed.
+
+    Attributes:
+        sites: Name -> shape of one snapshot.
+        cuts: Site -> the nodes whose sum is forecast.
+        full_targets: What the full graph is computed for: the prediction and what the Taylor buffers keep.
+    """
+
+    def __init__(
+        self, trace: Trace, granularity: Granularity, layout: Layout, order: int, state_dtype: torch.dtype
+    ) -> None:
+        self.trace, self.layout, self.order, self.state_dtype = trace, layout, order, state_dtype
+        self.taps = trace.taps()
+        self.times = binding_times(trace)
+        self.noise_pred = trace.noise_pred
+        self.specs = {spec.name: spec for spec in trace.inputs}
+        names = trace.sites if granularity == "module" else (STACK_OUTPUT,)
+        self.base = self.taps[STACK_INPUT] if granularity == "residual" else None
+        # Site -> the nodes whose sum is forecast: a tap, or the one slice of it that reaches the output.
+        cuts = self._cut_points({self.taps[name]: name for name in names})
+        self.cuts = self._merged(cuts) if granularity == "module" else {granularity: (cuts[STACK_OUTPUT],)}
+        self.sites = {site: self._shape(nodes[0]) for site, nodes in self.cuts.items()}
+
+        # What the full graph returns, and what it is computed from.
+        self.base_nodes = [self.base] if self.base else []
+        self.full_targets = [self.noise_pred, *(n for nodes in self.cuts.values() for n in nodes), *self.base_nodes]
+
+    # What is cut ---------------------------------------------------------------------------------------------------
+
+    def _cut_points(self, taps: dict[fx.Node, str]) -> dict[str, fx.Node]:
+        """Each tap that the output reads; a tap read only through one slice is cut behind that slice."""
+        reached = readers(self.trace, taps)
+        return {
+            name: next(iter(reached[tap])) if len(reached[tap]) == 1 else tap
+            for tap, name in taps.items()
+            if tap in reached
+        }
+
+    def _merged(self, cuts: dict[str, fx.Node]) -> dict[str, tuple[fx.Node, ...]]:
+        """Put branches without a gate into one buffer: the forecast of their sum is the sum of their forecasts.
+
+        A branch qualifies if in the forecast graph it is added to the hidden state and nothing but additions follow
+        up to the end of the stack; so do all cross-attentions of Wan.
+        """
+        reaching = self.late([self.noise_pred], stop=cuts.values())
+        ungated = {name: node for name, node in cuts.items() if self._only_added(node, reaching)}
+        shapes = {self._shape(node) for node in ungated.values()}
+        if len(ungated) < 2 or len(shapes) > 1:
+            return {name: (node,) for name, node in cuts.items()}
+        merged = {name: (node,) for name, node in cuts.items() if name not in ungated}
+        return {**merged, UNGATED: tuple(ungated.values())}
+
+    def _only_added(self, node: fx.Node, reaching: set[fx.Node]) -> bool:
+        first = node
+        while node is not self.taps[STACK_OUTPUT]:
+            users = [user for user in node.users if user in reaching]
+            if len(users) != 1 or users[0].target not in (aten.add.Tensor, aten.to.dtype, tap_operator()):
+                return False
+            if node is first and users[0].target is not aten.add.Tensor:
+                return False
+            (node,) = users
+        return True
+
+    def late(self, targets: list[fx.Node], stop: Iterable[fx.Node]) -> set[fx.Node]:
+        """The latent-dependent nodes behind `targets`, not going past `stop`."""
+        late: set[fx.Node] = set()
+        stack, stop = list(targets), set(stop)
+        while stack:
+            node = stack.pop()
+            if node in late or node in stop or (self.times[node] < Time.LATENT and not self._stays(node)):
+                continue
+            late.add(node)
+            stack += [n for n in node.all_input_nodes if not is_size(n)]
+        return late
+
+    def _stays(self, node: fx.Node) -> bool:
+        """Whether an early value is made in the loop all the same: a mere move, no smaller than what it moves."""
+        if self.times[node] == Time.WEIGHT or node.op != "call_function":
+            return False
+        if node.target not in _MOVES:
+            return False
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        return self._bytes(node) >= sum(self._bytes(n) for n in sources)
+
+    def _bytes(self, node: fx.Node) -> int:
+        value = node.meta["val"]
+        sizes = [self._example(s) for s in value.shape]
+        return math.prod(sizes) * int(value.dtype.itemsize)
+
+    def _example(self, size: Any) -> int:
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        return int(size.node.expr.xreplace({s: self.trace.example_sizes[n] for s, n in self.trace.names.items()}))
+
+    def frontier(self, late: set[fx.Node]) -> set[fx.Node]:
+        """The request and step values that late nodes read."""
+        return {
+            n
+            for node in late
+            for n in node.all_input_nodes
+            if n not in late and Time.WEIGHT < self.times[n] < Time.LATENT
+        }
+
+    # Contracts -----------------------------------------------------------------------------------------------------
+
+    def _shape(self, node: fx.Node) -> tuple[int | str, ...]:
+        return tuple(self._dimension(s) for s in node.meta["val"].shape)
+
+    def _dimension(self, size: Any) -> int | str:
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        names = {s: sympy.Symbol(n) for s, n in self.trace.names.items()}
+        expression = simplified(size.node.expr).xreplace(names)
+        return int(expression) if expression.is_Integer else written(expression)
+
+    def tensor(self, name: str, node: fx.Node, role: Role) -> Tensor:
+        return Tensor(name=name, dtype=_dtype_name(node), shape=self._shape(node), role=role)
+
+    def declared(self, node: fx.Node) -> Tensor:
+        """Contract of a placeholder of the trace."""
+        spec = self.specs[str(node.target)]
+        return self.tensor(spec.name, node, spec.role).model_copy(update={"values": spec.values})
+
+    # Tables --------------------------------------------------------------------------------------------------------
+
+    def tables(self, early: set[fx.Node], forecast: set[fx.Node], probe: set[fx.Node]) -> dict[str, list[fx.Node]]:
+        """Pack the step values: `step.shared` is read by both kinds of step, `step.full` by full steps alone.
+
+        Of these last the probe reads `step.probe`.
+        """
+        order = {node: k for k, node in enumerate(self.trace.module.graph.nodes)}
+        tables: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in sorted(early, key=order.__getitem__):
+            if self.times[node] is not Time.STEP or node.op == "placeholder":
+                continue
+            name = "step.shared" if node in forecast else "step.probe" if node in probe else "step.full"
+            dtype = _dtype_name(node)
+            tables[name if dtype == _dtype_name(self.noise_pred) else f"{name}.{dtype}"].append(node)
+        return dict(tables)
+
+    def bind_early(self, builder: Builder, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> None:
+        """Make every early value of `early` available in `builder`: as an input, or as columns of a table row."""
+        for node in self.trace.module.graph.nodes:
+            if node in early and node.op == "placeholder":
+                builder.copies[node] = builder.placeholder(self.declared(node))
+            elif node in early and self.times[node] is Time.REQUEST:
+                builder.copies[node] = builder.placeholder(self.tensor(self._request_name(node), node, "constant"))
+        for name, members in tables.items():
+            if not early.intersection(members):
+                continue
+            width = sum(self._width(n) for n in members)
+            tensor = Tensor(name=name, dtype=_dtype_name(members[0]), shape=("batch", width), role="step")
+            row, begin = builder.placeholder(tensor), 0
+            for node in members:
+                end = begin + self._width(node)
+                columns = builder.graph.call_function(aten.slice.Tensor, (row, 1, begin, end))
+                tail = [int(s) for s in node.meta["val"].shape[1:]]
+                if len(tail) > 1:
+                    columns = builder.graph.call_function(aten.unflatten.int, (columns, 1, tail))
+                builder.copies[node], begin = columns, end
+
+    def _width(self, node: fx.Node) -> int:
+        return math.prod(int(s) for s in node.meta["val"].shape[1:])
+
+    def _request_name(self, node: fx.Node) -> str:
+        """A name from the module that computes the value, so that a reader of the contract can place it."""
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        path = str(stack[-1][0]).removeprefix("L['self'].").strip(".") if stack else ""
+        return f"request.{path}.{node.name}" if path else f"request.{node.name}"
+
+    # Graphs --------------------------------------------------------------------------------------------------------
+
+    def latent_inputs(self, builder: Builder) -> None:
+        for node in self.trace.module.graph.nodes:
+            if node.op == "placeholder" and self.times[node] is Time.LATENT:
+                builder.copies[node] = builder.placeholder(self.declared(node))
+
+    def full(self, builder: Builder, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> Cut:
+        """The graph of a full step, from what is already in `builder`."""
+        self.latent_inputs(builder)
+        self.bind_early(builder, early, tables)
+        outputs = [(self.tensor("noise_pred", self.noise_pred, "noise_pred"), builder.copy(self.noise_pred))]
+        scales = None
+        for site, nodes in self.cuts.items():
+            value, made_in = builder.copy(nodes[0]), self.trace.precision
+            for node in nodes[1:]:
+                value, made_in = cast(builder, value, made_in, SUM), SUM
+                more = cast(builder, builder.copy(node), self.trace.precision, SUM)
+                value = builder.graph.call_function(aten.add.Tensor, (value, more))
+            if self.base is not None:
+                value = builder.graph.call_function(aten.sub.Tensor, (value, builder.copy(self.base)))
+            shape = self.sites[site]
+            if self.layout == "derivatives":
+                if scales is None and self.order > 0:
+                    scales = builder.placeholder(
+                        Tensor(name="scales", dtype="float32", shape=(self.order,), role="weights")
+                    )
+                old = builder.placeholder(self._buffer(site, "taylor_in")) if self.order > 0 else None
+                value, made_in = cast(builder, value, made_in, SUM), SUM
+                value, shape = self._differences(builder, value, old, scales), (self.order + 1, *shape)
+            value = cast(builder, value, made_in, self.state_dtype)
+            tensor = Tensor(name=f"taylor_out.{site}", dtype=_name(self.state_dtype), shape=shape, role="taylor_out")
+            outputs.append((tensor, value))
+        return builder.finish(outputs)
+
+    def _differences(self, builder: Builder, new: fx.Node, old: fx.Node | None, scales: fx.Node | None) -> fx.Node:
+        """Stack of D'_0 = new and D'_(j+1) = scales[j] (D'_j - D_j), each of the shape of one snapshot, in float32."""
+        make = builder.graph.call_function
+        differences = [new]
+        for j in range(self.order):
+            before = cast(builder, make(aten.select.int, (old, 0, j)), self.state_dtype, SUM)
+            change = make(aten.sub.Tensor, (differences[-1], before))
+            differences.append(make(aten.mul.Tensor, (change, make(aten.select.int, (scales, 0, j)))))
+        return make(aten.stack.default, (differences,))
+
+    def forecast(self, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> Cut:
+        builder = Builder(self.trace, "forecast")
+        self.latent_inputs(builder)
+        self.bind_early(builder, early, tables)
+        weights = builder.placeholder(Tensor(name="weights", dtype="float32", shape=(self.order + 1,), role="weights"))
+        row = builder.graph.call_function(aten.unsqueeze.default, (weights, 0))
+        for site, nodes in self.cuts.items():
+            buffer = builder.placeholder(self._buffer(site, "taylor_in"))
+            value = weighted_sum(builder, row, buffer, self.state_dtype, self.trace.precision, nodes[0])
+            if self.base is not None:
+                value = builder.graph.call_function(aten.add.Tensor, (builder.copy(self.base), value))
+            builder.copies[nodes[0]] = value
+        for nodes in self.cuts.values():
+            for node in nodes[1:]:  # the first of a merged site brings the sum of all; adding the others is dropped
+                (addition,) = (user for user in node.users if user.target is aten.add.Tensor)
+                (other,) = (source for source in addition.all_input_nodes if source is not node)
+                builder.copies[addition] = builder.copy(other)
+        output = builder.copy(self.noise_pred)
+        return builder.finish([(self.tensor("noise_pred", self.noise_pred, "noise_pred"), output)])
+
+    def _buffer(self, site: str, role: Role) -> Tensor:
+        shape = (self.order + 1, *self.sites[site])
+        return Tensor(name=f"{role}.{site}", dtype=_name(self.state_dtype), shape=shape, role=role)
+
+    def prepare(self, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> Cut:
+        """One graph for the request: constants once, step values for all timesteps in one batch of S * B rows."""
+        request = Builder(self.trace, "prepare")
+        for node in self.trace.module.graph.nodes:
+            if node.op == "placeholder" and self.times[node] is Time.REQUEST:
+                request.copies[node] = request.placeholder(self.declared(node))
+        (step_node,) = (
+            n for n in self.trace.module.graph.nodes if n.op == "placeholder" and self.times[n] is Time.STEP
+        )
+        timesteps = request.placeholder(
+            Tensor(name=str(step_node.target), dtype=_dtype_name(step_node), shape=(STEPS,), role="step")
+        )
+        outputs = []
+        for node in self.trace.module.graph.nodes:
+            if node in early and node.op != "placeholder" and self.times[node] is Time.REQUEST:
+                outputs.append((self.tensor(self._request_name(node), node, "constant"), request.copy(node)))
+        step = StepBuilder(self.times, request, timesteps, step_node)
+        for name, members in tables.items():
+            columns = [request.graph.call_function(aten.flatten.using_ints, (step.copy(n), 1)) for n in members]
+            table = request.graph.call_function(aten.cat.default, (columns, 1))
+            table = request.graph.call_function(aten.unflatten.int, (table, 0, [step.steps, step.batch]))
+            width = sum(self._width(n) for n in members)
+            tensor = Tensor(name=name, dtype=_dtype_name(members[0]), shape=(STEPS, "batch", width), role="step")
+            outputs.append((tensor, table))
+        return request.finish(outputs)
+
+
+def _name(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype_name(node: fx.Node) -> Any:
+    return _name(node.meta["val"].dtype)

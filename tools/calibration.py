@@ -1,6 +1,7 @@
 """Calibration: what a calibrated profile is worth on the embedded models, on samples that it has never seen.
 
     python tools/calibration.py                            both models, about an hour on two idle cores
+    python tools/calibration.py --model dit --keep RECORD  the guards alone, beside the other rows of a filed record
 
 Every row draws the same 64 samples (captions and seeds none of which were calibrated on) as the untouched model drew
 them with all its steps, and is compared with what that drew: PSNR of all pictures together and how it spreads over the
@@ -14,6 +15,7 @@ seconds depends on how busy the machine is.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -32,8 +34,9 @@ from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.method import RULES, Guard, Plan
-from taylorseer_export.report.calibrate import Calibrator, Way
+from taylorseer_export.report.calibrate import Calibration, Calibrator, Way
 from taylorseer_export.report.guards import fit_threshold
+from taylorseer_export.report.planning import regular_plan
 from taylorseer_export.report.samples import groups, prompts_of
 from taylorseer_export.runtime import sampling
 from taylorseer_export.runtime.branches import Pool
@@ -120,47 +123,76 @@ def row_of(name: str, steps: int, count: int, plan: Plan, seen: Judged, exact: J
     return row, each
 
 
+def refusal(found: Calibration) -> str | None:
+    """What `calibrate` says in the place of writing a profile."""
+    try:
+        found.check()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def beside(paper: Row, kept: Sequence[Row]) -> list[Row]:
+    """The rows of a filed record with as many full steps, if its row of the paper's plan is the one just made."""
+    rows = [row for row in kept if (row.steps, row.full_steps) == (paper.steps, paper.full_steps)]
+    filed = [row.psnr_mean for row in rows if row.way == paper.way and row.plan == paper.plan]
+    if len(filed) != 1 or not np.isclose(filed[0], paper.psnr_mean, rtol=1e-4, atol=0):
+        raise SystemExit(f"the paper's plan is at {filed} dB in the record, expected {paper.psnr_mean}; keep another")
+    return rows
+
+
 def rows_of(
-    denoiser: Denoiser, steps: int, counts: tuple[int, ...], bar: tqdm
+    denoiser: Denoiser, steps: int, counts: tuple[int, ...], bar: tqdm, kept: Sequence[Row] = ()
 ) -> Iterator[tuple[list[Row], list[tuple[str, np.ndarray]]]]:
-    """For each number of full steps its rows, the calibrated first, and the pictures of each."""
-    window = min(steps - 1, 4 * -(-steps // min(counts)))
-    fitted, fitted_alone = (
-        groups(denoiser, FITTED, FIRST_FITTED, least=2),
-        one_by_one(denoiser, FITTED, FIRST_FITTED, 2),
-    )
-    held_out = groups(denoiser, HELD_OUT, FIRST_FITTED + FITTED)
-    calibrator = Calibrator(denoiser, fitted, held_out, steps, window, bar.update)
+    """For each number of full steps its rows, the calibrated first, and the pictures of each.
+
+    Rows of `kept` are not made again, but for the paper's plan, which tells whether the samples are the same.
+    """
+    fitted = groups(denoiser, FITTED, FIRST_FITTED, least=2)
+    fitted_alone = one_by_one(denoiser, FITTED, FIRST_FITTED, least=2)
+    calibrator, base = None, Plan.guarded(steps, denoiser.manifest.plan.warmup)
+    if not kept:
+        window = min(steps - 1, 4 * -(-steps // min(counts)))
+        held_out = groups(denoiser, HELD_OUT, FIRST_FITTED + FITTED)
+        calibrator = Calibrator(denoiser, fitted, held_out, steps, window, bar.update)
     judged, alone = groups(denoiser, JUDGED, FIRST_JUDGED), one_by_one(denoiser, JUDGED, FIRST_JUDGED)
     nothing, pool = np.zeros(1), Pool(denoiser)
     exact = judge(denoiser, judged, Way(Plan("F" * steps), 0, None, nothing, nothing))
     for count in counts:
-        began = time.perf_counter()
-        found = calibrator.calibrate(count, ORDER)
-        seconds, refused = time.perf_counter() - began, None
-        try:
-            found.check()
-        except ConfigError as error:
-            refused = str(error)
-        ways = (("calibrated", found.calibrated), ("paper's plan", found.regular), ("fewer steps", found.fewer_steps))
-        rows, shown, each = [], [("all full", exact.pictures)], {}
-        for name, way in ways:
+        rows: list[Row] = []
+        shown, each = [("all full", exact.pictures)], {}
+        if calibrator is None:
+            ways = {
+                "paper's plan": Way(
+                    regular_plan(steps, count, denoiser.manifest.plan.warmup), ORDER, None, nothing, nothing
+                )
+            }
+        else:
+            began = time.perf_counter()
+            found = calibrator.calibrate(count, ORDER)
+            seconds = time.perf_counter() - began
+            ways = {"calibrated": found.calibrated, "paper's plan": found.regular, "fewer steps": found.fewer_steps}
+        for name, way in ways.items():
             seen = judge(denoiser, judged, way)
             row, each[name] = row_of(name, steps, len(way.plan.full_steps), way.plan, seen, exact)
             rows.append(replace(row, fitted_latent_psnr=way.fitted, held_out_latent_psnr=way.held_out))
             shown.append((f"{name}, {count}", seen.pictures))
-        rows[0] = replace(rows[0], refused=refused, seconds=round(seconds, 1))
-        base = Plan.guarded(steps, denoiser.manifest.plan.warmup)
+        if calibrator is None:
+            rows = beside(rows[0], kept)
+        else:
+            rows[0] = replace(rows[0], refused=refusal(found), seconds=round(seconds, 1))
         for rule in denoiser.manifest.state.guards:
             began = time.perf_counter()
             threshold = fit_threshold(denoiser, pool, fitted_alone, rule, base, count, bar.update)
             seconds = time.perf_counter() - began
             seen = judge(denoiser, alone, Way(base, ORDER, None, nothing, nothing), Guard(rule, threshold))
-            row, each[rule] = row_of(f"guard {rule}", steps, count, base, seen, exact)
+            row, each[f"guard {rule}"] = row_of(f"guard {rule}", steps, count, base, seen, exact)
             rows.append(replace(row, threshold=threshold, seconds=round(seconds, 1)))
             shown.append((f"guard {rule}, {count}", seen.pictures))
-        for k, gains in enumerate(values - each["paper's plan"] for values in each.values()):
-            rows[k] = replace(rows[k], gain_mean=float(gains.mean()), gain_std=float(gains.std(ddof=1)))
+        for k, row in enumerate(rows):
+            if row.way in each:
+                gains = each[row.way] - each["paper's plan"]
+                rows[k] = replace(row, gain_mean=float(gains.mean()), gain_std=float(gains.std(ddof=1)))
         yield rows, shown
 
 
@@ -186,27 +218,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("flux", "dit"), nargs="+", default=["flux", "dit"], help="(default: both)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record (default: tools/results)")
+    parser.add_argument("--keep", type=Path, help="record of one --model whose rows stand; only guards are judged")
     args = parser.parse_args()
     began = time.perf_counter()
     record = circumstances() | {
         "order": ORDER, "fitted": FITTED, "held_out": HELD_OUT, "judged": JUDGED, "models": {}
     }  # fmt: skip
     name = "calibration" if len(args.model) == 2 else f"calibration-{args.model[0]}"
+    filed = {}
+    if args.keep:
+        filed = json.loads(args.keep.read_text(encoding="utf-8"))
+        record["kept"] = {"record": args.keep.name, "date": filed["date"], "commit": filed["commit"]}
     for family in args.model:
         checkpoint = open_checkpoint(None, FAMILIES[family])
         rows: list[Row] = []
+        filed_rows = filed["models"][family]["rows"] if filed else []
+        kept = [Row(**{"executed": row["full_steps"], **row}) for row in filed_rows if "guard" not in row["way"]]
         with tempfile.TemporaryDirectory() as folder, tqdm(desc=family, unit="loop step", file=sys.stderr) as bar:
             options = Options(order=ORDER, interval=6, warmup=3, guards=RULES)
             denoiser = load(write_bundle(draft(checkpoint, options), Path(folder), "calibration"), threads=1)
             for steps, counts in LOOPS:
-                for found, shown in rows_of(denoiser, steps, counts, bar):
+                for found, shown in rows_of(denoiser, steps, counts, bar, kept):
                     rows += found
+                    done = {(row.steps, row.full_steps) for row in rows}
+                    waiting = [row for row in kept if (row.steps, row.full_steps) not in done]
                     record["models"][family] = {
-                        "weights_sha256": checkpoint.sha256(), "rows": [asdict(row) for row in rows]
+                        "weights_sha256": checkpoint.sha256(), "rows": [asdict(row) for row in rows + waiting]
                     }  # fmt: skip
                     record["seconds"] = round(time.perf_counter() - began, 1)
                     path = write_record(name, record, args.out)
-                    if (steps, found[0].full_steps) == (LOOPS[0][0], min(counts)):
+                    if not kept and (steps, found[0].full_steps) == (LOOPS[0][0], min(counts)):
                         made = [[p.astype(np.uint8) for p in pictures[:SHOWN]] for _, pictures in shown]
                         grid(made, 3, [title for title, _ in shown]).save(args.out / f"calibration-{family}.png")
         print(markdown(family, rows) + "\n", flush=True)

@@ -15,6 +15,7 @@ from taylorseer_export.build.export import describe
 from taylorseer_export.cli import main
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph import checkpoint, files
 from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.graph.original import Converted
 from taylorseer_export.report.verify import checkpoint_of
@@ -89,7 +90,10 @@ def test_a_file_that_misses_a_tensor(folder):
 
 
 def test_a_file_alone(folder):
-    text = r"has no config, expected --config with it; pass the config.json of facebook/DiT-XL-2-256's transformer"
+    text = (
+        r"has no config and its tensors are those of none of dit-xl-2-256, dit-xl-2-512, expected --config with it; "
+        r"pass the config.json of facebook/DiT-XL-2-256's transformer or its like"
+    )
     with pytest.raises(CheckpointError, match=text):
         open_checkpoint(str(folder / WEIGHTS), FAMILIES["dit"])
     with pytest.raises(CheckpointError, match="--variant is fp16 for one file, expected a folder of several; leave it"):
@@ -190,6 +194,52 @@ def test_flux_as_its_authors_publish_it(original):
     assert {n: torch.equal(checkpoint.tensor(n), value) for n, value in expected.items()} == dict.fromkeys(
         expected, True
     )
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """(name, **entries) -> the config of one more published FLUX, of which there are no others."""
+    for module in (files, checkpoint):
+        monkeypatch.setattr(module, "PUBLISHED", tmp_path)
+
+    def publish(name, **entries):
+        given = {"_class_name": "FluxTransformer2DModel", "num_layers": 1, "num_single_layers": 1, **entries}
+        (tmp_path / f"{name}.json").write_text(json.dumps(given))
+
+    return publish
+
+
+def test_a_file_that_is_one_published_model(original, published):
+    """By all its tensors, whatever the file is called; models of one config are one."""
+    path, config, filled = original
+    for name in ("small", "edit"):
+        published(name, guidance_embeds=True)
+    published("without-guidance")
+    published("deeper", guidance_embeds=True, num_single_layers=2)
+    published("narrow", guidance_embeds=True, joint_attention_dim=2048)
+    found = open_checkpoint(str(path), FLUX)
+    told = open_checkpoint(str(path), FLUX, config=str(config))
+    assert found.taken == ("edit", "small") and not told.taken and found.config_file is None
+    assert found.shapes == told.shapes and found.config["guidance_embeds"]
+    assert torch.equal(found.tensor("x_embedder.weight"), filled["img_in.weight"])
+    found.skeleton(torch.bfloat16)
+
+
+def test_a_file_that_may_be_several_published_models(original, published):
+    published("small", guidance_embeds=True)
+    published("turned", guidance_embeds=True, axes_dims_rope=[32, 48, 48])
+    text = (
+        r"no config and its tensors fit those of small and turned, expected --config with it; pass one of those names"
+    )
+    with pytest.raises(CheckpointError, match=text):
+        open_checkpoint(str(original[0]), FLUX)
+    named = open_checkpoint(str(original[0]), FLUX, config="turned")
+    assert named.config["axes_dims_rope"] == [32, 48, 48] and named.config_file == "turned"
+    published("small", guidance_embeds=True, num_layers=2)
+    assert open_checkpoint(str(original[0]), FLUX).taken == ("turned",)
+    published("turned", num_layers=2)
+    with pytest.raises(CheckpointError, match=r"are those of none of small, turned, expected --config with it"):
+        open_checkpoint(str(original[0]), FLUX)
 
 
 def test_flux_with_the_prefix_of_another_tool(original, tmp_path):

@@ -34,6 +34,7 @@ from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import Checkpoint
 from taylorseer_export.graph.cut import Cut
+from taylorseer_export.graph.files import PUBLISHED
 from taylorseer_export.report.card import highest_gain, role_bytes, size
 from taylorseer_export.report.planner import GRANULARITIES
 
@@ -51,7 +52,7 @@ class Model:
     reference: str
 
 
-# Its transformer's config.json lies in graphs/configs/.
+# Its transformer's config.json lies in taylorseer_export/families/configs/.
 MODELS = {
     "dit-xl-2-256": Model("dit", "facebook/DiT-XL-2-256"),
     "dit-xl-2-512": Model("dit", "facebook/DiT-XL-2-512"),
@@ -100,7 +101,7 @@ def stale(name: str) -> bool:
 
 def config(name: str) -> dict[str, Any]:
     """The published config of the transformer."""
-    found: dict[str, Any] = json.loads((GRAPHS / "configs" / f"{name}.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((PUBLISHED / f"{name}.json").read_text(encoding="utf-8"))
     return {key: value for key, value in found.items() if not key.startswith("_")}
 
 

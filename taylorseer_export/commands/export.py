@@ -26,7 +26,10 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     )
     what.add_argument("--variant", metavar="NAME", help="which weights of several, like fp16 (default: the plain ones)")
     what.add_argument(
-        "--config", metavar="PATH", help="config of the transformer, for weights that bring none (default: beside them)"
+        "--config",
+        metavar="PATH",
+        help="config of the transformer, or a published model's name, for weights that bring none (default: beside the "
+        "weights; for one file that of the published model whose tensors it has)",
     )
     what.add_argument(
         "--lora",
@@ -156,6 +159,11 @@ def run(family: Family, given: argparse.Namespace) -> int:
         )
         if "weights" in checkpoint.card:
             print(f"its weights are {checkpoint.card['weights']}")
+    if checkpoint.taken:
+        print(
+            f"no --config: taking that of {'/'.join(checkpoint.taken)}, which all {len(checkpoint.shapes)} tensors of "
+            f"{checkpoint.reference} fit in name and shape, and no other of this package"
+        )
     options = export.Options(
         order=given.order,
         interval=given.interval,

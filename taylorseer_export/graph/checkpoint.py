@@ -7,6 +7,7 @@ tensor by tensor, from the checkpoint's safetensors to the bundle. A 24 GB check
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from torch import nn
 
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families.family import Derived, Family, unknown
-from taylorseer_export.graph.files import opened, read_json, shapes, tensor_files, tensor_names
+from taylorseer_export.graph.files import PUBLISHED, opened, published, read_json, shapes, tensor_files, tensor_names
 from taylorseer_export.graph.lora import Lora, open_lora
 from taylorseer_export.graph.original import Converted
 
@@ -40,6 +41,7 @@ class Checkpoint:
         variant: Which of several precisions in the folder, as diffusers names its files.
         config_file: Where the config was read from, if not from the folder.
         converted: How the tensors of another layout become those of diffusers.
+        taken: The published models of this package whose config was taken, since the tensors fit it and no other.
         loras: What is added to the weights, in this order.
     """
 
@@ -52,6 +54,7 @@ class Checkpoint:
     variant: str | None = None
     config_file: str | None = None
     converted: Converted | None = None
+    taken: tuple[str, ...] = ()
     loras: tuple[Lora, ...] = ()
 
     @property
@@ -226,11 +229,11 @@ def open_checkpoint(
     """Find a checkpoint, whatever its layout.
 
     Args:
-        reference: A diffusers folder, a hub id, a safetensors file or a folder in the original layout; None for the
-            embedded model.
+        reference: A diffusers folder, a hub id, a safetensors file or an original folder; None for the embedded model.
         family: What it must be a checkpoint of.
         variant: Which of several precisions the folder holds, like `fp16`.
-        config: The transformer's config.json, or a folder with one, where none lies beside the weights.
+        config: The transformer's config.json, a folder with one, or a published model by name, where none lies beside
+            the weights.
         loras: Files to be added to the weights, each as `file` or `file:scale`.
         weightless: Whether a config alone will do, a config.json or a folder with one, to be described and not written.
 
@@ -338,12 +341,35 @@ def _open_folder(
 def _open_file(reference: str, family: Family, path: Path, config: str | None, variant: str | None) -> Checkpoint:
     if variant is not None:
         raise CheckpointError(f"--variant is {variant} for one file, expected a folder of several; leave it out")
-    if config is None:
-        raise CheckpointError(
-            f"{path} has no config, expected --config with it; pass the config.json of {family.reference}'s "
-            "transformer, or its folder"
-        )
-    return _other_layout(reference, family, path.parent, dict.fromkeys(tensor_names(path), path), config, None)
+    files = dict.fromkeys(tensor_names(path), path)
+    if config is not None:
+        return _other_layout(reference, family, path.parent, files, config, None)
+    fitting = _fitting(reference, family, path.parent, files)
+    if len(fitting) == 1:
+        return fitting[0]
+    names = " and ".join("/".join(found.taken) for found in fitting)
+    known = ", ".join(file.stem for file in published(family.model_class)) or "the models of this package"
+    seen = f"fit those of {names}" if fitting else f"are those of none of {known}"
+    raise CheckpointError(
+        f"{path} has no config and its tensors {seen}, expected --config with it; pass "
+        f"{'one of those names, or ' * bool(fitting)}the config.json of {family.reference}'s transformer or its like"
+    )
+
+
+def _fitting(reference: str, family: Family, folder: Path, files: dict[str, Path]) -> list[Checkpoint]:
+    """The checkpoint under each config of a published model whose every tensor, in name and shape, the files have."""
+    found: dict[str, Checkpoint] = {}
+    for path in published(family.model_class):
+        try:
+            one = _other_layout(reference, family, folder, files, str(path), None)
+            with family.built(one.model_class):
+                one._check_tensors(one._empty_model())
+        except CheckpointError:
+            continue
+        same = json.dumps(one.config, sort_keys=True)
+        taken = (*found[same].taken, path.stem) if same in found else (path.stem,)
+        found[same] = replace(one, config_file=None, taken=taken)
+    return list(found.values())
 
 
 def _other_layout(
@@ -351,11 +377,11 @@ def _other_layout(
 ) -> Checkpoint:
     """Weights whose config lies elsewhere: in diffusers' layout already, or to be converted to it."""
     path = Path(config).expanduser()
-    candidates = (path, path / "config.json", path / "transformer" / "config.json")
-    file = next((candidate for candidate in candidates if candidate.is_file()), path)
-    entries = _config(file, family)
+    candidates = (path, path / "config.json", path / "transformer" / "config.json", PUBLISHED / f"{config}.json")
+    entries = _config(next((candidate for candidate in candidates if candidate.is_file()), path), family)
     found = Checkpoint(reference, family, folder, entries, files, variant=variant, config_file=str(config))
-    expected = found._empty_model().state_dict().keys()
+    with family.built(found.model_class):
+        expected = found._empty_model().state_dict().keys()
     if 2 * len(expected & files.keys()) >= len(expected):
         return found
     return replace(found, converted=Converted(family.model_class, entries, found.shapes))

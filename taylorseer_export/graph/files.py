@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from taylorseer_export.errors import CheckpointError
 
+PUBLISHED = Path(__file__).parent.parent / "families" / "configs"  # of the transformers of published models
 SINGLE = "diffusion_pytorch_model.safetensors"
 _VARIANT = re.compile(
     r"diffusion_pytorch_model(?:\.safetensors\.index)?\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)$"
@@ -69,6 +70,11 @@ def tensor_names(path: Path) -> tuple[str, ...]:
     """Names of the tensors of one file."""
     with opened(path) as file:
         return tuple(file.keys())
+
+
+def published(model_class: str) -> list[Path]:
+    """The configs of published models of a class that this package has."""
+    return [path for path in sorted(PUBLISHED.glob("*.json")) if read_json(path).get("_class_name") == model_class]
 
 
 @contextmanager

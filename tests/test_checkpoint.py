@@ -304,3 +304,10 @@ def test_many_misfits_are_counted(folder):
 )
 def test_a_variant_is_told_by_the_model_s_own_name(family, reference, steps):
     assert FAMILIES[family].variant(reference).defaults.steps == steps
+
+
+def test_a_variant_has_its_own_pixels_shift_and_guidance():
+    five, large = (FAMILIES["wan"].variant(f"Wan-AI/Wan2.2-{name}-Diffusers") for name in ("TI2V-5B", "T2V-A14B"))
+    assert [(f.latent_scale, f.scheduler_config["flow_shift"]) for f in (five, large)] == [(16, 5.0), (8, 3.0)]
+    hunyuan = [FAMILIES["hunyuan-video"].variant(f"hunyuanvideo-community/HunyuanVideo{k}") for k in ("", "-I2V")]
+    assert [f.guidance_scale for f in hunyuan] == [6.0, 1.0]

@@ -323,8 +323,24 @@ def test_guidance_that_the_model_leaves_alone(denoisers):
     assert torch.equal(paint(pipe, **options), untouched)
 
 
+def test_one_timestep_for_each_token_if_they_are_equal(denoisers):
+    """As Wan 2.2's 5B model has them from text: the untouched model computes each, the bundle one for all."""
+    model, denoiser = denoisers("wan")
+    painted = []
+    for transformer in (model, denoiser.as_transformer(interval=1)):
+        pipe = wan_pipeline(model)
+        pipe.transformer = transformer
+        pipe.register_to_config(expand_timesteps=True)
+        painted.append(paint(pipe, 4, **VIDEO, **GUIDED)[None])
+    assert transformer.executed == {"cond": "FFFF", "uncond": "FFFF"}
+    bound = (
+        4 * 2 * GUIDED["guidance_scale"] * allowed(model, painted[0], "F", 0)
+    )  # of every step, magnified by guidance
+    assert_close("wan, a timestep for each token", painted[1], painted[0], bound)
+
+
 def test_timesteps_of_single_tokens_are_refused(denoisers):
-    """As Wan 2.2's 5B model has them."""
+    """As Wan 2.2's 5B model has them from a picture, whose frame is without noise."""
     model, denoiser = denoisers("wan")
     pipe = wan_pipeline(model)
     pipe.register_to_config(expand_timesteps=True)

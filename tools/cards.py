@@ -67,6 +67,7 @@ MODELS = {
     "wan2.1-i2v-14b-480p": Model("wan", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"),
     "wan2.2-t2v-a14b": Model("wan", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
     "wan2.2-i2v-a14b": Model("wan", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
+    "wan2.2-ti2v-5b": Model("wan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
     "hidream-i1-full": Model("hidream", "HiDream-ai/HiDream-I1-Full"),
     "qwen-image": Model("qwen-image", "Qwen/Qwen-Image"),
     "stable-diffusion-3.5-medium": Model("sd3", "stabilityai/stable-diffusion-3.5-medium"),

@@ -137,7 +137,9 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
 
 
 def _steps(family: Family) -> str:
-    others = [f"{change['defaults'].steps} for {word}" for word, change in family.variants.items()]
+    others = [
+        f"{change['defaults'].steps} for {word}" for word, change in family.variants.items() if "defaults" in change
+    ]
     return ", ".join([str(family.defaults.steps), *others])
 
 

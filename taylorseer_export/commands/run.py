@@ -144,7 +144,7 @@ def latent_sizes(denoiser: Denoiser, asked: tuple[int, ...] | None) -> tuple[dic
 
     if asked is None:
         return {}, None
-    family = family_named(denoiser.manifest.family)
+    family = family_named(denoiser.manifest.family).variant(denoiser.manifest.model.reference)
     latent = latent_size("--size", asked, family, family.latent_scale)
     sizes = family.latent_sizes(denoiser.manifest.model.config, *latent)
     return sizes, (latent[0] // 2, latent[1] // 2) if "image_tokens" in sizes else None

@@ -51,4 +51,5 @@ HUNYUAN_VIDEO = Family(
     guidance="embedded",
     guidance_scale=6.0,
     latent_size=(33, 90, 160),
+    variants={"i2v": {"guidance_scale": 1.0}},
 )

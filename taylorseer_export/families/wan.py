@@ -9,6 +9,7 @@ from taylorseer_export.families.family import Defaults, Family, Input, patches
 
 _TEXT = 512  # tokens; diffusers splits image from text tokens at this count
 _IMAGE = 257  # tokens of the image encoder
+_SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -39,7 +40,7 @@ def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: in
 
 WAN = Family(
     name="wan",
-    title="Wan 2.1 (text and image to video, 1.3B and 14B) and Wan 2.2 A14B, one bundle for each of its two experts",
+    title="Wan 2.1 (text and image to video), 2.2 A14B (a bundle for each of its two experts), 2.2 5B from text alone",
     model_class="WanTransformer3DModel",
     reference="Wan-AI/Wan2.1-T2V-14B-Diffusers",
     sites=(r"blocks\.\d+\.attn1", r"blocks\.\d+\.attn2", r"blocks\.\d+\.ffn"),
@@ -50,9 +51,17 @@ WAN = Family(
     latent_sizes=_latent_sizes,
     defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
     scheduler="UniPCMultistepScheduler",
-    scheduler_config={"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+    scheduler_config=_SCHEDULER,
     guidance="branches",
     guidance_scale=5.0,
     latent_size=(21, 60, 104),
-    variants={"i2v": {"defaults": Defaults(steps=40, interval=5, warmup=1, order=1)}},
+    variants={
+        "i2v": {"defaults": Defaults(steps=40, interval=5, warmup=1, order=1)},
+        # From text its pipeline passes one timestep to all tokens; from a picture the first frame has another.
+        "ti2v": {
+            "scheduler_config": {**_SCHEDULER, "flow_shift": 5.0},
+            "latent_scale": 16,
+            "latent_size": (31, 44, 80),
+        },
+    },
 )

@@ -323,8 +323,8 @@ def test_guidance_in_two_calls_and_what_is_joined_to_the_noise(eager, tiny, case
 
 
 def test_two_branches_take_the_room_of_two(eager, tiny):
-    denoiser = eager("wan-image")
-    latents, _, conditioning = tiny("wan-image").inputs(1, batch=1)
+    denoiser = eager("wan")
+    latents, _, conditioning = tiny("wan").inputs(1, batch=1)
     one = Request(latents[0].numpy(), as_arrays(conditioning), False, 1.0, 0, 0)
     both = replace(one, guided=True, guidance_scale=3.0, negative=one.conditioning)
     needed = request_bytes(denoiser.manifest, {**Loop(denoiser, one, Plan("F")).sizes, "steps": 3})

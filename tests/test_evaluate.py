@@ -36,8 +36,14 @@ def rows(denoiser):
 
 
 @pytest.fixture(scope="module")
-def text(rows):
-    return page("dit: ways <to> sample", {"engine": "onnxruntime"}, rows, metrics(None, False, True)[1])
+def shown(rows):
+    """The rows, and one that a guard decided."""
+    return [*rows, replace(rows[-1], name="guard cg at 0.0512", executed=("FF..F.F.", "FFF.F..."))]
+
+
+@pytest.fixture(scope="module")
+def text(shown):
+    return page("dit: ways <to> sample", {"engine": "onnxruntime"}, shown, metrics(None, False, True)[1])
 
 
 def test_rows_are_all_ways_that_the_bundle_has(rows):
@@ -78,16 +84,28 @@ def test_a_row_that_differs_is_told_apart(denoiser, rows):
     assert row.psnr < min(r.psnr for r in rows if r.psnr is not None)
 
 
-def test_the_page_needs_nothing_else_and_is_well_formed(text, rows):
+def test_the_page_needs_nothing_else_and_is_well_formed(text, shown):
     assert set(re.findall(r"(?:src|href)=(\S{6})", text)) == {'"data:'} and "http" not in text
     assert "ways &lt;to&gt; sample" in text and "<to>" not in text
-    assert "LPIPS (needs AlexNet" in text and all(metric in text for metric in rows[0].metrics)
+    assert "LPIPS (needs AlexNet" in text and all(metric in text for metric in shown[0].metrics)
     plans = [re.findall("class=.(full|forecast)", line) for line in text.split("class=steps")[1:]]
-    assert plans == [[{"F": "full", ".": "forecast"}[kind] for kind in row.plan] for row in rows]
-    assert text.count("<img") == len(rows) * 3 and text.count("data-other=") == len(rows) * 3
+    ran = [executed for row in shown for executed in dict.fromkeys(row.executed)]
+    assert plans == [[{"F": "full", ".": "forecast"}[kind] for kind in executed] for executed in ran]
+    assert text.count("<img") == len(shown) * 3 and text.count("data-other=") == len(shown) * 3
     parser = html.parser.HTMLParser()
     parser.feed(text)
     parser.close()
+
+
+def test_no_two_ways_look_alike(text, shown):
+    """There are more ways than colours; points, lines and keys still differ."""
+    keys = re.findall(r'class="key (key\d)" style="background:(#\w+)"></i>', text.split("</table>")[0])
+    assert len(keys) == len(set(keys)) == len(shown) > len({colour for _, colour in keys})
+    points, _, curves = text.split("<svg")[1:4]
+    dots = re.findall(r"<(circle|rect) [^>]*fill=\"(#\w+)", points)
+    lines = re.findall(r'stroke="(#\w+)"( stroke-dasharray="7 3")?>', curves)
+    assert len(dots) == len(set(dots)) == len(shown) - 1  # all full differs from nothing, and has no point
+    assert len(lines) == len(set(lines)) == sum(bool(row.step_errors) for row in shown[1:])
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -160,13 +178,12 @@ def test_guards_are_rows_with_as_many_full_steps(denoiser, residual_digits, tmp_
     assert "not measured: guards (needs a --plan with more full steps" in capsys.readouterr().out
 
 
-def test_rows_that_decided_at_run_time_show_what_ran(rows):
-    decided = replace(rows[-1], executed=("FF..F.F.", "FFF.F..."))
-    shown = page("x", {}, [rows[0], decided], {})
-    assert shown.count('added" title=') == sum(
+def test_rows_that_decided_at_run_time_show_what_ran(text, rows, shown):
+    decided = shown[-1]
+    assert text.count('added" title=') == sum(
         ran != kind for executed in decided.executed for kind, ran in zip(decided.plan, executed, strict=True)
     )
-    assert "Ringed: decided at run time" in shown and "Ringed" not in page("x", {}, rows, {})
+    assert "Orange: full, decided at run time" in text and "Orange" not in page("x", {}, rows, {})
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------

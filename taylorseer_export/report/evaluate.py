@@ -251,7 +251,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = "".join(f"{row.metrics[name]:>{len(name) + 2}.3f}" for name in names)
         lines.append(
-            f"  {row.name:<22}{row.full_steps:>6g}{row.loop_ms:>10.1f}{row.latent_error:>14.4f}"
+            f"  {row.name:<22}{round(row.full_steps, 1):>6g}{row.loop_ms:>10.1f}{row.latent_error:>14.4f}"
             f"{number(row.psnr, 1):>10}{number(row.psnr_worst, 1):>8}"
             f"{'-' if row.ssim is None else number(row.ssim, 3):>8}{cells}"
         )

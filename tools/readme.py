@@ -99,14 +99,17 @@ def bench_table(record: Mapping[str, Any]) -> str:
 
 
 def calibration_table(record: Mapping[str, Any]) -> str:
-    """Rows of `tools/calibration.py`: mean and spread over the samples, none of which was calibrated on."""
-    ways = ("calibrated", "paper's plan", "fewer steps")
-    lines = [f"| model | full steps | {' | '.join(ways)} |", "|---|--:|--:|--:|--:|"]
+    """Rows of `tools/calibration.py`: mean and spread over the samples; of a guard also the full steps that ran."""
+    ways = list(dict.fromkeys(row["way"] for model in record["models"].values() for row in model["rows"]))
+    lines = [f"| model | full steps | {' | '.join(ways)} |", f"|---|--:|{'--:|' * len(ways)}"]
     for family, model in record["models"].items():
         found = {(row["steps"], row["full_steps"], row["way"]): row for row in model["rows"]}
         for steps, full in dict.fromkeys((row["steps"], row["full_steps"]) for row in model["rows"]):
-            rows = [found.get((steps, full, way)) for way in ways]
-            cells = ["" if row is None else f"{row['psnr_mean']:.1f} ± {row['psnr_std']:.1f}" for row in rows]
+            cells = []
+            for way in ways:
+                row = found.get((steps, full, way))
+                shown = "" if row is None else f"{row['psnr_mean']:.1f} ± {row['psnr_std']:.1f}"
+                cells.append(f"{shown} ({row['executed']:.1f})" if row and row.get("threshold") else shown)
             lines.append(f"| {family} | {full} of {steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -7,10 +7,12 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph import files
 from taylorseer_export.graph.checkpoint import EMBEDDED, open_checkpoint
 
 DIT = FAMILIES["dit"]
@@ -228,6 +230,21 @@ def test_truncated_weights(folder, size):
     os.truncate(folder / WEIGHTS, size if size >= 0 else (folder / WEIGHTS).stat().st_size + size)
     with pytest.raises(CheckpointError, match=r"is damaged .*expected a complete safetensors file; download it again"):
         opened(folder)
+
+
+def test_weights_larger_than_memory(folder, monkeypatch):
+    """Their header is read all the same; a tensor is not, where the machine does not let torch map the file."""
+
+    def refuse(path, framework):
+        if framework == "pt":
+            raise RuntimeError("unable to mmap 34211689442 bytes from file <x>: Cannot allocate memory (12)")
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr(files, "safe_open", refuse)
+    checkpoint = opened(folder)
+    checkpoint.skeleton(torch.float32)
+    with pytest.raises(CheckpointError, match=r"cannot be mapped \(unable to mmap 342.*swap.*save it in shards"):
+        checkpoint.tensor("proj_out_2.bias")
 
 
 def test_missing_shard(shards):

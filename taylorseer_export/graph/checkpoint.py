@@ -176,7 +176,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _read(self, name: str) -> torch.Tensor:
-        with opened(self.files[name]) as file:
+        with opened(self.files[name], "pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 

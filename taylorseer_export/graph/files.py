@@ -78,11 +78,19 @@ def published(model_class: str) -> list[Path]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; one that cannot be read is named."""
+def opened(path: Path, framework: str = "np") -> Iterator[Any]:
+    """A safetensors file; one that cannot be read is named.
+
+    To read its header `np` will do. torch maps it in a way that counts as memory, all of it, whatever is read.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             yield file
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} cannot be mapped ({str(error).splitlines()[0]}), expected {path.stat().st_size / 1e9:.0f} GB of "
+            "memory and swap, used or not; save it in shards, or allow more with `sysctl vm.overcommit_memory=1`"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}), expected a complete safetensors file; download it again"

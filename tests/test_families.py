@@ -15,6 +15,7 @@ from taylorseer_export.bundle.shapes import names
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
+from taylorseer_export.runtime.batch import SharedCalls, ids_of
 from taylorseer_export.runtime.check import check_engines
 
 
@@ -100,6 +101,29 @@ def test_onnx_runtime_equals_the_oracle(onnx, tiny, name):
         reference = oracle.replay(model, *inputs, plan, ORDER)
         seen = run(onnx(name), inputs, plan, ORDER)
         assert_close(f"{name} {sizes}", seen, reference, allowed(model, reference, plan, ORDER))
+
+
+def test_two_requests_share_their_calls(onnx, tiny, name):
+    """As a server makes them: bit for bit what each gets alone, or not shared."""
+    denoiser, plan, requests = onnx(name), "FF.F.", [tiny(name).inputs(5, seed=k) for k in range(2)]
+    calls, slots = SharedCalls(denoiser), [open_slot(denoiser, inputs) for inputs in requests]
+    for slot, inputs in zip(slots, requests, strict=True):
+        begin(slot, inputs, plan, ORDER)
+    assert len({ids_of(denoiser, as_arrays(inputs[2])) for inputs in requests}) == 1 and calls.most > 1
+    seen, shared = [], 0
+    for step in range(len(plan)):
+        for slot, inputs in zip(slots, requests, strict=True):
+            slot.stage(inputs[0][step].numpy())
+        done = calls.run(slots)
+        shared += done
+        if not done:
+            for slot in slots:
+                slot.run()
+        seen.append([slot.finish() for slot in slots])
+    assert shared + bool(calls.unequal) > 0
+    for k, inputs in enumerate(requests):
+        alone = run(denoiser, inputs, plan, ORDER).numpy()
+        assert [both[k].tobytes() for both in seen] == [prediction.tobytes() for prediction in alone]
 
 
 def test_the_parity_test_can_fail(eager, tiny, name):

@@ -222,7 +222,7 @@ class HostBuffer:
         return self.array.nbytes
 
     def entry(self, index: int) -> HostBuffer:
-        return HostBuffer(self.array[index], self.dtype)
+        return HostBuffer(self.array[index, ...], self.dtype)  # also of one number the same memory
 
     def write(self, values: np.ndarray) -> None:
         np.copyto(self.array, to_bits(values) if self.dtype == "bfloat16" else values, casting="same_kind")

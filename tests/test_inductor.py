@@ -24,8 +24,13 @@ from taylorseer_export.bundle.manifest import MANIFEST, Graph, Manifest, Tensor
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.errors import BuildError, BundleError, ParityError, StepError
 from taylorseer_export.graph.types import float_types
+from taylorseer_export.method import Plan
 from taylorseer_export.report.bench import bench
+from taylorseer_export.report.calibrate import Calibrator
+from taylorseer_export.report.evaluate import Case, evaluate
+from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.torch_runner import TorchBuffer, TorchRunner
 
 SIZES = {"batch": 2, "image_tokens": 6, "text_tokens": 5, "steps": 3}
@@ -289,6 +294,23 @@ def test_the_command_line_works_on_a_package(packages, tmp_path, capsys):
     assert cli.main(run_there) == 0
     assert cli.main(["bench", folder, "--no-cuda-graphs"]) == 2
     assert "--no-cuda-graphs is given for the CPU" in capsys.readouterr().err
+
+
+def test_a_package_is_calibrated_and_evaluated(inductor):
+    """In bf16 at a static size: all-full is what `sample` makes, and calibration comes nearer to it."""
+    denoiser, steps = inductor("dit"), 6
+    samples = groups(denoiser, 4, 0, least=2)
+    calibrator = Calibrator(denoiser, samples, groups(denoiser, 2, 9), steps, steps - 1, moves=0)
+    assert np.array_equal(calibrator.fitted.latents(0)[-1], sample(denoiser, samples[0], Plan("F" * steps)).latents)
+    best = calibrator.calibrate(3, 1)
+    assert best.calibrated.fitted > best.regular.fitted
+    ways = [
+        Case("all full", Plan("F" * steps), 0),
+        Case("regular", best.regular.plan, 1),
+        Case("calibrated", best.calibrated.plan, 1, weights=best.calibrated.weights),
+    ]
+    exact, regular, calibrated = evaluate(denoiser, samples, ways)
+    assert exact.psnr is None and calibrated.full_steps == 3 and regular.latent_error > calibrated.latent_error
 
 
 # Buffers and captures

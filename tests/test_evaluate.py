@@ -153,6 +153,27 @@ def test_command_line(residual_digits, tmp_path, capsys):
     assert "create it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--plan", "FF..", "--steps", "8"], "plan FF.. is 4 steps long, expected 8"),
+        (["--plan", "FXF"], "plan has `X` at step 1"),
+        (["--samples", "0"], "--samples: is 0, expected a whole number, at least 1"),
+        (["--guidance-scale", "nan"], "is nan, expected a number above 0"),
+        (["--prompts", "{empty}"], "is empty, expected one caption or class per line"),
+        (["--inputs", "{folder}"], "is not readable"),
+        (["--out", "{folder}"], "is a folder, expected the page to write; name a file in it"),
+        (["--metric-weights", "{empty}"], "is not a folder"),
+    ],
+)
+def test_bad_input_is_one_sentence(residual_digits, tmp_path, capsys, arguments, expected):
+    (tmp_path / "empty").write_text("\n \n")
+    given = [a.format(empty=tmp_path / "empty", folder=tmp_path) for a in arguments]
+    assert cli.main(["evaluate", str(residual_digits), *given]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
 def test_guards_are_rows_with_as_many_full_steps(denoiser, residual_digits, tmp_path, capsys):
     plan = denoiser.plan("FFF.F..F")
     (case,) = guarded_cases(denoiser, plan, groups(denoiser, 4, 9))

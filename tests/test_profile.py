@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from harness import as_arrays, open_slot
 
+from taylorseer_export import cli
 from taylorseer_export.bundle.profile import Evidence, Profile, profile_names, read_profile, write_profile
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.errors import BundleError, ConfigError
@@ -95,6 +96,20 @@ def test_a_profile_of_another_model_is_refused(bundle, changes, message):
 def test_a_loop_of_another_length_is_refused(bundle):
     with pytest.raises(ConfigError, match=r"8 steps long, expected 50 .*--steps 50"):
         made(bundle.manifest).check_fits(bundle.manifest, 50)
+
+
+def test_the_command_line_refuses_them_in_one_sentence(bundle, capsys):
+    folder = str(bundle.folder)
+    write_profile(bundle, made(bundle.manifest, "short"))
+    write_profile(bundle, made(bundle.manifest, "other", weights_sha256="0" * 64))
+    for arguments, expected in (
+        (["run", folder, "--profile", "short", "--steps", "9"], "is 8 steps long, expected 9 (steps)"),
+        (["run", folder, "--profile", "other"], "is of dit 000000000000 module"),
+        (["evaluate", folder, "--steps", "8"], "is of dit 000000000000 module"),
+    ):
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert expected in error and error.count("\n") == 1
 
 
 def test_a_renamed_file_is_refused(bundle):

@@ -49,6 +49,8 @@ def run(given: argparse.Namespace) -> int:
     out = given.out or Path(f"evaluation-{name}.html")
     if not out.parent.is_dir():
         raise ConfigError(f"folder {out.parent} is missing, expected it for {out.name}; create it")
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder, expected the page to write; name a file in it")
     plan = denoiser.plan(given.plan, given.steps)
     ways = evaluate.cases(denoiser, len(plan), plan)
     if given.metric_weights is not None and not given.metric_weights.is_dir():

@@ -110,7 +110,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         return dict(load_file(path))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} is missing, expected a safetensors file; check --inputs") from error
-    except (SafetensorError, TypeError, KeyError) as error:
+    except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is not readable ({error}), expected float32 safetensors; write it again") from error
 
 

@@ -32,7 +32,7 @@ from tiny_pipelines import (
 
 from taylorseer_export.build import export
 from taylorseer_export.bundle.shapes import match
-from taylorseer_export.errors import StepError
+from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.method import Plan
@@ -40,6 +40,7 @@ from taylorseer_export.runtime.calls import host_array
 from taylorseer_export.runtime.clock import scheduler_of
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
+from taylorseer_export.serve import contract
 
 PICTURE = Image.linear_gradient("L").convert("RGB").resize((16, 16))
 GUIDED = {"negative_prompt": "dog", "guidance_scale": 4.0}
@@ -358,3 +359,26 @@ def test_kontext_without_a_picture(denoisers):
     pipe.transformer = denoiser.as_transformer()
     with pytest.raises(StepError, match=r"input `hidden_states` has no rows of a picture to be edited, expected them"):
         paint(pipe, height=16, width=16, max_area=256, max_sequence_length=6)
+
+
+def test_a_request_from_tensors_says_what_is_wrong(denoisers):
+    """Halves of one batch have one length; what is joined to the noise has its shape, and the noise its own."""
+    _, denoiser = denoisers("sd3")
+    texts = {"encoder_hidden_states": text(6, 24).numpy(), "pooled_projections": text(20).numpy()}
+    longer = {NEGATIVE + "encoder_hidden_states": text(7, 24).numpy()}
+    message = r"`text_tokens` of the `negative_` inputs is 7, expected 6 as of the others, .*; pad the shorter ones"
+    with pytest.raises(ConfigError, match=message):
+        tensor_request(denoiser, texts | longer, [0], guidance_scale=2.0)
+    _, denoiser = denoisers("hunyuan-replace")
+    whole = (1, int(denoiser.latent.shape[1]), 3, 4, 6)
+    first = condition_shape(denoiser.manifest, whole)
+    values = {name: np.zeros(1, np.float32) for name in denoiser.constants} | {"latents": np.zeros(whole, np.float32)}
+    with pytest.raises(ConfigError, match=r"input `condition` is missing, expected FP32 \[-1, 4, 1, -1, -1\]; send it"):
+        contract.ask(denoiser, "denoiser", values)
+    with pytest.raises(ConfigError, match=r"`condition` is \[1, 4, 3, 4, 6\], expected \[1, 4, 1, 4, 6\]; prepare"):
+        contract.ask(denoiser, "denoiser", values | {CONDITION: np.zeros(whole, np.float32)})
+    wider = {"latents": np.zeros((1, 5, *whole[2:]), np.float32), CONDITION: np.ones(first, np.float32)}
+    with pytest.raises(ConfigError, match=r"`latents` is \[1, 5, 3, 4, 6\], expected \[1, 4, 3, 4, 6\]; send them so"):
+        contract.ask(denoiser, "denoiser", values | wider)
+    asked = contract.ask(denoiser, "denoiser", values | {CONDITION: np.ones(first, np.float32)})
+    assert asked.request.joined.axis == 2 and asked.request.negative is None

@@ -52,7 +52,7 @@ svg text { fill: var(--ink); } svg .axis { stroke: var(--line); } svg .soft { fi
 .steps .full { background: #1b6ca8; } .steps .forecast { background: var(--line); }
 .steps .added { background: #e0712f; }
 code { white-space: nowrap; }
-.pictures { display: grid; gap: .4rem 2px; align-items: center; min-width: 34rem; }
+.pictures { display: grid; gap: .4rem 2px; align-items: center; }
 .pictures img { width: 100%; max-width: 9rem; image-rendering: pixelated; display: block; cursor: pointer; }
 .pictures span { font-size: .85rem; position: sticky; left: 0; background: var(--paper); align-self: stretch;
   display: flex; align-items: center; padding-right: .4rem; }
@@ -280,7 +280,7 @@ def _pictures(rows: Sequence[Row]) -> str:
             difference = np.clip(128 + 4 * (made.astype(int) - exact), 0, 255).astype(np.uint8)
             label = f'alt="{escape(row.name)}"'
             cells.append(f'<img {label} src="{_png(made)}" data-other="{_png(difference)}">')
-    style = f"grid-template-columns: 7rem repeat({columns}, 1fr)"
+    style = f"grid-template-columns: 7rem repeat({columns}, minmax(4.5rem, 9rem))"
     return f'<div class=wide><div class=pictures style="{style}">{"".join(cells)}</div></div>'
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taylorseer_export.bundle.shapes import evaluate, linear, match, names, resolve
+from taylorseer_export.bundle.shapes import evaluate, is_linear, linear, match, names, resolve
 from taylorseer_export.errors import ConfigError, StepError
 
 SIZES = {"batch": 2, "frames": 3, "height": 8, "width": 6}
@@ -139,6 +139,7 @@ def test_match_names_tensor_dimension_seen_and_expected(shape, actual, text):
 def test_match_solves_a_multiple_of_one_name(entry, extent, size):
     assert match((entry,), (extent,), {}, "x") == {"text": size}
     assert evaluate(entry, {"text": size}) == extent
+    assert is_linear(entry)
     name, factor, offset = linear(entry)
     assert (name, factor * size + offset) == ("text", extent)
 
@@ -161,3 +162,4 @@ def test_match_solves_nothing_else(entry):
         match((entry,), (10,), {}, "x")
     with pytest.raises(ConfigError, match="expected a multiple of one name, like `2\\*rows`"):
         linear(entry)
+    assert not is_linear(entry)

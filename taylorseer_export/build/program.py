@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import torch
 from torch import fx
 
 from taylorseer_export.bundle.manifest import Tensor
-from taylorseer_export.bundle.shapes import evaluate, names, resolve
+from taylorseer_export.bundle.shapes import compute, evaluate, is_linear, linear, names, resolve
 from taylorseer_export.errors import BuildError
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.types import float_types
@@ -42,7 +41,7 @@ def exported_program(
     inputs = example_inputs(tensors, sizes, device)
     try:
         with torch.no_grad(), quiet():
-            source = _sharing_sizes(module or cut.module, tensors)
+            source = _related_sizes(module or cut.module, tensors, sizes)
             program = torch.export.export(source, inputs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         raise BuildError(
@@ -58,24 +57,37 @@ def exported_program(
     return program
 
 
-def _sharing_sizes(module: fx.GraphModule, contract: tuple[Tensor, ...]) -> fx.GraphModule:
-    """The module with the sizes of one name compared before anything else.
+def _related_sizes(
+    module: fx.GraphModule, contract: tuple[Tensor, ...], sizes: Mapping[str, int | None]
+) -> fx.GraphModule:
+    """The module with every extent of its inputs compared with the sizes it is computed from before anything else.
 
-    Every input brings symbols of its own. Found equal only on the way, they leave shapes behind that mix both and that
-    no engine can read.
+    Every input brings symbols of its own. Found equal only on the way, they leave shapes behind that mix both: no
+    engine can read them, and torch reasons about them for most of an export.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    nodes = [n for n in graph.nodes if n.op == "placeholder"]
-    known: dict[str, fx.Node] = {}
-    with graph.inserting_before(nodes[-1].next):
-        for node, tensor in zip(nodes, contract, strict=True):
-            for k, entry in enumerate(tensor.shape):
-                if isinstance(entry, str) and entry.isidentifier():
-                    size = graph.call_function(torch.ops.aten.sym_size.int, (node, k))
-                    if entry in known:
-                        graph.call_function(torch._check, (graph.call_function(operator.eq, (known[entry], size)),))
-                    known.setdefault(entry, size)
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    places = [
+        (entry, node, k)
+        for node, tensor in zip(inputs, contract, strict=True)
+        for k, entry in enumerate(tensor.shape)
+        if isinstance(size_of(entry, sizes), str)
+    ]
+    places.sort(key=lambda place: (not str(place[0]).isidentifier(), not is_linear(place[0])))  # names alone come first
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    known: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    seen: dict[int | str, Any] = {}
+    with graph.inserting_before(inputs[-1].next):
+        for entry, *place in places:
+            extent: Any = fx.Proxy(graph.call_function(torch.ops.aten.sym_size.int, tuple(place)), tracer)
+            if entry in seen or names(entry) <= known.keys():
+                expected = seen[entry] if entry in seen else compute(entry, known)
+                graph.call_function(torch._check, ((extent == expected).node,))
+            elif is_linear(entry):
+                name, factor, offset = linear(entry)
+                known[name] = extent if (factor, offset) == (1, 0) else (extent - offset) // factor
+            seen.setdefault(entry, extent)
     return fx.GraphModule(module, graph)
 
 

@@ -8,13 +8,14 @@ import ast
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from operator import add, floordiv, mul, sub
+from typing import Any
 
 from taylorseer_export.errors import ConfigError, StepError
 
 Entry = int | str
 
 _LONGEST = 200  # characters; keeps a hostile manifest from nesting deep enough to hurt the parser
-_OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+_OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: add,
     ast.Sub: sub,
     ast.Mult: mul,
@@ -42,7 +43,7 @@ def evaluate(expression: Entry, sizes: Mapping[str, int]) -> int:
         value = expression
     else:
         try:
-            value = _value(_parse(expression), sizes)
+            value = compute(expression, sizes)
         except KeyError as missing:
             raise ConfigError(
                 f"size `{missing.args[0]}` of shape entry `{expression}` is unknown, "
@@ -61,6 +62,16 @@ def evaluate(expression: Entry, sizes: Mapping[str, int]) -> int:
     return value
 
 
+def compute(expression: Entry, sizes: Mapping[str, Any]) -> Any:
+    """The value of one shape entry over anything that knows `+ - * //`, such as the nodes of a graph.
+
+    Raises:
+        ConfigError: The entry is not an expression that `evaluate` accepts.
+        KeyError: A name is not in `sizes`.
+    """
+    return expression if isinstance(expression, int) else _value(_parse(expression), sizes)
+
+
 def names(expression: Entry) -> frozenset[str]:
     """The sizes that one shape entry mentions; empty for a number.
 
@@ -73,17 +84,24 @@ def names(expression: Entry) -> frozenset[str]:
     return frozenset(node.id for node in nodes if isinstance(node, ast.Name))
 
 
+def is_linear(expression: Entry) -> bool:
+    """Whether `linear` takes the entry: a name, or a multiple of one."""
+    if len(names(expression)) != 1:
+        return False
+    factor, _ = _line(_parse(str(expression))) or (0, 0)
+    return factor > 0
+
+
 def linear(expression: Entry) -> tuple[str, int, int]:
     """(name, factor, offset) of an entry that says `factor*name + offset`, with a factor above 0.
 
     Raises:
         ConfigError: The entry says anything else.
     """
-    if len(names(expression)) == 1:
+    if is_linear(expression):
         (name,) = names(expression)
         factor, offset = _line(_parse(str(expression))) or (0, 0)
-        if factor > 0:
-            return name, factor, offset
+        return name, factor, offset
     raise ConfigError(f"shape entry is `{expression}`, expected a multiple of one name, like `2*rows`; write it so")
 
 
@@ -197,7 +215,7 @@ def _check(node: ast.expr) -> None:
             raise SyntaxError
 
 
-def _value(node: ast.expr, sizes: Mapping[str, int]) -> int:
+def _value(node: ast.expr, sizes: Mapping[str, Any]) -> Any:
     match node:
         case ast.Name(id=name):
             return sizes[name]

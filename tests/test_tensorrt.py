@@ -35,7 +35,10 @@ def static(family: str) -> dict:
 
 
 # Every symbolic size in bfloat16; in float16 those that `static` leaves, which is cheaper and has other shapes.
-CASES = [(name, "bf16", {}) for name in NAMES.values()] + [(n, "fp16", static(f)) for f, n in NAMES.items()]
+# Two of these have a guard, and with it the graphs `probe` and `rest`: one of FLUX's two kinds of blocks, one with CFG.
+GUARDED = {"plain": {"guards": ("cg",)}, "dit": {"guards": ("cg",)}}
+CASES = [(name, "bf16", {}) for name in NAMES.values()]
+CASES += [(n, "fp16", static(f) | GUARDED.get(n, {})) for f, n in NAMES.items()]
 
 
 def options(**changes) -> Options:

@@ -58,9 +58,9 @@ def tiny_flux(
     )
 
 
-def mid_flux(seed=0, guidance=True):
+def mid_flux(seed=0, guidance=True, double=4, single=8):
     """The bench model: 4 double and 8 single blocks of width 512, for about 64 text tokens."""
-    return tiny_flux(seed, guidance, 4, 8, 8, 64, 64, 256, 768)
+    return tiny_flux(seed, guidance, double, single, 8, 64, 64, 256, 768)
 
 
 def flux_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):

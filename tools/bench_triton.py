@@ -1,10 +1,11 @@
-"""Load on a real Triton server: throughput and latency against offered load, serial and batched serving side by side.
+"""Load on a real Triton server: throughput and latency against offered load, ways to serve side by side.
 
     python tools/bench_triton.py --file
 
 Serial serving does one request at a time, every engine call on all cores. Batched serving has slots and shared engine
-calls, one thread per call and a call per core. Both servers are up at the same time and take turns, so noise of the
-machine hits both alike; a server without requests uses no core. First one client takes turns with the same loop in
+calls, one thread per call and a call per core; `instances` is the same with a process per core, which share no lock of
+Python. All servers are up at the same time and take turns, so noise of the machine hits all alike; a server without
+requests uses no core. First one client takes turns with the same loop in
 this process, caption and picture included: the median difference of such pairs is the overhead. Then offered load is a
 number of clients that each wait for their answer (closed), and requests per second that come whether or not earlier
 ones are answered (open), at shares of what serial serving managed. Latency is from sending to the whole answer, over
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,9 @@ CAPTION = "a red circle left of a blue square"
 SETTINGS = {
     "serial": Deployment(models=("picture",), slots=1, workers=1, threads=0, batch=1, queue=1000),
     "batched": Deployment(models=("picture",), slots=4, workers=0, threads=1, queue=1000),
+    "instances": Deployment(
+        models=("picture",), instances=len(os.sched_getaffinity(0)), slots=4, workers=1, threads=1, queue=1000
+    ),
 }
 SHARES = (0.5, 0.8, 1.0, 1.3)  # of the serial throughput, for open load
 
@@ -114,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=80, help="of every point (default: %(default)s)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--rounds", type=int, default=3, help="turns of both servers (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of the servers (default: %(default)s)")
     parser.add_argument("--file", action="store_true", help="write the record into tools/results")
     given = parser.parse_args()
     if reason := missing():
@@ -127,13 +133,14 @@ def main() -> None:
         bundle = Path(scratch) / "engines" / MODEL
         for name, deployment in SETTINGS.items():
             write_repository(bundle, Path(scratch) / name, deployment)
-        with Server(Path(scratch) / "serial") as serial, Server(Path(scratch) / "batched") as batched:
-            servers = {"serial": serial.wait_ready(), "batched": batched.wait_ready()}
+        with ExitStack() as stack:
+            started = {name: stack.enter_context(Server(Path(scratch) / name)) for name in SETTINGS}
+            servers = {name: server.wait_ready() for name, server in started.items()}
             for server in servers.values():
                 closed(server, 4, 12)  # first calls
             pairs = {name: lone(servers[name], bundle, SETTINGS[name].threads, given.requests) for name in SETTINGS}
             points: dict[str, list[dict[str, Any]]] = {name: [] for name in SETTINGS}
-            with tqdm(total=given.rounds * len(given.clients) * 2, desc="closed") as bar:
+            with tqdm(total=given.rounds * len(given.clients) * len(SETTINGS), desc="closed") as bar:
                 for _ in range(given.rounds):
                     for clients in given.clients:
                         for name, server in servers.items():
@@ -145,8 +152,11 @@ def main() -> None:
                     points[name].append(opened(server, share * best, given.requests))
     record = {**circumstances(), "model": MODEL, "lone": pairs, "points": points}
     for clients in given.clients:
-        turns = [[p["throughput_per_s"] for p in points[name] if p.get("clients") == clients] for name in SETTINGS]
-        record[f"gain_{clients}_clients"] = statistics.median(b / a for a, b in zip(*turns, strict=True))
+        turns = {n: [p["throughput_per_s"] for p in points[n] if p.get("clients") == clients] for n in SETTINGS}
+        record[f"gain_{clients}_clients"] = {
+            name: statistics.median(own / serial for own, serial in zip(found, turns["serial"], strict=True))
+            for name, found in turns.items()
+        }
     print(table(record))
     if given.file:
         print(f"filed {write_record('triton', record)}")

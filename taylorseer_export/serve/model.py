@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -26,7 +25,6 @@ _FINAL = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 # Seconds between messages to the server, which would cost more than a small step if each step sent its own.
 _METRICS_EVERY = 0.25
 _CANCELLATIONS_EVERY = 0.02
-_SWITCH = 5e-4  # seconds a thread may keep the interpreter: 5 ms, the default, are two steps of a small model
 
 
 class TritonPythonModel:
@@ -41,7 +39,6 @@ class TritonPythonModel:
         try:
             import torch
 
-            sys.setswitchinterval(_SWITCH)
             torch.set_num_threads(1)  # it runs the scheduler alone, whose sums are small
             bundle = Path(args["model_repository"], args["model_version"], "bundle")
             self._denoiser = load(bundle, options["device"], int(options["threads"]))

@@ -12,10 +12,10 @@ from contextlib import suppress
 from typing import Any
 
 from taylorseer_export.commands import VERBS, export
+from taylorseer_export.commands.options import PROGRAM, Parser
 from taylorseer_export.errors import ConfigError, TaylorSeerError
 from taylorseer_export.families import FAMILIES, family_named
 from taylorseer_export.families.family import Family
-from taylorseer_export.options import PROGRAM, Parser
 
 _CUT_SHORT = 141  # what a shell reports for a program that SIGPIPE ended
 

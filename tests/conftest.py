@@ -20,10 +20,10 @@ from harness import Tiny, eager_denoiser
 from hypothesis import settings
 
 from taylorseer_export import cli
-from taylorseer_export.build import export
 from taylorseer_export.bundle.tensorrt import library_name
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.compile import export
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.graph.trace import trace
 from taylorseer_export.runtime.denoiser import load
 

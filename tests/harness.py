@@ -10,8 +10,8 @@ import oracle
 import pytest
 import torch
 
-from taylorseer_export.build.eager import eager_modules
-from taylorseer_export.build.export import Draft, describe
+from taylorseer_export.compile.eager import eager_modules
+from taylorseer_export.compile.export import Draft, describe
 from taylorseer_export.families.family import Defaults, Family, Input
 from taylorseer_export.graph.trace import Trace, trace
 from taylorseer_export.runtime.denoiser import Denoiser

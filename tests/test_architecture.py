@@ -19,19 +19,24 @@ PACKAGE = "taylorseer_export"
 # Part -> the parts that it may import besides itself. A part is a folder or a file directly in the package.
 ARROWS: dict[str, frozenset[str]] = {
     "errors": frozenset(),
+    "values": frozenset(),
     "method": frozenset({"errors"}),
     "bundle": frozenset({"method", "errors"}),
     "families": frozenset({"errors"}),
-    "graph": frozenset({"bundle", "families", "method", "errors"}),
-    "build": frozenset({"graph", "bundle", "families", "method", "options", "errors"}),
+    "checkpoint": frozenset({"families", "errors"}),
+    "graph": frozenset({"bundle", "checkpoint", "families", "method", "errors"}),
+    "compile": frozenset({"graph", "checkpoint", "bundle", "families", "method", "values", "errors"}),
     "runtime": frozenset({"bundle", "method", "errors"}),
-    "report": frozenset({"runtime", "build", "graph", "bundle", "families", "method", "errors"}),
-    "serve": frozenset({"runtime", "report", "bundle", "families", "method", "errors"}),
-    "options": frozenset({"method", "errors"}),
-    "commands": frozenset(
-        {"options", "serve", "report", "runtime", "build", "graph", "bundle", "families", "method", "errors"}
+    "embedded": frozenset({"bundle", "method", "runtime", "errors"}),
+    "report": frozenset(
+        {"runtime", "embedded", "compile", "graph", "checkpoint", "bundle", "families", "method", "errors"}
     ),
-    "cli": frozenset({"commands", "options", "families", "errors"}),
+    "serve": frozenset({"runtime", "embedded", "bundle", "method", "errors"}),
+    "commands": frozenset(
+        {"serve", "report", "runtime", "embedded", "compile", "graph", "checkpoint", "bundle", "families", "method"}
+        | {"values", "errors"}
+    ),
+    "cli": frozenset({"commands", "families", "errors"}),
     "__init__": frozenset({"runtime", "bundle", "method", "errors"}),
     "__main__": frozenset({"cli"}),
 }
@@ -42,28 +47,36 @@ STANDARD_LIBRARY_ONLY = frozenset({"errors", "method"})
 # Heavy library -> the only files of the package that import it. A new entry here is a decision, not a formality.
 HEAVY: dict[str, frozenset[str]] = {
     "diffusers": frozenset(
-        {"graph/checkpoint.py", "graph/lora.py", "graph/original.py", "runtime/clock.py", "runtime/dropin.py"}
+        {
+            "checkpoint/checkpoint.py",
+            "checkpoint/lora.py",
+            "checkpoint/original.py",
+            "runtime/clock.py",
+            "runtime/dropin.py",
+        }
     ),
-    "accelerate": frozenset({"graph/checkpoint.py"}),
-    "onnx": frozenset({"build/onnx.py"}),
-    "onnx_ir": frozenset({"build/onnx.py"}),
-    "onnxscript": frozenset({"build/onnx.py"}),
+    "accelerate": frozenset({"checkpoint/checkpoint.py"}),
+    "onnx": frozenset({"compile/onnx.py"}),
+    "onnx_ir": frozenset({"compile/onnx.py"}),
+    "onnxscript": frozenset({"compile/onnx.py"}),
     "onnxruntime": frozenset({"runtime/onnxruntime.py"}),
-    "polygraphy": frozenset({"build/polygraphy.py", "report/polygraphy.py"}),
+    "polygraphy": frozenset({"compile/polygraphy.py", "report/polygraphy.py"}),
     "tensorrt": frozenset({"bundle/tensorrt.py"}),
     "tensorrt_rtx": frozenset({"bundle/tensorrt.py"}),
-    "torch_tensorrt": frozenset({"build/torch_tensorrt.py"}),
+    "torch_tensorrt": frozenset({"compile/torch_tensorrt.py"}),
     "transformers": frozenset({"report/metrics.py"}),
-    "PIL": frozenset({"report/metrics.py", "runtime/picture.py"}),
+    "PIL": frozenset({"report/metrics.py", "embedded/picture.py"}),
     "tqdm": frozenset({"commands/terminal.py"}),
     "tritonclient": frozenset({"serve/repository.py", "serve/client.py"}),
 }
 
 # Where torch may be imported at the top of a file; on the run side it is imported inside the function that needs it.
-TORCH_AT_THE_TOP = frozenset({"graph", "build", "report/verify.py", "report/polygraphy.py", "runtime/dropin.py"})
+TORCH_AT_THE_TOP = frozenset(
+    {"checkpoint", "graph", "compile", "report/verify.py", "report/polygraphy.py", "runtime/dropin.py"}
+)
 
 FORBIDDEN_NAMES = frozenset({"utils", "util", "helpers", "helper", "common", "misc", "registry"})
-LONGEST = 400  # lines of one module
+LONGEST = 450  # lines of one module
 
 # Names at the top of the repository; everything else there starts with a dot.
 TOP = frozenset(
@@ -309,7 +322,7 @@ def test_arrows_themselves_make_no_circle() -> None:
 
 
 def test_make_and_run_never_meet() -> None:
-    make, run = {"families", "graph", "build"}, {"runtime"}
+    make, run = {"families", "checkpoint", "graph", "compile"}, {"runtime", "embedded"}
     assert all(not ARROWS[part] & run for part in make)
     assert all(not ARROWS[part] & make for part in run)
 
@@ -379,10 +392,13 @@ def test_top_level_is_the_agreed_one() -> None:
         ("bundle/store.py", "from taylorseer_export.runtime.runner import Runner"),
         ("families/flux.py", "from taylorseer_export.graph import trace"),
         ("runtime/denoiser.py", "def f():\n    from taylorseer_export.graph.trace import trace"),
-        ("runtime/denoiser.py", "from importlib import import_module\nimport_module('taylorseer_export.build.export')"),
-        ("runtime/denoiser.py", "import taylorseer_export.build.export"),
+        (
+            "runtime/denoiser.py",
+            "from importlib import import_module as f\nimport_module('taylorseer_export.compile.a')",
+        ),
+        ("runtime/denoiser.py", "import taylorseer_export.compile.export"),
         ("runtime/denoiser.py", "from taylorseer_export import load"),
-        ("build/export.py", "from taylorseer_export.runtime.runner import Runner"),
+        ("compile/export.py", "from taylorseer_export.runtime.runner import Runner"),
         ("graph/trace.py", "from taylorseer_export.cli import main"),
         ("elsewhere/new.py", "import json"),
     ],
@@ -404,7 +420,7 @@ def test_a_right_arrow_is_let_through() -> None:
     ("path", "source"),
     [
         ("graph/trace.py", "def f():\n    import diffusers"),
-        ("graph/checkpoint.py", "import diffusers"),
+        ("checkpoint/checkpoint.py", "import diffusers"),
         ("runtime/onnxruntime.py", "try:\n    import onnxruntime\nexcept ImportError:\n    pass"),
         ("runtime/denoiser.py", "import torch"),
         ("report/bench.py", "from torch import nn"),
@@ -419,8 +435,8 @@ def test_a_misplaced_library_is_seen(path: str, source: str) -> None:
 
 def test_a_lazy_or_typing_import_is_let_through() -> None:
     good = {
-        "graph/checkpoint.py": "def f():\n    import diffusers",
-        "runtime/picture.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from PIL import Image",
+        "checkpoint/checkpoint.py": "def f():\n    import diffusers",
+        "embedded/picture.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from PIL import Image",
         "runtime/eager.py": "class R:\n    def f(self):\n        import torch",
         "commands/terminal.py": "from tqdm import tqdm",
     }
@@ -461,7 +477,9 @@ def test_a_constant_table_and_local_names_are_let_through() -> None:
 
 
 def test_a_long_module_is_seen() -> None:
-    assert too_long({"a.py": "x = 1\n" * (LONGEST + 1), "b.py": "x = 1\n" * LONGEST}) == ["a.py has 401 lines"]
+    assert too_long({"a.py": "x = 1\n" * (LONGEST + 1), "b.py": "x = 1\n" * LONGEST}) == [
+        f"a.py has {LONGEST + 1} lines"
+    ]
 
 
 @pytest.mark.parametrize(

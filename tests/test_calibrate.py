@@ -16,13 +16,13 @@ from taylorseer_export.method import Guard, Plan, forecast_weights
 from taylorseer_export.report import calibrate
 from taylorseer_export.report.calibrate import Calibrator, psnr_of_each
 from taylorseer_export.report.guards import fit_threshold
-from taylorseer_export.report.inputs import random_conditioning
-from taylorseer_export.report.planning import Planner, best_weights, directions, regular_plan
+from taylorseer_export.report.plan_search import Planner, best_weights, directions, regular_plan
 from taylorseer_export.report.reuse import ReuseErrors, all_full
 from taylorseer_export.report.samples import captions, groups
 from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
+from taylorseer_export.runtime.trajectory import random_conditioning
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,7 @@ def test_captions_are_words_that_the_model_knows():
     from pathlib import Path
 
     import taylorseer_export
-    from taylorseer_export.runtime.caption import CaptionEncoder
+    from taylorseer_export.embedded.caption import CaptionEncoder
 
     encoder = CaptionEncoder.load(Path(taylorseer_export.__file__).parent / "assets" / "flux" / "text")
     made = captions(32, 5)

@@ -5,10 +5,10 @@ import torch
 from harness import eager_denoiser
 from tiny_models import tiny_dit
 
-from taylorseer_export.build import export
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.compile import export
 from taylorseer_export.errors import BundleError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.runtime import denoiser as denoisers
 from taylorseer_export.runtime.check import _LARGEST, check_engines
 from taylorseer_export.runtime.denoiser import load

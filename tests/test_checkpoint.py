@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from taylorseer_export.checkpoint import files
+from taylorseer_export.checkpoint.checkpoint import EMBEDDED, open_checkpoint
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph import files
-from taylorseer_export.graph.checkpoint import EMBEDDED, open_checkpoint
 
 DIT = FAMILIES["dit"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -343,7 +343,7 @@ def test_another_version_device_or_engine_is_refused(copy, capsys, update, expec
     ("error", "expected"), [(KeyboardInterrupt(), "interrupted"), (OSError(28, "No space left on device"), "full")]
 )
 def test_an_export_that_stops_leaves_nothing(tmp_path, monkeypatch, capsys, error, expected):
-    from taylorseer_export.build import onnx
+    from taylorseer_export.compile import onnx
 
     def stop(*arguments):
         raise error

@@ -15,10 +15,10 @@ from harness import FLOAT32, Tiny, allowed, eager_denoiser
 from tiny_models import dit_inputs, flux_inputs, tiny_dit
 from tiny_pipelines import Recorder, dit_pipeline, flux_pipeline
 
-from taylorseer_export.build import export
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.compile import export
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.method import Plan
 from taylorseer_export.runtime.denoiser import Denoiser
 

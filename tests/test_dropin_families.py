@@ -30,11 +30,11 @@ from tiny_pipelines import (
     wan_pipeline,
 )
 
-from taylorseer_export.build import export
 from taylorseer_export.bundle.shapes import match
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.compile import export
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.method import Plan
 from taylorseer_export.runtime.calls import host_array
 from taylorseer_export.runtime.clock import scheduler_of

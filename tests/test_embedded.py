@@ -13,17 +13,17 @@ import pytest
 import torch
 
 import taylorseer_export
-from taylorseer_export.errors import CheckpointError, ConfigError
-from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import open_checkpoint
-from taylorseer_export.runtime.caption import CaptionEncoder
-from taylorseer_export.runtime.picture import (
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.embedded.caption import CaptionEncoder
+from taylorseer_export.embedded.picture import (
     flux_latents_from_pictures,
     grid,
     pictures_from_dit_latents,
     pictures_from_flux_latents,
     write_png,
 )
+from taylorseer_export.errors import CheckpointError, ConfigError
+from taylorseer_export.families import FAMILIES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 

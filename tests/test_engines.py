@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taylorseer_export.build import engines
-from taylorseer_export.build.export import Options, check_options
+from taylorseer_export.commands import options as command_options
+from taylorseer_export.compile import engines
+from taylorseer_export.compile.export import Options, check_options
 from taylorseer_export.errors import BuildError, ConfigError
 from taylorseer_export.runtime.onnxruntime import HostBuffer, from_bits, to_bits
 
@@ -30,10 +31,11 @@ def options(**changes) -> Options:
 
 def test_options_of_an_engine_reach_it_and_no_other(monkeypatch):
     monkeypatch.setattr(engines, "ENGINES", KINDS)
+    monkeypatch.setattr(command_options, "ENGINES", KINDS)
     parser = argparse.ArgumentParser()
-    engines.add_options(parser)
-    assert engines.given_options(parser.parse_args([])) == {}
-    assert engines.given_options(parser.parse_args(["--level", "3", "--flag"])) == {"level": 3, "flag": True}
+    command_options.engine_options(parser)
+    assert command_options.given_engine_options(parser.parse_args([])) == {}
+    assert command_options.given_engine_options(parser.parse_args(["--level", "3", "--flag"])) == {"level": 3, "flag": True}
     assert "for --engine one, two:" in parser.format_help()
     with pytest.raises(ConfigError, match="--level is given with --engine onnxruntime, expected it with one or two"):
         check_options(options(engine_options={"level": 3}))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from taylorseer_export import cli
+from taylorseer_export.embedded import requests
 from taylorseer_export.report.evaluate import Case, cases, evaluate, guarded_cases
 from taylorseer_export.report.metrics import Shown, metrics
 from taylorseer_export.report.page import page
@@ -69,7 +70,7 @@ def test_the_numbers_are_what_they_say(denoiser, rows):
     row = next(row for row in rows if row.name == "regular, order 1")
     difference = np.linalg.norm(seen.latents - exact.latents) / np.linalg.norm(exact.latents)
     assert row.latent_error == pytest.approx(difference, rel=1e-4) and row.latent_error == row.step_errors[-1]
-    pictures = [sampling.pictures(denoiser, request, result).astype(float) for result in (seen, exact)]
+    pictures = [requests.pictures(denoiser, request, result).astype(float) for result in (seen, exact)]
     square = np.square(pictures[0] - pictures[1]).mean()
     assert row.psnr == pytest.approx(10 * np.log10(255**2 / square), rel=1e-6)
     assert row.psnr_worst <= row.psnr and 0 < row.ssim < 1 and row.loop_ms > 0
@@ -225,7 +226,7 @@ def test_the_distance_is_frechets(real_digits):
     """Against scipy's matrix square root."""
     from scipy.linalg import sqrtm
 
-    from taylorseer_export.report.digits import trained_reader
+    from taylorseer_export.embedded.digits import trained_reader
 
     pictures, labels = real_digits
     some = pictures[labels % 2 == 0]

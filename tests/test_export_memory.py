@@ -22,10 +22,10 @@ SHARE = 0.25  # of the additional weights that may be resident; 0.14 is measured
 CHILD = """
 import json, sys
 from pathlib import Path
-from taylorseer_export.build.export import Options, describe, draft, write_bundle
+from taylorseer_export.compile.export import Options, describe, draft, write_bundle
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import open_checkpoint
-from taylorseer_export.report.card import state_bytes
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.bundle.memory import state_bytes
 
 out, *folders = map(Path, sys.argv[1:])
 for folder, side in zip(folders, (8, 128), strict=True):

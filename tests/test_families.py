@@ -10,11 +10,11 @@ import torch
 from harness import FLOAT32, TOY, allowed, as_arrays, begin, eager_denoiser, open_slot, run
 from oracle import assert_close
 
-from taylorseer_export.build import export
 from taylorseer_export.bundle.shapes import names
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.compile import export
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
 from taylorseer_export.runtime.check import check_engines
 

@@ -11,10 +11,10 @@ import torch
 from harness import open_slot
 from oracle import assert_close
 
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.errors import CheckpointError, ConfigError, StepError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import open_checkpoint
-from taylorseer_export.report.inputs import random_trajectory
+from taylorseer_export.runtime.trajectory import random_trajectory
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

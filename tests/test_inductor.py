@@ -16,14 +16,14 @@ from oracle import assert_close
 from safetensors.torch import load_file
 
 from taylorseer_export import cli
-from taylorseer_export.build import inductor as building
-from taylorseer_export.build.eager import eager_modules, pointwise_sums, weighted, writing
-from taylorseer_export.build.export import PRECISIONS, Options, check_options, write_bundle
-from taylorseer_export.build.program import exported_program, mixed_types
 from taylorseer_export.bundle.manifest import MANIFEST, Graph, Manifest, Tensor
 from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.compile import inductor as building
+from taylorseer_export.compile.eager import eager_modules, pointwise_sums, weighted, writing
+from taylorseer_export.compile.export import PRECISIONS, Options, check_options, write_bundle
+from taylorseer_export.compile.program import exported_program, mixed_types
 from taylorseer_export.errors import BuildError, BundleError, ParityError, StepError
-from taylorseer_export.graph.types import float_types
+from taylorseer_export.graph.casts import float_types
 from taylorseer_export.method import Plan
 from taylorseer_export.report.bench import bench
 from taylorseer_export.report.calibrate import Calibrator

@@ -11,13 +11,13 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from test_checkpoint import INDEX, WEIGHTS, assert_holds, edit_json, opened
 
-from taylorseer_export.build.export import describe
+from taylorseer_export.checkpoint import checkpoint, files
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.checkpoint.original import Converted
 from taylorseer_export.cli import main
+from taylorseer_export.compile.export import describe
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph import checkpoint, files
-from taylorseer_export.graph.checkpoint import open_checkpoint
-from taylorseer_export.graph.original import Converted
 from taylorseer_export.report.verify import checkpoint_of
 from taylorseer_export.runtime.denoiser import Denoiser
 

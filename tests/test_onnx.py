@@ -11,10 +11,10 @@ import torch
 from conftest import BUNDLES
 from safetensors import safe_open
 
-from taylorseer_export.build.onnx import OPSET
-from taylorseer_export.build.weights import WEIGHTS, write_weights
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import open_bundle
+from taylorseer_export.compile.onnx import OPSET
+from taylorseer_export.compile.weights import WEIGHTS, write_weights
 
 CASES = [(name, graph) for name in BUNDLES for graph in ("prepare", "full", "forecast")]
 pytestmark = pytest.mark.parametrize(("name", "graph"), CASES)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import onnxruntime
 import pytest
 
-from taylorseer_export.build.export import check_options
 from taylorseer_export.bundle.manifest import Dimension, Graph, Tensor
+from taylorseer_export.compile.export import check_options
 from taylorseer_export.errors import BundleError, ConfigError
 from taylorseer_export.runtime import onnxruntime as runner
 

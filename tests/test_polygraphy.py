@@ -14,10 +14,10 @@ pytest.importorskip("polygraphy")
 from polygraphy.json import load_json
 
 from taylorseer_export import cli
-from taylorseer_export.build import export, onnxruntime, polygraphy
 from taylorseer_export.bundle.manifest import Graph, Tensor
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.bundle.tensorrt import extents
+from taylorseer_export.compile import export, onnxruntime, polygraphy
 from taylorseer_export.errors import ConfigError, ParityError
 from taylorseer_export.report import polygraphy as comparing
 from taylorseer_export.report.verify import checkpoint_of

@@ -25,8 +25,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import assert_close
 
-from taylorseer_export.build.export import PRECISIONS
 from taylorseer_export.bundle.manifest import Graph, Tensor
+from taylorseer_export.compile.export import PRECISIONS
 from taylorseer_export.errors import BundleError, ConfigError, StepError
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.onnxruntime import HostBuffer, OnnxRuntimeRunner

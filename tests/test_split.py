@@ -8,11 +8,11 @@ import torch
 from harness import FLOAT32, TOY, Passage, Toy, toy_inputs, toy_trace
 from oracle import tapped
 
-from taylorseer_export.build.eager import eager_modules
 from taylorseer_export.bundle.shapes import evaluate, names, resolve
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.compile.eager import eager_modules
 from taylorseer_export.errors import ExportError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.graph.split import split
 from taylorseer_export.graph.trace import trace
 

@@ -12,10 +12,10 @@ from harness import allowed, eager_denoiser, run
 from oracle import assert_close
 
 import taylorseer_export.families
-from taylorseer_export.build import export
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.compile import export
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.families.family import Family
-from taylorseer_export.graph.checkpoint import open_checkpoint
 
 PAGE = Path(taylorseer_export.families.__file__).with_name("README.md").read_text(encoding="utf-8")
 PLAN, ORDER = "FFF..F...F..", 2

@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import MODELS
 
-from taylorseer_export.build import export
-from taylorseer_export.build import tensorrt as plans
-from taylorseer_export.build import torch_tensorrt as torch_plans
-from taylorseer_export.build.export import Options, check_options
 from taylorseer_export.bundle.manifest import Dimension, Graph, Tensor
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.bundle.tensorrt import extents, library, logger, unlike
+from taylorseer_export.compile import export
+from taylorseer_export.compile import tensorrt as plans
+from taylorseer_export.compile import torch_tensorrt as torch_plans
+from taylorseer_export.compile.export import Options, check_options
 from taylorseer_export.errors import BuildError, ConfigError
 from taylorseer_export.families import FAMILIES
 

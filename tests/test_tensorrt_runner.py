@@ -10,11 +10,11 @@ import torch
 from harness import allowed, open_slot, run
 from oracle import assert_close, replay
 
-from taylorseer_export.build.eager import eager_modules
-from taylorseer_export.build.export import describe
 from taylorseer_export.bundle.manifest import MANIFEST, Engine
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import Bundle, hash_files
+from taylorseer_export.compile.eager import eager_modules
+from taylorseer_export.compile.export import describe
 from taylorseer_export.errors import BundleError, StepError
 from taylorseer_export.runtime import tensorrt as runner
 from taylorseer_export.runtime.denoiser import Denoiser, load

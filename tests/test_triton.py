@@ -22,10 +22,11 @@ from triton_server import Server
 from taylorseer_export.bundle.profile import write_profile
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.cli import main
+from taylorseer_export.embedded.requests import dit_request, flux_request, pictures
 from taylorseer_export.errors import ConfigError, ServeError
 from taylorseer_export.method import Plan
 from taylorseer_export.runtime.denoiser import load
-from taylorseer_export.runtime.sampling import Request, dit_request, flux_request, pictures, sample
+from taylorseer_export.runtime.sampling import Request, sample
 from taylorseer_export.serve.client import infer
 from taylorseer_export.serve.repository import Deployment, write_repository
 

@@ -27,8 +27,8 @@ from contestants import HOOKS, Case, Loop, hook_schedule
 from record import RESULTS, circumstances, write_record
 from tqdm import tqdm
 
+from taylorseer_export.bundle.memory import state_bytes
 from taylorseer_export.method import Plan
-from taylorseer_export.report.card import state_bytes
 from taylorseer_export.runtime.denoiser import Denoiser, load
 
 PARITY = 1e-3  # largest difference to the eager model, relative to the largest output; float32 leaves about 1e-5

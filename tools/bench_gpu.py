@@ -40,16 +40,16 @@ from full_size import MODELS  # noqa: E402
 from record import RESULTS, circumstances, write_record  # noqa: E402
 from tiny_models import dit_inputs, flux_inputs, randomised, tiny_dit, tiny_flux  # noqa: E402
 
-from taylorseer_export.build import export  # noqa: E402
-from taylorseer_export.build.eager import pointwise_sums, weighted, writing  # noqa: E402
+from taylorseer_export.bundle.memory import role_bytes, state_bytes  # noqa: E402
+from taylorseer_export.checkpoint.checkpoint import Checkpoint  # noqa: E402
+from taylorseer_export.compile import export  # noqa: E402
+from taylorseer_export.compile.eager import pointwise_sums, weighted, writing  # noqa: E402
 from taylorseer_export.families import FAMILIES  # noqa: E402
-from taylorseer_export.graph.checkpoint import Checkpoint  # noqa: E402
 from taylorseer_export.method import Plan  # noqa: E402
-from taylorseer_export.report.card import role_bytes, state_bytes  # noqa: E402
-from taylorseer_export.report.inputs import Trajectory  # noqa: E402
 from taylorseer_export.report.verify import compare  # noqa: E402
 from taylorseer_export.runtime.denoiser import Denoiser, Slot  # noqa: E402
 from taylorseer_export.runtime.torch_runner import Recorder, TorchRunner  # noqa: E402
+from taylorseer_export.runtime.trajectory import Trajectory  # noqa: E402
 
 BF16 = torch.bfloat16
 GRACE = 30  # seconds past the budget after which a contestant under way is stopped

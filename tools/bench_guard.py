@@ -30,11 +30,11 @@ from torch._guards import detect_fake_mode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from taylorseer_export.build.export import Draft, draft, write_bundle
+from taylorseer_export.bundle.memory import probe_bytes, size
 from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.compile.export import Draft, draft, write_bundle
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.method import RULES, Guard, Plan
-from taylorseer_export.report.card import probe_bytes, size
 from taylorseer_export.runtime.denoiser import Denoiser, load
 
 GOAL = 0.02

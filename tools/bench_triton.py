@@ -32,8 +32,9 @@ from record import circumstances, write_record
 from tqdm import tqdm
 from triton_server import Server, embedded_repository, missing
 
+from taylorseer_export.embedded.requests import flux_request, pictures
 from taylorseer_export.runtime.denoiser import load
-from taylorseer_export.runtime.sampling import flux_request, pictures, sample
+from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.serve.client import Client
 from taylorseer_export.serve.repository import Deployment, write_repository
 

@@ -29,19 +29,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
 
-from taylorseer_export.build.export import Options, draft, write_bundle
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.compile.export import Options, draft, write_bundle
+from taylorseer_export.embedded.picture import grid
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.method import RULES, Guard, Plan
 from taylorseer_export.report.calibrate import Calibration, Calibrator, Way
 from taylorseer_export.report.guards import fit_threshold
-from taylorseer_export.report.planning import regular_plan
+from taylorseer_export.report.plan_search import regular_plan
 from taylorseer_export.report.samples import groups, prompts_of
 from taylorseer_export.runtime import sampling
 from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import Denoiser, load
-from taylorseer_export.runtime.picture import grid
 
 ORDER = 2
 LOOPS = ((50, (18, 12, 10, 8)), (20, (10,)))  # steps, full steps
@@ -97,7 +97,7 @@ def judge(denoiser: Denoiser, requests: Sequence[sampling.Request], way: Way, gu
         slot = slot or denoiser.slot(loop.sizes)
         result = sampling.sample(denoiser, request, way.plan, way.order, slot=slot, weights=way.weights, guard=guard)
         latents.append(result.latents)
-        pictures.append(sampling.pictures(denoiser, request, result))
+        pictures.append(requests.pictures(denoiser, request, result))
         executed.append(result.executed.count("F"))
     drawn, made = (np.concatenate(parts).astype(np.float64) for parts in (latents, pictures))
     return Judged(drawn, made, executed)

@@ -29,14 +29,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
 
-from taylorseer_export.build.export import Draft, Options, Traced, draft, trace_model
+from taylorseer_export.bundle.memory import role_bytes, size
 from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.checkpoint.checkpoint import Checkpoint
+from taylorseer_export.checkpoint.files import PUBLISHED
+from taylorseer_export.compile.export import Draft, Options, Traced, draft, trace_model
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import Checkpoint
 from taylorseer_export.graph.cut import Cut
-from taylorseer_export.graph.files import PUBLISHED
-from taylorseer_export.report.card import highest_gain, role_bytes, size
-from taylorseer_export.report.planner import GRANULARITIES
+from taylorseer_export.report.card import highest_gain
+from taylorseer_export.report.memory_table import GRANULARITIES
 
 GRAPHS = ROOT / "graphs"
 ORDERS = range(5)

@@ -23,12 +23,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny_models import dit_inputs, flux_inputs, mid_flux, tiny_dit  # noqa: E402
 
-from taylorseer_export.build.export import Options, draft, write_bundle  # noqa: E402
-from taylorseer_export.build.onnx import write_onnx  # noqa: E402
-from taylorseer_export.build.weights import WEIGHTS, write_weights  # noqa: E402
 from taylorseer_export.bundle.manifest import Graph, Tensor  # noqa: E402
+from taylorseer_export.checkpoint.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
+from taylorseer_export.compile.export import Options, draft, write_bundle  # noqa: E402
+from taylorseer_export.compile.onnx import write_onnx  # noqa: E402
+from taylorseer_export.compile.weights import WEIGHTS, write_weights  # noqa: E402
 from taylorseer_export.families import FAMILIES  # noqa: E402
-from taylorseer_export.graph.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from taylorseer_export.graph.cut import Cut  # noqa: E402
 from taylorseer_export.method import Plan  # noqa: E402
 from taylorseer_export.runtime.denoiser import Denoiser  # noqa: E402

@@ -24,10 +24,11 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
 from taylorseer_export import cli
+from taylorseer_export.embedded import requests
+from taylorseer_export.embedded.picture import grid
 from taylorseer_export.method import Plan
 from taylorseer_export.runtime import sampling
 from taylorseer_export.runtime.denoiser import Denoiser, load
-from taylorseer_export.runtime.picture import grid
 
 STEPS, ORDER, WARMUP = 50, 2, 3
 INTERVALS = (3, 5, 6)
@@ -95,7 +96,7 @@ def _compare(family: str, folder: Path) -> tuple[list[Row], object]:
         while len(rows) <= len(plans):
             label, plan = plans[len(rows)] if len(rows) < len(plans) else _fewer_steps(rows)
             result = sampling.sample(denoiser, request, plan, ORDER, slot=slot, on_step=lambda _: bar.update())
-            made.append(sampling.pictures(denoiser, request, result))
+            made.append(requests.pictures(denoiser, request, result))
             rows.append(_row(label, plan, result, made[0], made[-1], rows))
     names = [f"{x}" for x in (CAPTIONS if family == "flux" else LABELS)]
     labels = [f"{row.label}, {row.speedup:.1f}x" for row in rows]
@@ -110,8 +111,8 @@ def _fewer_steps(rows: list[Row]) -> tuple[str, Plan]:
 
 def _request(denoiser: Denoiser) -> sampling.Request:
     if denoiser.manifest.family == "flux":
-        return sampling.flux_request(denoiser, CAPTIONS, range(len(CAPTIONS)))
-    return sampling.dit_request(denoiser, LABELS, range(len(LABELS)))
+        return requests.flux_request(denoiser, CAPTIONS, range(len(CAPTIONS)))
+    return requests.dit_request(denoiser, LABELS, range(len(LABELS)))
 
 
 def _row(

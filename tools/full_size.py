@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
 
-from taylorseer_export.build.export import PRECISIONS
 from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.checkpoint.checkpoint import Checkpoint
+from taylorseer_export.compile.export import PRECISIONS
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import Checkpoint
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.split import Split, split
 from taylorseer_export.graph.trace import Trace, trace

@@ -31,11 +31,12 @@ from demo import CAPTIONS
 
 # isort: split
 
-from taylorseer_export.build.export import Options, draft, write_bundle
+from taylorseer_export.bundle.memory import size, state_bytes
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.compile.export import Options, draft, write_bundle
+from taylorseer_export.embedded import requests
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import open_checkpoint
 from taylorseer_export.method import Plan
-from taylorseer_export.report.card import size, state_bytes
 from taylorseer_export.runtime import sampling
 from taylorseer_export.runtime.denoiser import Denoiser, load
 
@@ -109,9 +110,9 @@ def request_for(denoiser: Denoiser) -> sampling.Request:
     """FLUX: the demo's captions in turn, a seed each. DiT: every label with every seed."""
     if denoiser.manifest.family == "flux":
         captions = [CAPTIONS[k % len(CAPTIONS)] for k in range(FLUX_SAMPLES)]
-        return sampling.flux_request(denoiser, captions, range(FLUX_SAMPLES))
+        return requests.flux_request(denoiser, captions, range(FLUX_SAMPLES))
     seeds = [seed for seed in range(SEEDS) for _ in LABELS]
-    return sampling.dit_request(denoiser, LABELS * SEEDS, seeds)
+    return requests.dit_request(denoiser, LABELS * SEEDS, seeds)
 
 
 def compare(family: str, folder: Path, orders: tuple[int, ...], intervals: tuple[int, ...], repeats: int) -> list[Row]:
@@ -137,7 +138,7 @@ def compare(family: str, folder: Path, orders: tuple[int, ...], intervals: tuple
                     made.append(sampling.sample(denoiser, request, case.plan, case.order, slot=slot))
                     bar.update()
             for case, made in zip(cases, results, strict=True):
-                pictures = sampling.pictures(denoiser, request, made[0])
+                pictures = requests.pictures(denoiser, request, made[0])
                 reference = reference or Reference(pictures, made[0].latents)
                 if case is not whole or not rows:
                     rows.append(_row(case, made, pictures, reference, entry))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from train_tiny import augmented, load_digits
 
-from taylorseer_export.report.digits import reader
+from taylorseer_export.embedded.digits import reader
 
 STEPS, BATCH, RATE = 3000, 128, 2e-3
 

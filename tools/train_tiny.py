@@ -44,8 +44,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from taylorseer_export.runtime.caption import CaptionEncoder  # noqa: E402
-from taylorseer_export.runtime.picture import (  # noqa: E402
+from taylorseer_export.embedded.caption import CaptionEncoder  # noqa: E402
+from taylorseer_export.embedded.picture import (  # noqa: E402
     flux_latents_from_pictures,
     grid,
     pictures_from_dit_latents,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
+from taylorseer_export.commands.options import bundle_options, plan_options
 from taylorseer_export.commands.terminal import forecasts_of, open_denoiser, progress
-from taylorseer_export.options import bundle_options, plan_options, whole
+from taylorseer_export.values import whole
 
 SUMMARY = "Time a plan against the same engine computing every step."
 

@@ -6,10 +6,11 @@ import argparse
 import math
 from dataclasses import replace
 
+from taylorseer_export.commands.options import bundle_options, sample_options
 from taylorseer_export.commands.run import latent_sizes
 from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.options import bundle_options, real, sample_options, whole
+from taylorseer_export.values import real, whole
 
 SUMMARY = "Find the plan and weights that suit the model, and keep them in the bundle as a profile."
 _FIRST_SEED = 1_000_000  # far from the seeds people use, so that a profile is not judged on its own samples

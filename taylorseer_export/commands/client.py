@@ -9,7 +9,7 @@ from typing import Any
 from taylorseer_export.commands.terminal import need, progress, read_tensors, write_tensors
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method.guard import RULES
-from taylorseer_export.options import real, size, whole
+from taylorseer_export.values import real, size, whole
 
 SUMMARY = "Send a request to a served model: a picture, or tensors."
 
@@ -53,7 +53,7 @@ def run(given: argparse.Namespace) -> int:
         )
     if "picture" in made:
         need("sample", "PIL")
-        from taylorseer_export.runtime.picture import grid
+        from taylorseer_export.embedded.picture import grid
 
         grid([[made["picture"]]], max(1, 256 // made["picture"].shape[0]), (), ()).save(given.out)
     elif given.out.suffix == ".safetensors":

@@ -7,10 +7,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from taylorseer_export.commands.options import bundle_options, sample_options
 from taylorseer_export.commands.run import latent_sizes
 from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.options import bundle_options, sample_options, whole
+from taylorseer_export.values import whole
 
 SUMMARY = "Compare ways to sample with a bundle: one table and one HTML page."
 

@@ -6,12 +6,13 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from taylorseer_export.build.engines import ENGINES, add_options, given_options
+from taylorseer_export.commands.options import PROGRAM, engine_options, given_engine_options
 from taylorseer_export.commands.terminal import need, progress, stages
+from taylorseer_export.compile.engines import ENGINES
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Family
 from taylorseer_export.method.guard import RULES
-from taylorseer_export.options import PROGRAM, memory, size, whole
+from taylorseer_export.values import memory, size, whole
 
 
 def options(parser: argparse.ArgumentParser, family: Family) -> None:
@@ -133,7 +134,7 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
         "--polygraphy", action="store_true", help="add example inputs and profiles for Polygraphy's command line"
     )
     engine.add_argument("--dry-run", action="store_true", help="print the card and the memory table, write nothing")
-    add_options(parser)
+    engine_options(parser)
 
 
 def _steps(family: Family) -> str:
@@ -148,9 +149,9 @@ def run(family: Family, given: argparse.Namespace) -> int:
     need("export", "torch", "diffusers", "accelerate")
     if given.polygraphy:
         need("polygraphy", "polygraphy")
-    from taylorseer_export.build import export
-    from taylorseer_export.graph.checkpoint import open_checkpoint
-    from taylorseer_export.report import planner
+    from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+    from taylorseer_export.compile import export
+    from taylorseer_export.report import memory_table
     from taylorseer_export.report.card import card
 
     checkpoint = open_checkpoint(given.model, family, given.variant, given.config, given.lora, given.dry_run)
@@ -175,7 +176,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
         granularity=given.state or export.Options.granularity,
         layout=given.layout or export.Options.layout,
         engine=given.engine,
-        engine_options=given_options(given),
+        engine_options=given_engine_options(given),
         device=given.device,
         precision=given.precision,
         state_dtype=given.state_dtype,
@@ -191,16 +192,16 @@ def run(family: Family, given: argparse.Namespace) -> int:
     name = given.name or path.name.lower()
     with progress("tracing and splitting", 1) as advance:
         traced = export.trace_model(checkpoint, options)
-        rows = planner.choices(traced, options) if given.memory_budget or given.dry_run else ()
+        rows = memory_table.choices(traced, options) if given.memory_budget or given.dry_run else ()
         advance(1, 1)
     if given.memory_budget:
-        best = planner.choose(rows, given.memory_budget, options.order, given.slots, given.state, given.layout)
-        print(planner.reason(best, rows, given.memory_budget, given.slots, given.state, given.layout))
+        best = memory_table.choose(rows, given.memory_budget, options.order, given.slots, given.state, given.layout)
+        print(memory_table.reason(best, rows, given.memory_budget, given.slots, given.state, given.layout))
         options = replace(options, granularity=best.granularity, layout=best.layout)
     plan = export.draft(traced, options)
     print(card(export.describe(plan, name)))
     if given.dry_run:
-        print(planner.table(rows, given.slots))
+        print(memory_table.table(rows, given.slots))
         return 0
     with stages() as report:
         folder = export.write_bundle(plan, given.out, name, report)

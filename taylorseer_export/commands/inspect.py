@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from taylorseer_export.options import bundle_options
+from taylorseer_export.commands.options import bundle_options
 
 SUMMARY = "Check every byte of a bundle and print its card."
 
@@ -16,8 +16,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
+    from taylorseer_export.bundle.memory import size
     from taylorseer_export.bundle.store import open_bundle
-    from taylorseer_export.report.card import card, orders, size
+    from taylorseer_export.report.card import card, orders
 
     bundle = open_bundle(given.bundle)
     print(card(bundle.manifest))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from taylorseer_export.commands.options import bundle_options, plan_options
 from taylorseer_export.commands.terminal import (
     forecasts_of,
     open_denoiser,
@@ -18,7 +19,6 @@ from taylorseer_export.commands.terminal import (
     report_guard,
     write_tensors,
 )
-from taylorseer_export.options import bundle_options, plan_options
 
 SUMMARY = "Run given latents through a bundle, teacher-forced and without a sampler."
 

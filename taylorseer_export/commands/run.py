@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from taylorseer_export.commands.options import bundle_options, plan_options
 from taylorseer_export.commands.terminal import (
     forecasts_of,
     need,
@@ -21,7 +22,7 @@ from taylorseer_export.commands.terminal import (
     write_tensors,
 )
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.options import bundle_options, plan_options, size, whole
+from taylorseer_export.values import size, whole
 
 if TYPE_CHECKING:
     from taylorseer_export.runtime.denoiser import Denoiser
@@ -58,8 +59,9 @@ def run(given: argparse.Namespace) -> int:
     need("sample", "torch", "diffusers", "PIL")
     import numpy as np
 
+    from taylorseer_export.embedded import requests
+    from taylorseer_export.embedded.picture import grid
     from taylorseer_export.runtime import sampling
-    from taylorseer_export.runtime.picture import grid
 
     denoiser = open_denoiser(given)
     plan, order, weights, guard = forecasts_of(denoiser, given, given.steps)
@@ -73,7 +75,7 @@ def run(given: argparse.Namespace) -> int:
             )
     if manifest.family == "dit":
         labels = spread("--label", given.label or list(range(10))[:count], count)
-        request = sampling.dit_request(denoiser, labels, seeds, given.guidance_scale)
+        request = requests.dit_request(denoiser, labels, seeds, given.guidance_scale)
         names = [f"label {label}" for label in labels]
     elif manifest.family == "flux":
         picture = given.size or (32, 32)
@@ -82,7 +84,7 @@ def run(given: argparse.Namespace) -> int:
         prompts = given.prompt or (None if given.inputs else ["a red circle left of a blue square"])
         prompts = None if prompts is None else spread("--prompt", prompts, count)
         tensors = read_tensors(given.inputs) if given.inputs else None
-        request = sampling.flux_request(denoiser, prompts, seeds, picture, tensors, given.guidance_scale)
+        request = requests.flux_request(denoiser, prompts, seeds, picture, tensors, given.guidance_scale)
         names = list(prompts or [f"seed {seed}" for seed in seeds])
     else:
         request, names = _tensor_request(denoiser, given, seeds), []
@@ -97,7 +99,7 @@ def run(given: argparse.Namespace) -> int:
     if out.suffix == ".safetensors":
         write_tensors(out, {"latents": result.latents}, {"plan": result.executed})
     else:
-        made = sampling.pictures(denoiser, request, result)
+        made = requests.pictures(denoiser, request, result)
         scale = max(1, 256 // made.shape[1])
         grid([list(made)], scale, (), names if len(names) > 1 else ()).save(out)
     kinds = np.array(list(result.executed))
@@ -118,8 +120,8 @@ def run(given: argparse.Namespace) -> int:
 
 def _tensor_request(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) -> Request:
     """A request from the tensors of `--inputs`, or from random ones, which is said."""
-    from taylorseer_export.report.inputs import random_conditioning
     from taylorseer_export.runtime import tensors
+    from taylorseer_export.runtime.trajectory import random_conditioning
 
     manifest = denoiser.manifest
     if given.out and given.out.suffix != ".safetensors":

@@ -24,8 +24,8 @@ def run(given: argparse.Namespace) -> int:
     need("export", "torch", "diffusers", "accelerate")
     import torch
 
+    from taylorseer_export.checkpoint.checkpoint import open_config
     from taylorseer_export.graph import propose
-    from taylorseer_export.graph.checkpoint import open_config
 
     model = open_config(given.model).skeleton(torch.float32)
     proposal = propose.propose(model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from taylorseer_export.options import bundle_options, memory, whole
+from taylorseer_export.commands.options import bundle_options
+from taylorseer_export.values import memory, whole
 
 SUMMARY = "Write a Triton model repository that serves a bundle."
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from taylorseer_export.commands.options import bundle_options
 from taylorseer_export.commands.terminal import need, open_denoiser, progress
-from taylorseer_export.options import bundle_options, whole
+from taylorseer_export.values import whole
 
 SUMMARY = "Compare a bundle with the eager model, step by step; exit 1 on a broken bound."
 
@@ -27,7 +28,8 @@ def run(given: argparse.Namespace) -> int:
     need("export", "torch", "diffusers")
     if given.polygraphy:
         need("polygraphy", "polygraphy", "onnxruntime")
-    from taylorseer_export.report import inputs, verify
+    from taylorseer_export.report import verify
+    from taylorseer_export.runtime.trajectory import random_trajectory
 
     denoiser = open_denoiser(given)
     checkpoint = verify.checkpoint_of(denoiser, given.model)
@@ -39,7 +41,7 @@ def run(given: argparse.Namespace) -> int:
             checkpoint,
             lambda graph, seen, bound: print(f"{graph:<9} differs by {seen:.1e}, {seen / bound:.2f} of its bound"),
         )
-    data = inputs.random_trajectory(denoiser, given.steps)
+    data = random_trajectory(denoiser, given.steps)
     total = len(verify.plans(denoiser, given.steps)) + len(denoiser.manifest.state.guards)
     done = 0
     with progress("comparing", total) as advance:

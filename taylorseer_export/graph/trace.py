@@ -20,9 +20,9 @@ from torch import fx, nn
 from taylorseer_export.bundle.shapes import linear, resolve
 from taylorseer_export.errors import ExportError
 from taylorseer_export.families.family import Family, Input, replaced
+from taylorseer_export.graph.casts import explicit_casts
 from taylorseer_export.graph.rewrite import functional, plain
 from taylorseer_export.graph.taps import tap_operator, tapped
-from taylorseer_export.graph.types import explicit_casts
 
 aten = torch.ops.aten
 

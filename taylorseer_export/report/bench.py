@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from taylorseer_export.bundle.memory import state_bytes
 from taylorseer_export.errors import ParityError
 from taylorseer_export.method import Guard, Plan
-from taylorseer_export.report.card import state_bytes
-from taylorseer_export.report.inputs import random_trajectory
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.slot import Slot
+from taylorseer_export.runtime.trajectory import random_trajectory
 
 
 def bench(

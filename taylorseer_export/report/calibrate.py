@@ -31,7 +31,7 @@ from taylorseer_export.bundle.profile import Evidence, Profile
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Plan, Rule, forecast_weights
 from taylorseer_export.report.guards import fit_threshold
-from taylorseer_export.report.planning import RIDGE, Planner, directions, neighbours, regular_plan
+from taylorseer_export.report.plan_search import RIDGE, Planner, directions, neighbours, regular_plan
 from taylorseer_export.report.reuse import Archive, ReuseErrors, all_full
 from taylorseer_export.runtime.branches import Pool, latents_of
 from taylorseer_export.runtime.denoiser import Denoiser

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
-from collections.abc import Iterable, Mapping
 
-from taylorseer_export.bundle.manifest import GraphName, Manifest, Role, Tensor
-from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.bundle.manifest import GraphName, Manifest, Tensor
+from taylorseer_export.bundle.memory import probe_bytes, size, state_bytes, table_bytes
 from taylorseer_export.method import Plan, forecast_weights, gain
 
 _WIDTH = 118  # columns
@@ -18,7 +16,6 @@ _WHEN: dict[GraphName, str] = {
     "probe": "every step under a guard",
     "rest": "full steps under a guard, after the probe",
 }
-_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
 
 
 def card(manifest: Manifest) -> str:
@@ -65,39 +62,6 @@ def card(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def state_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
-    """Bytes of the Taylor buffers of one slot; derivatives need two sets, one read while the other is written."""
-    once = role_bytes(manifest.graphs["forecast"].inputs, "taylor_in", sizes)
-    return once * (2 if manifest.state.layout == "derivatives" else 1)
-
-
-def table_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
-    """Bytes of the step tables of one request."""
-    return role_bytes(manifest.graphs["prepare"].outputs, "step", sizes)
-
-
-def probe_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
-    """Bytes of what the probe of one slot keeps between steps and hands to the rest of a full step."""
-    probe = manifest.graphs.get("probe")
-    return kept_by_probe(probe.inputs, probe.outputs, sizes) if probe else 0
-
-
-def kept_by_probe(inputs: Iterable[Tensor], outputs: Iterable[Tensor], sizes: Mapping[str, int]) -> int:
-    """The same from the tensors of a probe graph."""
-    handed = sum(role_bytes(outputs, role, sizes) for role in ("probe_out", "carried", "error"))
-    return role_bytes(inputs, "probe_in", sizes) + handed
-
-
-def request_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
-    """Bytes of a request: Taylor buffers, step tables for `sizes["steps"]` steps, what a probe keeps."""
-    return state_bytes(manifest, sizes) + table_bytes(manifest, sizes) + probe_bytes(manifest, sizes)
-
-
-def role_bytes(tensors: Iterable[Tensor], role: Role, sizes: Mapping[str, int]) -> int:
-    """Bytes of the tensors of one role."""
-    return sum(math.prod(resolve(t.shape, sizes)) * _BYTES[t.dtype] for t in tensors if t.role == role)
-
-
 def orders(manifest: Manifest) -> str:
     """State per slot and highest gain of the default plan, for every order that this model could be exported with."""
     sizes = {name: d.typical for name, d in manifest.dimensions.items()}
@@ -110,14 +74,6 @@ def highest_gain(plan: Plan, order: int) -> float:
     """Largest noise amplification of the forecast steps of a plan, dimensionless; 1 without any."""
     steps = (step for step in range(len(plan)) if not plan.is_full(step))
     return max((gain(forecast_weights(plan.history(step, order), step, order)) for step in steps), default=1.0)
-
-
-def size(count: int) -> str:
-    """A number of bytes for people, in decimal units."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count} B"
 
 
 def _grouped(tensors: tuple[Tensor, ...]) -> list[str]:

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from taylorseer_export.bundle.profile import profile_names
+from taylorseer_export.embedded.requests import pictures_of
 from taylorseer_export.method import Guard, Plan, Rule
 from taylorseer_export.method.weights import Form
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.metrics import Metric, Shown
 from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Loop, Request, pictures_of
+from taylorseer_export.runtime.sampling import Loop, Request
 
 _WHITE = 255.0
 _INTERVALS = (3, 9)  # beside the bundle's own

@@ -215,7 +215,7 @@ def _digits() -> list[Metric]:
     import torch
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    from taylorseer_export.report.digits import trained_reader
+    from taylorseer_export.embedded.digits import trained_reader
 
     network, real = trained_reader()
 

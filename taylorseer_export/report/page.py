@@ -11,8 +11,8 @@ from html import escape
 
 import numpy as np
 
+from taylorseer_export.embedded.picture import png
 from taylorseer_export.report.evaluate import Row, number
-from taylorseer_export.runtime.picture import png
 
 _COLOURS = (
     "#1b6ca8",

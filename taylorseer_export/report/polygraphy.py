@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from taylorseer_export.build.eager import eager_modules
-from taylorseer_export.build.export import Options, draft
-from taylorseer_export.build.polygraphy import example_inputs
 from taylorseer_export.bundle.manifest import Graph
 from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.checkpoint.checkpoint import Checkpoint
+from taylorseer_export.compile.eager import eager_modules
+from taylorseer_export.compile.export import Options, draft
+from taylorseer_export.compile.polygraphy import example_inputs
 from taylorseer_export.errors import ParityError
-from taylorseer_export.graph.checkpoint import Checkpoint
 from taylorseer_export.report.verify import roundoff_of
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.runner import Runner, host_dtype

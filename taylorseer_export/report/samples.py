@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from taylorseer_export.embedded.requests import dit_request, flux_request
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.report.inputs import random_conditioning
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Request, dit_request, flux_request
+from taylorseer_export.runtime.sampling import Request
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, tensor_request
+from taylorseer_export.runtime.trajectory import random_conditioning
 
 _LARGEST = 8  # samples of a group: memory grows with it, not with the number of groups
 _COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white")

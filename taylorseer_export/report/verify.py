@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.checkpoint.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
 from taylorseer_export.errors import CheckpointError, ParityError
 from taylorseer_export.families import family_named
-from taylorseer_export.graph.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
 from taylorseer_export.method import Guard, Plan, Rule, exact_weights, gain
-from taylorseer_export.report.inputs import Trajectory
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.trajectory import Trajectory
 
 _ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 _LEAST = 1e-30  # a threshold that no error is under

@@ -13,12 +13,13 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.profile import Profile, profile_names
+from taylorseer_export.embedded.requests import dit_request, flux_request, pictures_of
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import RULES, Guard, Plan
 from taylorseer_export.runtime.denoiser import Denoiser, request_constants
 from taylorseer_export.runtime.probe import check_guard
 from taylorseer_export.runtime.runner import host_dtype
-from taylorseer_export.runtime.sampling import Loop, Request, dit_request, flux_request, pictures_of
+from taylorseer_export.runtime.sampling import Loop, Request
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, joined_to
 
 Role = Literal["picture", "denoiser"]

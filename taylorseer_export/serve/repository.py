@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from taylorseer_export.bundle.manifest import MANIFEST, Manifest
+from taylorseer_export.bundle.memory import request_bytes, size
 from taylorseer_export.bundle.profile import PROFILES, profile_names, read_profile
 from taylorseer_export.bundle.store import Bundle, open_bundle
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.report.card import request_bytes, size
 from taylorseer_export.serve import contract
 
 MODELS = ("picture", "picture-stream", "denoiser", "denoiser-stream")

@@ -14,15 +14,15 @@ from math import inf
 from threading import Condition, Thread
 from typing import Protocol
 
+from taylorseer_export.bundle.memory import request_bytes, size
 from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
 from taylorseer_export.method import Guard, Plan
-from taylorseer_export.report.card import request_bytes, size
-from taylorseer_export.report.inputs import random_trajectory
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser, Slot
 from taylorseer_export.runtime.sampling import Loop, Request
 from taylorseer_export.runtime.schedule import ForecastStep
+from taylorseer_export.runtime.trajectory import random_trajectory
 from taylorseer_export.serve.batcher import Batcher, Job, Turn
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from taylorseer_export.build.eager import pointwise_sums, weighted, writing
-from taylorseer_export.build.engines import Progress, library_versions
-from taylorseer_export.build.export import Draft, Options
-from taylorseer_export.build.program import example_inputs, exported_program, quiet
-from taylorseer_export.build.weights import WEIGHTS
 from taylorseer_export.bundle.manifest import Engine
+from taylorseer_export.compile.eager import pointwise_sums, weighted, writing
+from taylorseer_export.compile.engines import Progress, library_versions
+from taylorseer_export.compile.export import Draft, Options
+from taylorseer_export.compile.program import example_inputs, exported_program, quiet
+from taylorseer_export.compile.weights import WEIGHTS
 from taylorseer_export.errors import BuildError
 from taylorseer_export.graph.cut import Cut
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from taylorseer_export.build.engines import Progress, library_versions
-from taylorseer_export.build.export import Draft, Options
-from taylorseer_export.build.onnx import OPSET, write_graphs
 from taylorseer_export.bundle.manifest import Engine
+from taylorseer_export.compile.engines import Progress, library_versions
+from taylorseer_export.compile.export import Draft, Options
+from taylorseer_export.compile.onnx import OPSET, write_graphs
 from taylorseer_export.errors import ConfigError
 
 

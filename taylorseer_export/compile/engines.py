@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from taylorseer_export.errors import BuildError, ConfigError
-from taylorseer_export.options import memory, whole
+from taylorseer_export.values import memory, whole
 
 if TYPE_CHECKING:
-    from taylorseer_export.build.export import Draft, Options
     from taylorseer_export.bundle.manifest import Engine
+    from taylorseer_export.compile.export import Draft, Options
 
 Progress = Callable[[str, int, int], object]
 
@@ -148,7 +148,7 @@ _ONE_GPU = (
 
 ENGINES: Mapping[str, Kind] = {
     "onnxruntime": Kind(
-        "taylorseer_export.build.onnxruntime",
+        "taylorseer_export.compile.onnxruntime",
         (
             Option(
                 "provider", "what runs it on a GPU: cuda or tensorrt (default: cuda)", one_of("cuda", "tensorrt"), "P"
@@ -156,14 +156,14 @@ ENGINES: Mapping[str, Kind] = {
         ),
     ),
     "inductor": Kind(
-        "taylorseer_export.build.inductor",
+        "taylorseer_export.compile.inductor",
         (Option("max-autotune", "try every kernel torch knows for each operation; many times slower to build", None),),
     ),
     "tensorrt": Kind(
-        "taylorseer_export.build.tensorrt", (*_EVERY_TENSORRT, *_EFFORT, *_BUILDER, *_ANY_RELEASE, *_ONE_GPU)
+        "taylorseer_export.compile.tensorrt", (*_EVERY_TENSORRT, *_EFFORT, *_BUILDER, *_ANY_RELEASE, *_ONE_GPU)
     ),
     "tensorrt-rtx": Kind(
-        "taylorseer_export.build.tensorrt",
+        "taylorseer_export.compile.tensorrt",
         (
             *_EVERY_TENSORRT,
             *_EFFORT,
@@ -173,7 +173,7 @@ ENGINES: Mapping[str, Kind] = {
             ),
         ),
     ),
-    "torch-tensorrt": Kind("taylorseer_export.build.torch_tensorrt", (*_EVERY_TENSORRT, *_EFFORT, *_ANY_RELEASE)),
+    "torch-tensorrt": Kind("taylorseer_export.compile.torch_tensorrt", (*_EVERY_TENSORRT, *_EFFORT, *_ANY_RELEASE)),
 }
 
 
@@ -202,30 +202,6 @@ def check_engine(options: Options) -> None:
                 "alone; leave it out or choose another --engine"
             )
     builder(options.engine).check(options)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """One group of options for each set of kinds that share them."""
-    takers: dict[Option, list[str]] = {}
-    for kind, entry in ENGINES.items():
-        for option in entry.options:
-            takers.setdefault(option, []).append(kind)
-    groups: dict[str, Any] = {}
-    for option, kinds in takers.items():
-        title = f"for --engine {', '.join(kinds)}"
-        group = groups.setdefault(title, None) or parser.add_argument_group(title)
-        groups[title] = group
-        if option.parse is None:
-            group.add_argument(f"--{option.name}", action="store_true", default=None, help=option.help)
-        else:
-            group.add_argument(f"--{option.name}", type=option.parse, metavar=option.metavar, help=option.help)
-
-
-def given_options(given: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_options` that were given, whatever kind of engine they are for."""
-    names = {option.name for entry in ENGINES.values() for option in entry.options}
-    values = {name: getattr(given, name.replace("-", "_")) for name in sorted(names)}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def library_versions(kind: str, *names: str) -> dict[str, str]:

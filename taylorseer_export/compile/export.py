@@ -15,9 +15,6 @@ from typing import Any
 
 import torch
 
-from taylorseer_export.build.engines import Progress, builder, check_engine
-from taylorseer_export.build.polygraphy import check_sizes, write_examples
-from taylorseer_export.build.weights import WEIGHTS, Stored, write_weights
 from taylorseer_export.bundle.manifest import (
     MANIFEST,
     Dimension,
@@ -31,8 +28,11 @@ from taylorseer_export.bundle.manifest import (
     State,
 )
 from taylorseer_export.bundle.store import hash_files, writing
+from taylorseer_export.checkpoint.checkpoint import Checkpoint
+from taylorseer_export.compile.engines import Progress, builder, check_engine
+from taylorseer_export.compile.polygraphy import check_sizes, write_examples
+from taylorseer_export.compile.weights import WEIGHTS, Stored, write_weights
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.graph.checkpoint import Checkpoint
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.split import Split, split
 from taylorseer_export.graph.splitter import Granularity, Layout

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from taylorseer_export.build.export import Draft
+from taylorseer_export.compile.export import Draft
 from taylorseer_export.graph.cut import Cut, identifier
 
 aten = torch.ops.aten

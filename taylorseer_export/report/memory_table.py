@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from taylorseer_export.bundle.memory import kept_by_probe, role_bytes
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.report.card import highest_gain, kept_by_probe, role_bytes
+from taylorseer_export.report.card import highest_gain
 
 if TYPE_CHECKING:
-    from taylorseer_export.build.export import Draft, Options, Traced
+    from taylorseer_export.compile.export import Draft, Options, Traced
 
 # The order of preference, best first: closeness to the paper, then the layout without a second set of buffers.
 GRANULARITIES: tuple[Literal["module", "residual", "last"], ...] = ("module", "residual", "last")
@@ -71,7 +72,7 @@ def choices(traced: Traced, options: Options) -> tuple[Choice, ...]:
         traced: The model; it is split three times and not traced again.
         options: Sizes, plan, precision and highest order. Its granularity and layout are ignored.
     """
-    from taylorseer_export.build.export import draft
+    from taylorseer_export.compile.export import draft
 
     plan = options.plan()
     gains = [highest_gain(plan, order) for order in range(options.order + 1)]

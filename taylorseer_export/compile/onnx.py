@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from taylorseer_export.build.engines import Progress
-from taylorseer_export.build.export import Draft
-from taylorseer_export.build.program import exported_program, quiet, size_of
-from taylorseer_export.build.weights import WEIGHTS, Stored
+from taylorseer_export.compile.engines import Progress
+from taylorseer_export.compile.export import Draft
+from taylorseer_export.compile.program import exported_program, quiet, size_of
+from taylorseer_export.compile.weights import WEIGHTS, Stored
 from taylorseer_export.errors import BuildError
 from taylorseer_export.graph.cut import Cut
 

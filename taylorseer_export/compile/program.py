@@ -14,8 +14,8 @@ from torch import fx
 from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.bundle.shapes import compute, evaluate, is_linear, linear, names, resolve
 from taylorseer_export.errors import BuildError
+from taylorseer_export.graph.casts import float_types
 from taylorseer_export.graph.cut import Cut
-from taylorseer_export.graph.types import float_types
 
 # Sizes at which a graph is exported again: distinct, and never 0 or 1, which export would specialise.
 _EXAMPLE = {"steps": 3, "batch": 2}

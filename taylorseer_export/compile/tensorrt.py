@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from taylorseer_export.build.engines import Progress, library_versions
-from taylorseer_export.build.export import Draft, Options
-from taylorseer_export.build.onnx import write_graphs
-from taylorseer_export.build.weights import WEIGHTS
 from taylorseer_export.bundle.manifest import Dimension, Engine
 from taylorseer_export.bundle.tensorrt import dtype_names, extents, library, library_name, logger, unlike
+from taylorseer_export.compile.engines import Progress, library_versions
+from taylorseer_export.compile.export import Draft, Options
+from taylorseer_export.compile.onnx import write_graphs
+from taylorseer_export.compile.weights import WEIGHTS
 from taylorseer_export.errors import BuildError, ConfigError
 from taylorseer_export.graph.cut import Cut
 

@@ -1,24 +1,17 @@
-"""What the options of several commands share: the parser, the types of values, and groups that recur."""
+"""What the options of several commands share: the parser, and groups that recur."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import re
-from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from taylorseer_export.compile.engines import ENGINES, Option
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method.guard import RULES
+from taylorseer_export.values import real, size, whole
 
 PROGRAM = "taylorseer-export"
-_UNITS = {"": 1, "b": 1, "byte": 1, "bytes": 1} | {
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("kmgt", 1)
-    for suffix, base in (("b", 1000), ("ib", 1024))
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,49 +85,25 @@ def plan_options(parser: argparse.ArgumentParser, steps: bool = True) -> None:
     guard.add_argument("--accumulate", action="store_true", help="errors add up until the next full step")
 
 
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A whole number from `low` to `high`."""
-
-    def value_of(text: str) -> int:
-        span = f"{low} to {high}" if high is not None else f"at least {low}"
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"is {text}, expected a whole number, {span}")
-        return value
-
-    return value_of
-
-
-def real(above: float) -> Callable[[str], float]:
-    """A finite number above `above`."""
-
-    def value_of(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not above < value < math.inf:
-            raise argparse.ArgumentTypeError(f"is {text}, expected a number above {above:g}")
-        return value
-
-    return value_of
+def engine_options(parser: argparse.ArgumentParser) -> None:
+    """One group of options for each set of kinds that share them."""
+    takers: dict[Option, list[str]] = {}
+    for kind, entry in ENGINES.items():
+        for option in entry.options:
+            takers.setdefault(option, []).append(kind)
+    groups: dict[str, Any] = {}
+    for option, kinds in takers.items():
+        title = f"for --engine {', '.join(kinds)}"
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        if option.parse is None:
+            group.add_argument(f"--{option.name}", action="store_true", default=None, help=option.help)
+        else:
+            group.add_argument(f"--{option.name}", type=option.parse, metavar=option.metavar, help=option.help)
 
 
-def memory(text: str) -> int:
-    """Bytes of `24GiB`, `1.5 GB`, `512MiB` or `1000000`; a fraction of a byte is dropped."""
-    found = re.fullmatch(r"([0-9]{1,18})(\.[0-9]{1,18})?\s*([a-z]*)", text.strip().lower())
-    value = int(Fraction(found[1] + (found[2] or "")) * _UNITS.get(found[3], 0)) if found else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"is {text}, expected a size above 0 in GiB, GB, MiB, MB or bytes, like 24GiB")
-    return value
-
-
-def size(text: str) -> tuple[int, ...]:
-    """(height, width) of `1024x768`, or (frames, height, width) of `81x480x832`."""
-    parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise argparse.ArgumentTypeError(f"is {text}, expected HxW, like 1024x1024, or FxHxW for a video")
-    return tuple(int(p) for p in parts)
+def given_engine_options(given: argparse.Namespace) -> dict[str, Any]:
+    """The options of `engine_options` that were given, whatever kind of engine they are for."""
+    names = {option.name for entry in ENGINES.values() for option in entry.options}
+    values = {name: getattr(given, name.replace("-", "_")) for name in sorted(names)}
+    return {name: value for name, value in values.items() if value is not None}

@@ -17,11 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from taylorseer_export.checkpoint.files import (
+    PUBLISHED,
+    opened,
+    published,
+    read_json,
+    shapes,
+    tensor_files,
+    tensor_names,
+)
+from taylorseer_export.checkpoint.lora import Lora, open_lora
+from taylorseer_export.checkpoint.original import Converted
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families.family import Derived, Family, unknown
-from taylorseer_export.graph.files import PUBLISHED, opened, published, read_json, shapes, tensor_files, tensor_names
-from taylorseer_export.graph.lora import Lora, open_lora
-from taylorseer_export.graph.original import Converted
 
 EMBEDDED = "embedded"
 _HASH_BLOCK = 1 << 22

@@ -8,16 +8,17 @@ import sys
 import pytest
 
 from taylorseer_export import cli
-from taylorseer_export.build import export
-from taylorseer_export.build.export import Options, describe, draft
+from taylorseer_export.bundle.memory import state_bytes, table_bytes
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.commands.export import options as family_options
+from taylorseer_export.commands.options import Parser
+from taylorseer_export.compile import export
+from taylorseer_export.compile.export import Options, describe, draft
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.checkpoint import open_checkpoint
-from taylorseer_export.options import Parser
-from taylorseer_export.report import planner
-from taylorseer_export.report.card import card, orders, state_bytes, table_bytes
-from taylorseer_export.report.planner import GRANULARITIES, LAYOUTS, Choice, choices, choose, reason, table
+from taylorseer_export.report import memory_table
+from taylorseer_export.report.card import card, orders
+from taylorseer_export.report.memory_table import GRANULARITIES, LAYOUTS, Choice, choices, choose, reason, table
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -165,7 +166,7 @@ def test_the_closest_to_the_paper_that_fits(budget, slots, expected):
 
 
 def test_the_preference_is_the_constant(monkeypatch):
-    monkeypatch.setattr(planner, "GRANULARITIES", ("residual", "last", "module"))
+    monkeypatch.setattr(memory_table, "GRANULARITIES", ("residual", "last", "module"))
     assert choose(rows_of(), 10**9, 2).granularity == "residual"
 
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from taylorseer_export.build.eager import weighted
-from taylorseer_export.build.engines import Progress, library_versions
-from taylorseer_export.build.export import Draft, Options
-from taylorseer_export.build.program import exported_program
-from taylorseer_export.build.tensorrt import engine as tensorrt_engine
-from taylorseer_export.build.tensorrt import graph_file as graph_file
-from taylorseer_export.build.tensorrt import refuse_cpu, this_gpu
 from taylorseer_export.bundle.manifest import Engine
 from taylorseer_export.bundle.tensorrt import extents
+from taylorseer_export.compile.eager import weighted
+from taylorseer_export.compile.engines import Progress, library_versions
+from taylorseer_export.compile.export import Draft, Options
+from taylorseer_export.compile.program import exported_program
+from taylorseer_export.compile.tensorrt import engine as tensorrt_engine
+from taylorseer_export.compile.tensorrt import graph_file as graph_file
+from taylorseer_export.compile.tensorrt import refuse_cpu, this_gpu
 from taylorseer_export.errors import BuildError
 from taylorseer_export.graph.cut import Cut
 

@@ -1,0 +1,52 @@
+"""Memory: what a slot and a request of a bundle take, in bytes, from the contract alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from taylorseer_export.bundle.manifest import Manifest, Role, Tensor
+from taylorseer_export.bundle.shapes import resolve
+
+_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
+
+
+def state_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
+    """Bytes of the Taylor buffers of one slot; derivatives need two sets, one read while the other is written."""
+    once = role_bytes(manifest.graphs["forecast"].inputs, "taylor_in", sizes)
+    return once * (2 if manifest.state.layout == "derivatives" else 1)
+
+
+def table_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
+    """Bytes of the step tables of one request."""
+    return role_bytes(manifest.graphs["prepare"].outputs, "step", sizes)
+
+
+def probe_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
+    """Bytes of what the probe of one slot keeps between steps and hands to the rest of a full step."""
+    probe = manifest.graphs.get("probe")
+    return kept_by_probe(probe.inputs, probe.outputs, sizes) if probe else 0
+
+
+def kept_by_probe(inputs: Iterable[Tensor], outputs: Iterable[Tensor], sizes: Mapping[str, int]) -> int:
+    """The same from the tensors of a probe graph."""
+    handed = sum(role_bytes(outputs, role, sizes) for role in ("probe_out", "carried", "error"))
+    return role_bytes(inputs, "probe_in", sizes) + handed
+
+
+def request_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
+    """Bytes of a request: Taylor buffers, step tables for `sizes["steps"]` steps, what a probe keeps."""
+    return state_bytes(manifest, sizes) + table_bytes(manifest, sizes) + probe_bytes(manifest, sizes)
+
+
+def role_bytes(tensors: Iterable[Tensor], role: Role, sizes: Mapping[str, int]) -> int:
+    """Bytes of the tensors of one role."""
+    return sum(math.prod(resolve(t.shape, sizes)) * _BYTES[t.dtype] for t in tensors if t.role == role)
+
+
+def size(count: int) -> str:
+    """A number of bytes for people, in decimal units."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,1 @@
+"""Checkpoints: where weights and configs come from, in whatever layout, read one tensor at a time."""

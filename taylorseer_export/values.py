@@ -1,0 +1,63 @@
+"""Values as people type them: numbers in a range, bytes of memory, sizes in pixels."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+_UNITS = {"": 1, "b": 1, "byte": 1, "bytes": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A whole number from `low` to `high`."""
+
+    def value_of(text: str) -> int:
+        span = f"{low} to {high}" if high is not None else f"at least {low}"
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"is {text}, expected a whole number, {span}")
+        return value
+
+    return value_of
+
+
+def real(above: float) -> Callable[[str], float]:
+    """A finite number above `above`."""
+
+    def value_of(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not above < value < math.inf:
+            raise argparse.ArgumentTypeError(f"is {text}, expected a number above {above:g}")
+        return value
+
+    return value_of
+
+
+def memory(text: str) -> int:
+    """Bytes of `24GiB`, `1.5 GB`, `512MiB` or `1000000`; a fraction of a byte is dropped."""
+    found = re.fullmatch(r"([0-9]{1,18})(\.[0-9]{1,18})?\s*([a-z]*)", text.strip().lower())
+    value = int(Fraction(found[1] + (found[2] or "")) * _UNITS.get(found[3], 0)) if found else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"is {text}, expected a size above 0 in GiB, GB, MiB, MB or bytes, like 24GiB")
+    return value
+
+
+def size(text: str) -> tuple[int, ...]:
+    """(height, width) of `1024x768`, or (frames, height, width) of `81x480x832`."""
+    parts = text.lower().split("x")
+    if len(parts) not in (2, 3) or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise argparse.ArgumentTypeError(f"is {text}, expected HxW, like 1024x1024, or FxHxW for a video")
+    return tuple(int(p) for p in parts)

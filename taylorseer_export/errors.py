@@ -6,9 +6,16 @@ traceback, and exits with `exit_code`: 2 for bad usage or input, 1 for a check t
 
 
 class TaylorSeerError(Exception):
-    """Base of every error raised on purpose here; catch this one to catch them all."""
+    """Base of every error raised on purpose here; catch this one to catch them all.
+
+    What a sentence quotes of its input cannot break it: it is one line, and of other characters than printable ones it
+    shows the escape (`\\x1b`), so that a file name can neither forge a second line nor colour a terminal.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_one_line(message))
 
 
 class ConfigError(TaylorSeerError, ValueError):
@@ -54,3 +61,8 @@ class ServeError(TaylorSeerError):
     def __init__(self, message: str, status: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+def _one_line(text: str) -> str:
+    shown = " ".join(text.split()) if not text.isprintable() else text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)

@@ -37,7 +37,7 @@ ARROWS: dict[str, frozenset[str]] = {
         | {"values", "errors"}
     ),
     "cli": frozenset({"commands", "families", "errors"}),
-    "__init__": frozenset({"runtime", "bundle", "method", "errors"}),
+    "__init__": frozenset({"runtime", "compile", "bundle", "method", "errors"}),
     "__main__": frozenset({"cli"}),
 }
 

@@ -151,6 +151,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
         need("polygraphy", "polygraphy")
     from taylorseer_export.checkpoint.checkpoint import open_checkpoint
     from taylorseer_export.compile import export
+    from taylorseer_export.compile.api import bundle_name
     from taylorseer_export.report import memory_table
     from taylorseer_export.report.card import card
 
@@ -188,8 +189,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
     export.check_options(options)
     if given.slots > 1 and not (given.memory_budget or given.dry_run):
         raise ConfigError(f"--slots is {given.slots} without a budget, expected --memory-budget too; add it")
-    path = Path((given.model or "tiny").rstrip("/").removesuffix(".safetensors").removesuffix(".json"))
-    name = given.name or path.name.lower()
+    name = given.name or bundle_name(given.model)
     with progress("tracing and splitting", 1) as advance:
         traced = export.trace_model(checkpoint, options)
         rows = memory_table.choices(traced, options) if given.memory_budget or given.dry_run else ()

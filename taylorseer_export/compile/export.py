@@ -8,7 +8,6 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from taylorseer_export.bundle.manifest import (
     Sampling,
     Site,
     State,
+    tool_version,
 )
 from taylorseer_export.bundle.store import hash_files, writing
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
@@ -334,14 +334,6 @@ def describe(
         files=dict(files or {graph.file: File(sha256="0" * 64, size=0) for graph in graphs.values()}),
         cache_key=_cache_key(weights_sha256, options),
     )
-
-
-def tool_version() -> str:
-    """Version of the installed package."""
-    try:
-        return version("taylorseer-export")
-    except PackageNotFoundError:
-        return "0+source"
 
 
 def _sampling(checkpoint: Checkpoint) -> Sampling:

@@ -128,6 +128,36 @@ def png(picture: np.ndarray, scale: int = 1) -> bytes:
     return stream.getvalue()
 
 
+def check_format(path: Path, option: str = "--out") -> None:
+    """Refuse a file whose extension is of no picture format that can be written here.
+
+    Raises:
+        ConfigError: Names the usual ones.
+    """
+    from PIL import Image
+
+    name = Image.registered_extensions().get(path.suffix.lower())
+    try:
+        if name is None:
+            raise ValueError(path.suffix or "no extension")
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), format=name)
+    except (OSError, ValueError, KeyError) as error:  # a format that is read alone, or whose library is missing
+        raise ConfigError(
+            f"{option} is {path}, expected a picture whose format can be written (.png, .jpg, .webp, ...), or "
+            "NAME.safetensors for latents; change the extension"
+        ) from error
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write whole or not at all."""
+    partial = path.with_name(f".partial-{path.name}")  # the extension says the format
+    try:
+        picture.save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def grid(
     rows_of_pictures: Sequence[Sequence[np.ndarray]],
     scale: int = 1,

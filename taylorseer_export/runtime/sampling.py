@@ -224,11 +224,7 @@ class Loop:
         Raises:
             StepError: It has numbers that are not finite.
         """
-        if not np.isfinite(prediction).all():
-            raise StepError(
-                f"noise_pred has values that are NaN or infinite at step {self.step} (plan {self.plan}), expected "
-                "finite numbers; lower --order or --interval"
-            )
+        check_prediction(prediction, self.step, self.plan)
         *self._last, self._latents = self._advanced(self._scheduler, self.prediction(prediction))
         self.step += 1
 
@@ -251,6 +247,15 @@ class Loop:
         if clean is None:  # flow matching: the answer is the velocity away from the picture
             clean = latents - self._scheduler.sigmas[self.step - 1] * answer
         return np.asarray(clean.numpy())
+
+
+def check_prediction(prediction: np.ndarray, step: int, plan: Plan) -> None:
+    """Refuse what a step answered if it has numbers that are not finite, with a `StepError`: no door lets it out."""
+    if not np.isfinite(prediction).all():
+        raise StepError(
+            f"noise_pred has values that are NaN or infinite at step {step} (plan {plan}), expected finite numbers; "
+            "lower --order or --interval, or look at the latents, which overflow where they are too large"
+        )
 
 
 # Small parts ---------------------------------------------------------------------------------------------------------

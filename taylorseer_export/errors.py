@@ -66,3 +66,9 @@ class ServeError(TaylorSeerError):
 def _one_line(text: str) -> str:
     shown = " ".join(text.split()) if not text.isprintable() else text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+
+
+def first_line(problem: BaseException | str) -> str:
+    """The first line of what another library says, for our one sentence; the class of an error that says nothing."""
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__

@@ -45,9 +45,7 @@ def test_a_picture_that_could_not_be_written_is_refused_before_anything_is_opene
 
 
 def test_the_other_commands_check_their_files_first(tmp_path, capsys):
-    said = refusal(
-        capsys, "replay", tmp_path / "none", "--inputs", tmp_path / "in.safetensors", "--outputs", tmp_path
-    )
+    said = refusal(capsys, "replay", tmp_path / "none", "--inputs", tmp_path / "in.safetensors", "--outputs", tmp_path)
     assert "--outputs" in said and "is a folder" in said
 
 
@@ -60,7 +58,7 @@ def test_a_folder_that_is_closed_is_refused(tmp_path, monkeypatch):
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
     made = grid([[np.zeros((4, 4, 3), np.uint8)]])
     (tmp_path / "x.png").write_bytes(b"before")
-    made.save = lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    made.save = lambda path, format: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     with pytest.raises(OSError, match="No space left"):
         write_picture(tmp_path / "x.png", made)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x.png", b"before")]

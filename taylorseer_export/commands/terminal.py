@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -145,12 +146,8 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str])
     """Write whole or not at all."""
     from safetensors.numpy import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         save_file(tensors, partial, metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def need(extra: str, *modules: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -149,13 +150,11 @@ def check_format(path: Path, option: str = "--out") -> None:
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}")  # the extension says the format
-    try:
-        picture.save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write whole or not at all, in the format that the extension says."""
+    from PIL import Image
+
+    with replacing(path) as partial:
+        picture.save(partial, format=Image.registered_extensions()[path.suffix.lower()])
 
 
 def grid(

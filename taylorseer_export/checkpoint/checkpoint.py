@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,17 @@ from torch import nn
 
 from taylorseer_export.checkpoint.files import (
     PUBLISHED,
+    Header,
+    headers,
     opened,
     published,
     read_json,
-    shapes,
     tensor_files,
     tensor_names,
 )
+from taylorseer_export.checkpoint.formats import FLOATS, parts_of_a_pipeline, refuse_quantised, set_aside
 from taylorseer_export.checkpoint.lora import Lora, open_lora
-from taylorseer_export.checkpoint.original import Converted
+from taylorseer_export.checkpoint.original import Converted, Unread
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families.family import Derived, Family, unknown
 
@@ -44,13 +46,14 @@ class Checkpoint:
         family: Its declaration.
         folder: The folder that holds the safetensors of the transformer.
         config: config.json without its private entries.
-        files: Tensor name in the files -> the safetensors file that holds it.
+        files: Tensor name in the files -> the safetensors file that holds it, of all that is read.
         weightless: Whether this is a config alone, which can be traced and described but not written.
         variant: Which of several precisions in the folder, as diffusers names its files.
         config_file: Where the config was read from, if not from the folder.
         converted: How the tensors of another layout become those of diffusers.
         taken: The published models of this package whose config was taken, since the tensors fit it and no other.
         loras: What is added to the weights, in this order.
+        aside: Other parts of the pipeline that the files hold and that are not read -> their number of tensors.
     """
 
     reference: str
@@ -64,6 +67,7 @@ class Checkpoint:
     converted: Converted | None = None
     taken: tuple[str, ...] = ()
     loras: tuple[Lora, ...] = ()
+    aside: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def embedded(self) -> bool:
@@ -139,9 +143,16 @@ class Checkpoint:
         return self.family.derived(self.config)
 
     @cached_property
+    def headers(self) -> dict[str, Header]:
+        """Tensor name in the files -> shape and dtype."""
+        return headers(self.files)
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape, of all that the checkpoint has."""
-        return shapes(self.files) if self.converted is None else self.converted.shapes
+        if self.converted is not None:
+            return self.converted.shapes
+        return {name: header.shape for name, header in self.headers.items()}
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         """The real model with its weights, in eval mode; needs memory for all of it."""
@@ -203,21 +214,33 @@ class Checkpoint:
         return model.eval()
 
     def _check_tensors(self, model: nn.Module) -> None:
-        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        expected = model.state_dict()
         found = self.shapes
         differences = [f"`{n}` is missing" for n in expected if n not in found]
-        differences += [f"`{n}` is not known" for n in found if n not in expected]
-        differences += [
-            f"`{n}` is {list(found[n])}, expected {list(shape)}"
-            for n, shape in expected.items()
-            if n in found and found[n] != shape
+        strangers = [f"`{n}` is not known" for n in found if n not in expected]
+        others = [
+            f"`{n}` is {list(found[n])}, expected {list(value.shape)}"
+            for n, value in expected.items()
+            if n in found and found[n] != tuple(value.shape)
         ]
+        others += [
+            f"`{n}` is {kinds}, expected floating point"
+            for n, value in expected.items()
+            if n in found and value.is_floating_point() and (kinds := " and ".join(sorted(self._dtypes(n) - FLOATS)))
+        ]
+        differences += [*strangers, *others]
         if differences:
             shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if len(differences) > 5 else "")
-            raise CheckpointError(
+            kind = Unread if len(differences) == len(strangers) else CheckpointError
+            raise kind(
                 f"checkpoint {self.folder} has {len(differences)} tensors that do not fit its config ({shown}), "
                 f"expected those of {self.family.model_class}; check --model and the family"
             )
+
+    def _dtypes(self, name: str) -> set[str]:
+        """The dtypes of what makes a tensor, by their names in safetensors."""
+        sources = {name} if self.converted is None else self.converted.sources[name]
+        return {self.headers[source].dtype for source in sources}
 
 
 def _kept_in_float32(model: nn.Module, name: str) -> bool:
@@ -336,23 +359,36 @@ def _open_folder(
 ) -> Checkpoint:
     folder = folder / "transformer" if (folder / "transformer" / "config.json").exists() else folder
     if config is not None:
-        return _other_layout(reference, family, folder, tensor_files(folder, variant), config, variant)
+        found = Checkpoint(reference, family, folder, {}, tensor_files(folder, variant), variant=variant)
+        return _other_layout(_without_others(found, folder), config)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder} has no config.json, expected a diffusers folder of a {family.model_class}; check --model, "
             "or pass the config of an original layout with --config"
         )
     entries = _config(folder / "config.json", family)
-    return Checkpoint(reference, family, folder, entries, tensor_files(folder, variant), variant=variant)
+    found = Checkpoint(reference, family, folder, entries, tensor_files(folder, variant), variant=variant)
+    return _without_others(found, folder)
+
+
+def _without_others(found: Checkpoint, where: Path) -> Checkpoint:
+    """A checkpoint without what is no part of the transformer; a quantised one is refused."""
+    aside = set_aside(found.files, found.model_class._keys_to_ignore_on_load_unexpected or ())
+    left = {name for names in aside.values() for name in names}
+    files = {name: path for name, path in found.files.items() if name not in left}
+    found = replace(found, files=files, aside=parts_of_a_pipeline(aside))
+    refuse_quantised(where, found.headers)
+    return found
 
 
 def _open_file(reference: str, family: Family, path: Path, config: str | None, variant: str | None) -> Checkpoint:
     if variant is not None:
         raise CheckpointError(f"--variant is {variant} for one file, expected a folder of several; leave it out")
     files = dict.fromkeys(tensor_names(path), path)
+    found = _without_others(Checkpoint(reference, family, path.parent, {}, files), path)
     if config is not None:
-        return _other_layout(reference, family, path.parent, files, config, None)
-    fitting = _fitting(reference, family, path.parent, files)
+        return _other_layout(found, config)
+    fitting = _fitting(found)
     if len(fitting) == 1:
         return fitting[0]
     names = " and ".join("/".join(found.taken) for found in fitting)
@@ -364,35 +400,41 @@ def _open_file(reference: str, family: Family, path: Path, config: str | None, v
     )
 
 
-def _fitting(reference: str, family: Family, folder: Path, files: dict[str, Path]) -> list[Checkpoint]:
-    """The checkpoint under each config of a published model whose every tensor, in name and shape, the files have."""
+def _fitting(given: Checkpoint) -> list[Checkpoint]:
+    """The checkpoint under each config of a published model whose every tensor, in name and shape, the files have.
+
+    Raises:
+        Unread: They have all of one, and more.
+    """
     found: dict[str, Checkpoint] = {}
-    for path in published(family.model_class):
+    more: list[Unread] = []
+    for path in published(given.family.model_class):
         try:
-            one = _other_layout(reference, family, folder, files, str(path), None)
-            with family.built(one.model_class):
+            one = _other_layout(given, str(path))
+            with given.family.built(one.model_class):
                 one._check_tensors(one._empty_model())
-        except CheckpointError:
+        except CheckpointError as error:
+            more += [error] if isinstance(error, Unread) else []
             continue
         same = json.dumps(one.config, sort_keys=True)
         taken = (*found[same].taken, path.stem) if same in found else (path.stem,)
         found[same] = replace(one, config_file=None, taken=taken)
+    if more and not found:
+        raise more[0]
     return list(found.values())
 
 
-def _other_layout(
-    reference: str, family: Family, folder: Path, files: dict[str, Path], config: str, variant: str | None
-) -> Checkpoint:
+def _other_layout(given: Checkpoint, config: str) -> Checkpoint:
     """Weights whose config lies elsewhere: in diffusers' layout already, or to be converted to it."""
     path = Path(config).expanduser()
     candidates = (path, path / "config.json", path / "transformer" / "config.json", PUBLISHED / f"{config}.json")
-    entries = _config(next((candidate for candidate in candidates if candidate.is_file()), path), family)
-    found = Checkpoint(reference, family, folder, entries, files, variant=variant, config_file=str(config))
-    with family.built(found.model_class):
+    entries = _config(next((candidate for candidate in candidates if candidate.is_file()), path), given.family)
+    found = replace(given, config=entries, config_file=str(config))
+    with given.family.built(found.model_class):
         expected = found._empty_model().state_dict().keys()
-    if 2 * len(expected & files.keys()) >= len(expected):
+    if 2 * len(expected & found.files.keys()) >= len(expected):
         return found
-    return replace(found, converted=Converted(family.model_class, entries, found.shapes))
+    return replace(found, converted=Converted(given.family.model_class, entries, found.shapes))
 
 
 def _config(path: Path, family: Family) -> dict[str, Any]:

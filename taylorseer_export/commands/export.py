@@ -167,6 +167,9 @@ def run(family: Family, given: argparse.Namespace) -> int:
             f"no --config: taking that of {'/'.join(checkpoint.taken)}, which all {len(checkpoint.shapes)} tensors of "
             f"{checkpoint.reference} fit in name and shape, and no other of this package"
         )
+    if checkpoint.aside:
+        parts = " and ".join(f"{tensors} tensors of {part}" for part, tensors in checkpoint.aside.items())
+        print(f"set aside: {parts} in {checkpoint.reference}, no part of the transformer; a bundle holds it alone")
     options = export.Options(
         order=given.order,
         interval=given.interval,

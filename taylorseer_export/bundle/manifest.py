@@ -164,6 +164,7 @@ class Model(Part):
     variant: str | None = Field(default=None, description="Which of several precisions of the weights, like fp16.")
     config_file: str | None = Field(default=None, description="Where the config was read from, if not from there.")
     loras: tuple[str, ...] = Field(default=(), description="What was added to the weights: file or file:scale.")
+    lora_skip: tuple[str, ...] = Field(default=(), description="What of those files was left out: text-encoder.")
 
 
 class Sampling(Part):
@@ -259,6 +260,7 @@ class Manifest(Sealed):
             "variant": self.model.variant,
             "config": self.model.config_file,
             "lora": " --lora ".join(self.model.loras) or None,
+            "lora-skip": " --lora-skip ".join(self.model.lora_skip) or None,
             "state": self.state.granularity,
             "layout": self.state.layout,
             "order": self.state.order,

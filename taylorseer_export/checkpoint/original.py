@@ -74,7 +74,7 @@ class Converted:
     """
 
     def __init__(self, model_class: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        convert = _converter(model_class, shapes)
+        convert = converter_of(model_class, shapes)
         leaves = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         self._names = {id(tensor): name for name, tensor in leaves.items()}
         self._leaves = tuple(leaves.values())
@@ -138,7 +138,7 @@ class Converted:
         return found
 
 
-def _converter(model_class: str, names: Iterable[str]) -> Callable[..., dict[str, torch.Tensor]]:
+def converter_of(model_class: str, names: Iterable[str]) -> Callable[..., dict[str, torch.Tensor]]:
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     known: Any = SINGLE_FILE_LOADABLE_CLASSES.get(model_class)

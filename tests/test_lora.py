@@ -209,9 +209,9 @@ def test_magnitudes_as_peft_merges_them(tmp_path, scale):
     """peft on diffusers' own model, of linear modules and of a convolution."""
     from peft import LoraConfig, get_peft_model_state_dict
 
-    base = open_checkpoint(None, FAMILIES["dit"])
-    model = diffusers.DiTTransformer2DModel.from_pretrained(base.folder)
-    targets = ["attn1.to_q", "pos_embed.proj"]
+    base = open_checkpoint(None, FAMILIES["sd3"])
+    model = diffusers.SD3Transformer2DModel.from_pretrained(base.folder)
+    targets = ["attn.to_q", "pos_embed.proj"]
     torch.manual_seed(0)
     model.add_adapter(LoraConfig(r=RANK, lora_alpha=2, use_dora=True, init_lora_weights=False, target_modules=targets))
     state = get_peft_model_state_dict(model)
@@ -227,7 +227,7 @@ def test_magnitudes_as_peft_merges_them(tmp_path, scale):
     save_file(state, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
     model.fuse_lora(lora_scale=scale)
     merged = {name.replace(".base_layer", ""): value.double() for name, value in model.state_dict().items()}
-    found = open_checkpoint(None, FAMILIES["dit"], loras=[f"{tmp_path}/lora.safetensors:{scale}"])
+    found = open_checkpoint(None, FAMILIES["sd3"], loras=[f"{tmp_path}/lora.safetensors:{scale}"])
     changed = [name for name in base.shapes if not torch.equal(found.tensor(name), base.tensor(name))]
     assert len([name for name in state if "magnitude" in name]) == len(changed) > 1
     assert_fused(found, {name: merged[name] for name in base.shapes})

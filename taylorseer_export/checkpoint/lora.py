@@ -320,10 +320,10 @@ def _update_of_weight(
         wrong.append(f"{name} has a pair and a difference, expected one of them")
     magnitude = parts.get("magnitude")
     if magnitude is not None:
-        size = parts["up"].shape[0]
-        if magnitude.numel() == size and (magnitude.shape[0] == size or math.prod(magnitude.shape[:2]) == size):
+        size, peft = parts["up"].shape[0], "dora_scale" not in parts["magnitude:name"]
+        if magnitude.numel() == size and (magnitude.shape[0] == size or (peft and magnitude.shape[:2] == (1, size))):
             magnitude = rows(magnitude.flatten())
-        elif len(shape) != 2 or place.rows is not None or tuple(magnitude.shape) != (1, shape[1]):
+        elif peft or len(shape) != 2 or place.rows is not None or tuple(magnitude.shape) != (1, shape[1]):
             wrong.append(f"{name} has rows {size}, its magnitude {list(magnitude.shape)}")
     return _Update(up, down, factor, magnitude), wrong
 

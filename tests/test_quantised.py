@@ -378,6 +378,8 @@ def test_a_file_of_another_kind(tmp_path, start, what):
     for reference in (tmp_path / name, folder):
         with pytest.raises(CheckpointError, match=text):
             open_checkpoint(str(reference), FAMILIES["flux"])
+    with pytest.raises(CheckpointError, match=text):
+        open_checkpoint(None, FAMILIES["flux"], loras=[str(tmp_path / name)])
 
 
 def test_an_index_whose_map_is_none(tmp_path):

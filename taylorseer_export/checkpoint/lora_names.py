@@ -105,7 +105,8 @@ def places_of_weights(modules: Mapping[str, tuple[int, ...]], model_class: str) 
         return []
     places = []
     for name, rows in found.items():
-        source = next((m for m, start in starts.items() if start <= rows.min() < start + modules[m][0]), None)
+        first = int(rows.min())
+        source = next((m for m, start in starts.items() if start <= first < start + modules[m][0]), None)
         if source is None or not name.endswith(".weight"):
             return []
         places.append(Place(name.removesuffix(".weight"), source, _rows(rows, starts[source], modules[source][0])))
@@ -138,7 +139,9 @@ def _places_by_loader(
     for module, side in sides.items():
         if side.keys() == {"A", "B"} and side["A"].unique().numel() == 1:
             source = names[int(side["A"].flatten()[0])]
-            places.append(Place(module, source, _rows(side["B"][:, :1], starts[source], sizes[source])))
+            numbers = side["B"][:, :1] - starts[source]
+            if 0 <= numbers.min() and numbers.max() < sizes[source]:
+                places.append(Place(module, source, _rows(side["B"][:, :1], starts[source], sizes[source])))
     strange = [f"`{module}.weight` is not known" for module in _strangers(places, shapes)]
     strange += [f"`{module}` is left unread by diffusers' {loader}" for module in _unread(places, sizes)]
     strange += [f"`{module}` is half a pair" for module, pair in pairs.items() if not (pair.up and pair.down)]
@@ -190,11 +193,10 @@ def _strangers(places: Iterable[Place], shapes: Mapping[str, tuple[int, ...]]) -
 
 def _unread(places: Iterable[Place], sizes: Mapping[str, int]) -> list[str]:
     """Modules of which some row goes nowhere."""
-    read: dict[str, set[int]] = {}
+    read = {module: torch.zeros(size, dtype=torch.bool) for module, size in sizes.items()}
     for place in places:
-        rows = range(sizes[place.source]) if place.rows is None else place.rows.tolist()
-        read.setdefault(place.source, set()).update(rows)
-    return [module for module, size in sizes.items() if read.get(module) != set(range(size))]
+        read[place.source][slice(None) if place.rows is None else place.rows] = True
+    return [module for module, rows in read.items() if not rows.all()]
 
 
 def some(complaints: list[str]) -> str:

@@ -60,9 +60,14 @@ def key_of(root: Path, files: Iterable[Path], facts: Iterable[str]) -> str:
 
 
 def hashes_of(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of every file in a folder."""
+    """Relative path -> SHA-256 of every file in a folder; a file that is also linked to from elsewhere has none."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): "linked"
+        if path.stat().st_nlink > 1
+        else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 class Kept:

@@ -27,8 +27,6 @@ from typing import Any
 from record import ROOT
 from tqdm import tqdm
 
-sys.path.insert(0, str(ROOT))
-
 from taylorseer_export.bundle.memory import role_bytes, size
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.checkpoint.checkpoint import Checkpoint

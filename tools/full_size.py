@@ -23,8 +23,6 @@ import torch
 from record import ROOT, circumstances, record_options, write_record
 from tqdm import tqdm
 
-sys.path.insert(0, str(ROOT))
-
 from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.checkpoint.checkpoint import Checkpoint

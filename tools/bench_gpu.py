@@ -29,10 +29,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cards
 import diffusers
 import torch
 from contestants import HOOKS, hook_schedule
-from full_size import MODELS
 from record import circumstances, record_options, write_record
 from tiny_models import dit_inputs, flux_inputs, randomised, tiny_dit, tiny_flux
 
@@ -49,7 +49,7 @@ from taylorseer_export.runtime.trajectory import Trajectory
 
 BF16 = torch.bfloat16
 GRACE = 30  # seconds past the budget after which a contestant under way is stopped
-FULL_SIZE = {"flux": "FLUX.1-dev", "dit": "DiT-XL-2-256"}
+FULL_SIZE = {"flux": "flux.1-dev", "dit": "dit-xl-2-256"}
 
 
 class Machine:
@@ -154,7 +154,7 @@ def _model(name: str, tiny: bool, device: str) -> torch.nn.Module:
     if tiny:
         model = tiny_flux() if name == "flux" else tiny_dit()
         return model.to(device, BF16)
-    described = MODELS[FULL_SIZE[name]]["config"]
+    described = cards.config(FULL_SIZE[name])
     kind = getattr(diffusers, FAMILIES[name].model_class)
     torch.set_default_dtype(BF16)
     try:

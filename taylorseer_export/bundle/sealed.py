@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, ClassVar, NoReturn
+from typing import Annotated, ClassVar, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from typing_extensions import Self
 
 from taylorseer_export.errors import BundleError
 

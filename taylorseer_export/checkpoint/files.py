@@ -71,7 +71,7 @@ def _indexed(index: Path) -> dict[str, Path]:
         raise CheckpointError(
             f"weight_map of {index} is {_kind(listed)}, expected a map of tensor names to files; download it again"
         )
-    outside = [file for file in listed.values() if Path(file).name != file or file == ".."]
+    outside = [file for file in listed.values() if Path(file).name != file or file in ("", "..")]
     if outside:
         raise CheckpointError(
             f"{index} names shard {outside[0]}, expected the name of a file beside it; download it again"

@@ -373,7 +373,7 @@ def _pipeline(checkpoint: Checkpoint) -> Pipeline:
     declared = asdict(family.pipeline)
     inputs = {spec.name for spec in family.inputs(config)}
     declared["ignored_inputs"] = tuple(name for name in declared["ignored_inputs"] if name not in inputs)
-    return Pipeline(**declared, attributes=dict(family.attributes(config)))
+    return Pipeline(**declared, packing=family.packing, attributes=dict(family.attributes(config)))
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from taylorseer_export.errors import ConfigError
 
 Role = Literal["latent", "step", "constant"]
 Guidance = Literal["none", "embedded", "batched", "branches"]
+_PACKING = 2
 Fill = Literal["ones", "zeros", "grid", "sides", "frames", "guidance"]
 
 
@@ -75,7 +76,6 @@ class Pipeline:
             which the model reads the first, and without a mask where every token counts.
         cast_inputs: Constant inputs that are cast anew at every call, so that only their numbers stay the same.
         ignored_inputs: Arguments that are passed and that the model does not look at, unless they are inputs.
-        packing: Side of the square of latent pixels that the pipeline makes one token; 1 where it packs none.
     """
 
     guidance_factor: float = 1.0
@@ -87,7 +87,6 @@ class Pipeline:
     arguments: Literal["declared", "rows-behind", "first-shape"] = "declared"
     cast_inputs: tuple[str, ...] = ()
     ignored_inputs: tuple[str, ...] = ()
-    packing: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Defaults:
 
 def packed(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
     """`latent_sizes` of a model whose pipeline packs 2 x 2 latent pixels into a token."""
-    sides = patches({"patch_size": 2}, height, width)
+    sides = patches({"patch_size": _PACKING}, height, width)
     return {"image_tokens": sides["rows"] * sides["columns"]}
 
 
@@ -227,6 +226,11 @@ class Family:
     derived: Callable[[Mapping[str, Any]], Mapping[str, Derived]] = nothing
     built: Callable[[Any], AbstractContextManager[object]] = as_it_is
     patched: Callable[[Any], AbstractContextManager[object]] = as_it_is
+
+    @property
+    def packing(self) -> int:
+        """Side of the square of latent pixels that the pipeline makes one token; 1 where it packs none."""
+        return _PACKING if self.latent_sizes is packed else 1
 
     def variant(self, reference: str) -> Family:
         """The declaration for a hub id, folder or file: `FLUX.1-schnell` has the word `schnell`."""

@@ -76,7 +76,6 @@ FLUX = Family(
     guidance_scale=3.5,
     latent_size=(128, 128),
     timestep_divisor=1000.0,
-    pipeline=Pipeline(packing=2),
     lora_loader="FluxLoraLoaderMixin",
     variants={"schnell": {"defaults": Defaults(steps=4, interval=6, warmup=3, order=1), "scheduler_config": {}}},
 )
@@ -90,7 +89,7 @@ FLUX_KONTEXT = replace(
     dimensions=_kontext_dimensions,
     typical={"text_tokens": 512, "condition_tokens": 4096},
     forward=_kontext,
-    pipeline=Pipeline(packing=2, arguments="rows-behind"),
+    pipeline=Pipeline(arguments="rows-behind"),
     variants={},
     defaults=Defaults(steps=50, interval=4, warmup=3, order=2),
     guidance_scale=2.5,

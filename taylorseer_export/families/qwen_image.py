@@ -101,7 +101,7 @@ QWEN_IMAGE = Family(
     guidance_scale=4.0,
     latent_size=(128, 128),
     timestep_divisor=1000.0,
-    pipeline=Pipeline(packing=2, guidance_keeps_norm=True, arguments="first-shape"),
+    pipeline=Pipeline(guidance_keeps_norm=True, arguments="first-shape"),
     lora_loader="QwenImageLoraLoaderMixin",
     forward=_forward,
     patched=_real_rotary_embedding,

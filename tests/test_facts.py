@@ -1,0 +1,158 @@
+"""Facts of the families: what is declared is what the manifest says, and the run side needs no more than that."""
+
+# Shapes: N pictures, C channels, H and W latent pixels, T tokens
+
+import shutil
+from dataclasses import asdict, fields
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from taylorseer_export.bundle import manifest as manifest_module
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.compile.export import Options, describe, draft
+from taylorseer_export.embedded.requests import usual_size
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.families import FAMILIES, family
+from taylorseer_export.runtime.tensors import latent_sizes, tensor_request
+
+# Embedded models: (what a request is made from, who makes pictures of the latents).
+EMBEDDED = {"dit": ("labels", "digits"), "flux": ("captions", "shapes")}
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """Family -> the manifest that an export of its embedded model would have."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            checkpoint = open_checkpoint(None, FAMILIES[name])
+            made[name] = describe(draft(checkpoint, Options(order=1, interval=4, warmup=2, steps=8)), "tiny")
+        return made[name]
+
+    return make
+
+
+def test_a_declaration_and_the_manifest_have_one_word_for_a_fact():
+    declared = {field.name: field.default for field in fields(family.Pipeline)}
+    travelling = {name: field.get_default() for name, field in manifest_module.Pipeline.model_fields.items()}
+    assert declared.items() <= travelling.items()
+    assert travelling.keys() - declared.keys() == {"packing", "attributes"}  # which follow from other entries
+    assert set(family.Fill.__args__) == set(manifest_module.Fill.__args__)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_declared_travels(embedded, name):
+    declared, made = FAMILIES[name], embedded(name)
+    assert {k: v for k, v in asdict(declared.pipeline).items() if k != "ignored_inputs"}.items() <= dict(
+        made.pipeline
+    ).items()
+    assert dict(made.pipeline.attributes) == dict(declared.attributes(made.model.config))
+    assert (made.sampling.source, made.sampling.pictures) == EMBEDDED.get(name, ("tensors", None))
+    inputs = {spec.name: (spec.fill, spec.first) for spec in declared.inputs(made.model.config)}
+    seen = {t.name: (t.fill, t.first) for graph in made.graphs.values() for t in graph.inputs if t.name in inputs}
+    assert seen == {name: inputs[name] for name in seen} and seen
+    assert set(made.pipeline.ignored_inputs) == set(declared.pipeline.ignored_inputs) - inputs.keys()
+
+
+def test_a_folder_s_own_card_makes_no_pictures(tmp_path):
+    """Only the models of this package bring an encoder and a decoder, whatever a card says."""
+    checkpoint = open_checkpoint(None, FAMILIES["flux"])
+    copied = tmp_path / "copy"
+    shutil.copytree(checkpoint.root, copied)
+    made = describe(draft(open_checkpoint(str(copied), FAMILIES["flux"]), Options(1, 4, 2, 8)), "copy")
+    assert (made.sampling.source, made.sampling.pictures) == ("tensors", None)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tensors_of_the_state_and_of_the_probe_name_their_site_and_rule(drafts, name):
+    """At granularity `module`, with every guard: the fields say what the names spell."""
+    model = {"flux-kontext": "kontext", "hunyuan-video": "hunyuan"}.get(name, name)
+    made = describe(drafts(model, guards=("cg", "fbcache", "teacache")), "probed")
+    tensors = [t for graph in made.graphs.values() for t in (*graph.inputs, *graph.outputs)]
+    sites = [site.name for site in made.sites]
+    for role in ("taylor_in", "taylor_out"):
+        seen = [t.site for t in tensors if t.role == role]
+        assert set(seen) == set(sites) and all(t.name == f"{role}.{t.site}" for t in tensors if t.role == role)
+    for tensor in tensors:
+        spelt = tensor.name.rpartition(".")[2]
+        probes = tensor.role in ("probe_in", "probe_out", "error") or tensor.name.startswith("probe_weights.")
+        assert tensor.rule == (spelt if probes else None)
+        assert (tensor.site is not None) == tensor.role.startswith("taylor_")
+    assert {t.rule for t in tensors} == {None, "cg", "fbcache", "teacache"}
+
+
+# Pixels to sizes: the run side solves the contract, the make side asks the declaration -------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pixels_give_the_sizes_that_the_declaration_gives(embedded, name):
+    declared, made = FAMILIES[name], embedded(name)
+    scale = made.sampling.latent_scale
+    for rows, columns in ((16, 16), (16, 24), (8, 16)):
+        video = len(declared.latent_size) == 3
+        latent = (*((3,) if video else ()), rows, columns)
+        pixels = (*((9,) if video else ()), rows * scale, columns * scale)
+        try:
+            expected = declared.latent_sizes(made.model.config, *latent)
+        except ConfigError:
+            with pytest.raises(ConfigError, match=r"--size is .*, a latent of .*, expected \["):
+                latent_sizes(made, pixels)
+            continue
+        sizes, sides = latent_sizes(made, pixels)
+        assert sizes == {key: size for key, size in expected.items() if key in made.dimensions}
+        assert sides == ((rows // 2, columns // 2) if declared.packing == 2 else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "sentence"),
+    [
+        ("flux", (32, 34), r"--size width is 34, expected a multiple of 4 \(pixels\); change it"),
+        ("flux", (0, 32), r"--size height is 0, expected a multiple of 4"),
+        ("flux", (1000000, 1000000), r"of `image_tokens` 62500000000, expected 4 to 16384; change it, or export"),
+        ("flux", (5, 32, 32), r"--size is 5x32x32, expected HxW for family flux; write it so"),
+        ("wan", (32, 48), r"--size is 32x48, expected FxHxW \(frames first\) for family wan"),
+        ("wan", (6, 32, 48), r"frames is 6, expected a multiple of 4 and 1, like 81"),
+        ("dit", (32, 32), r"--size is 32x32, a latent of 32x32, expected \[16, 16\] \(latent pixels\)"),
+        ("hidream", (64, 128), r"a latent of 8x16, expected \[2\*side, 2\*side\]"),
+    ],
+)
+def test_pixels_that_no_latent_has(embedded, name, pixels, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        latent_sizes(embedded(name), pixels)
+
+
+def test_the_usual_size_of_the_embedded_model_is_the_one_it_was_trained_at(embedded):
+    assert usual_size(embedded("flux")) == (32, 32)
+
+
+# Requests ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sides", [(4, 6), (6, 4), (3, 3)])
+def test_a_request_from_tensors_is_what_the_pipeline_makes(eager, sides):
+    """Noise and ids of a FLUX request against diffusers' own functions: the same from a bundle with captions or not."""
+    rows, columns = sides
+    denoiser = eager("flux")
+    width = int(denoiser.latent.shape[-1])
+    text = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1)).numpy()
+    shapes = denoiser.constants
+    values = {
+        "encoder_hidden_states": text[..., : int(shapes["encoder_hidden_states"].shape[-1])],
+        "pooled_projections": text[:, 0, : int(shapes["pooled_projections"].shape[-1])],
+    }
+    made = tensor_request(denoiser, values, (3, 4), {"image_tokens": rows * columns}, sides, 2.5)
+    for k, seed in enumerate((3, 4)):
+        shape = (1, width // 4, 2 * rows, 2 * columns)
+        noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
+        expected = FluxPipeline._pack_latents(noise, *shape)
+        assert torch.equal(torch.from_numpy(made.latents[k : k + 1]), expected)
+    ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, torch.device("cpu"), torch.float32)
+    assert np.array_equal(made.conditioning["img_ids"], ids.numpy())
+    assert not made.conditioning["txt_ids"].any() and made.conditioning["txt_ids"].shape == (5, 3)
+    assert made.conditioning["guidance"].tolist() == [2.5, 2.5]
+    assert not np.array_equal(made.latents[0], made.latents[1])
+    assert np.array_equal(made.conditioning["encoder_hidden_states"], values["encoder_hidden_states"])

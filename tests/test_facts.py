@@ -3,7 +3,8 @@
 # Shapes: N pictures, C channels, H and W latent pixels, T tokens
 
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 from diffusers import FluxPipeline
 
 from taylorseer_export.bundle import manifest as manifest_module
+from taylorseer_export.bundle.manifest import Dimension, Graph, Manifest, Tensor
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
-from taylorseer_export.compile.export import Options, describe, draft
-from taylorseer_export.embedded.requests import usual_size
+from taylorseer_export.compile.export import describe, pipeline_of, sampling_of
+from taylorseer_export.embedded.requests import caption_request
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES, family
 from taylorseer_export.runtime.tensors import latent_sizes, tensor_request
@@ -22,18 +24,25 @@ from taylorseer_export.runtime.tensors import latent_sizes, tensor_request
 EMBEDDED = {"dit": ("labels", "digits"), "flux": ("captions", "shapes")}
 
 
-@pytest.fixture(scope="module")
-def embedded():
-    """Family -> the manifest that an export of its embedded model would have."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            checkpoint = open_checkpoint(None, FAMILIES[name])
-            made[name] = describe(draft(checkpoint, Options(order=1, interval=4, warmup=2, steps=8)), "tiny")
-        return made[name]
-
-    return make
+def described(name):
+    """The manifest of a family's embedded model, as far as no graph is needed for it."""
+    checkpoint = open_checkpoint(None, FAMILIES[name])
+    specs = checkpoint.family.inputs(checkpoint.config)
+    contract = tuple(
+        Tensor(name=s.name, dtype="float32" if s.dtype == "float" else s.dtype, shape=s.shape, role=s.role)
+        for s in specs
+    )
+    ranges = checkpoint.family.dimensions(checkpoint.config)
+    return Manifest.model_construct(
+        family=name,
+        graphs={
+            "full": Graph(file="full", inputs=tuple(map(Tensor.model_validate, contract)), outputs=(), weights_bytes=0)
+        },
+        dimensions={n: Dimension(minimum=low, maximum=high, typical=low) for n, (low, high) in ranges.items()},
+        sampling=sampling_of(checkpoint),
+        pipeline=pipeline_of(checkpoint),
+        model=SimpleNamespace(config=checkpoint.config),
+    )
 
 
 def test_a_declaration_and_the_manifest_have_one_word_for_a_fact():
@@ -45,52 +54,58 @@ def test_a_declaration_and_the_manifest_have_one_word_for_a_fact():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_declared_travels(embedded, name):
-    declared, made = FAMILIES[name], embedded(name)
-    assert {k: v for k, v in asdict(declared.pipeline).items() if k != "ignored_inputs"}.items() <= dict(
-        made.pipeline
-    ).items()
-    assert dict(made.pipeline.attributes) == dict(declared.attributes(made.model.config))
+def test_what_is_declared_travels(name):
+    declared, made = FAMILIES[name], described(name)
+    facts = {key: value for key, value in asdict(declared.pipeline).items() if key != "ignored_inputs"}
+    assert facts.items() <= dict(made.pipeline).items()
+    assert made.pipeline.attributes == dict(declared.attributes(made.model.config))
     assert (made.sampling.source, made.sampling.pictures) == EMBEDDED.get(name, ("tensors", None))
-    inputs = {spec.name: (spec.fill, spec.first) for spec in declared.inputs(made.model.config)}
-    seen = {t.name: (t.fill, t.first) for graph in made.graphs.values() for t in graph.inputs if t.name in inputs}
-    assert seen == {name: inputs[name] for name in seen} and seen
-    assert set(made.pipeline.ignored_inputs) == set(declared.pipeline.ignored_inputs) - inputs.keys()
+    inputs = {spec.name for spec in declared.inputs(made.model.config)}
+    assert set(made.pipeline.ignored_inputs) == set(declared.pipeline.ignored_inputs) - inputs
 
 
-def test_a_folder_s_own_card_makes_no_pictures(tmp_path):
+def test_an_input_is_not_ignored_where_the_model_takes_it():
+    family = FAMILIES["hunyuan-video"]
+    checkpoint = open_checkpoint(None, family)
+    seen = {
+        embeds: pipeline_of(replace(checkpoint, config={**checkpoint.config, "guidance_embeds": embeds})).ignored_inputs
+        for embeds in (True, False)
+    }
+    assert seen == {True: (), False: ("guidance",)}
+
+
+def test_a_card_of_someone_else_promises_nothing(tmp_path):
     """Only the models of this package bring an encoder and a decoder, whatever a card says."""
-    checkpoint = open_checkpoint(None, FAMILIES["flux"])
-    copied = tmp_path / "copy"
-    shutil.copytree(checkpoint.root, copied)
-    made = describe(draft(open_checkpoint(str(copied), FAMILIES["flux"]), Options(1, 4, 2, 8)), "copy")
-    assert (made.sampling.source, made.sampling.pictures) == ("tensors", None)
+    shutil.copytree(open_checkpoint(None, FAMILIES["flux"]).root, tmp_path / "copy")
+    made = sampling_of(open_checkpoint(str(tmp_path / "copy"), FAMILIES["flux"]))
+    assert (made.source, made.pictures) == ("tensors", None)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_tensors_of_the_state_and_of_the_probe_name_their_site_and_rule(drafts, name):
-    """At granularity `module`, with every guard: the fields say what the names spell."""
-    model = {"flux-kontext": "kontext", "hunyuan-video": "hunyuan"}.get(name, name)
+@pytest.mark.parametrize("model", ["kontext", "hunyuan"])
+def test_a_contract_says_what_inputs_hold_and_which_site_or_rule_a_tensor_is_of(drafts, model):
+    """At granularity `module`, with guards: the fields say what the names spell."""
     made = describe(drafts(model, guards=("cg", "fbcache", "teacache")), "probed")
     tensors = [t for graph in made.graphs.values() for t in (*graph.inputs, *graph.outputs)]
-    sites = [site.name for site in made.sites]
     for role in ("taylor_in", "taylor_out"):
-        seen = [t.site for t in tensors if t.role == role]
-        assert set(seen) == set(sites) and all(t.name == f"{role}.{t.site}" for t in tensors if t.role == role)
+        assert [t.site for t in tensors if t.role == role][: len(made.sites)] == [site.name for site in made.sites]
+        assert all(t.name == f"{role}.{t.site}" for t in tensors if t.role == role)
     for tensor in tensors:
         spelt = tensor.name.rpartition(".")[2]
         probes = tensor.role in ("probe_in", "probe_out", "error") or tensor.name.startswith("probe_weights.")
         assert tensor.rule == (spelt if probes else None)
         assert (tensor.site is not None) == tensor.role.startswith("taylor_")
     assert {t.rule for t in tensors} == {None, "cg", "fbcache", "teacache"}
+    declared = {s.name: (s.fill, s.first) for s in FAMILIES[made.family].inputs(made.model.config)}
+    seen = {t.name: (t.fill, t.first) for t in tensors if t.name in declared and t.role == "constant"}
+    assert seen.items() <= declared.items() and any(fill for fill, _ in seen.values())
 
 
 # Pixels to sizes: the run side solves the contract, the make side asks the declaration -------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_pixels_give_the_sizes_that_the_declaration_gives(embedded, name):
-    declared, made = FAMILIES[name], embedded(name)
+def test_pixels_give_the_sizes_that_the_declaration_gives(name):
+    declared, made = FAMILIES[name], described(name)
     scale = made.sampling.latent_scale
     for rows, columns in ((16, 16), (16, 24), (8, 16)):
         video = len(declared.latent_size) == 3
@@ -102,8 +117,12 @@ def test_pixels_give_the_sizes_that_the_declaration_gives(embedded, name):
             with pytest.raises(ConfigError, match=r"--size is .*, a latent of .*, expected \["):
                 latent_sizes(made, pixels)
             continue
+        if any(not made.dimensions[n].minimum <= size <= made.dimensions[n].maximum for n, size in expected.items()):
+            with pytest.raises(ConfigError, match=r"--size is .*, of `.*` .*, expected .* to .*; change it"):
+                latent_sizes(made, pixels)
+            continue
         sizes, sides = latent_sizes(made, pixels)
-        assert sizes == {key: size for key, size in expected.items() if key in made.dimensions}
+        assert sizes == expected
         assert sides == ((rows // 2, columns // 2) if declared.packing == 2 else None)
 
 
@@ -120,13 +139,9 @@ def test_pixels_give_the_sizes_that_the_declaration_gives(embedded, name):
         ("hidream", (64, 128), r"a latent of 8x16, expected \[2\*side, 2\*side\]"),
     ],
 )
-def test_pixels_that_no_latent_has(embedded, name, pixels, sentence):
+def test_pixels_that_no_latent_has(name, pixels, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        latent_sizes(embedded(name), pixels)
-
-
-def test_the_usual_size_of_the_embedded_model_is_the_one_it_was_trained_at(embedded):
-    assert usual_size(embedded("flux")) == (32, 32)
+        latent_sizes(described(name), pixels)
 
 
 # Requests ------------------------------------------------------------------------------------------------------------
@@ -156,3 +171,7 @@ def test_a_request_from_tensors_is_what_the_pipeline_makes(eager, sides):
     assert made.conditioning["guidance"].tolist() == [2.5, 2.5]
     assert not np.array_equal(made.latents[0], made.latents[1])
     assert np.array_equal(made.conditioning["encoder_hidden_states"], values["encoder_hidden_states"])
+    drawn = caption_request(denoiser, values, (3, 4), (16 * rows, 16 * columns), 2.5)
+    assert np.array_equal(drawn.latents, made.latents) and (drawn.height, drawn.width) == (16 * rows, 16 * columns)
+    assert drawn.conditioning.keys() == made.conditioning.keys()
+    assert all(np.array_equal(value, made.conditioning[name]) for name, value in drawn.conditioning.items())

@@ -330,8 +330,8 @@ def describe(
             dialect=options.dialect,
             text=str(options.plan()),
         ),
-        sampling=_sampling(checkpoint),
-        pipeline=_pipeline(checkpoint),
+        sampling=sampling_of(checkpoint),
+        pipeline=pipeline_of(checkpoint),
         engine=builder(options.engine).engine(options).model_copy(update={"options": _texts(options.engine_options)}),
         files=dict(files or {graph.file: File(sha256="0" * 64, size=0) for graph in graphs.values()}),
         cache_key=_cache_key(weights_sha256, options),
@@ -346,7 +346,7 @@ def tool_version() -> str:
         return "0+source"
 
 
-def _sampling(checkpoint: Checkpoint) -> Sampling:
+def sampling_of(checkpoint: Checkpoint) -> Sampling:
     """Scheduler and guidance: what the checkpoint says, else what the family's pipeline uses."""
     family = checkpoint.family
     config = checkpoint.scheduler or family.scheduler_config
@@ -367,7 +367,7 @@ def _sampling(checkpoint: Checkpoint) -> Sampling:
     )
 
 
-def _pipeline(checkpoint: Checkpoint) -> Pipeline:
+def pipeline_of(checkpoint: Checkpoint) -> Pipeline:
     """What the family declares of its pipeline, as far as it holds for this config."""
     family, config = checkpoint.family, checkpoint.config
     declared = asdict(family.pipeline)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from harness import run
 
 from taylorseer_export.bundle import manifest as manifest_module
 from taylorseer_export.bundle.manifest import Dimension, Graph, Manifest, Tensor
@@ -175,3 +176,17 @@ def test_a_request_from_tensors_is_what_the_pipeline_makes(eager, sides):
     assert np.array_equal(drawn.latents, made.latents) and (drawn.height, drawn.width) == (16 * rows, 16 * columns)
     assert drawn.conditioning.keys() == made.conditioning.keys()
     assert all(np.array_equal(value, made.conditioning[name]) for name, value in drawn.conditioning.items())
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.uint8, torch.float64])
+def test_a_mask_of_another_kind_gives_the_same_prediction(eager, tiny, kind):
+    """A mask as encoders make it, where the contract is float32; one that is cut off gives another."""
+    latents, timestep, conditioning = tiny("hunyuan").inputs(3)
+    mask = torch.ones_like(conditioning["encoder_attention_mask"])
+    mask[:, -1] = 0
+    expected, seen = (
+        run(eager("hunyuan"), (latents, timestep, {**conditioning, "encoder_attention_mask": value}), "FF.")
+        for value in (mask, mask.to(kind))
+    )
+    whole = run(eager("hunyuan"), (latents, timestep, {**conditioning, "encoder_attention_mask": mask * 0 + 1}), "FF.")
+    assert torch.equal(seen, expected) and not torch.equal(seen, whole)

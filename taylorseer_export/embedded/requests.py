@@ -39,7 +39,7 @@ def caption_request(
     """
     manifest = denoiser.manifest
     size = usual_size(manifest) if size is None else size
-    sizes, sides = latent_sizes(manifest, size)
+    sizes, sides = latent_sizes(manifest, size, "size")
     tensors = prompts if isinstance(prompts, Mapping) else _caption_encoder(denoiser).encode(list(prompts))
     request = tensor_request(denoiser, tensors, seeds, sizes, sides, guidance_scale)
     return replace(request, height=size[0], width=size[1])

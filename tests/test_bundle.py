@@ -28,6 +28,7 @@ from taylorseer_export.bundle.manifest import (
     Tensor,
     schema,
 )
+from taylorseer_export.bundle.profile import Profile
 from taylorseer_export.bundle.store import hash_files, open_bundle, writing
 from taylorseer_export.errors import BundleError, ConfigError
 from taylorseer_export.method import Plan
@@ -340,6 +341,14 @@ def test_a_command_is_not_made_of_a_manifest_that_makes_no_sense(damage):
     raw["digest"] = hashlib.sha256(canonical(raw)).hexdigest()
     with pytest.raises(BundleError, match=r"of schema version 1, expected \d+: .*; copy the bundle again, or rebuild"):
         Manifest.from_bytes(canonical(raw), OLD)
+
+
+def test_a_profile_of_the_first_schema_is_read_as_ever():
+    """Files of different kinds have versions of their own: the manifest's rose, the profile's did not."""
+    path = OLD.with_name("profile-1.json")
+    profile = Profile.from_bytes(path.read_bytes(), path)
+    assert (profile.schema_version, profile.plan, profile.weights[2]) == (1, "FF..", (-1.0, 2.0))
+    assert profile.to_json() == path.read_bytes()
 
 
 def test_a_changed_manifest_of_the_first_schema_is_damaged():

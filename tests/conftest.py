@@ -79,7 +79,7 @@ def pytest_xdist_auto_num_workers():
 def once(pytestconfig):
     """(name, write) -> what `write(folder)` returned, a path in a folder of that name; see `Kept`.
 
-    No test may change what it gets: it copies the folder, or links its files into another.
+    No test may change what it gets: it copies the folder, and links to none of its files.
     """
     root = pytestconfig.rootpath / ".pytest_cache" / "kept"
     store = Kept(root, key_of(ROOT, sources(), surroundings()))

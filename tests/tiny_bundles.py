@@ -1,6 +1,6 @@
 """Which tiny models the tests share, and with what options they are exported; every one is written by `conftest.once`.
 
-Whatever decides the bytes of a kept bundle stands here or in `tests/tiny_models.py`, since both are part of its key.
+Whatever decides the bytes of a kept bundle stands here or in `tools/tiny_models.py`, since both are part of its key.
 """
 
 from pathlib import Path

@@ -21,13 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from demo import CAPTIONS
 from record import ROOT, circumstances, record_options, write_record
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
-
-sys.path.insert(0, str(ROOT))
-
-from demo import CAPTIONS
 
 # isort: split
 

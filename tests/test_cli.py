@@ -205,7 +205,7 @@ def test_a_family_without_pictures_is_sampled_verified_and_timed(videos, tmp_pat
         (["--out", "x.png"], {}, "expected NAME.safetensors"),
         (["--size", "32x48"], {}, "expected FxHxW (frames first)"),
         (["--size", "5x40x48"], {}, "--size is 5x40x48, a latent of 2x5x6, expected [frames, 2*rows, 2*columns]"),
-        (["--size", "5x16x4096"], {}, "--size is 5x16x4096, of `columns` 256, expected 2 to "),
+        (["--size", "5x32x8192"], {}, "--size is 5x32x8192, of `columns` 512, expected 2 to "),
         ([], {"other": (1,)}, "input `other` is not known, expected encoder_hidden_states"),
         ([], {"negative_encoder_hidden_states": (1, 5, 32)}, "input `encoder_hidden_states` is missing"),
         ([], {"encoder_hidden_states": (3, 5, 32)}, "has 3 rows, expected 1 or 2"),

@@ -2,20 +2,19 @@
 
 from taylorseer_export.bundle.manifest import (
     MANIFEST,
-    SCHEMA_VERSION,
     Dimension,
     Engine,
     File,
     Graph,
     Manifest,
     Model,
-    Pipeline,
     PlanDefaults,
     Sampling,
     Site,
     State,
     Tensor,
 )
+from taylorseer_export.bundle.sealed import SCHEMA_VERSION
 from taylorseer_export.bundle.store import Bundle, hash_files, open_bundle, writing
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "Graph",
     "Manifest",
     "Model",
-    "Pipeline",
     "PlanDefaults",
     "Sampling",
     "Site",

@@ -39,5 +39,4 @@ DIT = Family(
     guidance="batched",
     guidance_scale=4.0,
     latent_size=(32, 32),
-    source="labels",
 )

@@ -7,7 +7,7 @@
     <out>/<family>-<name>-denoiser/    latents in, latents out
     <out>/<family>-<name>-denoiser-stream/
 
-Every model is a process with its own engines and slots, and all are served, so write only those that are used. Their copies of the bundle
+Every model is a process with its own engines and slots, so load only those that are used. Their copies of the bundle
 are hard links to one.
 """
 

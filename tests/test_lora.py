@@ -90,9 +90,7 @@ def made(family, modules, spelling="peft", prefix="diffusion_model.", alpha=None
 
 
 def test_every_family_with_a_loader_is_here():
-    from taylorseer_export.checkpoint.lora import _LOADERS
-
-    assert set(COMFY) >= {name for name, family in FAMILIES.items() if family.model_class in _LOADERS}
+    assert set(COMFY) >= {name for name, family in FAMILIES.items() if family.lora_loader}
 
 
 @pytest.mark.parametrize("family", COMFY)

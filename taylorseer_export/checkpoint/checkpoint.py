@@ -65,7 +65,7 @@ def open_checkpoint(
             checkpoint = Checkpoint(reference, family, alone.parent, _config(alone, family), {}, weightless=True)
     known = checkpoint.shapes if loras else {}
     family = family if checkpoint.embedded else family.variant(checkpoint.reference)
-    added = tuple(open_lora(lora, family.model_class, known, lora_skip) for lora in loras)
+    added = tuple(open_lora(lora, family.model_class, family.lora_loader, known, lora_skip) for lora in loras)
     return replace(checkpoint, family=family, loras=added, lora_skip=tuple(lora_skip))
 
 

@@ -40,15 +40,6 @@ from taylorseer_export.checkpoint.lora_names import (
 )
 from taylorseer_export.errors import CheckpointError
 
-# Class of the transformer -> the class in diffusers.loaders that knows how the LoRAs of its pipeline are named.
-_LOADERS = {
-    "FluxTransformer2DModel": "FluxLoraLoaderMixin",
-    "HiDreamImageTransformer2DModel": "HiDreamImageLoraLoaderMixin",
-    "HunyuanVideoTransformer3DModel": "HunyuanVideoLoraLoaderMixin",
-    "QwenImageTransformer2DModel": "QwenImageLoraLoaderMixin",
-    "SD3Transformer2DModel": "SD3LoraLoaderMixin",
-    "WanTransformer3DModel": "WanLoraLoaderMixin",
-}
 # Part of an update -> how a file names it, after its module.
 _PARTS = {
     "down": re.compile(r"(?P<module>.+?)(?:\.lora_A(?:\.\w+)?|\.lora_down|\.lora\.down|\.down)\.weight"),
@@ -123,12 +114,15 @@ def _with_magnitude(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tens
     return (flat * factor).to(weight.dtype).reshape(weight.shape)
 
 
-def open_lora(given: str, model_class: str, shapes: Mapping[str, tuple[int, ...]], skip: Iterable[str] = ()) -> Lora:
+def open_lora(
+    given: str, model_class: str, loader: str, shapes: Mapping[str, tuple[int, ...]], skip: Iterable[str] = ()
+) -> Lora:
     """Read `file` or `file:scale`.
 
     Args:
         given: What the user wrote.
         model_class: Class of the transformer in diffusers.
+        loader: Class in `diffusers.loaders` that knows how the LoRAs of the family are named; none if empty.
         shapes: Tensor name in diffusers -> shape, of the checkpoint it is added to.
         skip: What to leave out on purpose, of SKIPPABLE.
 
@@ -149,7 +143,7 @@ def open_lora(given: str, model_class: str, shapes: Mapping[str, tuple[int, ...]
     skipped = encoders if "text-encoder" in skip else []
     tensors = {name: value for name, value in tensors.items() if name not in set(skipped)}
     modules = _modules(path, tensors, bool(encoders) and not skipped)
-    updates = _updates(path, modules, settings, model_class, shapes)
+    updates = _updates(path, modules, settings, model_class, loader, shapes)
     return Lora(given, path, scale, updates, {"text-encoder": len(skipped)} if skipped else {})
 
 
@@ -210,9 +204,10 @@ def _updates(
     modules: Mapping[str, Mapping[str, Any]],
     settings: Mapping[str, Any],
     model_class: str,
+    loader: str,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, _Update]:
-    places = _places(path, modules, model_class, shapes)
+    places = _places(path, modules, model_class, loader, shapes)
     half = [
         f"{place.module}.lora_{missing}.weight missing"
         for place in places
@@ -258,6 +253,7 @@ def _places(
     path: Path,
     modules: Mapping[str, Mapping[str, Any]],
     model_class: str,
+    loader: str,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> list[Place]:
     """Where every module of the file goes."""
@@ -269,7 +265,7 @@ def _places(
     alone = {m: p for m, p in modules.items() if m not in pairs}
     try:
         alphas = any("alpha" in parts for parts in modules.values())
-        places = places_of_pairs(pairs, alphas, model_class, _LOADERS.get(model_class), shapes) if pairs else []
+        places = places_of_pairs(pairs, alphas, model_class, loader, shapes) if pairs else []
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from error
     for module, parts in alone.items():

@@ -53,7 +53,7 @@ def places_of_pairs(
     pairs: Mapping[str, Pair],
     alphas: bool,
     model_class: str,
-    loader: str | None,
+    loader: str,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> list[Place]:
     """Where the pairs of a file go.
@@ -65,14 +65,14 @@ def places_of_pairs(
         pairs: Module of the file -> its pair.
         alphas: Whether the file has an alpha for them.
         model_class: Class of the transformer in diffusers.
-        loader: Class in `diffusers.loaders` that knows the names of its LoRAs, if there is one.
+        loader: Class in `diffusers.loaders` that knows the names of its LoRAs; none if empty.
         shapes: Tensor name in diffusers -> shape, of the checkpoint it is added to.
 
     Raises:
         CheckpointError: No way knows all of them; it says what stood in the way of the first.
     """
     direct = [Place(named_in_model(module), module, None) for module in pairs]
-    if loader is None or all(f"{place.module}.weight" in shapes for place in direct):
+    if not loader or all(f"{place.module}.weight" in shapes for place in direct):
         return direct
     first: CheckpointError | None = None
     for spelled in _spellings(pairs, alphas):

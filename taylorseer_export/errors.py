@@ -4,18 +4,22 @@ Every error is raised before the work it is about starts. The command line print
 traceback, and exits with `exit_code`: 2 for bad usage or input, 1 for a check that ran and failed.
 """
 
+import re
+
 
 class TaylorSeerError(Exception):
     """Base of every error raised on purpose here; catch this one to catch them all.
 
-    What a sentence quotes of its input cannot break it: it is one line, and of other characters than printable ones it
-    shows the escape (`\\x1b`), so that a file name can neither forge a second line nor colour a terminal.
+    Args:
+        message: The sentence. What it quotes of a file or a request may be anything: line breaks become spaces, and
+            what does not print (escape codes, marks that turn the writing direction) its escape, like `\\x1b`.
     """
 
     exit_code = 2
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(_one_line(message))
+    def __init__(self, message: object = "") -> None:
+        line = re.sub(r"\s*[\n\r]\s*", " ", str(message))
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
 
 class ConfigError(TaylorSeerError, ValueError):
@@ -61,11 +65,6 @@ class ServeError(TaylorSeerError):
     def __init__(self, message: str, status: str) -> None:
         super().__init__(message)
         self.status = status
-
-
-def _one_line(text: str) -> str:
-    shown = " ".join(text.split()) if not text.isprintable() else text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
 
 
 def first_line(problem: BaseException | str) -> str:

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Tensor
-from taylorseer_export.errors import ConfigError
-from taylorseer_export.method import Guard, Plan
+from taylorseer_export.method import Capacity, Forecasts, Guard, Plan
 from taylorseer_export.runtime.runner import Buffer, Runner
 from taylorseer_export.runtime.schedule import forecast_step, full_step
 
@@ -46,15 +45,17 @@ class Probe:
         self._since_full: list[float] = []
         self.errors: list[float] = []
 
-    def start(self, guard: Guard, order: int) -> None:
-        """Begin a request; `order` is that of its forecasts."""
+    def start(self, forecasts: Forecasts) -> None:
+        """Begin a request with a guard."""
         for ring in self._rings.values():
             ring.clear()
         for name, buffer in self._inputs.items():
             if name.startswith("probe_weights."):
                 buffer.clear()
+        guard = forecasts.guard
+        assert guard is not None
         self._guard, self._since_full, self.errors = guard, [], []
-        asked = order if guard.order is None else guard.order
+        asked = forecasts.order if guard.order is None else guard.order
         self._order = min(asked, self._ring.shape[0] - 1)
 
     def measure(self, executed: str) -> None:
@@ -64,7 +65,7 @@ class Probe:
         if executed:
             # What was kept of the last full steps, or of the step before, in the place of a full one.
             past = "F" if guard.every_step else executed
-            expected = forecast_step(Plan(past + "."), len(past), self._order, self._ring.shape[0] - 1, "snapshots")
+            expected = forecast_step(Forecasts(Plan(past + "."), self._order), len(past), self._capacity)
             self._inputs[f"probe_weights.{guard.rule}"].write(expected.weights)
         self._call()
 
@@ -92,8 +93,13 @@ class Probe:
             self._since_full = []
         if full or guard.every_step:
             past = "F" if guard.every_step else executed
-            entry = full_step(Plan(past), len(past) - 1, 0, self._ring.shape[0] - 1, "snapshots").entry
+            entry = full_step(Forecasts(Plan(past), 0), len(past) - 1, self._capacity).entry
             self._ring.entry(entry).copy(self._outputs[f"probe_out.{guard.rule}"])
+
+    @property
+    def _capacity(self) -> Capacity:
+        """Of what the request's rule keeps."""
+        return Capacity(self._ring.shape[0] - 1)
 
     @property
     def _ring(self) -> Buffer:
@@ -102,26 +108,7 @@ class Probe:
         return self._rings[f"probe_in.{self._guard.rule}"]
 
 
-def check_guard(manifest: Manifest, guard: Guard) -> None:
-    """Refuse a guard that the bundle has no probe for.
-
-    Raises:
-        ConfigError: Its rule was not exported, or its order is above what the probe keeps.
-    """
-    rules = manifest.state.guards
-    if guard.rule not in rules:
-        raise ConfigError(
-            f"guard is `{guard.rule}`, expected one that the bundle was exported with "
-            f"({', '.join(rules) or 'it has none'}); export again with --guard {guard.rule}"
-        )
-    if guard.order is not None and guard.order > manifest.state.order:
-        raise ConfigError(
-            f"order of the guard is {guard.order}, expected at most {manifest.state.order}, which the bundle's probe "
-            f"keeps; export again with --order {guard.order}"
-        )
-
-
-def silent(guard: Guard, planned: str, executed: str, errors: Sequence[float]) -> str | None:
+def warning_of(guard: Guard, planned: str, executed: str, errors: Sequence[float]) -> str | None:
     """A warning where a guard decided nothing: it always forecast, or never did.
 
     Args:
@@ -137,5 +124,5 @@ def silent(guard: Guard, planned: str, executed: str, errors: Sequence[float]) -
     what, remedy = ("never", "raise") if full else ("always", "lower")
     return (
         f"guard {guard} {what} forecast, expected some of {len(asked)} steps; its errors were {min(seen):.3g} to "
-        f"{max(seen):.3g}: {remedy} --threshold"
+        f"{max(seen):.3g}: {remedy} the threshold"
     )

@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT))
 
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile.export import Options, draft, write_bundle
-from taylorseer_export.embedded.picture import grid
 from taylorseer_export.embedded import requests
+from taylorseer_export.embedded.picture import grid
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.method import RULES, Forecasts, Guard, Plan

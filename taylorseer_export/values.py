@@ -18,8 +18,8 @@ _UNITS = {"": 1, "b": 1, "byte": 1, "bytes": 1} | {
 }
 
 
-def whole(low: int, high: int = _LARGEST) -> Callable[[str], int]:
-    """A whole number from `low` to `high`, the largest of 32 bits if left out."""
+def whole(low: int = -_LARGEST, high: int = _LARGEST) -> Callable[[str], int]:
+    """A whole number from `low` to `high`, any of 32 bits if left out."""
 
     def value_of(text: str) -> int:
         try:
@@ -27,22 +27,25 @@ def whole(low: int, high: int = _LARGEST) -> Callable[[str], int]:
         except ValueError:
             value = low - 1
         if not low <= value <= high:
-            span = f"at least {low}" if high == _LARGEST and value < low else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"is {text[:64]}, expected a whole number, {span}")
+            span = f", at least {low}" if high == _LARGEST and value < low else f", {low} to {high}"
+            span = "" if low == -_LARGEST else span
+            raise argparse.ArgumentTypeError(f"is {text[:64]}, expected a whole number{span}")
         return value
 
     return value_of
 
 
-def real(above: float) -> Callable[[str], float]:
-    """A finite number above `above`."""
+def real(above: float | None = None) -> Callable[[str], float]:
+    """A finite number above `above`; any, infinite and NaN included, where that is left out."""
 
     def value_of(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
+            if above is None:
+                raise argparse.ArgumentTypeError(f"is {text}, expected a number") from None
             value = math.nan
-        if not above < value < math.inf:
+        if above is not None and not above < value < math.inf:
             raise argparse.ArgumentTypeError(f"is {text}, expected a number above {above:g}")
         return value
 

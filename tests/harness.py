@@ -3,6 +3,7 @@
 # Shapes: S steps, B batch
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,8 @@ def begin(slot: Slot, inputs, plan: str, order=None, ahead=True, **options) -> N
     """Start a request; `ahead` says whether its timesteps are known before the first step."""
     _, timestep, conditioning = inputs
     timesteps = timestep.float().numpy() if ahead else None
-    slot.start(as_arrays(conditioning), slot.denoiser.plan(plan), order, timesteps, **options)
+    forecasts = replace(slot.denoiser.forecasts(plan=plan, order=order), **options)
+    slot.start(as_arrays(conditioning), forecasts, timesteps)
 
 
 def advance(slot: Slot, inputs, step: int, ahead=True) -> torch.Tensor:

@@ -100,7 +100,7 @@ def test_random_inputs_of_qwen_agree_with_each_other(eager):
     data = random_trajectory(eager("qwen-image"), 2, {"image_tokens": 6, "text_tokens": 4})
     assert data.conditioning["img_shapes"].tolist() == [[[1, 3, 2]]]
     slot = eager("qwen-image").slot(eager("qwen-image").sizes(data.latents.shape[1:], data.conditioning))
-    slot.start(data.conditioning, slot.denoiser.plan("F."), None, data.timesteps)
+    slot.start(data.conditioning, slot.denoiser.forecasts(plan="F."), data.timesteps)
     assert all(np.isfinite(slot.step(latent)).all() for latent in data.latents)
 
 

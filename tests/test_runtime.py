@@ -220,13 +220,13 @@ def test_newton(case):
 
 
 def test_default_order_and_plan_are_the_bundle_s(case):
-    plan = case.denoiser.plan(steps=7)
+    plan = case.denoiser.forecasts(steps=7).plan
     assert str(plan) == "FF...F."  # interval 4, warm-up 2
-    assert len(case.denoiser.plan()) == 20
+    assert len(case.denoiser.forecasts()) == 20
     inputs = case.inputs(7)
     assert torch.equal(run(case.denoiser, inputs, str(plan)), run(case.denoiser, inputs, str(plan), 2))
     with pytest.raises(ConfigError, match="pass a plan of 7 characters or run 3 steps"):
-        case.denoiser.plan("FF.", steps=7)
+        case.denoiser.forecasts(plan="FF.", steps=7)
 
 
 # Requests and slots
@@ -334,7 +334,7 @@ def test_what_goes_in_and_out_is_copied(case):
     clean = run(case.denoiser, inputs, "FF.")
     slot = open_slot(case.denoiser, inputs)
     conditioning = {n: v.copy() for n, v in as_arrays(inputs[2]).items()}
-    slot.start(conditioning, slot.denoiser.plan("FF."), None, inputs[1].float().numpy())
+    slot.start(conditioning, slot.denoiser.forecasts(plan="FF."), inputs[1].float().numpy())
     outputs = []
     for step in range(3):
         latents = inputs[0][step].numpy().copy()
@@ -350,7 +350,7 @@ def test_wider_kinds_are_accepted(case):
     inputs = case.inputs(2)
     slot = open_slot(case.denoiser, inputs)
     wide = {n: v.astype("float64" if v.dtype.kind == "f" else "int32") for n, v in as_arrays(inputs[2]).items()}
-    slot.start(wide, slot.denoiser.plan("F."), None, inputs[1].double().numpy())
+    slot.start(wide, slot.denoiser.forecasts(plan="F."), inputs[1].double().numpy())
     seen = [torch.from_numpy(slot.step(x.double().numpy())) for x in inputs[0]]
     assert torch.equal(torch.stack(seen), run(case.denoiser, inputs, "F."))
 
@@ -403,7 +403,7 @@ def without(mapping, key):
 def test_missing_and_unknown_inputs(case):
     inputs = case.inputs(2)
     slot, arrays = open_slot(case.denoiser, inputs), as_arrays(inputs[2])
-    plan = case.denoiser.plan("F.")
+    plan = case.denoiser.forecasts(plan="F.")
     for key in arrays:
         with pytest.raises(StepError, match=rf"`{key}` is missing, expected .*; pass it with the conditioning"):
             slot.start(without(arrays, key), plan)
@@ -414,7 +414,7 @@ def test_missing_and_unknown_inputs(case):
 def test_conditioning_of_another_shape(case):
     inputs = case.inputs(2)
     slot, arrays = open_slot(case.denoiser, inputs), as_arrays(inputs[2])
-    plan = case.denoiser.plan("F.")
+    plan = case.denoiser.forecasts(plan="F.")
     for key, value in arrays.items():
         with pytest.raises(StepError, match=rf"`{key}` .* pass `{key}` "):
             slot.start({**arrays, key: value[..., None]}, plan)
@@ -426,7 +426,7 @@ def test_conditioning_of_another_shape(case):
 def test_conditioning_that_is_no_number(case):
     inputs = case.inputs(2)
     slot, arrays = open_slot(case.denoiser, inputs), as_arrays(inputs[2])
-    plan = case.denoiser.plan("F.")
+    plan = case.denoiser.forecasts(plan="F.")
     for key, value in arrays.items():
         with pytest.raises(StepError, match=rf"`{key}` is complex64, expected \w+; convert it before the call"):
             slot.start({**arrays, key: value.astype(np.complex64)}, plan)
@@ -479,16 +479,16 @@ def test_timesteps_that_do_not_fit(case):
     slot, arrays = open_slot(case.denoiser, inputs), as_arrays(inputs[2])
     known = inputs[1].float().numpy()
     with pytest.raises(ConfigError, match=r"is 3 steps long, expected 2 .*; pass a plan of 2 characters"):
-        slot.start(arrays, case.denoiser.plan("FF."), None, known[:2])
+        slot.start(arrays, case.denoiser.forecasts(plan="FF."), known[:2])
     with pytest.raises(StepError, match="`timestep` has 1 values that are NaN"):
-        slot.start(arrays, case.denoiser.plan("FF."), None, [*known[:2], np.nan])
+        slot.start(arrays, case.denoiser.forecasts(plan="FF."), [*known[:2], np.nan])
     for shape in ((3, 1), (1, 3), ()):
         with pytest.raises(StepError, match=r"`timestep` .*\[steps\]"):
-            slot.start(arrays, case.denoiser.plan("FF."), None, np.zeros(shape))
-    slot.start(arrays, case.denoiser.plan("FF."))
+            slot.start(arrays, case.denoiser.forecasts(plan="FF."), np.zeros(shape))
+    slot.start(arrays, case.denoiser.forecasts(plan="FF."))
     with pytest.raises(StepError, match=r"timestep of step 0 is unknown, expected it from start\(\) or step\(\)"):
         slot.step(inputs[0][0].numpy())
-    slot.start(arrays, case.denoiser.plan("FF."), None, known)
+    slot.start(arrays, case.denoiser.forecasts(plan="FF."), known)
     with pytest.raises(StepError, match=r"timestep is .* at step 0, expected .* as prepared; leave timesteps out"):
         slot.step(inputs[0][0].numpy(), float(known[1]))
     assert torch.isfinite(advance(slot, inputs, 0, ahead=False)).all()
@@ -509,7 +509,7 @@ def test_a_refused_start_leaves_the_request_under_way(case):
     seen = []
     for step in range(5):
         with pytest.raises(StepError, match="is missing"):
-            slot.start({}, case.denoiser.plan("F."))
+            slot.start({}, case.denoiser.forecasts(plan="F."))
         with pytest.raises(ConfigError, match="export again with --order 4"):
             begin(slot, case.inputs(5, seed=1), plan, 4)
         seen.append(advance(slot, inputs, step))

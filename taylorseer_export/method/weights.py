@@ -69,14 +69,7 @@ def exact_weights(full_steps: Sequence[int], step: int, order: int, form: Form =
         )
     _check_increasing(full_steps, step)
     distances = tuple(step - earlier for earlier in full_steps[-(order + 1) :])
-    if form == "taylor":
-        return _taylor(distances)
-    if form == "newton":
-        return _newton(distances)
-    raise ConfigError(
-        f"form is `{form}`, expected one of {', '.join(f'`{name}`' for name in get_args(Form))}; "
-        "use `taylor` for the method of the paper"
-    )
+    return _taylor(distances) if check_form(form) == "taylor" else _newton(distances)
 
 
 def forecast_weights(full_steps: Sequence[int], step: int, order: int, form: Form = "taylor") -> tuple[float, ...]:
@@ -177,6 +170,17 @@ def update_scales(full_steps_before: Sequence[int], step: int, order: int) -> tu
     _check_increasing(full_steps_before, step)
     known = len(full_steps_before)
     return tuple(1 / (step - full_steps_before[-1]) if j < known else 0.0 for j in range(order))
+
+
+def check_form(form: str) -> Form:
+    """The form itself; one that is not known is refused with a `ConfigError`."""
+    for known in get_args(Form):
+        if form == known:
+            return known  # type: ignore[no-any-return]
+    raise ConfigError(
+        f"form is `{form[:64]}`, expected one of {', '.join(f'`{name}`' for name in get_args(Form))}; "
+        "use `taylor` for the method of the paper"
+    )
 
 
 def check_order(order: int) -> None:

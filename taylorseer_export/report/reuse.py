@@ -28,7 +28,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request
@@ -69,12 +69,12 @@ class ReuseErrors:
         size = trajectory.predictions[0][0].size
         chosen = np.random.default_rng(0).permutation(size)[:_ELEMENTS]
         errors = np.zeros((samples, len(self.index), len(chosen)), np.float32)
-        loop = Loop(denoiser, trajectory.request, Plan("F" * self.steps))
+        loop = Loop(denoiser, trajectory.request, Forecasts(Plan.all_full(self.steps), 0))
         for source in range(self.steps - 1):
             # Of one length whatever the source, so that the prepare graph is bound once.
             steps = np.minimum(np.arange(source, source + self.window + 1), self.steps - 1)
-            plan = Plan("F" + "." * self.window)
-            slot.start(trajectory.request, plan, 0, trajectory.model_timesteps[steps])
+            reuse = Forecasts(Plan("F" + "." * self.window), 0)
+            slot.start(trajectory.request, reuse, trajectory.model_timesteps[steps])
             for step in range(source, min(source + self.window, self.steps - 1) + 1):
                 found = loop.prediction(slot.step(loop.model_input(trajectory.latents[step])))
                 if step > source:
@@ -91,7 +91,7 @@ def all_full(
     denoiser: Denoiser, slot: Branches, request: Request, steps: int, on_step: Callable[[], object]
 ) -> Trajectory:
     """Run the loop with every step full, and keep what it went through."""
-    loop = Loop(denoiser, request, Plan("F" * steps), 0)
+    loop = Loop(denoiser, request, Forecasts(Plan.all_full(steps), 0))
     slot.begin(loop)
     latents, predictions, reach = [loop.latents], [], []
     for _ in range(steps):

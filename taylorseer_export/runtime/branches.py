@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request
 from taylorseer_export.runtime.schedule import ForecastStep, FullStep
@@ -31,10 +31,10 @@ class Branches:
         for slot, conditioning in zip(self.slots, loop.request.branches, strict=True):
             loop.start(slot, conditioning)
 
-    def start(self, request: Request, plan: Plan, order: int, timesteps: Sequence[float] | np.ndarray) -> None:
+    def start(self, request: Request, forecasts: Forecasts, timesteps: Sequence[float] | np.ndarray) -> None:
         """Start a request at steps of another loop; the arguments are those of `Slot.start`."""
         for slot, conditioning in zip(self.slots, request.branches, strict=True):
-            slot.start(conditioning, plan, order, timesteps)
+            slot.start(conditioning, forecasts, timesteps)
 
     def step(self, latents: Any) -> np.ndarray:
         """`noise_pred` of all slots, one after the other along the batch."""
@@ -98,7 +98,7 @@ class Pool:
 
     def of(self, request: Request) -> Branches:
         """Branches that fit a request; whoever holds them starts them anew."""
-        sizes = Loop(self._denoiser, request, Plan("F")).branches
+        sizes = Loop(self._denoiser, request, Forecasts(Plan("F"), 0)).branches
         key = str([sorted(one.items()) for one in sizes])
         if key not in self._opened:
             self._opened[key] = Branches(self._denoiser, sizes)

@@ -13,14 +13,14 @@ A pipeline calls once for every step and branch, and says neither where a loop b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from taylorseer_export.errors import StepError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.slot import Slot
 
 
@@ -89,12 +89,10 @@ class Request:
     """A request and where it is.
 
     Attributes:
-        plan: Its plan; one that is not `fixed` is lengthened as the loop goes on.
-        order: Order of its forecasts; the bundle's default if None.
+        forecasts: Its plan, which is lengthened as the loop goes on where it is not `fixed`, and how it is forecast.
         declared: Begun by the user, so that no call is taken for the first of another request.
         renewed: Opened only because the conditioning was new tensors, of equal values.
         timesteps: Of all steps, where they are known ahead.
-        weights: Of each step of a calibrated plan; the forecasts' own if None.
         over: No further call belongs to it.
         step: The step under way, -1 before the first.
         ran: Branches that ran in it.
@@ -102,13 +100,11 @@ class Request:
         first, last, direction: Timesteps seen, and the sign of their movement, 0 while it is not known.
     """
 
-    plan: Plan
+    forecasts: Forecasts
     fixed: bool
-    order: int | None
     declared: bool = False
     renewed: bool = False
     timesteps: np.ndarray | None = None
-    weights: Sequence[Sequence[float]] | None = None
     over: bool = False
     step: int = -1
     ran: set[str] = field(default_factory=set)
@@ -170,9 +166,14 @@ class Request:
         self.last = call.timestep
         self.ran, self.decided = set(), None
 
-    def plan_from(self, step: int) -> Plan:
-        """The rest of the plan for a branch that starts at `step`: the first is full, whatever was planned."""
-        return Plan("F" + str(self.plan)[step + 1 :])
+    @property
+    def plan(self) -> Plan:
+        """Which steps are full, as planned."""
+        return self.forecasts.plan
+
+    def forecasts_from(self, step: int) -> Forecasts:
+        """The rest of the forecasts for a branch that starts at `step`: the first is full, whatever was planned."""
+        return replace(self.forecasts, plan=Plan("F" + str(self.plan)[step + 1 :]))
 
     def _fits(self, call: Call) -> bool:
         """Whether latents and timestep of a call may be those of this loop."""

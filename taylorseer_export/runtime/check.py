@@ -17,7 +17,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import GraphName, Tensor
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.errors import BundleError
-from taylorseer_export.method import Guard, Plan
+from taylorseer_export.method import Forecasts, Guard, Plan
 from taylorseer_export.runtime.places import place
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def check_engines(denoiser: Denoiser, seed: int = 0) -> None:
     slot = denoiser.slot(denoiser.sizes(latents.shape, conditioning))
     guards = [None, *(Guard(rule, _ANY_ERROR) for rule in manifest.state.guards[:1])]
     for guard in guards:
-        slot.start(conditioning, Plan("F."), 0, np.full(2, middle, np.float32), guard=guard)
+        slot.start(conditioning, Forecasts(Plan("F."), 0, guard=guard), np.full(2, middle, np.float32))
         _check_two_steps(denoiser, slot, latents)
 
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Tensor
-from taylorseer_export.bundle.profile import Profile, read_profile
+from taylorseer_export.bundle.profile import Profiles
 from taylorseer_export.bundle.shapes import match
 from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
-from taylorseer_export.errors import ConfigError, StepError
-from taylorseer_export.method import Plan
+from taylorseer_export.errors import StepError
+from taylorseer_export.method import Forecasts, RequestOptions, forecasts_from_options
 from taylorseer_export.runtime.check import check_engines
+from taylorseer_export.runtime.contract import defaults_of
 from taylorseer_export.runtime.engines import open_runner
 from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
@@ -79,29 +80,21 @@ class Denoiser:
         self.latent = manifest.graphs["full"].input_of("latent")
         self.timestep = manifest.graphs["prepare"].input_of("step")
         self.constants = request_constants(manifest)
+        self.defaults = defaults_of(manifest)
 
-    def plan(self, text: str | None = None, steps: int | None = None) -> Plan:
-        """The plan a request asks for: its own string, or the bundle's rule over `steps`."""
-        default = self.manifest.plan
-        if text is not None:
-            plan = Plan.parse(text)
-            if steps is not None:
-                plan.check_length(steps)
-            return plan
-        return Plan.regular(steps or default.steps, default.interval, default.warmup, default.dialect)
+    @property
+    def profiles(self) -> Profiles:
+        """The bundle's calibrated plans and weights, by name."""
+        return Profiles(self.bundle)
 
-    def profile(self, name: str, steps: int | None = None) -> Profile:
-        """The bundle's calibrated plan and weights called `name`, refused if it is not for loops of `steps`.
+    def forecasts(self, **options: Any) -> Forecasts:
+        """The forecasts of a request; the options are those of `RequestOptions`, and the bundle's defaults fill them.
 
         Raises:
-            ConfigError: There is no such profile, or it is of another length.
-            BundleError: It is damaged, or of another model.
+            ConfigError: The options contradict each other or the bundle.
+            BundleError: The profile named is damaged, or of another model.
         """
-        if self.bundle is None:
-            raise ConfigError(f"profile is `{name}`, expected none without a bundle on disk; load the bundle first")
-        profile = read_profile(self.bundle, name)
-        profile.check_fits(self.manifest, steps)
-        return profile
+        return forecasts_from_options(RequestOptions(**options), self.defaults, self.profiles)
 
     def sizes(self, latents: tuple[int, ...], conditioning: Mapping[str, np.ndarray]) -> dict[str, int]:
         """Dimension sizes that a request's shapes imply, checked against the bundle's ranges.

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from taylorseer_export.errors import StepError
-from taylorseer_export.method import Guard, Plan
-from taylorseer_export.method.weights import Form
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.clock import clock, scheduler_of
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.slot import Slot
@@ -86,31 +85,23 @@ class Result:
 def sample(
     denoiser: Denoiser,
     request: Request,
-    plan: Plan,
-    order: int | None = None,
-    form: Form = "taylor",
+    forecasts: Forecasts,
     slot: Slot | None = None,
     on_step: Callable[[int], object] | None = None,
-    weights: Sequence[Sequence[float]] | None = None,
-    guard: Guard | None = None,
 ) -> Result:
-    """Run the loop of `plan` from noise to latents.
+    """Run a loop from noise to latents.
 
     Args:
         denoiser: The loaded bundle.
         request: From `label_request`, `caption_request` or `tensor_request`. A second branch gets a slot of its own.
-        plan: Its length is the number of steps.
-        order: Order of the forecasts; the bundle's default if left out.
-        form: `taylor` or `newton`.
+        forecasts: From `Denoiser.forecasts`; the length of their plan is the number of steps.
         slot: A slot to reuse; a new one is opened if left out.
         on_step: Called with each finished step.
-        weights: Of each step, in the place of the form's; those of a profile.
-        guard: What may turn forecast steps of the plan into full ones.
 
     Raises:
         StepError: An input does not fit the bundle, or a step returned a number that is not finite.
     """
-    loop = Loop(denoiser, request, plan, order, form, weights, guard)
+    loop, plan = Loop(denoiser, request, forecasts), forecasts.plan
     slots = [slot or denoiser.slot(loop.sizes), *(denoiser.slot(sizes) for sizes in loop.branches[1:])]
     began = time.perf_counter()
     for branch, conditioning in zip(slots, request.branches, strict=True):
@@ -123,7 +114,7 @@ def sample(
         predictions, decided = [], None
         for branch in slots:  # under a guard the first one decides for all
             predictions.append(branch.advance(model_input, decided=decided).read())
-            decided = branch.executed[-1] if guard else None
+            decided = branch.executed[-1] if forecasts.guard else None
         milliseconds.append(1e3 * (time.perf_counter() - began))
         loop.accept(np.concatenate(predictions))
         if on_step:
@@ -140,7 +131,7 @@ class Loop:
     request; a server does it for many in turn, and both get the same numbers.
 
     Args:
-        denoiser, request, plan, order, form, weights, guard: As in `sample`.
+        denoiser, request, forecasts: As in `sample`.
 
     Attributes:
         step: Steps accepted so far.
@@ -151,29 +142,24 @@ class Loop:
         StepError: An input does not fit the bundle.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        request: Request,
-        plan: Plan,
-        order: int | None = None,
-        form: Form = "taylor",
-        weights: Sequence[Sequence[float]] | None = None,
-        guard: Guard | None = None,
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, request: Request, forecasts: Forecasts) -> None:
         import torch
 
-        self.request, self.plan, self.order, self.form = request, plan, order, form
-        self.weights, self.guard = weights, guard
+        self.request, self.forecasts = request, forecasts
         self._pipeline = denoiser.manifest.pipeline
         self._scheduler = scheduler_of(denoiser.manifest)
-        self._ticks = clock(denoiser.manifest, request.latents.shape, len(plan), request.sigmas, self._scheduler)
+        self._ticks = clock(denoiser.manifest, request.latents.shape, len(forecasts), request.sigmas, self._scheduler)
         self._latents = torch.from_numpy(request.latents * float(getattr(self._scheduler, "init_noise_sigma", 1.0)))
         self._last: list[Any] = []
         self.step = 0
         shape = self.model_input().shape
         self.branches = [denoiser.sizes(shape, conditioning) for conditioning in request.branches]
         self.sizes = self.branches[0]
+
+    @property
+    def plan(self) -> Plan:
+        """Which steps are full, as planned."""
+        return self.forecasts.plan
 
     @property
     def latents(self) -> np.ndarray:
@@ -183,12 +169,12 @@ class Loop:
     def start(self, slot: Slot, conditioning: Mapping[str, np.ndarray] | None = None) -> None:
         """Begin the request in a slot of `sizes`, with the conditioning of another branch where one is given."""
         conditioning = self.request.conditioning if conditioning is None else conditioning
-        slot.start(conditioning, self.plan, self.order, self.model_timesteps, self.form, self.weights, self.guard)
+        slot.start(conditioning, self.forecasts, self.model_timesteps)
 
     def check_executed(self, executed: str) -> None:
         """Fail if the steps that ran are not those planned: only a guard adds full ones."""
         pairs = list(zip(str(self.plan), executed, strict=True))
-        same = all(ran == kind or (self.guard and ran == "F") for kind, ran in pairs)
+        same = all(ran == kind or (self.forecasts.guard and ran == "F") for kind, ran in pairs)
         assert same, "bug in taylorseer-export: the steps that ran are not those planned"
 
     @property

@@ -10,25 +10,19 @@ Shapes: S steps, B batch, M = order + 1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from taylorseer_export.bundle.manifest import GraphName, Tensor
 from taylorseer_export.bundle.shapes import resolve
-from taylorseer_export.errors import ConfigError, StepError
-from taylorseer_export.method import Guard, Plan
-from taylorseer_export.method.weights import Form
-from taylorseer_export.runtime.probe import Probe, check_guard
+from taylorseer_export.errors import StepError
+from taylorseer_export.method import Forecasts, Guard, Plan
+from taylorseer_export.runtime.contract import defaults_of
+from taylorseer_export.runtime.probe import Probe
 from taylorseer_export.runtime.runner import Buffer, Call
-from taylorseer_export.runtime.schedule import (
-    ForecastStep,
-    FullStep,
-    check_request,
-    forecast_step,
-    full_step,
-    schedule,
-)
+from taylorseer_export.runtime.schedule import ForecastStep, FullStep, forecast_step, full_step, schedule
 from taylorseer_export.runtime.values import checked
 
 if TYPE_CHECKING:
@@ -53,7 +47,8 @@ class Slot:
         self.denoiser, self.sizes = denoiser, sizes
         self._runner = denoiser.runner
         manifest = denoiser.manifest
-        self._layout = manifest.state.layout
+        self._capacity = defaults_of(manifest).capacity
+        self._layout = self._capacity.layout
         self._latent_shape = resolve(denoiser.latent.shape, sizes)
         self._buffers: dict[str, Buffer] = {}
         looped = [t for name, g in manifest.graphs.items() if name != "prepare" for t in (*g.inputs, *g.outputs)]
@@ -71,7 +66,7 @@ class Slot:
         self._compared = False
         self._prepared: _Prepared | None = None
         self._steps: list[FullStep | ForecastStep] = []
-        self._forecasts: tuple[int, Form] = (0, "taylor")
+        self._forecasts = Forecasts(Plan("F"), 0)
         self._tables: dict[str, Buffer] = {}
         self._timesteps: np.ndarray | None = None
         self.plan: Plan | None = None
@@ -80,31 +75,21 @@ class Slot:
     def start(
         self,
         conditioning: Mapping[str, Any],
-        plan: Plan,
-        order: int | None = None,
+        forecasts: Forecasts,
         timesteps: Sequence[float] | np.ndarray | None = None,
-        form: Form = "taylor",
-        weights: Sequence[Sequence[float]] | None = None,
-        guard: Guard | None = None,
     ) -> None:
         """Begin a request: check and copy its conditioning, clear the state, prepare all steps.
 
         Args:
             conditioning: Constant inputs by their diffusers argument names.
-            plan: Which steps are full.
-            order: Order of the forecasts; the bundle's default if left out.
+            forecasts: Which steps are full, and how the others are forecast.
             timesteps: `[S]`, the value passed to the transformer at each step. Left out, `step` takes them one by one.
-            form: `taylor` or `newton`.
-            weights: Of each step, in the place of the form's, as `schedule` takes them; those of a profile.
-            guard: What may turn forecast steps of the plan into full ones.
 
         Raises:
-            ConfigError: Plan, order and timesteps do not fit each other or the bundle.
+            ConfigError: Forecasts and timesteps do not fit each other or the bundle.
             StepError: An input is missing, of another shape or dtype, or not finite.
         """
-        manifest = self.denoiser.manifest
-        order = min(manifest.plan.order, manifest.state.order) if order is None else order
-        steps = self._planned(plan, order, form, weights, guard)
+        steps, plan = self._steps_of(forecasts), forecasts.plan
         arrays = {
             n: checked(self.denoiser.constants[n], v) for n, v in conditioning.items() if n in self.denoiser.constants
         }
@@ -126,10 +111,10 @@ class Slot:
             for buffer in buffers.values():
                 buffer.clear()  # what an earlier request left, infinities included, must not reach this one
         self._steps, self.executed, self._timesteps = steps, "", timesteps
-        self._forecasts, self._guard = (order, form), guard
-        if guard is not None:
+        self._forecasts, self._guard = forecasts, forecasts.guard
+        if forecasts.guard is not None:
             assert self._probe is not None
-            self._probe.start(guard, order)
+            self._probe.start(forecasts)
         self._tables = {} if timesteps is None else self._prepare(timesteps)
         self.plan = plan
 
@@ -137,23 +122,16 @@ class Slot:
         """Go on with a longer plan, where the length of the loop is not known ahead; it begins as the one under way."""
         if self.plan is None or not str(plan).startswith(str(self.plan)):
             raise StepError(f"plan is {plan}, expected one that begins with {self.plan}; lengthen the plan under way")
+        self._forecasts = replace(self._forecasts, plan=plan)
         if self._guard is None:
-            self._steps = self._planned(plan, *self._forecasts, None, None)
+            self._steps = self._steps_of(self._forecasts)
         self.plan = plan
 
-    def _planned(
-        self, plan: Plan, order: int, form: Form, weights: Sequence[Sequence[float]] | None, guard: Guard | None
-    ) -> list[FullStep | ForecastStep]:
+    def _steps_of(self, forecasts: Forecasts) -> list[FullStep | ForecastStep]:
         """What the steps of a plan do; under a guard that is known step by step."""
-        capacity = self.denoiser.manifest.state.order
-        if guard is None:
-            return list(schedule(plan, order, capacity, self._layout, form, weights))
-        check_guard(self.denoiser.manifest, guard)
-        check_request(order, capacity, self._layout, form)
-        if weights is not None:
-            raise ConfigError(
-                f"weights are given beside guard {guard}, expected none, since they belong to one plan; leave one out"
-            )
+        if forecasts.guard is None:
+            return list(schedule(forecasts, self._capacity))
+        self._capacity.check(forecasts)
         return []
 
     def step(self, latents: Any, timestep: float | None = None) -> np.ndarray:
@@ -214,12 +192,8 @@ class Slot:
         if planned_full or decided != ".":
             self._probe.measure(self.executed)
         full = planned_full or decided == "F" or (self._compared and not self._probe.forecasts())
-        (order, form), capacity = self._forecasts, self.denoiser.manifest.state.order
-        if full:
-            self._steps.append(full_step(Plan(self.executed + "F"), number, order, capacity, self._layout))
-        else:
-            so_far = Plan(self.executed + ".")
-            self._steps.append(forecast_step(so_far, number, order, capacity, self._layout, form))
+        so_far = replace(self._forecasts, plan=Plan(self.executed + ("F" if full else ".")))
+        self._steps.append((full_step if full else forecast_step)(so_far, number, self._capacity))
 
     def run(self) -> None:
         """The second third of `step`: the engine call. A call shared with other slots (`SharedCalls`) replaces it."""
@@ -241,10 +215,8 @@ class Slot:
 
         The weights stay, so `step` then runs with the last ones tried; the request does not advance.
         """
-        assert self.plan is not None
-        number, (order, form), state = len(self.executed), self._forecasts, self.denoiser.manifest.state
-        step = forecast_step(self.plan, number, order, state.order, self._layout, form, weights)
-        self._steps[number] = step
+        number = self._number()
+        self._steps[number] = forecast_step(self._forecasts, number, self._capacity, weights)
         self.stage(latents)
         self.run()
         return self._buffers["noise_pred"].read()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from threading import Condition, Thread
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from taylorseer_export.bundle.memory import request_bytes, size
 from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
-from taylorseer_export.method import Guard, Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser, Slot
@@ -114,7 +114,7 @@ class Service:
         for calls in self._calls:
             for count in range(1, len(slots) + 1):
                 for slot in slots[:count]:
-                    slot.start(trajectory.conditioning, Plan("F."), 0, trajectory.timesteps)
+                    slot.start(trajectory.conditioning, Forecasts(Plan("F."), 0), trajectory.timesteps)
                 for latents in trajectory.latents:
                     for slot in slots[:count]:
                         slot.stage(latents)
@@ -156,29 +156,22 @@ class Service:
     def submit(
         self,
         request: Request,
-        plan: Plan,
-        order: int | None,
+        forecasts: Forecasts,
         caller: Caller,
         timeout: float | None = None,
-        weights: Sequence[Sequence[float]] | None = None,
-        guard: Guard | None = None,
     ) -> None:
         """Take a request; its answer comes through `caller`.
 
         Args:
-            request: As for `sample`.
-            plan: Which steps are full.
-            order: Of the forecasts; the bundle's default if left out.
+            request, forecasts: As for `sample`.
             caller: Who gets the answer.
             timeout: Seconds after which it is given up; never if left out.
-            weights: Of each step, in the place of the paper's; those of a profile.
-            guard: What may turn forecast steps of the plan into full ones.
 
         Raises:
             ConfigError, StepError: The request does not fit the bundle or a slot; nothing was queued.
             ServeError: The queue is full, or the service is closing.
         """
-        loop = Loop(self.denoiser, request, plan, order, weights=weights, guard=guard)
+        loop = Loop(self.denoiser, request, forecasts)
         self._check_size(loop)
         ticket = _Ticket(loop, caller, ids_of(self.denoiser, request.conditioning))
         deadline = inf if timeout is None else time.monotonic() + timeout
@@ -278,7 +271,7 @@ class Service:
 
     def _settle(self, job: Job) -> None:
         """Under a guard the probe says which kind of step comes, and so with whom it may share a call."""
-        if job.work.loop.guard is not None:
+        if job.work.loop.forecasts.guard is not None:
             job.work.slot.stage(job.work.loop.model_input())
             job.work.staged = True
 

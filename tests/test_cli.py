@@ -16,19 +16,15 @@ from taylorseer_export.families import FAMILIES
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """The embedded DiT, exported once: the folder of its bundle."""
-    out = tmp_path_factory.mktemp("engines")
-    assert cli.main(["dit", "--order", "2", "--out", str(out)]) == 0
-    return out / "dit-tiny"
+def digits(embedded):
+    """The embedded DiT: the folder of its bundle."""
+    return embedded("digits")
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    """The embedded Wan, exported once: the folder of its bundle."""
-    out = tmp_path_factory.mktemp("engines")
-    assert cli.main(["wan", "--out", str(out)]) == 0
-    return out / "wan-tiny"
+def videos(embedded):
+    """The embedded Wan: the folder of its bundle."""
+    return embedded("videos")
 
 
 @pytest.fixture
@@ -66,6 +62,19 @@ def test_export_says_it_is_the_embedded_model_and_prints_the_card_first(tmp_path
     text = "\n".join(lines)
     assert "FFF.....F.....F" in text and "50 steps, 10 full" in text and "5.00x" in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("digits", ["dit", "--order", "2"]), ("videos", ["wan"])], ids=["dit", "wan"]
+)
+def test_the_command_line_writes_what_the_tests_read(embedded, tmp_path, name, arguments):
+    """The bundles of the other tests here are written without the command line; these two differ in nothing."""
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    (made,) = tmp_path.iterdir()
+    assert made.name == embedded(name).name
+    again, kept = (json.loads((folder / MANIFEST).read_bytes()) for folder in (made, embedded(name)))
+    assert again == kept
 
 
 def test_aliases_that_users_know(tmp_path, capsys):
@@ -187,11 +196,16 @@ def test_a_family_without_pictures_is_sampled_verified_and_timed(videos, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "tensors", "expected"),
     [
-        (["--prompt", "x"], {}, "--prompt is given for family wan, expected it for flux"),
-        (["--label", 1], {}, "--label is given for family wan, expected it for dit"),
+        (
+            ["--prompt", "x"],
+            {},
+            "--prompt is given for family wan, expected --inputs, since this bundle draws from tensors",
+        ),
+        (["--label", 1], {}, "--label is given for family wan, expected --inputs"),
         (["--out", "x.png"], {}, "expected NAME.safetensors"),
         (["--size", "32x48"], {}, "expected FxHxW (frames first)"),
-        (["--size", "5x40x48"], {}, "latent height is 5, expected a multiple of 2"),
+        (["--size", "5x40x48"], {}, "--size is 5x40x48, a latent of 2x5x6, expected [frames, 2*rows, 2*columns]"),
+        (["--size", "5x32x8192"], {}, "--size is 5x32x8192, of `columns` 512, expected 2 to "),
         ([], {"other": (1,)}, "input `other` is not known, expected encoder_hidden_states"),
         ([], {"negative_encoder_hidden_states": (1, 5, 32)}, "input `encoder_hidden_states` is missing"),
         ([], {"encoder_hidden_states": (3, 5, 32)}, "has 3 rows, expected 1 or 2"),

@@ -9,7 +9,7 @@ import pytest
 from harness import as_arrays
 from hypothesis import given
 from hypothesis import strategies as st
-from test_profile import made, weights_of
+from profiles import made, weights_of
 
 from taylorseer_export.bundle.profile import write_profile
 from taylorseer_export.bundle.store import open_bundle

@@ -8,7 +8,6 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import BUNDLES, ON_GPU, PACKAGES
 from harness import (
     FLOAT32,
     NEEDS_GPU,
@@ -24,6 +23,7 @@ from harness import (
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import assert_close
+from tiny_bundles import BUNDLES, ON_GPU, PACKAGES
 
 from taylorseer_export.bundle.manifest import Graph, Tensor
 from taylorseer_export.compile.export import PRECISIONS
@@ -428,8 +428,8 @@ def test_conditioning_that_is_no_number(case):
     slot, arrays = open_slot(case.denoiser, inputs), as_arrays(inputs[2])
     plan = case.denoiser.forecasts(plan="F.")
     for key, value in arrays.items():
-        with pytest.raises(StepError, match=rf"`{key}` is bool, expected \w+; convert it before the call"):
-            slot.start({**arrays, key: value.astype(bool)}, plan)
+        with pytest.raises(StepError, match=rf"`{key}` is complex64, expected \w+; convert it before the call"):
+            slot.start({**arrays, key: value.astype(np.complex64)}, plan)
         if value.dtype.kind == "f":
             bad = value.copy()
             bad.flat[[0, -1]] = np.nan, np.inf

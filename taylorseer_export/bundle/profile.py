@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import ConfigDict, Field, model_validator
-from typing_extensions import Self
 
 from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.bundle.manifest import Manifest

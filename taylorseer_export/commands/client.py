@@ -9,7 +9,7 @@ from typing import Any
 from taylorseer_export.commands.options import plan_options
 from taylorseer_export.commands.terminal import need, progress, read_tensors, request_options, write_tensors
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.values import size, whole
+from taylorseer_export.values import real, size, whole
 
 SUMMARY = "Send a request to a served model: a picture, or tensors."
 
@@ -21,14 +21,19 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol", choices=("http", "grpc", "stream"), help="default: stream for MODEL-stream, else grpc"
     )
-    parser.add_argument("--prompt", help="caption to draw (flux)")
-    parser.add_argument("--label", type=whole(0), help="class to draw (dit)")
+    parser.add_argument("--prompt", help="caption to draw (models with captions)")
+    parser.add_argument("--label", type=whole(0), help="class to draw (models of classes)")
     parser.add_argument("--inputs", type=Path, help="safetensors with the inputs of a denoiser model")
     parser.add_argument("--seed", type=whole(0), help="of the noise (default: 0)")
     parser.add_argument("--size", type=size, metavar="HxW", help="picture in pixels (default: 32x32)")
     plan_options(parser)
     parser.add_argument("--guidance-scale", type=float, help="dimensionless (default: the bundle's)")
-    parser.add_argument("--timeout", type=float, help="seconds after which the server gives up (default: never)")
+    parser.add_argument(
+        "--timeout",
+        type=real(0),
+        default=600.0,
+        help="seconds after which server and client give up (default: %(default)g)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="picture.png or latents.safetensors")
 
 

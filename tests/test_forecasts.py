@@ -1,15 +1,17 @@
 """A request's forecasts: one value, one set of rules, and doors that accept and refuse the same in the same words."""
 
+import shutil
 from dataclasses import fields, replace
 from fractions import Fraction
 from inspect import signature
+from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import as_arrays
 from hypothesis import given
 from hypothesis import strategies as st
-from test_profile import made, weights_of
+from profiles import made, weights_of
 
 from taylorseer_export.bundle.profile import write_profile
 from taylorseer_export.bundle.store import open_bundle
@@ -116,11 +118,7 @@ TABLE = [
 def denoiser(bundles, onnx, tmp_path_factory):
     """The bundle `flux` with the profile `fast`, which has a threshold for `cg`."""
     folder, source = tmp_path_factory.mktemp("forecasts"), bundles("flux")
-    for path in source.rglob("*"):
-        if path.is_file():
-            (folder / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path.relative_to(source)).hardlink_to(path)
-    bundle = open_bundle(folder)
+    bundle = open_bundle(Path(shutil.copytree(source, folder / "flux")))
     write_profile(bundle, made(bundle.manifest, thresholds={"cg": 0.25}))
     state = bundle.manifest.state.model_copy(update={"guards": ("cg",)})  # of the three that it has
     return Denoiser(bundle.manifest.model_copy(update={"state": state}), onnx("flux").runner, bundle)
@@ -276,7 +274,7 @@ def test_weights_that_do_not_sum_to_one(denoiser, weights, total):
     with pytest.raises(ConfigError) as error:
         Forecasts(plan, order, weights=((), (), weights))
     assert text in str(error.value)
-    with pytest.raises(ValueError, match="weights of step 2 sum to"):
+    with pytest.raises(ValueError, match=r"weights of step 2 sum to|weights\.2\.0\n  Input should be a finite number"):
         made(denoiser.manifest, plan=str(plan), weights=((), (), weights))
 
 

@@ -455,7 +455,7 @@ def test_a_turn_that_does_not_end_is_seen(denoiser, serve, tiny, monkeypatch):
             entered.set()
             held.wait(SECONDS)
 
-    service.submit(request_of(denoiser, tiny, 0), Plan("FFF"), 0, caller := Holding())
+    service.submit(request_of(denoiser, tiny, 0), Forecasts(Plan("FFF"), 0), caller := Holding())
     assert entered.wait(SECONDS)
     first = service.stalled
     assert service.stalled > first > 0.0

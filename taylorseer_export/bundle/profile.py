@@ -131,13 +131,13 @@ class Profiles(Mapping[str, Profile]):
         return read_profile(self._bundle, name)
 
     def __contains__(self, name: object) -> bool:
-        return name in list(self)
+        return any(name == other for other in self)
 
     def __iter__(self) -> Iterator[str]:
         return iter(profile_names(self._bundle) if self._bundle else ())
 
     def __len__(self) -> int:
-        return len(list(self))
+        return sum(1 for _ in self)
 
 
 def write_profile(bundle: Bundle, profile: Profile) -> Path:

@@ -33,7 +33,9 @@ def request_options(given: argparse.Namespace, steps: int | None = None) -> Requ
     from taylorseer_export.method import RequestOptions
 
     values = {field.name: getattr(given, field.name, None) for field in fields(RequestOptions)}
-    return RequestOptions(**{**values, "accumulate": given.accumulate, "steps": steps or values["steps"]})
+    return RequestOptions(
+        **{**values, "accumulate": given.accumulate, "steps": values["steps"] if steps is None else steps}
+    )
 
 
 def forecasts_of(denoiser: Denoiser, given: argparse.Namespace, steps: int | None = None) -> Forecasts:

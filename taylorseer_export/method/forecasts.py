@@ -16,10 +16,11 @@ What is not read is refused, never ignored.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum, isfinite
+from math import fsum
 from numbers import Real
 from typing import Literal, Protocol, get_args
 
@@ -36,6 +37,7 @@ Weights = tuple[tuple[float, ...], ...]
 
 _SHOWN = 64  # characters of a name that a message repeats
 _FLOAT32 = 2.0**-24  # unit roundoff of the engines' weights
+_LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
 _HALF = 0.5  # a sum known no better than this cannot be told from 0 or 2
 
 
@@ -83,7 +85,7 @@ def check_weights(plan: Plan, order: int, weights: Sequence[Sequence[float]]) ->
 
     A sum is 1 as far as the engines can tell, which read every weight rounded to float32:
 
-        |Σᵢ w[i] - 1|  ≤  min(2⁻²⁴ Σᵢ |w[i]|, 1/2)
+        |Σᵢ w[i] - 1|  ≤  min(2⁻²⁴ Σᵢ |w[i]|, 1/2),    every w[i] finite in float32
 
     Args:
         plan: Which steps are full.
@@ -103,8 +105,8 @@ def check_weights(plan: Plan, order: int, weights: Sequence[Sequence[float]]) ->
                 f"step {step} has {len(given)} weights, expected {count}, one for each snapshot of its history; "
                 "give weights made for this plan and order"
             )
-        total = fsum(given) if all(map(isfinite, given)) and isfinite(gain(given)) else float("nan")
-        if not abs(total - 1) <= min(_FLOAT32 * gain(given), _HALF):
+        total = fsum(given) if all(abs(weight) <= _LARGEST for weight in given) else math.nan
+        if math.isnan(total) or abs(total - 1) > min(_FLOAT32 * gain(given), _HALF):
             raise ConfigError(
                 f"weights of step {step} sum to {total:.9g}, expected 1 (dimensionless); calibrate again, or divide "
                 "them by their sum"

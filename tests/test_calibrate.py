@@ -20,9 +20,8 @@ from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.plan_search import Planner, best_weights, directions, regular_plan
 from taylorseer_export.report.reuse import ReuseErrors, all_full
 from taylorseer_export.report.samples import groups
-from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import load
-from taylorseer_export.runtime.sampling import sample
+from taylorseer_export.runtime.sampling import Pool, sample
 from taylorseer_export.runtime.trajectory import random_conditioning
 
 
@@ -118,7 +117,7 @@ def test_reuse_errors_are_what_they_say(digits):
     trajectory = all_full(denoiser, slot, request, 6, lambda: None)
     errors.add(denoiser, slot, trajectory, lambda: None)
     plan = Plan("F..")
-    slot.start(request, Forecasts(plan, 0), trajectory.model_timesteps[2:5])
+    slot.start(request.branches, Forecasts(plan, 0), trajectory.model_timesteps[2:5])
     expected = []
     for step, noise_pred in enumerate([slot.step(np.concatenate([x, x]))[:, :1] for x in trajectory.latents[2:5]], 2):
         conditional, unconditional = np.split(noise_pred, 2)

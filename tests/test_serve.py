@@ -23,6 +23,7 @@ from taylorseer_export.errors import BundleError, ConfigError, ServeError, StepE
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request, sample
+from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
 from taylorseer_export.runtime.trajectory import random_conditioning
 from taylorseer_export.serve import contract, probe, server
@@ -391,7 +392,7 @@ def test_a_failing_request_harms_nobody(denoiser, serve, tiny, monkeypatch, faul
     service = serve(slots=3, workers=1)
     bad, good = Caller(fails_at=2 if fault == "caller" else None), [Caller(), Caller()]
     poisoned = request_of(denoiser, tiny, 7)
-    accept = type(denoiser.slot(denoiser.sizes(poisoned.latents.shape, poisoned.conditioning))).finish
+    accept = Slot.finish
 
     def finish(slot):
         prediction = accept(slot)
@@ -402,14 +403,14 @@ def test_a_failing_request_harms_nobody(denoiser, serve, tiny, monkeypatch, faul
         return prediction
 
     if fault != "caller":
-        from taylorseer_export.runtime.denoiser import Slot
-        from taylorseer_export.runtime.sampling import Loop
-
         monkeypatch.setattr(Slot, "finish", finish)
-        start = Loop.start
-        monkeypatch.setattr(
-            Loop, "start", lambda loop, slot: (setattr(slot, "_mark", loop.request), start(loop, slot))[1]
-        )
+        begin = Loop.begin
+
+        def marked(loop, branches):
+            branches.slots[0]._mark = loop.request
+            begin(loop, branches)
+
+        monkeypatch.setattr(Loop, "begin", marked)
     service.submit(request_of(denoiser, tiny, 0), Forecasts(Plan("FFF..F"), 2), good[0])
     service.submit(poisoned, Forecasts(Plan("FFF..F"), 2), bad)
     service.submit(request_of(denoiser, tiny, 1), Forecasts(Plan("FFF..F"), 2), good[1])

@@ -9,22 +9,47 @@ call is (`calls.py` tells by what rule); nothing is hooked and nothing is global
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.errors import ConfigError, StepError
-from taylorseer_export.method import Forecasts, Guard, RequestOptions, forecasts_from_options
+from taylorseer_export.method import (
+    BundleDefaults,
+    CalibratedPlan,
+    Forecasts,
+    Guard,
+    RequestOptions,
+    forecasts_from_options,
+)
 from taylorseer_export.runtime.arguments import form_of
 from taylorseer_export.runtime.calls import Branch, Call, Request, Seen, host_array
-from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Loaded(Protocol):
+    """What the drop-in needs of a denoiser."""
+
+    manifest: Manifest
+    runner: Runner
+    device: str
+    latent: Tensor
+    timestep: Tensor
+    constants: dict[str, Tensor]
+    defaults: BundleDefaults
+
+    @property
+    def profiles(self) -> Mapping[str, CalibratedPlan]: ...
+    def sizes(self, latents: tuple[int, ...], conditioning: Mapping[str, np.ndarray]) -> dict[str, int]: ...
+    def slot(self, sizes: Mapping[str, int]) -> Slot: ...
 
 
 class DropIn(torch.nn.Module):
@@ -55,7 +80,7 @@ class DropIn(torch.nn.Module):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Loaded,
         plan: str | None = None,
         steps: int | None = None,
         interval: int | None = None,

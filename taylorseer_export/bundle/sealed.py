@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
+from pathlib import Path
 from typing import Annotated, ClassVar, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +19,7 @@ from typing_extensions import Self
 
 from taylorseer_export.errors import BundleError
 
+LARGEST = 16 << 20  # bytes of a sealed file; the largest published model's manifest takes a hundredth of it
 SCHEMA_VERSION = 1
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -102,6 +106,30 @@ class Sealed(Part):
         return hashlib.sha256(_canonical(body)).hexdigest()
 
 
+def content(path: Path, expected: str) -> bytes:
+    """The bytes of a sealed file, a regular one of at most `LARGEST`: what else may lie there is not read.
+
+    Args:
+        path: The file, links followed.
+        expected: What it is, and the remedy, for the errors.
+
+    Raises:
+        BundleError: It is missing, unreadable, no regular file, or too large.
+    """
+    try:
+        # A pipe is opened without waiting for a writer, and then seen to be one.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(handle, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise BundleError(f"{path} is no regular file, expected {expected}")
+            data = stream.read(LARGEST + 1)
+    except OSError as error:
+        raise BundleError(f"{path} is not readable ({error.strerror}), expected {expected}") from error
+    if len(data) > LARGEST:
+        raise BundleError(f"{path} is more than {LARGEST} bytes, expected {expected}")
+    return data
+
+
 def _canonical(value: object) -> bytes:
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return f"{text}\n".encode("ascii")
@@ -113,6 +141,9 @@ def _refuse(constant: str) -> NoReturn:
 
 def _first_problem(error: ValidationError, kind: str) -> str:
     problem = error.errors(include_url=False)[0]
+    if not problem["loc"] and isinstance(problem["input"], dict):
+        said = problem["msg"].removeprefix("Value error, ")
+        return f"is {kind} that contradicts itself, expected one that agrees: {said}"
     where = ".".join(map(str, problem["loc"])) or kind.split()[-1]
     seen = repr(problem["input"])
     if len(seen) > 60:

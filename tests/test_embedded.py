@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +23,6 @@ from taylorseer_export.embedded.picture import (
 )
 from taylorseer_export.errors import CheckpointError, ConfigError
 from taylorseer_export.families import FAMILIES
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 ASSETS = Path(taylorseer_export.__file__).parent / "assets"
 RANDOM = sorted(set(FAMILIES) - {"dit", "flux"})
@@ -289,7 +286,7 @@ def test_random_models_are_opened_where_no_model_is_named(family):
 
 def test_random_models_are_what_the_tool_makes(tmp_path):
     """The smallest again, from its seed: the bits of torch's generator on a CPU are the same everywhere."""
-    random_tiny = pytest.importorskip("random_tiny")
+    random_tiny = pytest.importorskip("assets.random_tiny")
     from safetensors.numpy import load_file
 
     random_tiny.write("hunyuan-video", tmp_path)

@@ -1,6 +1,5 @@
 """Serving without a server: who runs next, what each request gets, and the repository that is written."""
 
-import os
 import shutil
 import threading
 from dataclasses import replace
@@ -11,7 +10,7 @@ import pytest
 from harness import as_arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_profile import made, weights_of
+from profiles import made, weights_of
 
 from taylorseer_export.bundle.memory import request_bytes
 from taylorseer_export.bundle.profile import write_profile
@@ -475,7 +474,7 @@ def test_a_repository_is_whole_versioned_and_checks_its_bundle(bundles, tmp_path
 
 def test_profiles_go_with_their_bundle_and_a_damaged_one_is_found(bundles, tmp_path):
     folder, models = tmp_path / "bundle", tmp_path / "models"
-    shutil.copytree(bundles("dit"), folder, copy_function=os.link)
+    shutil.copytree(bundles("dit"), folder)
     bundle = open_bundle(folder)
     path = write_profile(bundle, made(bundle.manifest))
     (version,) = write_repository(folder, models, Deployment(models=("denoiser",)))

@@ -29,31 +29,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cards
+import diffusers
 import torch
+from contestants import HOOKS, hook_schedule
+from record import circumstances, record_options, write_record
+from tiny_models import dit_inputs, flux_inputs, randomised, tiny_dit, tiny_flux
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import diffusers  # noqa: E402
-from contestants import HOOKS, hook_schedule  # noqa: E402
-from full_size import MODELS  # noqa: E402
-from record import RESULTS, circumstances, write_record  # noqa: E402
-from tiny_models import dit_inputs, flux_inputs, randomised, tiny_dit, tiny_flux  # noqa: E402
-
-from taylorseer_export.bundle.memory import role_bytes, state_bytes  # noqa: E402
-from taylorseer_export.checkpoint.checkpoint import Checkpoint  # noqa: E402
-from taylorseer_export.compile import export  # noqa: E402
-from taylorseer_export.compile.eager import pointwise_sums, weighted, writing  # noqa: E402
-from taylorseer_export.families import FAMILIES  # noqa: E402
-from taylorseer_export.method import Plan  # noqa: E402
-from taylorseer_export.report.verify import compare  # noqa: E402
-from taylorseer_export.runtime.denoiser import Denoiser, Slot  # noqa: E402
-from taylorseer_export.runtime.torch_runner import Recorder, TorchRunner  # noqa: E402
-from taylorseer_export.runtime.trajectory import Trajectory  # noqa: E402
+from taylorseer_export.bundle.memory import role_bytes, state_bytes
+from taylorseer_export.checkpoint.checkpoint import Checkpoint
+from taylorseer_export.compile import export
+from taylorseer_export.compile.eager import pointwise_sums, weighted, writing
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.method import Plan
+from taylorseer_export.report.verify import compare
+from taylorseer_export.runtime.denoiser import Denoiser, Slot
+from taylorseer_export.runtime.torch_runner import Recorder, TorchRunner
+from taylorseer_export.runtime.trajectory import Trajectory
 
 BF16 = torch.bfloat16
 GRACE = 30  # seconds past the budget after which a contestant under way is stopped
-FULL_SIZE = {"flux": "FLUX.1-dev", "dit": "DiT-XL-2-256"}
+FULL_SIZE = {"flux": "flux.1-dev", "dit": "dit-xl-2-256"}
 
 
 class Machine:
@@ -158,7 +154,7 @@ def _model(name: str, tiny: bool, device: str) -> torch.nn.Module:
     if tiny:
         model = tiny_flux() if name == "flux" else tiny_dit()
         return model.to(device, BF16)
-    described = MODELS[FULL_SIZE[name]]["config"]
+    described = cards.config(FULL_SIZE[name])
     kind = getattr(diffusers, FAMILIES[name].model_class)
     torch.set_default_dtype(BF16)
     try:
@@ -457,7 +453,7 @@ def main() -> int:
     parser.add_argument("--loops", type=int, default=2, help="pairs of whole loops")
     parser.add_argument("--no-parity", dest="parity", action="store_false", help="leave out the float32 comparison")
     parser.add_argument("--budget", type=float, default=440, help="seconds after which no contestant begins")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    record_options(parser)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda, expected a GPU that torch can use; try the script with --device cpu --tiny")
@@ -465,7 +461,8 @@ def main() -> int:
         parser.error("--device is cpu without --tiny, expected a GPU for the full-size models; add --tiny")
     began = time.monotonic()
     machine = Machine(args.device, not args.no_compile)
-    where = circumstances() | {"torch_cuda": torch.version.cuda, "compiled": not args.no_compile}
+    where = circumstances(args.out, args.allow_dirty)
+    where |= {"torch_cuda": torch.version.cuda, "compiled": not args.no_compile}
     if machine.cuda:
         where |= {"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
     records = []
@@ -476,7 +473,7 @@ def main() -> int:
         print(table(record), flush=True)
         machine.free()
     whole = where | {"seconds": time.monotonic() - began, "models": records}
-    print(write_record("bench-gpu" if machine.cuda else "bench-gpu-trial", whole, args.out))
+    print(write_record("bench-gpu" if machine.cuda else "bench-gpu-trial", whole, args.out, args.allow_dirty))
     print(json.dumps(whole))
     # The last line is the record; what failed is told apart from it.
     lost = [label for r in records for label, result in r["results"].items() if "ours" in label and "failed" in result]

@@ -40,7 +40,7 @@ def missing() -> str:
     if not (SERVER / "pytriton").is_dir():
         return f"{SERVER} has no server; `make .venv` installs it on Linux x86_64 with glibc 2.35 or newer"
     if not _stub().is_file():
-        return f"the server has no stub for Python {sysconfig.get_python_version()}; use 3.9 to 3.13"
+        return f"the server has no stub for Python {sysconfig.get_python_version()}; use 3.11 to 3.13"
     if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
         return "this Python has no shared libpython, which the server's stub links to"
     return ""

@@ -12,10 +12,9 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Annotated, ClassVar, NoReturn
+from typing import Annotated, ClassVar, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from typing_extensions import Self
 
 from taylorseer_export.errors import BundleError
 

@@ -73,7 +73,7 @@ class CaptionEncoder:
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"vocabulary file {vocabulary_path} is unreadable ({error}), expected "
-                '{"words": [...]} (JSON); run tools/train_tiny.py flux again'
+                '{"words": [...]} (JSON); run tools/make_asset.py train-tiny flux again'
             ) from None
         tables = _read_safetensors(folder / TABLE_FILE)
         try:
@@ -81,7 +81,7 @@ class CaptionEncoder:
         except KeyError as error:
             raise CheckpointError(
                 f"text embedding file {folder / TABLE_FILE} has no tensor {error}, expected `word` "
-                "and `position`; run tools/train_tiny.py flux again"
+                "and `position`; run tools/make_asset.py train-tiny flux again"
             ) from None
         if (
             word_table.ndim != 2
@@ -185,5 +185,5 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"text embedding file {path} is unreadable ({error}), expected a safetensors file of "
-            "float16 or float32 tensors; run tools/train_tiny.py flux again"
+            "float16 or float32 tensors; run tools/make_asset.py train-tiny flux again"
         ) from None

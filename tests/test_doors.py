@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import onnx
 import pytest
@@ -20,6 +21,7 @@ from test_bundle import resealed
 from taylorseer_export.bundle.contract import signature, unlike
 from taylorseer_export.bundle.external import external_files, relocated
 from taylorseer_export.bundle.manifest import MANIFEST, Dimension, Graph, Manifest, Tensor
+from taylorseer_export.bundle.schedulers import SCHEDULERS
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.errors import BundleError, TaylorSeerError
@@ -27,6 +29,7 @@ from taylorseer_export.method import Plan
 from taylorseer_export.runtime import inductor as inductor_runner
 from taylorseer_export.runtime import onnxruntime as onnxruntime_runner
 from taylorseer_export.runtime.check import random_constants
+from taylorseer_export.runtime.clock import scheduler_of
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.engines import open_runner
 
@@ -216,6 +219,21 @@ def test_a_package_notes_the_contract_of_every_graph(packages):
     package = str(packages("plain") / manifest.graphs["full"].file)
     for name, graph in manifest.graphs.items():
         assert load_package(package, name).get_metadata()[inductor_runner.NOTE] == signature(graph)
+
+
+# What is looked up by name
+
+
+def test_every_scheduler_of_the_list_is_one_of_diffusers():
+    assert [name for name in SCHEDULERS - {"none"} if not hasattr(diffusers, name)] == []
+
+
+@pytest.mark.parametrize("config", [{"num_train_timesteps": 1000, "beta_schedule": "x"}, {"beta_start": "x"}])
+def test_a_scheduler_that_its_config_does_not_make_is_said_so(bundles, config):
+    manifest = open_bundle(bundles("dit")).manifest
+    sampling = manifest.sampling.model_copy(update={"config": config})
+    with pytest.raises(BundleError, match=r"config of DDIMScheduler is not usable .*, expected one that diffusers"):
+        scheduler_of(manifest.model_copy(update={"sampling": sampling}))
 
 
 # Every field

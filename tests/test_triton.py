@@ -20,7 +20,7 @@ from triton_server import Server
 from taylorseer_export.bundle.profile import write_profile
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.cli import main
-from taylorseer_export.embedded.requests import dit_request, flux_request, pictures
+from taylorseer_export.embedded.requests import caption_request, label_request, pictures
 from taylorseer_export.errors import ConfigError, ServeError
 from taylorseer_export.method import Plan
 from taylorseer_export.runtime.denoiser import load
@@ -93,7 +93,9 @@ def alone(denoisers):
     def make(family, what, seed, size, plan, order):
         denoiser = denoisers[family]
         request = (
-            flux_request(denoiser, [what], [seed], size) if family == "flux" else dit_request(denoiser, [what], [seed])
+            caption_request(denoiser, [what], [seed], size)
+            if family == "flux"
+            else label_request(denoiser, [what], [seed])
         )
         return pictures(denoiser, request, sample(denoiser, request, Plan(plan), order))[0]
 
@@ -148,7 +150,7 @@ def test_defaults_are_the_bundle_s(server, alone, denoisers):
 @pytest.mark.parametrize("sigmas", [None, np.linspace(1, 0.05, 12, dtype=np.float32) ** 2])
 def test_the_denoiser_takes_latents_and_conditioning(server, denoisers, sigmas):
     denoiser = denoisers["flux"]
-    request = flux_request(denoiser, [CAPTION], [1])
+    request = caption_request(denoiser, [CAPTION], [1])
     values = {"latents": request.latents, **request.conditioning, "steps": 12, "interval": 4, "warmup": 2}
     made = infer(server.grpc, "flux-tiny-denoiser", values | ({} if sigmas is None else {"sigmas": sigmas}))
     asked = Request(request.latents, request.conditioning, False, 1.0, 0, 0, sigmas)
@@ -161,7 +163,7 @@ def test_the_denoiser_takes_latents_and_conditioning(server, denoisers, sigmas):
 def test_a_profile_is_asked_for_by_name(server, denoisers, family):
     denoiser, what = denoisers[family], {"prompt": CAPTION} if family == "flux" else {"label": 3}
     answer = infer(server.http, f"{family}-tiny", {**what, "seed": 1, "profile": "fast"}, "http")
-    request = flux_request(denoiser, [CAPTION], [1]) if family == "flux" else dit_request(denoiser, [3], [1])
+    request = caption_request(denoiser, [CAPTION], [1]) if family == "flux" else label_request(denoiser, [3], [1])
     profile = denoiser.profile("fast")
     calibrated = sample(denoiser, request, PLAN, 1, weights=profile.weights)
     assert answer["picture"].tobytes() == pictures(denoiser, request, calibrated)[0].tobytes()
@@ -237,7 +239,7 @@ def test_a_malformed_request_is_the_caller_s_fault(server, what):
 
 
 def test_numbers_that_are_not_finite_are_refused(server, denoisers):
-    request = flux_request(denoisers["flux"], [CAPTION], [1])
+    request = caption_request(denoisers["flux"], [CAPTION], [1])
     values = {"latents": np.full_like(request.latents, np.nan), **request.conditioning}
     with pytest.raises(ServeError, match="input `latents` has values that are NaN or infinite") as caught:
         infer(server.grpc, "flux-tiny-denoiser", values)

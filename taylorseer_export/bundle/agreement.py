@@ -206,7 +206,7 @@ def _of_state(manifest: Manifest) -> str | None:
             found = {t.name.removeprefix(f"{role}."): t for t in tensors if t.role == role}
             for site, tensor in found.items():
                 shape = sites.get(site)
-                if tensor.name != f"{role}.{site}" or shape is None:
+                if tensor.name != f"{role}.{site}" or tensor.site != site or shape is None:
                     return f"`{tensor.name}` of graph {name} belongs to no site"
                 expected = (state.order + 1, *shape) if whole else shape
                 if (tensor.shape, tensor.dtype) != (expected, state.dtype):
@@ -256,6 +256,10 @@ def _of_guards(manifest: Manifest) -> str | None:
             return (
                 f"graph probe has {_listed(found)} of role {role}, guards {', '.join(guards)} give {_listed(expected)}"
             )
+    for tensor in (*probe.inputs, *probe.outputs):
+        own = tensor.role in ("probe_in", "probe_out", "error", "weights")
+        if tensor.rule != (tensor.name.partition(".")[2] if own else None):
+            return f"rule of `{tensor.name}` is {tensor.rule}, its name says another"
     weights = {t.name for t in probe.inputs if t.role == "weights"}
     if weights != (expected := {f"probe_weights.{rule}" for rule in guards}):
         return f"graph probe has {_listed(weights)} of role weights, guards give {_listed(expected)}"

@@ -5,6 +5,7 @@ newline), so a bundle has exactly one correct manifest and any other byte is not
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     model_validator,
 )
 
@@ -26,12 +28,14 @@ from taylorseer_export.method.plan import Dialect, Plan
 
 MANIFEST = "manifest.json"
 BUNDLE_NAME = "[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"  # regular expression; a name is part of a folder's
+SCHEMA_VERSION = 2
 
 GraphName = Literal["prepare", "full", "forecast", "probe", "rest"]
 Role = Literal[
     "latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred",
     "probe_in", "probe_out", "error", "carried",
 ]  # fmt: skip
+Fill = Literal["ones", "zeros", "grid", "sides", "frames", "guidance"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
 
 
@@ -70,7 +74,7 @@ def _scheduler(name: str) -> str:
     return name
 
 
-Text = Annotated[str, AfterValidator(_printable)]
+Text = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
 FamilyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 BundleName = Annotated[str, Field(pattern=f"^{BUNDLE_NAME}$")]
 SizeName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,63}$")]
@@ -79,7 +83,7 @@ Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
 Whole = Annotated[int, Field(ge=-(1 << 31), le=(1 << 31) - 1)]
 Size = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
 Config = Annotated[dict[str, Any], BeforeValidator(_plain_json)]
-RelativePath = Annotated[str, AfterValidator(_inside)]
+RelativePath = Annotated[str, Field(max_length=500), AfterValidator(_inside)]
 Shape = tuple[Annotated[int | str, AfterValidator(_shape_entry)], ...]
 
 
@@ -102,6 +106,15 @@ class Tensor(Part):
     values: tuple[Whole, Whole] | None = Field(
         default=None, description="Smallest and largest value accepted, where it is an index into a table."
     )
+    site: str | None = Field(default=None, description="Of a Taylor buffer: the site whose features it holds.")
+    rule: Rule | None = Field(default=None, description="Of the probe's own tensors: the guard's rule they serve.")
+    fill: Fill | None = Field(
+        default=None,
+        description="What it holds where that follows from the sizes, so that a request may leave it out. ones, zeros. "
+        "grid: (first, row, column) of each token. sides: (1, rows, columns) of each picture in tokens. frames: first, "
+        "first + 1 and so on. guidance: the guidance scale times the pipeline's guidance_factor.",
+    )
+    first: int = Field(default=0, description="Where the fills grid and frames begin.")
 
 
 class Graph(Part):
@@ -204,6 +217,16 @@ class Sampling(Part):
     timestep_divisor: float = Field(
         default=1.0, gt=0, le=1e6, description="What the scheduler's timestep is divided by for the transformer."
     )
+    source: Literal["labels", "captions", "tensors"] = Field(
+        default="tensors",
+        description="What a request is made from. labels: classes of the model. captions: text, by the encoder that "
+        "the bundle brings. tensors: the constant inputs, as the pipeline's own encoders make them.",
+    )
+    pictures: Literal["digits", "shapes"] | None = Field(
+        default=None, description="Which of the package's decoders makes pictures of the latents, if any does."
+    )
+    latent_scale: int = Field(default=8, ge=1, description="Pixels per latent pixel along each side.")
+    time_scale: int = Field(default=4, ge=1, description="Frames per latent frame; the first is one frame.")
 
     @model_validator(mode="after")
     def _timesteps_are_a_number(self) -> "Sampling":
@@ -211,6 +234,47 @@ class Sampling(Part):
         if count is not None and (type(count) is not int or not 1 <= count <= 1_000_000):
             raise ValueError(f"num_train_timesteps is {str(count)[:40]!r}, no whole number from 1 to 1000000")
         return self
+
+
+class Pipeline(Part):
+    """What the family's pipeline in diffusers does around the transformer, where it is not what most of them do."""
+
+    guidance_factor: float = Field(
+        default=1.0, description="What the guidance scale is multiplied by where it is an input, dimensionless."
+    )
+    guidance_keeps_norm: bool = Field(
+        default=False, description="Whether a guided prediction is as long as the conditional one, token by token."
+    )
+    prediction_sign: Literal[1, -1] = Field(
+        default=1, description="-1 where the model predicts the way to the picture instead of that to the noise."
+    )
+    flow_steps: Literal["sigmas", "count"] = Field(
+        default="sigmas", description="What a flow-matching scheduler is given: even sigmas, or a number of steps."
+    )
+    largest_shift: float | None = Field(
+        default=None, description="Of the sigmas, where they shift with the number of tokens; null has no limit."
+    )
+    condition_share: float = Field(
+        default=0.0, ge=0, le=1, description="Part of the condition in the noise that a loop begins with."
+    )
+    arguments: Literal["declared", "rows-behind", "first-shape"] = Field(
+        default="declared",
+        description="How the pipeline calls the transformer. declared: with the inputs of the graphs. rows-behind: "
+        "the rows of a conditioning picture follow those of the latent. first-shape: a shape for each picture, of "
+        "which the first holds for all, and no mask where every token counts.",
+    )
+    cast_inputs: tuple[str, ...] = Field(
+        default=(), description="Inputs that are cast anew at every call, so that only their numbers stay the same."
+    )
+    ignored_inputs: tuple[str, ...] = Field(
+        default=(), description="Arguments that are passed and that the model does not look at."
+    )
+    packing: int = Field(
+        default=1, ge=1, description="Side of the square of latent pixels that is packed into a token; 1 packs none."
+    )
+    attributes: dict[str, int] = Field(
+        default_factory=dict, description="What the pipeline reads from the transformer besides its config."
+    )
 
 
 class Engine(Part):
@@ -240,6 +304,9 @@ class Manifest(Sealed):
     KIND: ClassVar[str] = "a manifest"
     REMEDY: ClassVar[str] = "copy the bundle again, or rebuild it with `taylorseer-export <family> ... --out ...`"
 
+    schema_version: int = Field(
+        default=SCHEMA_VERSION, ge=1, description="Version of this schema; rises when it changes."
+    )
     tool_version: Text = Field(description="Version of taylorseer-export that wrote it.")
     family: FamilyName = Field(description="Model family, as on the command line.")
     name: BundleName = Field(description="Name of the bundle within its family.")
@@ -251,6 +318,9 @@ class Manifest(Sealed):
     graphs: dict[GraphName, Graph] = Field(description="I/O contract of every graph, by name.")
     plan: PlanDefaults = Field(description="The plan used when a request names none.")
     sampling: Sampling = Field(description="How the denoiser is meant to be sampled.")
+    pipeline: Pipeline = Field(
+        default_factory=Pipeline, description="What the family's pipeline does around the transformer."
+    )
     engine: Engine = Field(description="What the engines were built with and are tied to.")
     files: dict[RelativePath, File] = Field(
         description="Hash and size of every file but the manifest, by relative posix path."
@@ -265,6 +335,21 @@ class Manifest(Sealed):
         if problem := contradiction(self):
             raise ValueError(problem)
         return self
+
+    @classmethod
+    def rebuild(cls, raw: Mapping[str, Any]) -> str:
+        """The command that builds a bundle of an older schema again, as far as that is in its manifest."""
+        try:
+            parts: dict[str, Any] = {name: cls._part(name, raw[name]) for name in ("model", "state", "plan", "engine")}
+            command = cls.model_construct(**parts, family=raw["family"], precision=raw["precision"]).command()
+        except (KeyError, TypeError, ValidationError):
+            return cls.REMEDY
+        return f"rebuild it with `{command}`" if command.isprintable() else cls.REMEDY
+
+    @classmethod
+    def _part(cls, name: str, raw: Any) -> Any:
+        part: Any = cls.model_fields[name].annotation
+        return part.model_validate(raw)
 
     def command(self, device: str | None = None, **changes: str) -> str:
         """The command that builds these engines again on the machine it is typed on; a fixed size is not repeated.

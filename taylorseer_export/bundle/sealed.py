@@ -11,15 +11,15 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, NoReturn, Self
+from typing import Annotated, Any, ClassVar, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from taylorseer_export.errors import BundleError
 
 LARGEST = 16 << 20  # bytes of a sealed file; the largest published model's manifest takes a hundredth of it
-SCHEMA_VERSION = 1
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -33,6 +33,8 @@ class Part(BaseModel):
 class Sealed(Part):
     """A whole file. `digest` is the SHA-256 of the canonical JSON of all the other fields.
 
+    Each kind of file has a version of its own: the default of its `schema_version`.
+
     Attributes:
         KIND: What the file is, for errors.
         REMEDY: What to do about a damaged one.
@@ -41,9 +43,7 @@ class Sealed(Part):
     KIND: ClassVar[str]
     REMEDY: ClassVar[str]
 
-    schema_version: int = Field(
-        default=SCHEMA_VERSION, ge=1, description="Version of this schema; rises when it changes."
-    )
+    schema_version: int = Field(default=1, ge=1, description="Version of this schema; rises when it changes.")
     digest: str = Field(
         default="",
         pattern=r"^([0-9a-f]{64})?$",
@@ -79,10 +79,16 @@ class Sealed(Part):
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{path} is not readable as JSON ({error}), expected {cls.KIND}; {cls.REMEDY}") from error
         version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if type(version) is int and version > SCHEMA_VERSION:
+        current = cls.model_fields["schema_version"].default
+        if type(version) is int and version > current:
             raise BundleError(
-                f"{path} is of schema version {version}, expected at most {SCHEMA_VERSION}: it was "
+                f"{path} is of schema version {version}, expected at most {current}: it was "
                 "written by a newer taylorseer-export; upgrade taylorseer-export"
+            )
+        if type(version) is int and version < current and _is_sealed(raw):
+            raise BundleError(
+                f"{path} is of schema version {version}, expected {current}: it was written by an older "
+                f"taylorseer-export; {cls.rebuild(raw)}"
             )
         try:
             found = cls.model_validate(raw)
@@ -99,6 +105,11 @@ class Sealed(Part):
                 f"(sorted keys, two spaces, no extra whitespace); {cls.REMEDY}"
             )
         return found
+
+    @classmethod
+    def rebuild(cls, raw: Mapping[str, Any]) -> str:
+        """How to get a file of an older version, whose fields are `raw`, in the current one."""
+        return cls.REMEDY
 
     def _computed_digest(self) -> str:
         body = self.model_dump(mode="json", exclude={"digest"})
@@ -129,6 +140,15 @@ def content(path: Path, expected: str) -> bytes:
     return data
 
 
+def _is_sealed(raw: Mapping[str, Any]) -> bool:
+    """Whether the digest of a file of any version belongs to its other fields."""
+    body = {key: value for key, value in raw.items() if key != "digest"}
+    try:
+        return bool(raw.get("digest") == hashlib.sha256(_canonical(body)).hexdigest())
+    except (ValueError, RecursionError):
+        return False
+
+
 def _canonical(value: object) -> bytes:
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return f"{text}\n".encode("ascii")
@@ -140,11 +160,14 @@ def _refuse(constant: str) -> NoReturn:
 
 def _first_problem(error: ValidationError, kind: str) -> str:
     problem = error.errors(include_url=False)[0]
+    said = _shown(problem["msg"].removeprefix("Value error, "), 600)
     if not problem["loc"] and isinstance(problem["input"], dict):
-        said = problem["msg"].removeprefix("Value error, ")
         return f"is {kind} that contradicts itself, expected one that agrees: {said}"
     where = ".".join(map(str, problem["loc"])) or kind.split()[-1]
-    seen = repr(problem["input"])
-    if len(seen) > 60:
-        seen = f"{seen[:60]}…"
-    return f"field `{where}` is {seen}, expected otherwise: {problem['msg']}"
+    return f"field `{_shown(where, 200)}` is {_shown(repr(problem['input']), 60)}, expected otherwise: {said}"
+
+
+def _shown(text: str, most: int) -> str:
+    """Text of a file as it may stand in a sentence: of one line, and not too long."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: most + 1])
+    return text if len(text) <= most else f"{text[:most]}…"

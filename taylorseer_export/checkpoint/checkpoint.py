@@ -271,7 +271,7 @@ def open_checkpoint(
             checkpoint = Checkpoint(reference, family, alone.parent, _config(alone, family), {}, weightless=True)
     known = checkpoint.shapes if loras else {}
     family = family if checkpoint.embedded else family.variant(checkpoint.reference)
-    return replace(checkpoint, family=family, loras=tuple(open_lora(lora, family.model_class, known) for lora in loras))
+    return replace(checkpoint, family=family, loras=tuple(open_lora(lora, family.lora_loader, known) for lora in loras))
 
 
 def _config_alone(path: Path) -> Path | None:

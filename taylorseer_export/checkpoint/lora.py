@@ -21,15 +21,6 @@ from safetensors import SafetensorError, safe_open
 
 from taylorseer_export.errors import CheckpointError
 
-# Class of the transformer -> the class in diffusers.loaders that knows how the LoRAs of its pipeline are named.
-_LOADERS = {
-    "FluxTransformer2DModel": "FluxLoraLoaderMixin",
-    "HiDreamImageTransformer2DModel": "HiDreamImageLoraLoaderMixin",
-    "HunyuanVideoTransformer3DModel": "HunyuanVideoLoraLoaderMixin",
-    "QwenImageTransformer2DModel": "QwenImageLoraLoaderMixin",
-    "SD3Transformer2DModel": "SD3LoraLoaderMixin",
-    "WanTransformer3DModel": "WanLoraLoaderMixin",
-}
 _PAIR = re.compile(r"(?:transformer\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default[_0-9]*)?\.weight")
 _ALPHA = re.compile(r"(?:transformer\.)?(?P<module>.+)\.alpha")
 _METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings in a file
@@ -68,12 +59,12 @@ class Lora:
         return weight.float() + self.scale * factor * delta.reshape(weight.shape)
 
 
-def open_lora(given: str, model_class: str, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
+def open_lora(given: str, loader: str, shapes: Mapping[str, tuple[int, ...]]) -> Lora:
     """Read `file` or `file:scale`.
 
     Args:
         given: What the user wrote.
-        model_class: Class of the transformer in diffusers.
+        loader: Class in `diffusers.loaders` that knows how the LoRAs of the family are named; none if empty.
         shapes: Tensor name in diffusers -> shape, of the checkpoint it is added to.
 
     Raises:
@@ -89,7 +80,7 @@ def open_lora(given: str, model_class: str, shapes: Mapping[str, tuple[int, ...]
     if not path.is_file():
         raise CheckpointError(f"--lora {path} is missing, expected a safetensors file; check the path")
     tensors, metadata = _read(path)
-    known = _named_as_peft(path, tensors, model_class)
+    known = _named_as_peft(path, tensors, loader)
     updates = _updates(path, known, metadata)
     _check(path, updates, shapes)
     return Lora(given, path, scale, updates)
@@ -108,19 +99,19 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         ) from error
 
 
-def _named_as_peft(path: Path, tensors: dict[str, torch.Tensor], model_class: str) -> dict[str, torch.Tensor]:
+def _named_as_peft(path: Path, tensors: dict[str, torch.Tensor], loader: str) -> dict[str, torch.Tensor]:
     """The same under the names that peft gives them, which diffusers' converters end with."""
-    if model_class not in _LOADERS or all(_PAIR.fullmatch(name) for name in tensors):
+    if not loader or all(_PAIR.fullmatch(name) for name in tensors):
         return tensors
     import diffusers.loaders
 
-    loader = getattr(diffusers.loaders, _LOADERS[model_class])
+    converter = getattr(diffusers.loaders, loader)
     try:
-        found = loader.lora_state_dict(dict(tensors), return_alphas=True)
+        found = converter.lora_state_dict(dict(tensors), return_alphas=True)
     except Exception as error:
         raise CheckpointError(
-            f"{path} is not converted by diffusers' {loader.__name__} ({_sentence(error)}), expected a "
-            f"LoRA of {model_class}; check --lora and the family"
+            f"{path} is not converted by diffusers' {loader} ({_sentence(error)}), expected a LoRA of "
+            "this family; check --lora and the family"
         ) from error
     converted, alphas = found if isinstance(found, tuple) else (found, None)
     return {**converted, **(alphas or {})}

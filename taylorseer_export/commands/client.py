@@ -21,8 +21,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol", choices=("http", "grpc", "stream"), help="default: stream for MODEL-stream, else grpc"
     )
-    parser.add_argument("--prompt", help="caption to draw (flux)")
-    parser.add_argument("--label", type=whole(0), help="class to draw (dit)")
+    parser.add_argument("--prompt", help="caption to draw (models with captions)")
+    parser.add_argument("--label", type=whole(0), help="class to draw (models of classes)")
     parser.add_argument("--inputs", type=Path, help="safetensors with the inputs of a denoiser model")
     parser.add_argument("--seed", type=whole(0), help="of the noise (default: 0)")
     parser.add_argument("--size", type=size, metavar="HxW", help="picture in pixels (default: 32x32)")

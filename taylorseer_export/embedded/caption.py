@@ -23,6 +23,10 @@ TABLE_FILE = "text_embedding.safetensors"
 # Only what this project's own tables use: a general reader would be the safetensors package.
 _DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 
+_COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white")
+_SHAPES = ("circle", "square", "triangle", "cross")
+_RELATIONS = ("left of", "right of", "above", "below")
+
 
 @dataclass(frozen=True)
 class CaptionEncoder:
@@ -187,3 +191,18 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
             f"text embedding file {path} is unreadable ({error}), expected a safetensors file of "
             "float16 or float32 tensors; run tools/make_asset.py train-tiny flux again"
         ) from None
+
+
+def captions(count: int, seed: int) -> list[str]:
+    """Captions in the encoder's words: two shapes of different colours and how they stand, or every fourth time one."""
+    drawn = np.random.default_rng((seed, count))
+
+    def thing(colour: str) -> str:
+        return f"{'an' if colour[0] == 'o' else 'a'} {colour} {_SHAPES[drawn.integers(len(_SHAPES))]}"
+
+    made = []
+    for number in range(count):
+        first, second = (_COLOURS[k] for k in drawn.permutation(len(_COLOURS))[:2])
+        relation = _RELATIONS[drawn.integers(len(_RELATIONS))]
+        made.append(thing(first) if number % 4 == 3 else f"{thing(first)} {relation} {thing(second)}")
+    return made

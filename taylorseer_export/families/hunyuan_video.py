@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, patches
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, patches
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -16,10 +16,11 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
         Input("hidden_states", latent, "latent"),
         Input("timestep", ("batch",), "step", "float32"),
         Input("encoder_hidden_states", ("batch", "text_tokens", config["text_embed_dim"]), "constant"),
-        Input("encoder_attention_mask", ("batch", "text_tokens"), "constant", "float32"),
+        Input("encoder_attention_mask", ("batch", "text_tokens"), "constant", "float32", fill="ones"),
         Input("pooled_projections", ("batch", config["pooled_projection_dim"]), "constant"),
     )
-    return (*inputs, Input("guidance", ("batch",), "constant")) if config["guidance_embeds"] else inputs
+    guidance = Input("guidance", ("batch",), "constant", fill="guidance")
+    return (*inputs, guidance) if config["guidance_embeds"] else inputs
 
 
 def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -51,5 +52,8 @@ HUNYUAN_VIDEO = Family(
     guidance="embedded",
     guidance_scale=6.0,
     latent_size=(33, 90, 160),
+    # From a picture, its pipeline begins a little off the noise; it passes guidance whether or not the model takes it.
+    pipeline=Pipeline(guidance_factor=1000.0, condition_share=0.001, ignored_inputs=("guidance",)),
+    lora_loader="HunyuanVideoLoraLoaderMixin",
     variants={"i2v": {"guidance_scale": 1.0}},
 )

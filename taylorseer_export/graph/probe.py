@@ -115,11 +115,17 @@ class Prober:
         make = builder.graph.call_function
         entries = self._entries(rule)
         weights = builder.placeholder(
-            Tensor(name=f"probe_weights.{rule}", dtype="float32", shape=(entries,), role="weights")
+            Tensor(name=f"probe_weights.{rule}", dtype="float32", shape=(entries,), role="weights", rule=rule)
         )
         snapshot = self._snapshot(rule)
         kept = builder.placeholder(
-            Tensor(name=f"probe_in.{rule}", dtype=snapshot.dtype, shape=(entries, *snapshot.shape), role="probe_in")
+            Tensor(
+                name=f"probe_in.{rule}",
+                dtype=snapshot.dtype,
+                shape=(entries, *snapshot.shape),
+                role="probe_in",
+                rule=rule,
+            )
         )
         row = make(aten.unsqueeze.default, (weights, 0))
         mark = self._marks[rule][0]
@@ -138,10 +144,10 @@ class Prober:
 
     def _snapshot(self, rule: Rule) -> Tensor:
         node = self._marks[rule][0]
-        return self.splitter.tensor(f"probe_out.{rule}", node, "probe_out")
+        return self.splitter.tensor(f"probe_out.{rule}", node, "probe_out").model_copy(update={"rule": rule})
 
     def _error_tensor(self, rule: Rule) -> Tensor:
-        return Tensor(name=f"error.{rule}", dtype="float32", shape=("batch", 2), role="error")
+        return Tensor(name=f"error.{rule}", dtype="float32", shape=("batch", 2), role="error", rule=rule)
 
     def _carried(self, node: fx.Node) -> Tensor:
         """What the rest reads; the snapshot of a rule is not returned a second time."""

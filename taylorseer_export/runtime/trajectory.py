@@ -76,7 +76,7 @@ def random_conditioning(
 
     made = random_constants(denoiser, sizes, generator)
     if guided:
-        made.pop("guidance", None)
+        made = {name: value for name, value in made.items() if denoiser.constants[name].fill != "guidance"}
         if denoiser.manifest.sampling.guidance in ("batched", "branches"):
             texts = [n for n in made if _TEXT.match(n)]
             made |= {NEGATIVE + name: normal(made[name].shape) for name in texts}

@@ -51,13 +51,14 @@ HEAVY: dict[str, frozenset[str]] = {
     "diffusers": frozenset(
         {
             "checkpoint/checkpoint.py",
-            "checkpoint/lora.py",
+            "checkpoint/lora_names.py",
             "checkpoint/original.py",
+            "checkpoint/weights.py",
             "runtime/clock.py",
             "runtime/dropin.py",
         }
     ),
-    "accelerate": frozenset({"checkpoint/checkpoint.py"}),
+    "accelerate": frozenset({"checkpoint/weights.py"}),
     "onnx": frozenset({"compile/onnx.py"}),
     "onnx_ir": frozenset({"compile/onnx.py"}),
     "onnxscript": frozenset({"compile/onnx.py"}),

@@ -200,6 +200,7 @@ class Model(Part):
     variant: Text | None = Field(default=None, description="Which of several precisions of the weights, like fp16.")
     config_file: Text | None = Field(default=None, description="Where the config was read from, if not from there.")
     loras: tuple[Text, ...] = Field(default=(), description="What was added to the weights: file or file:scale.")
+    lora_skip: tuple[Text, ...] = Field(default=(), description="What of those files was left out: text-encoder.")
 
 
 class Sampling(Part):
@@ -365,6 +366,7 @@ class Manifest(Sealed):
             "variant": self.model.variant,
             "config": self.model.config_file,
             "lora": " --lora ".join(self.model.loras) or None,
+            "lora-skip": " --lora-skip ".join(self.model.lora_skip) or None,
             "state": self.state.granularity,
             "layout": self.state.layout,
             "order": self.state.order,

@@ -36,7 +36,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=real(0), help="of the guard, dimensionless (default: the profile's)")
     parser.add_argument("--cap", type=whole(1), help="most forecast steps in a row under a guard (default: no limit)")
     parser.add_argument("--guidance-scale", type=float, help="dimensionless (default: the bundle's)")
-    parser.add_argument("--timeout", type=float, help="seconds after which the server gives up (default: never)")
+    parser.add_argument(
+        "--timeout",
+        type=real(0),
+        default=600.0,
+        help="seconds after which server and client give up (default: %(default)g)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="picture.png or latents.safetensors")
 
 

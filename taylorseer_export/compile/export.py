@@ -312,6 +312,7 @@ def describe(
             variant=checkpoint.variant,
             config_file=checkpoint.config_file,
             loras=tuple(lora.given for lora in checkpoint.loras),
+            lora_skip=checkpoint.lora_skip,
         ),
         dimensions=plan.dimensions(),
         sites=tuple(Site(name=site, shape=shape) for site, shape in plan.split.sites.items()),

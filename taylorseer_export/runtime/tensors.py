@@ -45,7 +45,7 @@ def tensor_request(
 
     Raises:
         ConfigError: A tensor is missing or not known.
-        StepError: A tensor is of another shape.
+        StepError: A tensor is of another shape, or a size is out of the bundle's range.
     """
     manifest, constants, count = denoiser.manifest, denoiser.constants, len(seeds)
     scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
@@ -98,6 +98,7 @@ def _completed(
         found = match(constants[name].shape, value.shape, found, name)
     typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
     extents = {**typical, **found, **sizes}
+    denoiser.check_sizes(extents)
     for name, tensor in constants.items():
         if name not in completed:
             made = place(tensor, extents, sides)

@@ -68,7 +68,11 @@ def random_conditioning(
         seed: Of the numbers.
         guided: Whether it is for `tensor_request`: with a negative prompt where guidance of this model needs one, with
             the picture of an image-to-video model, and without the guidance that is an input.
+
+    Raises:
+        StepError: A size is out of the bundle's range; nothing was allocated.
     """
+    denoiser.check_sizes(sizes)
     generator = np.random.default_rng(seed)
 
     def normal(shape: tuple[int, ...]) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.profile import Profiles
 from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
+from taylorseer_export.errors import BundleError, first_line
 from taylorseer_export.method import Forecasts, RequestOptions, forecasts_from_options
 from taylorseer_export.runtime.check import check_engines
 from taylorseer_export.runtime.contract import Contract
@@ -50,6 +51,12 @@ def load(
     if check:
         try:
             check_engines(denoiser.contract, denoiser.runner, device)
+        except MemoryError as error:
+            denoiser.close()
+            raise BundleError(
+                f"memory is full while {folder} is checked ({first_line(error)}), expected room for its buffers at its "
+                "smallest sizes; free memory, or export again with a smaller --size or --batch"
+            ) from error
         except BaseException:
             denoiser.close()
             raise

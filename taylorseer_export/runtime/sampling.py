@@ -294,7 +294,7 @@ class Pool:
 # Small parts ---------------------------------------------------------------------------------------------------------
 
 
-def drawn(shape: tuple[int, ...], seed: int) -> np.ndarray:
+def noise_of(shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Noise as diffusers' pipelines draw it: on the CPU, in float32."""
     import torch
 
@@ -302,7 +302,7 @@ def drawn(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return torch.randn(shape, generator=generator, dtype=torch.float32).numpy()
 
 
-def packed(latents: np.ndarray, side: int = 2) -> np.ndarray:
+def tokens_of(latents: np.ndarray, side: int = 2) -> np.ndarray:
     """`[N, C, P R, P W]` as tokens of P x P latent pixels, `[N, R W, P P C]`, row by row; P is `side`."""
     count, channels, height, width = latents.shape
     parts = latents.reshape(count, channels, height // side, side, width // side, side).transpose(0, 2, 4, 1, 3, 5)

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +20,7 @@ from taylorseer_export.bundle.profile import write_profile
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.cli import main
 from taylorseer_export.errors import BundleError, ConfigError, ServeError, StepError
-from taylorseer_export.method import Forecasts, Plan
+from taylorseer_export.method import Forecasts, Plan, RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request, sample
 from taylorseer_export.runtime.slot import Slot
@@ -668,8 +668,8 @@ def test_the_configuration_reads_back_with_triton_s_own_protobuf(onnx):
     assert {i.name: (schema.DataType.Name(i.data_type), list(i.dims), i.optional) for i in seen.input}["latents"] == (
         "TYPE_FP32", [-1, -1, 16], False,
     )  # fmt: skip
-    plan = {"steps", "interval", "warmup", "order", "plan", "profile", "guard", "threshold", "cap"}
-    assert {i.name for i in seen.input if i.optional} == {"sigmas", *plan}
+    asked = {field.name for field in fields(RequestOptions)}
+    assert {i.name for i in seen.input if i.optional} == {"sigmas", *asked}
     assert (seen.parameters["slots"].string_value, seen.parameters["queue"].string_value) == ("3", "5")
 
 
@@ -781,8 +781,8 @@ def test_sizes_are_refused_before_noise_is_drawn(eager, tiny, monkeypatch, name)
     denoiser = eager(name)
     _, _, conditioning = tiny(name).inputs(1, batch=1)
     made = []
-    real = sampling.drawn
-    monkeypatch.setattr(tensors, "drawn", lambda shape, seed: made.append(shape) or real(shape, seed))
+    real = sampling.noise_of
+    monkeypatch.setattr(tensors, "noise_of", lambda shape, seed: made.append(shape) or real(shape, seed))
     monkeypatch.setattr(tensors, "place", lambda *args: made.append(args) or places.place(*args))
     dimension = "image_tokens" if "image_tokens" in denoiser.manifest.dimensions else "rows"
     most = denoiser.manifest.dimensions[dimension].maximum

@@ -1,9 +1,11 @@
 """Calibration: plans against exhaustive search, fits against their definition, the command on embedded models."""
 
+import shutil
 import tracemalloc
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,9 +28,9 @@ from taylorseer_export.runtime.trajectory import random_conditioning
 
 
 @pytest.fixture(scope="module")
-def digits(residual_digits):
-    """The embedded DiT at granularity `residual`."""
-    return residual_digits
+def digits(residual_digits, tmp_path_factory):
+    """The embedded DiT at granularity `residual`, in a folder that profiles may be added to."""
+    return Path(shutil.copytree(residual_digits, tmp_path_factory.mktemp("calibrate") / "dit-tiny"))
 
 
 @pytest.fixture(scope="module")

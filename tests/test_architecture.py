@@ -95,6 +95,9 @@ LEFTOVERS = frozenset({"demo", "build", "dist"})  # ignored outputs, seen only w
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
+REQUEST = frozenset({"plan", "order", "form", "weights", "guard"})  # what `Forecasts` holds
+
+
 def modules(folder: Path) -> dict[str, str]:
     """Relative path -> source text of every Python file in `folder`."""
     return {path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in sorted(folder.rglob("*.py"))}
@@ -126,6 +129,38 @@ def broken_arrows(files: Mapping[str, str]) -> list[str]:
                     found.append(f"{path}:{line} imports {name}")
             elif part in STANDARD_LIBRARY_ONLY and root not in sys.stdlib_module_names:
                 found.append(f"{path}:{line} imports {name}, expected the standard library only")
+    return found
+
+
+def circles(files: Mapping[str, str]) -> list[list[str]]:
+    """Files that import each other, straight or through others; lazily and for types counts as well."""
+    ahead: dict[str, set[str]] = {}
+    for path, source in files.items():
+        named = (name.split(".")[1:] for name, _, _ in imports(source) if name.startswith(f"{PACKAGE}."))
+        ahead[path] = {f"{'/'.join(parts[:end])}.py" for parts in named for end in (len(parts), len(parts) - 1)}
+        ahead[path] &= files.keys() - {path}
+
+    def reached(path: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = set(ahead[path])
+        while waiting:
+            seen.add(following := waiting.pop())
+            waiting |= ahead[following] - seen
+        return seen
+
+    reach = {path: reached(path) for path in files}
+    found = {tuple(sorted(other for other in reach[path] if path in reach[other])) for path in files}
+    return sorted(list(circle) for circle in found if circle)
+
+
+def loose_requests(files: Mapping[str, str]) -> list[str]:
+    """Functions outside of `method/` that take two or more of what `Forecasts` holds as parameters of their own."""
+    found = []
+    for path, source in files.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and part_of(path) != "method":
+                taken = {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)} & REQUEST
+                found += [f"{path}:{node.lineno} {node.name} takes {sorted(taken)}"] * (len(taken) > 1)
     return found
 
 
@@ -329,6 +364,23 @@ def test_arrows_themselves_make_no_circle() -> None:
         seen |= ready
 
 
+def test_files_make_no_circle() -> None:
+    """But for two: a manifest asks whether it agrees with itself, and the maker of drafts which builders there are."""
+    known = [["bundle/agreement.py", "bundle/manifest.py"], ["compile/engines.py", "compile/export.py"]]
+    assert [circle for circle in circles(OURS) if circle not in known] == []
+
+
+def test_a_request_s_forecasts_are_one_value() -> None:
+    """But at the drop-in, a door that collects options under names of their own."""
+    doors = ("runtime/dropin.py",)
+    assert loose_requests({path: source for path, source in OURS.items() if path not in doors}) == []
+
+
+def test_a_loose_request_is_seen() -> None:
+    assert len(loose_requests({"runtime/a.py": "def sample(request, plan, *, order=None): ..."})) == 1
+    assert loose_requests({"runtime/a.py": "def sample(request, forecasts): ...\ndef fits(plan): ..."}) == []
+
+
 def test_make_and_run_never_meet() -> None:
     make, run = {"families", "checkpoint", "graph", "compile"}, {"runtime", "embedded"}
     assert all(not ARROWS[part] & run for part in make)
@@ -464,6 +516,17 @@ def test_top_level_is_the_agreed_one() -> None:
 )
 def test_a_wrong_arrow_is_seen(path: str, source: str) -> None:
     assert len(broken_arrows({path: source})) == 1
+
+
+def test_a_circle_is_seen() -> None:
+    files = {
+        "runtime/a.py": "from taylorseer_export.runtime.b import c",
+        "runtime/b.py": "if TYPE_CHECKING:\n    from taylorseer_export.runtime import d",
+        "runtime/d.py": "def f():\n    from taylorseer_export.runtime.a import e",
+        "runtime/e.py": "from taylorseer_export.runtime.a import e",
+    }
+    assert circles(files) == [["runtime/a.py", "runtime/b.py", "runtime/d.py"]]
+    assert circles({**files, "runtime/d.py": ""}) == []
 
 
 def test_a_right_arrow_is_let_through() -> None:

@@ -1,9 +1,11 @@
 """Calibration: plans against exhaustive search, fits against their definition, the command on embedded models."""
 
+import shutil
 import tracemalloc
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,16 +22,15 @@ from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.plan_search import Planner, best_weights, directions, regular_plan
 from taylorseer_export.report.reuse import ReuseErrors, all_full
 from taylorseer_export.report.samples import groups
-from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import load
-from taylorseer_export.runtime.sampling import sample
+from taylorseer_export.runtime.sampling import Pool, sample
 from taylorseer_export.runtime.trajectory import random_conditioning
 
 
 @pytest.fixture(scope="module")
-def digits(residual_digits):
-    """The embedded DiT at granularity `residual`."""
-    return residual_digits
+def digits(residual_digits, tmp_path_factory):
+    """The embedded DiT at granularity `residual`, in a folder that profiles may be added to."""
+    return Path(shutil.copytree(residual_digits, tmp_path_factory.mktemp("calibrate") / "dit-tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_reuse_errors_are_what_they_say(digits):
     trajectory = all_full(denoiser, slot, request, 6, lambda: None)
     errors.add(denoiser, slot, trajectory, lambda: None)
     plan = Plan("F..")
-    slot.start(request, Forecasts(plan, 0), trajectory.model_timesteps[2:5])
+    slot.start(request.branches, Forecasts(plan, 0), trajectory.model_timesteps[2:5])
     expected = []
     for step, noise_pred in enumerate([slot.step(np.concatenate([x, x]))[:, :1] for x in trajectory.latents[2:5]], 2):
         conditional, unconditional = np.split(noise_pred, 2)
@@ -168,7 +169,7 @@ def test_calibrated_is_nearer_on_samples_it_was_fitted_to(calibrator):
     found = calibrator.calibrate(4, 2)
     assert len(found.calibrated.forecasts.plan.full_steps) == 4
     assert found.calibrated.fitted > max(found.regular.fitted, found.fewer_steps.fitted)
-    assert all(sum(w) == pytest.approx(1) for w in found.calibrated.weights if w)
+    assert all(sum(w) == pytest.approx(1) for w in found.calibrated.forecasts.weights if w)
 
 
 def test_a_gain_that_does_not_carry_over_is_refused(calibrator):

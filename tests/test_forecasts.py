@@ -21,6 +21,7 @@ from taylorseer_export.commands.terminal import forecasts_of
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import (
     BundleDefaults,
+    CalibratedPlan,
     Capacity,
     Forecasts,
     Guard,
@@ -29,7 +30,6 @@ from taylorseer_export.method import (
     exact_weights,
     forecasts_from_options,
 )
-from taylorseer_export.method.forecasts import CalibratedPlan
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.dropin import DropIn
 from taylorseer_export.serve import contract

@@ -28,6 +28,7 @@ from tiny_bundles import BUNDLES, ON_GPU, PACKAGES
 from taylorseer_export.bundle.manifest import Graph, Tensor
 from taylorseer_export.compile.export import PRECISIONS
 from taylorseer_export.errors import BundleError, ConfigError, StepError
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.onnxruntime import HostBuffer, OnnxRuntimeRunner
 from taylorseer_export.runtime.runner import check_binding
@@ -255,7 +256,7 @@ def test_nothing_leaks_into_the_next_request(case, poison):
     clean = run(case.denoiser, second, plan)
     slot = open_slot(case.denoiser, first)
     run(case.denoiser, first, "F.F.F..F", slot=slot)
-    for buffers in slot._taylor:
+    for buffers in slot.memory.taylor:
         for buffer in buffers.values():
             buffer.write(poison)
     assert torch.equal(run(case.denoiser, second, plan, slot=slot), clean)
@@ -298,9 +299,9 @@ def test_a_forecast_step_copies_only_the_rows_that_it_reads(eager, tiny):
     begin(slot, inputs, "F.")
     advance(slot, inputs, 0)
     for name in full - forecast:
-        slot._buffers[name].write(np.float32(np.nan))
+        slot.memory.buffers[name].write(np.float32(np.nan))
     assert torch.equal(advance(slot, inputs, 1), expected[1])
-    assert all(np.isnan(slot._buffers[name].read()).all() for name in full - forecast)
+    assert all(np.isnan(slot.memory.buffers[name].read()).all() for name in full - forecast)
 
 
 def test_what_was_planned_is_what_ran(case):
@@ -319,8 +320,8 @@ def test_buffers_never_move(case):
     slot = open_slot(case.denoiser, inputs)
 
     def addresses():
-        taylor = [b.address for buffers in slot._taylor for b in buffers.values()]
-        return taylor, {n: b.address for n, b in slot._buffers.items()}
+        taylor = [b.address for buffers in slot.memory.taylor for b in buffers.values()]
+        return taylor, {n: b.address for n, b in slot.memory.buffers.items()}
 
     before = addresses()
     assert len(set(before[0]) | set(before[1].values())) == len(before[0]) + len(before[1])
@@ -334,7 +335,7 @@ def test_what_goes_in_and_out_is_copied(case):
     clean = run(case.denoiser, inputs, "FF.")
     slot = open_slot(case.denoiser, inputs)
     conditioning = {n: v.copy() for n, v in as_arrays(inputs[2]).items()}
-    slot.start(conditioning, slot.denoiser.forecasts(plan="FF."), inputs[1].float().numpy())
+    slot.start(conditioning, Forecasts(Plan("FF."), 2), inputs[1].float().numpy())
     outputs = []
     for step in range(3):
         latents = inputs[0][step].numpy().copy()
@@ -350,7 +351,7 @@ def test_wider_kinds_are_accepted(case):
     inputs = case.inputs(2)
     slot = open_slot(case.denoiser, inputs)
     wide = {n: v.astype("float64" if v.dtype.kind == "f" else "int32") for n, v in as_arrays(inputs[2]).items()}
-    slot.start(wide, slot.denoiser.forecasts(plan="F."), inputs[1].double().numpy())
+    slot.start(wide, Forecasts(Plan("F."), 2), inputs[1].double().numpy())
     seen = [torch.from_numpy(slot.step(x.double().numpy())) for x in inputs[0]]
     assert torch.equal(torch.stack(seen), run(case.denoiser, inputs, "F."))
 
@@ -374,7 +375,7 @@ def test_text_does_not_reach_a_forecast_but_the_gates_do(eager, tiny, name):
         begin(slot, inputs, "F.", ahead=False)
         slot.step(latents[0].numpy(), float(timestep[0]))
         for key, value in as_arrays(other).items():
-            slot._buffers[key].write(value)  # timesteps come one by one, so each step prepares from these
+            slot.memory.buffers[key].write(value)  # timesteps come one by one, so each step prepares from these
         return torch.from_numpy(slot.step(latents[1].numpy(), float(timestep[1])))
 
     base = forecast()
@@ -606,13 +607,14 @@ def test_binding_over_itself_is_refused(case):
     """Invariant 6 on the real graphs, for every runner."""
     runner, graph = case.denoiser.runner, case.denoiser.manifest.graphs["forecast"]
     slot = open_slot(case.denoiser, case.inputs(1))
-    inputs = {t.name: slot._buffers.get(t.name) or slot._taylor[0][t.name.split(".", 1)[1]] for t in graph.inputs}
+    memory = slot.memory
+    inputs = {t.name: memory.buffers.get(t.name) or memory.taylor[0][t.site] for t in graph.inputs}
     with pytest.raises(StepError, match=r"`noise_pred` of \S+ overlaps|overlaps output `noise_pred`"):
         runner.bind("forecast", inputs, {"noise_pred": inputs["hidden_states"]})
     with pytest.raises(StepError, match=r"`noise_pred` of \S+ has no buffer.* bind every name of the contract"):
         runner.bind("forecast", inputs, {})
     with pytest.raises(StepError, match=r"has no buffer, expected one for each of \d+ tensors"):
-        runner.bind("forecast", without(inputs, "weights"), {"noise_pred": slot._buffers["noise_pred"]})
+        runner.bind("forecast", without(inputs, "weights"), {"noise_pred": slot.memory.buffers["noise_pred"]})
 
 
 @given(st.lists(st.integers(0, 5), max_size=4), st.sampled_from(["float32", "int64", "bool"]))
@@ -642,7 +644,7 @@ def test_buffers_outlive_the_names_they_were_bound_under(onnx, tiny):
     slot = open_slot(onnx("dit"), inputs)
     begin(slot, inputs, "F")
     expected = run(onnx("dit"), inputs, "F")
-    taylor, slot._taylor = slot._taylor, []
+    taylor, slot.memory.taylor = slot.memory.taylor, []
     del taylor
     gc.collect()
     ballast = [np.full(4096, np.nan, np.float32) for _ in range(64)]

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,9 +20,10 @@ from taylorseer_export.bundle.profile import write_profile
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.cli import main
 from taylorseer_export.errors import BundleError, ConfigError, ServeError, StepError
-from taylorseer_export.method import Forecasts, Plan
+from taylorseer_export.method import Forecasts, Plan, RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request, sample
+from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
 from taylorseer_export.runtime.trajectory import random_conditioning
 from taylorseer_export.serve import contract, probe, server
@@ -391,7 +392,7 @@ def test_a_failing_request_harms_nobody(denoiser, serve, tiny, monkeypatch, faul
     service = serve(slots=3, workers=1)
     bad, good = Caller(fails_at=2 if fault == "caller" else None), [Caller(), Caller()]
     poisoned = request_of(denoiser, tiny, 7)
-    accept = type(denoiser.slot(denoiser.sizes(poisoned.latents.shape, poisoned.conditioning))).finish
+    accept = Slot.finish
 
     def finish(slot):
         prediction = accept(slot)
@@ -402,14 +403,14 @@ def test_a_failing_request_harms_nobody(denoiser, serve, tiny, monkeypatch, faul
         return prediction
 
     if fault != "caller":
-        from taylorseer_export.runtime.denoiser import Slot
-        from taylorseer_export.runtime.sampling import Loop
-
         monkeypatch.setattr(Slot, "finish", finish)
-        start = Loop.start
-        monkeypatch.setattr(
-            Loop, "start", lambda loop, slot: (setattr(slot, "_mark", loop.request), start(loop, slot))[1]
-        )
+        begin = Loop.begin
+
+        def marked(loop, branches):
+            branches.slots[0]._mark = loop.request
+            begin(loop, branches)
+
+        monkeypatch.setattr(Loop, "begin", marked)
     service.submit(request_of(denoiser, tiny, 0), Forecasts(Plan("FFF..F"), 2), good[0])
     service.submit(poisoned, Forecasts(Plan("FFF..F"), 2), bad)
     service.submit(request_of(denoiser, tiny, 1), Forecasts(Plan("FFF..F"), 2), good[1])
@@ -667,8 +668,8 @@ def test_the_configuration_reads_back_with_triton_s_own_protobuf(onnx):
     assert {i.name: (schema.DataType.Name(i.data_type), list(i.dims), i.optional) for i in seen.input}["latents"] == (
         "TYPE_FP32", [-1, -1, 16], False,
     )  # fmt: skip
-    plan = {"steps", "interval", "warmup", "order", "plan", "profile", "guard", "threshold", "cap"}
-    assert {i.name for i in seen.input if i.optional} == {"sigmas", *plan}
+    asked = {field.name for field in fields(RequestOptions)}
+    assert {i.name for i in seen.input if i.optional} == {"sigmas", *asked}
     assert (seen.parameters["slots"].string_value, seen.parameters["queue"].string_value) == ("3", "5")
 
 
@@ -780,8 +781,8 @@ def test_sizes_are_refused_before_noise_is_drawn(eager, tiny, monkeypatch, name)
     denoiser = eager(name)
     _, _, conditioning = tiny(name).inputs(1, batch=1)
     made = []
-    real = sampling.drawn
-    monkeypatch.setattr(tensors, "drawn", lambda shape, seed: made.append(shape) or real(shape, seed))
+    real = sampling.noise_of
+    monkeypatch.setattr(tensors, "noise_of", lambda shape, seed: made.append(shape) or real(shape, seed))
     monkeypatch.setattr(tensors, "place", lambda *args: made.append(args) or places.place(*args))
     dimension = "image_tokens" if "image_tokens" in denoiser.manifest.dimensions else "rows"
     most = denoiser.manifest.dimensions[dimension].maximum

@@ -299,8 +299,8 @@ def ours(case: Case, granularity: str, order: int, shared: dict[str, Any], floor
         slot = engine.slot
         slot.start(case.arrays, Forecasts(plan, order), case.data.timesteps)
         result["build_s"] = time.perf_counter() - began
-        result["full_ms"] = machine.milliseconds(slot._full_calls[0], args.repeats)
-        result["forecast_ms"] = machine.milliseconds(slot._forecast_calls[0], 10 * args.repeats)
+        result["full_ms"] = machine.milliseconds(slot.memory.calls["full"][0], args.repeats)
+        result["forecast_ms"] = machine.milliseconds(slot.memory.calls["forecast"][0], 10 * args.repeats)
         result["prepare_ms"] = machine.milliseconds(
             lambda: slot.start(case.arrays, Forecasts(plan, order), case.data.timesteps), args.repeats
         )

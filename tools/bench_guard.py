@@ -61,7 +61,7 @@ def measure(case: Case, denoiser: Denoiser, rule: Any, turns: int) -> dict[str, 
         call()
         times[name].append(1e3 * (time.perf_counter() - began))
 
-    probe = slot._probe
+    probe = slot.memory.probe
     assert probe is not None
     for turn in tqdm(range(turns + 1), desc=rule, unit="turn"):
         slot.start(case.arrays, replace(begun, guard=Guard(rule, 1e-30)), timesteps[:3])
@@ -70,7 +70,7 @@ def measure(case: Case, denoiser: Denoiser, rule: Any, turns: int) -> dict[str, 
             slot.stage(latents[step])
             plain.stage(latents[step])
             if step == 1:
-                timed("probe", lambda: (probe._call(), slot._buffers[f"error.{rule}"].read()))
+                timed("probe", lambda: (probe._call(), slot.memory.buffers[f"error.{rule}"].read()))
                 timed("rest", slot.run)
                 timed("full", plain.run)
             elif step == 2:

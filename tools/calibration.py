@@ -39,7 +39,6 @@ from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.plan_search import regular_plan
 from taylorseer_export.report.samples import groups, prompts_of
 from taylorseer_export.runtime import sampling
-from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import Denoiser, load
 
 ORDER = 2
@@ -90,10 +89,9 @@ class Judged:
 def judge(denoiser: Denoiser, samples: Sequence[sampling.Request], forecasts: Forecasts) -> Judged:
     """Draw all samples in one way."""
     latents, pictures, executed = [], [], []
-    slot = None
+    pool = sampling.Pool(denoiser)
     for request in samples:
-        slot = slot or denoiser.slot(sampling.Loop(denoiser, request, forecasts).sizes)
-        result = sampling.sample(denoiser, request, forecasts, slot=slot)
+        result = sampling.sample(denoiser, request, forecasts, pool.of(request))
         latents.append(result.latents)
         pictures.append(requests.pictures(denoiser, request, result))
         executed.append(result.executed.count("F"))
@@ -154,7 +152,7 @@ def rows_of(
         held_out = groups(denoiser, HELD_OUT, FIRST_FITTED + FITTED)
         calibrator = Calibrator(denoiser, fitted, held_out, steps, window, bar.update)
     judged, alone = groups(denoiser, JUDGED, FIRST_JUDGED), one_by_one(denoiser, JUDGED, FIRST_JUDGED)
-    nothing, pool = np.zeros(1), Pool(denoiser)
+    nothing, pool = np.zeros(1), sampling.Pool(denoiser)
     exact = judge(denoiser, judged, Forecasts(Plan.all_full(steps), 0))
     for count in counts:
         rows: list[Row] = []

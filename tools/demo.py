@@ -90,15 +90,14 @@ def _compare(family: str, folder: Path) -> tuple[list[Row], object]:
     request = _request(denoiser)
     plans = [("all full", Plan.all_full(STEPS))]
     plans += [(f"interval {n}", Plan.regular(STEPS, n, WARMUP)) for n in INTERVALS]
-    model_input = np.concatenate([request.latents] * (2 if request.guided else 1))
-    slot = denoiser.slot(denoiser.sizes(model_input.shape, request.conditioning))
-    sampling.sample(denoiser, request, Forecasts(Plan("FF."), ORDER), slot=slot)  # warm up both engines
+    branches = sampling.Pool(denoiser).of(request)
+    sampling.sample(denoiser, request, Forecasts(Plan("FF."), ORDER), branches=branches)  # warm up both engines
     made, rows = [], []
     with tqdm(total=STEPS * (len(plans) + 1), desc=f"sampling {family}", leave=False, file=sys.stderr) as bar:
         while len(rows) <= len(plans):
             label, plan = plans[len(rows)] if len(rows) < len(plans) else _fewer_steps(rows)
             result = sampling.sample(
-                denoiser, request, Forecasts(plan, ORDER), slot=slot, on_step=lambda _: bar.update()
+                denoiser, request, Forecasts(plan, ORDER), branches=branches, on_step=lambda _: bar.update()
             )
             made.append(requests.pictures(denoiser, request, result))
             rows.append(_row(label, plan, result, made[0], made[-1], rows))

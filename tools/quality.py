@@ -126,15 +126,16 @@ def compare(family: str, folder: Path, orders: tuple[int, ...], intervals: tuple
             cases = [whole, *([] if reference else fewer)]
             cases += [Case(granularity, order, n, plan) for order in orders for n, plan in plans.items()]
             request = request_for(denoiser)
-            model_input = np.concatenate([request.latents] * (2 if request.guided else 1))
-            slot = denoiser.slot(denoiser.sizes(model_input.shape, request.conditioning))
-            entry = state_bytes(denoiser.manifest, slot.sizes) // (max(orders) + 1) // len(request.latents)
-            sampling.sample(denoiser, request, denoiser.forecasts(plan="FF."), slot=slot)  # warm up both engines
+            branches = sampling.Pool(denoiser).of(request)
+            entry = state_bytes(denoiser.manifest, branches.slots[0].sizes) // (max(orders) + 1) // len(request.latents)
+            sampling.sample(
+                denoiser, request, denoiser.forecasts(plan="FF."), branches=branches
+            )  # warm up both engines
             results: list[list[sampling.Result]] = [[] for _ in cases]
             for _ in range(repeats):  # all cases in turn, so that a busy minute of the machine hits all of them
                 for case, made in zip(cases, results, strict=True):
                     forecasts = denoiser.forecasts(plan=case.plan, order=case.order)
-                    made.append(sampling.sample(denoiser, request, forecasts, slot=slot))
+                    made.append(sampling.sample(denoiser, request, forecasts, branches=branches))
                     bar.update()
             for case, made in zip(cases, results, strict=True):
                 pictures = requests.pictures(denoiser, request, made[0])

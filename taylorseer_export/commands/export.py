@@ -206,7 +206,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
     export.check_options(options)
     if given.slots > 1 and not (given.memory_budget or given.dry_run):
         raise ConfigError(f"--slots is {given.slots} without a budget, expected --memory-budget too; add it")
-    name = given.name or bundle_name(given.model)
+    name = bundle_name(given.model, given.name)
     with progress("tracing and splitting", 1) as advance:
         traced = export.trace_model(checkpoint, options)
         rows = memory_table.choices(traced, options) if given.memory_budget or given.dry_run else ()

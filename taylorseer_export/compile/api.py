@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from taylorseer_export.bundle.manifest import BUNDLE_NAME
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.checkpoint.recognise import family_of
 from taylorseer_export.compile.engines import Progress
@@ -69,10 +71,20 @@ def export(
         }
     )
     check_options(asked)
-    return write_bundle(draft(checkpoint, asked), Path(out), name or bundle_name(reference), progress)
+    return write_bundle(draft(checkpoint, asked), Path(out), bundle_name(reference, name), progress)
 
 
-def bundle_name(reference: str | None) -> str:
-    """Name of the bundle of a checkpoint: the last part of its path or hub id; `tiny` for the embedded model."""
+def bundle_name(reference: str | None, name: str | None = None) -> str:
+    """Name of a bundle: the one given, else the last part of the path or hub id; `tiny` for the embedded model.
+
+    Raises:
+        ConfigError: The name given is no plain file name.
+    """
     path = Path((reference or "tiny").rstrip("/").removesuffix(".safetensors").removesuffix(".json"))
-    return path.name.lower()
+    found = name or re.sub(r"[^a-z0-9._+-]+", "-", path.name.lower()).lstrip("._+-")[:100] or "model"
+    if not re.fullmatch(BUNDLE_NAME, found):
+        raise ConfigError(
+            f"--name is {found!r}, expected letters, digits and . _ + -, at most 100, a letter or digit first; choose "
+            "such a name"
+        )
+    return found

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
-from taylorseer_export.embedded.caption import CaptionEncoder
+from taylorseer_export.embedded.caption import TABLE_FILE, VOCABULARY_FILE, CaptionEncoder
 from taylorseer_export.embedded.picture import pictures_from_dit_latents, pictures_from_flux_latents
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.places import ROWS, sides_of
-from taylorseer_export.runtime.sampling import Request, Result, drawn
+from taylorseer_export.runtime.sampling import Request, Result, noise_of
 from taylorseer_export.runtime.tensors import latent_sizes, tensor_request
 
 
@@ -67,7 +67,7 @@ def label_request(
             raise ConfigError(f"--label is {label}, expected 0 to {classes - 1} (class index); choose one of those")
     scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
     _, channels, height, width = denoiser.latent.shape
-    noise = np.concatenate([drawn((1, int(channels), int(height), int(width)), seed) for seed in seeds])
+    noise = np.concatenate([noise_of((1, int(channels), int(height), int(width)), seed) for seed in seeds])
     guided = scale != 1.0
     null = [classes] * len(labels) if guided else []
     conditioning = {"class_labels": np.array([*labels, *null], np.int64)}
@@ -102,4 +102,6 @@ def _caption_encoder(denoiser: Denoiser) -> CaptionEncoder:
             "--prompt is given, but the bundle has no text encoder, expected tensors; "
             "pass encoder_hidden_states and pooled_projections with --inputs FILE.safetensors"
         )
+    for name in (VOCABULARY_FILE, TABLE_FILE):
+        denoiser.bundle.path(f"text/{name}")  # what the manifest does not list was never checked
     return CaptionEncoder.load(denoiser.bundle.folder / "text")

@@ -2,6 +2,7 @@
 
 from taylorseer_export.method.forecasts import (
     BundleDefaults,
+    CalibratedPlan,
     Capacity,
     Forecasts,
     Granularity,
@@ -26,6 +27,7 @@ from taylorseer_export.method.weights import (
 __all__ = [
     "RULES",
     "BundleDefaults",
+    "CalibratedPlan",
     "Capacity",
     "Dialect",
     "Forecasts",

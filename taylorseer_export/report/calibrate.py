@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,9 @@ from taylorseer_export.method import Forecasts, Plan, Rule, forecast_weights
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.plan_search import RIDGE, Planner, directions, neighbours, regular_plan
 from taylorseer_export.report.reuse import Archive, ReuseErrors, all_full
-from taylorseer_export.runtime.branches import Pool, latents_of
+from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.runtime.sampling import Loop, Pool, Request, denoise
 
 _NOT_LESS = 1e-3  # of the mean |r|², added to each, so that a sample without an error does not decide alone
 _LEAST = 1e-20  # mean square over peak square that still counts as a difference: 200 dB
@@ -245,39 +246,52 @@ class Calibrator:
 
     def _fit(self, paper: Forecasts, chosen: Sequence[int], ridge: float) -> Forecasts:
         """The same plan and order with weights fitted in the loop, group after group."""
-        plan, order = paper.plan, paper.order
         changes: dict[int, Any] = defaultdict(lambda: [0.0, 0.0])  # step -> [sum of J'J, sum of J'r]
-        weights: list[tuple[float, ...]] = [()] * len(plan)
+        weights: list[tuple[float, ...]] = [()] * len(paper)
         for group in chosen:
             request, exact = self.fitted.request(group), self.fitted.latents(group)
-            loop, slot = Loop(self.denoiser, request, paper), self._pool.of(request)
-            slot.begin(loop)
-            for step in range(len(plan)):
-                model_input = loop.model_input()
-                if not plan.is_full(step):
-                    start = np.array(forecast_weights(plan.history(step, order), step, order))
-                    free, count = directions(len(start)), len(request.latents)
-
-                    def landing(tried: np.ndarray) -> np.ndarray:
-                        prediction = loop.prediction(slot.try_weights(model_input, tried))  # noqa: B023
-                        return loop.preview(prediction).reshape(count, -1).astype(np.float64)  # noqa: B023
-
-                    if free.size:
-                        base = landing(start)
-                        moves = np.stack([landing(start + column) - base for column in free.T], -1)
-                        missed = exact[step + 1].reshape(count, -1) - base
-                        squares = np.square(missed).sum(1)
-                        equal = 1 / (squares + _NOT_LESS * squares.mean() + np.finfo(np.float64).tiny)
-                        sums = changes[step]
-                        sums[0] = sums[0] + np.einsum("nkf,n,nkg->fg", moves, equal, moves)
-                        sums[1] = sums[1] + np.einsum("nkf,n,nk->f", moves, equal, missed)
-                        held = ridge * np.trace(sums[0]) / free.shape[1] * np.eye(free.shape[1])
-                        start = start + free @ np.linalg.solve(sums[0] + held, sums[1])
-                    weights[step] = tuple(float(w) for w in start)
-                    slot.try_weights(model_input, weights[step])
-                loop.accept(slot.step(model_input))
+            loop, branches = Loop(self.denoiser, request, paper), self._pool.of(request)
+            fit = partial(self._fit_step, loop, branches, exact, ridge, changes, weights)
+            loop.begin(branches)
+            for _ in denoise(loop, branches, before=fit):
                 self._on_step()
         return replace(paper, weights=tuple(weights))
+
+    def _fit_step(
+        self,
+        loop: Loop,
+        branches: Branches,
+        exact: np.ndarray,
+        ridge: float,
+        changes: dict[int, Any],
+        weights: list[tuple[float, ...]],
+        step: int,
+        model_input: np.ndarray,
+    ) -> None:
+        """Fit the weights of the step that comes next, if it is a forecast step, and leave them in place for it."""
+        plan, order = loop.plan, loop.forecasts.order
+        if plan.is_full(step):
+            return
+        start = np.array(forecast_weights(plan.history(step, order), step, order))
+        free, count = directions(len(start)), len(exact[step + 1])
+
+        def landing(tried: np.ndarray) -> np.ndarray:
+            prediction = loop.prediction(branches.try_weights(model_input, tried))
+            return loop.preview(prediction).reshape(count, -1).astype(np.float64)
+
+        if free.size:
+            base = landing(start)
+            moves = np.stack([landing(start + column) - base for column in free.T], -1)
+            missed = exact[step + 1].reshape(count, -1) - base
+            squares = np.square(missed).sum(1)
+            equal = 1 / (squares + _NOT_LESS * squares.mean() + np.finfo(np.float64).tiny)
+            sums = changes[step]
+            sums[0] = sums[0] + np.einsum("nkf,n,nkg->fg", moves, equal, moves)
+            sums[1] = sums[1] + np.einsum("nkf,n,nk->f", moves, equal, missed)
+            held = ridge * np.trace(sums[0]) / free.shape[1] * np.eye(free.shape[1])
+            start = start + free @ np.linalg.solve(sums[0] + held, sums[1])
+        weights[step] = tuple(float(w) for w in start)
+        branches.try_weights(model_input, weights[step])
 
     def _way(self, forecasts: Forecasts) -> Way:
         fitted, held_out = (
@@ -291,8 +305,11 @@ class Calibrator:
         for group in chosen:
             request = archive.request(group)
             loop = Loop(self.denoiser, request, forecasts)
-            latents = latents_of(loop, self._pool.of(request), self._on_step)
-            found.append(psnr_of_each(latents, archive.latents(group)[-1]))
+            branches = self._pool.of(request)
+            loop.begin(branches)
+            for _ in denoise(loop, branches):
+                self._on_step()
+            found.append(psnr_of_each(loop.latents, archive.latents(group)[-1]))
         return np.concatenate(found)
 
 

@@ -6,7 +6,6 @@ stands the honest baseline: a loop of only as many steps as a plan has full ones
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,9 +15,8 @@ from taylorseer_export.embedded.requests import pictures_of
 from taylorseer_export.method import Forecasts, Guard, Plan, Rule
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.metrics import Metric, Shown
-from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.runtime.sampling import Loop, Pool, Request, denoise
 
 _WHITE = 255.0
 _INTERVALS = (3, 9)  # beside the bundle's own
@@ -178,22 +176,17 @@ class _Run:
 
 
 def _run(denoiser: Denoiser, pool: Pool, request: Request, case: Case, on_step: Callable[[], object]) -> _Run:
-    loop, slot = Loop(denoiser, request, case.forecasts), pool.of(request)
-    slot.begin(loop)
+    loop, branches = Loop(denoiser, request, case.forecasts), pool.of(request)
+    loop.begin(branches)
     latents, spent = [], 0.0
-    for _ in range(len(loop.plan)):
-        model_input = loop.model_input()
-        began = time.perf_counter()
-        noise_pred = slot.step(model_input)
-        spent += time.perf_counter() - began
-        loop.accept(noise_pred)
+    for step in denoise(loop, branches):
+        spent += step.milliseconds
         latents.append(loop.latents.copy())
         on_step()
-    loop.check_executed(slot.executed)
     made = np.zeros((0, 1, 1, 3), np.uint8)
     if draws(denoiser):
         made = pictures_of(denoiser, request, latents[-1])
-    return _Run(latents, made, 1e3 * spent, slot.executed)
+    return _Run(latents, made, spent, branches.executed)
 
 
 def draws(denoiser: Denoiser) -> bool:

@@ -10,9 +10,8 @@ import numpy as np
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Forecasts, Guard, Rule
-from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.runtime.sampling import Loop, Pool, Request, denoise
 
 _LEAST = 1e-30  # a threshold that no error is under
 _HALVINGS = 8  # of the ratio between the highest and the lowest threshold that could be meant
@@ -56,9 +55,8 @@ def fit_threshold(
         for request in requests:
             loop = Loop(denoiser, request, replace(base, guard=Guard(rule, threshold)))
             branches = pool.of(request)
-            branches.begin(loop)
-            for _ in range(len(plan)):
-                loop.accept(branches.step(loop.model_input()))
+            loop.begin(branches)
+            for _ in denoise(loop, branches):
                 on_step()
             counts.append(branches.executed.count("F"))
             errors += [error for error in branches.errors if math.isfinite(error)]

@@ -55,7 +55,7 @@ class Seen(NamedTuple):
         return np.array_equal(host_array(self.value), host_array(other.value))
 
 
-class Call(NamedTuple):
+class TransformerCall(NamedTuple):
     """One call of the transformer: its context, latents and their shape, timestep and conditioning."""
 
     context: str | None
@@ -85,7 +85,7 @@ class Branch:
 
 
 @dataclass
-class Request:
+class LoopState:
     """A request and where it is.
 
     Attributes:
@@ -115,14 +115,14 @@ class Request:
     last: float = 0.0
     direction: float = 0.0
 
-    def place(self, call: Call) -> tuple[str, bool]:
+    def place(self, call: TransformerCall) -> tuple[str, bool]:
         """(branch of a call, whether it begins a step)."""
         same = self.latents is not None and self.latents.same(call.latents) and call.timestep == self.last
         if call.context is None:
             return str(len(self.ran) if same else 0), not same
         return call.context, self.step < 0 or call.timestep != self.last or call.context in self.ran
 
-    def continues(self, call: Call) -> bool:
+    def continues(self, call: TransformerCall) -> bool:
         """Whether a call belongs to this request.
 
         Raises:
@@ -149,14 +149,14 @@ class Request:
             )
         return False
 
-    def renews(self, call: Call) -> bool:
+    def renews(self, call: TransformerCall) -> bool:
         """Whether nothing but the identity of its conditioning tells a call from one of this request."""
         if self.over or not self._fits(call):
             return False
         branch = self.branches.get(self.place(call)[0])
         return branch is not None and branch.equal(call.conditioning)
 
-    def advance(self, call: Call) -> None:
+    def advance(self, call: TransformerCall) -> None:
         """Go on to the step that a call begins."""
         if self.step < 0:
             self.first = call.timestep
@@ -175,7 +175,7 @@ class Request:
         """The rest of the forecasts for a branch that starts at `step`: the first is full, whatever was planned."""
         return replace(self.forecasts, plan=Plan("F" + str(self.plan)[step + 1 :]))
 
-    def _fits(self, call: Call) -> bool:
+    def _fits(self, call: TransformerCall) -> bool:
         """Whether latents and timestep of a call may be those of this loop."""
         if self.latents is None or call.shape != tuple(self.latents.value.shape):
             return False

@@ -9,22 +9,47 @@ call is (`calls.py` tells by what rule); nothing is hooked and nothing is global
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.errors import ConfigError, StepError
-from taylorseer_export.method import Forecasts, Guard, RequestOptions, forecasts_from_options
+from taylorseer_export.method import (
+    BundleDefaults,
+    CalibratedPlan,
+    Forecasts,
+    Guard,
+    RequestOptions,
+    forecasts_from_options,
+)
 from taylorseer_export.runtime.arguments import form_of
-from taylorseer_export.runtime.calls import Branch, Call, Request, Seen, host_array
-from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.calls import Branch, LoopState, Seen, TransformerCall, host_array
+from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Loaded(Protocol):
+    """What the drop-in needs of a denoiser."""
+
+    manifest: Manifest
+    runner: Runner
+    device: str
+    latent: Tensor
+    timestep: Tensor
+    constants: dict[str, Tensor]
+    defaults: BundleDefaults
+
+    @property
+    def profiles(self) -> Mapping[str, CalibratedPlan]: ...
+    def sizes(self, latents: tuple[int, ...], conditioning: Mapping[str, np.ndarray]) -> dict[str, int]: ...
+    def slot(self, sizes: Mapping[str, int]) -> Slot: ...
 
 
 class DropIn(torch.nn.Module):
@@ -55,7 +80,7 @@ class DropIn(torch.nn.Module):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Loaded,
         plan: str | None = None,
         steps: int | None = None,
         interval: int | None = None,
@@ -87,7 +112,7 @@ class DropIn(torch.nn.Module):
         self._form, self._ignored = form_of(denoiser.manifest), pipeline.ignored_inputs
         self._renewed = frozenset(pipeline.cast_inputs)
         self._context: str | None = None
-        self._request: Request | None = None
+        self._request: LoopState | None = None
         self._slots: dict[str, Slot] = {}
         self._shape: tuple[int, ...] = ()
 
@@ -213,7 +238,7 @@ class DropIn(torch.nn.Module):
             name: value for name, value in (("steps", steps), ("order", order)) if value is not None
         }
         options = replace(options, **given)
-        self._request = Request(self._forecasts_of(options), options.fixes_length, declared=True, timesteps=timesteps)
+        self._request = LoopState(self._forecasts_of(options), options.fixes_length, declared=True, timesteps=timesteps)
 
     @contextmanager
     def request(self, **options: Any) -> Iterator[DropIn]:
@@ -255,7 +280,7 @@ class DropIn(torch.nn.Module):
         kept: torch.Tensor = prediction.tensor  # type: ignore[attr-defined]
         return kept.to(latents.device, latents.dtype, copy=True)  # the next step overwrites it
 
-    def _call(self, latents: torch.Tensor, inputs: dict[str, Any]) -> Call:
+    def _call(self, latents: torch.Tensor, inputs: dict[str, Any]) -> TransformerCall:
         """The call, its arguments checked by name."""
         clock = self.denoiser.timestep.name
         for name, value in inputs.items():
@@ -278,19 +303,19 @@ class DropIn(torch.nn.Module):
             )
         given = {n: v for n, v in inputs.items() if n in self.denoiser.constants and v is not None}
         conditioning = {n: Seen.of(v, n in self._renewed) for n, v in given.items()}
-        return Call(self._context, Seen.of(latents), tuple(latents.shape), float(values[0]), conditioning)
+        return TransformerCall(self._context, Seen.of(latents), tuple(latents.shape), float(values[0]), conditioning)
 
-    def _request_of(self, call: Call) -> Request:
+    def _request_of(self, call: TransformerCall) -> LoopState:
         """The request under way if the call belongs to it, else a new one."""
         running = self._request
         if running is None or not running.continues(call):
             renewed = running is not None and running.renews(call)
-            running = Request(self.forecasts, self._options.fixes_length, renewed=renewed)
+            running = LoopState(self.forecasts, self._options.fixes_length, renewed=renewed)
             self._request = running
         return running
 
     def _branch(
-        self, request: Request, name: str, call: Call, shape: tuple[int, ...], inputs: dict[str, Any]
+        self, request: LoopState, name: str, call: TransformerCall, shape: tuple[int, ...], inputs: dict[str, Any]
     ) -> Branch:
         """The branch of a call; one that is new or missed a step starts with a full step."""
         branch = request.branches.get(name)
@@ -331,7 +356,7 @@ class DropIn(torch.nn.Module):
         options = replace(options, steps=steps or denoiser.defaults.steps)
         return forecasts_from_options(options, denoiser.defaults, ends=False)
 
-    def _lengthen(self, request: Request) -> None:
+    def _lengthen(self, request: LoopState) -> None:
         """A regular plan goes on as long as the loop does; an explicit one is over."""
         if request.fixed:
             raise StepError(

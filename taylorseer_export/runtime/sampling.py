@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +17,9 @@ import numpy as np
 
 from taylorseer_export.errors import StepError
 from taylorseer_export.method import Forecasts, Plan
+from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock, scheduler_of
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.slot import Slot
 
 
 class Joined(NamedTuple):
@@ -86,49 +86,79 @@ def sample(
     denoiser: Denoiser,
     request: Request,
     forecasts: Forecasts,
-    slot: Slot | None = None,
+    branches: Branches | None = None,
     on_step: Callable[[int], object] | None = None,
 ) -> Result:
     """Run a loop from noise to latents.
 
     Args:
         denoiser: The loaded bundle.
-        request: From `label_request`, `caption_request` or `tensor_request`. A second branch gets a slot of its own.
+        request: From `label_request`, `caption_request` or `tensor_request`.
         forecasts: From `Denoiser.forecasts`; the length of their plan is the number of steps.
-        slot: A slot to reuse; a new one is opened if left out.
+        branches: Slots to reuse, from a `Pool`; new ones are opened if left out.
         on_step: Called with each finished step.
 
     Raises:
         StepError: An input does not fit the bundle, or a step returned a number that is not finite.
     """
-    loop, plan = Loop(denoiser, request, forecasts), forecasts.plan
-    slots = [slot or denoiser.slot(loop.sizes), *(denoiser.slot(sizes) for sizes in loop.branches[1:])]
+    loop = Loop(denoiser, request, forecasts)
+    branches = branches or loop.open(denoiser)
     began = time.perf_counter()
-    for branch, conditioning in zip(slots, request.branches, strict=True):
-        loop.start(branch, conditioning)
+    loop.begin(branches)
     prepare_ms = 1e3 * (time.perf_counter() - began)
     milliseconds = []
-    for step in range(len(plan)):
-        model_input = loop.model_input()
-        began = time.perf_counter()
-        predictions, decided = [], None
-        for branch in slots:  # under a guard the first one decides for all
-            predictions.append(branch.advance(model_input, decided=decided).read())
-            decided = branch.executed[-1] if forecasts.guard else None
-        milliseconds.append(1e3 * (time.perf_counter() - began))
-        loop.accept(np.concatenate(predictions))
+    for step in denoise(loop, branches):
+        milliseconds.append(step.milliseconds)
         if on_step:
-            on_step(step)
-    for branch in slots:
-        loop.check_executed(branch.executed)
-    return Result(loop.latents, str(plan), slots[0].executed, tuple(milliseconds), prepare_ms, slots[0].errors)
+            on_step(step.number)
+    executed = branches.executed
+    return Result(loop.latents, str(loop.plan), executed, tuple(milliseconds), prepare_ms, branches.errors)
+
+
+class Step(NamedTuple):
+    """A step that a loop has taken: its number, what the transformer answered, and the time in the denoiser alone."""
+
+    number: int
+    noise_pred: np.ndarray
+    milliseconds: float
+
+
+def denoise(
+    loop: Loop,
+    branches: Branches,
+    before: Callable[[int, np.ndarray], object] | None = None,
+    answered: Callable[[np.ndarray], object] | None = None,
+) -> Iterator[Step]:
+    """Run a loop that was begun to its end, and give each step once it is taken.
+
+    Args:
+        loop: At its first step.
+        branches: Begun by it.
+        before: Called with the number of a step and the transformer's input, before the transformer is.
+        answered: Called with the transformer's answer, before the latents advance by it.
+
+    Raises:
+        StepError: A step returned a number that is not finite.
+    """
+    for number in range(len(loop.plan)):
+        model_input = loop.model_input()
+        if before:
+            before(number, model_input)
+        began = time.perf_counter()
+        noise_pred = branches.step(model_input)
+        milliseconds = 1e3 * (time.perf_counter() - began)
+        if answered:
+            answered(noise_pred)
+        loop.accept(noise_pred)
+        yield Step(number, noise_pred, milliseconds)
+    loop.check_executed(branches.executed)
 
 
 class Loop:
     """A sampling loop under way, apart from the engine that answers it.
 
-    Every step: `model_input()` goes to a slot, its prediction comes back through `accept`. `sample` does this for one
-    request; a server does it for many in turn, and both get the same numbers.
+    Every step: `model_input()` goes to its slots, their prediction comes back through `accept`. `denoise` does this for
+    one request; a server does it for many in turn, and both get the same numbers.
 
     Args:
         denoiser, request, forecasts: As in `sample`.
@@ -166,10 +196,13 @@ class Loop:
         """`[N, ...]` float32, after the steps accepted so far."""
         return np.asarray(self._latents.numpy())
 
-    def start(self, slot: Slot, conditioning: Mapping[str, np.ndarray] | None = None) -> None:
-        """Begin the request in a slot of `sizes`, with the conditioning of another branch where one is given."""
-        conditioning = self.request.conditioning if conditioning is None else conditioning
-        slot.start(conditioning, self.forecasts, self.model_timesteps)
+    def open(self, denoiser: Denoiser) -> Branches:
+        """New slots for it."""
+        return Branches([denoiser.slot(sizes) for sizes in self.branches])
+
+    def begin(self, branches: Branches) -> None:
+        """Begin the request in slots of its sizes."""
+        branches.start(self.request.branches, self.forecasts, self.model_timesteps)
 
     def check_executed(self, executed: str) -> None:
         """Fail if the steps that ran are not those planned: only a guard adds full ones."""
@@ -244,10 +277,29 @@ def check_prediction(prediction: np.ndarray, step: int, plan: Plan) -> None:
         )
 
 
+class Pool:
+    """Branches by the size of their requests, opened when first asked for."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+        self._opened: dict[str, Branches] = {}
+
+    def __len__(self) -> int:
+        return len(self._opened)
+
+    def of(self, request: Request) -> Branches:
+        """Branches that fit a request; whoever holds them starts them anew."""
+        loop = Loop(self._denoiser, request, Forecasts(Plan("F"), 0))
+        key = str([sorted(one.items()) for one in loop.branches])
+        if key not in self._opened:
+            self._opened[key] = loop.open(self._denoiser)
+        return self._opened[key]
+
+
 # Small parts ---------------------------------------------------------------------------------------------------------
 
 
-def drawn(shape: tuple[int, ...], seed: int) -> np.ndarray:
+def noise_of(shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Noise as diffusers' pipelines draw it: on the CPU, in float32."""
     import torch
 
@@ -255,7 +307,7 @@ def drawn(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return torch.randn(shape, generator=generator, dtype=torch.float32).numpy()
 
 
-def packed(latents: np.ndarray, side: int = 2) -> np.ndarray:
+def tokens_of(latents: np.ndarray, side: int = 2) -> np.ndarray:
     """`[N, C, P R, P W]` as tokens of P x P latent pixels, `[N, R W, P P C]`, row by row; P is `side`."""
     count, channels, height, width = latents.shape
     parts = latents.reshape(count, channels, height // side, side, width // side, side).transpose(0, 2, 4, 1, 3, 5)

@@ -16,7 +16,8 @@ from taylorseer_export.bundle.profile import Profile
 from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of, usual_size
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Forecasts, Plan, RequestOptions, forecasts_from_options
-from taylorseer_export.runtime.denoiser import Denoiser, request_constants
+from taylorseer_export.runtime.contract import request_constants
+from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Loop, Request
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, joined_to

@@ -19,6 +19,7 @@ from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.clock import clock, scheduler_of
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.slot import Slot
+from taylorseer_export.runtime.values import check_prediction
 
 
 class Joined(NamedTuple):

@@ -2,10 +2,16 @@
 
 # Shapes: S steps, B batch
 
+import copy
+import gc
+import pickle
+import threading
 import weakref
+from contextlib import nullcontext
 from functools import cache
 
 import accelerate
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -21,6 +27,7 @@ from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.method import Plan
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.slot import Slot
 
 INTERVAL, WARMUP, ORDER = 3, 2, 2
 
@@ -182,7 +189,7 @@ def test_a_plan_is_lengthened_and_not_changed(cases, loop, plan):
     transformer, latents, timestep, conditioning = loop
     with transformer.request(plan="FF."):
         call(transformer, latents[0], timestep[0], conditioning)
-        slot = transformer._slots["0"]
+        slot = transformer._loop.slots["0"]
         with pytest.raises(StepError, match=rf"plan is {plan}, expected one that begins with FF\.; lengthen the plan"):
             slot.extend(Plan(plan))
 
@@ -334,13 +341,13 @@ def test_two_pipelines_share_a_denoiser(cases):
 def test_a_new_size_has_a_new_slot_and_the_old_one_is_freed(cases, flux):
     pipe, transformer = flux
     paint(pipe, negative_prompt="dog", true_cfg_scale=2.0)
-    old = [weakref.ref(slot) for slot in transformer._slots.values()]
+    old = [weakref.ref(slot) for slot in transformer._loop.slots.values()]
     paint(pipe, negative_prompt="dog", true_cfg_scale=2.0, seed=1)
-    assert [ref() for ref in old] == list(transformer._slots.values())  # used again
+    assert [ref() for ref in old] == list(transformer._loop.slots.values())  # used again
     for options in ({"size": 20}, {"num_images_per_prompt": 2}, {"prompt": ["cat", "dog", "cow"]}):
         painted = paint(pipe, **options)
         assert [ref() for ref in old] == [None] * len(old)
-        old = [weakref.ref(slot) for slot in transformer._slots.values()]
+        old = [weakref.ref(slot) for slot in transformer._loop.slots.values()]
         fresh, _ = piped(cases("flux"))
         assert torch.equal(painted, paint(fresh, **options))
 
@@ -583,8 +590,9 @@ def test_moving(flux):
     pipe, transformer = flux
     assert pipe.to("cpu").transformer is transformer
     assert pipe.to(torch.float32).device == torch.device("cpu")
-    with pytest.raises(ConfigError, match=r"dtype is torch.float16 for the transformer, expected torch.float32, the b"):
-        pipe.to(torch.float16)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):  # the other parts follow, the engines need not
+        assert pipe.to(dtype).transformer.dtype == FLOAT32
+        assert pipe.text_encoder.dtype == dtype
     with pytest.raises(ConfigError, match="device is `meta` for the transformer, expected `cpu`, where its engines w"):
         transformer.to("meta")
 
@@ -619,3 +627,153 @@ def test_a_pipeline_loaded_without_a_transformer(cases, flux, tmp_path):
 def test_a_lora_comes_too_late(flux):
     with pytest.raises(ConfigError, match=r"a LoRA was loaded into a compiled.*export again with --lora FILE"):
         flux[1].load_lora_adapter({})
+
+
+def test_a_pipeline_in_another_precision_than_the_bundle(flux):
+    """The engines keep theirs: a converted pipeline's rounding is all that differs, so every latent is finite."""
+    pipe, transformer = flux
+    painted = paint(pipe.to(torch.bfloat16))
+    assert painted.dtype == torch.bfloat16 and painted.isfinite().all()
+    assert transformer.executed == {"cond": "FF..F"}
+
+
+@pytest.mark.parametrize("options", [{}, {"fullgraph": True}, {"mode": "reduce-overhead"}])
+def test_torch_compile_runs_it_as_it_is(flux, options):
+    pipe, transformer = flux
+    expected = paint(pipe)
+    pipe.transformer = torch.compile(transformer, **options)
+    assert torch.equal(paint(pipe), expected)
+    assert (pipe.transformer.dtype, pipe.transformer.config) == (transformer.dtype, transformer.config)
+
+
+def test_compiling_in_place_changes_nothing(flux):
+    pipe, transformer = flux
+    expected = paint(pipe)
+    transformer.compile(fullgraph=True)
+    transformer.compile_repeated_blocks(fullgraph=True)
+    assert torch.equal(paint(pipe), expected)
+
+
+@pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(flux, copy_of):
+    with pytest.raises(ConfigError, match=r"a compiled transformer is (copied|pickled or copied), expected its"):
+        copy_of(flux[1])
+
+
+# Loops of several callers, and loops whose timesteps say little -------------------------------------------------------
+
+
+def test_threads_share_a_drop_in(cases, loop):
+    """Each loop is bit for bit what it is alone, whatever runs between its steps; one waits for the other's step."""
+    transformer, latents, timestep, conditioning = loop
+    other = {**copied(conditioning), "pooled_projections": -conditioning["pooled_projections"]}
+    both = [conditioning, other]
+    alone = [run(cases("flux")[1].as_transformer(interval=3, warmup=2), latents, timestep, c) for c in both]
+    turn, seen, executed = threading.Barrier(2, timeout=60), [[], []], {}
+
+    def work(k):
+        for x, t in zip(latents, timestep, strict=True):
+            turn.wait()
+            seen[k].append(call(transformer, x, t, both[k]))
+        executed[k] = transformer.executed
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(2)]
+    [worker.start() for worker in workers]
+    [worker.join() for worker in workers]
+    assert executed == {0: {"0": "FF..F."}, 1: {"0": "FF..F."}}
+    assert all(torch.equal(torch.stack(mine), expected) for mine, expected in zip(seen, alone, strict=True))
+    assert transformer.executed == {}  # this thread ran nothing
+
+
+def test_the_slots_of_a_thread_end_with_it(loop):
+    transformer, *inputs = loop
+    slots = []
+
+    def work():
+        run(transformer, *inputs)
+        slots.append(weakref.ref(transformer._loop.slots["0"]))
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
+    gc.collect()
+    assert slots[0]() is None
+
+
+@pytest.mark.parametrize("equal", [2, 3])
+@pytest.mark.parametrize("named", [False, True])
+def test_timesteps_that_round_to_the_first_are_steps(cases, loop, equal, named):
+    _, latents, timestep, conditioning = loop
+    transformer = cases("flux")[1].as_transformer(plan="FF.F.F")
+    timestep = timestep.clone()
+    timestep[:equal] = timestep[0]
+    for _ in range(2):  # the second loop begins where the timestep returns
+        for x, t in zip(latents, timestep, strict=True):
+            for name in ("cond", "uncond") if named else (None,):
+                with transformer.cache_context(name) if named else nullcontext():
+                    call(transformer, x, t, conditioning)
+        assert transformer.executed == dict.fromkeys(("cond", "uncond") if named else ("0",), "FF.F.F")
+
+
+def test_a_loop_of_equal_timesteps_that_is_complete_is_over(cases, loop):
+    _, latents, timestep, conditioning = loop
+    transformer = cases("flux")[1].as_transformer(plan="FFF")
+    for _ in range(2):
+        run(transformer, latents[:3], timestep[:1].expand(3), conditioning)
+        assert transformer.executed == {"0": "FFF"}
+
+
+def test_a_step_index_tells_the_steps(cases, loop):
+    """Timesteps that return to the first or turn round are no new loop where the pipeline says where it is."""
+    _, latents, timestep, conditioning = loop
+    transformer = cases("flux")[1].as_transformer(plan="FF.F.F")
+    for _ in range(2):
+        for k, x in enumerate(latents):
+            with transformer.cache_context("cond", step_index=k, num_inference_steps=6):
+                call(transformer, x, timestep[(0, 1, 0, 3, 2, 0)[k]], conditioning)
+        assert transformer.executed == {"cond": "FF.F.F"}
+
+
+def test_a_loop_shorter_than_its_plan_is_warned_of(cases, loop):
+    _, latents, timestep, conditioning = loop
+    transformer = cases("flux")[1].as_transformer(plan="FF.F.F")
+    text = (
+        r"loop ended after 4 steps, expected 6 \(plan FF.F.F\); it was interrupted, or a call was taken for the first"
+    )
+    run(transformer, latents[:4], timestep[:4], conditioning)
+    with pytest.warns(UserWarning, match=text):
+        transformer.reset()
+    transformer.reset()  # once is enough
+    run(transformer, latents[:4], timestep[:4], conditioning)
+    with pytest.warns(UserWarning, match=text):
+        call(transformer, latents[0], timestep[0], conditioning)
+    with pytest.warns(UserWarning, match=text), transformer.request():
+        run(transformer, latents[:4], timestep[:4], conditioning)
+
+
+def test_a_loop_that_an_error_ended_is_not_warned_of(cases, loop, recwarn):
+    _, latents, timestep, conditioning = loop
+    transformer = cases("flux")[1].as_transformer(plan="FF.F.F")
+    with pytest.raises(Stop), transformer.request():
+        call(transformer, latents[0], timestep[0], conditioning)
+        raise Stop
+    call(transformer, latents[0], timestep[0], conditioning)  # left by an error that it does not see
+    run(transformer, latents, timestep, copied(conditioning))
+    transformer.reset()
+    assert not [seen for seen in recwarn if "the loop ended" in str(seen.message)]
+
+
+def test_a_prediction_that_is_not_finite_is_refused(loop, monkeypatch):
+    transformer, latents, timestep, conditioning = loop
+    real = Slot.advance
+
+    def spoil(slot, *args):
+        prediction = real(slot, *args)
+        values = prediction.read()
+        values.flat[0] = np.inf
+        prediction.write(values)
+        return prediction
+
+    monkeypatch.setattr(Slot, "advance", spoil)
+    with pytest.raises(StepError, match=r"noise_pred has values that are NaN or infinite at step 0 \(plan FF\."):
+        call(transformer, latents[0], timestep[0], conditioning)

@@ -39,7 +39,7 @@ def run(given: argparse.Namespace) -> int:
     import numpy as np
 
     from taylorseer_export.errors import StepError
-    from taylorseer_export.runtime.sampling import check_prediction
+    from taylorseer_export.runtime.values import check_prediction
 
     check_out(given.outputs, "--outputs")
     tensors = read_tensors(given.inputs)
@@ -63,7 +63,7 @@ def run(given: argparse.Namespace) -> int:
     with progress("replaying", len(plan)) as advance:
         for step, latent in enumerate(latents):
             predictions.append(slot.step(latent))
-            check_prediction(predictions[-1], step, plan)
+            check_prediction(bool(np.isfinite(predictions[-1]).all()), step, plan)
             advance(step + 1, len(plan))
     write_tensors(given.outputs, {"noise_pred": np.stack(predictions)}, {"plan": slot.executed})
     if guard:

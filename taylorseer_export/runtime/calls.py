@@ -5,14 +5,19 @@ A pipeline calls once for every step and branch, and says neither where a loop b
 - A *request* is a loop over the same conditioning tensors. It ends when the pipeline says that its call is over (all
   of diffusers' do), when an error passes through, and before a call that cannot belong to it: conditioning that is
   other tensors or was changed in place (other numbers, where the pipeline casts it at every call), latents of another
-  shape, a timestep that returns to the first one or moves against the direction of the loop.
-- A *step* is a call on new latents, whatever its timestep, so a second-order scheduler's inner calls are steps too.
+  shape, a step index that goes back (diffusers' `cache_context(name, step_index=...)`), and where no index is said, a
+  timestep that returns to the first one or moves against the direction of the loop. Where a length was planned, a loop
+  that ends before it is warned of.
+- A *step* is a call on new latents, whatever its timestep, so a second-order scheduler's inner calls are steps too, and
+  so are the first steps of a loop whose timesteps round to the same number. Nothing tells these from a loop that was
+  left after such steps and begun again with the same conditioning; `reset` or `request` does.
 - A *branch* of guidance is named by `cache_context`; without one, the calls on the very same latents are told apart by
   their order. Every branch has its own slot and all follow one plan; one that missed a step starts over, full.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -55,10 +60,17 @@ class Seen(NamedTuple):
         return np.array_equal(host_array(self.value), host_array(other.value))
 
 
+class Context(NamedTuple):
+    """What `cache_context` says: the name of the branch, and at which index the pipeline's loop is, if it says so."""
+
+    name: str
+    step_index: int | None = None
+
+
 class TransformerCall(NamedTuple):
     """One call of the transformer: its context, latents and their shape, timestep and conditioning."""
 
-    context: str | None
+    context: Context | None
     latents: Seen
     shape: tuple[int, ...]
     timestep: float
@@ -98,6 +110,7 @@ class LoopState:
         ran: Branches that ran in it.
         decided: Under a guard, which kind of step it is, once its first branch ran.
         first, last, direction: Timesteps seen, and the sign of their movement, 0 while it is not known.
+        index: Of the pipeline's loop, if it says so.
     """
 
     forecasts: Forecasts
@@ -114,13 +127,16 @@ class LoopState:
     first: float = 0.0
     last: float = 0.0
     direction: float = 0.0
+    index: int | None = None
 
     def place(self, call: TransformerCall) -> tuple[str, bool]:
         """(branch of a call, whether it begins a step)."""
         same = self.latents is not None and self.latents.same(call.latents) and call.timestep == self.last
         if call.context is None:
             return str(len(self.ran) if same else 0), not same
-        return call.context, self.step < 0 or call.timestep != self.last or call.context in self.ran
+        name, index = call.context
+        moved = call.timestep != self.last or index != self.index
+        return name, self.step < 0 or moved or name in self.ran
 
     def continues(self, call: TransformerCall) -> bool:
         """Whether a call belongs to this request.
@@ -164,7 +180,27 @@ class LoopState:
             self.direction = float(np.sign(call.timestep - self.last))
         self.step += 1
         self.last = call.timestep
+        self.index = call.context.step_index if call.context is not None else None
         self.ran, self.decided = set(), None
+
+    def alike(self, call: TransformerCall) -> bool:
+        """Whether a call has the very conditioning of this request, so that only inference tells them apart."""
+        branch = self.branches.get(self.place(call)[0])
+        ours = {} if branch is None else branch.conditioning
+        return ours.keys() == call.conditioning.keys() and all(
+            ours[name].value is seen.value for name, seen in call.conditioning.items()
+        )
+
+    def finish(self) -> None:
+        """End it; a loop shorter than what was planned is warned of."""
+        ended, self.over = self.over, True
+        if not ended and self.fixed and 0 <= self.step < len(self.plan) - 1:
+            warnings.warn(
+                f"the loop ended after {self.step + 1} steps, expected {len(self.plan)} (plan {self.plan}); it was "
+                "interrupted, or a call was taken for the first of another loop: give a plan as long as the loop, or "
+                "run it inside `with transformer.request():`",
+                stacklevel=3,
+            )
 
     @property
     def plan(self) -> Plan:
@@ -181,8 +217,13 @@ class LoopState:
             return False
         if not self.place(call)[1]:
             return True
+        index = call.context.step_index if call.context is not None else None
+        if index is not None and self.index is not None:
+            return index >= max(self.index, 1)
         move = np.sign(call.timestep - self.last)
-        return call.timestep != self.first and (move == 0 or self.direction in (0, move))
+        if call.timestep == self.first:  # while it has not moved, timesteps may be rounded; after all steps, it is over
+            return self.direction == 0 and not (self.fixed and self.step + 1 >= len(self.plan))
+        return move == 0 or self.direction in (0, move)
 
 
 def host_array(value: Any) -> np.ndarray:

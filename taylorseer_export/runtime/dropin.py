@@ -9,6 +9,7 @@ call is (`calls.py` tells by what rule); nothing is hooked and nothing is global
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,9 +29,10 @@ from taylorseer_export.method import (
     forecasts_from_options,
 )
 from taylorseer_export.runtime.arguments import form_of
-from taylorseer_export.runtime.calls import Branch, LoopState, Seen, TransformerCall, host_array
+from taylorseer_export.runtime.calls import Branch, Context, LoopState, Seen, TransformerCall, host_array
 from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
+from taylorseer_export.runtime.values import check_prediction
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -55,7 +57,8 @@ class Loaded(Protocol):
 class DropIn(torch.nn.Module):
     """Runs a denoiser under the call signature of the diffusers transformer it was exported from.
 
-    It is a module without weights: they are the engines', which stay on their device.
+    It is a module without weights: they are the engines', which stay on their device. Pipelines in several threads may
+    share it: every thread has its own request and slots, as many bytes as it would have with a drop-in of its own.
 
     Args:
         denoiser: The loaded bundle; other drop-ins and slots may share it.
@@ -111,16 +114,13 @@ class DropIn(torch.nn.Module):
             setattr(self, name, value)
         self._form, self._ignored = form_of(denoiser.manifest), pipeline.ignored_inputs
         self._renewed = frozenset(pipeline.cast_inputs)
-        self._context: str | None = None
-        self._request: LoopState | None = None
-        self._slots: dict[str, Slot] = {}
-        self._shape: tuple[int, ...] = ()
+        self._loop = _Loop()
 
     # What a pipeline asks of its transformer -------------------------------------------------------------------------
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the bundle."""
+        """Precision of the bundle, whatever the pipeline was converted to."""
         return self.place.dtype
 
     @property
@@ -128,6 +128,7 @@ class DropIn(torch.nn.Module):
         """Where the engines were loaded."""
         return self.place.device
 
+    @torch.compiler.disable  # Dynamo would trace into the engines
     def forward(self, hidden_states: torch.Tensor, return_dict: bool = True, **inputs: Any) -> Any:
         """One call of the transformer, under diffusers' argument names.
 
@@ -140,12 +141,13 @@ class DropIn(torch.nn.Module):
             The prediction, in the dtype of `hidden_states`.
 
         Raises:
-            StepError: An argument is missing, unknown to the bundle, or does not fit it; the request is over.
+            StepError: An argument is missing, unknown to the bundle, or does not fit it, or on the CPU, the prediction
+                is not finite (on a GPU that would wait for it at every step); the request is over.
         """
         try:
             sample = self._predict(hidden_states, inputs)
         except BaseException:
-            self.reset()
+            self._abort()
             raise
         if not return_dict:
             return (sample,)
@@ -159,21 +161,31 @@ class DropIn(torch.nn.Module):
 
         Args:
             name: The branch.
-            where: What diffusers says of the loop; not needed.
+            where: What the pipeline says of the loop. `step_index`, where it is given, tells the steps in the place of
+                the timesteps; the rest is not read.
         """
-        outer, self._context = self._context, name
+        outer, self._loop.context = self._loop.context, Context(name, where.get("step_index"))
         try:
             yield
         except BaseException:
-            self.reset()
+            self._abort()
             raise
         finally:
-            self._context = outer
+            self._loop.context = outer
 
     def reset(self) -> None:
-        """End the request under way, if any; the slots stay for the next one."""
-        if self._request is not None:
-            self._request.over = True
+        """End this thread's request under way, if any; the slots stay for the next one.
+
+        Warns:
+            UserWarning: Fewer steps ran than an explicit plan, a profile or a number of steps says.
+        """
+        if self._loop.request is not None:
+            self._loop.request.finish()
+
+    def _abort(self) -> None:
+        """End the request under way because of an error, which says enough."""
+        if self._loop.request is not None:
+            self._loop.request.over = True
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """Called by diffusers' pipelines when their call is over."""
@@ -186,18 +198,34 @@ class DropIn(torch.nn.Module):
             "export again with --lora FILE"
         )
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DropIn:
-        """Every `to`, `half`, `cuda` of a module comes here; engines move nowhere, so what would change is refused.
+    def compile(self, *_: Any, **__: Any) -> None:
+        """Do nothing: the engines are compiled. `torch.compile` of a drop-in runs it as it is, too."""
 
-        A move to the CPU is let through without effect: that is how model offloading parks a module.
+    def compile_repeated_blocks(self, *_: Any, **__: Any) -> None:
+        """Do nothing, as `compile`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DropIn:
+        """Refuse: engines cannot be copied."""
+        raise ConfigError(
+            "a compiled transformer is copied, expected its engines to stay where they are; "
+            "make another with `as_transformer()`, and copy the pipeline without it"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse: engines are files already."""
+        raise ConfigError(
+            "a compiled transformer is pickled or copied, expected its bundle's folder in its place; save the pipeline "
+            "without it, and load the bundle where it is needed"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DropIn:
+        """Every `to`, `half`, `cuda` of a module comes here; engines move nowhere, so a move is refused.
+
+        A move to the CPU is let through without effect: that is how model offloading parks a module. So is every
+        floating dtype: a call takes latents of any and returns theirs, and the engines keep the bundle's precision.
         """
         here = self.place.data
         there = fn(here)
-        if there.dtype != here.dtype:
-            raise ConfigError(
-                f"dtype is {there.dtype} for the transformer, expected {here.dtype}, the bundle's precision; "
-                "convert the other parts alone, or export again with another --precision"
-            )
         if there.device.type not in (here.device.type, "cpu"):
             raise ConfigError(
                 f"device is `{there.device.type}` for the transformer, expected `{here.device.type}`, where its "
@@ -238,7 +266,9 @@ class DropIn(torch.nn.Module):
             name: value for name, value in (("steps", steps), ("order", order)) if value is not None
         }
         options = replace(options, **given)
-        self._request = LoopState(self._forecasts_of(options), options.fixes_length, declared=True, timesteps=timesteps)
+        self._loop.request = LoopState(
+            self._forecasts_of(options), options.fixes_length, declared=True, timesteps=timesteps
+        )
 
     @contextmanager
     def request(self, **options: Any) -> Iterator[DropIn]:
@@ -246,13 +276,15 @@ class DropIn(torch.nn.Module):
         self.begin(**options)
         try:
             yield self
-        finally:
-            self.reset()
+        except BaseException:
+            self._abort()
+            raise
+        self.reset()
 
     @property
     def executed(self) -> dict[str, str]:
-        """Branch -> the steps that ran, `F` full and `.` forecast, of the request under way or else the last one."""
-        branches = self._request.branches if self._request else {}
+        """Branch -> the steps that ran, `F` full and `.` forecast, of this thread's request or else its last."""
+        branches = self._loop.request.branches if self._loop.request else {}
         return {name: branch.before + branch.slot.executed for name, branch in branches.items()}
 
     # One call --------------------------------------------------------------------------------------------------------
@@ -276,8 +308,12 @@ class DropIn(torch.nn.Module):
             request.decided = branch.slot.executed[-1]
         branch.next = request.step + 1
         if not self._tensors:
-            return torch.from_numpy(prediction.read()).to(latents)
+            read = prediction.read()
+            check_prediction(bool(np.isfinite(read).all()), request.step, request.plan)
+            return torch.from_numpy(read).to(latents)
         kept: torch.Tensor = prediction.tensor  # type: ignore[attr-defined]
+        if not kept.is_cuda:
+            check_prediction(bool(kept.isfinite().all()), request.step, request.plan)
         return kept.to(latents.device, latents.dtype, copy=True)  # the next step overwrites it
 
     def _call(self, latents: torch.Tensor, inputs: dict[str, Any]) -> TransformerCall:
@@ -303,15 +339,19 @@ class DropIn(torch.nn.Module):
             )
         given = {n: v for n, v in inputs.items() if n in self.denoiser.constants and v is not None}
         conditioning = {n: Seen.of(v, n in self._renewed) for n, v in given.items()}
-        return TransformerCall(self._context, Seen.of(latents), tuple(latents.shape), float(values[0]), conditioning)
+        return TransformerCall(
+            self._loop.context, Seen.of(latents), tuple(latents.shape), float(values[0]), conditioning
+        )
 
     def _request_of(self, call: TransformerCall) -> LoopState:
         """The request under way if the call belongs to it, else a new one."""
-        running = self._request
+        running = self._loop.request
         if running is None or not running.continues(call):
             renewed = running is not None and running.renews(call)
+            if running is not None and running.alike(call):  # else it may have been left by an error elsewhere
+                running.finish()
             running = LoopState(self.forecasts, self._options.fixes_length, renewed=renewed)
-            self._request = running
+            self._loop.request = running
         return running
 
     def _branch(
@@ -338,13 +378,13 @@ class DropIn(torch.nn.Module):
 
     def _slot(self, name: str, sizes: dict[str, int], shape: tuple[int, ...]) -> Slot:
         """The branch's slot of these sizes; those of other latents are freed before it is allocated."""
-        if shape != self._shape:
-            self._slots.clear()
-            self._shape = shape
-        if name not in self._slots or self._slots[name].sizes != sizes:
-            self._slots.pop(name, None)
-            self._slots[name] = self.denoiser.slot(sizes)
-        return self._slots[name]
+        if shape != self._loop.shape:
+            self._loop.slots.clear()
+            self._loop.shape = shape
+        if name not in self._loop.slots or self._loop.slots[name].sizes != sizes:
+            self._loop.slots.pop(name, None)
+            self._loop.slots[name] = self.denoiser.slot(sizes)
+        return self._loop.slots[name]
 
     # Plans -----------------------------------------------------------------------------------------------------------
 
@@ -365,6 +405,16 @@ class DropIn(torch.nn.Module):
             )
         longer = self._forecasts_of(self._options, 2 * len(request.plan))
         request.forecasts = replace(request.forecasts, plan=longer.plan)
+
+
+class _Loop(threading.local):
+    """What belongs to one loop, and so to the thread that runs it; a thread's slots are freed when it ends."""
+
+    def __init__(self) -> None:
+        self.context: Context | None = None
+        self.request: LoopState | None = None
+        self.slots: dict[str, Slot] = {}
+        self.shape: tuple[int, ...] = ()
 
 
 class _Config(dict[str, Any]):

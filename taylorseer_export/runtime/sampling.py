@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from taylorseer_export.errors import StepError
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock, scheduler_of
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.values import check_prediction
 
 
 class Joined(NamedTuple):
@@ -243,7 +243,7 @@ class Loop:
         Raises:
             StepError: It has numbers that are not finite.
         """
-        check_prediction(prediction, self.step, self.plan)
+        check_prediction(bool(np.isfinite(prediction).all()), self.step, self.plan)
         *self._last, self._latents = self._advanced(self._scheduler, self.prediction(prediction))
         self.step += 1
 
@@ -266,15 +266,6 @@ class Loop:
         if clean is None:  # flow matching: the answer is the velocity away from the picture
             clean = latents - self._scheduler.sigmas[self.step - 1] * answer
         return np.asarray(clean.numpy())
-
-
-def check_prediction(prediction: np.ndarray, step: int, plan: Plan) -> None:
-    """Refuse what a step answered if it has numbers that are not finite, with a `StepError`: no door lets it out."""
-    if not np.isfinite(prediction).all():
-        raise StepError(
-            f"noise_pred has values that are NaN or infinite at step {step} (plan {plan}), expected finite numbers; "
-            "lower --order or --interval, or look at the latents, which overflow where they are too large"
-        )
 
 
 class Pool:

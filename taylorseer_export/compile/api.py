@@ -56,7 +56,7 @@ def export(
         if option not in known:
             raise ConfigError(f"option is `{option}`, expected one of {', '.join(known)}; correct the name")
     if model is None and family is None:
-        raise ConfigError("neither model nor family is given, expected one; pass a checkpoint, or family='flux'")
+        raise ConfigError("neither model nor family is given, expected one; pass a checkpoint, or the name of a family")
     reference = None if model is None else str(model)
     declared = family_named(family) if family is not None else family_of(str(reference))
     checkpoint = open_checkpoint(reference, declared, variant, config, loras)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, patches
+from taylorseer_export.families.family import Defaults, Family, Input, patches, replaced
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -30,6 +31,29 @@ def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: in
     return {"frames": frames, **patches(config, height, width)}
 
 
+@contextmanager
+def broadcast_mask(model: Any) -> Iterator[None]:
+    """The text refiner with its mask made by broadcasting: [B, 1, T, T], true where both tokens are, or in column 0.
+
+    The original repeats the mask, joins it with its own transpose and writes into a column of that: from the strides
+    of the join, torch 2.11 concludes that the batch is of one size.
+    """
+    import torch
+
+    refiner = model.context_embedder.token_refiner
+
+    def forward(hidden_states: Any, temb: Any, attention_mask: Any) -> Any:
+        kept = attention_mask.bool()
+        both = kept[:, None, :, None] & kept[:, None, None, :]
+        seen = both | (torch.arange(kept.shape[1], device=kept.device) == 0)
+        for block in refiner.refiner_blocks:
+            hidden_states = block(hidden_states, temb, seen)
+        return hidden_states
+
+    with replaced(refiner, forward=forward):
+        yield
+
+
 HUNYUAN_VIDEO = Family(
     name="hunyuan-video",
     title="HunyuanVideo: text to video, and image to video by channels or by a replaced first frame",
@@ -52,4 +76,5 @@ HUNYUAN_VIDEO = Family(
     guidance_scale=6.0,
     latent_size=(33, 90, 160),
     variants={"i2v": {"guidance_scale": 1.0}},
+    patched=broadcast_mask,
 )

@@ -70,6 +70,12 @@ def is_tap(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is tap_operator()
 
 
+def module_paths(node: fx.Node) -> list[str]:
+    """Paths of the modules around a node, the outermost first; the model itself is the empty one."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [str(path).removeprefix("L['self'].").strip(".") for path, _ in stack]
+
+
 def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     """Trace `model` once with the family's taps.
 

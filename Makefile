@@ -7,11 +7,12 @@ RUN  := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo serve test bench clean
+.PHONY: help .venv demo serve lint check test bench clean
 
 help:
 	@echo 'make demo    export the embedded tiny models, sample with and without forecasts, draw the pictures'
 	@echo 'make serve   start a real Triton server on loopback with the embedded models'
+	@echo 'make check   ruff, mypy and the quick tests: two minutes, once the tests have kept their bundles'
 	@echo 'make test    ruff, mypy and all tests'
 	@echo 'make bench   full, forecast and whole-loop times, beside the plan ceiling'
 	@echo 'make .venv   the environment alone (the others make it when it is missing or old)'
@@ -42,11 +43,16 @@ serve: $(DONE)
 demo: $(DONE)
 	@$(RUN) tools/demo.py
 
-test: $(DONE)
+lint: $(DONE)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+
+check: lint
+	$(RUN) -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder -m 'not slow'
+
+test: lint
+	$(RUN) -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder
 
 bench: $(DONE)
 	@$(RUN) tools/bench.py

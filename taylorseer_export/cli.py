@@ -5,10 +5,14 @@ Every verb exits 0 on success, 1 on a failed check, 2 on bad usage or input, wit
 
 from __future__ import annotations
 
+import math
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from threading import current_thread, main_thread
 from typing import Any
 
 from taylorseer_export.commands import VERBS, export
@@ -18,6 +22,12 @@ from taylorseer_export.families import FAMILIES, family_named
 from taylorseer_export.families.family import Family
 
 _CUT_SHORT = 141  # what a shell reports for a program that SIGPIPE ended
+_BY_SIGNAL = 128  # plus the number of the signal: what a shell reports for a program that another one ended
+_GRACE = 5  # seconds of tidying that no further signal cuts short; `timeout` sends two at once
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal that ends the command: everything that tidies up after Ctrl-C does so after this one too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code: Any = _CUT_SHORT
     try:
         try:
-            code = _answer(list(sys.argv[1:] if arguments is None else arguments))
+            with _endings_raised():
+                code = _answer(list(sys.argv[1:] if arguments is None else arguments))
         except SystemExit as leaving:  # argparse, after its help
             code = leaving.code
             raise
@@ -64,6 +75,11 @@ def _answer(arguments: list[str]) -> int:
         return export.run(family, parser.parse_args(rest))
     except TaylorSeerError as error:
         return _say(str(error), error.exit_code)
+    except _Ended as ended:
+        (number,) = ended.args
+        return _say(
+            f"the command was ended by {number.name}; nothing half-written was left, run it again", number + _BY_SIGNAL
+        )
     except KeyboardInterrupt:
         return _say("the command was interrupted; nothing half-written was left, run it again", 2)
     except BrokenPipeError:
@@ -72,6 +88,29 @@ def _answer(arguments: list[str]) -> int:
         return _say(
             f"{error.filename or 'a file'} is not usable ({error.strerror}), expected access to it; mend that", 2
         )
+
+
+@contextmanager
+def _endings_raised() -> Iterator[None]:
+    """Raise `_Ended` where SIGTERM or SIGHUP would end the process; one that is ignored or handled stays so."""
+
+    last = -math.inf
+
+    def end(number: int, frame: object) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before > _GRACE:
+            raise _Ended(signal.Signals(number))
+
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    found = [n for n in numbers if current_thread() is main_thread() and signal.getsignal(n) == signal.SIG_DFL]
+    for number in found:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in found:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _say(sentence: str, code: int) -> int:

@@ -54,3 +54,9 @@ class ServeError(TaylorSeerError):
     def __init__(self, message: str, status: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+def first_line(problem: BaseException | str) -> str:
+    """The first line of what another library says, for our one sentence; the class of an error that says nothing."""
+    lines = str(problem).strip().splitlines()
+    return lines[0] if lines else type(problem).__name__

@@ -1,30 +1,27 @@
 """Fixtures that cost seconds, made once: checkpoints are saved, models traced, and bundles written on first use.
 
-`make test` runs files on several workers. What lives in memory is made once by each worker that asks for it; bundles,
-which take longest, are written once for all of them.
+`make test` runs on several workers. What lives in memory is made once by each worker that asks for it; checkpoints and
+bundles, which take longest, are written once for all of them and kept for the next run, see `tests/kept.py`.
 """
 
 import gc
 import os
 from functools import cache, partial
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: no test may reach the net
 
 import onnxruntime
 import pytest
-import tiny_models as tm
 import torch
-from filelock import FileLock
+from _pytest.junitxml import xml_key
 from harness import Tiny, eager_denoiser
 from hypothesis import settings
+from kept import ROOT, Kept, key_of, sources, surroundings, sweep
+from record import commit_of
+from tiny_bundles import BUNDLES, MODELS, ON_GPU, PACKAGES, options_of, trace_of, write_embedded
 
-from taylorseer_export import cli
 from taylorseer_export.bundle.tensorrt import library_name
-from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile import export
-from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.trace import trace
 from taylorseer_export.runtime.denoiser import load
 
 torch.set_num_threads(1)
@@ -44,53 +41,32 @@ LONG = (
     "test_readme.py",
 )
 
-# The only ONNX exports of the graph and engine tests; each takes many seconds.
-BUNDLES = {
-    "flux": {"layout": "snapshots", "guards": ("cg", "fbcache", "teacache")},
-    "dit": {"layout": "derivatives", "guards": ("cg",)},
-    # Static but for the text.
-    "plain": {"granularity": "last", "latent_size": (4, 6), "batch": 2, "guards": ("cg", "teacache")},
-}
 
-# The only packages compiled for the engine tests; each takes half a minute.
-PACKAGES = {
-    "plain": {"engine": "inductor", "guards": ("cg", "fbcache")},
-    "dit": {"engine": "inductor", "granularity": "residual", "layout": "derivatives", "precision": "bf16", "batch": 2},
-}
-
-# What engine tests build where there is a GPU; `on_gpu` says what each of them needs.
-ON_GPU = {
-    ("inductor", "flux"): {},
-    ("inductor", "dit"): {"granularity": "residual", "layout": "derivatives", "precision": "bf16", "batch": 2},
-    ("onnxruntime", "flux"): {},
-    ("onnxruntime", "dit"): {"layout": "derivatives"},
-    ("tensorrt-rtx", "flux"): {},
-    ("tensorrt-rtx", "dit"): {"layout": "derivatives", "precision": "bf16"},
-    ("tensorrt", "flux"): {},
-    ("tensorrt", "dit"): {"layout": "derivatives", "precision": "bf16"},
-    ("torch-tensorrt", "flux"): {},
-}
-
-# Name -> (family, how its tiny model is built, inputs for it).
-MODELS = {
-    "flux": ("flux", tm.tiny_flux, tm.flux_inputs),
-    "plain": ("flux", lambda: tm.tiny_flux(seed=1, guidance=False, double=1, single=1), tm.flux_inputs),
-    "kontext": ("flux-kontext", lambda: tm.tiny_flux(seed=2, double=1), tm.kontext_inputs),
-    "qwen-image": ("qwen-image", tm.tiny_qwen_image, tm.qwen_image_inputs),
-    "sd3": ("sd3", tm.tiny_sd3, tm.sd3_inputs),
-    "hidream": ("hidream", tm.tiny_hidream, tm.hidream_inputs),
-    "dit": ("dit", tm.tiny_dit, tm.dit_inputs),
-    "framepack": ("framepack", tm.tiny_framepack, tm.framepack_inputs),
-    "hunyuan": ("hunyuan-video", tm.tiny_hunyuan, tm.hunyuan_inputs),
-    "hunyuan-channels": ("hunyuan-video", lambda: tm.tiny_hunyuan(1, "latent_concat", 9, False), tm.hunyuan_inputs),
-    "hunyuan-replace": ("hunyuan-video", lambda: tm.tiny_hunyuan(2, "token_replace"), tm.hunyuan_inputs),
-    "wan": ("wan", tm.tiny_wan, tm.wan_inputs),
-    "wan-image": ("wan", lambda: tm.tiny_wan(seed=1, in_channels=9, image_dim=10), tm.wan_inputs),
-}
+def pytest_sessionstart(session):
+    """A JUnit report names the commit that it is of, so that `tools/families.py` can refuse an old one."""
+    report = session.config.stash.get(xml_key, None)
+    if report is not None:
+        commit, changed = commit_of()
+        report.add_global_property("commit", commit)
+        report.add_global_property("uncommitted_changes", str(changed))
 
 
-def pytest_collection_modifyitems(items):
+# The files whose time goes into one model after the other: their cases of one model run on one worker, which traces it.
+BY_MODEL = ("test_tensorrt.py", "test_families.py", "test_guard.py")
+
+
+def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def group_of(item):
+    """The model that a case is about, or its file; what has one group runs on one worker."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    models = [value for value in values if isinstance(value, str) and value in MODELS]
+    return models[0] if models and item.path.name in BY_MODEL else item.path.stem
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
@@ -100,66 +76,67 @@ def pytest_xdist_auto_num_workers():
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory):
-    """(name, write) -> what `write(folder)` returned, a path in a folder of that name.
+def once(pytestconfig):
+    """(name, write) -> what `write(folder)` returned, a path in a folder of that name; see `Kept`.
 
-    It is called by the first worker that asks; the others wait for it and get the same path.
+    No test may change what it gets: it copies the folder, or links its files into another.
     """
-    base = tmp_path_factory.getbasetemp()
-    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def make(name, write):
-        folder = root / "once" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        done = folder.with_suffix(".done")
-        with FileLock(folder.with_suffix(".lock")):
-            if not done.exists():
-                done.write_text(str(write(folder)))
-        return Path(done.read_text())
-
-    return make
+    root = pytestconfig.rootpath / ".pytest_cache" / "kept"
+    store = Kept(root, key_of(ROOT, sources(), surroundings()))
+    sweep(root)
+    yield store
+    changed = store.changed()
+    store.close()
+    assert not changed, f"a test changed {', '.join(changed)}, which later runs would read; copy it first"
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def tiny(once):
     """Name of `MODELS` -> `Tiny`, saved as diffusers does."""
 
     @cache
     def make(name):
         family, build, inputs = MODELS[name]
         model = build()
-        folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder)
+
+        def write(folder):
+            model.save_pretrained(folder / name)
+            return folder / name
+
+        folder = once(f"model-{name}", write)
         return Tiny(family, model, folder, lambda steps, **sizes: inputs(model, steps, **sizes))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def traces(tiny):
-    """(name, precision) -> its trace. One serves every split: narrowing is done once and changes nothing later."""
+def traced(tiny):
+    """(name, options) -> the model traced in their precision. One serves every split: narrowing is done once."""
+    made = {}
 
-    @cache
-    def make(name, precision="fp32"):
-        family, dtype = FAMILIES[tiny(name).family], export.PRECISIONS[precision]
-        return trace(open_checkpoint(str(tiny(name).folder), family).skeleton(dtype), family, dtype)
+    def make(name, options=None):
+        options = options or options_of()
+        if (name, options.precision) not in made:
+            made[name, options.precision] = trace_of(name, tiny(name).folder, options)
+        return made[name, options.precision]
 
     return make
 
 
 @pytest.fixture(scope="session")
-def drafts(tiny, traces):
+def traces(traced):
+    """Name -> its trace in float32."""
+    return lambda name: traced(name).trace
+
+
+@pytest.fixture(scope="session")
+def drafts(traced):
     """(name, granularity, layout, order, **options) -> draft of that model, from its one trace."""
 
     @cache
-    def make(name, granularity="module", layout="snapshots", order=2, **options):
-        checkpoint = open_checkpoint(str(tiny(name).folder), FAMILIES[tiny(name).family])
-        chosen = export.Options(
-            order=order, interval=4, warmup=2, steps=20, granularity=granularity, layout=layout, **options
-        )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(export, "trace", lambda *_: traces(name, chosen.precision))
-            return export.draft(checkpoint, chosen)
+    def make(name, granularity="module", layout="snapshots", order=2, **changes):
+        options = options_of(granularity, layout, order, **changes)
+        return export.draft(traced(name, options), options)
 
     return make
 
@@ -172,6 +149,12 @@ def bundles(drafts, once):
         return export.write_bundle(drafts(name, **BUNDLES.get(name, {})), folder, name)
 
     return cache(lambda name: once(f"bundle-{name}", partial(write, name)))
+
+
+@pytest.fixture(scope="session")
+def embedded(once):
+    """Name of `EMBEDDED` -> folder of the bundle of that embedded model."""
+    return cache(lambda name: once(f"embedded-{name}", partial(write_embedded, name)))
 
 
 @pytest.fixture(scope="session")
@@ -233,11 +216,6 @@ def on_gpu(drafts, once):
 
 
 @pytest.fixture(scope="session")
-def residual_digits(once):
-    """The embedded DiT at granularity `residual`, exported by the command line: the folder of its bundle."""
-
-    def write(folder):
-        assert cli.main(["dit", "--order", "2", "--state", "residual", "--guard", "cg", "--out", str(folder)]) == 0
-        return folder / "dit-tiny"
-
-    return once("residual-digits", write)
+def residual_digits(embedded):
+    """The embedded DiT at granularity `residual`, with a guard: the folder of its bundle."""
+    return embedded("residual-digits")

@@ -1,15 +1,12 @@
 """The cards of the published models: none is stale, and staleness is noticed."""
 
 import json
-import sys
 from pathlib import Path
 
+import cards
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import cards  # noqa: E402
 
 
 @pytest.mark.parametrize("name", cards.MODELS)

@@ -1,35 +1,18 @@
 """Checkpoints: what is found, and what each kind of damage is called."""
 
 import hashlib
-import json
 import os
 import shutil
 
 import pytest
 import torch
+from checkpoints import INDEX, WEIGHTS, assert_holds, edit_json, opened, rewrite
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from taylorseer_export.checkpoint import files
 from taylorseer_export.checkpoint.checkpoint import EMBEDDED, open_checkpoint
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
-
-DIT = FAMILIES["dit"]
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
-
-
-def opened(folder, family=DIT):
-    return open_checkpoint(str(folder), family)
-
-
-def assert_holds(checkpoint, model):
-    """The checkpoint has exactly the tensors of `model`, bit for bit."""
-    state = model.state_dict()
-    assert checkpoint.files.keys() == state.keys()
-    different = [name for name, value in state.items() if not torch.equal(checkpoint.tensor(name), value)]
-    assert different == []
 
 
 @pytest.fixture
@@ -42,19 +25,6 @@ def folder(tiny, tmp_path):
 def shards(tiny, tmp_path):
     tiny("dit").model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     return tmp_path / "shards"
-
-
-def rewrite(folder, change):
-    """Change the tensors of a single-file checkpoint."""
-    tensors = load_file(folder / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / WEIGHTS)
-
-
-def edit_json(path, change):
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 # What is found

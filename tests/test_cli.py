@@ -16,19 +16,15 @@ from taylorseer_export.families import FAMILIES
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """The embedded DiT, exported once: the folder of its bundle."""
-    out = tmp_path_factory.mktemp("engines")
-    assert cli.main(["dit", "--order", "2", "--out", str(out)]) == 0
-    return out / "dit-tiny"
+def digits(embedded):
+    """The embedded DiT: the folder of its bundle."""
+    return embedded("digits")
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    """The embedded Wan, exported once: the folder of its bundle."""
-    out = tmp_path_factory.mktemp("engines")
-    assert cli.main(["wan", "--out", str(out)]) == 0
-    return out / "wan-tiny"
+def videos(embedded):
+    """The embedded Wan: the folder of its bundle."""
+    return embedded("videos")
 
 
 @pytest.fixture
@@ -66,6 +62,19 @@ def test_export_says_it_is_the_embedded_model_and_prints_the_card_first(tmp_path
     text = "\n".join(lines)
     assert "FFF.....F.....F" in text and "50 steps, 10 full" in text and "5.00x" in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("digits", ["dit", "--order", "2"]), ("videos", ["wan"])], ids=["dit", "wan"]
+)
+def test_the_command_line_writes_what_the_tests_read(embedded, tmp_path, name, arguments):
+    """The bundles of the other tests here are written without the command line; these two differ in nothing."""
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    (made,) = tmp_path.iterdir()
+    assert made.name == embedded(name).name
+    again, kept = (json.loads((folder / MANIFEST).read_bytes()) for folder in (made, embedded(name)))
+    assert again == kept
 
 
 def test_aliases_that_users_know(tmp_path, capsys):

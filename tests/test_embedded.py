@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +23,6 @@ from taylorseer_export.embedded.picture import (
 )
 from taylorseer_export.errors import CheckpointError, ConfigError
 from taylorseer_export.families import FAMILIES
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 ASSETS = Path(taylorseer_export.__file__).parent / "assets"
 RANDOM = sorted(set(FAMILIES) - {"dit", "flux"})

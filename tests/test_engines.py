@@ -35,7 +35,10 @@ def test_options_of_an_engine_reach_it_and_no_other(monkeypatch):
     parser = argparse.ArgumentParser()
     command_options.engine_options(parser)
     assert command_options.given_engine_options(parser.parse_args([])) == {}
-    assert command_options.given_engine_options(parser.parse_args(["--level", "3", "--flag"])) == {"level": 3, "flag": True}
+    assert command_options.given_engine_options(parser.parse_args(["--level", "3", "--flag"])) == {
+        "level": 3,
+        "flag": True,
+    }
     assert "for --engine one, two:" in parser.format_help()
     with pytest.raises(ConfigError, match="--level is given with --engine onnxruntime, expected it with one or two"):
         check_options(options(engine_options={"level": 3}))

@@ -9,9 +9,9 @@ from itertools import pairwise
 import oracle
 import pytest
 import torch
-from conftest import MODELS
 from harness import FLOAT32, advance, allowed, as_arrays, begin, eager_denoiser, open_slot, run
 from oracle import assert_close
+from tiny_bundles import MODELS
 
 from taylorseer_export import cli
 from taylorseer_export.errors import ConfigError, StepError

@@ -10,10 +10,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import PACKAGES
 from harness import FLOAT32, NEEDS_GPU, allowed, eager_denoiser, open_slot, representable, run, toy_trace
 from oracle import assert_close
 from safetensors.torch import load_file
+from tiny_bundles import PACKAGES
 
 from taylorseer_export import cli
 from taylorseer_export.bundle.manifest import MANIFEST, Graph, Manifest, Tensor
@@ -32,6 +32,8 @@ from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.torch_runner import TorchBuffer, TorchRunner
+
+pytestmark = pytest.mark.slow
 
 SIZES = {"batch": 2, "image_tokens": 6, "text_tokens": 5, "steps": 3}
 

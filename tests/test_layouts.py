@@ -8,8 +8,8 @@ import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
+from checkpoints import INDEX, WEIGHTS, assert_holds, edit_json, opened
 from safetensors.torch import load_file, save_file
-from test_checkpoint import INDEX, WEIGHTS, assert_holds, edit_json, opened
 
 from taylorseer_export.checkpoint import checkpoint, files
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint

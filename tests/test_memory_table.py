@@ -9,7 +9,6 @@ import pytest
 
 from taylorseer_export import cli
 from taylorseer_export.bundle.memory import state_bytes, table_bytes
-from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.commands.export import options as family_options
 from taylorseer_export.commands.options import Parser
 from taylorseer_export.compile import export
@@ -21,19 +20,6 @@ from taylorseer_export.report.card import card, orders
 from taylorseer_export.report.memory_table import GRANULARITIES, LAYOUTS, Choice, choices, choose, reason, table
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-
-
-@pytest.fixture(scope="module")
-def traced(tiny, traces):
-    """Name -> the shared trace of that tiny model, as the exporter hands it on."""
-
-    def make(name):
-        checkpoint = open_checkpoint(str(tiny(name).folder), FAMILIES[tiny(name).family])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(export, "trace", lambda *_: traces(name))
-            return export.trace_model(checkpoint, options())
-
-    return make
 
 
 def parser_of(family):

@@ -10,6 +10,8 @@ from tiny_models import flux_inputs, mid_flux
 from taylorseer_export import cli
 from taylorseer_export.bundle.store import open_bundle
 
+pytestmark = pytest.mark.slow
+
 STEPS, ORDER, UNEVEN = 8, 2, "FF.F...F"
 
 

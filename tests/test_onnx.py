@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import BUNDLES
 from safetensors import safe_open
+from tiny_bundles import BUNDLES
 
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import open_bundle

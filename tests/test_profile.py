@@ -3,42 +3,14 @@
 import numpy as np
 import pytest
 from harness import as_arrays, open_slot
+from profiles import PLAN, made, weights_of
 
 from taylorseer_export import cli
-from taylorseer_export.bundle.profile import Evidence, Profile, profile_names, read_profile, write_profile
+from taylorseer_export.bundle.profile import profile_names, read_profile, write_profile
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.errors import BundleError, ConfigError
-from taylorseer_export.method import Plan, forecast_weights
+from taylorseer_export.method import Plan
 from taylorseer_export.runtime.denoiser import Denoiser
-
-PLAN = "FF..F..."
-SAME = Evidence(fitted=40.0, held_out=40.0)
-
-
-def weights_of(plan, order):
-    """The paper's own weights, as a profile holds them."""
-    steps = range(len(plan))
-    return tuple(() if plan.is_full(s) else forecast_weights(plan.history(s, order), s, order) for s in steps)
-
-
-def made(manifest, name="fast", **changes):
-    fields = {
-        "tool_version": "0",
-        "name": name,
-        "family": manifest.family,
-        "weights_sha256": manifest.model.weights_sha256,
-        "granularity": manifest.state.granularity,
-        "order": 1,
-        "plan": PLAN,
-        "weights": weights_of(Plan(PLAN), 1),
-        "thresholds": {},
-        "samples": 8,
-        "held_out": 2,
-        "calibrated": SAME,
-        "regular": SAME,
-        "fewer_steps": SAME,
-    }
-    return Profile(**{**fields, **changes})
 
 
 @pytest.fixture

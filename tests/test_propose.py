@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import MODELS
+from tiny_bundles import MODELS
 
 from taylorseer_export import cli
 from taylorseer_export.errors import ExportError

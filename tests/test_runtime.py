@@ -8,7 +8,6 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import BUNDLES, ON_GPU, PACKAGES
 from harness import (
     FLOAT32,
     NEEDS_GPU,
@@ -24,6 +23,7 @@ from harness import (
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import assert_close
+from tiny_bundles import BUNDLES, ON_GPU, PACKAGES
 
 from taylorseer_export.bundle.manifest import Graph, Tensor
 from taylorseer_export.compile.export import PRECISIONS

@@ -11,7 +11,7 @@ import pytest
 from harness import as_arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_profile import made, weights_of
+from profiles import made, weights_of
 
 from taylorseer_export.bundle.memory import request_bytes
 from taylorseer_export.bundle.profile import write_profile

@@ -1,8 +1,9 @@
 """The real tritonserver, started and stopped here: what it answers, what it refuses, and what it leaves behind."""
 
+import os
 import random
+import shutil
 import signal
-import sys
 import threading
 import time
 import urllib.request
@@ -12,11 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_profile import PLAN as PROFILE_PLAN
-from test_profile import made, weights_of
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import triton_server
+from profiles import PLAN as PROFILE_PLAN
+from profiles import made, weights_of
 from triton_server import Server
 
 from taylorseer_export.bundle.profile import write_profile
@@ -30,7 +29,10 @@ from taylorseer_export.runtime.sampling import Request, sample
 from taylorseer_export.serve.client import infer
 from taylorseer_export.serve.repository import Deployment, write_repository
 
-pytestmark = pytest.mark.skipif(bool(triton_server.missing()), reason=triton_server.missing() or "it runs")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(triton_server.missing()), reason=triton_server.missing() or "it runs"),
+]
 
 SECONDS = 120  # until a test gives up waiting; nothing is measured with it
 PLAN = Plan(PROFILE_PLAN)
@@ -39,11 +41,11 @@ BROKEN = "dit-tiny-denoiser"  # its copy of the weights is damaged
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory):
-    """Family -> folder of its embedded model's bundle."""
+def engines(embedded, tmp_path_factory):
+    """Family -> folder of its embedded model's bundle, with a profile in it."""
     out = tmp_path_factory.mktemp("engines")
-    for family in ("flux", "dit"):
-        assert main([family, "--out", str(out)]) == 0
+    for name, family in (("shapes", "flux"), ("digits", "dit")):
+        shutil.copytree(embedded(name), out / f"{family}-tiny", copy_function=os.link)
         bundle = open_bundle(out / f"{family}-tiny")
         reuse = tuple((0.0, 1.0) if weights else () for weights in weights_of(PLAN, 1))
         write_profile(bundle, made(bundle.manifest, weights=reuse))

@@ -9,8 +9,6 @@ no forecast means anything.
 # Shapes: S steps, B batch, T = height * width image tokens, L text tokens, C channels
 
 import math
-import sys
-from pathlib import Path
 
 import torch
 from diffusers import (
@@ -23,9 +21,6 @@ from diffusers import (
     SD3Transformer2DModel,
     WanTransformer3DModel,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-
 from randomised import randomised
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from contestants import HOOKS, Case, Loop, hook_schedule
-from record import RESULTS, circumstances, write_record
+from record import circumstances, record_options, write_record
 from tqdm import tqdm
 
 from taylorseer_export.bundle.memory import state_bytes
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--hook", nargs="*", choices=tuple(HOOKS), default=list(HOOKS), help="diffusers' TaylorSeer")
     parser.add_argument("--no-eager", action="store_true", help="leave out eager diffusers without a cache")
     parser.add_argument("--work", type=Path, help="keep exported engines here and reuse them; default: a new folder")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    record_options(parser)
     args = parser.parse_args()
     flux = args.model == "mid-flux"
     args.interval = args.interval or (6 if flux else 4)
@@ -191,7 +191,7 @@ def main() -> None:
     args.order = args.order or ([1] if flux else [4])
     args.granularity = args.granularity or (["module", "residual", "last"] if flux else ["module", "residual"])
     args.batch = args.batch or (1 if flux else 2)
-    where = circumstances() | {"threads": args.threads}
+    where = circumstances(args.out, args.allow_dirty) | {"threads": args.threads}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def main() -> None:
     print(f"{args.model}, plan {result['plan']}, {where['cpu']}, {args.threads} threads, {where['date']}")
     print(table(result))
     record = where | result
-    print(write_record(f"bench-{args.model}", record, args.out))
+    print(write_record(f"bench-{args.model}", record, args.out, args.allow_dirty))
     print(json.dumps(record))
 
 

@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import diffusers  # noqa: E402
 from contestants import HOOKS, hook_schedule  # noqa: E402
 from full_size import MODELS  # noqa: E402
-from record import RESULTS, circumstances, write_record  # noqa: E402
+from record import circumstances, record_options, write_record  # noqa: E402
 from tiny_models import dit_inputs, flux_inputs, randomised, tiny_dit, tiny_flux  # noqa: E402
 
 from taylorseer_export.bundle.memory import role_bytes, state_bytes  # noqa: E402
@@ -457,7 +457,7 @@ def main() -> int:
     parser.add_argument("--loops", type=int, default=2, help="pairs of whole loops")
     parser.add_argument("--no-parity", dest="parity", action="store_false", help="leave out the float32 comparison")
     parser.add_argument("--budget", type=float, default=440, help="seconds after which no contestant begins")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    record_options(parser)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda, expected a GPU that torch can use; try the script with --device cpu --tiny")
@@ -465,7 +465,8 @@ def main() -> int:
         parser.error("--device is cpu without --tiny, expected a GPU for the full-size models; add --tiny")
     began = time.monotonic()
     machine = Machine(args.device, not args.no_compile)
-    where = circumstances() | {"torch_cuda": torch.version.cuda, "compiled": not args.no_compile}
+    where = circumstances(args.out, args.allow_dirty)
+    where |= {"torch_cuda": torch.version.cuda, "compiled": not args.no_compile}
     if machine.cuda:
         where |= {"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
     records = []
@@ -476,7 +477,7 @@ def main() -> int:
         print(table(record), flush=True)
         machine.free()
     whole = where | {"seconds": time.monotonic() - began, "models": records}
-    print(write_record("bench-gpu" if machine.cuda else "bench-gpu-trial", whole, args.out))
+    print(write_record("bench-gpu" if machine.cuda else "bench-gpu-trial", whole, args.out, args.allow_dirty))
     print(json.dumps(whole))
     # The last line is the record; what failed is told apart from it.
     lost = [label for r in records for label, result in r["results"].items() if "ours" in label and "failed" in result]

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from contestants import Case
-from record import circumstances, write_record
+from record import RESULTS, circumstances, dirty_option, write_record
 from torch._guards import detect_fake_mode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -86,7 +86,7 @@ def measure(case: Case, denoiser: Denoiser, rule: Any, turns: int) -> dict[str, 
     return times
 
 
-def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def bench(args: argparse.Namespace, folder: Path, where: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     case = Case(args, folder)
     rows = []
@@ -108,7 +108,7 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "ms": {name: statistics.median(values) for name, values in times.items()}, "probe_bytes": kept,
             "flops": counted,
         })  # fmt: skip
-    return {**circumstances(), "model": args.model, "state": args.state, "order": args.order, "turns": args.repeats,
+    return {**where, "model": args.model, "state": args.state, "order": args.order, "turns": args.repeats,
             "threads": args.threads, "goal": GOAL, "rows": rows}  # fmt: skip
 
 
@@ -133,14 +133,16 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="file the record in tools/results/")
+    dirty_option(parser)
     args = parser.parse_args()
     args.model, args.batch, args.steps, args.interval, args.warmup = "mid-flux", 1, 3, 3, 2
     args.threads = args.threads or torch.get_num_threads()
+    where = circumstances(RESULTS if args.write else None, args.allow_dirty)
     with tempfile.TemporaryDirectory() as folder:
-        record = bench(args, Path(folder))
+        record = bench(args, Path(folder), where)
     print(table(record))
     if args.write:
-        print("wrote", write_record("guard", record))
+        print("wrote", write_record("guard", record, allow_dirty=args.allow_dirty))
     print(json.dumps(record))
 
 

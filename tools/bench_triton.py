@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import circumstances, write_record
+from record import RESULTS, circumstances, dirty_option, write_record
 from tqdm import tqdm
 from triton_server import Server, embedded_repository, missing
 
@@ -123,9 +123,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=3, help="turns of the servers (default: %(default)s)")
     parser.add_argument("--file", action="store_true", help="write the record into tools/results")
+    dirty_option(parser)
     given = parser.parse_args()
     if reason := missing():
         raise SystemExit(reason)
+    where = circumstances(RESULTS if given.file else None, given.allow_dirty)
     import torch
 
     torch.set_num_threads(1)  # as in the server
@@ -151,7 +153,7 @@ def main() -> None:
             for share in tqdm(SHARES, desc="open"):
                 for name, server in servers.items():
                     points[name].append(opened(server, share * best, given.requests))
-    record = {**circumstances(), "model": MODEL, "lone": pairs, "points": points}
+    record = {**where, "model": MODEL, "lone": pairs, "points": points}
     for clients in given.clients:
         turns = {n: [p["throughput_per_s"] for p in points[n] if p.get("clients") == clients] for n in SETTINGS}
         record[f"gain_{clients}_clients"] = {
@@ -160,7 +162,7 @@ def main() -> None:
         }
     print(table(record))
     if given.file:
-        print(f"filed {write_record('triton', record)}")
+        print(f"filed {write_record('triton', record, allow_dirty=given.allow_dirty)}")
     print(json.dumps({key: value for key, value in record.items() if key.startswith(("gain", "lone"))}))
 
 

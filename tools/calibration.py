@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from record import RESULTS, ROOT, circumstances, write_record
+from record import ROOT, circumstances, record_options, write_record
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
@@ -217,11 +217,11 @@ def markdown(family: str, rows: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("flux", "dit"), nargs="+", default=["flux", "dit"], help="(default: both)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record (default: tools/results)")
+    record_options(parser)
     parser.add_argument("--keep", type=Path, help="record of one --model whose rows stand; only guards are judged")
     args = parser.parse_args()
     began = time.perf_counter()
-    record = circumstances() | {
+    record = circumstances(args.out, args.allow_dirty) | {
         "order": ORDER, "fitted": FITTED, "held_out": HELD_OUT, "judged": JUDGED, "models": {}
     }  # fmt: skip
     name = "calibration" if len(args.model) == 2 else f"calibration-{args.model[0]}"
@@ -246,7 +246,7 @@ def main() -> int:
                         "weights_sha256": checkpoint.sha256(), "rows": [asdict(row) for row in rows + waiting]
                     }  # fmt: skip
                     record["seconds"] = round(time.perf_counter() - began, 1)
-                    path = write_record(name, record, args.out)
+                    path = write_record(name, record, args.out, args.allow_dirty)
                     if not kept and (steps, found[0].full_steps) == (LOOPS[0][0], min(counts)):
                         made = [[p.astype(np.uint8) for p in pictures[:SHOWN]] for _, pictures in shown]
                         grid(made, 3, [title for title, _ in shown]).save(args.out / f"calibration-{family}.png")

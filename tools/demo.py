@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from record import RESULTS, circumstances, write_record
+from record import RESULTS, circumstances, dirty_option, write_record
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm import tqdm
 
@@ -63,7 +63,9 @@ class Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Export and sample the embedded models.")
     parser.add_argument("--file", action="store_true", help="file numbers and pictures in tools/results/")
+    dirty_option(parser)
     given = parser.parse_args()
+    where = circumstances(RESULTS if given.file else None, given.allow_dirty)
     OUT.mkdir(exist_ok=True)
     began = time.perf_counter()
     results = {}
@@ -76,7 +78,7 @@ def main() -> int:
         print(_table(family, rows))
     (OUT / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     if given.file:
-        write_record("demo", {**circumstances(), "models": results})
+        write_record("demo", {**where, "models": results}, allow_dirty=given.allow_dirty)
         for family in results:
             shutil.copy(OUT / f"{family}.png", RESULTS / f"{family}.png")
     print(f"pictures: {OUT}/flux.png, {OUT}/dit.png  ({time.perf_counter() - began:.0f} s)")

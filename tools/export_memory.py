@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from record import RESULTS, ROOT, circumstances, write_record
+from record import ROOT, circumstances, record_options, write_record
 from tqdm import tqdm
 
 LIMIT = 6e9  # bytes resident; the fp32 weights of the default model are 16e9
@@ -156,9 +156,9 @@ def main() -> int:
     parser.add_argument("--latent-size", default="128x128", help="HxW in latent pixels (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=LIMIT, help="resident bytes (default: %(default).0e)")
     parser.add_argument("--work", type=Path, help="folder with room for both (default: the system's temporary folder)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record (default: tools/results)")
+    record_options(parser)
     args = parser.parse_args()
-    where = circumstances()
+    where = circumstances(args.out, args.allow_dirty)
     needed = 6 * args.parameters + 1e9 if not args.double else 0
     with tempfile.TemporaryDirectory(dir=args.work, prefix="export-memory-") as folder:
         if shutil.disk_usage(folder).free < needed:
@@ -168,7 +168,7 @@ def main() -> int:
         record = where | run(args, Path(folder))
     if args.work:
         record["command"] = record["command"].replace(str(args.work), "DIR")
-    path = write_record("export-memory", record, args.out)
+    path = write_record("export-memory", record, args.out, args.allow_dirty)
     fits = record["exit_code"] == 0 and record["peak_rss_bytes"] < record["limit_bytes"]
     print(
         f"{record['parameters'] / 1e9:.2f} B parameters, {record['weights_file_bytes'] / 1e9:.1f} GB of weights "

@@ -4,6 +4,7 @@
     python tools/families.py report.xml --file             files the counts; `tools/readme.py` makes the table
 
 A cell is the number of tests that passed for a model; one that failed shows as such, and nothing run leaves it empty.
+Reports name the commit that they are of: one of another commit, or of a tree with other changes, is not filed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from record import circumstances, write_record
+from record import RESULTS, circumstances, dirty_option, write_record
 
 # Column -> (test module, pattern of test names) whose cases count in it.
 COLUMNS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -63,6 +64,27 @@ def counts(reports: Sequence[Path]) -> dict[str, dict[str, dict[str, int]]]:
     return {model: {c: dict(n) for c, n in columns.items()} for model, columns in sorted(found.items())}
 
 
+def refuse_other(report: Path, commit: str, allow_dirty: bool) -> None:
+    """Refuse a report whose tests were not of this commit, by what `tests/conftest.py` writes into it.
+
+    Raises:
+        SystemExit: The report names no commit, another one, or one with uncommitted changes.
+    """
+    said = {p.get("name"): p.get("value") for p in ElementTree.parse(report).iter("property")}
+    if "commit" not in said:
+        raise SystemExit(f"{report} names no commit, expected {commit[:12]}; run the tests again with --junitxml")
+    if said["commit"] != commit:
+        raise SystemExit(
+            f"{report} is of commit {said['commit'][:12]}, expected {commit[:12]}, which is checked out; "
+            "run the tests again"
+        )
+    if said["uncommitted_changes"] != "False" and not allow_dirty:
+        raise SystemExit(
+            f"{report} is of {commit[:12]} with uncommitted changes, expected the commit alone; commit or stash them "
+            "and run the tests again, or pass --allow-dirty, which the record will say"
+        )
+
+
 def _model(name: str) -> str | None:
     """The model that a test's parameters name; the longest one, since `wan-image` begins with `wan`."""
     parameters = name.partition("[")[2].rstrip("]")
@@ -82,11 +104,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Count what the tests showed of each family.")
     parser.add_argument("reports", type=Path, nargs="+", help="JUnit reports of runs of the tests")
     parser.add_argument("--file", action="store_true", help="file the record in tools/results")
+    dirty_option(parser)
     given = parser.parse_args()
-    record = {**circumstances(), "models": counts(given.reports)}
+    where = circumstances(RESULTS if given.file else None, given.allow_dirty)
+    for report in given.reports if given.file else ():
+        refuse_other(report, where["commit"], given.allow_dirty)
+    record = {**where, "models": counts(given.reports)}
     print(json.dumps(record["models"], indent=1))
     if given.file:
-        print(write_record("families", record))
+        print(write_record("families", record, allow_dirty=given.allow_dirty))
     return 0
 
 

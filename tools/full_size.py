@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, ROOT, circumstances, write_record
+from record import ROOT, circumstances, record_options, write_record
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
@@ -204,7 +204,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(MODELS), nargs="+", default=list(MODELS), help="(default: both)")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record (default: tools/results)")
+    record_options(parser)
     parser.add_argument("--json", action="store_true", help="print the numbers of one model as JSON and write nothing")
     args = parser.parse_args()
     if args.json:
@@ -213,13 +213,13 @@ def main() -> int:
         found["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(found))
         return 0
-    record = circumstances() | {"models": {}}
+    record = circumstances(args.out, args.allow_dirty) | {"models": {}}
     for name in args.model:  # a process each, so that the peak is this model's own
         command = [sys.executable, __file__, "--json", "--model", name, "--precision", args.precision]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         record["models"][name] = json.loads(done.stdout.splitlines()[-1])
         print(table(name, record["models"][name]))
-    path = write_record("full-size", record, args.out)
+    path = write_record("full-size", record, args.out, args.allow_dirty)
     print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
     return 0 if all(c["holds"] for m in record["models"].values() for c in m["claims"].values()) else 1
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import RESULTS, ROOT, circumstances, write_record
+from record import ROOT, circumstances, record_options, write_record
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
@@ -230,10 +230,11 @@ def main() -> int:
     parser.add_argument("--interval", type=int, nargs="+", default=list(INTERVALS), help="steps (default: 3 5 6 9)")
     parser.add_argument("--repeats", type=int, default=3, help="loops of each row, for times (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, help="file for the tables")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record (default: tools/results)")
+    record_options(parser)
     args = parser.parse_args()
     began = time.perf_counter()
-    record = circumstances() | {"steps": STEPS, "warmup": WARMUP, "repeats": args.repeats, "models": {}}
+    record = circumstances(args.out, args.allow_dirty)
+    record |= {"steps": STEPS, "warmup": WARMUP, "repeats": args.repeats, "models": {}}
     tables = []
     for family in args.model:
         weights = open_checkpoint(None, FAMILIES[family]).sha256()
@@ -245,7 +246,7 @@ def main() -> int:
         tables.append(markdown(family, rows))
         print(tables[-1] + "\n")
     record["seconds"] = round(time.perf_counter() - began, 1)
-    path = write_record("quality", record, args.out)
+    path = write_record("quality", record, args.out, args.allow_dirty)
     if args.markdown:
         args.markdown.write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)

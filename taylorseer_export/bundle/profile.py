@@ -6,15 +6,14 @@ at, and serves every bundle of both, whatever engine it was built for. Adding on
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from typing_extensions import Self
 
+from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.sealed import Part, Sealed, Sha256
 from taylorseer_export.bundle.store import Bundle
@@ -136,13 +135,6 @@ def write_profile(bundle: Bundle, profile: Profile) -> Path:
     folder = bundle.folder / PROFILES
     folder.mkdir(exist_ok=True)
     path = folder / f"{profile.name}.json"
-    partial = folder / f".{profile.name}.partial-{secrets.token_hex(4)}"
-    try:
-        with partial.open("wb") as stream:
-            stream.write(profile.to_json())
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial:
+        partial.write_bytes(profile.to_json())
     return path

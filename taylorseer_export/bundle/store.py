@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+from taylorseer_export.bundle.atomic import aside, flush, flush_one, sweep
 from taylorseer_export.bundle.manifest import MANIFEST, File, Manifest
 from taylorseer_export.errors import BundleError, ConfigError
 
@@ -60,7 +60,8 @@ def writing(folder: Path, needed: int | None = None) -> Iterator[Path]:
        renaming; a bundle that was there is moved aside first and deleted last.
     3. When anything is raised instead, Ctrl-C included, it is deleted and `folder` is as before.
 
-    A loss of power between the two renames leaves the old bundle under its aside name.
+    What a killed process left in the same place is swept first. A process killed, or a loss of power, between the two
+    renames leaves the old bundle aside; whoever writes there next puts it back first.
 
     Args:
         folder: Where the bundle goes; missing parents are made.
@@ -75,20 +76,16 @@ def writing(folder: Path, needed: int | None = None) -> Iterator[Path]:
     """
     folder = folder.resolve()
     _refuse_foreign(folder)
-    token = secrets.token_hex(4)
-    partial = folder.with_name(f".{folder.name}.partial-{token}")
-    replaced = folder.with_name(f".{folder.name}.replaced-{token}")
     try:
-        partial.mkdir(parents=True)
-        if needed is not None and shutil.disk_usage(partial).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-        yield partial
-        _flush(partial)
-        _refuse_foreign(folder)
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
-        _flush_one(folder.parent)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder.parent)
+        with aside(folder) as partial:
+            if needed is not None and shutil.disk_usage(partial).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+            yield partial
+            flush(partial)
+            _refuse_foreign(folder)
+            _take_place(partial, folder)
     except OSError as error:
         if error.errno not in _FULL_DISK:
             raise
@@ -96,11 +93,22 @@ def writing(folder: Path, needed: int | None = None) -> Iterator[Path]:
         raise BundleError(
             f"disk holding {error.filename or folder} is full, expected {expected}; free space or choose another --out"
         ) from error
-    finally:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _take_place(partial: Path, folder: Path) -> None:
+    """Rename `partial` to `folder`; a bundle that is there is moved aside first, and back where that fails."""
+    if not folder.exists():
+        partial.rename(folder)
+    else:
+        with aside(folder, "replaced") as place:
+            old = place / folder.name
+            try:
+                folder.rename(old)
+                partial.rename(folder)
+            finally:
+                if old.exists() and not folder.exists():
+                    old.rename(folder)
+    flush_one(folder.parent)
 
 
 def hash_files(folder: Path, progress: Progress | None = None) -> dict[str, File]:
@@ -212,23 +220,6 @@ def _refuse_foreign(folder: Path) -> None:
             f"{folder} is a folder without {MANIFEST}, expected a bundle or an empty folder; "
             "choose another --out, nothing was deleted"
         )
-
-
-def _flush(folder: Path) -> None:
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            _flush_one(Path(parent, name))
-        _flush_one(Path(parent))
-
-
-def _flush_one(path: Path) -> None:
-    if os.name == "nt":  # has no fsync for folders and read-only handles
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remedy(folder: Path, family: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from taylorseer_export.bundle.manifest import Dimension, Graph, Tensor
 from taylorseer_export.bundle.shapes import evaluate, names, resolve
-from taylorseer_export.errors import TaylorSeerError
+from taylorseer_export.errors import TaylorSeerError, first_line
 
 _LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "torch-tensorrt": "tensorrt"}
 _DTYPES = {
@@ -68,7 +68,7 @@ def logger(trt: Any) -> Any:
 
         def last(self) -> str:
             """The newest error, or that there was none."""
-            return self.errors[-1].strip().splitlines()[0] if self.errors else "it gives no reason"
+            return first_line(self.errors[-1]) if self.errors else "it gives no reason"
 
     return Log()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from taylorseer_export.errors import CheckpointError
+from taylorseer_export.errors import CheckpointError, first_line
 
 PUBLISHED = Path(__file__).parent.parent / "families" / "configs"  # of the transformers of published models
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -88,7 +88,7 @@ def opened(path: Path, framework: str = "np") -> Iterator[Any]:
             yield file
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path} cannot be mapped ({str(error).splitlines()[0]}), expected {path.stat().st_size / 1e9:.0f} GB of "
+            f"{path} cannot be mapped ({first_line(error)}), expected {path.stat().st_size / 1e9:.0f} GB of "
             "memory and swap, used or not; save it in shards, or allow more with `sysctl vm.overcommit_memory=1`"
         ) from error
     except (SafetensorError, OSError) as error:

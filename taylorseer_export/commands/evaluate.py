@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.commands.options import bundle_options, sample_options
 from taylorseer_export.commands.run import latent_sizes
 from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
@@ -97,12 +98,8 @@ def run(given: argparse.Namespace) -> int:
         "samples": str(len(requests) * count),
         "in groups of": str(count),
     }
-    partial = out.with_name(f".{out.name}.partial")
-    try:
+    with replacing(out) as partial:
         partial.write_text(page(f"{name}: ways to sample", facts, rows, missing), encoding="utf-8")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     print(evaluate.table(rows))
     for name, what in missing.items():
         print(f"not measured: {name} (needs {what})")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -120,12 +121,8 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str])
 
     if not path.parent.is_dir():
         raise ConfigError(f"folder {path.parent} is missing, expected it for {path.name}; create it")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         save_file(tensors, partial, metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def need(extra: str, *modules: str) -> None:

@@ -21,7 +21,7 @@ from taylorseer_export.compile.engines import Progress, library_versions
 from taylorseer_export.compile.export import Draft, Options
 from taylorseer_export.compile.program import example_inputs, exported_program, quiet
 from taylorseer_export.compile.weights import WEIGHTS
-from taylorseer_export.errors import BuildError
+from taylorseer_export.errors import BuildError, first_line
 from taylorseer_export.graph.cut import Cut
 
 PACKAGE = "graphs.pt2"
@@ -105,7 +105,7 @@ def _compiled(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device: 
     except Exception as error:
         raise BuildError(
             f"graph `{cut.name}` does not compile, expected torch {torch.__version__} to build it; "
-            f"torch says: {str(error).strip().splitlines()[0]}"
+            f"torch says: {first_line(error)}"
         ) from error
     assert isinstance(files, list), "bug in taylorseer-export: AOTInductor was not asked for a package"
     return [str(file) for file in files if not str(file).endswith(".cpp")]

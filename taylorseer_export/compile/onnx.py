@@ -12,7 +12,7 @@ from taylorseer_export.compile.engines import Progress
 from taylorseer_export.compile.export import Draft
 from taylorseer_export.compile.program import exported_program, quiet, size_of
 from taylorseer_export.compile.weights import WEIGHTS, Stored
-from taylorseer_export.errors import BuildError
+from taylorseer_export.errors import BuildError, first_line
 from taylorseer_export.graph.cut import Cut
 
 OPSET = 20
@@ -53,7 +53,7 @@ def write_onnx(cut: Cut, sizes: Mapping[str, int | None], weights: Mapping[str, 
     except Exception as error:
         raise BuildError(
             f"graph `{cut.name}` has no ONNX form, expected operators of opset {OPSET}; "
-            f"torch.onnx says: {str(error).strip().splitlines()[0]}"
+            f"torch.onnx says: {first_line(error)}"
         ) from error
     assert exported is not None
     model = exported.model

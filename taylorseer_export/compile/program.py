@@ -13,7 +13,7 @@ from torch import fx
 
 from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.bundle.shapes import compute, evaluate, is_linear, linear, names, resolve
-from taylorseer_export.errors import BuildError
+from taylorseer_export.errors import BuildError, first_line
 from taylorseer_export.graph.casts import float_types
 from taylorseer_export.graph.cut import Cut
 
@@ -45,8 +45,7 @@ def exported_program(
             program = torch.export.export(source, inputs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
         raise BuildError(
-            f"graph `{cut.name}` does not re-export, expected a static graph; "
-            f"torch.export says: {str(error).strip().splitlines()[0]}"
+            f"graph `{cut.name}` does not re-export, expected a static graph; torch.export says: {first_line(error)}"
         ) from error
     mixed = mixed_types(program)
     if mixed:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.bundle.manifest import Dimension, Engine
 from taylorseer_export.bundle.tensorrt import dtype_names, extents, library, library_name, logger, unlike
 from taylorseer_export.compile.engines import Progress, library_versions
@@ -273,9 +274,8 @@ def _keep_timings(config: Any, options: Options) -> None:
     """Write the timing cache back, whole or not at all."""
     if "timing-cache" in options.engine_options:
         path = Path(options.engine_options["timing-cache"])
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
 
 
 def _monitor(trt: Any, graph: str, progress: Progress) -> Any:

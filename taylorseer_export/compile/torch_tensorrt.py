@@ -20,7 +20,7 @@ from taylorseer_export.compile.program import exported_program
 from taylorseer_export.compile.tensorrt import engine as tensorrt_engine
 from taylorseer_export.compile.tensorrt import graph_file as graph_file
 from taylorseer_export.compile.tensorrt import refuse_cpu, this_gpu
-from taylorseer_export.errors import BuildError
+from taylorseer_export.errors import BuildError, first_line
 from taylorseer_export.graph.cut import Cut
 
 DEVICE = "cuda"  # it converts on the GPU that the plans are for
@@ -70,7 +70,7 @@ def build(draft: Draft, folder: Path, progress: Progress) -> None:
             raise
         except Exception as error:
             raise BuildError(
-                f"graph `{cut.name}` is not converted by torch-tensorrt ({str(error).strip().splitlines()[0]}), "
+                f"graph `{cut.name}` is not converted by torch-tensorrt ({first_line(error)}), "
                 "expected one plan; use --engine tensorrt"
             ) from error
         (folder / graph_file(cut.name)).write_bytes(plan)

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from taylorseer_export.bundle.shapes import linear, resolve
-from taylorseer_export.errors import ExportError
+from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.families.family import Family, Input, replaced
 from taylorseer_export.graph.casts import explicit_casts
 from taylorseer_export.graph.rewrite import functional, plain
@@ -100,7 +100,7 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
         except Exception as error:
             raise ExportError(
                 f"{family.model_class} is not traceable with {', '.join(declared)} symbolic, expected a static graph; "
-                f"torch.export says: {str(error).strip().splitlines()[0]}"
+                f"torch.export says: {first_line(error)}"
             ) from error
         module = program.module()
     assert isinstance(module, fx.GraphModule)

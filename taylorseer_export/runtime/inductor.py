@@ -10,7 +10,7 @@ from typing import Any
 
 from taylorseer_export.bundle.manifest import Graph
 from taylorseer_export.bundle.store import Bundle
-from taylorseer_export.errors import BundleError
+from taylorseer_export.errors import BundleError, first_line
 from taylorseer_export.runtime.engines import check_version
 from taylorseer_export.runtime.torch_runner import TorchRunner
 
@@ -40,7 +40,7 @@ def open_runner(bundle: Bundle, device: str, threads: int, cuda_graphs: bool = T
         functions = _functions(package, bundle.path(WEIGHTS), graphs, device)
     except (RuntimeError, KeyError) as error:
         raise BundleError(
-            f"{package} is refused by torch {torch.__version__} ({str(error).strip().splitlines()[0]}), expected a "
+            f"{package} is refused by torch {torch.__version__} ({first_line(error)}), expected a "
             f"package it can load; build it again with `{bundle.manifest.command()}`"
         ) from error
     return TorchRunner(functions, graphs, device, cuda_graphs)

@@ -13,7 +13,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Dimension, Graph
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import Bundle
-from taylorseer_export.errors import BundleError, StepError
+from taylorseer_export.errors import BundleError, StepError, first_line
 from taylorseer_export.runtime.engines import check_version
 from taylorseer_export.runtime.runner import Buffer, Call, check_binding, host_dtype
 
@@ -149,7 +149,7 @@ class OnnxRuntimeRunner:
                 session.run_with_iobinding(binding, options)
             except Exception as error:
                 raise StepError(
-                    f"graph `{graph}` failed ({str(error).strip().splitlines()[0]}), expected it to run; "
+                    f"graph `{graph}` failed ({first_line(error)}), expected it to run; "
                     "check that the sizes lie in the bundle's ranges"
                 ) from error
 

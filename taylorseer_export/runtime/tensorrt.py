@@ -10,13 +10,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import secrets
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.bundle.manifest import Graph
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.bundle.tensorrt import dtype_names, extents, library, library_name, logger, unlike
@@ -157,7 +157,10 @@ class TensorRTRunner(TorchRunner):
     def close(self) -> None:
         super().close()
         for graph, cache in self._caches.items():
-            _replace(self._cache_file(graph), cache.serialize())
+            path = self._cache_file(graph)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as partial_file:
+                partial_file.write_bytes(memoryview(cache.serialize()))
         self._caches.clear()
         self._engines.clear()
         self._scratch = None
@@ -295,11 +298,3 @@ def _numbers(version: str) -> tuple[int, ...]:
             break
         parts.append(int(part))
     return tuple(parts)
-
-
-def _replace(path: Path, data: Any) -> None:
-    """Write a file whole or not at all, whoever else writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    partial_file.write_bytes(memoryview(data))
-    partial_file.replace(path)

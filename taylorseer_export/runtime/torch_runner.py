@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Graph
-from taylorseer_export.errors import StepError
+from taylorseer_export.errors import StepError, first_line
 from taylorseer_export.runtime.runner import Buffer, Call, check_binding
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Recorder:
             graph.replay()
         except RuntimeError as error:
             raise StepError(
-                f"graph `{name}` cannot be captured ({str(error).strip().splitlines()[0]}), expected a CUDA graph; "
+                f"graph `{name}` cannot be captured ({first_line(error)}), expected a CUDA graph; "
                 "export again, or run without CUDA graphs (--no-cuda-graphs), which is slower"
             ) from error
         return partial(_replay, graph, call)
@@ -182,7 +182,7 @@ def _run(name: str, function: Callable[..., Any], tensors: list[torch.Tensor]) -
         raise
     except RuntimeError as error:
         raise StepError(
-            f"graph `{name}` failed ({str(error).strip().splitlines()[0]}), expected it to run; "
+            f"graph `{name}` failed ({first_line(error)}), expected it to run; "
             "check that the sizes lie in the bundle's ranges"
         ) from error
 

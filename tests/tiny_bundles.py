@@ -1,0 +1,90 @@
+"""Which tiny models the tests share, and with what options they are exported; every one is written by `conftest.once`.
+
+Whatever decides the bytes of a kept bundle stands here or in `tests/tiny_models.py`, since both are part of its key.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import tiny_models as tm
+
+from taylorseer_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from taylorseer_export.compile.export import Options, Traced, draft, trace_model, write_bundle
+from taylorseer_export.families import FAMILIES
+
+# The only ONNX exports of the graph and engine tests; each takes many seconds.
+BUNDLES = {
+    "flux": {"layout": "snapshots", "guards": ("cg", "fbcache", "teacache")},
+    "dit": {"layout": "derivatives", "guards": ("cg",)},
+    # Static but for the text.
+    "plain": {"granularity": "last", "latent_size": (4, 6), "batch": 2, "guards": ("cg", "teacache")},
+}
+
+# The only packages compiled for the engine tests; each takes half a minute.
+PACKAGES = {
+    "plain": {"engine": "inductor", "guards": ("cg", "fbcache")},
+    "dit": {"engine": "inductor", "granularity": "residual", "layout": "derivatives", "precision": "bf16", "batch": 2},
+}
+
+# What engine tests build where there is a GPU; `on_gpu` says what each of them needs.
+ON_GPU = {
+    ("inductor", "flux"): {},
+    ("inductor", "dit"): {"granularity": "residual", "layout": "derivatives", "precision": "bf16", "batch": 2},
+    ("onnxruntime", "flux"): {},
+    ("onnxruntime", "dit"): {"layout": "derivatives"},
+    ("tensorrt-rtx", "flux"): {},
+    ("tensorrt-rtx", "dit"): {"layout": "derivatives", "precision": "bf16"},
+    ("tensorrt", "flux"): {},
+    ("tensorrt", "dit"): {"layout": "derivatives", "precision": "bf16"},
+    ("torch-tensorrt", "flux"): {},
+}
+
+# Name -> (family, what its export changes), of the embedded models; as `taylorseer-export <family>` makes them.
+EMBEDDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits": ("dit", {"order": 2}),
+    "residual-digits": ("dit", {"order": 2, "granularity": "residual", "guards": ("cg",)}),
+    "shapes": ("flux", {}),
+    "videos": ("wan", {}),
+}
+
+# Name -> (family, how its tiny model is built, inputs for it).
+MODELS = {
+    "flux": ("flux", tm.tiny_flux, tm.flux_inputs),
+    "plain": ("flux", lambda: tm.tiny_flux(seed=1, guidance=False, double=1, single=1), tm.flux_inputs),
+    "kontext": ("flux-kontext", lambda: tm.tiny_flux(seed=2, double=1), tm.kontext_inputs),
+    "qwen-image": ("qwen-image", tm.tiny_qwen_image, tm.qwen_image_inputs),
+    "sd3": ("sd3", tm.tiny_sd3, tm.sd3_inputs),
+    "hidream": ("hidream", tm.tiny_hidream, tm.hidream_inputs),
+    "dit": ("dit", tm.tiny_dit, tm.dit_inputs),
+    "framepack": ("framepack", tm.tiny_framepack, tm.framepack_inputs),
+    "hunyuan": ("hunyuan-video", tm.tiny_hunyuan, tm.hunyuan_inputs),
+    "hunyuan-channels": ("hunyuan-video", lambda: tm.tiny_hunyuan(1, "latent_concat", 9, False), tm.hunyuan_inputs),
+    "hunyuan-replace": ("hunyuan-video", lambda: tm.tiny_hunyuan(2, "token_replace"), tm.hunyuan_inputs),
+    "wan": ("wan", tm.tiny_wan, tm.wan_inputs),
+    "wan-image": ("wan", lambda: tm.tiny_wan(seed=1, in_channels=9, image_dim=10), tm.wan_inputs),
+}
+
+
+def options_of(granularity="module", layout="snapshots", order=2, **changes) -> Options:
+    """Options of a draft of a tiny model."""
+    return Options(order=order, interval=4, warmup=2, steps=20, granularity=granularity, layout=layout, **changes)
+
+
+def trace_of(name: str, folder: Path, options: Options) -> Traced:
+    """The tiny model `name`, saved in `folder`, traced in the precision of `options`."""
+    return trace_model(open_checkpoint(str(folder), FAMILIES[MODELS[name][0]]), options)
+
+
+def embedded(name: str) -> tuple[Checkpoint, Options]:
+    """The checkpoint and the options of an entry of `EMBEDDED`: the family's defaults, with its changes."""
+    family, changes = EMBEDDED[name]
+    checkpoint = open_checkpoint(None, FAMILIES[family])
+    default, of_this = FAMILIES[family].defaults, checkpoint.family.defaults
+    usual = {"order": default.order, "interval": default.interval, "warmup": default.warmup, "steps": of_this.steps}
+    return checkpoint, Options(**(usual | changes))
+
+
+def write_embedded(name: str, folder: Path) -> Path:
+    """The bundle of an embedded model in `folder`, named as the command line names it."""
+    checkpoint, options = embedded(name)
+    return write_bundle(draft(checkpoint, options), folder, "tiny")

@@ -60,19 +60,19 @@ def ensure(trace: Trace, graphs: Collection[Cut], live: Collection[fx.Node]) -> 
     taps = trace.taps()
     blocks = upstream([taps[STACK_OUTPUT]]) - upstream([taps[STACK_INPUT]])
     latent = {size for spec in trace.inputs if spec.role == "latent" for entry in spec.shape for size in names(entry)}
-    left = [name for name in trace.sites if taps.get(name) in live]
+    left: dict[str, bool] = {name: False for name in trace.sites if taps.get(name) in live}  # -> of the text alone
     for node in trace.module.graph.nodes:
-        if node in live and (
-            _operator(node) in _ATTENTIONS
-            or (node in blocks and _operator(node) in _PRODUCTS)
-            or _sizes(trace, node) - latent - {"batch"}
-        ):
-            left.append(_module(node, trace.sites))
-    left = list(dict.fromkeys(left))
-    if left:
-        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        sizes = _sizes(trace, node) - {"batch"}
+        product = node in blocks and _operator(node) in _PRODUCTS
+        if node in live and (product or _operator(node) in _ATTENTIONS or sizes - latent):
+            module = _module(node, trace.sites)
+            left[module] = left.get(module, True) and bool(sizes) and not sizes & latent
+    # The text follows from an attention that was left, which is what a declaration lacks.
+    found = sorted(left, key=lambda module: left[module])
+    if found:
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         raise ExportError(
-            f"the forecast graph is left with {', '.join(f'`{name}`' for name in left[:_NAMED])}{more}, expected no "
+            f"the forecast graph is left with {', '.join(f'`{name}`' for name in found[:_NAMED])}{more}, expected no "
             "attention, no MLP and no text of the blocks in it; add their modules to the family's `sites`, see "
             "families/README.md"
         )

@@ -44,8 +44,8 @@ def broadcast_mask(model: Any) -> Iterator[None]:
 
     def forward(hidden_states: Any, temb: Any, attention_mask: Any) -> Any:
         kept = attention_mask.bool()
-        both = kept[:, None, :, None] & kept[:, None, None, :]
-        seen = both | (torch.arange(kept.shape[1], device=kept.device) == 0)
+        both = kept[:, :, None] & kept[:, None]
+        seen = (both | (torch.arange(kept.shape[1], device=kept.device) == 0))[:, None]
         for block in refiner.refiner_blocks:
             hidden_states = block(hidden_states, temb, seen)
         return hidden_states

@@ -1,4 +1,4 @@
-# A fresh clone needs make, and Python 3.10 or newer with its venv module. Everything else goes into .venv.
+# A fresh clone needs make, and Python 3.11 or newer with its venv module. Everything else goes into .venv.
 
 PYTHON ?= python3
 
@@ -25,9 +25,9 @@ help:
 
 $(DONE): pyproject.toml tools/constraints.txt
 	@command -v '$(PYTHON)' >/dev/null || \
-		{ echo 'PYTHON is `$(PYTHON)`, which is not on the path, expected Python >= 3.10; set PYTHON=/path/to/python3' >&2; exit 1; }
-	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "PYTHON is $$('$(PYTHON)' --version 2>&1), expected Python >= 3.10; set PYTHON=/path/to/python3" >&2; exit 1; }
+		{ echo 'PYTHON is `$(PYTHON)`, which is not on the path, expected Python >= 3.11; set PYTHON=/path/to/python3' >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "PYTHON is $$('$(PYTHON)' --version 2>&1), expected Python >= 3.11; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo 'the venv module of `$(PYTHON)` is missing, expected venv and ensurepip; install them (on Debian: python3-venv)' >&2; exit 1; }
 	@echo 'Installing into $(VENV) (several minutes and about 2 GB the first time) ...'

@@ -4,11 +4,22 @@ Every error is raised before the work it is about starts. The command line print
 traceback, and exits with `exit_code`: 2 for bad usage or input, 1 for a check that ran and failed.
 """
 
+import re
+
 
 class TaylorSeerError(Exception):
-    """Base of every error raised on purpose here; catch this one to catch them all."""
+    """Base of every error raised on purpose here; catch this one to catch them all.
+
+    Args:
+        message: The sentence. What it quotes of a file or a request may be anything: line breaks become spaces, and
+            what does not print (escape codes, marks that turn the writing direction) its escape, like `\\x1b`.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: object = "") -> None:
+        line = re.sub(r"\s*[\n\r]\s*", " ", str(message))
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
 
 class ConfigError(TaylorSeerError, ValueError):

@@ -20,9 +20,9 @@ def opened(folder, family=DIT):
 def assert_holds(checkpoint, model):
     """The checkpoint has exactly the tensors of `model`, bit for bit."""
     state = model.state_dict()
-    assert checkpoint.files.keys() == state.keys()
+    assert checkpoint.files.keys() == state.keys(), checkpoint.files.keys() ^ state.keys()
     different = [name for name, value in state.items() if not torch.equal(checkpoint.tensor(name), value)]
-    assert different == []
+    assert different == [], different
 
 
 def rewrite(folder, change):

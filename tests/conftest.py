@@ -52,7 +52,15 @@ def pytest_sessionstart(session):
 
 
 # The files whose time goes into one model after the other: their cases of one model run on one worker, which traces it.
-BY_MODEL = ("test_tensorrt.py", "test_families.py", "test_guard.py")
+BY_MODEL = (
+    "test_tensorrt.py",
+    "test_families.py",
+    "test_guard.py",
+    "test_split.py",
+    "test_binding.py",
+    "test_serve.py",
+    "test_dropin_families.py",
+)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -79,7 +87,7 @@ def pytest_xdist_auto_num_workers():
 def once(pytestconfig):
     """(name, write) -> what `write(folder)` returned, a path in a folder of that name; see `Kept`.
 
-    No test may change what it gets: it copies the folder, or links its files into another.
+    No test may change what it gets: it copies the folder, and links to none of its files.
     """
     root = pytestconfig.rootpath / ".pytest_cache" / "kept"
     store = Kept(root, key_of(ROOT, sources(), surroundings()))
@@ -133,10 +141,14 @@ def traces(traced):
 def drafts(traced):
     """(name, granularity, layout, order, **options) -> draft of that model, from its one trace."""
 
-    @cache
-    def make(name, granularity="module", layout="snapshots", order=2, **changes):
-        options = options_of(granularity, layout, order, **changes)
-        return export.draft(traced(name, options), options)
+    made = {}
+
+    def make(name, *how, **changes):
+        options = options_of(*how, **changes)
+        key = (name, repr(options))
+        if key not in made:
+            made[key] = export.draft(traced(name, options), options)
+        return made[key]
 
     return make
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Parts of the package that no export runs: `tests/test_architecture.py` refuses the making side an import of them.
 RUN_SIDE = frozenset({"runtime", "embedded", "report", "serve", "commands", "cli.py", "__init__.py", "__main__.py"})
 # What makes and exports the models of the tests.
-MAKERS = ("tests/kept.py", "tests/tiny_bundles.py", "tests/tiny_models.py", "tools/randomised.py")
+MAKERS = ("tests/kept.py", "tests/tiny_bundles.py", "tools/tiny_models.py", "tools/randomised.py")
 
 MOST = 3  # keys that are kept: a branch, the main branch, and the one before
 
@@ -60,9 +60,14 @@ def key_of(root: Path, files: Iterable[Path], facts: Iterable[str]) -> str:
 
 
 def hashes_of(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of every file in a folder."""
+    """Relative path -> SHA-256 of every file in a folder; a file that is also linked to from elsewhere has none."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): "linked"
+        if path.stat().st_nlink > 1
+        else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 class Kept:

@@ -6,9 +6,10 @@ Every check is a function from source text to a list of complaints, so that each
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,14 @@ HEAVY: dict[str, frozenset[str]] = {
     "diffusers": frozenset(
         {
             "checkpoint/checkpoint.py",
-            "checkpoint/lora.py",
+            "checkpoint/lora_names.py",
             "checkpoint/original.py",
+            "checkpoint/weights.py",
             "runtime/clock.py",
             "runtime/dropin.py",
         }
     ),
-    "accelerate": frozenset({"checkpoint/checkpoint.py"}),
+    "accelerate": frozenset({"checkpoint/weights.py"}),
     "onnx": frozenset({"compile/onnx.py"}),
     "onnx_ir": frozenset({"compile/onnx.py"}),
     "onnxscript": frozenset({"compile/onnx.py"}),
@@ -75,6 +77,9 @@ HEAVY: dict[str, frozenset[str]] = {
 TORCH_AT_THE_TOP = frozenset(
     {"checkpoint", "graph", "compile", "report/verify.py", "report/polygraphy.py", "runtime/dropin.py"}
 )
+
+# The folders that may name a model family or its class: everywhere else what is so of a family is data.
+NAMES_FAMILIES = frozenset({"families", "embedded"})
 
 FORBIDDEN_NAMES = frozenset({"utils", "util", "helpers", "helper", "common", "misc", "registry"})
 LONGEST = 450  # lines of one module
@@ -247,6 +252,41 @@ def _skips(node: ast.expr) -> bool:
     }
 
 
+def families_named(files: Mapping[str, str], names: Collection[str], classes: Collection[str]) -> list[str]:
+    """Families and model classes named outside of the folders that may: in a text that is no docstring, or in a name.
+
+    Args:
+        files: Path -> source.
+        names: Of the families; each of their words counts where it stands alone, `flux` in `flux-tiny` and in
+            `flux_request`.
+        classes: Of models in diffusers.
+    """
+    words = {word for name in names for word in name.split("-")} - {"image", "video"}
+    found = []
+    for path, source in files.items():
+        if part_of(path) in NAMES_FAMILIES:
+            continue
+        tree = ast.parse(source)
+        documents = {id(_document(node)) for node in ast.walk(tree)}
+        for node in ast.walk(tree):
+            if id(node) in documents:
+                continue
+            fields = [value for _, value in ast.iter_fields(node)]
+            texts = [text for field in fields for text in (field if isinstance(field, list) else [field])]
+            text = " ".join(text for text in texts if isinstance(text, str))
+            seen = set(re.findall("[a-z0-9]+", text.lower())) & words | {name for name in classes if name in text}
+            found += [f"{path}:{getattr(node, 'lineno', 0)} names {name}" for name in sorted(seen)]
+    return found
+
+
+def _document(node: ast.AST) -> ast.expr | None:
+    """The docstring of a module, class or function."""
+    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or not node.body:
+        return None
+    first = node.body[0]
+    return first.value if isinstance(first, ast.Expr) else None
+
+
 def strangers(entries: set[str]) -> set[str]:
     """Top-level entries that were not agreed on."""
     return {entry for entry in entries if entry not in TOP and not entry.startswith(".")}
@@ -293,6 +333,57 @@ def test_make_and_run_never_meet() -> None:
     make, run = {"families", "checkpoint", "graph", "compile"}, {"runtime", "embedded"}
     assert all(not ARROWS[part] & run for part in make)
     assert all(not ARROWS[part] & make for part in run)
+
+
+def test_only_the_families_know_a_model() -> None:
+    assert families_named(OURS, declared("name"), declared("model_class")) == []
+
+
+def declared(argument: str) -> set[str]:
+    """What the families' declarations give for an argument of `Family(...)`."""
+    given = {
+        keyword.value.value
+        for path, source in OURS.items()
+        if part_of(path) == "families"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        for keyword in node.keywords
+        if keyword.arg == argument and isinstance(keyword.value, ast.Constant)
+    }
+    return {name for name in given if isinstance(name, str)} - {"unknown"}
+
+
+def test_the_families_were_found() -> None:
+    assert {"dit", "flux", "flux-kontext", "hunyuan-video", "wan"} <= declared("name")
+    assert {"FluxTransformer2DModel", "WanTransformer3DModel"} <= declared("model_class")
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ('if family == "wan":\n    pass', "x.py:1 names wan"),
+        ('_FACTS = {"hunyuan-video": 1.0}', "x.py:1 names hunyuan"),
+        ('help = "captions to draw (embedded FLUX)"', "x.py:1 names flux"),
+        ('print(f"a bundle of {x}-flux")', "x.py:1 names flux"),
+        ('table = "WanTransformer3DModel"', "x.py:1 names WanTransformer3DModel"),
+        ("from diffusers import WanTransformer3DModel", "x.py:1 names WanTransformer3DModel"),
+        ("from a.b import flux_request", "x.py:1 names flux"),
+        ("def wan(): pass", "x.py:1 names wan"),
+        ("def f(flux=1): pass", "x.py:1 names flux"),
+        ("made = flux.make()", "x.py:1 names flux"),
+        ("f(wan=1)", "x.py:1 names wan"),
+        ('def f():\n    """Of FLUX."""\n    "of FLUX"', "x.py:3 names flux"),
+    ],
+)
+def test_the_name_of_a_family_is_found(source: str, complaint: str) -> None:
+    assert complaint in families_named({"x.py": source}, {"wan", "flux", "hunyuan-video"}, {"WanTransformer3DModel"})
+
+
+def test_docstrings_comments_and_other_words_may_stand_anywhere() -> None:
+    source = '"""Of FLUX and Wan."""\nwanted = "video influx"  # as FLUX\nclass A:\n    """Of wan."""\n'
+    assert (
+        families_named({"x.py": source, "families/wan.py": 'NAME = "wan"'}, {"wan", "flux", "some-video"}, {"X"}) == []
+    )
 
 
 def test_heavy_libraries_are_imported_in_few_places() -> None:

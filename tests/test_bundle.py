@@ -13,12 +13,14 @@ from pydantic import ValidationError
 from taylorseer_export.bundle import manifest as manifest_module
 from taylorseer_export.bundle.manifest import (
     MANIFEST,
+    SCHEMA_VERSION,
     Dimension,
     Engine,
     File,
     Graph,
     Manifest,
     Model,
+    Pipeline,
     PlanDefaults,
     Sampling,
     Site,
@@ -26,6 +28,7 @@ from taylorseer_export.bundle.manifest import (
     Tensor,
     schema,
 )
+from taylorseer_export.bundle.profile import Profile
 from taylorseer_export.bundle.store import hash_files, open_bundle, writing
 from taylorseer_export.errors import BundleError, ConfigError
 from taylorseer_export.method import Plan
@@ -162,7 +165,7 @@ def test_published_schema_is_up_to_date():
 
 def test_every_field_is_described():
     parts = (Dimension, Engine, File, Graph, Manifest, Model, PlanDefaults)
-    parts += (Sampling, Site, State, Tensor)
+    parts += (Pipeline, Sampling, Site, State, Tensor)
     assert {part.__name__ for part in parts} == {"Manifest", *schema()["$defs"]}
     fields = [(part.__name__, *item) for part in parts for item in part.model_fields.items()]
     assert [f"{part}.{name}" for part, name, field in fields if not field.description] == []
@@ -298,10 +301,60 @@ def test_newer_schema(folder):
     manifest = open_bundle(folder).manifest
 
     def newer(raw):
-        raw.update(schema_version=2, field_of_the_future={})
+        raw.update(schema_version=SCHEMA_VERSION + 1, field_of_the_future={})
 
     with pytest.raises(BundleError, match=r"newer taylorseer-export; upgrade taylorseer-export"):
         Manifest.from_bytes(resealed(manifest, newer), MANIFEST)
+
+
+OLD = Path(__file__).with_name("manifest-1.json")  # as the revision before schema version 2 wrote it
+
+
+def test_a_bundle_of_the_first_schema_names_the_command_that_rebuilds_it():
+    command = (
+        "taylorseer-export flux --model black-forest-labs/FLUX.1-dev --lora style.safetensors:0.8 --state residual "
+        "--layout snapshots --order 1 --interval 4 --warmup 3 --guard cg --steps 20 --engine onnxruntime "
+        "--precision fp32 --device cpu"
+    )
+    with pytest.raises(BundleError) as error:
+        Manifest.from_bytes(OLD.read_bytes(), OLD)
+    assert str(error.value) == (
+        f"{OLD} is of schema version 1, expected {SCHEMA_VERSION}: it was written by an older taylorseer-export; "
+        f"rebuild it with `{command}`"
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw.pop("engine"),
+        lambda raw: raw["plan"].update(text="F"),
+        lambda raw: raw["model"].update(reference="a\nb"),
+        lambda raw: raw.update(family=["flux"]),
+        lambda raw: raw.update(model=None),
+    ],
+)
+def test_a_command_is_not_made_of_a_manifest_that_makes_no_sense(damage):
+    raw = json.loads(OLD.read_bytes())
+    del raw["digest"]
+    damage(raw)
+    raw["digest"] = hashlib.sha256(canonical(raw)).hexdigest()
+    with pytest.raises(BundleError, match=r"of schema version 1, expected \d+: .*; copy the bundle again, or rebuild"):
+        Manifest.from_bytes(canonical(raw), OLD)
+
+
+def test_a_profile_of_the_first_schema_is_read_as_ever():
+    """Files of different kinds have versions of their own: the manifest's rose, the profile's did not."""
+    path = OLD.with_name("profile-1.json")
+    profile = Profile.from_bytes(path.read_bytes(), path)
+    assert (profile.schema_version, profile.plan, profile.weights[2]) == (1, "FF..", (-1.0, 2.0))
+    assert profile.to_json() == path.read_bytes()
+
+
+def test_a_changed_manifest_of_the_first_schema_is_damaged():
+    changed = OLD.read_bytes().replace(b'"interval": 4', b'"interval": 5')
+    with pytest.raises(BundleError, match="copy the bundle again"):
+        Manifest.from_bytes(changed, OLD)
 
 
 @pytest.mark.parametrize("place", [(), ("model",), ("graphs", "full"), ("files", "full.onnx")])

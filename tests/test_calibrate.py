@@ -11,6 +11,7 @@ import pytest
 from taylorseer_export import cli
 from taylorseer_export.bundle.profile import read_profile
 from taylorseer_export.bundle.store import open_bundle
+from taylorseer_export.embedded.caption import captions
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Guard, Plan, forecast_weights
 from taylorseer_export.report import calibrate
@@ -18,7 +19,7 @@ from taylorseer_export.report.calibrate import Calibrator, psnr_of_each
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.plan_search import Planner, best_weights, directions, regular_plan
 from taylorseer_export.report.reuse import ReuseErrors, all_full
-from taylorseer_export.report.samples import captions, groups
+from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample

@@ -6,6 +6,7 @@ from pathlib import Path
 import cards
 import pytest
 
+COUNTED = ("operators", "matrix_products", "attention")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -32,6 +33,31 @@ def test_a_card_is_generated_from_its_config_alone(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(cards, "PRODUCTS", ())
     assert cards.digest(name) != first
+
+
+def test_the_record_says_what_the_card_says():
+    """Both are counted from the graphs: of DiT-XL/2 at two layers the state of every order, and the operators."""
+    entries = cards.config("dit-xl-2-256") | {"num_layers": 2}
+    text, found = cards.text("dit-xl-2-256", entries), cards.numbers("dit-xl-2-256", entries)
+    for granularity, of_it in found["granularities"].items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {granularity} |")).split(" | ")
+        assert [cards.size(n) for n in of_it["state_bytes"].values()] == row[2:5]
+    graphs = found["granularities"]["module"]["graphs"]
+    for name, graph in graphs.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} |")).strip("| ").split(" | ")
+        assert row[1:5] == [cards.size(graph["weights_bytes"]), *(str(graph[k]) for k in COUNTED)]
+    assert graphs["full"]["attention"] == 2 and graphs["forecast"]["attention"] == 0
+    assert sum(graphs["full"]["by_operator"].values()) == graphs["full"]["operators"]
+
+
+def test_a_claim_that_is_broken_is_said():
+    found = {
+        granularity: {"state_bytes": {"order 2": 10}, "graphs": {"forecast": {"weights_bytes": 5}}}
+        for granularity in cards.GRANULARITIES
+    }
+    claims = cards._claims({"module": 9, "residual": 10, "forecast": 5}, found)
+    assert [claim for claim, c in claims.items() if not c["holds"]] == ["state module, order 2"]
+    assert len(claims) == 5
 
 
 def test_a_card_says_what_the_graphs_say():

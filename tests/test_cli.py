@@ -196,11 +196,16 @@ def test_a_family_without_pictures_is_sampled_verified_and_timed(videos, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "tensors", "expected"),
     [
-        (["--prompt", "x"], {}, "--prompt is given for family wan, expected it for flux"),
-        (["--label", 1], {}, "--label is given for family wan, expected it for dit"),
+        (
+            ["--prompt", "x"],
+            {},
+            "--prompt is given for family wan, expected --inputs, since this bundle draws from tensors",
+        ),
+        (["--label", 1], {}, "--label is given for family wan, expected --inputs"),
         (["--out", "x.png"], {}, "expected NAME.safetensors"),
         (["--size", "32x48"], {}, "expected FxHxW (frames first)"),
-        (["--size", "5x40x48"], {}, "latent height is 5, expected a multiple of 2"),
+        (["--size", "5x40x48"], {}, "--size is 5x40x48, a latent of 2x5x6, expected [frames, 2*rows, 2*columns]"),
+        (["--size", "5x32x8192"], {}, "--size is 5x32x8192, of `columns` 512, expected 2 to "),
         ([], {"other": (1,)}, "input `other` is not known, expected encoder_hidden_states"),
         ([], {"negative_encoder_hidden_states": (1, 5, 32)}, "input `encoder_hidden_states` is missing"),
         ([], {"encoder_hidden_states": (3, 5, 32)}, "has 3 rows, expected 1 or 2"),

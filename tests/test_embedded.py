@@ -286,7 +286,7 @@ def test_random_models_are_opened_where_no_model_is_named(family):
 
 def test_random_models_are_what_the_tool_makes(tmp_path):
     """The smallest again, from its seed: the bits of torch's generator on a CPU are the same everywhere."""
-    random_tiny = pytest.importorskip("random_tiny")
+    random_tiny = pytest.importorskip("assets.random_tiny")
     from safetensors.numpy import load_file
 
     random_tiny.write("hunyuan-video", tmp_path)

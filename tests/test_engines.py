@@ -1,6 +1,7 @@
 """The kinds of engine: their options and checks, and one contract for every engine that runs on this machine."""
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,3 +80,31 @@ def test_a_bfloat16_buffer_takes_and_gives_float32():
     assert buffer.nbytes == 12
     other.entry(1).copy(buffer.entry(0))
     assert other.read().tolist() == [[0, 0, 0], [1.0, 1.0, -2.5]]
+
+
+def test_a_new_thread_computes_with_as_many_threads_as_torch_was_told():
+    """Sums of another number of threads have other bits, so a request would get another picture on a new thread."""
+    import ctypes
+    import threading
+
+    from taylorseer_export.bundle.manifest import Graph
+    from taylorseer_export.runtime.torch_runner import TorchRunner
+
+    maps = Path("/proc/self/maps")
+    loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line} if maps.exists() else ()
+    if not loaded:
+        pytest.skip("torch's OpenMP library is not to be found in this process, so it cannot be asked")
+    openmp, seen = [ctypes.CDLL(path) for path in sorted(loaded)], []
+    graph = Graph(file="x", inputs=(), outputs=(), weights_bytes=0)
+    runner = TorchRunner(
+        {"full": lambda: seen.append([library.omp_get_max_threads() for library in openmp])}, {"full": graph}
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 2)
+    try:
+        thread = threading.Thread(target=runner.bind("full", {}, {}))
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert before + 2 in seen[0]

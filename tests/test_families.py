@@ -14,7 +14,6 @@ from taylorseer_export.bundle.shapes import names
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile import export
 from taylorseer_export.errors import CheckpointError
-from taylorseer_export.families import FAMILIES
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
 from taylorseer_export.runtime.check import check_engines
 
@@ -224,11 +223,9 @@ def test_cfg_in_one_batch_is_both_halves_alone(eager, tiny, name):
 
 @pytest.mark.parametrize("layout", ["snapshots", "derivatives"])
 @pytest.mark.parametrize("granularity", ["module", "residual", "last"])
-def test_bfloat16_with_parts_kept_in_float32(tiny, traces, monkeypatch, granularity, layout):
+def test_bfloat16_with_parts_kept_in_float32(tiny, traced, monkeypatch, granularity, layout):
     """Wan gates in float32, casts its residual after every addition, and hands it to the final norm in float32."""
     monkeypatch.setattr(export, "check_options", lambda options: None)  # no engine of this test runs bfloat16
-    monkeypatch.setattr(export, "trace", lambda *_: traces("wan", "bf16"))
-    checkpoint = open_checkpoint(str(tiny("wan").folder), FAMILIES["wan"])
     options = export.Options(
         order=1,
         interval=4,
@@ -238,7 +235,7 @@ def test_bfloat16_with_parts_kept_in_float32(tiny, traces, monkeypatch, granular
         layout=layout,
         guards=("cg", "fbcache"),
     )
-    made = export.draft(checkpoint, options)
+    made = export.draft(traced("wan", options), options)
     assert made.stored["blocks.0.scale_shift_table"][0] == torch.float32
     assert made.stored["blocks.0.ffn.net.2.weight"][0] == torch.bfloat16
     sites = [f"blocks.{k}.{m}" for k in range(2) for m in ("attn1", "ffn")] + ["ungated"]

@@ -128,6 +128,7 @@ def test_an_entry_is_written_once_and_found_by_the_next_run(tmp_path):
         lambda folder: (folder / "entry/made/file").write_text("b"),
         lambda folder: (folder / "entry/made/file").unlink(),
         lambda folder: (folder / "entry/made/more").touch(),
+        lambda folder: os.link(folder / "entry/made/file", folder / "link"),  # through which it could be written to
         lambda folder: (folder / "entry.json").unlink(),
         lambda folder: (folder / "entry.json").write_text("{"),
         lambda folder: shutil.rmtree(folder / "entry"),

@@ -5,7 +5,6 @@ from itertools import product
 import pytest
 from conftest import MODELS
 
-from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile import export
 from taylorseer_export.compile.program import exported_program
 from taylorseer_export.families import FAMILIES
@@ -18,15 +17,13 @@ GUARDS = ((), ("cg", "fbcache", "teacache"))
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_combination_exports(tiny, name, precision):
+def test_every_combination_exports(traced, name, precision):
     """Traced once; a graph that two combinations share is exported again once."""
     options = {"order": 1, "interval": 4, "warmup": 2, "engine": "inductor", "precision": precision}
-    checkpoint = open_checkpoint(str(tiny(name).folder), FAMILIES[tiny(name).family])
-    traced = export.trace_model(checkpoint, export.Options(**options))
     seen = set()
     for granularity, layout, guards in product(("module", "residual", "last"), ("snapshots", "derivatives"), GUARDS):
         chosen = export.Options(**options, granularity=granularity, layout=layout, guards=guards)
-        made = export.draft(traced, chosen)
+        made = export.draft(traced(name, chosen), chosen)
         assert [cut.name for cut in made.split.graphs][3:] == (["probe", "rest"] if guards else [])
         state = {t.dtype for cut in made.split.graphs for t in cut.inputs if t.role == "taylor_in"}
         assert state == {str(export.PRECISIONS[precision]).removeprefix("torch.")}

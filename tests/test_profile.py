@@ -1,5 +1,7 @@
 """Profiles: calibrated plans kept beside a bundle's engines, each in a sealed file of its own."""
 
+import shutil
+
 import numpy as np
 import pytest
 from harness import as_arrays, open_slot
@@ -15,12 +17,8 @@ from taylorseer_export.runtime.denoiser import Denoiser
 
 @pytest.fixture
 def bundle(bundles, tmp_path):
-    """The bundle `dit`, its files linked into a folder that a test may add to."""
-    source = bundles("dit")
-    for path in source.rglob("*"):
-        if path.is_file():
-            (tmp_path / path.name).hardlink_to(path)
-    return open_bundle(tmp_path)
+    """A copy of the bundle `dit` that a test may add to."""
+    return open_bundle(shutil.copytree(bundles("dit"), tmp_path / "dit"))
 
 
 def test_a_profile_comes_back_and_the_bundle_still_opens(bundle):

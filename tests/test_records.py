@@ -1,13 +1,16 @@
 """Filed records name the commit that made them: other changes and older reports are refused."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import families
+import make_asset
 import pytest
 import record
+from source_imports import imports
 
 ROOT = Path(__file__).resolve().parents[1]
 CLEAN = {"date": "2026-01-02T03:04:05+00:00", "commit": "a" * 40, "uncommitted_changes": False}
@@ -115,3 +118,24 @@ def test_our_own_reports_name_the_commit(tmp_path, workers):
     assert made.returncode == 0, made.stdout
     commit, changed = record.commit_of()
     families.refuse_other(path, commit, allow_dirty=changed)
+
+
+# The index
+
+
+def test_the_index_names_every_tool():
+    tools, text = ROOT / "tools", (ROOT / "tools/README.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in tools.glob("*.py")}
+    named = set(re.findall(r"python tools/(\w+\.py)", text)) | set(re.findall(r"`(\w+\.py)`", text))
+    made = {"triton_server.py"}  # `make serve`
+    assert named | made == scripts
+    assert set(re.findall(r"make_asset\.py ([\w-]+)", text)) == set(make_asset.MAKERS)
+    assert {path.stem.replace("_", "-") for path in (tools / "assets").glob("*.py")} == set(make_asset.MAKERS)
+
+
+def test_no_tool_imports_from_the_tests_or_edits_the_path():
+    tests = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    for path in (ROOT / "tools").rglob("*.py"):
+        source = path.read_text("utf-8")
+        assert not {name.split(".")[0] for name, _, _ in imports(source)} & tests, path
+        assert "sys.path." not in source and "sys.path[" not in source, path

@@ -428,8 +428,8 @@ def test_conditioning_that_is_no_number(case):
     slot, arrays = open_slot(case.denoiser, inputs), as_arrays(inputs[2])
     plan = case.denoiser.plan("F.")
     for key, value in arrays.items():
-        with pytest.raises(StepError, match=rf"`{key}` is bool, expected \w+; convert it before the call"):
-            slot.start({**arrays, key: value.astype(bool)}, plan)
+        with pytest.raises(StepError, match=rf"`{key}` is complex64, expected \w+; convert it before the call"):
+            slot.start({**arrays, key: value.astype(np.complex64)}, plan)
         if value.dtype.kind == "f":
             bad = value.copy()
             bad.flat[[0, -1]] = np.nan, np.inf

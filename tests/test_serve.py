@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,8 +24,10 @@ from taylorseer_export.method import Plan
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request, sample
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
-from taylorseer_export.serve import contract
+from taylorseer_export.runtime.trajectory import random_conditioning
+from taylorseer_export.serve import contract, probe, server
 from taylorseer_export.serve.batcher import _PATIENCE, Batcher, Job
+from taylorseer_export.serve.reader import Reader
 from taylorseer_export.serve.repository import Deployment, config, slot_bytes, write_repository
 from taylorseer_export.serve.service import Limits, Service
 
@@ -439,6 +443,212 @@ def test_closing_finishes_what_is_under_way_and_refuses_the_rest(denoiser, tiny)
     assert second.error is not None and not any(worker.is_alive() for worker in service._workers)
 
 
+def test_a_turn_that_does_not_end_is_seen(denoiser, serve, tiny, monkeypatch):
+    service, entered, held = serve(slots=1, workers=1), threading.Event(), threading.Event()
+    assert service.stalled == 0.0
+
+    class Holding(Caller):
+        def advanced(self, loop):
+            entered.set()
+            held.wait(SECONDS)
+
+    service.submit(request_of(denoiser, tiny, 0), Plan("FFF"), 0, caller := Holding())
+    assert entered.wait(SECONDS)
+    first = service.stalled
+    assert service.stalled > first > 0.0
+    held.set()
+    assert caller.wait().error is None
+    service.close()
+    assert service.stalled == 0.0
+
+
+def test_reading_is_handed_over_and_one_that_cannot_be_read_harms_nobody():
+    reader, started, held, seen = Reader(room=2), threading.Event(), threading.Event(), []
+
+    def slow(left):
+        started.set()
+        held.wait(SECONDS)
+        seen.append(("slow", left))
+
+    def wrong(left):
+        raise ConfigError("steps is 0, expected 1")
+
+    def refuse(error):
+        seen.append(str(error))
+
+    reader.hand_over(slow, refuse)
+    assert started.wait(SECONDS)  # on another thread: this one goes on
+    reader.hand_over(wrong, refuse)
+    reader.hand_over(lambda left: seen.append(("late", left)), refuse, timeout=0.0)
+    reader.hand_over(slow, refuse)  # no room
+    assert seen == ["queue is full (2 requests wait to be read), expected room; try again later"]
+    held.set()
+    reader.close()
+    assert seen[1:] == [("slow", None), "steps is 0, expected 1", ("late", 0.0)]
+    reader.hand_over(slow, refuse)
+    assert seen[-1].startswith("the server is stopping")
+
+
+# The server's arguments, and whether its models are alive
+
+
+def test_the_arguments_are_completed_and_what_is_given_stands():
+    default = server.server_arguments("models", "secret")
+    assert server.completed_arguments(["--model-repository=models"], "secret") == [
+        *(argument for argument in default if "repository=" not in argument), "--model-repository=models"
+    ]  # fmt: skip
+    given = ["--model-repository=m", "--exit-on-error=false", "--backend-config=python,stub-timeout-seconds=9"]
+    made = server.completed_arguments(given, "secret")
+    assert made[-3:] == given and sum("exit-on-error" in argument for argument in made) == 1
+    assert sum("stub-timeout" in argument for argument in made) == 1
+    assert any("shm-region-prefix-name" in argument for argument in made)  # another setting of the same backend
+    assert "--model-control-mode=none" in made
+    for wrong, message in ((["models"], "option is `models`"), (["--log-verbose=1"], "--model-repository is missing")):
+        with pytest.raises(ConfigError, match=message):
+            server.completed_arguments(wrong, "secret")
+
+
+@pytest.fixture
+def tritonserver(tmp_path):
+    """An environment whose `tritonserver` prints its arguments, a line each."""
+    program = tmp_path / "bin/tritonserver"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    environment.pop(server.SECRET, None)
+    return environment
+
+
+def test_the_lines_that_are_printed_start_a_server(tritonserver, tmp_path):
+    repository = tmp_path / "my models"
+    _, _, line = server.start_lines(repository)
+    refused = subprocess.run(["sh", "-c", line], env=tritonserver, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0 and refused.stdout == ""  # never with an empty secret
+    started = subprocess.run(
+        ["sh", "-c", line], env={**tritonserver, server.SECRET: "s3"}, capture_output=True, text=True, check=True
+    )
+    assert tuple(started.stdout.splitlines()) == server.server_arguments(repository, "s3")
+
+
+def test_the_launcher_becomes_the_server_with_a_secret_of_its_own(tritonserver):
+    def launched(**more):
+        command = [sys.executable, "-m", "taylorseer_export.serve.server", "--model-repository=m", "--log-verbose=1"]
+        done = subprocess.run(command, env=tritonserver | more, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    def secret_of(arguments):
+        (restricted,) = (a for a in arguments if a.startswith("--http-restricted-api="))
+        assert restricted.replace("http-restricted-api", "grpc-restricted-protocol") in arguments
+        return restricted.rpartition("=")[2]
+
+    first, second = launched(), launched()
+    assert len(secret_of(first)) == 32 and secret_of(first) != secret_of(second)
+    assert launched(**{server.SECRET: "s3"}) == server.completed_arguments(
+        ["--model-repository=m", "--log-verbose=1"], "s3"
+    )
+
+
+def test_only_memory_that_nobody_has_mapped_is_swept(tmp_path, monkeypatch):
+    import mmap
+
+    monkeypatch.setattr(server, "SHARED_MEMORY", tmp_path)
+    names = (server.REGION + "dead", server.REGION + "used", "another")
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(4096))
+    with (tmp_path / names[1]).open("r+b") as file, mmap.mmap(file.fileno(), 0):
+        assert server.sweep() == [tmp_path / names[0]]
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+    assert server.sweep() == [tmp_path / names[1]]
+    assert [path.name for path in tmp_path.iterdir()] == ["another"]
+
+
+@pytest.mark.parametrize(("name", "kept"), [("tritonserver", 1), ("triton_python_b", 1), ("init", 0)])
+def test_nothing_is_swept_while_a_server_cannot_be_looked_into(tmp_path, monkeypatch, name, kept):
+    memory, processes = tmp_path / "shm", tmp_path / "proc"
+    memory.mkdir()
+    (processes / "7").mkdir(parents=True)
+    (processes / "7/comm").write_text(name + "\n")
+    (memory / (server.REGION + "x")).touch()
+    monkeypatch.setattr(server, "SHARED_MEMORY", memory)
+    monkeypatch.setattr(server, "_PROCESSES", processes)
+    real = type(memory).read_text
+
+    def closed(path, *args, **kwargs):
+        if path.name == "maps":
+            raise PermissionError
+        return real(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "read_text", closed)
+        assert len(server.sweep()) == 1 - kept
+    assert len(server.sweep()) == kept  # a process without a `maps` has ended
+
+
+METRICS = """\
+# HELP taylorseer_heartbeat_timestamp_seconds When this process last reported
+taylorseer_heartbeat_timestamp_seconds{instance="flux-tiny_0_0",model="flux-tiny"} 1764390000.25
+taylorseer_heartbeat_timestamp_seconds{instance="dit-tiny_0_0",model="dit-tiny"} 1.76439e+09
+taylorseer_progress_timestamp_seconds{instance="flux-tiny_0_0",model="flux-tiny"} 1764389900
+nv_inference_count{model="flux-tiny",version="1"} 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("models", "now", "expected"),
+    [
+        ((), 1764390001.0, []),
+        (("flux-tiny", "dit-tiny"), 1764390001.0, []),
+        (("flux-tiny", "gone"), 1764390001.0, ["model gone does not report"]),
+        (("dit-tiny",), 1764390011.0, ["its heartbeat is 11.0 s old in dit-tiny_0_0, expected at most 10 s"]),
+        (
+            (),
+            1764390210.25,
+            ["its heartbeat is 210.2 s old in dit-tiny_0_0", "its heartbeat is 210.0 s old in flux-tiny_0_0",
+             "its last turn of work is 310.2 s old in flux-tiny_0_0, expected at most 300 s"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_old_is_dead(models, now, expected):
+    beats, progress = (probe.times(METRICS, name) for name in (probe.BEAT, probe.PROGRESS))
+    assert (len(beats), len(progress)) == (2, 1)
+    said = probe.complaints(beats, progress, models, now, 10.0, 300.0)
+    assert [text[: len(start)] for text, start in zip(said, expected, strict=True)] == expected
+    assert probe.complaints({}, {}, (), now, 10.0, 300.0) == [
+        "model any does not report, expected its heartbeat; restart the server"
+    ]
+
+
+def test_a_server_that_drips_does_not_hold_the_probe():
+    """It sends a byte whenever the last one was read, and would go on for ever."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = "{}:{}".format(*listening.getsockname())
+        done = threading.Event()
+
+        def drip():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                while not done.wait(0.01):
+                    try:
+                        connection.sendall(b"x")
+                    except OSError:
+                        return
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        try:
+            with pytest.raises(ServeError, match=r"does not send its metrics in 0\.2 s"):
+                probe.page(address, 0.2)
+        finally:
+            done.set()
+            dripping.join(SECONDS)
+    assert probe.main(["--url", address, "--timeout", "1"]) == 1
+
+
 # The repository
 
 
@@ -475,7 +685,7 @@ def test_a_repository_is_whole_versioned_and_checks_its_bundle(bundles, tmp_path
 
 def test_profiles_go_with_their_bundle_and_a_damaged_one_is_found(bundles, tmp_path):
     folder, models = tmp_path / "bundle", tmp_path / "models"
-    shutil.copytree(bundles("dit"), folder, copy_function=os.link)
+    shutil.copytree(bundles("dit"), folder)
     bundle = open_bundle(folder)
     path = write_profile(bundle, made(bundle.manifest))
     (version,) = write_repository(folder, models, Deployment(models=("denoiser",)))
@@ -557,3 +767,27 @@ def test_what_is_wrong_with_a_request_is_said(onnx, tiny, change, message):
     with pytest.raises(ConfigError) as caught:
         contract.ask(denoiser, "denoiser", values | {n: np.asarray(value) for n, value in change.items()}, known)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen-image", "wan"])
+def test_sizes_are_refused_before_noise_is_drawn(eager, tiny, monkeypatch, name):
+    """By number alone: neither noise nor places of tokens of that size are made."""
+    from taylorseer_export.runtime import places, sampling, tensors
+
+    denoiser = eager(name)
+    _, _, conditioning = tiny(name).inputs(1, batch=1)
+    made = []
+    real = sampling.drawn
+    monkeypatch.setattr(tensors, "drawn", lambda shape, seed: made.append(shape) or real(shape, seed))
+    monkeypatch.setattr(tensors, "place", lambda *args: made.append(args) or places.place(*args))
+    dimension = "image_tokens" if "image_tokens" in denoiser.manifest.dimensions else "rows"
+    most = denoiser.manifest.dimensions[dimension].maximum
+    given = as_arrays(conditioning)
+    text = {n: v for n, v in given.items() if n.startswith(("encoder", "pooled", "text"))}
+    with pytest.raises(StepError, match=rf"size `{dimension}` is {1 << 40}, expected \d+ to {most}"):
+        tensor_request(denoiser, text, sizes={dimension: 1 << 40})
+    assert made == []
+    typical = {name: d.typical for name, d in denoiser.manifest.dimensions.items()}
+    for door in (random_conditioning, Denoiser.slot):  # 2**40 of anything would not fit
+        with pytest.raises(StepError, match=rf"size `{dimension}` is {1 << 40}, expected \d+ to {most}"):
+            door(denoiser, {**typical, dimension: 1 << 40})

@@ -12,10 +12,11 @@ from harness import allowed, eager_denoiser, run
 from oracle import assert_close
 
 import taylorseer_export.families
+from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile import export
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.families.family import Family
+from taylorseer_export.families.family import Family, Pipeline
 
 PAGE = Path(taylorseer_export.families.__file__).with_name("README.md").read_text(encoding="utf-8")
 PLAN, ORDER = "FFF..F...F..", 2
@@ -77,11 +78,23 @@ def test_the_listing_works(listed, model, sizes, tmp_path, monkeypatch):
     assert_close(str(sizes), seen, reference, allowed(model, reference, PLAN, ORDER))
 
 
+def _is_entry(name: str) -> bool:
+    return any(
+        name in fields for fields in (Family.__dataclass_fields__, Pipeline.__dataclass_fields__, Manifest.model_fields)
+    )
+
+
 def test_the_page_names_what_there_is(listed):
     """Entries, hooks and files that the page speaks of exist."""
     entries = set(re.findall(r"^\| `(\w+)`(?:, `\w+`)? \|", PAGE, re.MULTILINE))
     assert entries
-    assert {name for name in entries if name not in Family.__dataclass_fields__} == set()
+    assert {name for name in entries if not _is_entry(name)} == set()
+    assert Pipeline.__dataclass_fields__.keys() <= entries
+    (table,) = re.findall(r"^\| in the manifest .*?\n\n", PAGE, re.MULTILINE | re.DOTALL)
+    travelling = {name for row in table.splitlines()[2:-1] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert (
+        travelling == {"dimensions", "sites", "graphs", "plan", "sampling", "pipeline"} <= Manifest.model_fields.keys()
+    )
     root = Path(__file__).resolve().parents[1]
     assert all((root / path).is_file() for path in re.findall(r"`(tests/\w+\.py)`", PAGE))
     assert listed.name not in FAMILIES  # it stays a stranger

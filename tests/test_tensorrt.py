@@ -3,13 +3,14 @@
 Strong typing makes the parser name every missing cast, so a model that builds here is typed throughout.
 """
 
+import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_bundles import MODELS
+from tiny_bundles import MODELS, TENSORRT_RTX
 
 from taylorseer_export.bundle.manifest import Dimension, Graph, Tensor
 from taylorseer_export.bundle.store import open_bundle
@@ -23,52 +24,43 @@ from taylorseer_export.families import FAMILIES
 
 trt = pytest.importorskip("tensorrt_rtx")
 
-# Family -> its smallest model.
-NAMES = {family: name for name, (family, *_) in reversed(MODELS.items())} | {"flux": "plain"}
-
-
-def static(family: str) -> dict:
-    """A latent and a batch of one size that the tiny model takes; the text, if any, and the steps stay ranges."""
-    if family == "dit":  # it knows no other size
-        return {"batch": 2}
-    return {"batch": 2, "latent_size": (16, 16) if len(FAMILIES[family].latent_size) == 2 else (5, 16, 16)}
-
-
-# Every symbolic size in bfloat16; in float16 those that `static` leaves, which is cheaper and has other shapes.
-# Two of these have a guard, and with it the graphs `probe` and `rest`: one of FLUX's two kinds of blocks, one with CFG.
-GUARDED = {"plain": {"guards": ("cg",)}, "dit": {"guards": ("cg",)}}
-CASES = [(name, "bf16", {}) for name in NAMES.values()]
-CASES += [(n, "fp16", static(f) | GUARDED.get(n, {})) for f, n in NAMES.items()]
-# Each is built for one generation of GPU and without a search for the fastest kernels, but for one that is built as
-# the command line does by itself: what is parsed, typed and named is the same, and it is the builder's time that falls.
-BY_DEFAULT = ("dit", "fp16")
-QUICK = {"gpu-arch": "8.9", "builder-optimization-level": 0}
-EVERY = "8.0 8.6 8.9 12.0 12.1"
-
 
 def options(**changes) -> Options:
     return Options(**{"order": 1, "interval": 2, "warmup": 1, "steps": 8, "engine": "tensorrt-rtx", **changes})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "precision", "more"), CASES, ids=[f"{n}-{p}" for n, p, _ in CASES])
-def test_every_graph_of_every_family_builds(drafts, tmp_path, name, precision, more):
+@pytest.mark.parametrize(("name", "precision"), TENSORRT_RTX, ids=[f"{n}-{p}" for n, p in TENSORRT_RTX])
+def test_every_graph_of_every_family_builds(drafts, once, name, precision):
     """`build` refuses a network whose names, dtypes or shapes are not the contract's, so a bundle is the proof."""
-    said, quick = [], {} if (name, precision) == BY_DEFAULT else QUICK
-    draft = drafts(name, order=1, engine="tensorrt-rtx", precision=precision, **more)
-    draft = replace(draft, options=replace(draft.options, engine_options=quick))
-    assert any(d.minimum < d.maximum for d in draft.dimensions().values())
-    folder = export.write_bundle(draft, tmp_path, name, lambda *it: said.append(it))
+    chosen = TENSORRT_RTX[name, precision]
+
+    def write(folder):
+        draft, stages = drafts(name, order=1, engine="tensorrt-rtx", precision=precision, **chosen), []
+        made = export.write_bundle(draft, folder, name, lambda *it: stages.append(it))
+        (folder / "said.json").write_text(json.dumps([[cut.name for cut in draft.split.graphs], stages]))
+        return made
+
+    folder = once(f"tensorrt-rtx-{name}-{precision}", write)
+    graphs, said = json.loads((folder.parent / "said.json").read_text())
     manifest = open_bundle(folder).manifest
-    graphs = [cut.name for cut in draft.split.graphs]
+    assert any(d.minimum < d.maximum for d in manifest.dimensions.values())
     assert sorted(p.name for p in folder.iterdir()) == sorted(["manifest.json", *(f"{g}.plan" for g in graphs)])
     assert all((folder / f"{g}.plan").stat().st_size > manifest.graphs[g].weights_bytes / 2 for g in graphs)
     assert manifest.engine.versions["tensorrt_rtx"] == trt.__version__
-    built_for = quick.get("gpu-arch", EVERY)
+    built_for = chosen["engine_options"].get("gpu-arch", "8.0 8.6 8.9 12.0 12.1")
     assert manifest.engine.device == {"devices": "cuda", "compute_capability": built_for, "cuda": "13"}
     narrow = {"bf16": "bfloat16", "fp16": "float16"}[precision]
     assert {t.dtype for t in manifest.graphs["full"].outputs if t.role == "taylor_out"} == {narrow}
     assert {stage for stage, _, _ in said} == {"weights", "graphs", *(f"plan of {g}" for g in graphs)}
+
+
+def test_one_case_is_built_as_the_command_line_does_by_itself():
+    """For every generation of GPU, with the library's own effort; and every family in both precisions."""
+    by_default = [case for case, chosen in TENSORRT_RTX.items() if not chosen["engine_options"]]
+    assert by_default == [("dit", "fp16")]
+    families = {(MODELS[name][0], precision) for name, precision in TENSORRT_RTX}
+    assert families == {(family, precision) for family in FAMILIES for precision in ("bf16", "fp16")}
 
 
 # Other ways to the same file

@@ -1,15 +1,16 @@
 """The real tritonserver, started and stopped here: what it answers, what it refuses, and what it leaves behind."""
 
-import os
+import base64
+import json
 import random
 import shutil
 import signal
 import threading
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,13 +22,15 @@ from triton_server import Server
 from taylorseer_export.bundle.profile import write_profile
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.cli import main
-from taylorseer_export.embedded.requests import dit_request, flux_request, pictures
+from taylorseer_export.embedded.requests import caption_request, label_request, pictures
 from taylorseer_export.errors import ConfigError, ServeError
 from taylorseer_export.method import Plan
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import Request, sample
+from taylorseer_export.serve import probe
 from taylorseer_export.serve.client import infer
 from taylorseer_export.serve.repository import Deployment, write_repository
+from taylorseer_export.serve.server import HEADER, REGION, SHARED_MEMORY, abandoned_regions, sweep
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,7 +48,7 @@ def engines(embedded, tmp_path_factory):
     """Family -> folder of its embedded model's bundle, with a profile in it."""
     out = tmp_path_factory.mktemp("engines")
     for name, family in (("shapes", "flux"), ("digits", "dit")):
-        shutil.copytree(embedded(name), out / f"{family}-tiny", copy_function=os.link)
+        shutil.copytree(embedded(name), out / f"{family}-tiny")
         bundle = open_bundle(out / f"{family}-tiny")
         reuse = tuple((0.0, 1.0) if weights else () for weights in weights_of(PLAN, 1))
         write_profile(bundle, made(bundle.manifest, weights=reuse))
@@ -73,13 +76,13 @@ def repository(engines, tmp_path_factory):
 
 def shared_memory():
     """Files of the servers' own shared memory; tests beside these may have some too."""
-    return set(Path("/dev/shm").glob("triton*"))
+    return {*SHARED_MEMORY.glob(f"{REGION}*"), *SHARED_MEMORY.glob("triton*")}
 
 
 @pytest.fixture(scope="module")
 def server(repository):
     before = shared_memory()
-    with Server(repository, MODELS) as running:
+    with Server(repository, MODELS, ["--exit-on-error=false"]) as running:  # one of them is damaged
         running.wait_ready()
         yield running
         assert running.stop() == 0, running.said()
@@ -94,7 +97,9 @@ def alone(denoisers):
     def make(family, what, seed, size, plan, order):
         denoiser = denoisers[family]
         request = (
-            flux_request(denoiser, [what], [seed], size) if family == "flux" else dit_request(denoiser, [what], [seed])
+            caption_request(denoiser, [what], [seed], size)
+            if family == "flux"
+            else label_request(denoiser, [what], [seed])
         )
         return pictures(denoiser, request, sample(denoiser, request, Plan(plan), order))[0]
 
@@ -149,7 +154,7 @@ def test_defaults_are_the_bundle_s(server, alone, denoisers):
 @pytest.mark.parametrize("sigmas", [None, np.linspace(1, 0.05, 12, dtype=np.float32) ** 2])
 def test_the_denoiser_takes_latents_and_conditioning(server, denoisers, sigmas):
     denoiser = denoisers["flux"]
-    request = flux_request(denoiser, [CAPTION], [1])
+    request = caption_request(denoiser, [CAPTION], [1])
     values = {"latents": request.latents, **request.conditioning, "steps": 12, "interval": 4, "warmup": 2}
     made = infer(server.grpc, "flux-tiny-denoiser", values | ({} if sigmas is None else {"sigmas": sigmas}))
     asked = Request(request.latents, request.conditioning, False, 1.0, 0, 0, sigmas)
@@ -162,7 +167,7 @@ def test_the_denoiser_takes_latents_and_conditioning(server, denoisers, sigmas):
 def test_a_profile_is_asked_for_by_name(server, denoisers, family):
     denoiser, what = denoisers[family], {"prompt": CAPTION} if family == "flux" else {"label": 3}
     answer = infer(server.http, f"{family}-tiny", {**what, "seed": 1, "profile": "fast"}, "http")
-    request = flux_request(denoiser, [CAPTION], [1]) if family == "flux" else dit_request(denoiser, [3], [1])
+    request = caption_request(denoiser, [CAPTION], [1]) if family == "flux" else label_request(denoiser, [3], [1])
     profile = denoiser.profile("fast")
     calibrated = sample(denoiser, request, PLAN, 1, weights=profile.weights)
     assert answer["picture"].tobytes() == pictures(denoiser, request, calibrated)[0].tobytes()
@@ -238,7 +243,7 @@ def test_a_malformed_request_is_the_caller_s_fault(server, what):
 
 
 def test_numbers_that_are_not_finite_are_refused(server, denoisers):
-    request = flux_request(denoisers["flux"], [CAPTION], [1])
+    request = caption_request(denoisers["flux"], [CAPTION], [1])
     values = {"latents": np.full_like(request.latents, np.nan), **request.conditioning}
     with pytest.raises(ServeError, match="input `latents` has values that are NaN or infinite") as caught:
         infer(server.grpc, "flux-tiny-denoiser", values)
@@ -283,7 +288,7 @@ def test_a_damaged_bundle_keeps_its_model_unavailable_and_no_other(server):
 
     client = library.InferenceServerClient(server.http)
     try:
-        states = {entry["name"]: entry for entry in client.get_model_repository_index()}
+        states = {entry["name"]: entry for entry in client.get_model_repository_index({HEADER: server.secret})}
     finally:
         client.close()
     assert states[BROKEN]["state"] == "UNAVAILABLE" and "weights.safetensors has SHA-256" in states[BROKEN]["reason"]
@@ -402,26 +407,205 @@ def test_two_hundred_mixed_requests_eight_at_a_time(server, alone, denoisers):
 
 
 def test_a_server_that_was_killed_serves_again_at_once(repository, alone):
+    """What it could not give back is swept by the next one; what a living one uses is not."""
     before = shared_memory()
     plan = "FF..F"
+    with Server(repository, ["dit-tiny"]) as first:
+        first.wait_ready()
+        assert shared_memory() - before and not (shared_memory() - before) & set(abandoned_regions())
+        with ThreadPoolExecutor(1) as sender:
+            asked = {"label": 3, "steps": 400, "interval": 1}
+            under_way = sender.submit(infer, first.grpc, "dit-tiny", asked)
+            wait_until(first, 'taylorseer_slots_in_use{model="dit-tiny"}', 1)
+            first.stop(signal.SIGKILL)
+            with pytest.raises(ServeError, match="answered `"):
+                under_way.result(SECONDS)
+    left, until = shared_memory() - before, time.monotonic() + SECONDS
+    assert left
+    while not left <= set(abandoned_regions()) and time.monotonic() < until:
+        time.sleep(0.1)  # its models, killed with it, are still ending
+    with Server(repository, ["dit-tiny"]) as second:
+        assert left <= set(second.swept) and not left & shared_memory()
+        second.wait_ready()
+        made = infer(second.grpc, "dit-tiny", {"label": 8, "seed": 1, "plan": plan})
+        assert made["picture"].tobytes() == alone("dit", 8, 1, None, plan, None).tobytes()
+        assert second.stop() == 0
+    assert shared_memory() <= before
+
+
+# What a peer may try
+
+
+def over_http(server, path, body=None, header=None):
+    """(status, text) of one call; a body makes it a POST."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://{server.http}{path}", data, {} if header is None else header)
     try:
-        with Server(repository, ["dit-tiny"]) as first:
-            first.wait_ready()
-            with ThreadPoolExecutor(1) as sender:
-                asked = {"label": 3, "steps": 400, "interval": 1}
-                under_way = sender.submit(infer, first.grpc, "dit-tiny", asked)
-                wait_until(first, 'taylorseer_slots_in_use{model="dit-tiny"}', 1)
-                first.stop(signal.SIGKILL)
-                with pytest.raises(ServeError, match="answered `"):
-                    under_way.result(SECONDS)
-        with Server(repository, ["dit-tiny"]) as second:
-            second.wait_ready()
-            made = infer(second.grpc, "dit-tiny", {"label": 8, "seed": 1, "plan": plan})
-            assert made["picture"].tobytes() == alone("dit", 8, 1, None, plan, None).tobytes()
-            assert second.stop() == 0
-    finally:  # what the killed one could not give back
-        for left in shared_memory() - before:
-            left.unlink(missing_ok=True)
+        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+INTRUDER = b"""
+import pathlib
+class TritonPythonModel:
+    def initialize(self, args):
+        pathlib.Path("TRACE").touch()
+    def execute(self, requests):
+        return []
+"""
+REGISTER = {"key": "/intruder", "offset": 0, "byte_size": 8}
+CUDA = {"raw_handle": {"b64": ""}, "device_id": 0, "byte_size": 8}
+
+
+@pytest.fixture(scope="module")
+def hardened(repository, tmp_path_factory):
+    """A server with the arguments of the Kubernetes manifest, but for addresses and places of this machine."""
+    import yaml
+
+    text = (triton_server.ROOT / "tools/deploy/kubernetes.yaml").read_text(encoding="utf-8")
+    (deployment,) = (doc for doc in yaml.safe_load_all(text) if doc["kind"] == "Deployment")
+    arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert arguments[0] == "--model-repository=/models"
+    secret = "known to the operator"
+    arguments = [argument.replace("$(TAYLORSEER_ADMIN)", secret) for argument in arguments[1:]]
+    with Server(repository, ["flux-tiny", "flux-tiny-denoiser"], arguments) as running:
+        running.wait_ready()
+        running.secret = secret
+        yield running
+
+
+def attacks():
+    """What is tried -> (path, body) of the call over HTTP."""
+    config = json.dumps({"backend": "python", "max_batch_size": 0})
+    load = {"parameters": {"config": config, "file:1/model.py": base64.b64encode(INTRUDER).decode()}}
+    return {
+        "load code": ("/v2/repository/models/flux-tiny/load", load),
+        "load a new model": ("/v2/repository/models/intruder/load", load),
+        "load": ("/v2/repository/models/flux-tiny/load", {}),
+        "unload": ("/v2/repository/models/flux-tiny/unload", {}),
+        "index": ("/v2/repository/index", {}),
+        "logging": ("/v2/logging", {"log_verbose_level": 9}),
+        "read logging": ("/v2/logging", None),
+        "trace": ("/v2/trace/setting", {"trace_level": ["TENSORS"], "trace_rate": "1"}),
+        "read trace": ("/v2/trace/setting", None),
+        "trace of a model": ("/v2/models/flux-tiny/trace/setting", {"trace_level": ["TENSORS"], "trace_rate": "1"}),
+        "shared memory": ("/v2/systemsharedmemory/region/mine/register", REGISTER),
+        "read shared memory": ("/v2/systemsharedmemory/status", None),
+        "drop shared memory": ("/v2/systemsharedmemory/unregister", {}),
+        "CUDA memory": ("/v2/cudasharedmemory/region/mine/register", CUDA),
+        "read CUDA memory": ("/v2/cudasharedmemory/status", None),
+        "drop CUDA memory": ("/v2/cudasharedmemory/unregister", {}),
+    }
+
+
+def still_serves(server):
+    made = infer(server.http, "flux-tiny", {"prompt": "a red circle", "steps": 3}, "http")
+    return over_http(server, "/v2/health/ready")[0] == 200 and made["picture"].shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("what", attacks())
+def test_no_peer_can_change_the_server_over_http(hardened, what):
+    path, body = attacks()[what]
+    status, text = over_http(hardened, path, body)
+    assert status == 403 and "restricted" in text, (status, text)
+    for wrong in ("", "$(TAYLORSEER_ADMIN)"):  # the header alone opens nothing
+        assert over_http(hardened, path, body, {HEADER: wrong})[0] == 403
+    assert still_serves(hardened)
+
+
+@pytest.mark.parametrize("what", ["load code", "load a new model", "load", "unload"])
+def test_models_stay_as_they_are_even_for_who_knows_the_secret(hardened, what):
+    path, body = attacks()[what]
+    status, text = over_http(hardened, path, body, {HEADER: hardened.secret})
+    assert status >= 400 and "not allowed" in text, (status, text)
+    assert still_serves(hardened)
+
+
+def test_the_secret_opens_what_it_is_for(hardened):
+    status, text = over_http(hardened, "/v2/repository/index", {}, {HEADER: hardened.secret})
+    assert status == 200 and {e["name"] for e in json.loads(text)} == {"flux-tiny", "flux-tiny-denoiser"}
+
+
+@pytest.mark.parametrize("what", attacks())
+def test_no_peer_can_change_the_server_over_grpc(hardened, what):
+    import tritonclient.grpc as library
+    from tritonclient.utils import InferenceServerException
+
+    client = library.InferenceServerClient(hardened.grpc)
+    _, body = attacks()[what]
+    calls = {
+        "load code": lambda: client.load_model(
+            "flux-tiny", config=json.dumps({"backend": "python"}), files={"file:1/model.py": INTRUDER}
+        ),
+        "load a new model": lambda: client.load_model(
+            "intruder", config=json.dumps({"backend": "python"}), files={"file:1/model.py": INTRUDER}
+        ),
+        "load": lambda: client.load_model("flux-tiny"),
+        "unload": lambda: client.unload_model("flux-tiny"),
+        "index": client.get_model_repository_index,
+        "logging": lambda: client.update_log_settings(body),
+        "read logging": client.get_log_settings,
+        "trace": lambda: client.update_trace_settings(settings=body),
+        "read trace": client.get_trace_settings,
+        "trace of a model": lambda: client.update_trace_settings("flux-tiny", body),
+        "shared memory": lambda: client.register_system_shared_memory("mine", "/intruder", 8),
+        "read shared memory": client.get_system_shared_memory_status,
+        "drop shared memory": client.unregister_system_shared_memory,
+        "CUDA memory": lambda: client.register_cuda_shared_memory("mine", b"", 0, 8),
+        "read CUDA memory": client.get_cuda_shared_memory_status,
+        "drop CUDA memory": client.unregister_cuda_shared_memory,
+    }
+    assert calls.keys() == attacks().keys()
+    try:
+        with pytest.raises(InferenceServerException, match="restricted"):
+            calls[what]()
+    finally:
+        client.close()
+    assert still_serves(hardened)
+
+
+def test_one_request_does_not_stop_another(hardened):
+    """Sizes that are refused are refused by their numbers: nothing of 8000 x 8000 is made."""
+    for side in (8000, 2147483644):
+        with pytest.raises(ServeError, match=r"`image_tokens`\D*\d+, expected 4 to 16384") as caught:
+            infer(hardened.grpc, "flux-tiny", {"prompt": CAPTION, "height": side, "width": side})
+        assert "INVALID_ARGUMENT" in caught.value.status
+    assert still_serves(hardened)
+
+
+# A model's process that dies
+
+
+def test_a_model_that_died_is_found_by_the_probe_and_keeps_no_client_waiting(repository):
+    import psutil
+
+    with Server(repository, ["dit-tiny"]) as server:
+        server.wait_ready()
+        watch = ["--url", server.metrics, "--oldest", "5", "--timeout", "5", "dit-tiny"]
+        assert probe.main(watch) == 0
+        assert probe.main([*watch, "other"]) == 1
+        (stub,) = (
+            process for process in psutil.Process(server.process.pid).children(recursive=True)
+            if any("dit-tiny" in word for word in process.cmdline())
+        )  # fmt: skip
+        with ThreadPoolExecutor(6) as senders:
+            asked = {"label": 3, "steps": 1000, "interval": 1}
+            protocols = [(server.grpc, "grpc"), (server.http, "http")] * 3
+            under_way = [senders.submit(infer, url, "dit-tiny", asked, p, timeout=5) for url, p in protocols]
+            wait_until(server, 'taylorseer_slots_in_use{model="dit-tiny"}', 2)
+            stub.kill()
+            for answer in under_way:
+                with pytest.raises(ServeError):
+                    answer.result(SECONDS)  # its deadline, not the test's: nobody would answer
+        until = time.monotonic() + SECONDS
+        while probe.main(watch) == 0 and time.monotonic() < until:
+            time.sleep(0.2)
+        assert probe.main(watch) == 1
+        assert over_http(server, "/v2/health/ready")[0] == over_http(server, "/v2/health/live")[0] == 200
+        server.stop(signal.SIGKILL)  # asked politely it would wait for the answers of the dead one
+    sweep()
 
 
 def test_a_server_that_is_not_there_is_said(tmp_path):

@@ -29,31 +29,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cards
+import diffusers
 import torch
+from contestants import HOOKS, hook_schedule
+from record import circumstances, record_options, write_record
+from tiny_models import dit_inputs, flux_inputs, randomised, tiny_dit, tiny_flux
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import diffusers  # noqa: E402
-from contestants import HOOKS, hook_schedule  # noqa: E402
-from full_size import MODELS  # noqa: E402
-from record import circumstances, record_options, write_record  # noqa: E402
-from tiny_models import dit_inputs, flux_inputs, randomised, tiny_dit, tiny_flux  # noqa: E402
-
-from taylorseer_export.bundle.memory import role_bytes, state_bytes  # noqa: E402
-from taylorseer_export.checkpoint.checkpoint import Checkpoint  # noqa: E402
-from taylorseer_export.compile import export  # noqa: E402
-from taylorseer_export.compile.eager import pointwise_sums, weighted, writing  # noqa: E402
-from taylorseer_export.families import FAMILIES  # noqa: E402
-from taylorseer_export.method import Plan  # noqa: E402
-from taylorseer_export.report.verify import compare  # noqa: E402
-from taylorseer_export.runtime.denoiser import Denoiser, Slot  # noqa: E402
-from taylorseer_export.runtime.torch_runner import Recorder, TorchRunner  # noqa: E402
-from taylorseer_export.runtime.trajectory import Trajectory  # noqa: E402
+from taylorseer_export.bundle.memory import role_bytes, state_bytes
+from taylorseer_export.checkpoint.checkpoint import Checkpoint
+from taylorseer_export.compile import export
+from taylorseer_export.compile.eager import pointwise_sums, weighted, writing
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.method import Plan
+from taylorseer_export.report.verify import compare
+from taylorseer_export.runtime.denoiser import Denoiser, Slot
+from taylorseer_export.runtime.torch_runner import Recorder, TorchRunner
+from taylorseer_export.runtime.trajectory import Trajectory
 
 BF16 = torch.bfloat16
 GRACE = 30  # seconds past the budget after which a contestant under way is stopped
-FULL_SIZE = {"flux": "FLUX.1-dev", "dit": "DiT-XL-2-256"}
+FULL_SIZE = {"flux": "flux.1-dev", "dit": "dit-xl-2-256"}
 
 
 class Machine:
@@ -158,7 +154,7 @@ def _model(name: str, tiny: bool, device: str) -> torch.nn.Module:
     if tiny:
         model = tiny_flux() if name == "flux" else tiny_dit()
         return model.to(device, BF16)
-    described = MODELS[FULL_SIZE[name]]["config"]
+    described = cards.config(FULL_SIZE[name])
     kind = getattr(diffusers, FAMILIES[name].model_class)
     torch.set_default_dtype(BF16)
     try:

@@ -24,10 +24,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from record import ROOT, circumstances, record_options, write_record
+from record import circumstances, record_options, write_record
 from tqdm import tqdm
-
-sys.path.insert(0, str(ROOT))
 
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile.export import Options, draft, write_bundle

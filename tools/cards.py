@@ -3,6 +3,7 @@
     python tools/cards.py                       all cards (about a minute each and 1 GB, most of it torch.export)
     python tools/cards.py --model dit-xl-2-256  one
     python tools/cards.py --check               exit 1 if a card is stale
+    python tools/cards.py --record              the numbers of FLUX.1-dev and DiT-XL/2 as a record, against the claims
 
 A card says what an export would build in bfloat16: it traces and splits the real configuration on fake tensors. To know
 cheaply whether it is stale, each card ends with the digest of its twin, the card of the same configuration with two
@@ -17,17 +18,18 @@ import hashlib
 import json
 import math
 import re
+import resource
+import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from record import ROOT
+from record import ROOT, circumstances, record_options, write_record
 from tqdm import tqdm
-
-sys.path.insert(0, str(ROOT))
 
 from taylorseer_export.bundle.memory import role_bytes, size
 from taylorseer_export.bundle.shapes import resolve
@@ -43,6 +45,9 @@ GRAPHS = ROOT / "graphs"
 ORDERS = range(5)
 PRODUCTS = ("linear", "addmm", "mm", "matmul", "bmm", "conv2d", "conv3d", "convolution")
 TWIN_LAYERS = 2
+RECORDED, RECORDED_ORDERS = ("flux.1-dev", "dit-xl-2-256"), range(3)
+# What the design promises of a model at order 2: bytes of the state of a granularity, and of any forecast's weights.
+CLAIMS = {"flux.1-dev": {"module": 5.8e9, "residual": 80e6, "forecast": 5e6}}
 
 
 @dataclass(frozen=True)
@@ -109,19 +114,8 @@ def config(name: str) -> dict[str, Any]:
 
 def text(name: str, entries: Mapping[str, Any]) -> str:
     """The card of a model with these config entries, in bfloat16 at the size its family quotes."""
-    model = MODELS[name]
-    family = FAMILIES[model.family].variant(model.reference)
-    default = family.defaults
-    options = Options(
-        order=default.order,
-        interval=default.interval,
-        warmup=default.warmup,
-        steps=default.steps,
-        engine="inductor",  # one that takes bfloat16; none is built
-        precision="bf16",
-    )
-    checkpoint = Checkpoint(model.reference, family, Path(name), dict(entries), {}, weightless=True)
-    traced = trace_model(checkpoint, options)
+    model, (traced, options) = MODELS[name], traced_model(name, entries)
+    family = traced.checkpoint.family
     drafts = {g: draft(traced, replace(options, granularity=g)) for g in GRANULARITIES}
     made, plan = drafts["module"], options.plan()
     sizes = made.typical
@@ -167,6 +161,103 @@ def text(name: str, entries: Mapping[str, Any]) -> str:
         lines += _table(("", "name", "count", "dtype", "shape", "role"), _contract(cut))
         lines += ["", f"Operators: {', '.join(f'{op} {n}' for op, n in sorted(cut.operators().items()))}."]
     return "\n".join(lines) + "\n"
+
+
+def traced_model(name: str, entries: Mapping[str, Any]) -> tuple[Traced, Options]:
+    """A model with these config entries, traced in bfloat16 on fake tensors, and its family's options."""
+    model = MODELS[name]
+    family = FAMILIES[model.family].variant(model.reference)
+    default = family.defaults
+    options = Options(
+        order=default.order,
+        interval=default.interval,
+        warmup=default.warmup,
+        steps=default.steps,
+        engine="inductor",  # one that takes bfloat16; none is built
+        precision="bf16",
+    )
+    checkpoint = Checkpoint(model.reference, family, Path(name), dict(entries), {}, weightless=True)
+    return trace_model(checkpoint, options), options
+
+
+# The record -----------------------------------------------------------------------------------------------------------
+
+
+def numbers(name: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card says and more, as numbers: bytes and operators of every granularity, counted from its graphs."""
+    began = time.perf_counter()
+    traced, options = traced_model(name, entries)
+    traced_at = time.perf_counter()
+    drafts = {
+        g: [draft(traced, replace(options, granularity=g, order=k)) for k in RECORDED_ORDERS] for g in GRANULARITIES
+    }
+    found = {granularity: _numbers(of_orders) for granularity, of_orders in drafts.items()}
+    return {
+        "family": traced.checkpoint.family.name,
+        "precision": options.precision,
+        "sizes": drafts["module"][-1].typical,
+        "config": dict(entries),
+        "parameters": _parameters(traced),
+        "weights_bytes": 2 * _parameters(traced),
+        "trace_seconds": round(traced_at - began, 2),
+        "split_seconds": round(time.perf_counter() - traced_at, 2),
+        "granularities": found,
+        "claims": _claims(CLAIMS.get(name, {}), found),
+    }
+
+
+def _numbers(of_orders: list[Draft]) -> dict[str, Any]:
+    """Of one granularity; graphs are described at the highest order, and lower ones differ in the buffers alone."""
+    best = of_orders[-1]
+    sizes, prepare = best.typical, best.split.prepare
+    states = {f"order {d.options.order}": role_bytes(d.split.forecast.inputs, "taylor_in", sizes) for d in of_orders}
+    return {
+        "sites": len(best.split.sites),
+        "state_bytes": states,
+        "table_bytes": role_bytes(prepare.outputs, "step", sizes),
+        "request_bytes": role_bytes(prepare.outputs, "constant", sizes),
+        "graphs": {cut.name: _graph(best, cut) for cut in best.split.graphs},
+    }
+
+
+def _graph(made: Draft, cut: Cut) -> dict[str, Any]:
+    found = cut.operators()
+    return {
+        "weights_bytes": made.weights_bytes(cut),
+        "inputs": len(cut.inputs),
+        "outputs": len(cut.outputs),
+        "operators": sum(found.values()),
+        "attention": sum(n for op, n in found.items() if "attention" in op),
+        "matrix_products": sum(found[op] for op in PRODUCTS),
+        "by_operator": dict(found.most_common()),
+    }
+
+
+def _claims(claims: Mapping[str, float], found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Claim -> limit, what was counted, whether it holds."""
+    top = f"order {max(RECORDED_ORDERS)}"
+    seen = {f"state {g}, {top}": (claims[g], found[g]["state_bytes"][top]) for g in GRANULARITIES if g in claims}
+    if "forecast" in claims:
+        for g in GRANULARITIES:
+            seen[f"forecast weights, {g}"] = (claims["forecast"], found[g]["graphs"]["forecast"]["weights_bytes"])
+    return {k: {"limit": int(limit), "bytes": n, "holds": n <= limit} for k, (limit, n) in seen.items()}
+
+
+def record(names: Iterable[str], out: Path, allow_dirty: bool) -> bool:
+    """Write the record of some models, each counted in a process of its own, whose peak is then the model's.
+
+    Returns:
+        Whether every claim holds.
+    """
+    models, where = {}, circumstances(out, allow_dirty)
+    for name in names:
+        command = [sys.executable, __file__, "--numbers", "--model", name]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        models[name] = json.loads(done.stdout.splitlines()[-1])
+        for claim, c in models[name]["claims"].items():
+            print(f"{'holds' if c['holds'] else 'BROKEN'}: {claim}: {size(c['bytes'])} of {size(c['limit'])}")
+    print(write_record("full-size", where | {"models": models}, out, allow_dirty))
+    return all(c["holds"] for model in models.values() for c in model["claims"].values())
 
 
 def _parameters(traced: Traced) -> int:
@@ -242,9 +333,20 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=tuple(MODELS), nargs="+", default=list(MODELS), help="(default: all)")
+    parser.add_argument("--model", choices=tuple(MODELS), nargs="+", help="(default: all; of a record, two)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a card is stale")
+    parser.add_argument("--record", action="store_true", help="write a record; exit 1 if a claim is broken")
+    parser.add_argument("--numbers", action="store_true", help="print the numbers of one model as JSON; write nothing")
+    record_options(parser)
     args = parser.parse_args()
+    if args.numbers:
+        found = numbers(args.model[0], config(args.model[0]))
+        found["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(found))
+        return 0
+    if args.record:
+        return 0 if record(args.model or RECORDED, args.out, args.allow_dirty) else 1
+    args.model = args.model or list(MODELS)
     if args.check:
         found = [name for name in tqdm(args.model, unit="card", leave=False) if stale(name)]
         for name in found:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import math
 import operator
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,23 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_models import dit_inputs, flux_inputs, mid_flux, tiny_dit
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from tiny_models import dit_inputs, flux_inputs, mid_flux, tiny_dit  # noqa: E402
-
-from taylorseer_export.bundle.manifest import Graph, Tensor  # noqa: E402
-from taylorseer_export.checkpoint.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from taylorseer_export.compile.export import Options, draft, write_bundle  # noqa: E402
-from taylorseer_export.compile.onnx import write_onnx  # noqa: E402
-from taylorseer_export.compile.weights import WEIGHTS, write_weights  # noqa: E402
-from taylorseer_export.families import FAMILIES  # noqa: E402
-from taylorseer_export.graph.cut import Cut  # noqa: E402
-from taylorseer_export.method import Plan  # noqa: E402
-from taylorseer_export.runtime.denoiser import Denoiser  # noqa: E402
-from taylorseer_export.runtime.onnxruntime import OnnxRuntimeRunner  # noqa: E402
-from taylorseer_export.runtime.slot import Slot  # noqa: E402
+from taylorseer_export.bundle.manifest import Graph, Tensor
+from taylorseer_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from taylorseer_export.compile.export import Options, draft, write_bundle
+from taylorseer_export.compile.onnx import write_onnx
+from taylorseer_export.compile.weights import WEIGHTS, write_weights
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph.cut import Cut
+from taylorseer_export.method import Plan
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.onnxruntime import OnnxRuntimeRunner
+from taylorseer_export.runtime.slot import Slot
 
 SITES = list(FAMILIES["flux"].sites)
 # What diffusers' hook is told. `sites` is our list, word for word; the attention returns image and text rows, and

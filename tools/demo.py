@@ -113,8 +113,8 @@ def _fewer_steps(rows: list[Row]) -> tuple[str, Plan]:
 
 def _request(denoiser: Denoiser) -> sampling.Request:
     if denoiser.manifest.family == "flux":
-        return requests.flux_request(denoiser, CAPTIONS, range(len(CAPTIONS)))
-    return requests.dit_request(denoiser, LABELS, range(len(LABELS)))
+        return requests.caption_request(denoiser, CAPTIONS, range(len(CAPTIONS)))
+    return requests.label_request(denoiser, LABELS, range(len(LABELS)))
 
 
 def _row(

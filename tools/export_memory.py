@@ -118,7 +118,8 @@ def measure(command: list[str], out: Path, weights: int) -> dict[str, object]:
 def run(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     checkpoint, out = folder / "random-flux", folder / "engines"
     python = [sys.executable]
-    make = ["tools/random_checkpoint.py", "flux", "--parameters", str(args.parameters), "--dtype", args.dtype]
+    make = ["tools/make_asset.py", "random-checkpoint", "flux"]
+    make += ["--parameters", str(args.parameters), "--dtype", args.dtype]
     make += ["--heads", str(args.heads), "--shards", str(args.shards), "--out", str(checkpoint)]
     if args.double:
         make += ["--double", str(args.double), "--single", str(args.single)]

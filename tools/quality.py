@@ -21,13 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from demo import CAPTIONS
 from record import ROOT, circumstances, record_options, write_record
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
-
-sys.path.insert(0, str(ROOT))
-
-from demo import CAPTIONS
 
 # isort: split
 
@@ -110,9 +107,9 @@ def request_for(denoiser: Denoiser) -> sampling.Request:
     """FLUX: the demo's captions in turn, a seed each. DiT: every label with every seed."""
     if denoiser.manifest.family == "flux":
         captions = [CAPTIONS[k % len(CAPTIONS)] for k in range(FLUX_SAMPLES)]
-        return requests.flux_request(denoiser, captions, range(FLUX_SAMPLES))
+        return requests.caption_request(denoiser, captions, range(FLUX_SAMPLES))
     seeds = [seed for seed in range(SEEDS) for _ in LABELS]
-    return requests.dit_request(denoiser, LABELS * SEEDS, seeds)
+    return requests.label_request(denoiser, LABELS * SEEDS, seeds)
 
 
 def compare(family: str, folder: Path, orders: tuple[int, ...], intervals: tuple[int, ...], repeats: int) -> list[Row]:

@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def circumstances(folder: Path | None = None, allow_dirty: bool = False) -> dict
     cpu = next((s.split(":")[1].strip() for s in lines if s.startswith("model name")), platform.processor())
     tool = Path(sys.argv[0]).name
     found = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "uncommitted_changes": changed,
         "python": platform.python_version(),

@@ -3,6 +3,8 @@
     python tools/triton_server.py                         the embedded models, until Ctrl-C
     python tools/triton_server.py --repository DIR        another repository
 
+Its arguments are those of production (taylorseer_export/serve/server.py), but for the addresses.
+
 The server comes from the `nvidia-pytriton` wheel, of 2024. Its bridge to numpy is of numpy 1, so `make .venv` puts
 both, the wheel and numpy 1.26, into a folder of their own (`.venv/triton`). The interpreter that the server starts for
 every model is found by PATH and ignores PYTHONPATH; it gets a bare environment whose .pth file lists that folder first
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -29,10 +32,13 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from taylorseer_export.serve.server import completed_arguments, sweep
+
 SERVER = Path(sys.prefix) / "triton"
 ROOT = Path(__file__).resolve().parent.parent
 _READY_SECONDS = 180
 _EXIT_SECONDS = 90  # model processes that are cut off at their end leave their shared memory behind
+_LOOPBACK = "127.0.0.1"
 
 
 def missing() -> str:
@@ -40,7 +46,7 @@ def missing() -> str:
     if not (SERVER / "pytriton").is_dir():
         return f"{SERVER} has no server; `make .venv` installs it on Linux x86_64 with glibc 2.35 or newer"
     if not _stub().is_file():
-        return f"the server has no stub for Python {sysconfig.get_python_version()}; use 3.9 to 3.13"
+        return f"the server has no stub for Python {sysconfig.get_python_version()}; use 3.11 to 3.13"
     if not sysconfig.get_config_var("Py_ENABLE_SHARED"):
         return "this Python has no shared libpython, which the server's stub links to"
     return ""
@@ -68,11 +74,13 @@ class Server:
 
     Args:
         repository: The model repository.
-        models: Load these alone; all if empty.
-        options: More arguments for tritonserver.
+        models: Serve these alone; all if empty. What is served is what the repository holds: it is a folder of links.
+        options: Arguments for tritonserver that add to those of `server_arguments`, or take their place.
 
     Attributes:
         http, grpc, metrics: `127.0.0.1:<port>`.
+        secret: What opens the restricted calls.
+        swept: Shared memory of killed servers that was removed before this one was started.
         log: The file with everything it said.
     """
 
@@ -85,16 +93,18 @@ class Server:
         self._environment()
         ports = free_ports(3)
         self.http, self.grpc, self.metrics = (f"127.0.0.1:{port}" for port in ports)
-        chosen = ["--model-control-mode=explicit", *(f"--load-model={name}" for name in models)] if models else []
-        command = [
-            str(SERVER / "pytriton/tritonserver/bin/tritonserver"), f"--model-repository={repository}",
-            f"--backend-directory={backends}", "--allow-gpu-metrics=false", "--exit-on-error=false",
-            f"--exit-timeout-secs={_EXIT_SECONDS}",
-            "--backend-config=python,stub-timeout-seconds=120", "--log-verbose=0",
-            *(f"--{kind}-address=127.0.0.1" for kind in ("http", "grpc", "metrics")),
+        self.secret = secrets.token_hex(16)
+        self.swept = sweep()
+        own = [
+            f"--model-repository={self._chosen(repository, models) if models else repository}",
+            f"--backend-directory={backends}", "--allow-gpu-metrics=false", f"--exit-timeout-secs={_EXIT_SECONDS}",
+            *(f"--{kind}-address={_LOOPBACK}" for kind in ("http", "grpc", "metrics")),
             *(f"--{kind}-port={port}" for kind, port in zip(("http", "grpc", "metrics"), ports, strict=True)),
-            *chosen, *options,
         ]  # fmt: skip
+        command = [
+            str(SERVER / "pytriton/tritonserver/bin/tritonserver"),
+            *completed_arguments([*own, *options], self.secret),
+        ]
         libraries = f"{SERVER / 'nvidia_pytriton.libs'}:{sysconfig.get_config_var('LIBDIR')}"
         environment = {**os.environ, "PATH": f"{self._folder}/env/bin:{os.environ['PATH']}",
                        "LD_LIBRARY_PATH": libraries, "HF_HUB_OFFLINE": "1"}  # fmt: skip
@@ -103,6 +113,13 @@ class Server:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+
+    def _chosen(self, repository: Path, models: Sequence[str]) -> Path:
+        """A repository of these models alone."""
+        (chosen := self._folder / "models").mkdir()
+        for name in models:
+            (chosen / name).symlink_to((repository / name).resolve())
+        return chosen
 
     def _environment(self) -> None:
         """A bare environment: the server's own packages first, then this interpreter's."""
@@ -128,10 +145,6 @@ class Server:
     def said(self) -> str:
         """Its log."""
         return self.log.read_text(encoding="utf-8", errors="replace")
-
-    def regions(self) -> list[str]:
-        """Shared memory of Python backends that lies in /dev/shm, of this or any other server."""
-        return sorted(path.name for path in Path("/dev/shm").glob("triton_python_backend_shm_region_*"))
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> int:
         """End it and wait; returns its exit code."""

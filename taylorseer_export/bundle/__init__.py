@@ -2,19 +2,20 @@
 
 from taylorseer_export.bundle.manifest import (
     MANIFEST,
+    SCHEMA_VERSION,
     Dimension,
     Engine,
     File,
     Graph,
     Manifest,
     Model,
+    Pipeline,
     PlanDefaults,
     Sampling,
     Site,
     State,
     Tensor,
 )
-from taylorseer_export.bundle.sealed import SCHEMA_VERSION
 from taylorseer_export.bundle.store import Bundle, hash_files, open_bundle, writing
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Graph",
     "Manifest",
     "Model",
+    "Pipeline",
     "PlanDefaults",
     "Sampling",
     "Site",

@@ -5,7 +5,7 @@ newline), so a bundle has exactly one correct manifest and any other byte is not
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,6 +14,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     ValidationInfo,
     model_validator,
 )
@@ -25,12 +26,14 @@ from taylorseer_export.method.guard import Rule
 from taylorseer_export.method.plan import Dialect, Plan
 
 MANIFEST = "manifest.json"
+SCHEMA_VERSION = 2
 
 GraphName = Literal["prepare", "full", "forecast", "probe", "rest"]
 Role = Literal[
     "latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred",
     "probe_in", "probe_out", "error", "carried",
 ]  # fmt: skip
+Fill = Literal["ones", "zeros", "grid", "sides", "frames", "guidance"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
 
 
@@ -81,6 +84,15 @@ class Tensor(Part):
     values: tuple[int, int] | None = Field(
         default=None, description="Smallest and largest value accepted, where it is an index into a table."
     )
+    site: str | None = Field(default=None, description="Of a Taylor buffer: the site whose features it holds.")
+    rule: Rule | None = Field(default=None, description="Of the probe's own tensors: the guard's rule they serve.")
+    fill: Fill | None = Field(
+        default=None,
+        description="What it holds where that follows from the sizes, so that a request may leave it out. ones, zeros. "
+        "grid: (first, row, column) of each token. sides: (1, rows, columns) of each picture in tokens. frames: first, "
+        "first + 1 and so on. guidance: the guidance scale times the pipeline's guidance_factor.",
+    )
+    first: int = Field(default=0, description="Where the fills grid and frames begin.")
 
 
 class Graph(Part):
@@ -164,6 +176,7 @@ class Model(Part):
     variant: str | None = Field(default=None, description="Which of several precisions of the weights, like fp16.")
     config_file: str | None = Field(default=None, description="Where the config was read from, if not from there.")
     loras: tuple[str, ...] = Field(default=(), description="What was added to the weights: file or file:scale.")
+    lora_skip: tuple[str, ...] = Field(default=(), description="What of those files was left out: text-encoder.")
 
 
 class Sampling(Part):
@@ -178,6 +191,57 @@ class Sampling(Part):
     guidance_scale: float = Field(description="Default guidance scale, dimensionless.")
     timestep_divisor: float = Field(
         default=1.0, gt=0, description="What the scheduler's timestep is divided by for the transformer."
+    )
+    source: Literal["labels", "captions", "tensors"] = Field(
+        default="tensors",
+        description="What a request is made from. labels: classes of the model. captions: text, by the encoder that "
+        "the bundle brings. tensors: the constant inputs, as the pipeline's own encoders make them.",
+    )
+    pictures: Literal["digits", "shapes"] | None = Field(
+        default=None, description="Which of the package's decoders makes pictures of the latents, if any does."
+    )
+    latent_scale: int = Field(default=8, ge=1, description="Pixels per latent pixel along each side.")
+    time_scale: int = Field(default=4, ge=1, description="Frames per latent frame; the first is one frame.")
+
+
+class Pipeline(Part):
+    """What the family's pipeline in diffusers does around the transformer, where it is not what most of them do."""
+
+    guidance_factor: float = Field(
+        default=1.0, description="What the guidance scale is multiplied by where it is an input, dimensionless."
+    )
+    guidance_keeps_norm: bool = Field(
+        default=False, description="Whether a guided prediction is as long as the conditional one, token by token."
+    )
+    prediction_sign: Literal[1, -1] = Field(
+        default=1, description="-1 where the model predicts the way to the picture instead of that to the noise."
+    )
+    flow_steps: Literal["sigmas", "count"] = Field(
+        default="sigmas", description="What a flow-matching scheduler is given: even sigmas, or a number of steps."
+    )
+    largest_shift: float | None = Field(
+        default=None, description="Of the sigmas, where they shift with the number of tokens; null has no limit."
+    )
+    condition_share: float = Field(
+        default=0.0, ge=0, le=1, description="Part of the condition in the noise that a loop begins with."
+    )
+    arguments: Literal["declared", "rows-behind", "first-shape"] = Field(
+        default="declared",
+        description="How the pipeline calls the transformer. declared: with the inputs of the graphs. rows-behind: "
+        "the rows of a conditioning picture follow those of the latent. first-shape: a shape for each picture, of "
+        "which the first holds for all, and no mask where every token counts.",
+    )
+    cast_inputs: tuple[str, ...] = Field(
+        default=(), description="Inputs that are cast anew at every call, so that only their numbers stay the same."
+    )
+    ignored_inputs: tuple[str, ...] = Field(
+        default=(), description="Arguments that are passed and that the model does not look at."
+    )
+    packing: int = Field(
+        default=1, ge=1, description="Side of the square of latent pixels that is packed into a token; 1 packs none."
+    )
+    attributes: dict[str, int] = Field(
+        default_factory=dict, description="What the pipeline reads from the transformer besides its config."
     )
 
 
@@ -208,6 +272,9 @@ class Manifest(Sealed):
     KIND: ClassVar[str] = "a manifest"
     REMEDY: ClassVar[str] = "copy the bundle again, or rebuild it with `taylorseer-export <family> ... --out ...`"
 
+    schema_version: int = Field(
+        default=SCHEMA_VERSION, ge=1, description="Version of this schema; rises when it changes."
+    )
     tool_version: str = Field(description="Version of taylorseer-export that wrote it.")
     family: str = Field(description="Model family, as on the command line.")
     name: str = Field(description="Name of the bundle within its family.")
@@ -219,6 +286,9 @@ class Manifest(Sealed):
     graphs: dict[GraphName, Graph] = Field(description="I/O contract of every graph, by name.")
     plan: PlanDefaults = Field(description="The plan used when a request names none.")
     sampling: Sampling = Field(description="How the denoiser is meant to be sampled.")
+    pipeline: Pipeline = Field(
+        default_factory=Pipeline, description="What the family's pipeline does around the transformer."
+    )
     engine: Engine = Field(description="What the engines were built with and are tied to.")
     files: dict[RelativePath, File] = Field(
         description="Hash and size of every file but the manifest, by relative posix path."
@@ -245,6 +315,21 @@ class Manifest(Sealed):
             for tensor in (*graph.inputs, *graph.outputs):
                 yield tensor.name, tensor.shape
 
+    @classmethod
+    def rebuild(cls, raw: Mapping[str, Any]) -> str:
+        """The command that builds a bundle of an older schema again, as far as that is in its manifest."""
+        try:
+            parts: dict[str, Any] = {name: cls._part(name, raw[name]) for name in ("model", "state", "plan", "engine")}
+            command = cls.model_construct(**parts, family=raw["family"], precision=raw["precision"]).command()
+        except (KeyError, TypeError, ValidationError):
+            return cls.REMEDY
+        return f"rebuild it with `{command}`" if command.isprintable() else cls.REMEDY
+
+    @classmethod
+    def _part(cls, name: str, raw: Any) -> Any:
+        part: Any = cls.model_fields[name].annotation
+        return part.model_validate(raw)
+
     def command(self, device: str | None = None, **changes: str) -> str:
         """The command that builds these engines again on the machine it is typed on; a fixed size is not repeated.
 
@@ -259,6 +344,7 @@ class Manifest(Sealed):
             "variant": self.model.variant,
             "config": self.model.config_file,
             "lora": " --lora ".join(self.model.loras) or None,
+            "lora-skip": " --lora-skip ".join(self.model.lora_skip) or None,
             "state": self.state.granularity,
             "layout": self.state.layout,
             "order": self.state.order,

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, ClassVar, NoReturn
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from typing_extensions import Self
 
 from taylorseer_export.errors import BundleError
-
-SCHEMA_VERSION = 1
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -30,6 +28,8 @@ class Part(BaseModel):
 class Sealed(Part):
     """A whole file. `digest` is the SHA-256 of the canonical JSON of all the other fields.
 
+    Each kind of file has a version of its own: the default of its `schema_version`.
+
     Attributes:
         KIND: What the file is, for errors.
         REMEDY: What to do about a damaged one.
@@ -38,9 +38,7 @@ class Sealed(Part):
     KIND: ClassVar[str]
     REMEDY: ClassVar[str]
 
-    schema_version: int = Field(
-        default=SCHEMA_VERSION, ge=1, description="Version of this schema; rises when it changes."
-    )
+    schema_version: int = Field(default=1, ge=1, description="Version of this schema; rises when it changes.")
     digest: str = Field(
         default="",
         pattern=r"^([0-9a-f]{64})?$",
@@ -76,10 +74,16 @@ class Sealed(Part):
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{path} is not readable as JSON ({error}), expected {cls.KIND}; {cls.REMEDY}") from error
         version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if type(version) is int and version > SCHEMA_VERSION:
+        current = cls.model_fields["schema_version"].default
+        if type(version) is int and version > current:
             raise BundleError(
-                f"{path} is of schema version {version}, expected at most {SCHEMA_VERSION}: it was "
+                f"{path} is of schema version {version}, expected at most {current}: it was "
                 "written by a newer taylorseer-export; upgrade taylorseer-export"
+            )
+        if type(version) is int and version < current and _is_sealed(raw):
+            raise BundleError(
+                f"{path} is of schema version {version}, expected {current}: it was written by an older "
+                f"taylorseer-export; {cls.rebuild(raw)}"
             )
         try:
             found = cls.model_validate(raw)
@@ -97,9 +101,23 @@ class Sealed(Part):
             )
         return found
 
+    @classmethod
+    def rebuild(cls, raw: Mapping[str, Any]) -> str:
+        """How to get a file of an older version, whose fields are `raw`, in the current one."""
+        return cls.REMEDY
+
     def _computed_digest(self) -> str:
         body = self.model_dump(mode="json", exclude={"digest"})
         return hashlib.sha256(_canonical(body)).hexdigest()
+
+
+def _is_sealed(raw: Mapping[str, Any]) -> bool:
+    """Whether the digest of a file of any version belongs to its other fields."""
+    body = {key: value for key, value in raw.items() if key != "digest"}
+    try:
+        return bool(raw.get("digest") == hashlib.sha256(_canonical(body)).hexdigest())
+    except (ValueError, RecursionError):
+        return False
 
 
 def _canonical(value: object) -> bytes:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -18,6 +18,20 @@ SINGLE = "diffusion_pytorch_model.safetensors"
 _VARIANT = re.compile(
     r"diffusion_pytorch_model(?:\.safetensors\.index)?\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)$"
 )
+# First bytes of what is taken for a safetensors file -> what it is.
+_OTHERS = {
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a PyTorch pickle",
+    b"\x80\x02}q": "a PyTorch pickle",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself",
+}
+
+
+class Header(NamedTuple):
+    """What a file says of a tensor without giving it: its shape, and its dtype by the name safetensors has for it."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
@@ -47,22 +61,48 @@ def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
         index, single = (indices[0], single) if len(indices) == 1 else (index, singles[0])
     if not index.is_file():
         return dict.fromkeys(tensor_names(single), single)
-    files = {str(name): folder / str(file) for name, file in dict(read_json(index).get("weight_map", {})).items()}
+    return _indexed(index)
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    """Tensor name -> file of a sharded checkpoint; what its shards hold and what its index says are one."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise CheckpointError(
+            f"weight_map of {index} is {_kind(listed)}, expected a map of tensor names to files; download it again"
+        )
+    outside = [file for file in listed.values() if Path(file).name != file or file in ("", "..")]
+    if outside:
+        raise CheckpointError(
+            f"{index} names shard {outside[0]}, expected the name of a file beside it; download it again"
+        )
+    files = {name: index.parent / file for name, file in listed.items()}
     for path in sorted(set(files.values())):
         if not path.is_file():
             raise CheckpointError(
                 f"shard {path} is missing, expected every file that {index.name} lists; download it again"
             )
+        unlisted = [name for name in tensor_names(path) if files.get(name) != path]
+        if unlisted:
+            raise CheckpointError(
+                f"shard {path} holds {len(unlisted)} tensors that {index.name} does not place in it "
+                f"(`{unlisted[0]}` is missing), expected an index of all; download both again"
+            )
     return files
 
 
-def shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> shape, from the headers alone; a tensor that its file does not hold is left out."""
-    found: dict[str, tuple[int, ...]] = {}
+def _kind(value: object) -> str:
+    return "missing" if value is None else f"a {type(value).__name__}" if not isinstance(value, dict) else "irregular"
+
+
+def headers(files: Mapping[str, Path]) -> dict[str, Header]:
+    """Tensor name -> its header; a tensor that its file does not hold is left out."""
+    found: dict[str, Header] = {}
     for path in sorted(set(files.values())):
         wanted = {name for name, file in files.items() if file == path}
         with opened(path) as file:
-            found |= {name: tuple(file.get_slice(name).get_shape()) for name in wanted & set(file.keys())}
+            slices = ((name, file.get_slice(name)) for name in sorted(wanted & set(file.keys())))
+            found |= {name: Header(tuple(one.get_shape()), str(one.get_dtype())) for name, one in slices}
     return found
 
 
@@ -92,9 +132,23 @@ def opened(path: Path, framework: str = "np") -> Iterator[Any]:
             "memory and swap, used or not; save it in shards, or allow more with `sysctl vm.overcommit_memory=1`"
         ) from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}), expected a complete safetensors file; download it again"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    """What a file is that does not open as safetensors."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError:
+        start = b""
+    for mark, what in _OTHERS.items():
+        if start.startswith(mark):
+            return CheckpointError(
+                f"{path} is {what}, expected safetensors with weights that are not quantised; pass the checkpoint that "
+                "it was made from"
+            )
+    return CheckpointError(f"{path} is damaged ({error}), expected a complete safetensors file; download it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -103,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not readable JSON ({error}), expected a diffusers config; download it again"
         ) from error

@@ -8,12 +8,13 @@ joined or renamed into it. Those operations are done when a tensor is read, so a
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from taylorseer_export.errors import CheckpointError
 
@@ -49,8 +50,14 @@ class _Tape(TorchDispatchMode):
         return result
 
 
+class Unread(CheckpointError):
+    """A checkpoint has all that the model needs, and more: of its tensors, or of the numbers of one."""
+
+
 class Converted:
     """The tensors of an original-layout checkpoint under diffusers' names.
+
+    Every tensor of the files makes some tensor of the model, all of it: what the converter leaves over is refused.
 
     Args:
         model_class: Name of the transformer's class in diffusers.
@@ -59,13 +66,15 @@ class Converted:
 
     Attributes:
         shapes: Tensor name in diffusers -> shape.
+        sources: Tensor name in diffusers -> the tensors of the files that make it.
 
     Raises:
         CheckpointError: diffusers has no converter for this class, or it does not know these tensors.
+        Unread: It leaves some unread.
     """
 
     def __init__(self, model_class: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        convert = _converter(model_class, shapes)
+        convert = converter_of(model_class, shapes)
         leaves = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         self._names = {id(tensor): name for name, tensor in leaves.items()}
         self._leaves = tuple(leaves.values())
@@ -82,6 +91,37 @@ class Converted:
             ) from error
         self._made = tape.made
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.sources = self._all_sources()
+        self._refuse_unread(model_class, convert.__name__, shapes)
+
+    def _all_sources(self) -> dict[str, frozenset[str]]:
+        known: dict[int, frozenset[str]] = {key: frozenset({name}) for key, name in self._names.items()}
+
+        def sources(tensor: torch.Tensor) -> frozenset[str]:
+            if id(tensor) not in known:
+                made = self._made[id(tensor)]
+                inputs = [t for t in tree_leaves((made.args, made.options)) if isinstance(t, torch.Tensor)]
+                known[id(tensor)] = frozenset[str]().union(*map(sources, inputs))
+            return known[id(tensor)]
+
+        return {name: sources(tensor) for name, tensor in self._tensors.items()}
+
+    def _refuse_unread(self, model_class: str, converter: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        read = frozenset[str]().union(*self.sources.values())
+        unread = [name for name in shapes if name not in read]
+        if unread:
+            raise Unread(
+                f"{len(unread)} of {len(shapes)} tensors are left unread by diffusers' {converter} ({_some(unread)}), "
+                f"expected the original layout of {model_class} and nothing else; check --model and the family, or "
+                "pass a checkpoint without them"
+            )
+        found, made = (sum(map(math.prod, of.values())) for of in (shapes, self.shapes))
+        if made < found:
+            raise Unread(
+                f"{found - made} of {found} numbers of the tensors are left unread by diffusers' {converter}, expected "
+                f"the original layout of {model_class}; convert the checkpoint with diffusers' from_single_file and "
+                "save_pretrained"
+            )
 
     def tensor(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """One tensor by its name in diffusers; `read` gives those of the files."""
@@ -98,7 +138,7 @@ class Converted:
         return found
 
 
-def _converter(model_class: str, names: Iterable[str]) -> Callable[..., dict[str, torch.Tensor]]:
+def converter_of(model_class: str, names: Iterable[str]) -> Callable[..., dict[str, torch.Tensor]]:
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     known: Any = SINGLE_FILE_LOADABLE_CLASSES.get(model_class)

@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 
 from taylorseer_export.commands.options import bundle_options, sample_options
-from taylorseer_export.commands.run import latent_sizes
 from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.values import real, whole
@@ -46,6 +45,7 @@ def run(given: argparse.Namespace) -> int:
     from taylorseer_export.bundle.profile import check_name, write_profile
     from taylorseer_export.report.calibrate import Calibrator, check_full_steps, profile_of
     from taylorseer_export.report.samples import groups, random_inputs, read_prompts
+    from taylorseer_export.runtime.tensors import latent_sizes
 
     check_name(given.name)
     prompts = read_prompts(given.prompts) if given.prompts else None
@@ -62,7 +62,7 @@ def run(given: argparse.Namespace) -> int:
     full_steps = given.full_steps or (math.floor(steps / given.speedup) if given.speedup else None)
     if full_steps is not None:
         check_full_steps(full_steps, steps)
-    sizes = latent_sizes(denoiser, given.size)
+    sizes = latent_sizes(manifest, given.size)
     tensors = tensors or random_inputs(denoiser, given.samples, sizes[0])
     fitted = groups(denoiser, given.samples, _FIRST_SEED, prompts, tensors, 2, given.guidance_scale, sizes)
     held_out = groups(

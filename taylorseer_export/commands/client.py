@@ -21,8 +21,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol", choices=("http", "grpc", "stream"), help="default: stream for MODEL-stream, else grpc"
     )
-    parser.add_argument("--prompt", help="caption to draw (flux)")
-    parser.add_argument("--label", type=whole(0), help="class to draw (dit)")
+    parser.add_argument("--prompt", help="caption to draw (models with captions)")
+    parser.add_argument("--label", type=whole(0), help="class to draw (models of classes)")
     parser.add_argument("--inputs", type=Path, help="safetensors with the inputs of a denoiser model")
     parser.add_argument("--seed", type=whole(0), help="of the noise (default: 0)")
     parser.add_argument("--size", type=size, metavar="HxW", help="picture in pixels (default: 32x32)")
@@ -36,7 +36,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=real(0), help="of the guard, dimensionless (default: the profile's)")
     parser.add_argument("--cap", type=whole(1), help="most forecast steps in a row under a guard (default: no limit)")
     parser.add_argument("--guidance-scale", type=float, help="dimensionless (default: the bundle's)")
-    parser.add_argument("--timeout", type=float, help="seconds after which the server gives up (default: never)")
+    parser.add_argument(
+        "--timeout",
+        type=real(0),
+        default=600.0,
+        help="seconds after which server and client give up (default: %(default)g)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="picture.png or latents.safetensors")
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.commands.options import bundle_options, sample_options
-from taylorseer_export.commands.run import latent_sizes
 from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.values import whole
@@ -42,6 +41,7 @@ def run(given: argparse.Namespace) -> int:
     from taylorseer_export.report.metrics import metrics
     from taylorseer_export.report.page import page
     from taylorseer_export.report.samples import groups, prompts_of, random_inputs, read_prompts
+    from taylorseer_export.runtime.tensors import latent_sizes
 
     prompts = read_prompts(given.prompts) if given.prompts else None
     tensors = read_tensors(given.inputs) if given.inputs else None
@@ -57,7 +57,7 @@ def run(given: argparse.Namespace) -> int:
     ways = evaluate.cases(denoiser, len(plan), plan)
     if given.metric_weights is not None and not given.metric_weights.is_dir():
         raise ConfigError(f"--metric-weights {given.metric_weights} is not a folder, expected one; check the path")
-    sizes = latent_sizes(denoiser, given.size)
+    sizes = latent_sizes(manifest, given.size)
     tensors = tensors or random_inputs(denoiser, given.samples, sizes[0])
     requests = groups(
         denoiser, given.samples, given.seed, prompts, tensors, guidance_scale=given.guidance_scale, sizes=sizes
@@ -69,7 +69,7 @@ def run(given: argparse.Namespace) -> int:
         for caption in prompts_of(denoiser, range(k * count, (k + 1) * count), given.seed, prompts)
     ]
     measures, missing = (
-        metrics(given.metric_weights, bool(captions), manifest.family == "dit")
+        metrics(given.metric_weights, bool(captions), manifest.sampling.pictures == "digits")
         if evaluate.draws(denoiser)
         else ([], {"metrics of pictures": "the VAE that makes them of these latents"})
     )

@@ -39,6 +39,14 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
         default=[],
         help="LoRA to add to the weights; may be repeated (default: none, scale 1)",
     )
+    what.add_argument(
+        "--lora-skip",
+        action="append",
+        choices=("text-encoder",),
+        default=[],
+        help="what of the LoRAs to leave out on purpose: their updates of text encoders, which no bundle holds "
+        "(default: nothing, such a file is refused)",
+    )
     form = "FxHxW" if len(family.latent_size) == 3 else "HxW"
     made = "video in frames and pixels" if len(family.latent_size) == 3 else "picture in pixels"
     what.add_argument("--size", metavar=form, type=size, help=f"{made}; makes the bundle static (default: any)")
@@ -154,7 +162,10 @@ def run(family: Family, given: argparse.Namespace) -> int:
     from taylorseer_export.report import memory_table
     from taylorseer_export.report.card import card
 
-    checkpoint = open_checkpoint(given.model, family, given.variant, given.config, given.lora, given.dry_run)
+    if given.lora_skip and not given.lora:
+        raise ConfigError("--lora-skip is given without --lora, expected it too; add it, or leave --lora-skip out")
+    skip = tuple(dict.fromkeys(given.lora_skip))
+    checkpoint = open_checkpoint(given.model, family, given.variant, given.config, given.lora, given.dry_run, skip)
     if given.model is None:
         print(
             f"no --model: exporting the tiny {family.name} embedded in this package; "
@@ -167,6 +178,12 @@ def run(family: Family, given: argparse.Namespace) -> int:
             f"no --config: taking that of {'/'.join(checkpoint.taken)}, which all {len(checkpoint.shapes)} tensors of "
             f"{checkpoint.reference} fit in name and shape, and no other of this package"
         )
+    if checkpoint.aside:
+        parts = " and ".join(f"{tensors} tensors of {part}" for part, tensors in checkpoint.aside.items())
+        print(f"set aside: {parts} in {checkpoint.reference}, no part of the transformer; a bundle holds it alone")
+    for lora in checkpoint.loras:
+        for part, tensors in lora.skipped.items():
+            print(f"left out: {tensors} tensors of {part} in {lora.path}, by --lora-skip {part}")
     options = export.Options(
         order=given.order,
         interval=given.interval,

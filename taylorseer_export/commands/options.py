@@ -52,7 +52,7 @@ def sample_options(parser: argparse.ArgumentParser) -> None:
         "guidance (default: random, for an embedded model that has learned nothing)",
     )
     parser.add_argument(
-        "--size", type=size, metavar="HxW or FxHxW", help="in pixels (default: the bundle's; not for flux and dit)"
+        "--size", type=size, metavar="HxW or FxHxW", help="in pixels (default: the bundle's; not for models of classes)"
     )
     parser.add_argument("--guidance-scale", type=real(0), help="dimensionless (default: the bundle's)")
 

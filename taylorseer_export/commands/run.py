@@ -1,7 +1,8 @@
 """`run`: sample with a bundle.
 
-The embedded DiT and FLUX draw pictures from labels and captions. Any other model samples latents from the tensors that
-its pipeline passes to the transformer, under their diffusers names; `negative_NAME` beside NAME turns guidance on.
+What a request is made from stands in the manifest: class labels, captions that the bundle's own encoder reads, or the
+tensors that a pipeline passes to the transformer, under their diffusers names; `negative_NAME` beside NAME turns
+guidance on. A bundle with a decoder makes pictures, any other one latents.
 """
 
 from __future__ import annotations
@@ -35,20 +36,20 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     bundle_options(parser)
     plan_options(parser)
-    parser.add_argument("--label", type=whole(0), nargs="+", help="classes to draw (dit)")
-    parser.add_argument("--prompt", nargs="+", help="captions to draw (embedded flux)")
+    parser.add_argument("--label", type=whole(0), nargs="+", help="classes to draw (models of classes)")
+    parser.add_argument("--prompt", nargs="+", help="captions to draw (models with captions)")
     parser.add_argument(
         "--inputs",
         type=Path,
         help="safetensors with the conditioning, under diffusers' argument names; `negative_NAME` for guidance, "
-        "`condition` for what image-to-video joins to the noise (all but dit; default: random, but for flux)",
+        "`condition` for what image-to-video joins to the noise (not for models of classes; default: random)",
     )
     parser.add_argument("--seed", type=whole(0), nargs="+", default=[0], help="seeds of the noise (default: 0)")
     parser.add_argument(
         "--size",
         type=size,
         metavar="HxW or FxHxW",
-        help="picture or video in pixels (default: the bundle's; flux 32x32)",
+        help="picture or video in pixels (default: the bundle's)",
     )
     parser.add_argument("--guidance-scale", type=float, help="dimensionless (default: the bundle's)")
     parser.add_argument("--out", type=Path, help="picture.png or latents.safetensors")
@@ -66,35 +67,14 @@ def run(given: argparse.Namespace) -> int:
     denoiser = open_denoiser(given)
     plan, order, weights, guard = forecasts_of(denoiser, given, given.steps)
     manifest = denoiser.manifest
-    count = max(len(given.label or ()), len(given.prompt or ()), len(given.seed))
-    seeds = spread("--seed", given.seed, count)
-    for option, family in (("label", "dit"), ("prompt", "flux")):
-        if getattr(given, option) is not None and manifest.family != family:
-            raise ConfigError(
-                f"--{option} is given for family {manifest.family}, expected it for {family}; leave it out"
-            )
-    if manifest.family == "dit":
-        labels = spread("--label", given.label or list(range(10))[:count], count)
-        request = requests.dit_request(denoiser, labels, seeds, given.guidance_scale)
-        names = [f"label {label}" for label in labels]
-    elif manifest.family == "flux":
-        picture = given.size or (32, 32)
-        if len(picture) != 2:
-            raise ConfigError(f"--size is {'x'.join(map(str, picture))}, expected HxW for a picture; write it so")
-        prompts = given.prompt or (None if given.inputs else ["a red circle left of a blue square"])
-        prompts = None if prompts is None else spread("--prompt", prompts, count)
-        tensors = read_tensors(given.inputs) if given.inputs else None
-        request = requests.flux_request(denoiser, prompts, seeds, picture, tensors, given.guidance_scale)
-        names = list(prompts or [f"seed {seed}" for seed in seeds])
-    else:
-        request, names = _tensor_request(denoiser, given, seeds), []
+    request, names = _request(denoiser, given)
     with progress("sampling", len(plan)) as advance:
         result = sampling.sample(
             denoiser, request, plan, order, given.form, on_step=lambda k: advance(k + 1, len(plan)), weights=weights,
             guard=guard,
         )  # fmt: skip
     out = given.out or Path(
-        f"{manifest.family}-{manifest.name}.png" if names and manifest.model.embedded else "latents.safetensors"
+        f"{manifest.family}-{manifest.name}.png" if manifest.sampling.pictures else "latents.safetensors"
     )
     if out.suffix == ".safetensors":
         write_tensors(out, {"latents": result.latents}, {"plan": result.executed})
@@ -118,35 +98,64 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _tensor_request(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) -> Request:
-    """A request from the tensors of `--inputs`, or from random ones, which is said."""
-    from taylorseer_export.runtime import tensors
-    from taylorseer_export.runtime.trajectory import random_conditioning
+# What a request is made from -> the options that say it.
+_OPTIONS = {"labels": ("label",), "captions": ("prompt", "inputs"), "tensors": ("inputs",)}
 
+
+def _request(denoiser: Denoiser, given: argparse.Namespace) -> tuple[Request, list[str]]:
+    """The request, and a name for each picture of it where it has one."""
     manifest = denoiser.manifest
-    if given.out and given.out.suffix != ".safetensors":
+    source = manifest.sampling.source
+    for option in ("label", "prompt", "inputs"):
+        if getattr(given, option) is not None and option not in _OPTIONS[source]:
+            known = " or ".join(f"--{name}" for name in _OPTIONS[source])
+            raise ConfigError(
+                f"--{option} is given for family {manifest.family}, expected {known}, since this bundle draws from "
+                f"{source}; leave it out"
+            )
+    if given.out and given.out.suffix != ".safetensors" and manifest.sampling.pictures is None:
         raise ConfigError(
             f"--out is {given.out} for family {manifest.family}, expected NAME.safetensors, since only its own VAE "
             "makes a picture of its latents; change it"
         )
-    sizes, sides = latent_sizes(denoiser, given.size)
+    count = max(len(given.label or ()), len(given.prompt or ()), len(given.seed))
+    return {"labels": _of_labels, "captions": _of_captions, "tensors": _of_tensors}[source](
+        denoiser, given, spread("--seed", given.seed, count)
+    )
+
+
+def _of_labels(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) -> tuple[Request, list[str]]:
+    from taylorseer_export.embedded.requests import label_request
+    from taylorseer_export.runtime.tensors import latent_sizes
+
+    latent_sizes(denoiser.manifest, given.size)  # there is one: any other is refused
+    labels = spread("--label", given.label or list(range(10))[: len(seeds)], len(seeds))
+    return label_request(denoiser, labels, seeds, given.guidance_scale), [f"label {label}" for label in labels]
+
+
+def _of_captions(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) -> tuple[Request, list[str]]:
+    from taylorseer_export.embedded.requests import caption_request
+
+    if given.prompt and given.inputs:
+        raise ConfigError("--prompt and --inputs are both given, expected one of them; leave one out")
+    if given.inputs:
+        tensors = read_tensors(given.inputs)
+        names = [f"seed {seed}" for seed in seeds]
+        return caption_request(denoiser, tensors, seeds, given.size, given.guidance_scale), names
+    prompts = spread("--prompt", given.prompt or ["a red circle left of a blue square"], len(seeds))
+    return caption_request(denoiser, prompts, seeds, given.size, given.guidance_scale), list(prompts)
+
+
+def _of_tensors(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) -> tuple[Request, list[str]]:
+    """From the tensors of `--inputs`, or from random ones, which is said."""
+    from taylorseer_export.runtime.tensors import latent_sizes, tensor_request
+    from taylorseer_export.runtime.trajectory import random_conditioning
+
+    sizes, sides = latent_sizes(denoiser.manifest, given.size)
     if given.inputs:
         values = read_tensors(given.inputs)
     else:
         print("no --inputs: the conditioning is random, so the result shows that the loop runs and is no picture")
-        typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
+        typical = {name: dimension.typical for name, dimension in denoiser.manifest.dimensions.items()}
         values = random_conditioning(denoiser, {**typical, **sizes, "batch": 1}, guided=True)
-    return tensors.tensor_request(denoiser, values, seeds, sizes, sides, given.guidance_scale)
-
-
-def latent_sizes(denoiser: Denoiser, asked: tuple[int, ...] | None) -> tuple[dict[str, int], tuple[int, int] | None]:
-    """Sizes of the latent by dimension for `--size`, and (rows, columns) in tokens where it is packed."""
-    from taylorseer_export.commands.export import latent_size
-    from taylorseer_export.families import family_named
-
-    if asked is None:
-        return {}, None
-    family = family_named(denoiser.manifest.family).variant(denoiser.manifest.model.reference)
-    latent = latent_size("--size", asked, family, family.latent_scale)
-    sizes = family.latent_sizes(denoiser.manifest.model.config, *latent)
-    return sizes, (latent[0] // 2, latent[1] // 2) if "image_tokens" in sizes else None
+    return tensor_request(denoiser, values, seeds, sizes, sides, given.guidance_scale), []

@@ -112,7 +112,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         return dict(load_file(path))
     except FileNotFoundError as error:
         raise ConfigError(f"{path} is missing, expected a safetensors file; check --inputs") from error
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
+    except (OSError, SafetensorError, TypeError, KeyError, AttributeError) as error:  # also of dtypes that numpy lacks
         raise ConfigError(f"{path} is not readable ({error}), expected float32 safetensors; write it again") from error
 
 

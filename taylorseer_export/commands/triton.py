@@ -58,9 +58,11 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
     from taylorseer_export.serve.repository import Deployment, write_repository
+    from taylorseer_export.serve.server import start_lines
 
     asked = {name: value for name, value in vars(given).items() if name not in ("bundle", "out", "models")}
     for version in write_repository(given.bundle, given.out, Deployment(models=tuple(given.models), **asked)):
         print(f"wrote {version.parent.name} version {version.name}")
-    print(f"next: tritonserver --model-repository={given.out}")
+    for line in start_lines(given.out):
+        print(line)
     return 0

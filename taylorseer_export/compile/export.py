@@ -22,6 +22,7 @@ from taylorseer_export.bundle.manifest import (
     Graph,
     Manifest,
     Model,
+    Pipeline,
     PlanDefaults,
     Sampling,
     Site,
@@ -314,6 +315,7 @@ def describe(
             variant=checkpoint.variant,
             config_file=checkpoint.config_file,
             loras=tuple(lora.given for lora in checkpoint.loras),
+            lora_skip=checkpoint.lora_skip,
         ),
         dimensions=plan.dimensions(),
         sites=tuple(Site(name=site, shape=shape) for site, shape in plan.split.sites.items()),
@@ -333,7 +335,8 @@ def describe(
             dialect=options.dialect,
             text=str(options.plan()),
         ),
-        sampling=_sampling(checkpoint),
+        sampling=sampling_of(checkpoint),
+        pipeline=pipeline_of(checkpoint),
         engine=builder(options.engine).engine(options).model_copy(update={"options": _texts(options.engine_options)}),
         files=dict(files or {graph.file: File(sha256="0" * 64, size=0) for graph in graphs.values()}),
         cache_key=_cache_key(weights_sha256, options),
@@ -348,20 +351,34 @@ def tool_version() -> str:
         return "0+source"
 
 
-def _sampling(checkpoint: Checkpoint) -> Sampling:
+def sampling_of(checkpoint: Checkpoint) -> Sampling:
     """Scheduler and guidance: what the checkpoint says, else what the family's pipeline uses."""
     family = checkpoint.family
     config = checkpoint.scheduler or family.scheduler_config
     guidance = family.guidance
     if guidance == "embedded" and not checkpoint.config.get("guidance_embeds", True):
         guidance = "none"
+    brought = checkpoint.card if checkpoint.embedded else {}  # no other model brings an encoder or a decoder
     return Sampling(
         scheduler=str(config.get("_class_name", family.scheduler)),
         config={key: value for key, value in config.items() if not key.startswith("_")},
         guidance=guidance,
         guidance_scale=checkpoint.card.get("guidance_scale") or family.guidance_scale,
         timestep_divisor=family.timestep_divisor,
+        source=brought.get("source", family.source),
+        pictures=brought.get("pictures"),
+        latent_scale=checkpoint.latent_scale,
+        time_scale=family.time_scale,
     )
+
+
+def pipeline_of(checkpoint: Checkpoint) -> Pipeline:
+    """What the family declares of its pipeline, as far as it holds for this config."""
+    family, config = checkpoint.family, checkpoint.config
+    declared = asdict(family.pipeline)
+    inputs = {spec.name for spec in family.inputs(config)}
+    declared["ignored_inputs"] = tuple(name for name in declared["ignored_inputs"] if name not in inputs)
+    return Pipeline(**declared, packing=family.packing, attributes=dict(family.attributes(config)))
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,8 +19,9 @@ from taylorseer_export.errors import CheckpointError, ConfigError
 VOCABULARY_FILE = "vocabulary.json"
 TABLE_FILE = "text_embedding.safetensors"
 
-# Only what this project's own tables use: a general reader would be the safetensors package.
-_DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+_COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white")
+_SHAPES = ("circle", "square", "triangle", "cross")
+_RELATIONS = ("left of", "right of", "above", "below")
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,18 @@ class CaptionEncoder:
                 f"vocabulary file is missing at {vocabulary_path}, expected a JSON file; "
                 "pass the `text` folder of the FLUX model"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"vocabulary file {vocabulary_path} is unreadable ({error}), expected "
-                '{"words": [...]} (JSON); run tools/train_tiny.py flux again'
+                '{"words": [...]} (JSON); run tools/make_asset.py train-tiny flux again'
             ) from None
-        tables = _read_safetensors(folder / TABLE_FILE)
+        tables = _float32_tensors(folder / TABLE_FILE)
         try:
             word_table, position_table = tables["word"], tables["position"]
         except KeyError as error:
             raise CheckpointError(
                 f"text embedding file {folder / TABLE_FILE} has no tensor {error}, expected `word` "
-                "and `position`; run tools/train_tiny.py flux again"
+                "and `position`; run tools/make_asset.py train-tiny flux again"
             ) from None
         if (
             word_table.ndim != 2
@@ -162,28 +162,39 @@ class CaptionEncoder:
         }
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Read every tensor of a small safetensors file as float32, checking it before using it."""
+def _float32_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a small safetensors file as float32."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
     try:
-        blob = path.read_bytes()
-        size = int.from_bytes(blob[:8], "little")
-        header = json.loads(blob[8 : 8 + size])
-        body = blob[8 + size :]
-        tensors = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, stop = entry["data_offsets"]
-            flat = np.frombuffer(body[start:stop], dtype=_DTYPES[entry["dtype"]])
-            tensors[name] = flat.reshape(entry["shape"]).astype(np.float32)
-        return tensors
+        tensors = load_file(path)
+        others = sorted({str(value.dtype) for value in tensors.values() if value.dtype.kind != "f"})
+        if others:
+            raise TypeError(f"it holds {', '.join(others)}")
+        return {name: value.astype(np.float32) for name, value in tensors.items()}
     except FileNotFoundError:
         raise CheckpointError(
             f"text embedding file is missing at {path}, expected a safetensors file; "
             "pass the `text` folder of the FLUX model"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two of dtypes that numpy lacks
         raise CheckpointError(
             f"text embedding file {path} is unreadable ({error}), expected a safetensors file of "
-            "float16 or float32 tensors; run tools/train_tiny.py flux again"
+            "float16 or float32 tensors; run tools/make_asset.py train-tiny flux again"
         ) from None
+
+
+def captions(count: int, seed: int) -> list[str]:
+    """Captions in the encoder's words: two shapes of different colours and how they stand, or every fourth time one."""
+    drawn = np.random.default_rng((seed, count))
+
+    def thing(colour: str) -> str:
+        return f"{'an' if colour[0] == 'o' else 'a'} {colour} {_SHAPES[drawn.integers(len(_SHAPES))]}"
+
+    made = []
+    for number in range(count):
+        first, second = (_COLOURS[k] for k in drawn.permutation(len(_COLOURS))[:2])
+        relation = _RELATIONS[drawn.integers(len(_RELATIONS))]
+        made.append(thing(first) if number % 4 == 3 else f"{thing(first)} {relation} {thing(second)}")
+    return made

@@ -1,8 +1,8 @@
 """The digit reader: a small classifier of handwritten digits, for judging what the embedded DiT draws.
 
-It was trained on scikit-learn's digits by `tools/train_reader.py`, enlarged to 16 x 16 and turned and moved a little,
-and reads pictures averaged down to 8 x 8. Beside its weights stand sums of its features over those digits, from which
-comes what a Fréchet distance compares with.
+It was trained by `tools/assets/train_reader.py` on scikit-learn's digits, enlarged to 16 x 16 and turned and moved a
+little, and reads pictures averaged down to 8 x 8. Beside its weights stand sums of its features over those digits, from
+which comes what a Fréchet distance compares with.
 """
 
 from __future__ import annotations

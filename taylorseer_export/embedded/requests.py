@@ -3,74 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.embedded.caption import CaptionEncoder
 from taylorseer_export.embedded.picture import pictures_from_dit_latents, pictures_from_flux_latents
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Request, Result, drawn, packed
+from taylorseer_export.runtime.places import ROWS, sides_of
+from taylorseer_export.runtime.sampling import Request, Result, drawn
+from taylorseer_export.runtime.tensors import latent_sizes, tensor_request
 
 
-def flux_request(
+def caption_request(
     denoiser: Denoiser,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] | Mapping[str, np.ndarray],
     seeds: Sequence[int] = (0,),
-    size: tuple[int, int] = (32, 32),
-    conditioning: Mapping[str, np.ndarray] | None = None,
+    size: tuple[int, ...] | None = None,
     guidance_scale: float | None = None,
 ) -> Request:
-    """A FLUX request from captions (embedded model) or from the tensors of text encoders.
+    """A request from captions: what the bundle's own encoder makes of them, and a picture of a size.
 
     Args:
         denoiser: The loaded bundle.
-        prompts: One caption per picture; only the embedded model brings a text encoder.
+        prompts: One caption for all pictures or one for each; or the tensors that an encoder made of them.
         seeds: One per picture; noise is drawn as diffusers' pipelines do, on the CPU in float32.
-        size: (height, width) of the picture in pixels for the embedded model, of 8 x the latent image otherwise.
-        conditioning: `encoder_hidden_states` and `pooled_projections` where `prompts` is left out.
+        size: (height, width) of the picture in pixels; the bundle's if left out.
         guidance_scale: For models that take it as an input; the bundle's default if left out.
 
     Raises:
-        ConfigError: Neither prompts nor tensors, or both; or a size that does not divide into tokens.
+        ConfigError: The bundle has no encoder, a caption has a word that it does not know, or the size does not divide
+            into tokens or is out of the bundle's range; nothing was allocated for it.
     """
-    sampling = denoiser.manifest.sampling
-    if (prompts is None) == (conditioning is None):
-        raise ConfigError(
-            "--prompt is missing, expected a caption or the text encoders' tensors; "
-            "pass --prompt TEXT (embedded model) or --inputs FILE.safetensors"
-        )
-    if conditioning is None:
-        conditioning = _caption_encoder(denoiser).encode(list(prompts or ()))
-    embedded = denoiser.manifest.model.embedded
-    pixels = 4 if embedded else 16  # per token and side: latent scale (2 or 8) x packing (2)
-    rows, columns = _tokens(size[0], pixels, "height"), _tokens(size[1], pixels, "width")
-    count = len(seeds)
-    inputs = {k: np.asarray(v, np.float32) for k, v in conditioning.items()}
-    for name in ("encoder_hidden_states", "pooled_projections"):
-        if name not in inputs:
-            raise ConfigError(
-                f"input `{name}` is missing, expected the output of FLUX's text encoders; add it to --inputs"
-            )
-        if len(inputs[name]) == 1 and count > 1:
-            inputs[name] = np.repeat(inputs[name], count, axis=0)
-    grid = np.zeros((rows, columns, 3), np.float32)
-    grid[..., 1] += np.arange(rows)[:, None]
-    grid[..., 2] += np.arange(columns)[None, :]
-    inputs["img_ids"] = grid.reshape(-1, 3)
-    inputs["txt_ids"] = np.zeros((inputs["encoder_hidden_states"].shape[1], 3), np.float32)
-    if sampling.guidance == "embedded":
-        scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
-        inputs["guidance"] = np.full(count, scale, np.float32)
-    channels = int(denoiser.latent.shape[-1]) // 4
-    latents = np.concatenate([packed(drawn((1, channels, 2 * rows, 2 * columns), seed)) for seed in seeds])
-    return Request(latents, inputs, False, 1.0, size[0] if embedded else 0, size[1])
+    manifest = denoiser.manifest
+    size = usual_size(manifest) if size is None else size
+    sizes, sides = latent_sizes(manifest, size, "size")
+    tensors = prompts if isinstance(prompts, Mapping) else _caption_encoder(denoiser).encode(list(prompts))
+    request = tensor_request(denoiser, tensors, seeds, sizes, sides, guidance_scale)
+    return replace(request, height=size[0], width=size[1])
 
 
-def dit_request(
+def usual_size(manifest: Manifest) -> tuple[int, int]:
+    """(height, width) in pixels of the picture that a bundle with packed latents is quoted at."""
+    rows, columns = sides_of(manifest.dimensions[ROWS].typical)
+    side = manifest.sampling.latent_scale * manifest.pipeline.packing
+    return side * rows, side * columns
+
+
+def label_request(
     denoiser: Denoiser, labels: Sequence[int], seeds: Sequence[int] = (0,), guidance_scale: float | None = None
 ) -> Request:
-    """A class-conditional DiT request: one label and one seed per picture.
+    """A request from classes: one label and one seed per picture.
 
     Raises:
         ConfigError: A label is not a class of the model.
@@ -100,20 +85,15 @@ def pictures_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np
     Raises:
         ConfigError: The bundle brings no decoder; its latents go to the model's own VAE.
     """
-    if not denoiser.manifest.model.embedded:
+    decoder = denoiser.manifest.sampling.pictures
+    if decoder is None:
         raise ConfigError(
             f"bundle {denoiser.manifest.family}-{denoiser.manifest.name} has no picture decoder, expected an embedded "
             "model; write latents with --out latents.safetensors and decode them with the model's VAE"
         )
-    if denoiser.manifest.family == "dit":
+    if decoder == "digits":
         return pictures_from_dit_latents(latents)
     return pictures_from_flux_latents(latents, request.height, request.width)
-
-
-def _tokens(pixels: int, per_token: int, name: str) -> int:
-    if pixels < per_token or pixels % per_token:
-        raise ConfigError(f"{name} is {pixels}, expected a multiple of {per_token} (pixels); change --size")
-    return pixels // per_token
 
 
 def _caption_encoder(denoiser: Denoiser) -> CaptionEncoder:

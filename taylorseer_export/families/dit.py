@@ -39,4 +39,5 @@ DIT = Family(
     guidance="batched",
     guidance_scale=4.0,
     latent_size=(32, 32),
+    source="labels",
 )

@@ -12,6 +12,8 @@ from taylorseer_export.errors import ConfigError
 
 Role = Literal["latent", "step", "constant"]
 Guidance = Literal["none", "embedded", "batched", "branches"]
+_PACKING = 2
+Fill = Literal["ones", "zeros", "grid", "sides", "frames", "guidance"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Input:
             `constant` is fixed for the request.
         dtype: `float` follows the precision of the export; anything else is a fixed torch dtype name.
         values: (smallest, largest) value allowed, where the model looks something up by it.
+        fill: What its values are where they follow from the sizes alone, so that a request may leave it out: `ones`
+            and `zeros`; `grid`, a row of (first, row, column) for each token; `sides`, (1, rows, columns) of each
+            picture in tokens; `frames`, first, first + 1 and so on; `guidance`, the guidance scale times
+            `Pipeline.guidance_factor`.
+        first: Where `grid` and `frames` begin.
     """
 
     name: str
@@ -32,6 +39,8 @@ class Input:
     role: Role
     dtype: str = "float"
     values: tuple[int, int] | None = None
+    fill: Fill | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,37 @@ class Derived:
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """What the family's pipeline in diffusers does around the transformer, where it is not what most of them do.
+
+    It travels in the manifest under the same names, since the run side knows no family.
+
+    Attributes:
+        guidance_factor: What the guidance scale is multiplied by where it is an input, dimensionless.
+        guidance_keeps_norm: Whether a guided prediction is made as long as the conditional one, token by token.
+        prediction_sign: -1 where the model predicts the way to the picture; schedulers take the way to the noise.
+        flow_steps: What a flow-matching scheduler is given: evenly spaced `sigmas`, or a `count` of steps.
+        largest_shift: Of the sigmas, where they shift with the number of tokens; None has no limit.
+        condition_share: Part of the condition in the noise that a loop begins with, dimensionless.
+        arguments: How the transformer is called: `declared`, with the inputs as they are; `rows-behind`, with the rows
+            of a conditioning picture behind those of the latent; `first-shape`, with a shape for each picture of
+            which the model reads the first, and without a mask where every token counts.
+        cast_inputs: Constant inputs that are cast anew at every call, so that only their numbers stay the same.
+        ignored_inputs: Arguments that are passed and that the model does not look at, unless they are inputs.
+    """
+
+    guidance_factor: float = 1.0
+    guidance_keeps_norm: bool = False
+    prediction_sign: Literal[1, -1] = 1
+    flow_steps: Literal["sigmas", "count"] = "sigmas"
+    largest_shift: float | None = None
+    condition_share: float = 0.0
+    arguments: Literal["declared", "rows-behind", "first-shape"] = "declared"
+    cast_inputs: tuple[str, ...] = ()
+    ignored_inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Defaults:
     """The paper's schedule for a family. Units: `steps`, `interval`, `warmup` in denoising steps."""
 
@@ -61,7 +101,7 @@ class Defaults:
 
 def packed(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
     """`latent_sizes` of a model whose pipeline packs 2 x 2 latent pixels into a token."""
-    sides = patches({"patch_size": 2}, height, width)
+    sides = patches({"patch_size": _PACKING}, height, width)
     return {"image_tokens": sides["rows"] * sides["columns"]}
 
 
@@ -143,6 +183,10 @@ class Family:
         time_scale: Frames per latent frame; the first latent frame is one frame.
         typical: Dimension -> size that estimates are quoted at, where the size of the latent does not give it.
         timestep_divisor: What the scheduler's timestep is divided by before the transformer takes it, dimensionless.
+        pipeline: What else the family's pipeline does around the transformer.
+        source: What a request is made from: class `labels`, or the `tensors` that the pipeline's encoders make.
+        attributes: `config -> {name: value}` that the pipeline reads from the transformer besides its config.
+        lora_loader: Class in `diffusers.loaders` that knows how the LoRAs of the pipeline are named; none if empty.
         forward: `(model, inputs) -> noise_pred`: how the declared inputs become a call of the model, where they are
             not its arguments one by one. The trace and the eager reference of `verify` both call it this way.
         variants: Word of a model's name -> what of this declaration is different for it.
@@ -173,11 +217,20 @@ class Family:
     typical: Mapping[str, int] = field(default_factory=lambda: {"text_tokens": 512})
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     timestep_divisor: float = 1.0
+    pipeline: Pipeline = Pipeline()
+    source: Literal["labels", "tensors"] = "tensors"
+    attributes: Callable[[Mapping[str, Any]], Mapping[str, int]] = nothing
+    lora_loader: str = ""
     forward: Callable[[Any, dict[str, Any]], Any] = call
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     derived: Callable[[Mapping[str, Any]], Mapping[str, Derived]] = nothing
     built: Callable[[Any], AbstractContextManager[object]] = as_it_is
     patched: Callable[[Any], AbstractContextManager[object]] = as_it_is
+
+    @property
+    def packing(self) -> int:
+        """Side of the square of latent pixels that the pipeline makes one token; 1 where it packs none."""
+        return _PACKING if self.latent_sizes is packed else 1
 
     def variant(self, reference: str) -> Family:
         """The declaration for a hub id, folder or file: `FLUX.1-schnell` has the word `schnell`."""

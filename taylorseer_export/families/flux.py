@@ -10,19 +10,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, call, packed
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
-    guidance = (Input("guidance", ("batch",), "constant"),) if config["guidance_embeds"] else ()
+    guidance = (Input("guidance", ("batch",), "constant", fill="guidance"),) if config["guidance_embeds"] else ()
     return (
         Input("hidden_states", ("batch", "image_tokens", config["in_channels"]), "latent"),
         Input("timestep", ("batch",), "step"),
         *guidance,
         Input("encoder_hidden_states", ("batch", "text_tokens", config["joint_attention_dim"]), "constant"),
         Input("pooled_projections", ("batch", config["pooled_projection_dim"]), "constant"),
-        Input("img_ids", ("image_tokens", 3), "constant", "float32"),
-        Input("txt_ids", ("text_tokens", 3), "constant", "float32"),
+        Input("img_ids", ("image_tokens", 3), "constant", "float32", fill="grid"),
+        Input("txt_ids", ("text_tokens", 3), "constant", "float32", fill="zeros"),
     )
 
 
@@ -30,7 +30,8 @@ def _kontext_inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
     return (
         *_inputs(config),
         Input("image_latents", ("batch", "condition_tokens", config["in_channels"]), "constant"),
-        Input("image_ids", ("condition_tokens", 3), "constant", "float32"),
+        # A 1 in column 0 tells the picture to be edited from the noise.
+        Input("image_ids", ("condition_tokens", 3), "constant", "float32", fill="grid", first=1),
     )
 
 
@@ -75,6 +76,7 @@ FLUX = Family(
     guidance_scale=3.5,
     latent_size=(128, 128),
     timestep_divisor=1000.0,
+    lora_loader="FluxLoraLoaderMixin",
     variants={"schnell": {"defaults": Defaults(steps=4, interval=6, warmup=3, order=1), "scheduler_config": {}}},
 )
 
@@ -87,6 +89,7 @@ FLUX_KONTEXT = replace(
     dimensions=_kontext_dimensions,
     typical={"text_tokens": 512, "condition_tokens": 4096},
     forward=_kontext,
+    pipeline=Pipeline(arguments="rows-behind"),
     variants={},
     defaults=Defaults(steps=50, interval=4, warmup=3, order=2),
     guidance_scale=2.5,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
+from math import log
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, patches, replaced
-from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO, broadcast_mask
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, patches, replaced
+from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
 
-# Frames of the past as the pipeline passes them: (argument, frames).
-_PAST = (("latents_clean", 2), ("latents_history_2x", 2), ("latents_history_4x", 16))
+# Frames of the past as the pipeline passes them: (argument, frames, the first of them in time); the new ones follow.
+_PAST = (("latents_clean", 2, 18), ("latents_history_2x", 2, 16), ("latents_history_4x", 16, 0))
+_NEW = 20  # the first new frame
 _PATCH = 8  # side of the coarsest patch of the past, in latent pixels; other sides would have to be padded
 _IMAGE = 729  # tokens of the image encoder
 
@@ -22,15 +24,15 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
         Input("hidden_states", ("batch", channels, "frames", *picture), "latent"),
         Input("timestep", ("batch",), "step", "float32"),
         Input("encoder_hidden_states", ("batch", "text_tokens", config["text_embed_dim"]), "constant"),
-        Input("encoder_attention_mask", ("batch", "text_tokens"), "constant", "float32"),
+        Input("encoder_attention_mask", ("batch", "text_tokens"), "constant", "float32", fill="ones"),
         Input("pooled_projections", ("batch", config["pooled_projection_dim"]), "constant"),
         Input("image_embeds", ("batch", _IMAGE, config["image_proj_dim"]), "constant"),
-        Input("indices_latents", ("frames",), "constant", "int64"),
-        Input("guidance", ("batch",), "constant"),
+        Input("indices_latents", ("frames",), "constant", "int64", fill="frames", first=_NEW),
+        Input("guidance", ("batch",), "constant", fill="guidance"),
     ]
-    for name, frames in _PAST:
+    for name, frames, first in _PAST:
         inputs.append(Input(name, ("batch", channels, frames, *picture), "constant"))
-        inputs.append(Input(f"indices_{name}", (frames,), "constant", "int64"))
+        inputs.append(Input(f"indices_{name}", (frames,), "constant", "int64", fill="frames", first=first))
     return tuple(inputs)
 
 
@@ -42,10 +44,8 @@ def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: in
     return {"frames": frames, **patches({"patch_size": _PATCH}, height, width)}
 
 
-@contextmanager
-def _masked(model: Any) -> Iterator[None]:
-    with broadcast_mask(model), replaced(model, forward=partial(_forward, model)):
-        yield
+def _masked(model: Any) -> AbstractContextManager[None]:
+    return replaced(model, forward=partial(_forward, model))
 
 
 def _forward(model: Any, hidden_states: Any, timestep: Any, guidance: Any, return_dict: bool, **given: Any) -> Any:
@@ -59,8 +59,8 @@ def _forward(model: Any, hidden_states: Any, timestep: Any, guidance: Any, retur
     patch, patch_t = model.config.patch_size, model.config.patch_size_t
     batch, _, frames, height, width = hidden_states.shape
     rows, columns = height // patch, width // patch
-    names = ("latents", *(name for name, _ in _PAST))
-    past = model.clean_x_embedder(*(given[name] for name, _ in _PAST))
+    names = ("latents", *(name for name, _, _ in _PAST))
+    past = model.clean_x_embedder(*(given[name] for name in names[1:]))
     rotary = [model.rope(given[f"indices_{name}"], height, width, hidden_states.device) for name in names]
     target = model.x_embedder(hidden_states)
     tokens, rotary = model._pack_history_states(target, *past, *rotary, rows, columns)
@@ -94,5 +94,10 @@ FRAMEPACK = Family(
     guidance="embedded",
     guidance_scale=9.0,
     latent_size=(9, 80, 80),
+    pipeline=Pipeline(
+        guidance_factor=1000.0,
+        largest_shift=log(7.0),
+        cast_inputs=tuple(name for name, _, _ in _PAST),
+    ),
     patched=_masked,
 )

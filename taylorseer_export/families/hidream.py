@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, patches, replaced
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, patches, replaced
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -39,6 +39,11 @@ def _latent_sizes(config: Mapping[str, Any], height: int, width: int) -> dict[st
             "its largest and lets attention see the padding; change --size"
         )
     return {"side": patches(config, height, width)["rows"]}
+
+
+def _attributes(config: Mapping[str, Any]) -> dict[str, int]:
+    height, width = config["max_resolution"]
+    return {"max_seq": height * width // config["patch_size"] ** 2}
 
 
 @contextmanager
@@ -104,6 +109,9 @@ HIDREAM = Family(
     guidance="batched",
     guidance_scale=5.0,
     latent_size=(128, 128),
+    pipeline=Pipeline(prediction_sign=-1, flow_steps="count"),
+    attributes=_attributes,
+    lora_loader="HiDreamImageLoraLoaderMixin",
     typical={"text_tokens": 128},
     variants={
         "dev": {

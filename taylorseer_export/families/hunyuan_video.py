@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, patches, replaced
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, patches
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -17,10 +16,11 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
         Input("hidden_states", latent, "latent"),
         Input("timestep", ("batch",), "step", "float32"),
         Input("encoder_hidden_states", ("batch", "text_tokens", config["text_embed_dim"]), "constant"),
-        Input("encoder_attention_mask", ("batch", "text_tokens"), "constant", "float32"),
+        Input("encoder_attention_mask", ("batch", "text_tokens"), "constant", "float32", fill="ones"),
         Input("pooled_projections", ("batch", config["pooled_projection_dim"]), "constant"),
     )
-    return (*inputs, Input("guidance", ("batch",), "constant")) if config["guidance_embeds"] else inputs
+    guidance = Input("guidance", ("batch",), "constant", fill="guidance")
+    return (*inputs, guidance) if config["guidance_embeds"] else inputs
 
 
 def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -29,29 +29,6 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: int) -> dict[str, int]:
     return {"frames": frames, **patches(config, height, width)}
-
-
-@contextmanager
-def broadcast_mask(model: Any) -> Iterator[None]:
-    """The text refiner with its mask made by broadcasting: [B, 1, T, T], true where both tokens are, or in column 0.
-
-    The original repeats the mask, joins it with its own transpose and writes into a column of that: from the strides
-    of the join, torch 2.11 concludes that the batch is of one size.
-    """
-    import torch
-
-    refiner = model.context_embedder.token_refiner
-
-    def forward(hidden_states: Any, temb: Any, attention_mask: Any) -> Any:
-        kept = attention_mask.bool()
-        both = kept[:, :, None] & kept[:, None]
-        seen = (both | (torch.arange(kept.shape[1], device=kept.device) == 0))[:, None]
-        for block in refiner.refiner_blocks:
-            hidden_states = block(hidden_states, temb, seen)
-        return hidden_states
-
-    with replaced(refiner, forward=forward):
-        yield
 
 
 HUNYUAN_VIDEO = Family(
@@ -75,6 +52,8 @@ HUNYUAN_VIDEO = Family(
     guidance="embedded",
     guidance_scale=6.0,
     latent_size=(33, 90, 160),
+    # From a picture, its pipeline begins a little off the noise; it passes guidance whether or not the model takes it.
+    pipeline=Pipeline(guidance_factor=1000.0, condition_share=0.001, ignored_inputs=("guidance",)),
+    lora_loader="HunyuanVideoLoraLoaderMixin",
     variants={"i2v": {"guidance_scale": 1.0}},
-    patched=broadcast_mask,
 )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, call, packed, replaced
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed, replaced
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -22,9 +22,9 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
         Input("hidden_states", ("batch", "image_tokens", config["in_channels"]), "latent"),
         Input("timestep", ("batch",), "step"),
         Input("encoder_hidden_states", ("batch", "text_tokens", config["joint_attention_dim"]), "constant"),
-        Input("encoder_hidden_states_mask", ("batch", "text_tokens"), "constant", "int64"),
+        Input("encoder_hidden_states_mask", ("batch", "text_tokens"), "constant", "int64", fill="ones"),
         # (frames, height, width) of each sample in tokens, as `np.asarray` makes it of the pipeline's nested lists.
-        Input("img_shapes", ("batch", 1, 3), "constant", "int64"),
+        Input("img_shapes", ("batch", 1, 3), "constant", "int64", fill="sides"),
     )
 
 
@@ -101,6 +101,8 @@ QWEN_IMAGE = Family(
     guidance_scale=4.0,
     latent_size=(128, 128),
     timestep_divisor=1000.0,
+    pipeline=Pipeline(guidance_keeps_norm=True, arguments="first-shape"),
+    lora_loader="QwenImageLoraLoaderMixin",
     forward=_forward,
     patched=_real_rotary_embedding,
 )

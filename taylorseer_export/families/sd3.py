@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from taylorseer_export.errors import CheckpointError
-from taylorseer_export.families.family import Defaults, Derived, Family, Input, patches, replaced
+from taylorseer_export.families.family import Defaults, Derived, Family, Input, Pipeline, patches, replaced
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -100,6 +100,8 @@ SD3 = Family(
     guidance="batched",
     guidance_scale=7.0,
     latent_size=(128, 128),
+    pipeline=Pipeline(flow_steps="count"),
+    lora_loader="SD3LoraLoaderMixin",
     typical={"text_tokens": 333},
     derived=_tables,
     built=_without_table,

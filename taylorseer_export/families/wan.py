@@ -55,6 +55,7 @@ WAN = Family(
     guidance="branches",
     guidance_scale=5.0,
     latent_size=(21, 60, 104),
+    lora_loader="WanLoraLoaderMixin",
     variants={
         "i2v": {"defaults": Defaults(steps=40, interval=5, warmup=1, order=1)},
         # From text its pipeline passes one timestep to all tokens; from a picture the first frame has another.

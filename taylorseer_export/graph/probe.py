@@ -116,11 +116,17 @@ class Prober:
         make = builder.graph.call_function
         entries = self._entries(rule)
         weights = builder.placeholder(
-            Tensor(name=f"probe_weights.{rule}", dtype="float32", shape=(entries,), role="weights")
+            Tensor(name=f"probe_weights.{rule}", dtype="float32", shape=(entries,), role="weights", rule=rule)
         )
         snapshot = self._snapshot(rule)
         kept = builder.placeholder(
-            Tensor(name=f"probe_in.{rule}", dtype=snapshot.dtype, shape=(entries, *snapshot.shape), role="probe_in")
+            Tensor(
+                name=f"probe_in.{rule}",
+                dtype=snapshot.dtype,
+                shape=(entries, *snapshot.shape),
+                role="probe_in",
+                rule=rule,
+            )
         )
         row = make(aten.unsqueeze.default, (weights, 0))
         dtype = self._dtype(rule)
@@ -138,14 +144,14 @@ class Prober:
 
     def _snapshot(self, rule: Rule) -> Tensor:
         tensor = self.splitter.tensor(f"probe_out.{rule}", self._marks[rule][0], "probe_out")
-        return tensor.model_copy(update={"dtype": str(self._dtype(rule)).removeprefix("torch.")})
+        return tensor.model_copy(update={"dtype": str(self._dtype(rule)).removeprefix("torch."), "rule": rule})
 
     def _dtype(self, rule: Rule) -> torch.dtype:
         """dtype of the quantity of a rule."""
         return reduce(torch.promote_types, map(dtype_of, self._marks[rule]))
 
     def _error_tensor(self, rule: Rule) -> Tensor:
-        return Tensor(name=f"error.{rule}", dtype="float32", shape=("batch", 2), role="error")
+        return Tensor(name=f"error.{rule}", dtype="float32", shape=("batch", 2), role="error", rule=rule)
 
     def _carried(self, node: fx.Node) -> Tensor:
         """What the rest reads; the snapshot of a rule is not returned a second time."""

@@ -229,9 +229,10 @@ def _known(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Input | Non
     pooled = config.get("pooled_projection_dim")
     image = config.get("image_dim")
     classes = config.get("num_embeds_ada_norm") if text is None else None
-    ids = next((m for n, m in model.named_children() if "pos_embed" in n and hasattr(m, "axes_dim")), None)
+    placed = any("pos_embed" in n and hasattr(m, "axes_dim") for n, m in model.named_children())
+    embeds = config.get("guidance_embeds")
     masks = {
-        name: Input(name, ("batch", "text_tokens"), "constant", "int64")
+        name: Input(name, ("batch", "text_tokens"), "constant", "int64", fill="ones")
         for name in ("encoder_attention_mask", "encoder_hidden_states_mask")
     }
     labels = Input("class_labels", ("batch",), "constant", "int64", values=(0, classes or 0))
@@ -241,12 +242,12 @@ def _known(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Input | Non
         "hidden_states": _latent(model, config),
         "timestep": Input("timestep", ("batch",), "step", "float32"),
         "timesteps": Input("timesteps", ("batch",), "step", "float32"),
-        "guidance": Input("guidance", ("batch",), "constant") if config.get("guidance_embeds") else None,
+        "guidance": Input("guidance", ("batch",), "constant", fill="guidance") if embeds else None,
         "encoder_hidden_states": words if text else None,
         "encoder_hidden_states_image": vision if image else None,
         "pooled_projections": Input("pooled_projections", ("batch", pooled), "constant") if pooled else None,
-        "img_ids": Input("img_ids", ("image_tokens", 3), "constant", "float32") if ids is not None else None,
-        "txt_ids": Input("txt_ids", ("text_tokens", 3), "constant", "float32") if ids is not None else None,
+        "img_ids": Input("img_ids", ("image_tokens", 3), "constant", "float32", fill="grid") if placed else None,
+        "txt_ids": Input("txt_ids", ("text_tokens", 3), "constant", "float32", fill="zeros") if placed else None,
         "class_labels": labels if classes else None,
         "added_cond_kwargs": None,
         "attention_mask": None,
@@ -286,4 +287,5 @@ def _source(spec: Input) -> str:
     shape += "," if len(spec.shape) == 1 else ""
     dtype = "" if spec.dtype == "float" else f', "{spec.dtype}"'
     values = "" if spec.values is None else f", values={spec.values}"
-    return f'Input("{spec.name}", ({shape}), "{spec.role}"{dtype}{values})'
+    fill = "" if spec.fill is None else f', fill="{spec.fill}"'
+    return f'Input("{spec.name}", ({shape}), "{spec.role}"{dtype}{values}{fill})'

@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch import fx
 
-from taylorseer_export.bundle.manifest import Role, Tensor
+from taylorseer_export.bundle.manifest import Role, Shape, Tensor
 from taylorseer_export.graph.binding import Time, binding_times, is_size
 from taylorseer_export.graph.cut import SUM, Builder, Cut, StepBuilder, cast, difference, dtype_of, weighted_sum, wider
 from taylorseer_export.graph.narrow import readers
@@ -165,7 +165,8 @@ class Splitter:
     def declared(self, node: fx.Node) -> Tensor:
         """Contract of a placeholder of the trace."""
         spec = self.specs[str(node.target)]
-        return self.tensor(spec.name, node, spec.role).model_copy(update={"values": spec.values})
+        facts = {"values": spec.values, "fill": spec.fill, "first": spec.first}
+        return self.tensor(spec.name, node, spec.role).model_copy(update=facts)
 
     # Tables --------------------------------------------------------------------------------------------------------
 
@@ -240,12 +241,11 @@ class Splitter:
                     scales = builder.placeholder(
                         Tensor(name="scales", dtype="float32", shape=(self.order,), role="weights")
                     )
-                old = builder.placeholder(self._buffer(site, "taylor_in")) if self.order > 0 else None
+                old = builder.placeholder(self._buffer(site, "taylor_in", self._kept(site))) if self.order > 0 else None
                 value, made_in = cast(builder, value, made_in, SUM), SUM
-                value, shape = self._differences(builder, value, old, scales), (self.order + 1, *shape)
+                value, shape = self._differences(builder, value, old, scales), self._kept(site)
             value = cast(builder, value, made_in, self.state_dtype)
-            tensor = Tensor(name=f"taylor_out.{site}", dtype=_name(self.state_dtype), shape=shape, role="taylor_out")
-            outputs.append((tensor, value))
+            outputs.append((self._buffer(site, "taylor_out", shape), value))
         return builder.finish(outputs)
 
     def _differences(self, builder: Builder, new: fx.Node, old: fx.Node | None, scales: fx.Node | None) -> fx.Node:
@@ -265,7 +265,7 @@ class Splitter:
         weights = builder.placeholder(Tensor(name="weights", dtype="float32", shape=(self.order + 1,), role="weights"))
         row = builder.graph.call_function(aten.unsqueeze.default, (weights, 0))
         for site, nodes in self.cuts.items():
-            buffer = builder.placeholder(self._buffer(site, "taylor_in"))
+            buffer = builder.placeholder(self._buffer(site, "taylor_in", self._kept(site)))
             wanted = dtype_of(nodes[0])
             if self.base is None:
                 value = weighted_sum(builder, row, buffer, self.state_dtype, wanted, nodes[0])
@@ -283,9 +283,12 @@ class Splitter:
         output = builder.copy(self.noise_pred)
         return builder.finish([(self.tensor("noise_pred", self.noise_pred, "noise_pred"), output)])
 
-    def _buffer(self, site: str, role: Role) -> Tensor:
-        shape = (self.order + 1, *self.sites[site])
-        return Tensor(name=f"{role}.{site}", dtype=_name(self.state_dtype), shape=shape, role=role)
+    def _kept(self, site: str) -> Shape:
+        """All that is kept of a site, the oldest or lowest order first."""
+        return (self.order + 1, *self.sites[site])
+
+    def _buffer(self, site: str, role: Role, shape: Shape) -> Tensor:
+        return Tensor(name=f"{role}.{site}", dtype=_name(self.state_dtype), shape=shape, role=role, site=site)
 
     def prepare(self, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> Cut:
         """One graph for the request: constants once, step values for all timesteps in one batch of S * B rows."""

@@ -196,7 +196,7 @@ def _run(denoiser: Denoiser, pool: Pool, request: Request, case: Case, on_step: 
 
 def draws(denoiser: Denoiser) -> bool:
     """Whether the bundle makes pictures: the embedded models that have learned something."""
-    return denoiser.manifest.model.embedded and denoiser.manifest.family in ("dit", "flux")
+    return denoiser.manifest.sampling.pictures is not None
 
 
 def _row(case: Case, runs: Sequence[_Run], exact: Sequence[_Run], shown: int) -> Row:

@@ -1,7 +1,8 @@
 """Samples: the requests that calibration and evaluation rest on, in groups of one size.
 
-The embedded FLUX and DiT bring their own: captions in the words that FLUX knows, classes in turn for DiT. Any other
-model is given the outputs of its text encoders, one row for each sample, under diffusers' argument names.
+A bundle that draws from captions or labels brings its own: captions in the words that its encoder knows, classes in
+turn. Any other model is given the outputs of its text encoders, one row for each sample, under diffusers' argument
+names.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from taylorseer_export.embedded.requests import dit_request, flux_request
+from taylorseer_export.embedded.caption import captions
+from taylorseer_export.embedded.requests import caption_request, label_request
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Request
@@ -20,9 +22,6 @@ from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, tensor_reques
 from taylorseer_export.runtime.trajectory import random_conditioning
 
 _LARGEST = 8  # samples of a group: memory grows with it, not with the number of groups
-_COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white")
-_SHAPES = ("circle", "square", "triangle", "cross")
-_RELATIONS = ("left of", "right of", "above", "below")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -99,21 +98,6 @@ def groups(
     return made
 
 
-def captions(count: int, seed: int) -> list[str]:
-    """Captions of the embedded FLUX: two shapes of different colours and how they stand, or every fourth time one."""
-    drawn = np.random.default_rng((seed, count))
-
-    def thing(colour: str) -> str:
-        return f"{'an' if colour[0] == 'o' else 'a'} {colour} {_SHAPES[drawn.integers(len(_SHAPES))]}"
-
-    made = []
-    for number in range(count):
-        first, second = (_COLOURS[k] for k in drawn.permutation(len(_COLOURS))[:2])
-        relation = _RELATIONS[drawn.integers(len(_RELATIONS))]
-        made.append(thing(first) if number % 4 == 3 else f"{thing(first)} {relation} {thing(second)}")
-    return made
-
-
 def _group_size(denoiser: Denoiser, count: int, least: int) -> int:
     batch = denoiser.manifest.dimensions["batch"]
     halves = 2 if denoiser.manifest.sampling.guidance == "batched" else 1
@@ -134,20 +118,25 @@ def _request(
 ) -> Request:
     manifest = denoiser.manifest
     seeds = [seed + number for number in numbers]
-    if manifest.family == "dit":
+    source = manifest.sampling.source
+    if source == "labels":
         chosen = prompts or [str(c) for c in range(int(manifest.model.config["num_embeds_ada_norm"]))]
         if tensors is not None:
             raise ConfigError(
-                "--inputs is given for dit, whose only input is a class, expected none; pass --prompts FILE"
+                f"--inputs is given for {manifest.family}, whose only input is a class, expected none; pass --prompts "
+                "FILE"
             )
         wrong = next((label for label in chosen if not label.isdigit()), None)
         if wrong is not None:
             raise ConfigError(f"--prompts has the line `{wrong}`, expected a class per line (a whole number); mend it")
         labels = [chosen[number % len(chosen)] for number in numbers]
-        return dit_request(denoiser, [int(label) for label in labels], seeds, guidance_scale)
-    if manifest.family == "flux" and manifest.model.embedded and (tensors is None or prompts):
+        return label_request(denoiser, [int(label) for label in labels], seeds, guidance_scale)
+    if source == "captions":
         chosen = prompts_of(denoiser, numbers, seed, prompts)
-        return flux_request(denoiser, chosen, seeds, guidance_scale=guidance_scale)
+        given = rows_of(denoiser, tensors, numbers) if tensors is not None and not prompts else chosen
+        side = manifest.sampling.latent_scale * manifest.pipeline.packing
+        size = None if sizes[1] is None else (side * sizes[1][0], side * sizes[1][1])
+        return caption_request(denoiser, given, seeds, size, guidance_scale)
     if prompts is not None:
         raise ConfigError(
             f"--prompts is given for {manifest.family}, whose bundle has no text encoder, expected tensors; pass its "
@@ -163,7 +152,7 @@ def _request(
 
 def prompts_of(denoiser: Denoiser, numbers: range, seed: int, prompts: Sequence[str] | None = None) -> list[str]:
     """The prompts of the samples `numbers`; none where the bundle reads no text."""
-    if denoiser.manifest.family != "flux" or not denoiser.manifest.model.embedded:
+    if denoiser.manifest.sampling.source != "captions":
         return []
     chosen = prompts or captions(numbers.stop, seed)
     return [chosen[number % len(chosen)] for number in numbers]
@@ -220,7 +209,7 @@ def random_inputs(
 ) -> dict[str, np.ndarray] | None:
     """Random conditioning for the embedded models that have learned nothing; None for all others."""
     manifest = denoiser.manifest
-    if not manifest.model.embedded or manifest.family in ("dit", "flux"):
+    if not manifest.model.embedded or manifest.sampling.pictures is not None:
         return None
     typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
     return random_conditioning(denoiser, {**typical, **(sizes or {}), "batch": count}, guided=True)

@@ -61,7 +61,12 @@ def checkpoint_of(denoiser: Denoiser, reference: str | None = None) -> Checkpoin
     model = denoiser.manifest.model
     named = reference or (None if model.reference == EMBEDDED else model.reference)
     checkpoint = open_checkpoint(
-        named, family_named(denoiser.manifest.family), model.variant, model.config_file, model.loras
+        named,
+        family_named(denoiser.manifest.family),
+        model.variant,
+        model.config_file,
+        model.loras,
+        lora_skip=model.lora_skip,
     )
     seen = checkpoint.sha256()
     if seen != model.weights_sha256:

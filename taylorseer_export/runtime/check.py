@@ -94,8 +94,7 @@ def random_constants(
     """Constant inputs of these sizes: places of tokens in order, labels and embeddings of unit variance at random."""
     made = {}
     for name, tensor in denoiser.constants.items():
-        shape = resolve(tensor.shape, sizes)
-        value = place(name, shape, sizes)
+        shape, value = resolve(tensor.shape, sizes), place(tensor, sizes)
         if value is None and tensor.dtype == "int64":
             value = generator.integers(0, 2, shape)
         made[name] = generator.standard_normal(shape).astype(np.float32) if value is None else value

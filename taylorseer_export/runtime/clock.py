@@ -12,8 +12,6 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.errors import BundleError, ConfigError
 
-_COUNTED = frozenset({"sd3", "hidream"})  # whose pipelines give even a flow scheduler the number of steps
-
 
 @dataclass(frozen=True)
 class Clock:
@@ -28,7 +26,8 @@ def clock(
 ) -> Clock:
     """The timesteps of a loop of `steps` steps over latents of `shape`.
 
-    As diffusers' pipelines do: most give flow schedulers evenly spaced sigmas, and all others the number of steps.
+    As diffusers' pipelines do: most give flow schedulers evenly spaced sigmas, some the number of steps, as all do to
+    other schedulers; `pipeline.flow_steps` of the manifest says which.
 
     Args:
         manifest: Of the bundle, whose own scheduler it is.
@@ -43,7 +42,7 @@ def clock(
     scheduler = scheduler_of(manifest) if scheduler is None else scheduler
     if "FlowMatch" in type(scheduler).__name__:
         mu = _shift(manifest, scheduler.config, shape) if scheduler.config.get("use_dynamic_shifting", False) else None
-        if sigmas is None and manifest.family not in _COUNTED:
+        if sigmas is None and manifest.pipeline.flow_steps == "sigmas":
             sigmas = np.linspace(1.0, 1.0 / steps, steps)
         scheduler.set_timesteps(None if sigmas is not None else steps, sigmas=sigmas, mu=mu)
     elif sigmas is not None:
@@ -63,7 +62,8 @@ def _shift(manifest: Manifest, config: Mapping[str, Any], shape: tuple[int, ...]
     slope = (config["max_shift"] - config["base_shift"]) / (high - low)
     tokens = shape[1] if len(shape) == 3 else math.prod(shape[2:]) / int(manifest.model.config["patch_size"]) ** 2
     shift = float(config["base_shift"] + slope * (tokens - low))
-    return min(shift, math.log(7.0)) if manifest.family == "framepack" else shift
+    largest = manifest.pipeline.largest_shift
+    return shift if largest is None else min(shift, largest)
 
 
 def scheduler_of(manifest: Manifest) -> Any:

@@ -122,12 +122,29 @@ class Denoiser:
             raise StepError(
                 f"input `{min(unknown)}` is not known, expected only {', '.join(self.constants)}; leave it out"
             )
-        for name, size in sizes.items():
-            self._check_range(name, size)
+        self.check_sizes(sizes)
         return sizes
 
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Refuse sizes that the bundle does not take. Numbers alone: to be asked before anything of that size is made.
+
+        Args:
+            sizes: By name; where the bundle has no range of that name, its shapes say what they say.
+
+        Raises:
+            StepError: A size is out of range.
+        """
+        for name, size in sizes.items():
+            if name in self.manifest.dimensions:
+                self._check_range(name, size)
+
     def slot(self, sizes: Mapping[str, int]) -> Slot:
-        """A new slot for requests of these sizes; its buffers are allocated and bound now."""
+        """A new slot for requests of these sizes; its buffers are allocated and bound now.
+
+        Raises:
+            StepError: A size is out of range; nothing was allocated.
+        """
+        self.check_sizes(sizes)
         return Slot(self, dict(sizes))
 
     def as_transformer(self, **options: Any) -> DropIn:

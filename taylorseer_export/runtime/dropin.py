@@ -18,7 +18,7 @@ import torch
 
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Guard, Plan
-from taylorseer_export.runtime.arguments import attributes_of, form_of, ignored, renewed
+from taylorseer_export.runtime.arguments import form_of
 from taylorseer_export.runtime.calls import Branch, Call, Request, Seen, host_array
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.probe import check_guard
@@ -88,12 +88,12 @@ class DropIn(torch.nn.Module):
         if profile is not None:
             found = denoiser.profile(profile, steps)
             self._plan, self._order, self._weights = found.steps(), found.order, found.weights
-        model = denoiser.manifest.model
-        self.config = _Config(model.config)
-        for name, value in attributes_of(model.class_name, model.config).items():
+        pipeline = denoiser.manifest.pipeline
+        self.config = _Config(denoiser.manifest.model.config)
+        for name, value in pipeline.attributes.items():
             setattr(self, name, value)
-        self._form, self._ignored = form_of(denoiser.manifest), ignored(denoiser.manifest)
-        self._renewed = renewed(denoiser.manifest)
+        self._form, self._ignored = form_of(denoiser.manifest), pipeline.ignored_inputs
+        self._renewed = frozenset(pipeline.cast_inputs)
         self._context: str | None = None
         self._request: Request | None = None
         self._slots: dict[str, Slot] = {}

@@ -1,4 +1,4 @@
-"""Inputs that say where tokens are and which count: they follow from the sizes, for every family."""
+"""Inputs that say where tokens are and which count: what they hold follows from the sizes."""
 
 from __future__ import annotations
 
@@ -6,27 +6,37 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# FramePack's frames in time: 16 and 2 of the past, the picture and the last frame, then the new ones.
-_FIRST_FRAME = {"indices_latents_history_4x": 0, "indices_latents_history_2x": 16, "indices_latents_clean": 18}
+from taylorseer_export.bundle.manifest import Tensor
+from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.runtime.runner import host_dtype
+
+ROWS = "image_tokens"  # the dimension that counts the tokens of a packed latent
 
 
-def place(
-    name: str, shape: tuple[int, ...], sizes: Mapping[str, int], sides: tuple[int, int] | None = None
-) -> np.ndarray | None:
-    """Where tokens are and which count, for the inputs that say this and nothing else; None for any other input."""
-    if name.endswith("_mask"):
-        return np.ones(shape, np.float32 if name == "encoder_attention_mask" else np.int64)
-    if name.startswith("indices_"):
-        return np.arange(shape[0], dtype=np.int64) + _FIRST_FRAME.get(name, 20)
-    if name == "img_shapes":  # frames, height and width in tokens
-        return np.broadcast_to([1, *(sides or sides_of(sizes["image_tokens"]))], shape).astype(np.int64)
-    if name == "txt_ids":
-        return np.zeros(shape, np.float32)
-    if name in ("img_ids", "image_ids"):  # FLUX: a picture to be edited has a 1 in column 0
-        _, width = sides_of(shape[0]) if sides is None or name == "image_ids" else sides
-        ids = np.full(shape, float(name == "image_ids"), np.float32)
-        ids[:, 1], ids[:, 2] = np.divmod(np.arange(shape[0]), width)
-        return ids
+def place(tensor: Tensor, sizes: Mapping[str, int], sides: tuple[int, int] | None = None) -> np.ndarray | None:
+    """What an input holds by its `fill`; None for one whose values do not follow from the sizes alone.
+
+    Args:
+        tensor: Its contract.
+        sizes: Of every dimension.
+        sides: (rows, columns) of a packed latent in tokens; as square as their number allows if left out.
+    """
+    shape, kind = resolve(tensor.shape, sizes), host_dtype(tensor.dtype)
+    dtype = np.dtype(np.float32) if kind.kind == "f" else kind
+    match tensor.fill:
+        case "ones":
+            return np.ones(shape, dtype)
+        case "zeros":
+            return np.zeros(shape, dtype)
+        case "frames":
+            return np.arange(tensor.first, tensor.first + shape[0], dtype=dtype)
+        case "sides":
+            return np.broadcast_to([1, *(sides or sides_of(sizes[ROWS]))], shape).astype(dtype)
+        case "grid":
+            _, width = sides if sides is not None and tensor.shape[0] == ROWS else sides_of(shape[0])
+            ids = np.full(shape, tensor.first, dtype)
+            ids[:, 1], ids[:, 2] = np.divmod(np.arange(shape[0]), width)
+            return ids
     return None
 
 

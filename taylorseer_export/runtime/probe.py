@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Manifest, Tensor
+from taylorseer_export.bundle.manifest import Manifest, Role, Tensor
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.method import Guard, Plan
+from taylorseer_export.method import Guard, Plan, Rule
 from taylorseer_export.runtime.runner import Buffer, Runner
 from taylorseer_export.runtime.schedule import forecast_step, full_step
 
@@ -37,10 +37,18 @@ class Probe:
         self, manifest: Manifest, runner: Runner, buffers: Mapping[str, Buffer], new: Callable[[Tensor], Buffer]
     ) -> None:
         graph = manifest.graphs["probe"]
-        self._rings = {t.name: new(t) for t in graph.inputs if t.role == "probe_in"}
-        self._inputs = {t.name: self._rings.get(t.name) or buffers[t.name] for t in graph.inputs}
-        self._outputs = {t.name: buffers[t.name] for t in graph.outputs}
-        self._call = runner.bind("probe", self._inputs, self._outputs)
+        rings = {t.name: new(t) for t in graph.inputs if t.role == "probe_in"}
+        inputs = {t.name: rings.get(t.name) or buffers[t.name] for t in graph.inputs}
+        outputs = {t.name: buffers[t.name] for t in graph.outputs}
+        self._call = runner.bind("probe", inputs, outputs)
+
+        def by_rule(role: Role, tensors: tuple[Tensor, ...], bound: Mapping[str, Buffer]) -> dict[Rule, Buffer]:
+            return {t.rule: bound[t.name] for t in tensors if t.role == role and t.rule is not None}
+
+        self._rings = by_rule("probe_in", graph.inputs, inputs)
+        self._weights = by_rule("weights", graph.inputs, inputs)
+        self._snapshots = by_rule("probe_out", graph.outputs, outputs)
+        self._measured = by_rule("error", graph.outputs, outputs)
         self._guard: Guard | None = None
         self._order = 0
         self._since_full: list[float] = []
@@ -48,11 +56,8 @@ class Probe:
 
     def start(self, guard: Guard, order: int) -> None:
         """Begin a request; `order` is that of its forecasts."""
-        for ring in self._rings.values():
-            ring.clear()
-        for name, buffer in self._inputs.items():
-            if name.startswith("probe_weights."):
-                buffer.clear()
+        for buffer in (*self._rings.values(), *self._weights.values()):
+            buffer.clear()
         self._guard, self._since_full, self.errors = guard, [], []
         asked = order if guard.order is None else guard.order
         self._order = min(asked, self._ring.shape[0] - 1)
@@ -65,13 +70,13 @@ class Probe:
             # What was kept of the last full steps, or of the step before, in the place of a full one.
             past = "F" if guard.every_step else executed
             expected = forecast_step(Plan(past + "."), len(past), self._order, self._ring.shape[0] - 1, "snapshots")
-            self._inputs[f"probe_weights.{guard.rule}"].write(expected.weights)
+            self._weights[guard.rule].write(expected.weights)
         self._call()
 
     def forecasts(self) -> bool:
         """Whether the measured step, planned as a forecast step, stays one: the one value that the host waits for."""
         assert self._guard is not None
-        difference, against = self._outputs[f"error.{self._guard.rule}"].read().astype(np.float64).sum(0)
+        difference, against = self._measured[self._guard.rule].read().astype(np.float64).sum(0)
         with np.errstate(divide="ignore", invalid="ignore"):
             self.errors.append(float(difference / against))
         self._since_full.append(self.errors[-1])
@@ -93,13 +98,13 @@ class Probe:
         if full or guard.every_step:
             past = "F" if guard.every_step else executed
             entry = full_step(Plan(past), len(past) - 1, 0, self._ring.shape[0] - 1, "snapshots").entry
-            self._ring.entry(entry).copy(self._outputs[f"probe_out.{guard.rule}"])
+            self._ring.entry(entry).copy(self._snapshots[guard.rule])
 
     @property
     def _ring(self) -> Buffer:
         """What the request's rule keeps, `[P, ...]`."""
         assert self._guard is not None
-        return self._rings[f"probe_in.{self._guard.rule}"]
+        return self._rings[self._guard.rule]
 
 
 def check_guard(manifest: Manifest, guard: Guard) -> None:

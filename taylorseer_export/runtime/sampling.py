@@ -1,7 +1,7 @@
 """Sampling: a whole denoising loop over a slot, with diffusers' own schedulers.
 
-What a family's pipeline does around the transformer is here and nowhere else: how noise becomes its input, and how
-guidance combines two halves of a batch or two branches. `clock.py` knows what it calls a timestep, and `tensors.py`
+What a pipeline does around the transformer is here and nowhere else: how noise becomes its input, and how guidance
+combines two halves of a batch or two branches. `clock.py` knows what it calls a timestep, and `tensors.py`
 makes requests of any family from tensors.
 """
 
@@ -98,7 +98,7 @@ def sample(
 
     Args:
         denoiser: The loaded bundle.
-        request: From `flux_request`, `dit_request` or `tensor_request`. A second branch gets a slot of its own.
+        request: From `label_request`, `caption_request` or `tensor_request`. A second branch gets a slot of its own.
         plan: Its length is the number of steps.
         order: Order of the forecasts; the bundle's default if left out.
         form: `taylor` or `newton`.
@@ -165,7 +165,7 @@ class Loop:
 
         self.request, self.plan, self.order, self.form = request, plan, order, form
         self.weights, self.guard = weights, guard
-        self._family = denoiser.manifest.family
+        self._pipeline = denoiser.manifest.pipeline
         self._scheduler = scheduler_of(denoiser.manifest)
         self._ticks = clock(denoiser.manifest, request.latents.shape, len(plan), request.sigmas, self._scheduler)
         self._latents = torch.from_numpy(request.latents * float(getattr(self._scheduler, "init_noise_sigma", 1.0)))
@@ -207,10 +207,10 @@ class Loop:
 
     def prediction(self, noise_pred: np.ndarray) -> np.ndarray:
         """What the scheduler takes of the transformer's answer: both guided ones combined, a learned sigma dropped."""
-        if self._family == "hidream":  # it predicts the way to the picture, and schedulers take the way to the noise
+        if self._pipeline.prediction_sign < 0:
             noise_pred = -noise_pred
         if self.request.guided:
-            noise_pred = _guide(noise_pred, self.request.guidance_scale, self._family == "qwen-image")
+            noise_pred = _guide(noise_pred, self.request.guidance_scale, self._pipeline.guidance_keeps_norm)
         return noise_pred[:, : self._latents.shape[1]] if noise_pred.ndim == 4 else noise_pred
 
     def preview(self, prediction: np.ndarray) -> np.ndarray:
@@ -264,11 +264,11 @@ def drawn(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return torch.randn(shape, generator=generator, dtype=torch.float32).numpy()
 
 
-def packed(latents: np.ndarray) -> np.ndarray:
-    """`[N, C, 2 R, 2 W]` as tokens of 2 x 2 latent pixels, `[N, R W, 4 C]`, row by row."""
+def packed(latents: np.ndarray, side: int = 2) -> np.ndarray:
+    """`[N, C, P R, P W]` as tokens of P x P latent pixels, `[N, R W, P P C]`, row by row; P is `side`."""
     count, channels, height, width = latents.shape
-    parts = latents.reshape(count, channels, height // 2, 2, width // 2, 2).transpose(0, 2, 4, 1, 3, 5)
-    return np.ascontiguousarray(parts.reshape(count, height * width // 4, 4 * channels))
+    parts = latents.reshape(count, channels, height // side, side, width // side, side).transpose(0, 2, 4, 1, 3, 5)
+    return np.ascontiguousarray(parts.reshape(count, height * width // side**2, side**2 * channels))
 
 
 def _doubled(latents: np.ndarray) -> np.ndarray:

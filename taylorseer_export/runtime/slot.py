@@ -379,5 +379,6 @@ class Slot:
 
 
 def _site(tensor: Tensor) -> str:
-    """Site of a Taylor buffer: the name behind `taylor_in.` or `taylor_out.`."""
-    return tensor.name.split(".", 1)[1]
+    """Site of a Taylor buffer."""
+    assert tensor.site is not None, f"bug in taylorseer-export: `{tensor.name}` has no site"
+    return tensor.site

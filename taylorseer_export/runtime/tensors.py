@@ -1,6 +1,6 @@
-"""Requests from tensors: a sampling loop of any family, its conditioning under diffusers' argument names.
+"""Requests from tensors: a sampling loop of any model, its conditioning under diffusers' argument names.
 
-What a family's pipeline puts around such tensors is decided here: the noise and how it is packed, the places of
+What a pipeline puts around such tensors is decided here: the noise and how it is packed, the places of
 tokens, the guidance that the model takes as an input, and the second set of conditioning that guidance needs.
 """
 
@@ -14,14 +14,13 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.shapes import match, resolve
-from taylorseer_export.errors import ConfigError
+from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.places import place, sides_of
 from taylorseer_export.runtime.sampling import Joined, Request, drawn, packed
 
 NEGATIVE = "negative_"  # before the name of an input: its value for the unconditional half or branch
 CONDITION = "condition"  # what an image-to-video model has beside the noise
-_GUIDANCE_FACTOR = {"hunyuan-video": 1000.0, "framepack": 1000.0}  # by which the pipelines multiply the scale
 
 
 def tensor_request(
@@ -32,7 +31,7 @@ def tensor_request(
     sides: tuple[int, int] | None = None,
     guidance_scale: float | None = None,
 ) -> Request:
-    """A request of any family.
+    """A request of any model.
 
     Args:
         denoiser: The loaded bundle.
@@ -46,7 +45,7 @@ def tensor_request(
 
     Raises:
         ConfigError: A tensor is missing or not known.
-        StepError: A tensor is of another shape.
+        StepError: A tensor is of another shape, or a size is out of the bundle's range.
     """
     manifest, constants, count = denoiser.manifest, denoiser.constants, len(seeds)
     scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
@@ -57,9 +56,9 @@ def tensor_request(
     given, extents = _completed(denoiser, own, {**(sizes or {}), "batch": count}, sides, scale)
     latent = resolve(denoiser.latent.shape, extents)
     joined, sampled = joined_to(manifest, latent, tensors.get(CONDITION))
-    noise = np.concatenate([_noise(sampled, sides, seed) for seed in seeds])
-    if joined is not None and manifest.family == "hunyuan-video":  # its pipeline begins a little off the noise
-        noise = np.float32(0.999) * noise + np.float32(0.001) * joined.value[:, : sampled[1], :1]
+    noise = np.concatenate([_noise(sampled, manifest.pipeline.packing, sides, seed) for seed in seeds])
+    if joined is not None and (share := manifest.pipeline.condition_share):
+        noise = np.float32(1 - share) * noise + np.float32(share) * joined.value[:, : sampled[1], :1]
     twins = {
         n: _rows(n, constants[n].shape, tensors[NEGATIVE + n], count) for n in constants if NEGATIVE + n in tensors
     }
@@ -99,11 +98,12 @@ def _completed(
         found = match(constants[name].shape, value.shape, found, name)
     typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
     extents = {**typical, **found, **sizes}
+    denoiser.check_sizes(extents)
     for name, tensor in constants.items():
         if name not in completed:
-            made = place(name, resolve(tensor.shape, extents), extents, sides)
-            if name == "guidance":
-                made = np.full(sizes["batch"], scale * _GUIDANCE_FACTOR.get(manifest.family, 1.0), np.float32)
+            made = place(tensor, extents, sides)
+            if tensor.fill == "guidance":
+                made = np.full(sizes["batch"], scale * manifest.pipeline.guidance_factor, np.float32)
             if made is None:
                 shape = ", ".join(map(str, tensor.shape))
                 raise ConfigError(f"input `{name}` is missing, expected {tensor.dtype} [{shape}]; add it to --inputs")
@@ -160,9 +160,61 @@ def joined_to(
     return Joined(2, value), latent
 
 
-def _noise(shape: tuple[int, ...], sides: tuple[int, int] | None, seed: int) -> np.ndarray:
+def _noise(shape: tuple[int, ...], packing: int, sides: tuple[int, int] | None, seed: int) -> np.ndarray:
     """`[1, ...]`; of packed latents as the pipelines draw it, before it is packed."""
-    if len(shape) != 3:
+    if packing == 1:
         return drawn((1, *shape[1:]), seed)
     rows, columns = sides or sides_of(shape[1])
-    return packed(drawn((1, shape[2] // 4, 2 * rows, 2 * columns), seed))
+    return packed(drawn((1, shape[2] // packing**2, packing * rows, packing * columns), seed), packing)
+
+
+def latent_sizes(
+    manifest: Manifest, pixels: tuple[int, ...] | None, option: str = "--size"
+) -> tuple[dict[str, int], tuple[int, int] | None]:
+    """(sizes of the latent by dimension, (rows, columns) in tokens where it is packed) of a picture or video.
+
+    They follow from the contract: `latent_scale` pixels make a latent pixel, behind the first `time_scale` frames make
+    a latent frame, and what remains is solved by the shape of the latent.
+
+    Args:
+        manifest: Of the bundle.
+        pixels: (height, width), or (frames, height, width) of a video; nothing is fixed where it is None.
+        option: What it was given as, for the errors.
+
+    Raises:
+        ConfigError: It has another form, does not divide, or is out of the bundle's range.
+    """
+    if pixels is None:
+        return {}, None
+    latent, sampling, packing = manifest.graphs["full"].input_of("latent"), manifest.sampling, manifest.pipeline.packing
+    shown, video = "x".join(map(str, pixels)), len(latent.shape) == 5
+    if len(pixels) != 2 + video:
+        form = "FxHxW (frames first)" if video else "HxW"
+        raise ConfigError(f"{option} is {shown}, expected {form} for family {manifest.family}; write it so")
+    *frames, height, width = pixels
+    side = sampling.latent_scale * packing
+    for label, length in (("height", height), ("width", width)):
+        if length < side or length % side:
+            raise ConfigError(f"{option} {label} is {length}, expected a multiple of {side} (pixels); change it")
+    if frames and (frames[0] - 1) % sampling.time_scale:
+        raise ConfigError(
+            f"{option} frames is {frames[0]}, expected a multiple of {sampling.time_scale} and 1, like 81; change it"
+        )
+    rows, columns = height // side, width // side
+    made = [rows * columns] if packing > 1 else [*((f - 1) // sampling.time_scale + 1 for f in frames), rows, columns]
+    shape = latent.shape[1:2] if packing > 1 else latent.shape[2:]
+    try:
+        sizes = match(shape, tuple(made), {}, option)
+    except StepError as error:
+        raise ConfigError(
+            f"{option} is {shown}, a latent of {'x'.join(map(str, made))}, expected [{', '.join(map(str, shape))}] "
+            "(latent pixels), which the bundle takes; change it"
+        ) from error
+    for name, size in sizes.items():
+        known = manifest.dimensions[name]
+        if not known.minimum <= size <= known.maximum:
+            raise ConfigError(
+                f"{option} is {shown}, of `{name}` {size}, expected {known.minimum} to {known.maximum}; change it, or "
+                "export again without --size"
+            )
+    return sizes, (rows, columns) if packing > 1 else None

@@ -175,6 +175,9 @@ def _replay(graph: torch.cuda.CUDAGraph, call: Call) -> None:
 def _run(name: str, function: Callable[..., Any], tensors: list[torch.Tensor]) -> None:
     import torch
 
+    # A thread that torch has not worked in yet has OpenMP's and MKL's own number of threads, and so sums in another
+    # order, with other bits. Asking for the number is what makes it that of `set_num_threads` (ATen/Parallel.h).
+    torch.get_num_threads()
     try:
         with torch.no_grad():
             function(*tensors)

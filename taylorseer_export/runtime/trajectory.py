@@ -68,7 +68,11 @@ def random_conditioning(
         seed: Of the numbers.
         guided: Whether it is for `tensor_request`: with a negative prompt where guidance of this model needs one, with
             the picture of an image-to-video model, and without the guidance that is an input.
+
+    Raises:
+        StepError: A size is out of the bundle's range; nothing was allocated.
     """
+    denoiser.check_sizes(sizes)
     generator = np.random.default_rng(seed)
 
     def normal(shape: tuple[int, ...]) -> np.ndarray:
@@ -76,7 +80,7 @@ def random_conditioning(
 
     made = random_constants(denoiser, sizes, generator)
     if guided:
-        made.pop("guidance", None)
+        made = {name: value for name, value in made.items() if denoiser.constants[name].fill != "guidance"}
         if denoiser.manifest.sampling.guidance in ("batched", "branches"):
             texts = [n for n in made if _TEXT.match(n)]
             made |= {NEGATIVE + name: normal(made[name].shape) for name in texts}

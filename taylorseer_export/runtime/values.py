@@ -12,17 +12,28 @@ from taylorseer_export.runtime.runner import host_dtype
 
 
 def checked(tensor: Tensor, values: Any, when: str = "") -> np.ndarray:
-    """The values as an array of the contract's dtype, refused if they are not finite or would change kind."""
-    array = np.asarray(values)
+    """The values as an array of the contract's dtype.
+
+    Truth values and whole numbers are converted to any dtype that holds them exactly, and floating-point numbers are
+    rounded to the contract's precision; whatever else would change is refused.
+
+    Raises:
+        StepError: They are of another kind, not finite, or out of the range of the dtype or of the contract.
+    """
+    given = np.asarray(values)
     kind = host_dtype(tensor.dtype)
-    whole = kind.kind in "iu"
-    if array.dtype.kind not in ("iu" if whole else "iuf"):
+    if given.dtype.kind not in ("biu" if kind.kind in "biu" else "biuf"):
         raise StepError(
-            f"input `{tensor.name}` is {array.dtype}{when}, expected {tensor.dtype}; convert it before the call"
+            f"input `{tensor.name}` is {given.dtype}{when}, expected {tensor.dtype}; convert it before the call"
         )
     with np.errstate(over="ignore"):  # what is too large for the contract's dtype becomes infinite, and is refused
-        array = array.astype(kind, copy=False)
-    if not whole and not np.isfinite(array).all():
+        array = given.astype(kind, copy=False)
+    if given.dtype.kind in "biu" and not _holds(array, given):
+        raise StepError(
+            f"input `{tensor.name}` is {given.dtype} from {given.min()} to {given.max()}{when}, expected numbers that "
+            f"{tensor.dtype} holds exactly; correct the values"
+        )
+    if kind.kind == "f" and not np.isfinite(array).all():
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         raise StepError(
             f"input `{tensor.name}` has {bad} values that are NaN or infinite{when}, expected finite numbers; "
@@ -34,3 +45,11 @@ def checked(tensor: Tensor, values: Any, when: str = "") -> np.ndarray:
             f"{tensor.values[1]} (table index); correct the values"
         )
     return array
+
+
+def _holds(array: np.ndarray, given: np.ndarray) -> bool:
+    """Whether a conversion of whole numbers kept every value."""
+    if array.dtype.kind != "f":  # both are whole: numpy would compare int64 with uint64 as float64
+        return bool((array == given).all() and ((array < 0) == (given < 0)).all())
+    with np.errstate(invalid="ignore"):  # infinite where it is too large for the dtype, and no whole number then
+        return bool(np.isfinite(array).all() and (array.astype(given.dtype) == given).all())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
@@ -12,7 +14,8 @@ import numpy as np
 from taylorseer_export.errors import ConfigError, ServeError
 
 Protocol = Literal["http", "grpc", "stream"]
-_LONGEST_WAIT = 600.0  # seconds without any word from the server
+LONGEST = 600.0  # seconds that a request may take where nothing else is said
+_GRACE = 5.0  # seconds beyond the deadline for the server to say that it has passed
 
 
 class Client:
@@ -29,23 +32,23 @@ class Client:
     def __init__(self, url: str, protocol: Protocol = "grpc") -> None:
         self._url, self._protocol = url, protocol
         self._library = _library("http" if protocol == "http" else "grpc")
-        self._client = self._library.InferenceServerClient(url)
+        self._client = self._connected()
         self._declared: dict[str, list[dict[str, Any]]] = {}
 
     def infer(
         self,
         model: str,
         values: Mapping[str, Any],
-        timeout: float | None = None,
+        timeout: float = LONGEST,
         on_step: Callable[[int, dict[str, np.ndarray]], object] | None = None,
     ) -> dict[str, np.ndarray]:
-        """Send one request and wait for its answer.
+        """Send one request and wait for its answer, but not for ever: a model that has died answers nothing.
 
         Args:
             model: Its name; for `stream` one that ends with `-stream`.
             values: Inputs by name; text as `str`, numbers and arrays as they are. They are converted to the types that
                 the server says the model has; it is asked once.
-            timeout: Seconds after which the server gives the request up; never if left out.
+            timeout: Seconds after which the server gives the request up, above 0. Shortly after, so does this side.
             on_step: With `stream`: called with the number of steps done and the outputs after each.
 
         Returns:
@@ -53,36 +56,74 @@ class Client:
 
         Raises:
             ConfigError: The model has no such input.
-            ServeError: The server is not there, or answered with an error.
+            ServeError: The server is not there, did not answer in time, or answered with an error.
         """
-        microseconds = None if timeout is None else round(1e6 * timeout)
+        until = time.monotonic() + timeout + _GRACE
         try:
-            if model not in self._declared:
-                form = {} if self._protocol == "http" else {"as_json": True}
-                self._declared[model] = self._client.get_model_metadata(model, **form)["inputs"]
-            inputs = [_input(self._library, self._declared[model], name, value) for name, value in values.items()]
-            if self._protocol == "stream":
-                return self._stream(model, inputs, microseconds, on_step)
-            return _outputs(self._client.infer(model, inputs, timeout=microseconds))
+            with self._bounded(until):
+                if model not in self._declared:
+                    form = {} if self._protocol == "http" else {"as_json": True, "client_timeout": _left(until)}
+                    self._declared[model] = self._client.get_model_metadata(model, **form)["inputs"]
+                inputs = [_input(self._library, self._declared[model], name, value) for name, value in values.items()]
+                if self._protocol == "stream":
+                    return self._stream(model, inputs, timeout, until, on_step)
+                bound = {} if self._protocol == "http" else {"client_timeout": _left(until)}
+                return _outputs(self._client.infer(model, inputs, timeout=round(1e6 * timeout), **bound))
         except (self._library.InferenceServerException, OSError) as error:
+            if isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in str(_status(error)):
+                raise ServeError(
+                    f"{self._url} did not answer in {timeout:g} s, expected an answer by then; give it more, or look "
+                    "whether the model is alive",
+                    "UNAVAILABLE",
+                ) from error
             raise _said(self._url, error) from error
 
-    def _stream(self, model: str, inputs: list[Any], timeout: int | None, on_step: Any) -> dict[str, np.ndarray]:
-        answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
-        self._client.start_stream(lambda result, error: answers.put((result, error)))
+    def _connected(self) -> Any:
+        # Its own limit over HTTP is of each read and 60 s; `_bounded` has that of a request.
+        wait = {"network_timeout": None} if self._protocol == "http" else {}
+        return self._library.InferenceServerClient(self._url, **wait)
+
+    @contextmanager
+    def _bounded(self, until: float) -> Iterator[None]:
+        """Over HTTP: raise `TimeoutError` where the library waits when the time has come. gRPC has deadlines itself."""
+        if self._protocol != "http":
+            yield
+            return
+        import gevent
+
+        limit = gevent.Timeout(_left(until))
         try:
-            self._client.async_stream_infer(model, inputs, timeout=timeout)
+            with limit:
+                yield
+        except gevent.Timeout as error:
+            if error is not limit:
+                raise
+            self._client = self._connected()  # the answer may still come: not on a connection that is used again
+            raise TimeoutError from error
+
+    def _stream(
+        self, model: str, inputs: list[Any], timeout: float, until: float, on_step: Any
+    ) -> dict[str, np.ndarray]:
+        answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        self._client.start_stream(lambda result, error: answers.put((result, error)), stream_timeout=_left(until))
+        whole = False
+        try:
+            self._client.async_stream_infer(model, inputs, timeout=round(1e6 * timeout))
             while True:
-                result, error = answers.get(timeout=_LONGEST_WAIT)
+                try:
+                    result, error = answers.get(timeout=_left(until))
+                except queue.Empty:
+                    raise TimeoutError from None
                 if error is not None:
                     raise error
                 made = _outputs(result)
                 if on_step:
                     on_step(int(made["step"][0]), made)
                 if "executed" in made:
+                    whole = True
                     return made
         finally:
-            self._client.stop_stream()
+            self._client.stop_stream(cancel_requests=not whole)
 
     def close(self) -> None:
         """End the connection."""
@@ -102,12 +143,17 @@ def infer(
     model: str,
     values: Mapping[str, Any],
     protocol: Protocol = "grpc",
-    timeout: float | None = None,
+    timeout: float = LONGEST,
     on_step: Callable[[int, dict[str, np.ndarray]], object] | None = None,
 ) -> dict[str, np.ndarray]:
     """Send one request over a connection of its own; the arguments are those of `Client` and its `infer`."""
     with Client(url, protocol) as client:
         return client.infer(model, values, timeout, on_step)
+
+
+def _left(until: float) -> float:
+    """Seconds until then, by the monotonic clock; hardly any if it has passed."""
+    return max(1e-3, until - time.monotonic())
 
 
 def _outputs(result: Any) -> dict[str, np.ndarray]:
@@ -134,10 +180,14 @@ def _input(library: Any, declared: list[dict[str, Any]], name: str, value: Any) 
 
 def _said(url: str, error: Any) -> ServeError:
     """The server's error as one of ours; a server that does not answer at all is unavailable."""
-    status = getattr(error, "status", lambda: None)() or "UNAVAILABLE"
+    status = _status(error) or "UNAVAILABLE"
     message = getattr(error, "message", lambda: None)() or str(error)
     text = " ".join(str(message).split())
     return ServeError(f"{url} answered `{text}`, expected an answer; change the request or the server", str(status))
+
+
+def _status(error: Any) -> Any:
+    return getattr(error, "status", lambda: None)()
 
 
 def _library(protocol: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.profile import Profile, profile_names
-from taylorseer_export.embedded.requests import dit_request, flux_request, pictures_of
+from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of, usual_size
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import RULES, Guard, Plan
 from taylorseer_export.runtime.denoiser import Denoiser, request_constants
@@ -55,7 +55,7 @@ _SCALE = Port("guidance_scale", "FP32", (1,), True)
 
 def roles(manifest: Manifest) -> tuple[Role, ...]:
     """What a bundle can be served as."""
-    return ("picture", "denoiser") if manifest.model.embedded and manifest.family in ("dit", "flux") else ("denoiser",)
+    return ("denoiser",) if manifest.sampling.pictures is None else ("picture", "denoiser")
 
 
 def inputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
@@ -65,7 +65,7 @@ def inputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
     if role == "picture":
         what = (
             (Port("label", "INT64", (1,)),)
-            if manifest.family == "dit"
+            if manifest.sampling.source == "labels"
             else (Port("prompt", "BYTES", (1,)), *(Port(side, "INT32", (1,), True) for side in ("height", "width")))
         )
         return (*what, Port("seed", "INT64", (1,), True), *asked)
@@ -123,10 +123,11 @@ def ask(
     seed = _whole(values, "seed") or 0
     if not 0 <= seed < 1 << 63:
         raise ConfigError(f"seed is {seed}, expected a whole number, at least 0; correct it")
-    if denoiser.manifest.family == "dit":
-        return Ask(dit_request(denoiser, [int(values["label"][0])], [seed], scale), *how)
-    height, width = _whole(values, "height") or 32, _whole(values, "width") or 32
-    return Ask(flux_request(denoiser, [_text(values, "prompt")], [seed], (height, width)), *how)
+    if sampling.source == "labels":
+        return Ask(label_request(denoiser, [int(values["label"][0])], [seed], scale), *how)
+    usual = usual_size(denoiser.manifest)
+    size = (_whole(values, "height") or usual[0], _whole(values, "width") or usual[1])
+    return Ask(caption_request(denoiser, [_text(values, "prompt")], [seed], size), *how)
 
 
 def _loop_request(

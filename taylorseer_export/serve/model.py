@@ -1,14 +1,17 @@
 """The model file that Triton's Python backend runs: `1/model.py` of every served model is a copy of this one.
 
-It translates: tensors to requests and back, errors to status codes, counts to metrics. `execute` returns at once;
-answers are sent from the service's threads when they are ready, so that later requests join the steps under way.
+It translates: tensors to requests and back, errors to status codes, counts to metrics. `execute` copies the tensors and
+returns; a reader makes requests of them, and answers are sent from the service's threads when they are ready, so that
+later requests join the steps under way.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
@@ -19,6 +22,8 @@ from taylorseer_export.errors import ServeError, TaylorSeerError
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import Loop
 from taylorseer_export.serve import contract
+from taylorseer_export.serve.probe import BEAT, PROGRESS
+from taylorseer_export.serve.reader import Reader
 from taylorseer_export.serve.service import Limits, Service
 
 _FINAL = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -51,27 +56,33 @@ class TritonPythonModel:
         for call in self._service.unequal:
             triton.Logger.log_warn(f"calls of {call} give other bits shared than alone and are not shared")
         self._inputs = contract.inputs(self._denoiser.manifest, self._role)
-        self._metrics = Metrics(self._service, args["model_name"])
+        self._reader = Reader(self._service.limits.slots + self._service.limits.queue)
+        self._metrics = Metrics(self._service, args["model_name"], args["model_instance_name"])
         self._watch = Watch()
         gc.collect()
         gc.freeze()  # what is loaded now lives as long as the process: no collection of a request need look at it
 
     def execute(self, requests: list[Any]) -> None:
-        """Hand requests to the service; each is answered through its own sender."""
+        """Hand requests over; each is answered through its own sender."""
         for request in requests:
             sender = request.get_response_sender()
             try:
                 tensors = ((port.name, triton.get_input_tensor_by_name(request, port.name)) for port in self._inputs)
                 values = {name: tensor.as_numpy().copy() for name, tensor in tensors if tensor is not None}
-                ask = contract.ask(self._denoiser, self._role, values, self._profiles)
-                timeout = 1e-6 * request.timeout() or None
-                caller = Caller(self._denoiser, self._role, sender, self._streams, self._watch)
-                self._service.submit(ask.request, ask.plan, ask.order, caller, timeout, ask.weights, ask.guard)
+                read, refuse = partial(self._read, sender, values), partial(send_error, sender)
+                self._reader.hand_over(read, refuse, 1e-6 * request.timeout() or None)
             except Exception as error:  # of this request; the others go on
                 send_error(sender, error)
 
+    def _read(self, sender: Any, values: dict[str, Any], timeout: float | None) -> None:
+        """Make a request of the tensors and queue it."""
+        ask = contract.ask(self._denoiser, self._role, values, self._profiles)
+        caller = Caller(self._denoiser, self._role, sender, self._streams, self._watch)
+        self._service.submit(ask.request, ask.plan, ask.order, caller, timeout, ask.weights, ask.guard)
+
     def finalize(self) -> None:
         """Finish what is under way, then release the engines."""
+        self._reader.close()
         self._service.close()
         self._watch.close()
         self._metrics.close()
@@ -168,8 +179,8 @@ class Watch:
 class Metrics:
     """The counts of a service at Triton's own metrics endpoint, labelled with the model."""
 
-    def __init__(self, service: Service, model: str) -> None:
-        self._service, self._model = service, model
+    def __init__(self, service: Service, model: str, instance: str) -> None:
+        self._service, self._model, self._instance = service, model, instance
         self._sent: dict[str, float] = {}
         counter, gauge = triton.MetricFamily.COUNTER, triton.MetricFamily.GAUGE
         self._families = {
@@ -184,6 +195,8 @@ class Metrics:
                 ("slots", "Slots", gauge),
                 ("slots_in_use", "Slots that hold a request", gauge),
                 ("queue", "Requests that wait for a slot", gauge),
+                (BEAT, "When this process last reported, in its own wall time (seconds)", gauge),
+                (PROGRESS, "When it last did a turn of work or had none to do (seconds)", gauge),
             )
         }
         self._metrics: dict[tuple[str, str, str], Any] = {}
@@ -212,6 +225,9 @@ class Metrics:
             self._update()
 
     def _update(self) -> None:
+        now = time.time()
+        self._metric(BEAT, "instance", self._instance).set(now)
+        self._metric(PROGRESS, "instance", self._instance).set(now - self._service.stalled)
         self._metric("slots_in_use").set(self._service.slots_in_use)
         self._metric("queue").set(self._service.waiting)
         for name, count in self._service.snapshot().items():

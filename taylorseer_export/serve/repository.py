@@ -7,8 +7,8 @@
     <out>/<family>-<name>-denoiser/    latents in, latents out
     <out>/<family>-<name>-denoiser-stream/
 
-Every model is a process with its own engines and slots, so load only those that are used. Their copies of the bundle
-are hard links to one.
+Every model is a process with its own engines and slots, and all of them are served, so write only those that are used.
+Their copies of the bundle are hard links to one.
 """
 
 from __future__ import annotations

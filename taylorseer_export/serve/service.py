@@ -98,6 +98,7 @@ class Service:
         self._idle: list[Slot | Branches] = []
         self._changed = Condition()
         self._stopping = False
+        self._turns: dict[SharedCalls, float] = {}  # of each worker that has a turn under way, when that began
         self._workers = [Thread(target=self._work, args=(calls,), daemon=True) for calls in self._calls]
         for worker in self._workers:
             worker.start()
@@ -132,6 +133,15 @@ class Service:
     @property
     def waiting(self) -> int:
         return self._batcher.waiting
+
+    @property
+    def stalled(self) -> float:
+        """Seconds that the longest turn under way has taken; 0 while there is none.
+
+        A worker that hangs in an engine call, or that died, never ends its turn.
+        """
+        with self._changed:
+            return time.monotonic() - min(self._turns.values()) if self._turns else 0.0
 
     @property
     def unequal(self) -> set[object]:
@@ -207,7 +217,7 @@ class Service:
     # Workers -------------------------------------------------------------------------------------------------------
 
     def _work(self, calls: SharedCalls) -> None:
-        while (turn := self._next()) is not None:
+        while (turn := self._next(calls)) is not None:
             if turn.kind == "drop":
                 self._drop(turn.jobs[0])
                 continue
@@ -229,9 +239,10 @@ class Service:
             for job in ended:
                 self._finish(job)
 
-    def _next(self) -> Turn | None:
+    def _next(self, calls: SharedCalls) -> Turn | None:
         """Wait for something to do; None at the end of the service."""
         with self._changed:
+            self._turns.pop(calls, None)
             while (turn := self._batcher.take(time.monotonic())) is None:
                 if self._stopping and self._batcher.idle:
                     self._changed.notify_all()
@@ -240,6 +251,7 @@ class Service:
             # A worker goes on with its own jobs: another is woken only if there is more to do.
             if self._batcher.pending:
                 self._changed.notify()
+            self._turns[calls] = time.monotonic()
             return turn
 
     def _drop(self, job: Job) -> None:

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Train the two diffusion transformers that ship with this package, from a seed, on a CPU.
 
-    python tools/train_tiny.py dit     # handwritten digits by class, 16x16 grey
-    python tools/train_tiny.py flux    # coloured shapes by caption, 32x32 RGB
+    python tools/make_asset.py train-tiny dit     # handwritten digits by class, 16x16 grey
+    python tools/make_asset.py train-tiny flux    # coloured shapes by caption, 32x32 RGB
 
 Both are the real diffusers classes, small. Each run needs one core; on an idle one about 15 and 45 minutes, so
 the two can run side by side. Needs torch, diffusers, scikit-learn and tqdm; a C++ compiler makes it
@@ -36,16 +35,14 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
 )
+from record import ROOT
 from safetensors.numpy import save_file
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from taylorseer_export.embedded.caption import CaptionEncoder  # noqa: E402
-from taylorseer_export.embedded.picture import (  # noqa: E402
+from taylorseer_export.embedded.caption import CaptionEncoder
+from taylorseer_export.embedded.picture import (
     flux_latents_from_pictures,
     grid,
     pictures_from_dit_latents,
@@ -152,7 +149,7 @@ def how_trained(seed: int, recipe: Recipe, steps: int, minutes: float, compiled:
         "compiled": compiled,
         "torch": torch.__version__,
         "weights": "float16, exponential moving average",
-        "tool": "tools/train_tiny.py",
+        "tool": "tools/assets/train_tiny.py",
     }
 
 
@@ -363,6 +360,7 @@ def measure_dit(folder: Path, seed: int, preview: Path | None) -> None:
             "output": "1 channel 16x16, values in [-1, 1] (white ink on black)",
             "guidance_scale": DIT_GUIDANCE,
             "num_inference_steps": SAMPLING_STEPS,
+            "pictures": "digits",
             "latent_scale": 1,
             "label_accuracy": round(accuracy, 4),
             "label_accuracy_samples": len(labels),
@@ -679,6 +677,8 @@ def measure_flux(folder: Path, seed: int, preview: Path | None) -> None:
             "output": "height/4 * width/4 tokens of 48 channels: RGB in [-1, 1], pixel-unshuffled by 2 and packed 2x2",
             "guidance_scale": None,
             "num_inference_steps": SAMPLING_STEPS,
+            "source": "captions",
+            "pictures": "shapes",
             "latent_scale": 2,
             "latent_size": [16, 16],
             "text_tokens": 12,
@@ -745,7 +745,3 @@ def main() -> None:
             train_model(arguments.seed, folder, recipe, not arguments.no_compile)
         measure_model(folder, arguments.seed, arguments.preview)
     print((folder / "card.json").read_text(), end="")
-
-
-if __name__ == "__main__":
-    main()

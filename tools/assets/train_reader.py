@@ -1,6 +1,6 @@
 """Train the digit reader, by which `evaluate` judges what the embedded DiT draws.
 
-    python tools/train_reader.py            under a minute on one core
+    python tools/make_asset.py train-reader            under a minute on one core
 
 A fifth of scikit-learn's digits takes no part and gives the accuracy that is printed. The file holds the weights, and
 sums of the features of all digits, enlarged to 16 x 16 as the DiT saw them.
@@ -9,17 +9,13 @@ sums of the features of all digits, enlarged to 16 x 16 as the DiT saw them.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
+from assets.train_tiny import augmented, load_digits
 from record import ROOT
 from safetensors.torch import save_file
 from torch.nn import functional
-
-sys.path.insert(0, str(ROOT))
-
-from train_tiny import augmented, load_digits
 
 from taylorseer_export.embedded.digits import reader
 
@@ -67,7 +63,3 @@ def main() -> int:
     save_file({k: v.contiguous() for k, v in (model.state_dict() | real).items()}, args.out)
     print(f"wrote {args.out} ({args.out.stat().st_size / 1e3:.0f} KB)")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

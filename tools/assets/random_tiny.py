@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """The embedded models of the families that have no trained one: tiny, random, seeded, of the real diffusers class.
 
-    python tools/random_tiny.py                all of them
-    python tools/random_tiny.py --family wan   one
+    python tools/make_asset.py random-tiny                all of them
+    python tools/make_asset.py random-tiny --family wan   one
 
 They are there so that every command of a family runs without a download, and what they make is no picture. Their
 weights have the scale of a trained model's, so that a comparison with them can fail: every linear keeps its input's
@@ -15,19 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from randomised import randomised
+from record import ROOT
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from taylorseer_export.families import FAMILIES  # noqa: E402
+from taylorseer_export.families import FAMILIES
 
 ASSETS = ROOT / "taylorseer_export" / "assets"
 SEED = 0
@@ -147,7 +143,7 @@ def write(name: str, folder: Path) -> int:
         "parameters": sum(p.numel() for p in model.parameters()),
         "weights": f"random, seed {SEED}, float16: trained on nothing, so whatever it makes is noise and no picture",
         **SIZES[name],
-        "tool": "tools/random_tiny.py",
+        "tool": "tools/assets/random_tiny.py",
         "torch": torch.__version__,
     }
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
@@ -163,7 +159,3 @@ def main() -> int:
         count = write(name, given.out / name)
         print(f"{name:<14}{count:>9} parameters, {given.out / name}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

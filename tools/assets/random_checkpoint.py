@@ -1,6 +1,6 @@
 """A FLUX-shaped diffusers checkpoint of any size with random weights, written tensor by tensor.
 
-    python tools/random_checkpoint.py flux --parameters 4e9 --dtype bf16 --shards 5 --out DIR
+    python tools/make_asset.py random-checkpoint flux --parameters 4e9 --dtype bf16 --shards 5 --out DIR
 
 Shapes come from the model built on the meta device, so a checkpoint far larger than the memory can be made: at no time
 is there more than one tensor. For what depends on sizes and not on what a picture looks like: memory, time, disk.
@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import zlib
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from taylorseer_export.compile.weights import write_weights  # noqa: E402
+from taylorseer_export.compile.weights import write_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HEAD = 128  # channels of one attention head
@@ -143,7 +139,3 @@ def main() -> int:
         f"wrote {args.out}/: {total / 1e9:.3f} B parameters, {double} double and {single} single blocks, {args.dtype}"
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

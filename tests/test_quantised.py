@@ -1,0 +1,437 @@
+"""No tensor of a checkpoint goes unread: quantised formats are refused by name, in every family and layout."""
+
+import json
+import shutil
+
+import diffusers
+import pytest
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_checkpoint import INDEX, WEIGHTS, edit_json
+from test_layouts import WAN_NAMES, flux_layout, hunyuan_layout, linear
+
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.checkpoint.files import PUBLISHED, Header
+from taylorseer_export.checkpoint.formats import refuse_quantised, set_aside
+from taylorseer_export.checkpoint.original import Converted, Unread
+from taylorseer_export.cli import main
+from taylorseer_export.errors import CheckpointError
+from taylorseer_export.families import FAMILIES
+
+BITS = {
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "U8": 8,
+    "I8": 8,
+    "BOOL": 8,
+    "F4": 4,
+    "F16": 16,
+    "BF16": 16,
+    "F32": 32,
+}
+BITS |= {"I32": 32, "F64": 64, "I64": 64, "F6_E2M3": 6, "C64": 64}
+CONVERTED = ("flux", "flux-kontext", "hidream", "hunyuan-video", "qwen-image", "sd3", "wan")
+
+
+def write(path, tensors):
+    """A safetensors file of zeros: {name: (dtype, shape)}. Its holes take no space on disk."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + BITS[dtype] * torch.Size(shape).numel() // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def linears(tensors):
+    """The modules with a matrix."""
+    return [
+        name.removesuffix(".weight") for name, (_, shape) in tensors.items() if len(shape) == 2 and "weight" in name
+    ]
+
+
+def packed(tensors, dtype, **beside):
+    """Every matrix in `dtype`, with one of `beside` for each: {name in place of weight: (dtype, shape)}."""
+    modules = linears(tensors)
+    found = {
+        n: (dtype if n.removesuffix(".weight") in modules else kind, shape) for n, (kind, shape) in tensors.items()
+    }
+    return found | {
+        f"{module}.{name.replace('__', '.')}": (kind, shape(tensors[f"{module}.weight"][1]))
+        for module in modules
+        for name, (kind, shape) in beside.items()
+    }
+
+
+def one(shape):
+    return ()
+
+
+def rows(shape):
+    return (shape[0],)
+
+
+MARKER = {"scaled_fp8": ("F8_E4M3", (2,))}
+# Sentence -> how a file in that format is told from the plain one.
+FORMATS = {
+    "ComfyUI's scaled fp8": lambda t: (
+        packed(t, "F8_E4M3", scale_weight=("F32", one)) | {"scaled_fp8": ("F8_E4M3", (2,))}
+    ),
+    "ComfyUI's scaled fp8 (": lambda t: packed(t, "F8_E4M3", weight_scale=("F32", one), comfy_quant=("U8", rows)),
+    "scaled fp8, as ComfyUI's": lambda t: packed(t, "F8_E5M2", weight_scale=("F32", one)),
+    "ModelOpt's FP8 or": lambda t: packed(t, "F8_E4M3", weight_scale=("F32", one), input_scale=("F32", one)),
+    "ModelOpt's format": lambda t: packed(t, "BF16", weight_quantizer___amax=("F32", one)),
+    "NVFP4": lambda t: packed(t, "U8", weight_scale=("F8_E4M3", rows), weight_scale_2=("F32", one)),
+    "NVFP4 (": lambda t: packed(t, "U8", weight_scale=("F8_E4M3", rows)),
+    "MXFP8 or MXFP4": lambda t: packed(t, "F8_E4M3", weight_scale=("F8_E8M0", rows)),
+    "as BFL's fp8r": lambda t: packed(t, "F8_E4M3", weight_scale=("F32", rows)),
+    "block-scaled fp8": lambda t: packed(t, "F8_E4M3", weight_scale_inv=("F32", rows)),
+    "int8 with scales": lambda t: packed(t, "I8", weight_scale=("F32", rows)),
+    "bitsandbytes": lambda t: packed(t, "U8", weight__absmax=("F32", rows), weight__quant_map=("F32", rows)),
+    "bitsandbytes (": lambda t: packed(t, "I8", SCB=("F32", rows)),
+    "torchao": lambda t: packed(t, "I8", weight_qdata=("I8", rows), weight_scale=("F32", rows)),
+    "optimum-quanto": lambda t: packed(t, "I8", weight___scale=("F32", rows)),
+    "GPTQ or AWQ": lambda t: packed(t, "BF16", qweight=("I32", rows), qzeros=("I32", rows)),
+    "Nunchaku's SVDQuant": lambda t: packed(t, "BF16", qweight=("I8", rows), wscales=("BF16", rows)),
+    "a format with F4": lambda t: packed(t, "F4"),
+    "a format with F8_E8M0": lambda t: packed(t, "F8_E8M0"),
+}
+
+
+def plain(family):
+    """(config.json, {name: (dtype, shape)}) of a family's embedded model, which every family has."""
+    checkpoint = open_checkpoint(None, FAMILIES[family])
+    return checkpoint.folder / "config.json", {name: ("BF16", shape) for name, shape in checkpoint.shapes.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shards", [False, True])
+def test_quantised_formats_are_refused_by_name(tmp_path, family, shards):
+    """As a diffusers folder and in shards, before anything is read; the same file without it is accepted."""
+    config, tensors = plain(family)
+    shutil.copy(config, tmp_path / "config.json")
+
+    def written(found):
+        if shards:
+            names = sorted(found)
+            files = {name: f"{k % 2}.safetensors" for k, name in enumerate(names)}
+            for file in set(files.values()):
+                write(tmp_path / file, {name: found[name] for name in names if files[name] == file})
+            (tmp_path / INDEX).write_text(json.dumps({"weight_map": files}))
+        else:
+            write(tmp_path / WEIGHTS, found)
+        return open_checkpoint(str(tmp_path), FAMILIES[family])
+
+    written(tensors).skeleton(torch.float32)
+    for kind, quantised in FORMATS.items():
+        with pytest.raises(CheckpointError) as error:
+            written(quantised(tensors))
+        said = str(error.value)
+        assert f" is in {kind}" in said or f", {kind}" in said, (kind, said)
+        assert said.endswith("plain float8; pass the checkpoint that it was made from")
+
+
+def sd3_layout():
+    """Names and shapes of SD3 as its authors publish it, with two blocks."""
+    width = 64
+    shapes = {
+        "pos_embed": (1, 16, width),
+        "x_embedder.proj.weight": (width, 16, 2, 2),
+        "x_embedder.proj.bias": (width,),
+        **linear("t_embedder.mlp.0", width, 256),
+        **linear("t_embedder.mlp.2", width, width),
+        **linear("y_embedder.mlp.0", width, 128),
+        **linear("y_embedder.mlp.2", width, width),
+        **linear("context_embedder", width, 32),
+        **linear("final_layer.linear", 64, width),
+        **linear("final_layer.adaLN_modulation.1", 2 * width, width),
+    }
+    for block, side in ((k, side) for k in range(2) for side in ("x_block", "context_block")):
+        name, last = f"joint_blocks.{block}.{side}", (block, side) == (1, "context_block")
+        shapes |= linear(f"{name}.attn.qkv", 3 * width, width)
+        shapes |= linear(f"{name}.adaLN_modulation.1", (2 if last else 6) * width, width)
+        if not last:
+            shapes |= linear(f"{name}.attn.proj", width, width)
+            shapes |= linear(f"{name}.mlp.fc1", 4 * width, width) | linear(f"{name}.mlp.fc2", width, 4 * width)
+    return shapes
+
+
+def wan_layout():
+    shapes = {}
+    for name, (_, shape) in plain("wan")[1].items():
+        if name.endswith("scale_shift_table"):
+            name = name.replace("scale_shift_table", "modulation" if name.startswith("blocks") else "head.modulation")
+        for ours, theirs in WAN_NAMES.items():
+            name = name.replace(ours, theirs)
+        shapes[name] = shape
+    return shapes
+
+
+def original(family):
+    """Names and shapes in the layout of the family's authors, with few blocks."""
+    known = {"flux": flux_layout, "flux-kontext": flux_layout, "hunyuan-video": hunyuan_layout, "sd3": sd3_layout}
+    if family in ("hidream", "qwen-image"):
+        return {f"model.diffusion_model.{n}": s for n, (_, s) in plain(family)[1].items()}
+    return (known | {"wan": wan_layout})[family]()
+
+
+def test_every_family_with_a_converter_is_here():
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    assert set(CONVERTED) == {n for n, family in FAMILIES.items() if family.model_class in SINGLE_FILE_LOADABLE_CLASSES}
+
+
+@pytest.mark.parametrize("family", CONVERTED)
+def test_what_a_converter_leaves_over_is_refused(family):
+    """A tensor more than the model has either stays in the result, which the model refuses, or is named as unread."""
+    name, shapes = FAMILIES[family].model_class, original(family)
+    whole = Converted(name, {}, shapes)
+    assert frozenset().union(*whole.sources.values()) == shapes.keys()
+    for stranger in ("img_in.mystery", "some.other.weight_scale", "lora_bias", "model.diffusion_model.scale"):
+        more = shapes | {stranger: (1,)}
+        try:
+            found = Converted(name, {}, more)
+        except Unread as error:
+            assert f"1 of {len(more)} tensors are left unread by diffusers' " in str(error) and stranger in str(error)
+        else:
+            assert len(found.shapes.keys() - whole.shapes.keys()) == 1
+
+
+def test_part_of_a_tensor_is_not_left_unread(monkeypatch):
+    from diffusers.loaders import single_file_model
+
+    table = {"Toy": {"checkpoint_mapping_fn": lambda checkpoint: {"a": checkpoint["a"].split([2, 4])[0]}}}
+    monkeypatch.setattr(single_file_model, "SINGLE_FILE_LOADABLE_CLASSES", table)
+    with pytest.raises(Unread, match=r"^4 of 6 numbers of the tensors are left unread by diffusers' <lambda>"):
+        Converted("Toy", {}, {"a": (6,)})
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_two_names_for_one_tensor(prefix):
+    """The converter strips a prefix; of two tensors that then have one name it would keep the last."""
+    shapes = flux_layout()
+    with pytest.raises(Unread, match=r"^1 of \d+ tensors are left unread .*img_in.bias"):
+        Converted("FluxTransformer2DModel", {}, shapes | {"model.diffusion_model.img_in.bias": shapes["img_in.bias"]})
+
+
+@pytest.fixture
+def flux_config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True}))
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_quantised_formats_of_one_file_in_the_authors_layout(tmp_path, flux_config, prefix):
+    """With a config and without one, where no published model would be found."""
+    path = tmp_path / "flux.safetensors"
+    tensors = {f"{prefix}{name}": ("BF16", shape) for name, shape in flux_layout().items()}
+    for kind, quantised in FORMATS.items():
+        write(path, quantised(tensors))
+        for config in (str(flux_config), None):
+            with pytest.raises(CheckpointError) as error:
+                open_checkpoint(str(path), FAMILIES["flux"], config=config)
+            assert kind in str(error.value)
+
+
+@pytest.mark.parametrize("marker", ["scaled_fp8", "model.diffusion_model.scaled_fp8"])
+def test_plain_float8_with_an_empty_marker(tmp_path, flux_config, marker):
+    """A cast says all there is; its numbers arrive as they are, cut and joined."""
+    path, prefix = tmp_path / "flux.safetensors", marker.removesuffix("scaled_fp8")
+    tensors = packed({f"{prefix}{n}": ("BF16", s) for n, s in flux_layout().items()}, "F8_E4M3")
+    write(path, tensors | {marker: ("F8_E4M3", (0,))})
+    with safe_open(path, "pt") as file:
+        begin = len(file.keys())
+    rng = torch.Generator().manual_seed(0)
+    name = f"{prefix}final_layer.adaLN_modulation.1.weight"
+    value = torch.randn(tensors[name][1], generator=rng).to(torch.float8_e4m3fn)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        file.seek(8 + size + header[name]["data_offsets"][0])
+        file.write(value.view(torch.uint8).numpy().tobytes())
+    checkpoint = open_checkpoint(str(path), FAMILIES["flux"], config=str(flux_config))
+    checkpoint.skeleton(torch.bfloat16)
+    assert len(checkpoint.files) == begin - 1 and checkpoint.aside == {}
+    shift, scale = value.float().chunk(2)
+    assert torch.equal(checkpoint.tensor("norm_out.linear.weight").float(), torch.cat([scale, shift]))
+
+
+def test_a_file_with_a_whole_pipeline(tmp_path, flux_config, capsys):
+    """Text encoders, scales of theirs included, and VAE are set aside, and the command says so."""
+    path, prefix = tmp_path / "flux.safetensors", "model.diffusion_model."
+    tensors = {f"{prefix}{name}": ("BF16", shape) for name, shape in flux_layout().items()}
+    others = {
+        "text_encoders.clip_l.logit_scale": ("F32", ()),
+        "text_encoders.t5xxl.transformer.x.weight": ("F8_E4M3", (4, 4)),
+        "text_encoders.t5xxl.transformer.x.scale_weight": ("F32", ()),
+        "vae.decoder.conv_in.weight": ("BF16", (4, 4, 3, 3)),
+    }
+    write(path, tensors | others)
+    checkpoint = open_checkpoint(str(path), FAMILIES["flux"], config=str(flux_config))
+    checkpoint.skeleton(torch.bfloat16)
+    assert checkpoint.aside == {"text_encoders": 3, "vae": 1}
+    assert checkpoint.files.keys() == tensors.keys()
+    assert main(["flux", "--model", str(path), "--config", str(flux_config), "--latent-size", "8x8", "--dry-run"]) == 0
+    said = f"set aside: 3 tensors of text_encoders and 1 tensors of vae in {path}, no part of the transformer"
+    assert said in capsys.readouterr().out
+    write(path, {name.removeprefix(prefix): value for name, value in (tensors | others).items()})
+    with pytest.raises(CheckpointError):  # nothing says that the file is a whole pipeline
+        open_checkpoint(str(path), FAMILIES["flux"], config=str(flux_config))
+
+
+def test_one_tensor_too_many_is_named_without_a_config(tmp_path, monkeypatch, flux_config):
+    from taylorseer_export.checkpoint import checkpoint, files
+
+    flux_config.write_text(flux_config.read_text().replace("{", '{"_class_name": "FluxTransformer2DModel", '))
+    for module in (files, checkpoint):
+        monkeypatch.setattr(module, "PUBLISHED", tmp_path)
+    tensors = {name: ("BF16", shape) for name, shape in flux_layout().items()}
+    write(tmp_path / "flux.safetensors", tensors | {"img_in.mystery": ("F32", ())})
+    with pytest.raises(Unread, match=r"1 of \d+ tensors are left unread by .* \(`img_in.mystery`"):
+        open_checkpoint(str(tmp_path / "flux.safetensors"), FAMILIES["flux"])
+
+
+@pytest.mark.parametrize("dtype", ["I8", "U8", "I32", "I64", "BOOL"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_integer_weights_are_refused(tmp_path, family, dtype):
+    """Without scales they are numbers of another size; one tensor is enough."""
+    config, tensors = plain(family)
+    name = next(reversed(tensors))
+    shutil.copy(config, tmp_path / "config.json")
+    write(tmp_path / WEIGHTS, tensors | {name: (dtype, tensors[name][1])})
+    text = rf"has 1 tensors that do not fit its config \(`{name}` is {dtype}, expected floating point\)"
+    with pytest.raises(CheckpointError, match=text):
+        open_checkpoint(str(tmp_path), FAMILIES[family]).skeleton(torch.float32)
+
+
+def test_integer_weights_in_the_authors_layout(tmp_path, flux_config):
+    tensors = {name: ("BF16", shape) for name, shape in flux_layout().items()}
+    name = "double_blocks.0.img_attn.qkv.weight"
+    write(tmp_path / "flux.safetensors", tensors | {name: ("I8", tensors[name][1])})
+    checkpoint = open_checkpoint(str(tmp_path / "flux.safetensors"), FAMILIES["flux"], config=str(flux_config))
+    with pytest.raises(CheckpointError, match=r"has 3 tensors .*`transformer_blocks.0.attn.to_q.weight` is I8, expect"):
+        checkpoint.skeleton(torch.bfloat16)
+
+
+def test_dtypes_that_hold_no_weights(tmp_path):
+    config, tensors = plain("dit")
+    shutil.copy(config, tmp_path / "config.json")
+    for dtype in ("F4", "F6_E2M3", "F8_E8M0", "C64"):
+        write(tmp_path / WEIGHTS, packed(tensors, dtype))
+        with pytest.raises(CheckpointError, match=rf"is in a format with {dtype} \(\d+ tensors like .*plain float8"):
+            open_checkpoint(str(tmp_path), FAMILIES["dit"])
+
+
+@pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.json")), ids=lambda path: path.stem)
+def test_published_models_are_in_no_quantised_format(path):
+    """No name of a real model is taken for a scale."""
+    config = json.loads(path.read_text())
+    with init_empty_weights():
+        model = getattr(diffusers, config["_class_name"]).from_config(config)
+    found = {name: Header(tuple(value.shape), "BF16") for name, value in model.state_dict().items()}
+    refuse_quantised(path, found)
+    assert set_aside(found) == {}
+
+
+@pytest.mark.parametrize("family", CONVERTED)
+def test_authors_layouts_are_in_no_quantised_format(family):
+    shapes = original(family)
+    refuse_quantised(family, {name: Header(shape, "F8_E4M3") for name, shape in shapes.items()})
+    assert set_aside(shapes) == {}
+
+
+def test_what_diffusers_itself_drops(tmp_path):
+    """Wan's class drops `norm_added_q`, which nothing of it reads."""
+    config, tensors = plain("wan")
+    shutil.copy(config, tmp_path / "config.json")
+    write(tmp_path / WEIGHTS, tensors | {"blocks.0.attn2.norm_added_q.weight": ("BF16", (4,))})
+    checkpoint = open_checkpoint(str(tmp_path), FAMILIES["wan"])
+    checkpoint.skeleton(torch.float32)
+    assert checkpoint.shapes == {name: shape for name, (_, shape) in tensors.items()}
+
+
+# Files that are something else
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"GGUF\3\0\0\0", "a GGUF file"),
+        (b"PK\3\4\0\0", "a PyTorch pickle"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, not the file itself"),
+        (b"\0" * 8, None),
+    ],
+)
+def test_a_file_of_another_kind(tmp_path, start, what):
+    """At each door: weights, a file of a folder, a LoRA."""
+    name = "flux1-dev-Q4_K_S.gguf" if what == "a GGUF file" else "flux1.safetensors"
+    (tmp_path / name).write_bytes(start + b"\0" * 100)
+    folder = shutil.copytree(plain("flux")[0].parent, tmp_path / "folder")
+    next(folder.glob("*.safetensors")).write_bytes(start + b"\0" * 100)
+    text = rf"is {what}, expected safetensors with weights that are not quantised; pass" if what else "is damaged"
+    for reference in (tmp_path / name, folder):
+        with pytest.raises(CheckpointError, match=text):
+            open_checkpoint(str(reference), FAMILIES["flux"])
+    with pytest.raises(CheckpointError, match=text):
+        open_checkpoint(None, FAMILIES["flux"], loras=[str(tmp_path / name)])
+
+
+def test_an_index_whose_map_is_none(tmp_path):
+    config, tensors = plain("dit")
+    shutil.copy(config, tmp_path / "config.json")
+    write(tmp_path / "a.safetensors", tensors)
+    places = dict.fromkeys(tensors, "a.safetensors")
+    wrong = [["a"], "a", 7, None, True, dict.fromkeys(tensors, 3), {n: [f] for n, f in places.items()}, {"a": {}}]
+    for value in wrong:
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": value}))
+        with pytest.raises(CheckpointError, match=r"weight_map of .* is .*, expected a map of tensor names to files"):
+            open_checkpoint(str(tmp_path), FAMILIES["dit"])
+    for file in ("../a.safetensors", "/etc/passwd", "x/a.safetensors", "..", ""):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": places | {"proj_out_2.bias": file}}))
+        with pytest.raises(CheckpointError, match=r"names shard .*, expected the name of a file beside it"):
+            open_checkpoint(str(tmp_path), FAMILIES["dit"])
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": places}))
+    open_checkpoint(str(tmp_path), FAMILIES["dit"]).skeleton(torch.float32)
+
+
+def test_scales_that_the_index_leaves_out(tmp_path):
+    """They lie in the shards; an index without them would let them go unread."""
+    config, tensors = plain("dit")
+    shutil.copy(config, tmp_path / "config.json")
+    scaled = FORMATS["scaled fp8, as ComfyUI's"](tensors)
+    write(tmp_path / "a.safetensors", scaled)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "a.safetensors")}))
+    text = rf"holds {len(scaled) - len(tensors)} tensors that .* does not place in it \(`.*weight_scale` is missing\)"
+    with pytest.raises(CheckpointError, match=text):
+        open_checkpoint(str(tmp_path), FAMILIES["dit"])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[" * 100_000 + "]" * 100_000])
+def test_json_of_any_depth(tmp_path, text):
+    folder = shutil.copytree(plain("dit")[0].parent, tmp_path / "dit")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config.json is not readable JSON \(.*\), expected a diffusers config"):
+        open_checkpoint(str(folder), FAMILIES["dit"])
+
+
+def test_refusals_are_one_line_of_text(tmp_path, capsys):
+    """Whatever a file or a path is called: no line breaks, no escape codes, no marks that turn the direction."""
+    folder = shutil.copytree(plain("dit")[0].parent, tmp_path / "dit")
+    weights = next(folder.glob("*.safetensors"))
+    save_file(load_file(weights) | {"a\nb\x1b[31mred\u202e\x07": torch.zeros(1)}, weights)
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(str(folder), FAMILIES["dit"]).skeleton(torch.float32)
+    assert r"`a b\x1b[31mred\u202e\x07` is not known" in str(error.value)
+    for bad in ("no\x1b]0;title\x07", "no\r\n\nsuch", "\udcff"):
+        assert main(["dit", "--model", bad, "--dry-run"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said[:-1].isprintable()
+    edit_json(folder / "config.json", lambda config: config.update(_class_name="\x1b[2J"))
+    with pytest.raises(CheckpointError, match=r"is of class \\x1b\[2J, expected"):
+        open_checkpoint(str(folder), FAMILIES["dit"])

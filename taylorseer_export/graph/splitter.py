@@ -4,6 +4,17 @@ A graph is the nodes of its binding time behind its outputs; what they read of e
 return, as request values or packed into the rows of tables. Nothing here knows a model: the cut points are taps, the
 binding times a dependency analysis, and whatever no output needs is never copied.
 
+    noise_pred ◂─ head ◂─ + ◂───────── + ◂── embedder ◂─ latent
+                          │ gate       │ gate
+                         cut          cut
+                          ▴            ▴
+                         MLP ◂─ … ─ attention ◂─ text
+
+    cut       what a forecast step takes from the Taylor buffers
+    late      what a step computes behind its targets: a full step all of it, a forecast step what stops at the cuts
+    early     the frontier of late: request and step values that it reads, which `prepare` returns
+    table     the early step values of one use, packed into one row
+
 Shapes: B batch, S steps, M = order + 1 entries of a Taylor buffer, W width of a table row.
 """
 

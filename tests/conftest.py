@@ -64,6 +64,9 @@ BY_MODEL = (
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "[inductor" in item.name:  # a case names the engine that runs it
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:

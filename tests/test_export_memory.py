@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_flux
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 SHARE = 0.25  # of the additional weights that may be resident; 0.14 is measured, and 1.2 if all are held
 

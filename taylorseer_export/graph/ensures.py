@@ -7,7 +7,7 @@ still agrees with the reference, and is slow. So the promise is held where all g
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from operator import attrgetter
 from typing import Any
 
@@ -60,15 +60,15 @@ def ensure(trace: Trace, graphs: Collection[Cut], live: Collection[fx.Node]) -> 
     taps = trace.taps()
     blocks = upstream([taps[STACK_OUTPUT]]) - upstream([taps[STACK_INPUT]])
     latent = {size for spec in trace.inputs if spec.role == "latent" for entry in spec.shape for size in names(entry)}
-    left: dict[str, bool] = {name: False for name in trace.sites if taps.get(name) in live}  # -> of the text alone
-    for node in trace.module.graph.nodes:
-        sizes = _sizes(trace, node) - {"batch"}
+    sites = {taps[name]: name for name in trace.sites if name in taps}
+
+    def left(node: fx.Node) -> bool:
         product = node in blocks and _operator(node) in _PRODUCTS
-        if node in live and (product or _operator(node) in _ATTENTIONS or sizes - latent):
-            module = _module(node, trace.sites)
-            left[module] = left.get(module, True) and bool(sizes) and not sizes & latent
-    # The text follows from an attention that was left, which is what a declaration lacks.
-    found = sorted(left, key=lambda module: left[module])
+        foreign = _sizes(trace, node) - latent - {"batch"}
+        return node in sites or product or _operator(node) in _ATTENTIONS or bool(foreign)
+
+    found = [sites[node] if node in sites else _module(node, trace.sites) for node in _first(live, left)]
+    found = list(dict.fromkeys(found))
     if found:
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         raise ExportError(
@@ -76,6 +76,25 @@ def ensure(trace: Trace, graphs: Collection[Cut], live: Collection[fx.Node]) -> 
             "attention, no MLP and no text of the blocks in it; add their modules to the family's `sites`, see "
             "families/README.md"
         )
+
+
+def _first(live: Collection[fx.Node], wanted: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The wanted nodes with no other between them and the output, in graph order: what lies behind follows from them.
+
+    An attention that was left reads the text, and that the blocks before; the attention is what a declaration lacks.
+    """
+    found = set()
+    stack = [node for node in live if not any(user in live for user in node.users)]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if wanted(node):
+            found.add(node)
+            continue
+        more = {source for source in node.all_input_nodes if source in live} - seen
+        seen |= more
+        stack += more
+    return sorted(found)
 
 
 def _mixed_types(cut: Cut) -> list[str]:

@@ -36,11 +36,24 @@ from taylorseer_export.method import Plan
 CONTENT = {"full.onnx": b"full graph " * 999, "data/forecast.bin": b"\x00\x01", "empty.txt": b""}
 ENGINE = "onnxruntime"
 SEALED = "0" * 64
+SITE = "transformer_blocks.0.attn"
 
 
 def manifest_of(files: dict[str, File]) -> Manifest:
-    latents = Tensor(name="latents", dtype="float32", shape=("batch", "2*tokens", 64), role="latent")
-    noise = Tensor(name="noise", dtype="float32", shape=("batch", "2*tokens", 64), role="noise_pred")
+    def tensor(name, role, *shape):
+        site = SITE if role.startswith("taylor") else None
+        return Tensor(name=name, dtype="float32", shape=shape, role=role, site=site)
+
+    latents = tensor("latents", "latent", "batch", "2*tokens", 64)
+    noise = tensor("noise_pred", "noise_pred", "batch", "2*tokens", 64)
+    clock, text = tensor("timestep", "step", "steps"), tensor("text", "constant", "batch", 8)
+    table, row = tensor("step.shared", "step", "steps", "batch", 32), tensor("step.shared", "step", "batch", 32)
+    site = ("batch", "tokens", 16)
+    weights = tensor("weights", "weights", 3)
+    kept, written = (
+        tensor(f"taylor_in.{SITE}", "taylor_in", 3, *site),
+        tensor(f"taylor_out.{SITE}", "taylor_out", *site),
+    )
     return Manifest(
         tool_version="0.1.0",
         family="flux",
@@ -56,12 +69,16 @@ def manifest_of(files: dict[str, File]) -> Manifest:
         dimensions={
             "batch": Dimension(minimum=1, maximum=2, typical=1),
             "tokens": Dimension(minimum=1, maximum=4096, typical=1024),
+            "steps": Dimension(minimum=1, maximum=1000, typical=50),
         },
-        sites=(Site(name="transformer_blocks.0.attn", shape=("batch", "tokens", 16)),),
+        sites=(Site(name=SITE, shape=site),),
         state=State(granularity="module", layout="snapshots", order=2, dtype="float32"),
         graphs={
-            "full": Graph(file="full.onnx", inputs=(latents,), outputs=(noise,), weights_bytes=8),
-            "forecast": Graph(file="data/forecast.bin", inputs=(latents,), outputs=(noise,), weights_bytes=8),
+            "prepare": Graph(file="full.onnx", inputs=(text, clock), outputs=(table,), weights_bytes=8),
+            "full": Graph(file="full.onnx", inputs=(latents, row), outputs=(noise, written), weights_bytes=8),
+            "forecast": Graph(
+                file="data/forecast.bin", inputs=(latents, row, weights, kept), outputs=(noise,), weights_bytes=8
+            ),
         },
         plan=PlanDefaults(
             steps=10,
@@ -216,14 +233,49 @@ def test_unlisted_file_has_no_path(folder):
 
 
 @pytest.mark.parametrize("link", ["full.onnx", "data"])
-def test_link_that_leaves_the_folder(folder, tmp_path, link):
+def test_link_that_leaves_the_folder_is_what_its_bytes_are(folder, tmp_path, link):
     outside = tmp_path / "outside"
     (folder / link).rename(outside)
     (folder / link).symlink_to(outside)
-    with pytest.raises(BundleError, match="path escapes the folder"):
-        open_bundle(folder)
+    opened = open_bundle(folder)
+    assert {name: opened.path(name).read_bytes() for name in CONTENT} == CONTENT
     with pytest.raises(BundleError, match="path escapes the folder"):
         hash_files(folder)
+    flip(outside if outside.is_file() else outside / "forecast.bin", 0)
+    with pytest.raises(
+        BundleError, match=r"leads to .*outside.*, whose bytes are others, expected SHA-256 .*; copy the"
+    ):
+        open_bundle(folder)
+
+
+def test_nothing_is_told_of_a_file_outside(folder, tmp_path):
+    secret = b"S" * len(CONTENT["full.onnx"])
+    (tmp_path / "secret").write_bytes(secret)
+    (folder / "full.onnx").unlink()
+    (folder / "full.onnx").symlink_to(tmp_path / "secret")
+    with pytest.raises(BundleError) as refused:
+        open_bundle(folder)
+    assert hashlib.sha256(secret).hexdigest() not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["full.onnx", MANIFEST])
+@pytest.mark.parametrize("place", ["pipe", "/dev/zero"])
+def test_what_would_never_end_is_not_read(folder, tmp_path, name, place):
+    (folder / name).unlink()
+    os.mkfifo(tmp_path / "pipe")
+    (folder / name).symlink_to(tmp_path / place)
+    with pytest.raises(
+        BundleError, match=rf"{name} is (not a file|no regular file), expected .*; copy the bundle again"
+    ):
+        open_bundle(folder)
+
+
+def test_a_manifest_too_large_to_be_one_is_not_read(folder):
+    os.truncate(folder / MANIFEST, 1 << 40)  # takes no room on the disk
+    with pytest.raises(
+        BundleError, match=r"manifest.json is more than 16777216 bytes, expected the manifest of a bundle"
+    ):
+        open_bundle(folder)
 
 
 def test_link_to_itself(folder):
@@ -401,6 +453,36 @@ def test_path_escape(folder, path, where):
         Manifest.from_bytes(resealed(manifest, escape), MANIFEST)
 
 
+def without(*place):
+    """A change that takes one entry away."""
+
+    def change(raw):
+        for key in place[:-1]:
+            raw = raw[key]
+        del raw[place[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (without("graphs", "prepare"), "graphs are forecast, full, those with no guards are forecast, full, prepare"),
+        (without("graphs", "forecast"), "graphs are full, prepare"),
+        (without("graphs", "forecast", "inputs", 3), f"graph forecast has no `taylor_in.{SITE}`, which is a site"),
+        (without("graphs", "full", "outputs", 1), f"graph full has no `taylor_out.{SITE}`, which is a site"),
+        (without("graphs", "forecast", "outputs", 0), "graph forecast has 0 outputs of role noise_pred, it takes 1"),
+        (without("graphs", "prepare", "outputs", 0), "is read by graph forecast, and no table of prepare is"),
+        (without("dimensions", "batch"), "uses .'batch'., not in dimensions"),
+        (without("sites", 0), "sites is empty, so nothing is forecast"),
+    ],
+)
+def test_what_is_missing_is_named(folder, change, text):
+    manifest = open_bundle(folder).manifest
+    with pytest.raises(BundleError, match=f"{text}.*; copy the bundle again"):
+        Manifest.from_bytes(resealed(manifest, change), MANIFEST)
+
+
 @pytest.mark.parametrize(
     ("place", "value", "text"),
     [
@@ -411,10 +493,50 @@ def test_path_escape(folder, path, where):
         (("dimensions", "batch", "maximum"), 0, "dimensions.batch.maximum"),
         (("dimensions", "tokens", "minimum"), 5000, "typical 1024 is not within 5000 to 4096"),
         (("graphs", "full", "file"), "gone.onnx", "gone.onnx of graph full is not listed"),
-        (("sites",), [{"name": "a", "shape": ["depth"]}], "shape of a uses .'depth'."),
+        (("sites", 0, "shape", 0), "depth", f"shape of {SITE} uses .'depth'."),
         (("sites",), [{"name": "a", "shape": ["f(batch)"]}], "write it with these alone"),
         (("sites",), [{"name": "a", "shape": [-1]}], "expected at least 0 elements"),
         (("engine", "kind"), "pickle", "engine.kind"),
+        (("family",), "../../x", "family"),
+        (("name",), "../../x", "name"),
+        (("name",), "..", "name"),
+        (("cache_key",), "../../x", "cache_key"),
+        (("model", "reference"), "\x1b[31m", "has characters that cannot be shown"),
+        (("sampling", "scheduler"), "DiffusionPipeline", "no scheduler of diffusers"),
+        (("sampling", "config", "num_train_timesteps"), "many", "num_train_timesteps is 'many', no whole number"),
+        (("dimensions", "batch", "maximum"), 10**40, "dimensions.batch.maximum"),
+        (("dimensions", "depth"), {"minimum": 1, "typical": 1, "maximum": 1}, "has .'depth'., which no shape uses"),
+        (("dimensions", "ｂatch"), {"minimum": 1, "typical": 1, "maximum": 1}, "dimensions"),
+        (("plan", "steps"), 10**9, "text is 10 steps long, its own numbers give 1000000000"),
+        (("dimensions", "steps", "minimum"), 20, "plan has 10 steps, dimension `steps` is 20 to 1000"),
+        (("state", "order"), 4, "order 4 give float32 .5, batch, tokens, 16."),
+        (("state", "layout"), "derivatives", "layout derivatives and order 2 give float32 .3, batch"),
+        (("state", "dtype"), "float16", "order 2 give float16"),
+        (("state", "dtype"), "int64", "which is no float"),
+        (("state", "guards"), ["cg"], "those with guards cg are forecast, full, prepare, probe, rest"),
+        (("graphs", "probe"), None, "graphs.probe"),
+        (("graphs", "full", "inputs", 0, "shape", 1), "2*ｔokens", "write it with these alone"),
+        (("graphs", "full", "inputs", 0, "shape", 1), 10**40, "shape of `latents` is .*0, 64. in graph full"),
+        (("graphs", "full", "inputs", 0, "shape", 1), "tokens-9", "in graph"),
+        (("graphs", "full", "inputs", 0, "dtype"), "float16", "dtype of `latents` is float.* in graph"),
+        (("graphs", "full", "inputs", 0, "role"), "constant", "graph full has 0 inputs of role latent, it takes 1"),
+        (("graphs", "full", "inputs", 0, "role"), "error", "has role error, which it cannot have there"),
+        (("graphs", "full", "inputs", 0, "name"), "step.shared", "inputs of graph full has `step.shared` twice"),
+        (("graphs", "full", "inputs", 0, "name"), "noise_pred", "`noise_pred` is an input and an output of graph full"),
+        (("graphs", "full", "outputs", 1, "name"), "taylor_out.other", "of graph full belongs to no site"),
+        (("graphs", "full", "outputs", 1, "site"), "other", "of graph full belongs to no site"),
+        (("graphs", "full", "outputs", 0, "name"), "noise", "has role noise_pred, which is called so"),
+        (("graphs", "full", "inputs", 1, "shape", 1), 33, "shape of `step.shared` is .batch, 33. in graph full"),
+        (("graphs", "full", "inputs", 1, "name"), "step.x", "`step.x` is read by graph full, and no table of prepare"),
+        (("graphs", "prepare", "inputs", 1, "shape", 0), "batch", "one number for each step is .steps."),
+        (("graphs", "prepare", "inputs", 0, "values"), [0, 1], "values of `text` are .0, 1., which is no range of"),
+        (
+            ("graphs", "forecast", "inputs", 2, "shape", 0),
+            4,
+            "`weights` of graph forecast is float32 .4., order 2",
+        ),
+        (("files", "FULL.onnx"), {"sha256": SEALED, "size": 1}, "are one file where case does not count"),
+        (("files", "full.onnx/x"), {"sha256": SEALED, "size": 1}, "files lists full.onnx as a file and as a folder"),
         (("files", "full.onnx", "sha256"), "A" * 64, "sha256"),
     ],
 )
@@ -439,9 +561,9 @@ def test_the_manifest_is_immutable_and_plain():
     with pytest.raises(ValidationError, match="frozen"):
         manifest_of(files).name = "other"
     with pytest.raises(ValidationError, match="is not plain JSON"):
-        Sampling(scheduler="S", config={"a": object()}, guidance="none", guidance_scale=1)
+        Sampling(scheduler="none", config={"a": object()}, guidance="none", guidance_scale=1)
     with pytest.raises(ValidationError, match="not JSON compliant"):
-        Sampling(scheduler="S", config={"a": float("nan")}, guidance="none", guidance_scale=1)
+        Sampling(scheduler="none", config={"a": float("nan")}, guidance="none", guidance_scale=1)
 
 
 # Writing

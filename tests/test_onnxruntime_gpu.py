@@ -31,10 +31,10 @@ def library(monkeypatch):
             return made.starts or [p if isinstance(p, str) else p[0] for p in self.providers]
 
         def get_inputs(self):
-            return [SimpleNamespace(name="x")]
+            return [SimpleNamespace(name="x", type="tensor(float)", shape=["batch", 4])]
 
         def get_outputs(self):
-            return [SimpleNamespace(name="y")]
+            return [SimpleNamespace(name="y", type="tensor(float)", shape=["batch", 4])]
 
         def io_binding(self):
             return SimpleNamespace(bind_input=lambda *a: None, bind_output=lambda *a: None)
@@ -52,6 +52,7 @@ def library(monkeypatch):
     made.InferenceSession, made.RunOptions = Session, RunOptions
     made.get_available_providers = lambda: [TENSORRT, CUDA, CPU]
     monkeypatch.setattr(runner, "_library", lambda: made)
+    monkeypatch.setattr(runner, "_source", lambda path: (path, None))
     return made
 
 

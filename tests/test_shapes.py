@@ -58,6 +58,7 @@ def test_resolve():
         " batch",
         "batch;",
         "batch/2",
+        "\uff42atch",  # what Python reads as `batch`
         "batch**9",
         "-batch",
         "batch % 2",

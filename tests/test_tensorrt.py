@@ -12,9 +12,10 @@ import pytest
 import torch
 from tiny_bundles import MODELS, TENSORRT_RTX
 
+from taylorseer_export.bundle.contract import unlike
 from taylorseer_export.bundle.manifest import Dimension, Graph, Tensor
 from taylorseer_export.bundle.store import open_bundle
-from taylorseer_export.bundle.tensorrt import extents, library, logger, unlike
+from taylorseer_export.bundle.tensorrt import extents, library, logger
 from taylorseer_export.compile import export
 from taylorseer_export.compile import tensorrt as plans
 from taylorseer_export.compile import torch_tensorrt as torch_plans

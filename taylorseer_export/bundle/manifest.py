@@ -5,7 +5,7 @@ newline), so a bundle has exactly one correct manifest and any other byte is not
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,17 +15,19 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     model_validator,
 )
 
 from taylorseer_export.bundle import shapes
+from taylorseer_export.bundle.agreement import contradiction
+from taylorseer_export.bundle.schedulers import SCHEDULERS
 from taylorseer_export.bundle.sealed import Part, Sealed, Sha256
 from taylorseer_export.errors import BundleError
 from taylorseer_export.method.guard import Rule
 from taylorseer_export.method.plan import Dialect, Plan
 
 MANIFEST = "manifest.json"
+BUNDLE_NAME = "[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"  # regular expression; a name is part of a folder's
 SCHEMA_VERSION = 2
 
 GraphName = Literal["prepare", "full", "forecast", "probe", "rest"]
@@ -60,15 +62,35 @@ def _shape_entry(entry: int | str) -> int | str:
     return entry
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("has characters that cannot be shown")
+    return text
+
+
+def _scheduler(name: str) -> str:
+    if name not in SCHEDULERS:
+        raise ValueError("is no scheduler of diffusers that this version knows")
+    return name
+
+
+Text = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
+FamilyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+BundleName = Annotated[str, Field(pattern=f"^{BUNDLE_NAME}$")]
+SizeName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,63}$")]
+ClassName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$")]
+Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
+Whole = Annotated[int, Field(ge=-(1 << 31), le=(1 << 31) - 1)]
+Size = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
 Config = Annotated[dict[str, Any], BeforeValidator(_plain_json)]
-RelativePath = Annotated[str, AfterValidator(_inside)]
+RelativePath = Annotated[str, Field(max_length=500), AfterValidator(_inside)]
 Shape = tuple[Annotated[int | str, AfterValidator(_shape_entry)], ...]
 
 
 class Tensor(Part):
     """One input or output of a graph."""
 
-    name: str = Field(description="Name of the tensor in the graph file.")
+    name: Text = Field(min_length=1, max_length=500, description="Name of the tensor in the graph file.")
     dtype: Dtype = Field(description="Element type.")
     shape: Shape = Field(
         description="Extent of each dimension in elements: a number, the name of a dimension, or "
@@ -81,7 +103,7 @@ class Tensor(Part):
         "probe_out: what the probe keeps, read and written. error: how far the probe's quantity is from what was "
         "expected. carried: from the probe to the rest of a full step."
     )
-    values: tuple[int, int] | None = Field(
+    values: tuple[Whole, Whole] | None = Field(
         default=None, description="Smallest and largest value accepted, where it is an index into a table."
     )
     site: str | None = Field(default=None, description="Of a Taylor buffer: the site whose features it holds.")
@@ -101,7 +123,7 @@ class Graph(Part):
     file: RelativePath = Field(description="Engine or ONNX file, relative posix path.")
     inputs: tuple[Tensor, ...] = Field(description="Inputs in the order of the graph.")
     outputs: tuple[Tensor, ...] = Field(description="Outputs in the order of the graph.")
-    weights_bytes: int = Field(ge=0, description="Bytes of the weights it reads; graphs may share a weight.")
+    weights_bytes: Count = Field(description="Bytes of the weights it reads; graphs may share a weight.")
 
     def input_of(self, role: Role) -> Tensor:
         """The one input of a role; raises `BundleError` where there is none or several."""
@@ -114,9 +136,9 @@ class Graph(Part):
 class Dimension(Part):
     """Accepted range of one symbolic size; equal ends make it static."""
 
-    minimum: int = Field(ge=1, description="Smallest accepted size, in elements.")
-    maximum: int = Field(ge=1, description="Largest accepted size, in elements.")
-    typical: int = Field(ge=1, description="Size at which estimates and benchmarks are quoted, in elements.")
+    minimum: Size = Field(description="Smallest accepted size, in elements.")
+    maximum: Size = Field(description="Largest accepted size, in elements.")
+    typical: Size = Field(description="Size at which estimates and benchmarks are quoted, in elements.")
 
     @model_validator(mode="after")
     def _ordered(self) -> "Dimension":
@@ -128,7 +150,7 @@ class Dimension(Part):
 class Site(Part):
     """One tapped module output that is forecast on forecast steps."""
 
-    name: str = Field(description="Dotted module name in the transformer.")
+    name: Text = Field(min_length=1, max_length=400, description="Dotted module name in the transformer.")
     shape: Shape = Field(description="Shape of one snapshot, as in a tensor's shape.")
 
 
@@ -150,15 +172,17 @@ class State(Part):
 class PlanDefaults(Part):
     """The plan used when a request names none."""
 
-    steps: int = Field(ge=1, description="Denoising steps.")
-    interval: int = Field(ge=1, description="Steps from one full step to the next after warm-up.")
-    warmup: int = Field(ge=1, description="Full steps at the start.")
+    steps: Size = Field(description="Denoising steps.")
+    interval: Size = Field(description="Steps from one full step to the next after warm-up.")
+    warmup: Size = Field(description="Full steps at the start.")
     order: int = Field(ge=0, le=4, description="Order of the forecast, dimensionless.")
     dialect: Dialect = Field(description="Rule that places the full steps after warm-up.")
     text: str = Field(description="The plan printed: F for a full step, . for a forecast step.")
 
     @model_validator(mode="after")
     def _text_is_the_plan(self) -> "PlanDefaults":
+        if len(self.text) != self.steps:
+            raise ValueError(f"text is {len(self.text)} steps long, its own numbers give {self.steps}")
         plan = Plan.regular(self.steps, self.interval, self.warmup, self.dialect)
         if self.text != str(plan):
             raise ValueError(f"text is {self.text}, its own numbers give {plan}")
@@ -168,29 +192,31 @@ class PlanDefaults(Part):
 class Model(Part):
     """The model that was exported."""
 
-    reference: str = Field(description="Folder or hub id it was loaded from.")
-    class_name: str = Field(description="Class of the transformer in diffusers.")
+    reference: Text = Field(description="Folder or hub id it was loaded from.")
+    class_name: ClassName = Field(description="Class of the transformer in diffusers.")
     config: Config = Field(description="Config of the transformer, as diffusers stores it.")
     weights_sha256: Sha256 = Field(description="SHA-256 of its weights, hexadecimal.")
     embedded: bool = Field(description="Whether it is the tiny model shipped with this package.")
-    variant: str | None = Field(default=None, description="Which of several precisions of the weights, like fp16.")
-    config_file: str | None = Field(default=None, description="Where the config was read from, if not from there.")
-    loras: tuple[str, ...] = Field(default=(), description="What was added to the weights: file or file:scale.")
-    lora_skip: tuple[str, ...] = Field(default=(), description="What of those files was left out: text-encoder.")
+    variant: Text | None = Field(default=None, description="Which of several precisions of the weights, like fp16.")
+    config_file: Text | None = Field(default=None, description="Where the config was read from, if not from there.")
+    loras: tuple[Text, ...] = Field(default=(), description="What was added to the weights: file or file:scale.")
+    lora_skip: tuple[Text, ...] = Field(default=(), description="What of those files was left out: text-encoder.")
 
 
 class Sampling(Part):
     """How the denoiser is meant to be sampled."""
 
-    scheduler: str = Field(description="Class of the scheduler in diffusers.")
+    scheduler: Annotated[str, AfterValidator(_scheduler)] = Field(
+        description="Class of the scheduler in diffusers; `none` where the denoiser is driven step by step."
+    )
     config: Config = Field(description="Config of the scheduler, as diffusers stores it.")
     guidance: Literal["none", "embedded", "batched", "branches"] = Field(
         description="How guidance reaches the model: not at all, as an input, as a second half of the batch, or as a "
         "second call in every step."
     )
-    guidance_scale: float = Field(description="Default guidance scale, dimensionless.")
+    guidance_scale: float = Field(ge=-1e6, le=1e6, description="Default guidance scale, dimensionless.")
     timestep_divisor: float = Field(
-        default=1.0, gt=0, description="What the scheduler's timestep is divided by for the transformer."
+        default=1.0, gt=0, le=1e6, description="What the scheduler's timestep is divided by for the transformer."
     )
     source: Literal["labels", "captions", "tensors"] = Field(
         default="tensors",
@@ -202,6 +228,13 @@ class Sampling(Part):
     )
     latent_scale: int = Field(default=8, ge=1, description="Pixels per latent pixel along each side.")
     time_scale: int = Field(default=4, ge=1, description="Frames per latent frame; the first is one frame.")
+
+    @model_validator(mode="after")
+    def _timesteps_are_a_number(self) -> "Sampling":
+        count = self.config.get("num_train_timesteps")
+        if count is not None and (type(count) is not int or not 1 <= count <= 1_000_000):
+            raise ValueError(f"num_train_timesteps is {str(count)[:40]!r}, no whole number from 1 to 1000000")
+        return self
 
 
 class Pipeline(Part):
@@ -251,9 +284,9 @@ class Engine(Part):
     kind: Literal["onnxruntime", "inductor", "tensorrt", "tensorrt-rtx", "torch-tensorrt"] = Field(
         description="Kind of engine."
     )
-    versions: dict[str, str] = Field(description="Exact version of each library, by its name.")
-    device: dict[str, str] = Field(description="Limits of the device, such as its capability.")
-    options: dict[str, str] = Field(
+    versions: dict[Text, Text] = Field(description="Exact version of each library, by its name.")
+    device: dict[Text, Text] = Field(description="Limits of the device, such as its capability.")
+    options: dict[Text, Text] = Field(
         default_factory=dict, description="Options of the build that only some kinds of engine take, by name."
     )
 
@@ -262,7 +295,7 @@ class File(Part):
     """Hash and size of one file of the bundle."""
 
     sha256: Sha256 = Field(description="SHA-256 of its bytes, hexadecimal.")
-    size: int = Field(ge=0, description="Size in bytes.")
+    size: Count = Field(description="Size in bytes.")
 
 
 class Manifest(Sealed):
@@ -275,12 +308,12 @@ class Manifest(Sealed):
     schema_version: int = Field(
         default=SCHEMA_VERSION, ge=1, description="Version of this schema; rises when it changes."
     )
-    tool_version: str = Field(description="Version of taylorseer-export that wrote it.")
-    family: str = Field(description="Model family, as on the command line.")
-    name: str = Field(description="Name of the bundle within its family.")
+    tool_version: Text = Field(description="Version of taylorseer-export that wrote it.")
+    family: FamilyName = Field(description="Model family, as on the command line.")
+    name: BundleName = Field(description="Name of the bundle within its family.")
     precision: Literal["fp32", "fp16", "bf16"] = Field(description="Precision of the engines.")
     model: Model = Field(description="The model that was exported.")
-    dimensions: dict[str, Dimension] = Field(description="Range of every symbolic size, by name.")
+    dimensions: dict[SizeName, Dimension] = Field(description="Range of every symbolic size, by name.")
     sites: tuple[Site, ...] = Field(description="The tapped module outputs, in graph order.")
     state: State = Field(description="Layout of the Taylor buffers.")
     graphs: dict[GraphName, Graph] = Field(description="I/O contract of every graph, by name.")
@@ -293,27 +326,16 @@ class Manifest(Sealed):
     files: dict[RelativePath, File] = Field(
         description="Hash and size of every file but the manifest, by relative posix path."
     )
-    cache_key: str = Field(description="Hash of the inputs and options of the build.")
+    cache_key: str = Field(
+        pattern=r"^[A-Za-z0-9]{1,64}$",
+        description="Hash of the inputs and options of the build; names a file of caches.",
+    )
 
     @model_validator(mode="after")
-    def _agrees_with_itself(self, info: ValidationInfo) -> "Manifest":
-        if self.plan.order > self.state.order:
-            raise ValueError(f"plan order {self.plan.order} exceeds state order {self.state.order}")
-        for name, graph in self.graphs.items():
-            if graph.file not in self.files:
-                raise ValueError(f"file {graph.file} of graph {name} is not listed in files")
-        for owner, shape in self._shapes():
-            unknown = frozenset().union(*map(shapes.names, shape)) - self.dimensions.keys()
-            if unknown:
-                raise ValueError(f"shape of {owner} uses {sorted(unknown)}, not in dimensions")
+    def _agrees_with_itself(self) -> "Manifest":
+        if problem := contradiction(self):
+            raise ValueError(problem)
         return self
-
-    def _shapes(self) -> Iterator[tuple[str, Shape]]:
-        for site in self.sites:
-            yield site.name, site.shape
-        for graph in self.graphs.values():
-            for tensor in (*graph.inputs, *graph.outputs):
-                yield tensor.name, tensor.shape
 
     @classmethod
     def rebuild(cls, raw: Mapping[str, Any]) -> str:

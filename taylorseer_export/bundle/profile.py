@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.bundle.manifest import Manifest
-from taylorseer_export.bundle.sealed import Part, Sealed, Sha256
+from taylorseer_export.bundle.sealed import Part, Sealed, Sha256, content
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.errors import BundleError, ConfigError
 from taylorseer_export.method import Plan, Rule
@@ -120,7 +120,7 @@ def read_profile(bundle: Bundle, name: str) -> Profile:
             f"`taylorseer-export calibrate {bundle.folder} --full-steps N --name {name}`"
         )
     path = bundle.folder / PROFILES / f"{name}.json"
-    profile = Profile.from_bytes(path.read_bytes(), path)
+    profile = Profile.from_bytes(content(path, f"{Profile.KIND}; {Profile.REMEDY}"), path)
     if profile.name != name:
         raise BundleError(f"{path} is profile `{profile.name}`, expected `{name}`; {Profile.REMEDY}")
     profile.check_fits(bundle.manifest)

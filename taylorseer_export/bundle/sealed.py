@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from taylorseer_export.errors import BundleError
+
+LARGEST = 16 << 20  # bytes of a sealed file; the largest published model's manifest takes a hundredth of it
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -111,6 +116,30 @@ class Sealed(Part):
         return hashlib.sha256(_canonical(body)).hexdigest()
 
 
+def content(path: Path, expected: str) -> bytes:
+    """The bytes of a sealed file, a regular one of at most `LARGEST`: what else may lie there is not read.
+
+    Args:
+        path: The file, links followed.
+        expected: What it is, and the remedy, for the errors.
+
+    Raises:
+        BundleError: It is missing, unreadable, no regular file, or too large.
+    """
+    try:
+        # A pipe is opened without waiting for a writer, and then seen to be one.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(handle, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise BundleError(f"{path} is no regular file, expected {expected}")
+            data = stream.read(LARGEST + 1)
+    except OSError as error:
+        raise BundleError(f"{path} is not readable ({error.strerror}), expected {expected}") from error
+    if len(data) > LARGEST:
+        raise BundleError(f"{path} is more than {LARGEST} bytes, expected {expected}")
+    return data
+
+
 def _is_sealed(raw: Mapping[str, Any]) -> bool:
     """Whether the digest of a file of any version belongs to its other fields."""
     body = {key: value for key, value in raw.items() if key != "digest"}
@@ -131,8 +160,14 @@ def _refuse(constant: str) -> NoReturn:
 
 def _first_problem(error: ValidationError, kind: str) -> str:
     problem = error.errors(include_url=False)[0]
+    said = _shown(problem["msg"].removeprefix("Value error, "), 600)
+    if not problem["loc"] and isinstance(problem["input"], dict):
+        return f"is {kind} that contradicts itself, expected one that agrees: {said}"
     where = ".".join(map(str, problem["loc"])) or kind.split()[-1]
-    seen = repr(problem["input"])
-    if len(seen) > 60:
-        seen = f"{seen[:60]}…"
-    return f"field `{where}` is {seen}, expected otherwise: {problem['msg']}"
+    return f"field `{_shown(where, 200)}` is {_shown(repr(problem['input']), 60)}, expected otherwise: {said}"
+
+
+def _shown(text: str, most: int) -> str:
+    """Text of a file as it may stand in a sentence: of one line, and not too long."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: most + 1])
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -189,7 +189,7 @@ def _line(node: ast.expr) -> tuple[int, int] | None:
 @lru_cache(maxsize=1024)
 def _parse(expression: str) -> ast.expr:
     try:
-        if len(expression) > _LONGEST:
+        if len(expression) > _LONGEST or not expression.isascii():  # Python takes a full-width `a` for an `a`
             raise SyntaxError
         tree = ast.parse(expression, mode="eval").body
         _check(tree)

@@ -8,17 +8,20 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Lock
 
 from taylorseer_export.bundle.atomic import aside, flush, flush_one, sweep
+from taylorseer_export.bundle.external import external_files
 from taylorseer_export.bundle.manifest import MANIFEST, File, Manifest
+from taylorseer_export.bundle.sealed import content
 from taylorseer_export.errors import BundleError, ConfigError
 
 Progress = Callable[[int], None]
 
 _CHUNK = 1 << 20  # bytes read at a time
 _THREADS = 4  # hashing releases the interpreter lock; more than this only queue on the disk
+_AGAIN = "replace it by a file and write the bundle again"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -49,6 +52,27 @@ class Bundle:
                 f"{', '.join(self.manifest.files)}; {_remedy(self.folder, self.manifest.family)}"
             )
         return self.folder / relative
+
+    def check_listed(self, relative: str) -> None:
+        """Refuse an ONNX graph that reads a file which was never checked.
+
+        Args:
+            relative: The graph's name in the manifest.
+
+        Raises:
+            BundleError: It is no graph, or names a file beside it that the manifest does not list.
+        """
+        path, remedy = self.path(relative), _remedy(self.folder, self.manifest.family)
+        try:
+            read = external_files(path.read_bytes())
+        except ValueError as error:
+            raise BundleError(f"{path} is {error}, expected an ONNX graph; {remedy}") from error
+        for name in read:
+            if (PurePosixPath(relative).parent / name).as_posix() not in self.manifest.files:
+                raise BundleError(
+                    f"file `{name}`, which {path} reads, is not listed in {self.folder / MANIFEST}, expected "
+                    f"every file that a graph reads to be there with its hash; {remedy}"
+                )
 
 
 @contextmanager
@@ -127,32 +151,33 @@ def hash_files(folder: Path, progress: Progress | None = None) -> dict[str, File
     """
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     relative = sorted(path.relative_to(folder).as_posix() for path in found)
-    return _hashes(folder, [name for name in relative if name != MANIFEST], progress)
+    for name in relative:
+        if (place := _leaving(folder, name)) is not None:
+            raise BundleError(
+                f"{folder / name} leads to {place}, expected a file inside the bundle: path escapes the folder; "
+                f"{_AGAIN}"
+            )
+    return _hashes(folder, [name for name in relative if name != MANIFEST], progress, _AGAIN)
 
 
 def open_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
     """Open a bundle after checking its manifest and every byte of every file.
 
     All sizes are compared before the first hash, so a cut-off copy is noticed at once. Files that
-    the manifest does not list are left alone. What changes after this call is not noticed.
+    the manifest does not list are left alone. What changes after this call is not noticed. A file may be a link, as
+    in the cache of a hub, wherever it leads: its bytes are compared.
 
     Args:
         folder: The bundle.
         progress: As in `hash_files`.
 
     Raises:
-        BundleError: The folder, its manifest or a file is missing, unreadable, outside the
-            folder, or not what the manifest says. Names the file.
+        BundleError: The folder, its manifest or a file is missing, unreadable, no regular file, or not what the
+            manifest says. Names the file.
     """
     if not folder.is_dir():
         raise BundleError(f"bundle {folder} is missing, expected a folder; {_remedy(folder, '<family>')}")
-    try:
-        data = (folder / MANIFEST).read_bytes()
-    except OSError as error:
-        raise BundleError(
-            f"{folder / MANIFEST} is not readable ({error.strerror}), expected the manifest of a "
-            f"bundle; {_remedy(folder, '<family>')}"
-        ) from error
+    data = content(folder / MANIFEST, f"the manifest of a bundle; {_remedy(folder, '<family>')}")
     manifest = Manifest.from_bytes(data, folder / MANIFEST)
     remedy = _remedy(folder, manifest.family)
     for name, file in manifest.files.items():
@@ -161,7 +186,9 @@ def open_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
             raise BundleError(f"{folder / name} is {size} bytes, expected {file.size} bytes; {remedy}")
     for name, seen in _hashes(folder, manifest.files, progress, remedy).items():
         if seen != (expected := manifest.files[name]):
-            raise BundleError(f"{folder / name} has SHA-256 {seen.sha256}, expected {expected.sha256}; {remedy}")
+            place = _leaving(folder, name)  # nothing is told of a file outside but that it is another one
+            what = f"has SHA-256 {seen.sha256}" if place is None else f"leads to {place}, whose bytes are others"
+            raise BundleError(f"{folder / name} {what}, expected SHA-256 {expected.sha256}; {remedy}")
     return Bundle(folder, manifest)
 
 
@@ -169,7 +196,7 @@ def _hashes(
     folder: Path,
     names: Iterable[str],
     progress: Progress | None,
-    remedy: str = "replace it by a file and write the bundle again",
+    remedy: str,
 ) -> dict[str, File]:
     lock = Lock()
 
@@ -198,16 +225,18 @@ def _chunks(path: Path, remedy: str) -> Iterator[bytes]:
 
 
 def _regular(folder: Path, name: str, remedy: str) -> Path:
-    """The path of a file that exists in the folder, links followed."""
+    """The path of a file that exists, links followed: what a file is, its hash decides, not where it lies."""
     path = Path(os.path.realpath(folder / name))
-    if not path.is_relative_to(os.path.realpath(folder)):
-        raise BundleError(
-            f"{folder / name} leads to {path}, expected a file inside the bundle: path escapes the folder; {remedy}"
-        )
     if not os.path.isfile(path):
         state = "not a file" if os.path.exists(path) else "missing"
         raise BundleError(f"{folder / name} is {state}, expected a regular file; {remedy}")
     return path
+
+
+def _leaving(folder: Path, name: str) -> Path | None:
+    """Where a link leads that leaves the folder; None where it stays."""
+    path = Path(os.path.realpath(folder / name))
+    return None if path.is_relative_to(os.path.realpath(folder)) else path
 
 
 def _refuse_foreign(folder: Path) -> None:

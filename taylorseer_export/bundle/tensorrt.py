@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from taylorseer_export.bundle.manifest import Dimension, Graph, Tensor
-from taylorseer_export.bundle.shapes import evaluate, names, resolve
+from taylorseer_export.bundle.manifest import Dimension, Tensor
+from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.errors import TaylorSeerError, first_line
 
 _LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "torch-tensorrt": "tensorrt"}
@@ -76,33 +76,6 @@ def logger(trt: Any) -> Any:
 def dtype_names(trt: Any) -> dict[Any, str]:
     """The library's dtype -> the contract's."""
     return {getattr(trt.DataType, theirs): ours for ours, theirs in _DTYPES.items()}
-
-
-Seen = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor -> (dtype, shape with -1 where it is free)
-
-
-def unlike(graph: Graph, inputs: Seen, outputs: Seen, dimensions: Mapping[str, Dimension]) -> str | None:
-    """How an engine's own tensors differ from the contract, as `<what> is <seen>, expected <what>`; None if they agree.
-
-    Args:
-        graph: The contract.
-        inputs, outputs: What the engine or network says of itself.
-        dimensions: Ranges of the sizes: one of a single size is a number in the engine, any other is free.
-    """
-    fixed = {name: d.minimum for name, d in dimensions.items() if d.minimum == d.maximum}
-    for kind, tensors, seen in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
-        expected = [t.name for t in tensors]
-        if sorted(seen) != sorted(expected):
-            strange = sorted(set(seen) ^ set(expected))
-            return f"{kind} {', '.join(strange)} are in one of engine and manifest, expected the same names in both"
-        for tensor in tensors:
-            shape = tuple(evaluate(s, fixed) if names(s) <= fixed.keys() else -1 for s in tensor.shape)
-            dtype, found = seen[tensor.name]
-            # The library cannot always tell that a computed size has one value only: an output may stay free.
-            known = tuple(-1 if kind == "outputs" and f == -1 else s for f, s in zip(found, shape, strict=False))
-            if dtype != tensor.dtype or len(found) != len(shape) or found != known:
-                return f"`{tensor.name}` is {dtype} {list(found)}, expected {tensor.dtype} {list(shape)}"
-    return None
 
 
 def extents(tensor: Tensor, dimensions: Mapping[str, Dimension]) -> tuple[tuple[int, ...], ...]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import replace
 from pathlib import Path
 
+from taylorseer_export.bundle.manifest import BUNDLE_NAME
 from taylorseer_export.commands.options import PROGRAM, engine_options, given_engine_options
 from taylorseer_export.commands.terminal import need, progress, stages
 from taylorseer_export.compile.engines import ENGINES
@@ -206,7 +208,12 @@ def run(family: Family, given: argparse.Namespace) -> int:
     if given.slots > 1 and not (given.memory_budget or given.dry_run):
         raise ConfigError(f"--slots is {given.slots} without a budget, expected --memory-budget too; add it")
     path = Path((given.model or "tiny").rstrip("/").removesuffix(".safetensors").removesuffix(".json"))
-    name = given.name or path.name.lower()
+    name = given.name or re.sub(r"[^a-z0-9._+-]+", "-", path.name.lower()).lstrip("._+-")[:100] or "model"
+    if not re.fullmatch(BUNDLE_NAME, name):
+        raise ConfigError(
+            f"--name is {name!r}, expected letters, digits and . _ + -, at most 100, a letter or digit first; choose "
+            "such a name"
+        )
     with progress("tracing and splitting", 1) as advance:
         traced = export.trace_model(checkpoint, options)
         rows = memory_table.choices(traced, options) if given.memory_budget or given.dry_run else ()

@@ -28,12 +28,13 @@ from taylorseer_export.bundle.manifest import (
     Site,
     State,
 )
+from taylorseer_export.bundle.schedulers import SCHEDULERS
 from taylorseer_export.bundle.store import hash_files, writing
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.engines import Progress, builder, check_engine
 from taylorseer_export.compile.polygraphy import check_sizes, write_examples
 from taylorseer_export.compile.weights import WEIGHTS, Stored, write_weights
-from taylorseer_export.errors import ConfigError
+from taylorseer_export.errors import CheckpointError, ConfigError
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.split import Split, split
 from taylorseer_export.graph.splitter import Granularity, Layout
@@ -358,9 +359,15 @@ def sampling_of(checkpoint: Checkpoint) -> Sampling:
     guidance = family.guidance
     if guidance == "embedded" and not checkpoint.config.get("guidance_embeds", True):
         guidance = "none"
+    scheduler = str(config.get("_class_name", family.scheduler)) or "none"
+    if scheduler not in SCHEDULERS:
+        raise CheckpointError(
+            f"scheduler of {checkpoint.reference} is `{scheduler}`, expected one of diffusers that this version knows "
+            f"({', '.join(sorted(SCHEDULERS))}); name one in scheduler/scheduler_config.json"
+        )
     brought = checkpoint.card if checkpoint.embedded else {}  # no other model brings an encoder or a decoder
     return Sampling(
-        scheduler=str(config.get("_class_name", family.scheduler)),
+        scheduler=scheduler,
         config={key: value for key, value in config.items() if not key.startswith("_")},
         guidance=guidance,
         guidance_scale=checkpoint.card.get("guidance_scale") or family.guidance_scale,

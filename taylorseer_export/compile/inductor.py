@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from taylorseer_export.bundle.contract import NOTE, signature
 from taylorseer_export.bundle.manifest import Engine
 from taylorseer_export.compile.eager import pointwise_sums, weighted, writing
 from taylorseer_export.compile.engines import Progress, library_versions
@@ -96,6 +97,7 @@ def _compiled(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device: 
         "aot_inductor.package": True,
         "aot_inductor.package_constants_in_so": False,
         "aot_inductor.output_path": str(place),
+        "aot_inductor.metadata": {NOTE: signature(draft.contract(cut))},
         "max_autotune": bool(draft.options.engine_options.get("max-autotune")),
     }
     try:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from taylorseer_export.bundle.atomic import replacing
+from taylorseer_export.bundle.contract import unlike
 from taylorseer_export.bundle.manifest import Dimension, Engine
-from taylorseer_export.bundle.tensorrt import dtype_names, extents, library, library_name, logger, unlike
+from taylorseer_export.bundle.tensorrt import dtype_names, extents, library, library_name, logger
 from taylorseer_export.compile.engines import Progress, library_versions
 from taylorseer_export.compile.export import Draft, Options
 from taylorseer_export.compile.onnx import write_graphs

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
-from taylorseer_export.embedded.caption import CaptionEncoder
+from taylorseer_export.embedded.caption import TABLE_FILE, VOCABULARY_FILE, CaptionEncoder
 from taylorseer_export.embedded.picture import pictures_from_dit_latents, pictures_from_flux_latents
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser
@@ -102,4 +102,6 @@ def _caption_encoder(denoiser: Denoiser) -> CaptionEncoder:
             "--prompt is given, but the bundle has no text encoder, expected tensors; "
             "pass encoder_hidden_states and pooled_projections with --inputs FILE.safetensors"
         )
+    for name in (VOCABULARY_FILE, TABLE_FILE):
+        denoiser.bundle.path(f"text/{name}")  # what the manifest does not list was never checked
     return CaptionEncoder.load(denoiser.bundle.folder / "text")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
-from taylorseer_export.errors import BundleError, ConfigError
+from taylorseer_export.errors import BundleError, ConfigError, first_line
 
 
 @dataclass(frozen=True)
@@ -75,4 +75,16 @@ def scheduler_of(manifest: Manifest) -> Any:
             "diffusers is not installed, expected it for its schedulers; pip install 'taylorseer-export[sample]', "
             "or drive the denoiser step by step"
         ) from error
-    return getattr(diffusers, manifest.sampling.scheduler).from_config(manifest.sampling.config)
+    found = getattr(diffusers, manifest.sampling.scheduler, None)  # one of `SCHEDULERS`, as the manifest was checked
+    if found is None:
+        raise BundleError(
+            f"scheduler is `{manifest.sampling.scheduler}`, expected one that diffusers {diffusers.__version__} has; "
+            "upgrade diffusers, or drive the denoiser step by step"
+        )
+    try:
+        return found.from_config(manifest.sampling.config)
+    except Exception as error:  # whatever a class makes of values that it was not written for
+        raise BundleError(
+            f"config of {manifest.sampling.scheduler} is not usable ({first_line(error)}), expected one that diffusers "
+            f"{diffusers.__version__} takes; {manifest.REMEDY}"
+        ) from error

@@ -13,7 +13,7 @@ from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.profile import Profile, read_profile
 from taylorseer_export.bundle.shapes import match
 from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
-from taylorseer_export.errors import ConfigError, StepError
+from taylorseer_export.errors import BundleError, ConfigError, StepError, first_line
 from taylorseer_export.method import Plan
 from taylorseer_export.runtime.check import check_engines
 from taylorseer_export.runtime.engines import open_runner
@@ -51,6 +51,12 @@ def load(
     if check:
         try:
             check_engines(denoiser)
+        except MemoryError as error:
+            denoiser.close()
+            raise BundleError(
+                f"memory is full while {folder} is checked ({first_line(error)}), expected room for its buffers at its "
+                "smallest sizes; free memory, or export again with a smaller --size or --batch"
+            ) from error
         except BaseException:
             denoiser.close()
             raise

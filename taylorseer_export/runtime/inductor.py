@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from taylorseer_export.bundle.contract import NOTE, signature
 from taylorseer_export.bundle.manifest import Graph
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.errors import BundleError, first_line
@@ -89,6 +90,12 @@ def _functions(
     for name in graphs:
         # Without its own threads' locks and events, which a CUDA graph cannot hold.
         model = load_package(str(package), name, run_single_threaded=True)
+        noted, expected = model.get_metadata().get(NOTE, "none"), signature(graphs[name])
+        if noted != expected:
+            raise BundleError(
+                f"tensors of graph `{name}` in {package} are {noted}, expected {expected}, as in the manifest; export "
+                "the bundle again"
+            )
         used = {fqn: tensors[fqn] for fqn in model.get_constant_fqns()}
         if used:
             model.load_constants(used, check_full_update=True, user_managed=True)

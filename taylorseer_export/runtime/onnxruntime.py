@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from taylorseer_export.bundle.contract import unlike
+from taylorseer_export.bundle.external import external_files, relocated
 from taylorseer_export.bundle.manifest import Dimension, Graph
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import Bundle
@@ -23,6 +25,17 @@ _SLOW_FUSIONS = ["SkipLayerNormFusion"]
 # Left alone, the CUDA provider rounds the inputs of float32 products to 10 bits.
 _FLOAT32 = {"use_tf32": "0"}
 _ONNX_BFLOAT16 = 16
+_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+# What a session calls a dtype -> the contract's name.
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
 _ALIGNMENT = 256  # bytes; what TensorRT asks for, and a multiple of every cache line
 
 
@@ -34,6 +47,8 @@ def open_runner(bundle: Bundle, device: str, threads: int, cuda_graphs: bool = T
     """
     check_version(bundle, "onnxruntime", _library().__version__, parts=2)
     graphs: dict[str, Graph] = dict(bundle.manifest.graphs.items())
+    for graph in graphs.values():
+        bundle.check_listed(graph.file)
     files = {name: bundle.path(graph.file) for name, graph in graphs.items()}
     provider = bundle.manifest.engine.options.get("provider", device) if device == "cuda" else device
     return OnnxRuntimeRunner(files, graphs, device, threads, provider, cuda_graphs, bundle.manifest.dimensions)
@@ -89,12 +104,6 @@ class OnnxRuntimeRunner:
             )
         # Every bound call has a number, under which the provider keeps its CUDA graph.
         self._numbers = itertools.count(1) if kind == "cuda" and cuda_graphs else None
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        # Graphs run one after the other: a pool that keeps spinning after its graph would rob the next one.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-        options.add_session_config_entry("session.force_spinning_stop", "1")
         self._sessions: dict[str, Any] = {}
         for name, path in files.items():
             providers: list[Any] = [first]
@@ -103,16 +112,20 @@ class OnnxRuntimeRunner:
             elif kind == "cuda":
                 captured = {} if self._numbers is None else {"enable_cuda_graph": "1"}
                 providers = [(first, {**_FLOAT32, **captured})]
+            options = _options(onnxruntime, threads)
             try:
+                source, folder = _source(path)
+                if folder is not None:
+                    options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
                 self._sessions[name] = onnxruntime.InferenceSession(
-                    path, options, providers=providers, disabled_optimizers=_SLOW_FUSIONS
+                    source, options, providers=providers, disabled_optimizers=_SLOW_FUSIONS
                 )
             except Exception as error:
                 raise BundleError(
                     f"{path} is refused by onnxruntime {onnxruntime.__version__} ({error}), expected a graph it can "
                     "load; rebuild the bundle with this version"
                 ) from error
-            _check_contract(path, graphs[name], self._sessions[name])
+            _check_contract(path, graphs[name], self._sessions[name], dimensions)
             if self._sessions[name].get_providers()[0] != first:
                 raise BundleError(
                     f"{first} does not start on this machine, expected it for {path} (onnxruntime fell back to "
@@ -161,17 +174,57 @@ class OnnxRuntimeRunner:
         self._sessions.clear()
 
 
-def _check_contract(path: Path, graph: Graph, session: Any) -> None:
-    """Refuse a file whose own inputs and outputs are not those of the manifest."""
-    for kind, tensors, found in (
-        ("inputs", graph.inputs, session.get_inputs()),
-        ("outputs", graph.outputs, session.get_outputs()),
-    ):
+def _options(onnxruntime: Any, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    # Graphs run one after the other: a pool that keeps spinning after its graph would rob the next one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _source(path: Path) -> tuple[Path | bytes, Path | None]:
+    """What a session loads: the file, or where it or its weights are links, its bytes with the weights' own name.
+
+    ONNX Runtime takes no weights that a link leads to in another folder. Named as they are called where they lie, they
+    are mapped from there as they would be from beside the graph.
+
+    Returns:
+        (source, folder of the weights where that is not the folder of the source).
+    """
+    model, beside = path.read_bytes(), path.parent
+    places = {name: (beside / name).resolve() for name in external_files(model)}
+    if all(place == beside.resolve() / name for name, place in places.items()):
+        return path, None
+    folders = {place.parent for place in places.values()}
+    if len(folders) > 1:
+        raise ValueError(f"its weights are links into {len(folders)} folders, and one is taken; put them into one")
+    return relocated(model, lambda name: places[name].name), folders.pop()
+
+
+def _check_contract(path: Path, graph: Graph, session: Any, dimensions: Mapping[str, Dimension] | None) -> None:
+    """Refuse a file whose own inputs and outputs are not those of the manifest; shapes where the ranges are known."""
+    sides = {"inputs": (graph.inputs, session.get_inputs()), "outputs": (graph.outputs, session.get_outputs())}
+    for kind, (tensors, found) in sides.items():
         seen, expected = [t.name for t in found], [t.name for t in tensors]
         if seen != expected:
             raise BundleError(
                 f"{kind} of {path} are {seen}, expected {expected} as in the manifest; export the bundle again"
             )
+    inputs, outputs = (
+        {
+            t.name: (_DTYPES.get(t.type, t.type), _extents(t.shape) if dimensions is not None else contract.shape)
+            for contract, t in zip(tensors, found, strict=True)
+        }
+        for tensors, found in sides.values()
+    )
+    if problem := unlike(graph, inputs, outputs, dimensions or {}):
+        raise BundleError(f"{path}: {problem}, as in the manifest; export the bundle again")
+
+
+def _extents(shape: Sequence[int | str | None]) -> list[int | str]:
+    return [-1 if extent is None else extent for extent in shape]
 
 
 def _profile(graph: Graph, dimensions: Mapping[str, Dimension]) -> dict[str, str]:

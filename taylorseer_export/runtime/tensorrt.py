@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from taylorseer_export.bundle.atomic import replacing
+from taylorseer_export.bundle.contract import unlike
 from taylorseer_export.bundle.manifest import Graph
 from taylorseer_export.bundle.store import Bundle
-from taylorseer_export.bundle.tensorrt import dtype_names, extents, library, library_name, logger, unlike
+from taylorseer_export.bundle.tensorrt import dtype_names, extents, library, library_name, logger
 from taylorseer_export.errors import BundleError, StepError
 from taylorseer_export.runtime.engines import check_version
 from taylorseer_export.runtime.runner import Buffer, Call, check_binding
@@ -238,6 +239,7 @@ class TensorRTRunner(TorchRunner):
                 f"load; {again}"
             )
         if "strip-plan" in self._given:
+            bundle.check_listed(f"{graph}.onnx")
             refitter = trt.Refitter(engine, self._log)
             weights = trt.OnnxParserRefitter(refitter, self._log)
             if not (weights.refit_from_file(str(bundle.path(f"{graph}.onnx"))) and refitter.refit_cuda_engine()):

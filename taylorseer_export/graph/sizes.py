@@ -26,9 +26,10 @@ def simplified(expression: sympy.Expr) -> sympy.Expr:
 def _quotient(division: sympy.Expr) -> sympy.Expr:
     above, below = division.args
     quotient = sympy.cancel(above / below)
-    if sympy.denom(quotient) == 1:
+    if sympy.together(quotient).as_numer_denom()[1] == 1:
         return quotient
-    if above.could_extract_minus_sign() and below.is_Integer and below > 0:
+    negative = all(term.could_extract_minus_sign() for term in sympy.Add.make_args(above))
+    if negative and below.is_Integer and below > 0:
         return -type(division)(below - 1 - above, below)
     return division
 

@@ -16,6 +16,7 @@ _PUBLIC = {
     "load": "taylorseer_export.runtime.denoiser",
     "Denoiser": "taylorseer_export.runtime.denoiser",
     "Slot": "taylorseer_export.runtime.slot",
+    "Forecasts": "taylorseer_export.method",
     "Guard": "taylorseer_export.method",
     "Plan": "taylorseer_export.method",
     "forecast_weights": "taylorseer_export.method",

@@ -15,31 +15,33 @@ _UNITS = {"": 1, "b": 1, "byte": 1, "bytes": 1} | {
 }
 
 
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A whole number from `low` to `high`."""
+def whole(low: int | None = None, high: int | None = None) -> Callable[[str], int]:
+    """A whole number from `low` to `high`; any where both are left out."""
 
     def value_of(text: str) -> int:
-        span = f"{low} to {high}" if high is not None else f"at least {low}"
+        span = "" if low is None else f", {low} to {high}" if high is not None else f", at least {low}"
         try:
             value = int(text)
         except ValueError:
-            value = low - 1
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"is {text}, expected a whole number, {span}")
+            value = None
+        if value is None or (low is not None and value < low) or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"is {text}, expected a whole number{span}")
         return value
 
     return value_of
 
 
-def real(above: float) -> Callable[[str], float]:
-    """A finite number above `above`."""
+def real(above: float | None = None) -> Callable[[str], float]:
+    """A finite number above `above`; any, infinite and NaN included, where that is left out."""
 
     def value_of(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
+            if above is None:
+                raise argparse.ArgumentTypeError(f"is {text}, expected a number") from None
             value = math.nan
-        if not above < value < math.inf:
+        if above is not None and not above < value < math.inf:
             raise argparse.ArgumentTypeError(f"is {text}, expected a number above {above:g}")
         return value
 

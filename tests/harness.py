@@ -3,6 +3,7 @@
 # Shapes: S steps, B batch
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from taylorseer_export.compile.eager import eager_modules
 from taylorseer_export.compile.export import Draft, describe
 from taylorseer_export.families.family import Defaults, Family, Input
 from taylorseer_export.graph.trace import Trace, trace
+from taylorseer_export.method import RequestOptions, forecasts_from_options
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.eager import EagerRunner
 from taylorseer_export.runtime.slot import Slot
@@ -53,7 +55,9 @@ def begin(slot: Slot, inputs, plan: str, order=None, ahead=True, **options) -> N
     """Start a request; `ahead` says whether its timesteps are known before the first step."""
     _, timestep, conditioning = inputs
     timesteps = timestep.float().numpy() if ahead else None
-    slot.start(as_arrays(conditioning), slot.denoiser.plan(plan), order, timesteps, **options)
+    asked = forecasts_from_options(RequestOptions(plan=plan, order=order), slot.contract.defaults)
+    forecasts = replace(asked, **options)
+    slot.start(as_arrays(conditioning), forecasts, timesteps)
 
 
 def advance(slot: Slot, inputs, step: int, ahead=True) -> torch.Tensor:

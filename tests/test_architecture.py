@@ -129,6 +129,27 @@ def broken_arrows(files: Mapping[str, str]) -> list[str]:
     return found
 
 
+def circles(files: Mapping[str, str]) -> list[list[str]]:
+    """Files that import each other, straight or through others; lazily and for types counts as well."""
+    ahead: dict[str, set[str]] = {}
+    for path, source in files.items():
+        named = (name.split(".")[1:] for name, _, _ in imports(source) if name.startswith(f"{PACKAGE}."))
+        ahead[path] = {f"{'/'.join(parts[:end])}.py" for parts in named for end in (len(parts), len(parts) - 1)}
+        ahead[path] &= files.keys() - {path}
+
+    def reached(path: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = set(ahead[path])
+        while waiting:
+            seen.add(following := waiting.pop())
+            waiting |= ahead[following] - seen
+        return seen
+
+    reach = {path: reached(path) for path in files}
+    found = {tuple(sorted(other for other in reach[path] if path in reach[other])) for path in files}
+    return sorted(list(circle) for circle in found if circle)
+
+
 def misplaced_libraries(files: Mapping[str, str]) -> list[str]:
     """Heavy libraries imported in a file that HEAVY does not list, or at the top of a file that need not have them."""
     found = []
@@ -329,6 +350,12 @@ def test_arrows_themselves_make_no_circle() -> None:
         seen |= ready
 
 
+def test_files_make_no_circle() -> None:
+    """But for two: a manifest asks whether it agrees with itself, and the maker of drafts which builders there are."""
+    known = [["bundle/agreement.py", "bundle/manifest.py"], ["compile/engines.py", "compile/export.py"]]
+    assert [circle for circle in circles(OURS) if circle not in known] == []
+
+
 def test_make_and_run_never_meet() -> None:
     make, run = {"families", "checkpoint", "graph", "compile"}, {"runtime", "embedded"}
     assert all(not ARROWS[part] & run for part in make)
@@ -464,6 +491,17 @@ def test_top_level_is_the_agreed_one() -> None:
 )
 def test_a_wrong_arrow_is_seen(path: str, source: str) -> None:
     assert len(broken_arrows({path: source})) == 1
+
+
+def test_a_circle_is_seen() -> None:
+    files = {
+        "runtime/a.py": "from taylorseer_export.runtime.b import c",
+        "runtime/b.py": "if TYPE_CHECKING:\n    from taylorseer_export.runtime import d",
+        "runtime/d.py": "def f():\n    from taylorseer_export.runtime.a import e",
+        "runtime/e.py": "from taylorseer_export.runtime.a import e",
+    }
+    assert circles(files) == [["runtime/a.py", "runtime/b.py", "runtime/d.py"]]
+    assert circles({**files, "runtime/d.py": ""}) == []
 
 
 def test_a_right_arrow_is_let_through() -> None:

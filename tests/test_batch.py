@@ -22,7 +22,7 @@ def requests(denoiser, tiny, count, **sizes):
     for k in range(count):
         inputs = tiny(name).inputs(len(PLAN), batch=1 + k % 2, seed=k, **sizes)
         slot = open_slot(denoiser, inputs)
-        slot.start(as_arrays(inputs[2]), denoiser.plan(PLAN), ORDER, inputs[1].float().numpy())
+        slot.start(as_arrays(inputs[2]), denoiser.forecasts(plan=PLAN, order=ORDER), inputs[1].float().numpy())
         made.append((slot, inputs))
     return made
 
@@ -126,7 +126,7 @@ def test_keys_tell_apart_what_cannot_be_shared(onnx, tiny):
         inputs = tiny("flux").inputs(len(plan), batch=1, **sizes)
         slot = open_slot(denoiser, inputs)
         conditioning = as_arrays(inputs[2])
-        slot.start(conditioning, denoiser.plan(plan), ORDER, inputs[1].float().numpy())
+        slot.start(conditioning, denoiser.forecasts(plan=plan, order=ORDER), inputs[1].float().numpy())
         for step in range(steps):
             slot.step(inputs[0][step].numpy())
         return calls.key(slot, ids_of(denoiser, conditioning))

@@ -1,9 +1,11 @@
 """Calibration: plans against exhaustive search, fits against their definition, the command on embedded models."""
 
+import shutil
 import tracemalloc
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,23 +15,22 @@ from taylorseer_export.bundle.profile import read_profile
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.embedded.caption import captions
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.method import Guard, Plan, forecast_weights
+from taylorseer_export.method import Forecasts, Guard, Plan, forecast_weights
 from taylorseer_export.report import calibrate
 from taylorseer_export.report.calibrate import Calibrator, psnr_of_each
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.plan_search import Planner, best_weights, directions, regular_plan
 from taylorseer_export.report.reuse import ReuseErrors, all_full
 from taylorseer_export.report.samples import groups
-from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import load
-from taylorseer_export.runtime.sampling import sample
+from taylorseer_export.runtime.sampling import Pool, sample
 from taylorseer_export.runtime.trajectory import random_conditioning
 
 
 @pytest.fixture(scope="module")
-def digits(residual_digits):
-    """The embedded DiT at granularity `residual`."""
-    return residual_digits
+def digits(residual_digits, tmp_path_factory):
+    """The embedded DiT at granularity `residual`, in a folder that profiles may be added to."""
+    return Path(shutil.copytree(residual_digits, tmp_path_factory.mktemp("calibrate") / "dit-tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_reuse_errors_are_what_they_say(digits):
     trajectory = all_full(denoiser, slot, request, 6, lambda: None)
     errors.add(denoiser, slot, trajectory, lambda: None)
     plan = Plan("F..")
-    slot.start(request, plan, 0, trajectory.model_timesteps[2:5])
+    slot.start(request.branches, Forecasts(plan, 0), trajectory.model_timesteps[2:5])
     expected = []
     for step, noise_pred in enumerate([slot.step(np.concatenate([x, x]))[:, :1] for x in trajectory.latents[2:5]], 2):
         conditional, unconditional = np.split(noise_pred, 2)
@@ -166,7 +167,7 @@ def test_samples_that_are_kept_would_be_counted(digits):
 
 def test_calibrated_is_nearer_on_samples_it_was_fitted_to(calibrator):
     found = calibrator.calibrate(4, 2)
-    assert len(found.calibrated.plan.full_steps) == 4
+    assert len(found.calibrated.forecasts.plan.full_steps) == 4
     assert found.calibrated.fitted > max(found.regular.fitted, found.fewer_steps.fitted)
     assert all(sum(w) == pytest.approx(1) for w in found.calibrated.weights if w)
 
@@ -208,7 +209,7 @@ def test_psnr_is_of_each_sample_by_itself():
 def test_a_psnr_is_reached_with_the_fewest_full_steps(calibrator):
     target = calibrator.calibrate(4, 2).calibrated.held_out
     found = calibrator.calibrate_to(target, 2)
-    assert found.calibrated.held_out >= target and len(found.calibrated.plan.full_steps) <= 4
+    assert found.calibrated.held_out >= target and len(found.calibrated.forecasts.plan.full_steps) <= 4
     with pytest.raises(ConfigError, match="--psnr is 300, expected at most"):
         calibrator.calibrate_to(300, 2)
 
@@ -246,15 +247,16 @@ def test_a_threshold_keeps_the_budget_and_spends_it(digits):
     denoiser = load(digits, threads=1)
     requests, plan = groups(denoiser, 4, 80, least=2), Plan.guarded(12, 3)
     pool = Pool(denoiser)
-    threshold = fit_threshold(denoiser, pool, requests, "cg", plan, 7)
+    base = denoiser.forecasts(plan=plan)
+    threshold = fit_threshold(denoiser, pool, requests, base, "cg", 7)
 
     def full_steps(at):
-        runs = [sample(denoiser, r, plan, guard=Guard("cg", at)).executed for r in requests]
+        runs = [sample(denoiser, r, replace(base, guard=Guard("cg", at))).executed for r in requests]
         return np.mean([executed.count("F") for executed in runs])
 
     assert full_steps(threshold) <= 7 < full_steps(threshold * 0.8)
     with pytest.raises(ConfigError, match=r"full steps are 3, expected 4 to 11 under a guard that starts from FFF\."):
-        fit_threshold(denoiser, pool, requests, "cg", plan, 3)
+        fit_threshold(denoiser, pool, requests, base, "cg", 3)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +285,7 @@ def test_bad_input_is_one_sentence(digits, tmp_path, capsys, arguments, expected
 
 def test_a_profile_excludes_a_plan(digits, capsys):
     assert cli.main(["run", str(digits), "--profile", "x", "--plan", "FF.."]) == 2
-    assert "--plan is given beside --profile" in capsys.readouterr().err
+    assert "plan is given beside profile, expected one of them" in capsys.readouterr().err
 
 
 SIZES = {"wan": {"frames": 3, "rows": 2, "columns": 3}, "hunyuan-replace": {"frames": 3, "rows": 2, "columns": 3}}
@@ -300,11 +302,11 @@ def test_other_families_from_tensors(eager, name):
     others = groups(denoiser, 2, 9, None, tensors, sizes=(SIZES[name], None))
     calibrator = Calibrator(denoiser, samples, others, 6, 5, moves=0)
     for k, request in enumerate(samples):
-        exact = sample(denoiser, request, Plan("F" * 6)).latents
+        exact = sample(denoiser, request, Forecasts(Plan.all_full(6), 0)).latents
         assert np.array_equal(calibrator.fitted.latents(k)[-1], exact)
         assert (request.negative is not None) == (name == "wan")
     found = calibrator.calibrate(3, 1)
-    assert found.calibrated.fitted > found.regular.fitted and len(found.calibrated.plan.full_steps) == 3
+    assert found.calibrated.fitted > found.regular.fitted and len(found.calibrated.forecasts.plan.full_steps) == 3
 
 
 def test_what_tensors_must_say(eager):

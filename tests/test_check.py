@@ -21,6 +21,10 @@ CASES = [
 ]
 
 
+def checked(denoiser):
+    return check_engines(denoiser.contract, denoiser.runner, denoiser.device)
+
+
 def spoilt(denoiser, graph, name, value, patch):
     """A denoiser whose `graph` writes `value` to the last element of every row of its output `name`."""
     contract = denoiser.manifest.graphs[graph]
@@ -37,12 +41,12 @@ def spoilt(denoiser, graph, name, value, patch):
 
 @pytest.mark.parametrize(("name", "granularity", "layout"), CASES)
 def test_sound_engines_pass(eager, name, granularity, layout):
-    assert check_engines(eager(name, granularity, layout)) is None
+    assert checked(eager(name, granularity, layout)) is None
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_passes(drafts, precision):
-    assert check_engines(eager_denoiser(drafts("plain", precision=precision, device="cuda"))) is None
+    assert checked(eager_denoiser(drafts("plain", precision=precision, device="cuda"))) is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -_LARGEST["float32"]])
@@ -54,7 +58,7 @@ def test_a_value_that_is_no_number_is_named(eager, monkeypatch, graph, value):
         with monkeypatch.context() as patch:
             spoilt(denoiser, graph, output, value, patch)
             with pytest.raises(BundleError) as caught:
-                check_engines(denoiser)
+                checked(denoiser)
         said = str(caught.value)
         assert said.startswith(f"output `{output}` of graph `{graph}` has ")
         assert "values that are NaN, infinite or cut off on typical inputs, the others up to" in said
@@ -69,7 +73,7 @@ def test_a_mask_may_be_infinite_and_no_nan(eager, monkeypatch):
         with pytest.raises(
             BundleError, match=rf"output `{name}` of graph `prepare` has \d+ of \d+ values that are NaN"
         ):
-            check_engines(denoiser)
+            checked(denoiser)
 
 
 def test_a_forecast_that_does_not_repeat_the_full_step_is_named(eager, monkeypatch):
@@ -82,7 +86,7 @@ def test_a_forecast_that_does_not_repeat_the_full_step_is_named(eager, monkeypat
     with pytest.raises(
         BundleError, match=r"graph `forecast` is off by \S+ where it repeats a full step of up to .* rounding; export"
     ):
-        check_engines(denoiser)
+        checked(denoiser)
 
 
 def test_weights_that_overflow_float16(tmp_path, monkeypatch):
@@ -102,8 +106,8 @@ def test_weights_that_overflow_float16(tmp_path, monkeypatch):
         BundleError,
         match=r"output `\S+` of graph `full` has .* below 6.55e\+04 \(float16\); .*--precision bf16`, whose",
     ):
-        check_engines(made("fp16"))
-    assert check_engines(made("bf16")) is None
+        checked(made("fp16"))
+    assert checked(made("bf16")) is None
 
 
 def test_load_checks_and_lets_go_of_what_it_refuses(bundles, monkeypatch):

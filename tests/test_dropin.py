@@ -208,12 +208,12 @@ def test_a_fixed_number_of_steps(cases):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"plan": "F.F", "interval": 2}, "plan is given beside interval or warmup, expected one or the other"),
+        ({"plan": "F.F", "interval": 2}, "interval is given beside plan, expected one of them"),
         ({"plan": "F.F", "steps": 4}, "plan F.F is 3 steps long, expected 4"),
         ({"plan": ".F"}, "step 0 is a forecast step"),
         ({"interval": 0}, r"interval is 0, expected at least 1 \(steps\)"),
         ({"warmup": 0}, r"warmup is 0, expected at least 1 \(steps\)"),
-        ({"steps": 0}, r"steps is 0, expected at least 1 \(steps\)"),
+        ({"steps": 0}, r"steps is 0, expected 1 to 1000 \(steps\)"),
     ],
 )
 def test_a_plan_that_contradicts_itself(cases, options, text):

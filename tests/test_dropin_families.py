@@ -35,7 +35,6 @@ from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile import export
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.method import Plan
 from taylorseer_export.runtime.calls import host_array
 from taylorseer_export.runtime.clock import scheduler_of
 from taylorseer_export.runtime.sampling import sample
@@ -269,7 +268,7 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     request = tensor_request(denoiser, tensors_of(denoiser, calls), [0], sizes, sides, scale)
     if case == "framepack":  # it draws from the same generator to encode the picture, and adds the picture at the end
         request, painted = replace(request, latents=latents.numpy()), painted[:, :, 1:]
-    made = torch.from_numpy(sample(denoiser, request, Plan("FFFF")).latents)
+    made = torch.from_numpy(sample(denoiser, request, denoiser.forecasts(plan="FFFF")).latents)
     if case == "hunyuan-channels":
         made = made[:, :, 1:]  # the pipeline drops the picture
     # Only the tables differ, prepared step by step and all at once; every step adds its part, guidance magnifies it.

@@ -13,6 +13,7 @@ import torch
 
 from taylorseer_export import cli
 from taylorseer_export.embedded import requests
+from taylorseer_export.method import Plan
 from taylorseer_export.report.evaluate import Case, cases, evaluate, guarded_cases
 from taylorseer_export.report.metrics import Shown, metrics
 from taylorseer_export.report.page import page
@@ -31,9 +32,9 @@ def denoiser(residual_digits):
 
 @pytest.fixture(scope="module")
 def rows(denoiser):
-    plan = denoiser.plan("FF..F...")
+    asked = denoiser.forecasts(plan="FF..F...")
     measures, _ = metrics(None, captions=False, digits=True)
-    return evaluate(denoiser, groups(denoiser, 4, 0), cases(denoiser, STEPS, plan), measures, shown=3)
+    return evaluate(denoiser, groups(denoiser, 4, 0), cases(denoiser, asked), measures, shown=3)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,9 @@ def test_rows_are_all_ways_that_the_bundle_has(rows):
 
 def test_the_numbers_are_what_they_say(denoiser, rows):
     """One row again, from the definitions."""
-    plan = denoiser.plan("FF..F...")
+    plans = ("FF..F...", "F" * STEPS)
     (request,) = groups(denoiser, 4, 0)
-    seen, exact = (sampling.sample(denoiser, request, p, 1) for p in (plan, denoiser.plan("F" * STEPS)))
+    seen, exact = (sampling.sample(denoiser, request, denoiser.forecasts(plan=p, order=1)) for p in plans)
     row = next(row for row in rows if row.name == "regular, order 1")
     difference = np.linalg.norm(seen.latents - exact.latents) / np.linalg.norm(exact.latents)
     assert row.latent_error == pytest.approx(difference, rel=1e-4) and row.latent_error == row.step_errors[-1]
@@ -79,8 +80,8 @@ def test_the_numbers_are_what_they_say(denoiser, rows):
 
 
 def test_a_row_that_differs_is_told_apart(denoiser, rows):
-    worse = Case("one full step", denoiser.plan("F......."), 0)
-    full = Case("all full", denoiser.plan("F" * STEPS), 0)
+    worse = Case("one full step", denoiser.forecasts(plan="F.......", order=0))
+    full = Case("all full", denoiser.forecasts(plan="F" * STEPS, order=0))
     _, row = evaluate(denoiser, groups(denoiser, 4, 0), [full, worse])
     assert row.psnr < min(r.psnr for r in rows if r.psnr is not None)
 
@@ -176,14 +177,15 @@ def test_bad_input_is_one_sentence(residual_digits, tmp_path, capsys, arguments,
 
 
 def test_guards_are_rows_with_as_many_full_steps(denoiser, residual_digits, tmp_path, capsys):
-    plan = denoiser.plan("FFF.F..F")
+    asked = denoiser.forecasts(plan="FFF.F..F")
+    plan = asked.plan
     (case,) = guarded_cases(denoiser, plan, groups(denoiser, 4, 9))
-    assert case.guard is not None and case.name.startswith("guard cg at")
-    ways = [*cases(denoiser, STEPS, plan)[:1], case]
+    assert case.forecasts.guard is not None and case.name.startswith("guard cg at")
+    ways = [*cases(denoiser, asked)[:1], case]
     exact, row = evaluate(denoiser, groups(denoiser, 4, 0), ways)
-    assert row.plan == str(case.plan) and all(len(executed) == STEPS for executed in row.executed)
-    assert len(case.plan.full_steps) <= row.full_steps <= STEPS and exact.psnr is None
-    assert guarded_cases(denoiser, denoiser.plan("F......."), groups(denoiser, 2, 9)) == []
+    assert row.plan == str(case.forecasts.plan) and all(len(executed) == STEPS for executed in row.executed)
+    assert len(case.forecasts.plan.full_steps) <= row.full_steps <= STEPS and exact.psnr is None
+    assert guarded_cases(denoiser, Plan("F......."), groups(denoiser, 2, 9)) == []
     arguments = [
         "evaluate",
         str(residual_digits),

@@ -159,7 +159,8 @@ def test_all_full_is_the_untouched_model(eager, tiny, name):
 
 @pytest.mark.parametrize(("granularity", "layout"), PAIRS)
 def test_the_check_at_load_lets_it_pass(eager, name, granularity, layout):
-    assert check_engines(eager(name, granularity, layout)) is None
+    denoiser = eager(name, granularity, layout)
+    assert check_engines(denoiser.contract, denoiser.runner) is None
 
 
 def changed(value):
@@ -177,7 +178,7 @@ def test_what_reaches_a_forecast_step(eager, tiny, name):
         begin(slot, inputs, "F.", ahead=False)
         slot.step(latents[0].numpy(), float(timestep[0]))
         for key, value in as_arrays(other).items():
-            slot._buffers[key].write(value)  # timesteps come one by one, so each step prepares from these
+            slot.memory.buffers[key].write(value)  # timesteps come one by one, so each step prepares from these
         return torch.from_numpy(slot.step(latent.numpy(), float(time)))
 
     base = forecast()

@@ -15,8 +15,8 @@ from tiny_bundles import MODELS
 
 from taylorseer_export import cli
 from taylorseer_export.errors import ConfigError, StepError
-from taylorseer_export.method import RULES, Guard, Plan
-from taylorseer_export.runtime.probe import check_guard, silent
+from taylorseer_export.method import RULES, Forecasts, Guard, Plan
+from taylorseer_export.runtime.probe import warning_of
 
 STEPS, ORDER = 10, 2
 PLAN = str(Plan.guarded(STEPS, 2))
@@ -270,12 +270,12 @@ def test_a_guard_that_is_none(arguments, text):
 
 def test_a_bundle_without_the_rule(eager, guarded, tiny):
     with pytest.raises(ConfigError, match=r"guard is `cg`, expected one .*it has none.*; export again with --guard cg"):
-        check_guard(eager("dit").manifest, Guard("cg", 0.1))
+        eager("dit").defaults.capacity.check(Forecasts(Plan("F"), 0, guard=Guard("cg", 0.1)))
     with pytest.raises(ConfigError, match="order of the guard is 4, expected at most 2"):
-        check_guard(guarded("dit").manifest, Guard("cg", 0.1, order=4))
+        guarded("dit").defaults.capacity.check(Forecasts(Plan("F"), 0, guard=Guard("cg", 0.1, order=4)))
     with pytest.raises(ConfigError, match="guard is `cg`, expected one"):
         eager("dit").as_transformer(guard=Guard("cg", 0.1))
-    with pytest.raises(ConfigError, match="guard is given beside profile or interval"):
+    with pytest.raises(ConfigError, match="interval is given beside guard, expected a plan, or steps and warmup"):
         guarded("dit").as_transformer(guard=Guard("cg", 0.1), interval=3)
 
 
@@ -296,12 +296,12 @@ def test_a_step_that_is_not_settled(guarded, tiny):
 
 def test_a_guard_that_decides_nothing_is_reported():
     errors = [math.nan, math.nan, 0.3, 0.5, math.nan]
-    never = silent(Guard("cg", 0.1), "FF..F", "FFFFF", errors)
-    assert never is not None and "never forecast" in never and "0.3 to 0.5: raise --threshold" in never
-    always = silent(Guard("cg", 0.9), "FF..F", "FF..F", errors)
-    assert always is not None and "always forecast" in always and "lower --threshold" in always
-    assert silent(Guard("cg", 0.4), "FF..F", "FF.FF", errors) is None
-    assert silent(Guard("cg", 0.4), "FFFFF", "FFFFF", errors) is None
+    never = warning_of(Guard("cg", 0.1), "FF..F", "FFFFF", errors)
+    assert never is not None and "never forecast" in never and "0.3 to 0.5: raise the threshold" in never
+    always = warning_of(Guard("cg", 0.9), "FF..F", "FF..F", errors)
+    assert always is not None and "always forecast" in always and "lower the threshold" in always
+    assert warning_of(Guard("cg", 0.4), "FF..F", "FF.FF", errors) is None
+    assert warning_of(Guard("cg", 0.4), "FFFFF", "FFFFF", errors) is None
 
 
 # The command line ----------------------------------------------------------------------------------------------------
@@ -336,11 +336,11 @@ def test_replay_under_a_guard(bundles, onnx, tiny, tmp_path, capsys):
     ("options", "text"),
     [
         (("--guard", "fbcache", "--threshold", "0.1"), "guard is `fbcache`, expected one"),
-        (("--guard", "cg"), "--threshold is missing, expected a number above 0 for --guard cg"),
-        (("--guard", "cg", "--threshold", "0"), "--threshold: is 0, expected a number above 0"),
-        (("--guard", "cg", "--threshold", "nan"), "--threshold: is nan, expected a number above 0"),
-        (("--threshold", "0.1"), "--threshold is given without a guard, expected --guard beside it"),
-        (("--cap", "3"), "--cap is given without a guard"),
+        (("--guard", "cg"), "threshold is missing, expected a number above 0 for guard cg"),
+        (("--guard", "cg", "--threshold", "0"), "threshold is 0.0, expected a number above 0"),
+        (("--guard", "cg", "--threshold", "nan"), "threshold is nan, expected a number above 0"),
+        (("--threshold", "0.1"), "threshold is given without a guard, expected one beside it"),
+        (("--cap", "3"), "cap is given without a guard"),
         (("--guard", "cg", "--threshold", "0.1", "--plan", "FF.."), "plan FF.. is 4 steps long, expected 10"),
     ],
 )

@@ -14,6 +14,7 @@ from oracle import assert_close
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.errors import CheckpointError, ConfigError, StepError
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.trajectory import random_trajectory
 
 
@@ -100,7 +101,7 @@ def test_random_inputs_of_qwen_agree_with_each_other(eager):
     data = random_trajectory(eager("qwen-image"), 2, {"image_tokens": 6, "text_tokens": 4})
     assert data.conditioning["img_shapes"].tolist() == [[[1, 3, 2]]]
     slot = eager("qwen-image").slot(eager("qwen-image").sizes(data.latents.shape[1:], data.conditioning))
-    slot.start(data.conditioning, slot.denoiser.plan("F."), None, data.timesteps)
+    slot.start(data.conditioning, Forecasts(Plan("F."), 0), data.timesteps)
     assert all(np.isfinite(slot.step(latent)).all() for latent in data.latents)
 
 

@@ -24,7 +24,7 @@ from taylorseer_export.compile.export import PRECISIONS, Options, check_options,
 from taylorseer_export.compile.program import exported_program, mixed_types
 from taylorseer_export.errors import BuildError, BundleError, ParityError, StepError
 from taylorseer_export.graph.casts import float_types
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.report.bench import bench
 from taylorseer_export.report.calibrate import Calibrator
 from taylorseer_export.report.evaluate import Case, evaluate
@@ -111,8 +111,8 @@ def test_numbers_that_overflow_are_refused(drafts):
         with pytest.raises(
             ParityError, match=r"NaN or infinite in places at step 0 of plan FF\.\., .*--precision bf16"
         ):
-            bench(denoiser, denoiser.plan("FF.."), repeats=1)
-    assert bench(denoiser, denoiser.plan("FF.."), repeats=1)["fallbacks"] == 0
+            bench(denoiser, denoiser.forecasts(plan="FF.."), repeats=1)
+    assert bench(denoiser, denoiser.forecasts(plan="FF.."), repeats=1)["fallbacks"] == 0
 
 
 # Forms of a graph
@@ -303,13 +303,15 @@ def test_a_package_is_calibrated_and_evaluated(inductor):
     denoiser, steps = inductor("dit"), 6
     samples = groups(denoiser, 4, 0, least=2)
     calibrator = Calibrator(denoiser, samples, groups(denoiser, 2, 9), steps, steps - 1, moves=0)
-    assert np.array_equal(calibrator.fitted.latents(0)[-1], sample(denoiser, samples[0], Plan("F" * steps)).latents)
+    assert np.array_equal(
+        calibrator.fitted.latents(0)[-1], sample(denoiser, samples[0], Forecasts(Plan.all_full(steps), 0)).latents
+    )
     best = calibrator.calibrate(3, 1)
     assert best.calibrated.fitted > best.regular.fitted
     ways = [
-        Case("all full", Plan("F" * steps), 0),
-        Case("regular", best.regular.plan, 1),
-        Case("calibrated", best.calibrated.plan, 1, weights=best.calibrated.weights),
+        Case("all full", Forecasts(Plan.all_full(steps), 0)),
+        Case("regular", best.regular.forecasts),
+        Case("calibrated", best.calibrated.forecasts),
     ]
     exact, regular, calibrated = evaluate(denoiser, samples, ways)
     assert exact.psnr is None and calibrated.full_steps == 3 and regular.latent_error > calibrated.latent_error
@@ -450,7 +452,7 @@ def test_a_step_on_a_gpu_allocates_nothing(on_gpu, tiny, kind):
     latents = inputs[0].to("cuda", torch.bfloat16)
     expected = run(denoiser, inputs, "FFF..F..", 2)
     arrays = {name: value.numpy() for name, value in inputs[2].items()}
-    slot.start(arrays, slot.denoiser.plan("FFF..F.."), 2, inputs[1].float().numpy())
+    slot.start(arrays, Forecasts(Plan("FFF..F.."), 2), inputs[1].float().numpy())
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     buffers = []
     for latent in latents:

@@ -1,8 +1,8 @@
 """Half precision: every combination that the command line offers drafts and exports, for every family.
 
 What half precision adds to an export is one condition, that no operator mixes float types. A split checks it for every
-graph (`graph/ensures.py`) and takes a fifth of a second; exporting all of them again would take half an hour. So all are
-split, and of each family those graphs are exported again that differ by granularity.
+graph (`graph/ensures.py`) and takes a fifth of a second; exporting all of them again would take half an hour. So all
+are split, and of each family those graphs are exported again that differ by granularity.
 """
 
 from itertools import product

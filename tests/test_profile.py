@@ -11,7 +11,7 @@ from taylorseer_export import cli
 from taylorseer_export.bundle.profile import profile_names, read_profile, write_profile
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.errors import BundleError, ConfigError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.denoiser import Denoiser
 
 
@@ -64,8 +64,9 @@ def test_a_profile_of_another_model_is_refused(bundle, changes, message):
 
 
 def test_a_loop_of_another_length_is_refused(bundle):
+    write_profile(bundle, made(bundle.manifest))
     with pytest.raises(ConfigError, match=r"8 steps long, expected 50 .*--steps 50"):
-        made(bundle.manifest).check_fits(bundle.manifest, 50)
+        Denoiser(bundle.manifest, None, bundle).forecasts(profile="fast", steps=50)
 
 
 def test_the_command_line_refuses_them_in_one_sentence(bundle, capsys):
@@ -116,7 +117,7 @@ def test_weights_of_a_profile_are_those_of_the_forecast(onnx, tiny, name):
     slot = open_slot(onnx(name), inputs)
 
     def predictions(weights):
-        slot.start(as_arrays(conditioning), plan, order, timestep.float().numpy(), weights=weights)
+        slot.start(as_arrays(conditioning), Forecasts(plan, order, weights=weights), timestep.float().numpy())
         return np.stack([slot.step(x.numpy()) for x in latents])
 
     usual, given = predictions(None), predictions(weights_of(plan, order))
@@ -124,16 +125,14 @@ def test_weights_of_a_profile_are_those_of_the_forecast(onnx, tiny, name):
     assert (np.abs(given - usual) <= 64 * 2.0**-24 * gains * np.abs(usual).max()).all()
     reuse = tuple((0.0,) * (len(w) - 1) + (1.0,) if w else () for w in weights_of(plan, order))
     assert np.abs(predictions(reuse) - usual).max() > 1e-3
-    slot.start(as_arrays(conditioning), plan, 0, timestep.float().numpy())
+    slot.start(as_arrays(conditioning), Forecasts(plan, 0), timestep.float().numpy())
     zeroth = np.stack([slot.step(x.numpy()) for x in latents])
     assert (np.abs(predictions(reuse) - zeroth) <= 64 * 2.0**-24 * gains * np.abs(usual).max()).all()
 
 
-def test_weights_of_another_plan_are_refused(onnx, tiny):
-    _, timestep, conditioning = inputs = tiny("dit").inputs(4)
-    slot = open_slot(onnx("dit"), inputs)
+def test_weights_of_another_plan_are_refused():
     with pytest.raises(ConfigError, match="expected 2, one for each snapshot"):
-        slot.start(as_arrays(conditioning), Plan("FF.."), 2, timestep.float().numpy(), weights=((), (), (1.0,), (1.0,)))
+        Forecasts(Plan("FF.."), 2, weights=((), (), (1.0,), (1.0,)))
 
 
 def test_the_drop_in_runs_a_profile(bundle, onnx, tiny):
@@ -143,7 +142,7 @@ def test_the_drop_in_runs_a_profile(bundle, onnx, tiny):
     denoiser = Denoiser(bundle.manifest, onnx("dit").runner, bundle)
     latents, timestep, conditioning = inputs = tiny("dit").inputs(len(PLAN), batch=2)
     slot = open_slot(denoiser, inputs)
-    slot.start(as_arrays(conditioning), Plan(PLAN), 1, timestep.float().numpy(), weights=reuse)
+    slot.start(as_arrays(conditioning), Forecasts(Plan(PLAN), 1, weights=reuse), timestep.float().numpy())
     expected = np.stack([slot.step(x.numpy()) for x in latents])
     transformer = denoiser.as_transformer(profile="fast")
     seen = [
@@ -160,7 +159,7 @@ def test_the_drop_in_runs_a_profile(bundle, onnx, tiny):
     np.testing.assert_array_equal(np.stack(seen), expected)
     with pytest.raises(ConfigError, match="8 steps long, expected 5"):
         transformer.begin(steps=5)
-    with pytest.raises(ConfigError, match="profile is given beside plan"):
+    with pytest.raises(ConfigError, match="plan is given beside profile"):
         denoiser.as_transformer(profile="fast", plan="FF..")
     with pytest.raises(ConfigError, match="8 steps long, expected 20"):
         denoiser.as_transformer(profile="fast", steps=20)

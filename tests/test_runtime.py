@@ -28,6 +28,7 @@ from tiny_bundles import BUNDLES, ON_GPU, PACKAGES
 from taylorseer_export.bundle.manifest import Graph, Tensor
 from taylorseer_export.compile.export import PRECISIONS
 from taylorseer_export.errors import BundleError, ConfigError, StepError
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.onnxruntime import HostBuffer, OnnxRuntimeRunner
 from taylorseer_export.runtime.runner import check_binding
@@ -220,13 +221,13 @@ def test_newton(case):
 
 
 def test_default_order_and_plan_are_the_bundle_s(case):
-    plan = case.denoiser.plan(steps=7)
+    plan = case.denoiser.forecasts(steps=7).plan
     assert str(plan) == "FF...F."  # interval 4, warm-up 2
-    assert len(case.denoiser.plan()) == 20
+    assert len(case.denoiser.forecasts()) == 20
     inputs = case.inputs(7)
     assert torch.equal(run(case.denoiser, inputs, str(plan)), run(case.denoiser, inputs, str(plan), 2))
     with pytest.raises(ConfigError, match="pass a plan of 7 characters or run 3 steps"):
-        case.denoiser.plan("FF.", steps=7)
+        case.denoiser.forecasts(plan="FF.", steps=7)
 
 
 # Requests and slots
@@ -255,7 +256,7 @@ def test_nothing_leaks_into_the_next_request(case, poison):
     clean = run(case.denoiser, second, plan)
     slot = open_slot(case.denoiser, first)
     run(case.denoiser, first, "F.F.F..F", slot=slot)
-    for buffers in slot._taylor:
+    for buffers in slot.memory.taylor:
         for buffer in buffers.values():
             buffer.write(poison)
     assert torch.equal(run(case.denoiser, second, plan, slot=slot), clean)
@@ -298,9 +299,9 @@ def test_a_forecast_step_copies_only_the_rows_that_it_reads(eager, tiny):
     begin(slot, inputs, "F.")
     advance(slot, inputs, 0)
     for name in full - forecast:
-        slot._buffers[name].write(np.float32(np.nan))
+        slot.memory.buffers[name].write(np.float32(np.nan))
     assert torch.equal(advance(slot, inputs, 1), expected[1])
-    assert all(np.isnan(slot._buffers[name].read()).all() for name in full - forecast)
+    assert all(np.isnan(slot.memory.buffers[name].read()).all() for name in full - forecast)
 
 
 def test_what_was_planned_is_what_ran(case):
@@ -319,8 +320,8 @@ def test_buffers_never_move(case):
     slot = open_slot(case.denoiser, inputs)
 
     def addresses():
-        taylor = [b.address for buffers in slot._taylor for b in buffers.values()]
-        return taylor, {n: b.address for n, b in slot._buffers.items()}
+        taylor = [b.address for buffers in slot.memory.taylor for b in buffers.values()]
+        return taylor, {n: b.address for n, b in slot.memory.buffers.items()}
 
     before = addresses()
     assert len(set(before[0]) | set(before[1].values())) == len(before[0]) + len(before[1])
@@ -334,7 +335,7 @@ def test_what_goes_in_and_out_is_copied(case):
     clean = run(case.denoiser, inputs, "FF.")
     slot = open_slot(case.denoiser, inputs)
     conditioning = {n: v.copy() for n, v in as_arrays(inputs[2]).items()}
-    slot.start(conditioning, slot.denoiser.plan("FF."), None, inputs[1].float().numpy())
+    slot.start(conditioning, Forecasts(Plan("FF."), 2), inputs[1].float().numpy())
     outputs = []
     for step in range(3):
         latents = inputs[0][step].numpy().copy()
@@ -350,7 +351,7 @@ def test_wider_kinds_are_accepted(case):
     inputs = case.inputs(2)
     slot = open_slot(case.denoiser, inputs)
     wide = {n: v.astype("float64" if v.dtype.kind == "f" else "int32") for n, v in as_arrays(inputs[2]).items()}
-    slot.start(wide, slot.denoiser.plan("F."), None, inputs[1].double().numpy())
+    slot.start(wide, Forecasts(Plan("F."), 2), inputs[1].double().numpy())
     seen = [torch.from_numpy(slot.step(x.double().numpy())) for x in inputs[0]]
     assert torch.equal(torch.stack(seen), run(case.denoiser, inputs, "F."))
 
@@ -374,7 +375,7 @@ def test_text_does_not_reach_a_forecast_but_the_gates_do(eager, tiny, name):
         begin(slot, inputs, "F.", ahead=False)
         slot.step(latents[0].numpy(), float(timestep[0]))
         for key, value in as_arrays(other).items():
-            slot._buffers[key].write(value)  # timesteps come one by one, so each step prepares from these
+            slot.memory.buffers[key].write(value)  # timesteps come one by one, so each step prepares from these
         return torch.from_numpy(slot.step(latents[1].numpy(), float(timestep[1])))
 
     base = forecast()
@@ -403,7 +404,7 @@ def without(mapping, key):
 def test_missing_and_unknown_inputs(case):
     inputs = case.inputs(2)
     slot, arrays = open_slot(case.denoiser, inputs), as_arrays(inputs[2])
-    plan = case.denoiser.plan("F.")
+    plan = case.denoiser.forecasts(plan="F.")
     for key in arrays:
         with pytest.raises(StepError, match=rf"`{key}` is missing, expected .*; pass it with the conditioning"):
             slot.start(without(arrays, key), plan)
@@ -414,7 +415,7 @@ def test_missing_and_unknown_inputs(case):
 def test_conditioning_of_another_shape(case):
     inputs = case.inputs(2)
     slot, arrays = open_slot(case.denoiser, inputs), as_arrays(inputs[2])
-    plan = case.denoiser.plan("F.")
+    plan = case.denoiser.forecasts(plan="F.")
     for key, value in arrays.items():
         with pytest.raises(StepError, match=rf"`{key}` .* pass `{key}` "):
             slot.start({**arrays, key: value[..., None]}, plan)
@@ -426,7 +427,7 @@ def test_conditioning_of_another_shape(case):
 def test_conditioning_that_is_no_number(case):
     inputs = case.inputs(2)
     slot, arrays = open_slot(case.denoiser, inputs), as_arrays(inputs[2])
-    plan = case.denoiser.plan("F.")
+    plan = case.denoiser.forecasts(plan="F.")
     for key, value in arrays.items():
         with pytest.raises(StepError, match=rf"`{key}` is complex64, expected \w+; convert it before the call"):
             slot.start({**arrays, key: value.astype(np.complex64)}, plan)
@@ -479,16 +480,16 @@ def test_timesteps_that_do_not_fit(case):
     slot, arrays = open_slot(case.denoiser, inputs), as_arrays(inputs[2])
     known = inputs[1].float().numpy()
     with pytest.raises(ConfigError, match=r"is 3 steps long, expected 2 .*; pass a plan of 2 characters"):
-        slot.start(arrays, case.denoiser.plan("FF."), None, known[:2])
+        slot.start(arrays, case.denoiser.forecasts(plan="FF."), known[:2])
     with pytest.raises(StepError, match="`timestep` has 1 values that are NaN"):
-        slot.start(arrays, case.denoiser.plan("FF."), None, [*known[:2], np.nan])
+        slot.start(arrays, case.denoiser.forecasts(plan="FF."), [*known[:2], np.nan])
     for shape in ((3, 1), (1, 3), ()):
         with pytest.raises(StepError, match=r"`timestep` .*\[steps\]"):
-            slot.start(arrays, case.denoiser.plan("FF."), None, np.zeros(shape))
-    slot.start(arrays, case.denoiser.plan("FF."))
+            slot.start(arrays, case.denoiser.forecasts(plan="FF."), np.zeros(shape))
+    slot.start(arrays, case.denoiser.forecasts(plan="FF."))
     with pytest.raises(StepError, match=r"timestep of step 0 is unknown, expected it from start\(\) or step\(\)"):
         slot.step(inputs[0][0].numpy())
-    slot.start(arrays, case.denoiser.plan("FF."), None, known)
+    slot.start(arrays, case.denoiser.forecasts(plan="FF."), known)
     with pytest.raises(StepError, match=r"timestep is .* at step 0, expected .* as prepared; leave timesteps out"):
         slot.step(inputs[0][0].numpy(), float(known[1]))
     assert torch.isfinite(advance(slot, inputs, 0, ahead=False)).all()
@@ -509,7 +510,7 @@ def test_a_refused_start_leaves_the_request_under_way(case):
     seen = []
     for step in range(5):
         with pytest.raises(StepError, match="is missing"):
-            slot.start({}, case.denoiser.plan("F."))
+            slot.start({}, case.denoiser.forecasts(plan="F."))
         with pytest.raises(ConfigError, match="export again with --order 4"):
             begin(slot, case.inputs(5, seed=1), plan, 4)
         seen.append(advance(slot, inputs, step))
@@ -606,13 +607,14 @@ def test_binding_over_itself_is_refused(case):
     """Invariant 6 on the real graphs, for every runner."""
     runner, graph = case.denoiser.runner, case.denoiser.manifest.graphs["forecast"]
     slot = open_slot(case.denoiser, case.inputs(1))
-    inputs = {t.name: slot._buffers.get(t.name) or slot._taylor[0][t.name.split(".", 1)[1]] for t in graph.inputs}
+    memory = slot.memory
+    inputs = {t.name: memory.buffers.get(t.name) or memory.taylor[0][t.site] for t in graph.inputs}
     with pytest.raises(StepError, match=r"`noise_pred` of \S+ overlaps|overlaps output `noise_pred`"):
         runner.bind("forecast", inputs, {"noise_pred": inputs["hidden_states"]})
     with pytest.raises(StepError, match=r"`noise_pred` of \S+ has no buffer.* bind every name of the contract"):
         runner.bind("forecast", inputs, {})
     with pytest.raises(StepError, match=r"has no buffer, expected one for each of \d+ tensors"):
-        runner.bind("forecast", without(inputs, "weights"), {"noise_pred": slot._buffers["noise_pred"]})
+        runner.bind("forecast", without(inputs, "weights"), {"noise_pred": slot.memory.buffers["noise_pred"]})
 
 
 @given(st.lists(st.integers(0, 5), max_size=4), st.sampled_from(["float32", "int64", "bool"]))
@@ -642,7 +644,7 @@ def test_buffers_outlive_the_names_they_were_bound_under(onnx, tiny):
     slot = open_slot(onnx("dit"), inputs)
     begin(slot, inputs, "F")
     expected = run(onnx("dit"), inputs, "F")
-    taylor, slot._taylor = slot._taylor, []
+    taylor, slot.memory.taylor = slot.memory.taylor, []
     del taylor
     gc.collect()
     ballast = [np.full(4096, np.nan, np.float32) for _ in range(64)]

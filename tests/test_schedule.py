@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Capacity, Forecasts, Plan
 from taylorseer_export.runtime.schedule import ForecastStep, FullStep, schedule
 
 LAYOUTS = ("snapshots", "derivatives")
@@ -21,6 +21,10 @@ def requests(draw):
     """(plan, order, capacity), the order within the capacity."""
     capacity = draw(st.integers(0, 4))
     return draw(plans), draw(st.integers(0, capacity)), capacity
+
+
+def scheduled(plan, order, capacity, layout, form="taylor"):
+    return schedule(Forecasts(plan, order, form), Capacity(capacity, layout))
 
 
 def assert_rounded(seen, expected, name):
@@ -39,7 +43,7 @@ def last_written(plan, before, ring):
 @given(requests(), st.sampled_from(LAYOUTS))
 def test_every_step_runs_the_graph_of_its_plan(request_, layout):
     plan, order, capacity = request_
-    steps = schedule(plan, order, capacity, layout)
+    steps = scheduled(plan, order, capacity, layout)
     assert "".join("F" if isinstance(s, FullStep) else "." for s in steps) == str(plan)
     assert sum(isinstance(s, FullStep) for s in steps) == len(plan.full_steps)
 
@@ -48,7 +52,7 @@ def test_every_step_runs_the_graph_of_its_plan(request_, layout):
 def test_full_steps_fill_the_ring_in_turn(request_, layout):
     plan, order, capacity = request_
     ring = capacity + 1 if layout == "snapshots" else 2
-    steps = schedule(plan, order, capacity, layout)
+    steps = scheduled(plan, order, capacity, layout)
     entries = [s.entry for s in steps if isinstance(s, FullStep)]
     assert entries == [k % ring for k in range(len(entries))]
     latest = None
@@ -60,7 +64,7 @@ def test_full_steps_fill_the_ring_in_turn(request_, layout):
 @given(requests())
 def test_snapshots_get_the_weights_of_the_steps_they_hold(request_):
     plan, order, capacity = request_
-    for number, step in enumerate(schedule(plan, order, capacity, "snapshots")):
+    for number, step in enumerate(scheduled(plan, order, capacity, "snapshots")):
         if isinstance(step, FullStep):
             continue
         exact = oracle.weights(str(plan), number, order)
@@ -75,7 +79,7 @@ def test_snapshots_get_the_weights_of_the_steps_they_hold(request_):
 def test_weights_sum_to_one(request_):
     """Each is rounded to float32, so their sum is off 1 by at most the gain times the unit roundoff."""
     plan, order, capacity = request_
-    for step in schedule(plan, order, capacity, "snapshots"):
+    for step in scheduled(plan, order, capacity, "snapshots"):
         if isinstance(step, ForecastStep):
             total = sum(Fraction(float(w)) for w in step.weights)
             assert abs(total - 1) <= Fraction(step.gain) * (Fraction(1, 2**24) + Fraction(1, 2**51))
@@ -85,7 +89,7 @@ def test_weights_sum_to_one(request_):
 def test_derivatives_replayed_give_the_same_forecast(request_):
     """Feed unit features through the scales as the full graph does: what comes out are the oracle's weights."""
     plan, order, capacity = request_
-    steps = schedule(plan, order, capacity, "derivatives")
+    steps = scheduled(plan, order, capacity, "derivatives")
     for source in plan.full_steps:
         sets = [[Fraction()] * (capacity + 1) for _ in range(2)]
         for number, step in enumerate(steps):
@@ -107,7 +111,7 @@ def test_derivatives_replayed_give_the_same_forecast(request_):
 def test_scales_are_one_over_the_gap(request_):
     plan, order, capacity = request_
     kept = [s for s in plan.full_steps if s >= plan.history_start]
-    for number, step in enumerate(schedule(plan, order, capacity, "derivatives")):
+    for number, step in enumerate(scheduled(plan, order, capacity, "derivatives")):
         if isinstance(step, ForecastStep):
             continue
         before = [s for s in kept if s < number]
@@ -119,7 +123,7 @@ def test_scales_are_one_over_the_gap(request_):
 @given(requests(), st.sampled_from(LAYOUTS))
 def test_gains(request_, layout):
     plan, order, capacity = request_
-    steps = schedule(plan, order, capacity, layout)
+    steps = scheduled(plan, order, capacity, layout)
     seen = [s.gain if isinstance(s, ForecastStep) else 1.0 for s in steps]
     assert seen == pytest.approx(oracle.gains(str(plan), order), rel=1e-12)
 
@@ -128,7 +132,7 @@ def test_gains(request_, layout):
 def test_newton_is_exact_on_polynomials_by_entry(request_):
     """The features t^d of the full steps held by the ring give t^d of the forecast step."""
     plan, order, capacity = request_
-    for number, step in enumerate(schedule(plan, order, capacity, "snapshots", "newton")):
+    for number, step in enumerate(scheduled(plan, order, capacity, "snapshots", "newton")):
         if isinstance(step, FullStep):
             continue
         held = last_written(plan, number, capacity + 1)
@@ -140,11 +144,11 @@ def test_newton_is_exact_on_polynomials_by_entry(request_):
 
 
 def test_a_plan_by_hand():
-    steps = schedule(Plan("FFF..F."), 1, 1, "snapshots")
+    steps = scheduled(Plan("FFF..F."), 1, 1, "snapshots")
     assert [s.entry for s in steps] == [0, 1, 0, 0, 0, 1, 1]
     weights = [s.weights.tolist() for s in steps if isinstance(s, ForecastStep)]
     assert weights == [[2.0, -1.0], [3.0, -2.0], [pytest.approx(-1 / 3), pytest.approx(4 / 3)]]
-    steps = schedule(Plan("FFF..F."), 1, 2, "derivatives")
+    steps = scheduled(Plan("FFF..F."), 1, 2, "derivatives")
     assert [s.entry for s in steps] == [0, 1, 0, 0, 0, 1, 1]
     assert [s.scales.tolist() for s in steps if isinstance(s, FullStep)] == [
         [0.0, 0.0],
@@ -158,18 +162,18 @@ def test_a_plan_by_hand():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_order_above_capacity(layout):
     with pytest.raises(ConfigError, match=r"order is 3, expected at most 2.* export again with --order 3"):
-        schedule(Plan("F."), 3, 2, layout)
+        scheduled(Plan("F."), 3, 2, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_negative_order(layout):
     with pytest.raises(ConfigError, match="order is -1, expected 0 to 4"):
-        schedule(Plan("FF."), -1, 2, layout)
+        scheduled(Plan("FF."), -1, 2, layout)
 
 
 def test_newton_needs_snapshots():
     with pytest.raises(ConfigError, match=r"`taylor` with layout derivatives; export again with --layout snapshots"):
-        schedule(Plan("F."), 1, 2, "derivatives", "newton")
+        scheduled(Plan("F."), 1, 2, "derivatives", "newton")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,9 +20,10 @@ from taylorseer_export.bundle.profile import write_profile
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.cli import main
 from taylorseer_export.errors import BundleError, ConfigError, ServeError, StepError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan, RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request, sample
+from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
 from taylorseer_export.runtime.trajectory import random_conditioning
 from taylorseer_export.serve import contract, probe, server
@@ -215,10 +216,13 @@ def request_of(denoiser, tiny, seed, **sizes):
 
 
 def mixed(denoiser, tiny):
-    """(request, plan, order) of twelve requests that differ in everything a request may choose."""
+    """(request, forecasts) of twelve requests that differ in everything a request may choose."""
     sizes = [{}] if denoiser.manifest.family == "dit" else [{}, {"height": 2, "width": 3}, {"height": 3, "width": 2}]
     plans = ["FFF..F..", "FFFF", "FF.F.F....", "F....F"]
-    return [(request_of(denoiser, tiny, k, **sizes[k % len(sizes)]), Plan(plans[k % 4]), k % 3) for k in range(12)]
+    return [
+        (request_of(denoiser, tiny, k, **sizes[k % len(sizes)]), Forecasts(Plan(plans[k % 4]), k % 3))
+        for k in range(12)
+    ]
 
 
 def check_empty(service):
@@ -230,15 +234,15 @@ def test_every_answer_is_the_one_it_gets_alone(denoiser, serve, tiny):
     service, asked = serve(slots=3), mixed(denoiser, tiny)
     service.warm_up()
     callers = [Caller() for _ in asked]
-    for (request, plan, order), caller in zip(asked, callers, strict=True):
-        service.submit(request, plan, order, caller)
-    for (request, plan, order), caller in zip(asked, callers, strict=True):
-        alone = sample(denoiser, request, plan, order)
+    for (request, forecasts), caller in zip(asked, callers, strict=True):
+        service.submit(request, forecasts, caller)
+    for (request, forecasts), caller in zip(asked, callers, strict=True):
+        alone = sample(denoiser, request, forecasts)
         assert caller.wait().error is None
-        assert caller.latents.tobytes() == alone.latents.tobytes() and caller.executed == str(plan)
-        assert caller.steps == len(plan) - 1  # every step but the last was reported
+        assert caller.latents.tobytes() == alone.latents.tobytes() and caller.executed == str(forecasts.plan)
+        assert caller.steps == len(forecasts) - 1  # every step but the last was reported
     check_empty(service)
-    counts, plans = service.snapshot(), [str(plan) for _, plan, _ in asked]
+    counts, plans = service.snapshot(), [str(forecasts.plan) for _, forecasts in asked]
     full = sum(plan.count("F") for plan in plans)
     assert counts["steps.full"] == counts["planned.full"] == counts["executed.full"] == full
     assert counts["steps.forecast"] == sum(map(len, plans)) - full
@@ -251,10 +255,10 @@ def test_a_profile_s_weights_are_those_that_run(denoiser, serve, tiny):
     values = {"latents": request.latents, **request.conditioning, "profile": np.array([b"fast"], object)}
     asked = contract.ask(denoiser, "denoiser", values, {"fast": made(denoiser.manifest, weights=reuse)})
     service, caller = serve(slots=1), Caller()
-    service.submit(asked.request, asked.plan, asked.order, caller, weights=asked.weights)
+    service.submit(asked.request, asked.forecasts, caller)
     assert caller.wait().executed == str(plan)
-    assert caller.latents.tobytes() == sample(denoiser, request, plan, 1, weights=reuse).latents.tobytes()
-    assert caller.latents.tobytes() != sample(denoiser, request, plan, 1).latents.tobytes()
+    assert caller.latents.tobytes() == sample(denoiser, request, Forecasts(plan, 1, weights=reuse)).latents.tobytes()
+    assert caller.latents.tobytes() != sample(denoiser, request, Forecasts(plan, 1)).latents.tobytes()
 
 
 def test_guarded_requests_get_what_they_would_alone(denoiser, serve, tiny):
@@ -267,9 +271,9 @@ def test_guarded_requests_get_what_they_would_alone(denoiser, serve, tiny):
         asked = contract.ask(denoiser, "denoiser", values)
         waiting.append((asked, Caller()))
     for asked, caller in waiting:
-        service.submit(asked.request, asked.plan, asked.order, caller, weights=asked.weights, guard=asked.guard)
+        service.submit(asked.request, asked.forecasts, caller)
     for asked, caller in waiting:
-        alone = sample(denoiser, asked.request, asked.plan, asked.order, guard=asked.guard)
+        alone = sample(denoiser, asked.request, asked.forecasts)
         assert caller.wait().error is None
         assert (caller.executed, caller.latents.tobytes()) == (alone.executed, alone.latents.tobytes())
     assert [caller.executed for _, caller in waiting][0::2] == ["FFFFFFFF", "FF...F.F"]
@@ -316,9 +320,9 @@ def test_guidance_in_two_calls_and_what_is_joined_to_the_noise(eager, tiny, case
     service, callers = Service(denoiser, Limits(slots=2, workers=2)), [Caller() for _ in range(4)]
     try:
         for caller, one in zip(callers, (asked, plain, asked, plain), strict=True):
-            service.submit(one.request, one.plan, one.order, caller)
+            service.submit(one.request, one.forecasts, caller)
         for caller, request in zip(callers, (alone, plain.request, alone, plain.request), strict=True):
-            expected = sample(denoiser, request, asked.plan)
+            expected = sample(denoiser, request, asked.forecasts)
             assert caller.wait().error is None
             assert caller.latents.tobytes() == expected.latents.tobytes() and caller.executed == expected.executed
         check_empty(service)
@@ -331,12 +335,12 @@ def test_two_branches_take_the_room_of_two(eager, tiny):
     latents, _, conditioning = tiny("wan").inputs(1, batch=1)
     one = Request(latents[0].numpy(), as_arrays(conditioning), False, 1.0, 0, 0)
     both = replace(one, guided=True, guidance_scale=3.0, negative=one.conditioning)
-    needed = request_bytes(denoiser.manifest, {**Loop(denoiser, one, Plan("F")).sizes, "steps": 3})
+    needed = request_bytes(denoiser.manifest, {**Loop(denoiser, one, Forecasts(Plan("F"), 0)).sizes, "steps": 3})
     service = Service(denoiser, Limits(slots=1, workers=1, slot_bytes=needed))
     try:
         with pytest.raises(ConfigError, match="Taylor buffers and step tables, expected at most"):
-            service.submit(both, Plan("FF."), 1, Caller())
-        service.submit(one, Plan("FF."), 1, caller := Caller())
+            service.submit(both, Forecasts(Plan("FF."), 1), Caller())
+        service.submit(one, Forecasts(Plan("FF."), 1), caller := Caller())
         assert caller.wait().error is None
     finally:
         service.close()
@@ -354,7 +358,7 @@ def test_requests_of_one_kind_share_calls(denoiser, serve, tiny):
 
     callers = [Holding() for _ in range(4)]
     for k, caller in enumerate(callers):
-        service.submit(request_of(denoiser, tiny, k), Plan("F" * 6), 1, caller)
+        service.submit(request_of(denoiser, tiny, k), Forecasts(Plan.all_full(6), 1), caller)
     held.set()
     assert all(caller.wait().error is None for caller in callers)
     counts = service.snapshot()
@@ -365,19 +369,19 @@ def test_requests_of_one_kind_share_calls(denoiser, serve, tiny):
 def test_a_request_that_is_cancelled_frees_its_slot_within_a_step(denoiser, serve, tiny):
     service = serve(slots=1)
     leaving, next_one = Caller(patience=2), Caller()
-    service.submit(request_of(denoiser, tiny, 0), Plan("F" * 40), 0, leaving)
-    service.submit(request_of(denoiser, tiny, 1), Plan("FF."), 1, next_one)
+    service.submit(request_of(denoiser, tiny, 0), Forecasts(Plan.all_full(40), 0), leaving)
+    service.submit(request_of(denoiser, tiny, 1), Forecasts(Plan("FF."), 1), next_one)
     error = leaving.wait().error
     assert (error.status, leaving.steps) == ("CANCELLED", 2)
     assert str(error).startswith("request is cancelled after 2 of 40 steps, expected")
-    alone = sample(denoiser, request_of(denoiser, tiny, 1), Plan("FF."), 1)
+    alone = sample(denoiser, request_of(denoiser, tiny, 1), Forecasts(Plan("FF."), 1))
     assert next_one.wait().latents.tobytes() == alone.latents.tobytes()
     check_empty(service)
 
 
 def test_a_late_request_is_given_up(denoiser, serve, tiny):
     service, caller = serve(slots=1), Caller()
-    service.submit(request_of(denoiser, tiny, 0), Plan("F" * 40), 0, caller, timeout=0.0)
+    service.submit(request_of(denoiser, tiny, 0), Forecasts(Plan.all_full(40), 0), caller, timeout=0.0)
     error = caller.wait().error
     assert error.status == "UNAVAILABLE" and str(error).startswith("request is late after 0 of 40 steps, expected")
     check_empty(service)
@@ -388,7 +392,7 @@ def test_a_failing_request_harms_nobody(denoiser, serve, tiny, monkeypatch, faul
     service = serve(slots=3, workers=1)
     bad, good = Caller(fails_at=2 if fault == "caller" else None), [Caller(), Caller()]
     poisoned = request_of(denoiser, tiny, 7)
-    accept = type(denoiser.slot(denoiser.sizes(poisoned.latents.shape, poisoned.conditioning))).finish
+    accept = Slot.finish
 
     def finish(slot):
         prediction = accept(slot)
@@ -399,17 +403,17 @@ def test_a_failing_request_harms_nobody(denoiser, serve, tiny, monkeypatch, faul
         return prediction
 
     if fault != "caller":
-        from taylorseer_export.runtime.denoiser import Slot
-        from taylorseer_export.runtime.sampling import Loop
-
         monkeypatch.setattr(Slot, "finish", finish)
-        start = Loop.start
-        monkeypatch.setattr(
-            Loop, "start", lambda loop, slot: (setattr(slot, "_mark", loop.request), start(loop, slot))[1]
-        )
-    service.submit(request_of(denoiser, tiny, 0), Plan("FFF..F"), 2, good[0])
-    service.submit(poisoned, Plan("FFF..F"), 2, bad)
-    service.submit(request_of(denoiser, tiny, 1), Plan("FFF..F"), 2, good[1])
+        begin = Loop.begin
+
+        def marked(loop, branches):
+            branches.slots[0]._mark = loop.request
+            begin(loop, branches)
+
+        monkeypatch.setattr(Loop, "begin", marked)
+    service.submit(request_of(denoiser, tiny, 0), Forecasts(Plan("FFF..F"), 2), good[0])
+    service.submit(poisoned, Forecasts(Plan("FFF..F"), 2), bad)
+    service.submit(request_of(denoiser, tiny, 1), Forecasts(Plan("FFF..F"), 2), good[1])
     expected = {
         "engine": "graph `full` failed",
         "caller": "the line is dead",
@@ -419,7 +423,7 @@ def test_a_failing_request_harms_nobody(denoiser, serve, tiny, monkeypatch, faul
     latents = [caller.wait().latents for caller in good]
     monkeypatch.undo()
     for k, seen in enumerate(latents):
-        alone = sample(denoiser, request_of(denoiser, tiny, k), Plan("FFF..F"), 2)
+        alone = sample(denoiser, request_of(denoiser, tiny, k), Forecasts(Plan("FFF..F"), 2))
         assert seen.tobytes() == alone.latents.tobytes()
     check_empty(service)
 
@@ -427,16 +431,16 @@ def test_a_failing_request_harms_nobody(denoiser, serve, tiny, monkeypatch, faul
 def test_what_does_not_fit_is_refused_before_it_is_queued(denoiser, serve, tiny):
     service = serve(slots=1, slot_bytes=10_000)
     with pytest.raises(ConfigError, match=r"request needs .* expected at most 10.00 KB for one slot"):
-        service.submit(request_of(denoiser, tiny, 0), Plan("FF."), 1, Caller())
+        service.submit(request_of(denoiser, tiny, 0), Forecasts(Plan("FF."), 1), Caller())
     with pytest.raises(StepError, match="expected"):
-        service.submit(Request(np.zeros((1, 2), np.float32), {}, False, 1.0, 0, 0), Plan("F"), 1, Caller())
+        service.submit(Request(np.zeros((1, 2), np.float32), {}, False, 1.0, 0, 0), Forecasts(Plan("F"), 1), Caller())
     check_empty(service)
 
 
 def test_closing_finishes_what_is_under_way_and_refuses_the_rest(denoiser, tiny):
     service, first, second = Service(denoiser, Limits(slots=1, workers=1)), Caller(), Caller()
-    service.submit(request_of(denoiser, tiny, 0), Plan("F" * 8), 0, first)
-    service.submit(request_of(denoiser, tiny, 1), Plan("F" * 8), 0, second)
+    service.submit(request_of(denoiser, tiny, 0), Forecasts(Plan.all_full(8), 0), first)
+    service.submit(request_of(denoiser, tiny, 1), Forecasts(Plan.all_full(8), 0), second)
     service.close()
     for caller in (first.wait(), second.wait()):
         assert caller.executed == "F" * 8 or caller.error.status == "UNAVAILABLE"
@@ -452,7 +456,7 @@ def test_a_turn_that_does_not_end_is_seen(denoiser, serve, tiny, monkeypatch):
             entered.set()
             held.wait(SECONDS)
 
-    service.submit(request_of(denoiser, tiny, 0), Plan("FFF"), 0, caller := Holding())
+    service.submit(request_of(denoiser, tiny, 0), Forecasts(Plan("FFF"), 0), caller := Holding())
     assert entered.wait(SECONDS)
     first = service.stalled
     assert service.stalled > first > 0.0
@@ -664,8 +668,8 @@ def test_the_configuration_reads_back_with_triton_s_own_protobuf(onnx):
     assert {i.name: (schema.DataType.Name(i.data_type), list(i.dims), i.optional) for i in seen.input}["latents"] == (
         "TYPE_FP32", [-1, -1, 16], False,
     )  # fmt: skip
-    plan = {"steps", "interval", "warmup", "order", "plan", "profile", "guard", "threshold", "cap"}
-    assert {i.name for i in seen.input if i.optional} == {"sigmas", *plan}
+    asked = {field.name for field in fields(RequestOptions)}
+    assert {i.name for i in seen.input if i.optional} == {"sigmas", *asked}
     assert (seen.parameters["slots"].string_value, seen.parameters["queue"].string_value) == ("3", "5")
 
 
@@ -690,7 +694,7 @@ def test_profiles_go_with_their_bundle_and_a_damaged_one_is_found(bundles, tmp_p
     path = write_profile(bundle, made(bundle.manifest))
     (version,) = write_repository(folder, models, Deployment(models=("denoiser",)))
     denoiser = Denoiser(bundle.manifest, SimpleNamespace(), open_bundle(version / "bundle"))
-    assert contract.profiles(denoiser) == {"fast": made(bundle.manifest).seal()}
+    assert dict(denoiser.profiles) == {"fast": made(bundle.manifest).seal()}
     path.write_bytes(path.read_bytes().replace(b"8", b"9", 1))
     with pytest.raises(BundleError, match="calibrate again"):
         write_repository(folder, models, Deployment(models=("denoiser",)))
@@ -731,26 +735,26 @@ def test_slots_share_the_memory_budget(onnx):
         ({"plan": [b"F" * 1001]}, "plan is 1001 steps long, expected 1 to 1000 (steps)"),
         ({"plan": [b"F" * 5000]}, "plan is 5000 bytes, expected at most 4096 (bytes)"),
         ({"plan": [b"F\xff"]}, "plan is not readable"),
-        ({"plan": [b"FF."], "interval": [3]}, "plan is given with interval or warmup"),
+        ({"plan": [b"FF."], "interval": [3]}, "interval is given beside plan, expected one of them"),
         ({"interval": [0]}, "interval is 0, expected at least 1 (steps)"),
         ({"latents": np.full((1, 4, 16), np.nan, np.float32)}, "input `latents` has values that are NaN or infinite"),
         ({"guidance": np.array([np.inf], np.float32)}, "input `guidance` has values that are NaN or infinite"),
-        ({"profile": [b"slow"]}, "profile is `slow`, expected one of this model (fast); choose one of those"),
-        ({"profile": [b"../fast"]}, "profile is `../fast`, expected one of this model (fast)"),
+        ({"profile": [b"slow"]}, "profile is `slow`, expected one of this bundle (fast); choose one of those"),
+        ({"profile": [b"../fast"]}, "profile is `../fast`, expected one of this bundle (fast)"),
         ({"profile": [b"x" * 5000]}, "profile is 5000 bytes, expected at most 4096 (bytes)"),
         ({"profile": [b"\xff"]}, "profile is not readable"),
         ({"profile": [b"fast"], "plan": [b"FF......"]}, "plan is given beside profile, expected one of them"),
         ({"profile": [b"fast"], "order": [1]}, "order is given beside profile, expected one of them"),
         ({"profile": [b"fast"], "steps": [9]}, "profile `fast` is 8 steps long, expected 9 (steps)"),
         ({"profile": [b"fast"], "sigmas": np.array([0.5, 0.2], np.float32)}, "is 8 steps long, expected 2 (steps)"),
-        ({"guard": [b"magic"]}, "guard is `magic`, expected one of cg, fbcache, teacache"),
+        ({"guard": [b"magic"]}, "guard is `magic`, expected one of `cg`, `fbcache`, `teacache`"),
         ({"guard": [b"cg"]}, "threshold is missing, expected a number above 0 for guard cg"),
         ({"guard": [b"cg"], "threshold": [0.0]}, "threshold is 0.0, expected a number above 0"),
         ({"guard": [b"cg"], "threshold": [np.nan]}, "threshold is nan, expected a number above 0"),
         ({"guard": [b"cg"], "threshold": [0.1], "cap": [0]}, "cap is 0, expected at least 1"),
         ({"guard": [b"cg"], "threshold": [0.1], "interval": [3]}, "interval is given beside guard"),
-        ({"guard": [b"cg"], "profile": [b"slow"]}, "profile is `slow`, expected one of this model (fast)"),
-        ({"threshold": [0.1]}, "threshold is given without a guard, expected `guard` beside it"),
+        ({"guard": [b"cg"], "profile": [b"slow"]}, "profile is `slow`, expected one of this bundle (fast)"),
+        ({"threshold": [0.1]}, "threshold is given without a guard, expected one beside it"),
         ({"sigmas": np.array([0.2, 0.5], np.float32)}, "sigmas are not falling"),
         ({"sigmas": np.array([0.5, 0.2], np.float32), "steps": [3]}, "plan F"),
     ],
@@ -777,8 +781,8 @@ def test_sizes_are_refused_before_noise_is_drawn(eager, tiny, monkeypatch, name)
     denoiser = eager(name)
     _, _, conditioning = tiny(name).inputs(1, batch=1)
     made = []
-    real = sampling.drawn
-    monkeypatch.setattr(tensors, "drawn", lambda shape, seed: made.append(shape) or real(shape, seed))
+    real = sampling.noise_of
+    monkeypatch.setattr(tensors, "noise_of", lambda shape, seed: made.append(shape) or real(shape, seed))
     monkeypatch.setattr(tensors, "place", lambda *args: made.append(args) or places.place(*args))
     dimension = "image_tokens" if "image_tokens" in denoiser.manifest.dimensions else "rows"
     most = denoiser.manifest.dimensions[dimension].maximum

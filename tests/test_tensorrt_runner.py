@@ -82,7 +82,7 @@ def test_every_call_has_a_context_and_all_share_their_scratch(opened, tiny):
     assert (len(full), len(forecast)) == (3, 1)
     assert {c.how for c in trt.contexts} == {real.ExecutionContextAllocationStrategy.USER_MANAGED}
     assert len({c.memory for c in trt.contexts}) == 1
-    (ring,) = slot._taylor
+    (ring,) = slot.memory.taylor
     for k, context in enumerate(full):
         for site, buffer in ring.items():
             assert context.addresses[f"taylor_out.{site}"] == buffer.entry(k).address

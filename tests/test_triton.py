@@ -24,7 +24,7 @@ from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.cli import main
 from taylorseer_export.embedded.requests import caption_request, label_request, pictures
 from taylorseer_export.errors import ConfigError, ServeError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import Request, sample
 from taylorseer_export.serve import probe
@@ -101,7 +101,7 @@ def alone(denoisers):
             if family == "flux"
             else label_request(denoiser, [what], [seed])
         )
-        return pictures(denoiser, request, sample(denoiser, request, Plan(plan), order))[0]
+        return pictures(denoiser, request, sample(denoiser, request, denoiser.forecasts(plan=plan, order=order)))[0]
 
     one_at_a_time = threading.Lock()
 
@@ -158,7 +158,7 @@ def test_the_denoiser_takes_latents_and_conditioning(server, denoisers, sigmas):
     values = {"latents": request.latents, **request.conditioning, "steps": 12, "interval": 4, "warmup": 2}
     made = infer(server.grpc, "flux-tiny-denoiser", values | ({} if sigmas is None else {"sigmas": sigmas}))
     asked = Request(request.latents, request.conditioning, False, 1.0, 0, 0, sigmas)
-    expected = sample(denoiser, asked, Plan.regular(12, 4, 2))
+    expected = sample(denoiser, asked, denoiser.forecasts(steps=12, interval=4, warmup=2))
     assert made["denoised"].tobytes() == expected.latents.tobytes()
     assert made["executed"].tolist() == [expected.executed.encode()]
 
@@ -168,11 +168,11 @@ def test_a_profile_is_asked_for_by_name(server, denoisers, family):
     denoiser, what = denoisers[family], {"prompt": CAPTION} if family == "flux" else {"label": 3}
     answer = infer(server.http, f"{family}-tiny", {**what, "seed": 1, "profile": "fast"}, "http")
     request = caption_request(denoiser, [CAPTION], [1]) if family == "flux" else label_request(denoiser, [3], [1])
-    profile = denoiser.profile("fast")
-    calibrated = sample(denoiser, request, PLAN, 1, weights=profile.weights)
+    profile = denoiser.profiles["fast"]
+    calibrated = sample(denoiser, request, Forecasts(PLAN, 1, weights=profile.weights))
     assert answer["picture"].tobytes() == pictures(denoiser, request, calibrated)[0].tobytes()
     assert answer["executed"].tolist() == [str(PLAN).encode()]
-    assert calibrated.latents.tobytes() != sample(denoiser, request, PLAN, 1).latents.tobytes()
+    assert calibrated.latents.tobytes() != sample(denoiser, request, Forecasts(PLAN, 1)).latents.tobytes()
 
 
 def malformed():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.errors import StepError
-from taylorseer_export.runtime.values import checked
+from taylorseer_export.runtime.values import array_for
 
 
 def contract(dtype, **options):
@@ -17,7 +17,7 @@ def contract(dtype, **options):
 @pytest.mark.parametrize("seen", ["bool", "int8", "uint8", "int32", "int64", "uint64", "float16", "float32", "float64"])
 @pytest.mark.parametrize("wanted", ["float32", "float16", "bfloat16", "float64"])
 def test_a_mask_of_any_kind_is_what_the_contract_asks_for(seen, wanted):
-    array = checked(contract(wanted), np.array([1, 0, 1], seen))
+    array = array_for(contract(wanted), np.array([1, 0, 1], seen))
     assert array.tolist() == [1.0, 0.0, 1.0]
     assert array.dtype == ("float32" if wanted == "bfloat16" else wanted)
 
@@ -25,7 +25,7 @@ def test_a_mask_of_any_kind_is_what_the_contract_asks_for(seen, wanted):
 @pytest.mark.parametrize("wanted", ["int32", "int64", "bool"])
 @pytest.mark.parametrize("seen", ["bool", "int8", "uint8", "int32", "int64", "uint64"])
 def test_whole_numbers_of_any_width_are_taken(seen, wanted):
-    array = checked(contract(wanted), np.array([1, 0, 1], seen))
+    array = array_for(contract(wanted), np.array([1, 0, 1], seen))
     assert array.tolist() == [1, 0, 1] and array.dtype == wanted
 
 
@@ -42,7 +42,7 @@ def test_a_whole_number_comes_through_exactly_or_not_at_all(seen, wanted, data):
     )
     number = data.draw(st.integers(int(span.min), int(span.max)) | edges)
     try:
-        (made,) = checked(contract(wanted), np.array([number], seen)).tolist()
+        (made,) = array_for(contract(wanted), np.array([number], seen)).tolist()
     except StepError as error:
         assert "holds exactly; correct the values" in str(error)
         dtype = np.dtype("float32" if wanted == "bfloat16" else wanted)
@@ -79,14 +79,14 @@ def _exact(number, dtype):
 )
 def test_what_would_change_is_refused(wanted, values, sentence):
     with pytest.raises(StepError, match=sentence):
-        checked(contract(wanted), values)
+        array_for(contract(wanted), values)
 
 
 def test_floats_are_rounded_to_the_precision_of_the_contract():
-    assert checked(contract("float32"), np.array([0.1])).tolist() == [np.float32(0.1)]
+    assert array_for(contract("float32"), np.array([0.1])).tolist() == [np.float32(0.1)]
 
 
 def test_a_truth_value_is_an_index_where_the_table_has_it():
-    assert checked(contract("int64", values=(0, 1)), np.array([True])).tolist() == [1]
+    assert array_for(contract("int64", values=(0, 1)), np.array([True])).tolist() == [1]
     with pytest.raises(StepError, match=r"holds 1 to 1, expected 2 to 9"):
-        checked(contract("int64", values=(2, 9)), np.array([True]))
+        array_for(contract("int64", values=(2, 9)), np.array([True]))

@@ -111,7 +111,7 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     case = Case(args, folder)
     plan = Plan.regular(args.steps, args.interval, args.warmup)
-    all_full = Plan("F" * args.steps)
+    all_full = Plan.all_full(args.steps)
     configurations = [(g, y, o) for o in args.order for y in args.layout for g in args.granularity]
     loops, denoisers, names = {}, {}, []
     with tqdm(total=len(configurations) + 1, desc="export and load", unit="engine") as bar:
@@ -125,7 +125,7 @@ def bench(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             names.append(name)
             bar.update()
     first, order = names[0], configurations[0][2]
-    loops["fewer steps"] = case.ours(denoisers[first], Plan("F" * len(plan.full_steps)), order)
+    loops["fewer steps"] = case.ours(denoisers[first], Plan.all_full(len(plan.full_steps)), order)
     counters, hook_plan, notes = {}, None, {"fewer steps": f"{len(plan.full_steps)} full steps of {first}"}
     if not args.no_eager:
         loops["eager"], _ = case.eager()

@@ -41,7 +41,7 @@ from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile import export
 from taylorseer_export.compile.eager import pointwise_sums, weighted, writing
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.report.verify import compare
 from taylorseer_export.runtime.denoiser import Denoiser, Slot
 from taylorseer_export.runtime.torch_runner import Recorder, TorchRunner
@@ -270,7 +270,7 @@ class Ours:
         machine, case = self.case.machine, self.case
         machine.wait()
         began = time.perf_counter()
-        self.slot.start(case.arrays, plan, self.order, case.data.timesteps)
+        self.slot.start(case.arrays, Forecasts(plan, self.order), case.data.timesteps)
         for latents in case.latents:
             self.slot.advance(latents if machine.cuda else latents.float())
         machine.wait()
@@ -291,18 +291,18 @@ class Ours:
 def ours(case: Case, granularity: str, order: int, shared: dict[str, Any], floor: dict[str, float]) -> dict[str, Any]:
     """One configuration of ours: steps, loops, bytes, and how far from the floor."""
     args, machine = case.args, case.machine
-    plan, all_full = Plan.regular(args.steps, args.interval, args.warmup), Plan("F" * args.steps)
+    plan, all_full = Plan.regular(args.steps, args.interval, args.warmup), Plan.all_full(args.steps)
     result: dict[str, Any] = {"granularity": granularity, "order": order, "plan": str(plan)}
     began = time.perf_counter()
     with torch.no_grad(), machine.peak(result):
         engine = Ours(case, granularity, order, shared)
         slot = engine.slot
-        slot.start(case.arrays, plan, order, case.data.timesteps)
+        slot.start(case.arrays, Forecasts(plan, order), case.data.timesteps)
         result["build_s"] = time.perf_counter() - began
-        result["full_ms"] = machine.milliseconds(slot._full_calls[0], args.repeats)
-        result["forecast_ms"] = machine.milliseconds(slot._forecast_calls[0], 10 * args.repeats)
+        result["full_ms"] = machine.milliseconds(slot.memory.calls["full"][0], args.repeats)
+        result["forecast_ms"] = machine.milliseconds(slot.memory.calls["forecast"][0], 10 * args.repeats)
         result["prepare_ms"] = machine.milliseconds(
-            lambda: slot.start(case.arrays, plan, order, case.data.timesteps), args.repeats
+            lambda: slot.start(case.arrays, Forecasts(plan, order), case.data.timesteps), args.repeats
         )
         loops = [(engine.loop(all_full), engine.loop(plan)) for _ in range(args.loops)]
     result["all_full_loop_ms"], result["loop_ms"] = (statistics.median(column) for column in zip(*loops, strict=True))
@@ -332,9 +332,9 @@ def parity(case: Case, engine: Ours) -> dict[str, Any]:
     steps = min(case.args.steps, 7)
     data = Trajectory(case.data.latents[:steps], case.data.timesteps[:steps], case.arrays)
     found = {}
-    for plan in (Plan("F" * 2), Plan.parse("FFF..F."[:steps])):
+    for plan in (Plan.all_full(2), Plan.parse("FFF..F."[:steps])):
         part = Trajectory(data.latents[: len(plan)], data.timesteps[: len(plan)], data.conditioning)
-        result = compare(reference, engine.denoiser, part, plan, engine.order)
+        result = compare(reference, engine.denoiser, part, Forecasts(plan, engine.order))
         ratios = [seen / bound for seen, bound in zip(result.seen, result.bound, strict=True)]
         found[str(plan)] = {"over_bound": max(ratios), "over_bound_of_each_step": ratios}
     return found

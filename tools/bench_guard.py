@@ -34,7 +34,7 @@ from taylorseer_export.bundle.memory import probe_bytes, size
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.compile.export import Draft, draft, write_bundle
 from taylorseer_export.graph.cut import Cut
-from taylorseer_export.method import RULES, Guard, Plan
+from taylorseer_export.method import RULES, Guard
 from taylorseer_export.runtime.denoiser import Denoiser, load
 
 GOAL = 0.02
@@ -53,7 +53,7 @@ def measure(case: Case, denoiser: Denoiser, rule: Any, turns: int) -> dict[str, 
     """Milliseconds of each kind of call, turn by turn."""
     latents, timesteps = case.latents.numpy(), case.timesteps.float().numpy()
     slot = denoiser.slot(denoiser.sizes(latents.shape[1:], case.arrays))
-    plain = denoiser.slot(slot.sizes)
+    plain, begun = denoiser.slot(slot.sizes), denoiser.forecasts(plan="FF.")
     times: dict[str, list[float]] = {"probe": [], "rest": [], "full": [], "forecast": []}
 
     def timed(name: str, call: Callable[[], object]) -> None:
@@ -61,16 +61,16 @@ def measure(case: Case, denoiser: Denoiser, rule: Any, turns: int) -> dict[str, 
         call()
         times[name].append(1e3 * (time.perf_counter() - began))
 
-    probe = slot._probe
+    probe = slot.memory.probe
     assert probe is not None
     for turn in tqdm(range(turns + 1), desc=rule, unit="turn"):
-        slot.start(case.arrays, Plan("FF."), None, timesteps[:3], guard=Guard(rule, 1e-30))
-        plain.start(case.arrays, Plan("FF."), None, timesteps[:3])
+        slot.start(case.arrays, replace(begun, guard=Guard(rule, 1e-30)), timesteps[:3])
+        plain.start(case.arrays, begun, timesteps[:3])
         for step in range(3):
             slot.stage(latents[step])
             plain.stage(latents[step])
             if step == 1:
-                timed("probe", lambda: (probe._call(), slot._buffers[f"error.{rule}"].read()))
+                timed("probe", lambda: (probe._call(), slot.memory.buffers[f"error.{rule}"].read()))
                 timed("rest", slot.run)
                 timed("full", plain.run)
             elif step == 2:

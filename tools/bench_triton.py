@@ -105,7 +105,7 @@ def lone(server: Server, folder: Path, threads: int, count: int) -> dict[str, fl
         for seed in range(count):
             began = time.perf_counter()
             asked = caption_request(denoiser, [CAPTION], [seed])
-            pictures(denoiser, asked, sample(denoiser, asked, denoiser.plan()))
+            pictures(denoiser, asked, sample(denoiser, asked, denoiser.forecasts()))
             alone.append(1e3 * (time.perf_counter() - began))
             served.append(request(client, seed))
     in_process = statistics.median(alone)

@@ -29,16 +29,16 @@ from tqdm import tqdm
 
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile.export import Options, draft, write_bundle
+from taylorseer_export.embedded import requests
 from taylorseer_export.embedded.picture import grid
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.method import RULES, Guard, Plan
+from taylorseer_export.method import RULES, Forecasts, Guard, Plan
 from taylorseer_export.report.calibrate import Calibration, Calibrator, Way
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.plan_search import regular_plan
 from taylorseer_export.report.samples import groups, prompts_of
 from taylorseer_export.runtime import sampling
-from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import Denoiser, load
 
 ORDER = 2
@@ -86,14 +86,12 @@ class Judged:
     executed: list[int]
 
 
-def judge(denoiser: Denoiser, requests: Sequence[sampling.Request], way: Way, guard: Guard | None = None) -> Judged:
-    """Draw all requests in one way."""
+def judge(denoiser: Denoiser, samples: Sequence[sampling.Request], forecasts: Forecasts) -> Judged:
+    """Draw all samples in one way."""
     latents, pictures, executed = [], [], []
-    slot = None
-    for request in requests:
-        loop = sampling.Loop(denoiser, request, way.plan)
-        slot = slot or denoiser.slot(loop.sizes)
-        result = sampling.sample(denoiser, request, way.plan, way.order, slot=slot, weights=way.weights, guard=guard)
+    pool = sampling.Pool(denoiser)
+    for request in samples:
+        result = sampling.sample(denoiser, request, forecasts, pool.of(request))
         latents.append(result.latents)
         pictures.append(requests.pictures(denoiser, request, result))
         executed.append(result.executed.count("F"))
@@ -148,31 +146,28 @@ def rows_of(
     """
     fitted = groups(denoiser, FITTED, FIRST_FITTED, least=2)
     fitted_alone = one_by_one(denoiser, FITTED, FIRST_FITTED, least=2)
-    calibrator, base = None, Plan.guarded(steps, denoiser.manifest.plan.warmup)
+    calibrator, base = None, Forecasts(Plan.guarded(steps, denoiser.defaults.warmup), ORDER)
     if not kept:
         window = min(steps - 1, 4 * -(-steps // min(counts)))
         held_out = groups(denoiser, HELD_OUT, FIRST_FITTED + FITTED)
         calibrator = Calibrator(denoiser, fitted, held_out, steps, window, bar.update)
     judged, alone = groups(denoiser, JUDGED, FIRST_JUDGED), one_by_one(denoiser, JUDGED, FIRST_JUDGED)
-    nothing, pool = np.zeros(1), Pool(denoiser)
-    exact = judge(denoiser, judged, Way(Plan("F" * steps), 0, None, nothing, nothing))
+    nothing, pool = np.zeros(1), sampling.Pool(denoiser)
+    exact = judge(denoiser, judged, Forecasts(Plan.all_full(steps), 0))
     for count in counts:
         rows: list[Row] = []
         shown, each = [("all full", exact.pictures)], {}
         if calibrator is None:
-            ways = {
-                "paper's plan": Way(
-                    regular_plan(steps, count, denoiser.manifest.plan.warmup), ORDER, None, nothing, nothing
-                )
-            }
+            paper = Forecasts(regular_plan(steps, count, denoiser.defaults.warmup), ORDER)
+            ways = {"paper's plan": Way(paper, nothing, nothing)}
         else:
             began = time.perf_counter()
             found = calibrator.calibrate(count, ORDER)
             seconds = time.perf_counter() - began
             ways = {"calibrated": found.calibrated, "paper's plan": found.regular, "fewer steps": found.fewer_steps}
         for name, way in ways.items():
-            seen = judge(denoiser, judged, way)
-            row, each[name] = row_of(name, steps, len(way.plan.full_steps), way.plan, seen, exact)
+            seen = judge(denoiser, judged, way.forecasts)
+            row, each[name] = row_of(name, steps, len(way.forecasts.plan.full_steps), way.forecasts.plan, seen, exact)
             rows.append(replace(row, fitted_latent_psnr=way.fitted, held_out_latent_psnr=way.held_out))
             shown.append((f"{name}, {count}", seen.pictures))
         if calibrator is None:
@@ -181,10 +176,10 @@ def rows_of(
             rows[0] = replace(rows[0], refused=refusal(found), seconds=round(seconds, 1))
         for rule in denoiser.manifest.state.guards:
             began = time.perf_counter()
-            threshold = fit_threshold(denoiser, pool, fitted_alone, rule, base, count, bar.update)
+            threshold = fit_threshold(denoiser, pool, fitted_alone, base, rule, count, bar.update)
             seconds = time.perf_counter() - began
-            seen = judge(denoiser, alone, Way(base, ORDER, None, nothing, nothing), Guard(rule, threshold))
-            row, each[f"guard {rule}"] = row_of(f"guard {rule}", steps, count, base, seen, exact)
+            seen = judge(denoiser, alone, replace(base, guard=Guard(rule, threshold)))
+            row, each[f"guard {rule}"] = row_of(f"guard {rule}", steps, count, base.plan, seen, exact)
             rows.append(replace(row, threshold=threshold, seconds=round(seconds, 1)))
             shown.append((f"guard {rule}, {count}", seen.pictures))
         for k, row in enumerate(rows):

@@ -25,7 +25,7 @@ from taylorseer_export.compile.onnx import write_onnx
 from taylorseer_export.compile.weights import WEIGHTS, write_weights
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.cut import Cut
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.onnxruntime import OnnxRuntimeRunner
 from taylorseer_export.runtime.slot import Slot
@@ -170,7 +170,7 @@ class Case:
         chosen = np.linspace(0, self.args.steps - 1, len(plan)).round().astype(int)
         timesteps = self.timesteps.float().numpy()[chosen]
         warm = str(plan).find(".") + 2 if "." in str(plan) else 2
-        return Loop(len(plan), lambda: slot.start(self.arrays, plan, order, timesteps),
+        return Loop(len(plan), lambda: slot.start(self.arrays, Forecasts(plan, order), timesteps),
                     lambda k: slot.step(latents[chosen[k]]), warm)  # fmt: skip
 
     def eager(self, hook: str = "", interval: int = 0, before: int = 0, order: int = 0) -> tuple[Loop, list[int]]:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from taylorseer_export import cli
 from taylorseer_export.embedded import requests
 from taylorseer_export.embedded.picture import grid
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime import sampling
 from taylorseer_export.runtime.denoiser import Denoiser, load
 
@@ -88,16 +88,17 @@ def main() -> int:
 def _compare(family: str, folder: Path) -> tuple[list[Row], object]:
     denoiser = load(folder)
     request = _request(denoiser)
-    plans = [("all full", Plan("F" * STEPS))]
+    plans = [("all full", Plan.all_full(STEPS))]
     plans += [(f"interval {n}", Plan.regular(STEPS, n, WARMUP)) for n in INTERVALS]
-    model_input = np.concatenate([request.latents] * (2 if request.guided else 1))
-    slot = denoiser.slot(denoiser.sizes(model_input.shape, request.conditioning))
-    sampling.sample(denoiser, request, Plan("FF."), ORDER, slot=slot)  # warm up both engines
+    branches = sampling.Pool(denoiser).of(request)
+    sampling.sample(denoiser, request, Forecasts(Plan("FF."), ORDER), branches=branches)  # warm up both engines
     made, rows = [], []
     with tqdm(total=STEPS * (len(plans) + 1), desc=f"sampling {family}", leave=False, file=sys.stderr) as bar:
         while len(rows) <= len(plans):
             label, plan = plans[len(rows)] if len(rows) < len(plans) else _fewer_steps(rows)
-            result = sampling.sample(denoiser, request, plan, ORDER, slot=slot, on_step=lambda _: bar.update())
+            result = sampling.sample(
+                denoiser, request, Forecasts(plan, ORDER), branches=branches, on_step=lambda _: bar.update()
+            )
             made.append(requests.pictures(denoiser, request, result))
             rows.append(_row(label, plan, result, made[0], made[-1], rows))
     names = [f"{x}" for x in (CAPTIONS if family == "flux" else LABELS)]
@@ -108,7 +109,7 @@ def _compare(family: str, folder: Path) -> tuple[list[Row], object]:
 def _fewer_steps(rows: list[Row]) -> tuple[str, Plan]:
     """As many full steps as cost what the last plan cost."""
     steps = max(1, round(STEPS * rows[-1].latency_ms / rows[0].latency_ms))
-    return f"{steps} steps", Plan("F" * steps)
+    return f"{steps} steps", Plan.all_full(steps)
 
 
 def _request(denoiser: Denoiser) -> sampling.Request:

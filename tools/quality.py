@@ -115,8 +115,9 @@ def request_for(denoiser: Denoiser) -> sampling.Request:
 def compare(family: str, folder: Path, orders: tuple[int, ...], intervals: tuple[int, ...], repeats: int) -> list[Row]:
     """All rows of one model; the first is all-full, which the others are compared with."""
     plans = {n: Plan.regular(STEPS, n, WARMUP) for n in intervals}
-    whole = Case(None, None, None, Plan("F" * STEPS))
-    fewer = [Case(None, None, None, Plan("F" * n)) for n in sorted({len(p.full_steps) for p in plans.values()})[::-1]]
+    whole = Case(None, None, None, Plan.all_full(STEPS))
+    counts = sorted({len(p.full_steps) for p in plans.values()}, reverse=True)
+    fewer = [Case(None, None, None, Plan.all_full(n)) for n in counts]
     loops = repeats * (len(GRANULARITIES) * (len(orders) * len(intervals) + 1) + len(fewer))
     rows: list[Row] = []
     reference: Reference | None = None
@@ -125,14 +126,16 @@ def compare(family: str, folder: Path, orders: tuple[int, ...], intervals: tuple
             cases = [whole, *([] if reference else fewer)]
             cases += [Case(granularity, order, n, plan) for order in orders for n, plan in plans.items()]
             request = request_for(denoiser)
-            model_input = np.concatenate([request.latents] * (2 if request.guided else 1))
-            slot = denoiser.slot(denoiser.sizes(model_input.shape, request.conditioning))
-            entry = state_bytes(denoiser.manifest, slot.sizes) // (max(orders) + 1) // len(request.latents)
-            sampling.sample(denoiser, request, Plan("FF."), slot=slot)  # warm up both engines
+            branches = sampling.Pool(denoiser).of(request)
+            entry = state_bytes(denoiser.manifest, branches.slots[0].sizes) // (max(orders) + 1) // len(request.latents)
+            sampling.sample(
+                denoiser, request, denoiser.forecasts(plan="FF."), branches=branches
+            )  # warm up both engines
             results: list[list[sampling.Result]] = [[] for _ in cases]
             for _ in range(repeats):  # all cases in turn, so that a busy minute of the machine hits all of them
                 for case, made in zip(cases, results, strict=True):
-                    made.append(sampling.sample(denoiser, request, case.plan, case.order, slot=slot))
+                    forecasts = denoiser.forecasts(plan=case.plan, order=case.order)
+                    made.append(sampling.sample(denoiser, request, forecasts, branches=branches))
                     bar.update()
             for case, made in zip(cases, results, strict=True):
                 pictures = requests.pictures(denoiser, request, made[0])

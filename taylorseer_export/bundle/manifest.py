@@ -23,6 +23,7 @@ from taylorseer_export.bundle.agreement import contradiction
 from taylorseer_export.bundle.schedulers import SCHEDULERS
 from taylorseer_export.bundle.sealed import Part, Sealed, Sha256
 from taylorseer_export.errors import BundleError
+from taylorseer_export.method.forecasts import Granularity, Layout
 from taylorseer_export.method.guard import Rule
 from taylorseer_export.method.plan import Dialect, Plan
 
@@ -157,13 +158,11 @@ class Site(Part):
 class State(Part):
     """How the Taylor buffers are laid out."""
 
-    granularity: Literal["module", "residual", "last"] = Field(
+    granularity: Granularity = Field(
         description="What is forecast. module: attention and MLP outputs. residual: the whole "
         "block stack's output minus its input. last: the hidden state before the final norm."
     )
-    layout: Literal["snapshots", "derivatives"] = Field(
-        description="What the buffers hold: the last order + 1 features, or D0 to D_order."
-    )
+    layout: Layout = Field(description="What the buffers hold: the last order + 1 features, or D0 to D_order.")
     order: int = Field(ge=0, le=4, description="Highest order kept, dimensionless.")
     dtype: Dtype = Field(description="Element type of the Taylor buffers.")
     guards: tuple[Rule, ...] = Field(default=(), description="The rules whose errors the probe computes.")

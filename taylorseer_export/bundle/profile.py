@@ -7,8 +7,9 @@ at, and serves every bundle of both, whatever engine it was built for. Adding on
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -17,7 +18,7 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.sealed import Part, Sealed, Sha256, content
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.errors import BundleError, ConfigError
-from taylorseer_export.method import Plan, Rule
+from taylorseer_export.method import Granularity, Plan, Rule, Weights, check_weights
 from taylorseer_export.method.weights import check_order
 
 PROFILES = "profiles"
@@ -41,10 +42,10 @@ class Profile(Sealed):
     name: str = Field(description="Name of the profile, and of its file.")
     family: str = Field(description="Model family it was measured on.")
     weights_sha256: Sha256 = Field(description="SHA-256 of the weights of that model, hexadecimal.")
-    granularity: Literal["module", "residual", "last"] = Field(description="What is forecast.")
+    granularity: Granularity = Field(description="What is forecast.")
     order: int = Field(ge=0, le=4, description="Snapshots of a forecast less one.")
     plan: str = Field(description="F for a full step, . for a forecast step.")
-    weights: tuple[tuple[float, ...], ...] = Field(
+    weights: Weights = Field(
         description="Per step the weights of the history, oldest first; none on a full step. They sum to 1."
     )
     thresholds: dict[Rule, float] = Field(description="Threshold of each guard that gives as many full steps.")
@@ -60,18 +61,14 @@ class Profile(Sealed):
         lengths = [0 if plan.is_full(s) else len(plan.history(s, self.order)) for s in range(len(plan))]
         if [len(w) for w in self.weights] != lengths:
             raise ValueError("weights do not have one entry per snapshot of each forecast step")
+        check_weights(plan, self.order, self.weights)
         return self
 
-    def steps(self) -> Plan:
-        """Its plan."""
-        return Plan.parse(self.plan)
-
-    def check_fits(self, manifest: Manifest, steps: int | None = None) -> None:
-        """Refuse another model, granularity, a higher order, or a loop of another length.
+    def check_fits(self, manifest: Manifest) -> None:
+        """Refuse another model, granularity, or a higher order.
 
         Raises:
             BundleError: It was measured on another model or granularity, or needs more snapshots than are kept.
-            ConfigError: The loop is of another length.
         """
         state, model = manifest.state, manifest.model
         measured = (self.family, self.weights_sha256[:12], self.granularity)
@@ -85,11 +82,6 @@ class Profile(Sealed):
             raise BundleError(
                 f"profile `{self.name}` is of order {self.order}, expected at most {state.order}, which the bundle's "
                 f"buffers hold; {self.REMEDY}"
-            )
-        if steps is not None and steps != len(self.plan):
-            raise ConfigError(
-                f"profile `{self.name}` is {len(self.plan)} steps long, expected {steps} (steps); run "
-                f"{len(self.plan)} steps, or calibrate with --steps {steps}"
             )
 
 
@@ -125,6 +117,27 @@ def read_profile(bundle: Bundle, name: str) -> Profile:
         raise BundleError(f"{path} is profile `{profile.name}`, expected `{name}`; {Profile.REMEDY}")
     profile.check_fits(bundle.manifest)
     return profile
+
+
+class Profiles(Mapping[str, Profile]):
+    """The profiles of a bundle by name, each read and checked when it is looked at; none without a bundle on disk."""
+
+    def __init__(self, bundle: Bundle | None) -> None:
+        self._bundle = bundle
+
+    def __getitem__(self, name: str) -> Profile:
+        if self._bundle is None or name not in self:
+            raise KeyError(name)
+        return read_profile(self._bundle, name)
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == other for other in self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(profile_names(self._bundle) if self._bundle else ())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def write_profile(bundle: Bundle, profile: Profile) -> Path:

@@ -25,12 +25,11 @@ def run(given: argparse.Namespace) -> int:
     from taylorseer_export.report import bench
 
     denoiser = open_denoiser(given)
-    plan, order, _, guard = forecasts_of(denoiser, given, given.steps)
+    forecasts = forecasts_of(denoiser, given)
     with progress("loops", 2 * (given.repeats + 1), quiet=given.json) as advance:
         done = iter(range(1, 2 * (given.repeats + 1) + 1))
         record = bench.bench(
-            denoiser, plan, order, repeats=given.repeats, guard=guard,
-            on_loop=lambda: advance(next(done), 2 * (given.repeats + 1)),
-        )  # fmt: skip
+            denoiser, forecasts, repeats=given.repeats, on_loop=lambda: advance(next(done), 2 * (given.repeats + 1))
+        )
     print(json.dumps(record) if given.json else bench.table(record))
     return 0

@@ -86,13 +86,14 @@ def run(given: argparse.Namespace) -> int:
             if full_steps is not None
             else calibrator.calibrate_to(given.psnr, order)
         )
-        found = replace(found, thresholds=calibrator.thresholds(len(found.calibrated.plan.full_steps)))
+        found = replace(found, thresholds=calibrator.thresholds(len(found.calibrated.forecasts.plan.full_steps)))
     path = write_profile(denoiser.bundle, profile_of(manifest, given.name, found))
     best = found.calibrated
-    print(f"plan      {best.plan} ({len(best.plan.full_steps)} of {steps} steps full)")
+    plan = best.forecasts.plan
+    print(f"plan      {plan} ({len(plan.full_steps)} of {steps} steps full)")
     print(f"samples   {found.samples} fitted, {found.held_out} held out; PSNR of their latents against all full:")
     for name, way in (("calibrated", best), ("regular", found.regular), ("fewer steps", found.fewer_steps)):
-        print(f"  {name:<12}{way.fitted:6.1f} dB fitted  {way.held_out:6.1f} dB held out  {way.plan}")
+        print(f"  {name:<12}{way.fitted:6.1f} dB fitted  {way.held_out:6.1f} dB held out  {way.forecasts.plan}")
     for rule, threshold in found.thresholds.items():
         print(f"  guard {rule} at {threshold:.4g} has as many full steps")
     print(f"wrote     {path}")

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from taylorseer_export.commands.terminal import need, progress, read_tensors, write_tensors
+from taylorseer_export.commands.options import plan_options
+from taylorseer_export.commands.terminal import need, progress, read_tensors, request_options, write_tensors
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.method.guard import RULES
 from taylorseer_export.values import real, size, whole
 
 SUMMARY = "Send a request to a served model: a picture, or tensors."
@@ -26,15 +26,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inputs", type=Path, help="safetensors with the inputs of a denoiser model")
     parser.add_argument("--seed", type=whole(0), help="of the noise (default: 0)")
     parser.add_argument("--size", type=size, metavar="HxW", help="picture in pixels (default: 32x32)")
-    parser.add_argument("--steps", type=whole(1, 1000), help="denoising steps (default: the bundle's)")
-    parser.add_argument("--plan", help="explicit plan, F for a full and . for a forecast step (default: a rule)")
-    parser.add_argument("--profile", metavar="NAME", help="calibrated plan and weights, in the place of plan and order")
-    parser.add_argument("--order", type=whole(0, 4), help="order of the forecasts (default: the bundle's)")
-    parser.add_argument("--interval", type=whole(1), help="steps between full steps (default: the bundle's)")
-    parser.add_argument("--warmup", type=whole(1), help="full steps at the start (default: the bundle's)")
-    parser.add_argument("--guard", choices=RULES, help="rule that may turn forecast steps into full ones")
-    parser.add_argument("--threshold", type=real(0), help="of the guard, dimensionless (default: the profile's)")
-    parser.add_argument("--cap", type=whole(1), help="most forecast steps in a row under a guard (default: no limit)")
+    plan_options(parser)
     parser.add_argument("--guidance-scale", type=float, help="dimensionless (default: the bundle's)")
     parser.add_argument(
         "--timeout",
@@ -73,9 +65,8 @@ def run(given: argparse.Namespace) -> int:
 
 def _values(given: argparse.Namespace) -> dict[str, Any]:
     what = ("prompt", "label", "seed", "guidance_scale")
-    how = ("steps", "plan", "profile", "order", "interval", "warmup", "guard", "threshold", "cap")
-    names = (*what, *how)
-    values = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    values = {name: getattr(given, name) for name in what} | vars(request_options(given))
+    values = {name: value for name, value in values.items() if value is not None and value is not False}
     if given.size:
         values["height"], values["width"] = given.size
     return values | (read_tensors(given.inputs) if given.inputs else {})

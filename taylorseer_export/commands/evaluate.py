@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from taylorseer_export.bundle.atomic import replacing
-from taylorseer_export.commands.options import bundle_options, sample_options
-from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
+from taylorseer_export.commands.options import bundle_options, plan_options, sample_options
+from taylorseer_export.commands.terminal import forecasts_of, need, open_denoiser, progress, read_tensors
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.values import whole
 
@@ -19,8 +19,7 @@ SUMMARY = "Compare ways to sample with a bundle: one table and one HTML page."
 def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     bundle_options(parser)
-    parser.add_argument("--steps", type=whole(2, 1000), help="denoising steps (default: the bundle's)")
-    parser.add_argument("--plan", help="the regular plan to compare with (default: the bundle's rule)")
+    plan_options(parser)
     parser.add_argument("--samples", type=whole(1), default=16, help="samples (default: %(default)s)")
     parser.add_argument("--seed", type=whole(0), default=0, help="seed of the first sample (default: %(default)s)")
     sample_options(parser)
@@ -53,8 +52,10 @@ def run(given: argparse.Namespace) -> int:
         raise ConfigError(f"folder {out.parent} is missing, expected it for {out.name}; create it")
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder, expected the page to write; name a file in it")
-    plan = denoiser.plan(given.plan, given.steps)
-    ways = evaluate.cases(denoiser, len(plan), plan)
+    forecasts = forecasts_of(denoiser, given)
+    if len(forecasts) < 2:
+        raise ConfigError("steps is 1, expected at least 2 to evaluate (steps); ask for more")
+    plan, ways = evaluate.compared_plan(denoiser, forecasts), evaluate.cases(denoiser, forecasts)
     if given.metric_weights is not None and not given.metric_weights.is_dir():
         raise ConfigError(f"--metric-weights {given.metric_weights} is not a folder, expected one; check the path")
     sizes = latent_sizes(manifest, given.size)
@@ -84,7 +85,7 @@ def run(given: argparse.Namespace) -> int:
         ways += guarded
         if not guarded:
             missing["guards"] = f"a --plan with more full steps than {plan}: the warm-up and the last at least"
-    total = sum(len(case.plan) for case in ways) * len(requests) + len(ways[-1].plan)
+    total = sum(len(case.forecasts) for case in ways) * len(requests) + len(ways[-1].forecasts)
     with progress("evaluating", total) as advance:
         done = iter(range(1, 1 << 62))
         rows = evaluate.evaluate(

@@ -58,30 +58,40 @@ def sample_options(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_options(parser: argparse.ArgumentParser, steps: bool = True) -> None:
-    """Which plan and which forecasts; `steps` where the request does not bring their number."""
+    """Which plan and which forecasts; `steps` where the request does not bring their number.
+
+    Only what is no number is refused here: ranges and combinations are judged once for all doors.
+    """
     if steps:
-        parser.add_argument("--steps", type=whole(1, 1000), help="denoising steps (default: the bundle's)")
+        parser.add_argument("--steps", type=whole(), help="denoising steps (default: the bundle's)")
     parser.add_argument(
         "--plan", help="explicit plan, F for a full and . for a forecast step (default: the bundle's rule)"
     )
     parser.add_argument(
-        "--order", "--max-order", type=whole(0, 4), help="order of the forecasts (default: the bundle's)"
+        "--interval", "--cache-interval", type=whole(), help="steps between full steps (default: the bundle's)"
     )
     parser.add_argument(
-        "--profile", help="plan, order and weights of a calibration, in the place of --plan, --order and --form"
+        "--warmup", "--warmup-steps", type=whole(), help="full steps at the start (default: the bundle's)"
     )
     parser.add_argument(
-        "--form", choices=("taylor", "newton"), default="taylor", help="form of the forecast (default: %(default)s)"
+        "--dialect", metavar="{original,diffusers}", help="rule after the warm-up (default: the bundle's)"
+    )
+    parser.add_argument("--order", "--max-order", type=whole(), help="order of the forecasts (default: the bundle's)")
+    parser.add_argument("--form", metavar="{taylor,newton}", help="form of the forecast (default: taylor)")
+    parser.add_argument(
+        "--profile", metavar="NAME", help="plan, order and weights of a calibration, in the place of the options above"
     )
     guard = parser.add_argument_group("guard: forecasts that may become full steps, after the warm-up")
     guard.add_argument(
-        "--guard", choices=RULES, help="rule; the bundle must have been exported with it (default: none)"
+        "--guard",
+        metavar=f"{{{','.join(RULES)}}}",
+        help="rule; the bundle must have been exported with it (default: none)",
     )
     guard.add_argument(
-        "--threshold", type=real(0), help="error under which a step is forecast, dimensionless (default: the profile's)"
+        "--threshold", type=real(), help="error under which a step is forecast, dimensionless (default: the profile's)"
     )
-    guard.add_argument("--guard-order", type=whole(0, 4), help="order of the expected first block (default: --order)")
-    guard.add_argument("--cap", type=whole(1), help="most forecast steps in a row (default: no limit)")
+    guard.add_argument("--guard-order", type=whole(), help="order of the expected first block (default: --order)")
+    guard.add_argument("--cap", type=whole(), help="most forecast steps in a row (default: no limit)")
     guard.add_argument("--accumulate", action="store_true", help="errors add up until the next full step")
 
 

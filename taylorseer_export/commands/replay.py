@@ -52,9 +52,10 @@ def run(given: argparse.Namespace) -> int:
             f"{list(latents.shape)}; give both the same first dimension"
         )
     denoiser = open_denoiser(given)
-    plan, order, weights, guard = forecasts_of(denoiser, given, len(latents))
+    forecasts = forecasts_of(denoiser, given, len(latents))
+    plan, guard = forecasts.plan, forecasts.guard
     slot = denoiser.slot(denoiser.sizes(latents.shape[1:], tensors))
-    slot.start(tensors, plan, order, timesteps, given.form, weights, guard)
+    slot.start(tensors, forecasts, timesteps)
     predictions = []
     with progress("replaying", len(plan)) as advance:
         for step, latent in enumerate(latents):

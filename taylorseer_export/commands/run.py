@@ -65,14 +65,12 @@ def run(given: argparse.Namespace) -> int:
     from taylorseer_export.runtime import sampling
 
     denoiser = open_denoiser(given)
-    plan, order, weights, guard = forecasts_of(denoiser, given, given.steps)
+    forecasts = forecasts_of(denoiser, given)
+    plan, guard = forecasts.plan, forecasts.guard
     manifest = denoiser.manifest
     request, names = _request(denoiser, given)
     with progress("sampling", len(plan)) as advance:
-        result = sampling.sample(
-            denoiser, request, plan, order, given.form, on_step=lambda k: advance(k + 1, len(plan)), weights=weights,
-            guard=guard,
-        )  # fmt: skip
+        result = sampling.sample(denoiser, request, forecasts, on_step=lambda k: advance(k + 1, len(plan)))
     out = given.out or Path(
         f"{manifest.family}-{manifest.name}.png" if manifest.sampling.pictures else "latents.safetensors"
     )

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.errors import ConfigError
 
 if TYPE_CHECKING:
-    from taylorseer_export.method import Guard, Plan
+    from taylorseer_export.method import Forecasts, Guard, RequestOptions
     from taylorseer_export.runtime.denoiser import Denoiser
 
 
@@ -26,73 +26,31 @@ def open_denoiser(given: argparse.Namespace) -> Denoiser:
     return load(given.bundle, given.device, given.threads, cuda_graphs=not given.no_cuda_graphs)
 
 
-class Forecasts(NamedTuple):
-    """What the options of a request say about its forecasts."""
+def request_options(given: argparse.Namespace, steps: int | None = None) -> RequestOptions:
+    """What was typed about forecasts; `steps` where something else than an option says how long the loop is."""
+    from dataclasses import fields
 
-    plan: Plan
-    order: int | None
-    weights: Sequence[Sequence[float]] | None
-    guard: Guard | None
+    from taylorseer_export.method import RequestOptions
 
-
-def forecasts_of(denoiser: Denoiser, given: argparse.Namespace, steps: int | None) -> Forecasts:
-    """A profile, or plan and order as the options name them; `steps` is the length of the loop where it is known."""
-    if given.guard is not None:
-        return _guarded(denoiser, given, steps)
-    _guard_alone(given)
-    if given.profile is None:
-        return Forecasts(denoiser.plan(given.plan, steps), given.order, None, None)
-    for name, value in (("--plan", given.plan), ("--order", given.order), ("--form", given.form != "taylor" or None)):
-        if value is not None:
-            raise ConfigError(f"{name} is given beside --profile, expected one of them; leave {name} out")
-    profile = denoiser.profile(given.profile, steps)
-    return Forecasts(profile.steps(), profile.order, profile.weights, None)
+    values = {field.name: getattr(given, field.name, None) for field in fields(RequestOptions)}
+    return RequestOptions(
+        **{**values, "accumulate": given.accumulate, "steps": values["steps"] if steps is None else steps}
+    )
 
 
-def _guard_alone(given: argparse.Namespace) -> None:
-    """Refuse options of a guard without one."""
-    for name, value in (
-        ("--threshold", given.threshold),
-        ("--guard-order", given.guard_order),
-        ("--cap", given.cap),
-        ("--accumulate", given.accumulate or None),
-    ):
-        if value is not None:
-            raise ConfigError(f"{name} is given without a guard, expected --guard beside it; add --guard cg")
-
-
-def _guarded(denoiser: Denoiser, given: argparse.Namespace, steps: int | None) -> Forecasts:
-    """A guard over the plan given, or over a warm-up followed by forecasts; a profile brings its threshold."""
-    from taylorseer_export.method import Guard, Plan
-    from taylorseer_export.runtime.probe import check_guard
-
-    threshold, order, default = given.threshold, given.order, denoiser.manifest.plan
-    if given.profile is not None:
-        profile = denoiser.profile(given.profile, steps)
-        steps, order = len(profile.plan), profile.order if order is None else order
-        threshold = profile.thresholds.get(given.guard) if threshold is None else threshold
-    if threshold is None:
-        raise ConfigError(
-            f"--threshold is missing, expected a number above 0 for --guard {given.guard}; give one, or a --profile "
-            "that was calibrated with it"
-        )
-    guard = Guard(given.guard, threshold, given.guard_order, given.cap, given.accumulate)
-    check_guard(denoiser.manifest, guard)
-    if given.plan is None:
-        plan = Plan.guarded(steps or default.steps, default.warmup)
-    else:
-        plan = denoiser.plan(given.plan, steps)
-    return Forecasts(plan, order, None, guard)
+def forecasts_of(denoiser: Denoiser, given: argparse.Namespace, steps: int | None = None) -> Forecasts:
+    """The forecasts that the options ask for; arguments as of `request_options`."""
+    return denoiser.forecasts(**vars(request_options(given, steps)))
 
 
 def report_guard(guard: Guard, planned: str, executed: str, errors: Sequence[float]) -> None:
     """The errors that a guard decided by, and a warning where it decided nothing."""
-    from taylorseer_export.runtime.probe import silent
+    from taylorseer_export.runtime.probe import warning_of
 
     seen = [error for error in errors if error == error]
     if seen:
         print(f"errors    {min(seen):.4g} to {max(seen):.4g}, median {sorted(seen)[len(seen) // 2]:.4g}")
-    warning = silent(guard, planned, executed, errors)
+    warning = warning_of(guard, planned, executed, errors)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
 

@@ -51,8 +51,11 @@ def run(given: argparse.Namespace) -> int:
             done += 1
             advance(done, total)
             seen = max(result.seen)
-            guard = f", guard {result.guard}" if result.guard else ""
-            print(f"{result.plan}  order {result.order}{guard}  differs by {seen:.1e}, {result.ratio:.2f} of its bound")
+            how = result.forecasts
+            guard = f", guard {how.guard}" if how.guard else ""
+            print(
+                f"{result.executed}  order {how.order}{guard}  differs by {seen:.1e}, {result.ratio:.2f} of its bound"
+            )
 
         verify.verify(denoiser, checkpoint, data, on_plan)
     print(f"{denoiser.manifest.family}-{denoiser.manifest.name} equals the eager model within its bounds")

@@ -37,9 +37,8 @@ from taylorseer_export.compile.weights import WEIGHTS, Stored, write_weights
 from taylorseer_export.errors import CheckpointError, ConfigError
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.split import Split, split
-from taylorseer_export.graph.splitter import Granularity, Layout
 from taylorseer_export.graph.trace import Trace, trace
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Granularity, Layout, Plan
 from taylorseer_export.method.guard import Rule
 from taylorseer_export.method.plan import Dialect
 

@@ -13,7 +13,7 @@ from taylorseer_export.embedded.picture import pictures_from_dit_latents, pictur
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.places import ROWS, sides_of
-from taylorseer_export.runtime.sampling import Request, Result, drawn
+from taylorseer_export.runtime.sampling import Request, Result, noise_of
 from taylorseer_export.runtime.tensors import latent_sizes, tensor_request
 
 
@@ -67,7 +67,7 @@ def label_request(
             raise ConfigError(f"--label is {label}, expected 0 to {classes - 1} (class index); choose one of those")
     scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
     _, channels, height, width = denoiser.latent.shape
-    noise = np.concatenate([drawn((1, int(channels), int(height), int(width)), seed) for seed in seeds])
+    noise = np.concatenate([noise_of((1, int(channels), int(height), int(width)), seed) for seed in seeds])
     guided = scale != 1.0
     null = [classes] * len(labels) if guided else []
     conditioning = {"class_labels": np.array([*labels, *null], np.int64)}

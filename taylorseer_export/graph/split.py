@@ -21,8 +21,9 @@ from taylorseer_export.graph.cut import Builder, Cut
 from taylorseer_export.graph.ensures import ensure
 from taylorseer_export.graph.narrow import narrow
 from taylorseer_export.graph.probe import Prober
-from taylorseer_export.graph.splitter import Granularity, Layout, Splitter
+from taylorseer_export.graph.splitter import Splitter
 from taylorseer_export.graph.trace import Trace
+from taylorseer_export.method import Granularity, Layout
 from taylorseer_export.method.guard import Rule
 
 

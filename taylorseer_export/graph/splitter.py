@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import sympy
 import torch
@@ -36,10 +36,9 @@ from taylorseer_export.graph.narrow import readers
 from taylorseer_export.graph.sizes import simplified, written
 from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT, tap_operator
 from taylorseer_export.graph.trace import Trace, module_paths
+from taylorseer_export.method import Granularity, Layout
 
 aten = torch.ops.aten
-Granularity = Literal["module", "residual", "last"]
-Layout = Literal["snapshots", "derivatives"]
 STEPS = "steps"
 UNGATED = "ungated"  # the site that all branches without a gate share
 

@@ -57,9 +57,7 @@ class Guard:
     accumulate: bool = False
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            known = ", ".join(f"`{name}`" for name in RULES)
-            raise ConfigError(f"guard is `{self.rule}`, expected one of {known}; choose one of those")
+        check_rule(self.rule)
         if not 0 < self.threshold < math.inf:
             raise ConfigError(
                 f"threshold is {self.threshold}, expected a number above 0 (dimensionless); begin with 0.1, or let "
@@ -91,3 +89,12 @@ class Guard:
         parts += [f"order {self.order}"] * (self.order is not None) + [f"cap {self.cap}"] * (self.cap is not None)
         parts += ["accumulated"] * (self.accumulate and self.rule != "teacache")
         return ", ".join(parts)
+
+
+def check_rule(name: str) -> Rule:
+    """The rule of that name; one that is not known is refused with a `ConfigError`."""
+    for rule in RULES:
+        if name == rule:
+            return rule
+    known = ", ".join(f"`{rule}`" for rule in RULES)
+    raise ConfigError(f"guard is `{name[:64]}`, expected one of {known}; choose one of those")

@@ -51,6 +51,11 @@ class Plan:
         return cls(text)
 
     @classmethod
+    def all_full(cls, steps: int) -> "Plan":
+        """The plan that forecasts nothing; raises `ConfigError` where `steps` is below 1."""
+        return cls(FULL * steps)
+
+    @classmethod
     def regular(cls, steps: int, interval: int, warmup: int, dialect: Dialect = "original") -> "Plan":
         """A warm-up of full steps, then one full step every `interval` steps.
 
@@ -78,7 +83,7 @@ class Plan:
                 raise ConfigError(f"{name} is {value}, expected at least 1 (steps); raise it")
         if dialect not in get_args(Dialect):
             known = ", ".join(f"`{name}`" for name in get_args(Dialect))
-            raise ConfigError(f"dialect is `{dialect}`, expected one of {known}; use `original` for the paper's")
+            raise ConfigError(f"dialect is `{dialect[:64]}`, expected one of {known}; use `original` for the paper's")
         shift = 1 if dialect == "original" else -1
         return cls(
             "".join(FULL if s < warmup or (s - warmup + shift) % interval == 0 else FORECAST for s in range(steps))

@@ -68,14 +68,7 @@ def exact_weights(full_steps: Sequence[int], step: int, order: int, form: Form =
         )
     _check_increasing(full_steps, step)
     distances = tuple(step - earlier for earlier in full_steps[-(order + 1) :])
-    if form == "taylor":
-        return _taylor(distances)
-    if form == "newton":
-        return _newton(distances)
-    raise ConfigError(
-        f"form is `{form}`, expected one of {', '.join(f'`{name}`' for name in get_args(Form))}; "
-        "use `taylor` for the method of the paper"
-    )
+    return _taylor(distances) if check_form(form) == "taylor" else _newton(distances)
 
 
 def forecast_weights(full_steps: Sequence[int], step: int, order: int, form: Form = "taylor") -> tuple[float, ...]:
@@ -178,9 +171,20 @@ def update_scales(full_steps_before: Sequence[int], step: int, order: int) -> tu
     return tuple(1 / (step - full_steps_before[-1]) if j < known else 0.0 for j in range(order))
 
 
+def check_form(form: str) -> Form:
+    """The form itself; one that is not known is refused with a `ConfigError`."""
+    for known in get_args(Form):
+        if form == known:
+            return known  # type: ignore[no-any-return]
+    raise ConfigError(
+        f"form is `{form[:64]}`, expected one of {', '.join(f'`{name}`' for name in get_args(Form))}; "
+        "use `taylor` for the method of the paper"
+    )
+
+
 def check_order(order: int) -> None:
     """Refuse an order that is not 0 to 4 with a `ConfigError`."""
-    if not 0 <= order <= HIGHEST_ORDER:
+    if not hasattr(order, "__index__") or not 0 <= order <= HIGHEST_ORDER:
         raise ConfigError(
             f"order is {order}, expected 0 to {HIGHEST_ORDER} (dimensionless); pass --order 2 or another of these"
         )

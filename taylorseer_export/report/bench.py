@@ -10,7 +10,7 @@ import numpy as np
 
 from taylorseer_export.bundle.memory import state_bytes
 from taylorseer_export.errors import ParityError
-from taylorseer_export.method import Guard, Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.trajectory import random_trajectory
@@ -18,14 +18,12 @@ from taylorseer_export.runtime.trajectory import random_trajectory
 
 def bench(
     denoiser: Denoiser,
-    plan: Plan,
-    order: int | None = None,
+    forecasts: Forecasts,
     sizes: Mapping[str, int] | None = None,
     repeats: int = 3,
     on_loop: Callable[[], object] | None = None,
-    guard: Guard | None = None,
 ) -> dict[str, Any]:
-    """Time the loop of `plan` and the all-full loop, in turn, in one slot.
+    """Time the loop of a plan and the all-full loop, in turn, in one slot.
 
         speedup = all_full_loop / loop,   ideal_speedup = steps / full_steps,   efficiency = speedup / ideal_speedup
 
@@ -34,17 +32,17 @@ def bench(
 
     Args:
         denoiser: The loaded bundle.
-        plan: The plan to time.
-        order: Order of the forecasts; the bundle's default if left out.
+        forecasts: The plan to time, and how it is forecast. Under a guard, which decides by errors of random inputs,
+            full steps are those that ran.
         sizes: Dimension sizes; the bundle's typical ones where left out.
         repeats: Counted pairs of loops.
         on_loop: Called after each of the `2 (repeats + 1)` loops.
-        guard: Decides over the forecast steps of `plan`, by errors of random inputs: full steps are those that ran.
 
     Returns:
         One flat record, times in milliseconds and sizes in bytes.
     """
-    full_plan = Plan("F" * len(plan))
+    plan, full_plan = forecasts.plan, Plan.all_full(len(forecasts))
+    loops_of = {plan: forecasts, full_plan: Forecasts(full_plan, forecasts.order)}
     data = random_trajectory(denoiser, len(plan), sizes)
     found = denoiser.sizes(data.latents.shape[1:], data.conditioning)
     slot = denoiser.slot(found)
@@ -55,7 +53,7 @@ def bench(
     for repeat in range(repeats + 1):
         for current in (plan, full_plan):
             began = time.perf_counter()
-            slot.start(data.conditioning, current, order, data.timesteps, guard=guard if current is plan else None)
+            slot.start(data.conditioning, loops_of[current], data.timesteps)
             prepared = time.perf_counter()
             times = _run(slot, data.latents)
             total = 1e3 * (time.perf_counter() - began)
@@ -76,8 +74,10 @@ def bench(
         "executed": executed,
         "steps": len(plan),
         "full_steps": executed.count("F"),
-        "order": manifest.plan.order if order is None else order,
-        "guard": str(guard) if guard else None,
+        "order": forecasts.order,
+        "form": forecasts.form,
+        "calibrated": forecasts.weights is not None,
+        "guard": str(forecasts.guard) if forecasts.guard else None,
         "granularity": manifest.state.granularity,
         "layout": manifest.state.layout,
         "sizes": found,

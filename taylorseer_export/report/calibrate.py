@@ -21,7 +21,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,13 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.profile import Evidence, Profile
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.method import Plan, Rule, forecast_weights
+from taylorseer_export.method import Forecasts, Plan, Rule, forecast_weights
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.plan_search import RIDGE, Planner, directions, neighbours, regular_plan
 from taylorseer_export.report.reuse import Archive, ReuseErrors, all_full
-from taylorseer_export.runtime.branches import Pool, latents_of
+from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.runtime.sampling import Loop, Pool, Request, denoise
 
 _NOT_LESS = 1e-3  # of the mean |r|², added to each, so that a sample without an error does not decide alone
 _LEAST = 1e-20  # mean square over peak square that still counts as a difference: 200 dB
@@ -45,16 +46,12 @@ _COHERENT = (0.0, 0.5, 1.0)
 _RIDGES = (1e-3, RIDGE, 1e-1)
 MOVES = 12  # plans tried beside the best candidate, one full step moved
 
-Weights = tuple[tuple[float, ...], ...]
-
 
 @dataclass(frozen=True, eq=False)
 class Way:
     """One way to sample, and the PSNR of its latents to all-full: of each fitted and each held-out sample, in dB."""
 
-    plan: Plan
-    order: int
-    weights: Weights | None
+    forecasts: Forecasts
     fitted_each: np.ndarray
     held_out_each: np.ndarray
 
@@ -109,8 +106,8 @@ class Calibration:
         if best.held_out < fewer.held_out:
             raise ConfigError(
                 f"calibration reaches {best.held_out:.1f} dB on {self.held_out} held-out samples, expected at least "
-                f"the {fewer.held_out:.1f} dB of {len(fewer.plan)} steps, all full; sample with --steps "
-                f"{len(fewer.plan)}, or raise --full-steps"
+                f"the {fewer.held_out:.1f} dB of {len(fewer.forecasts)} steps, all full; sample with --steps "
+                f"{len(fewer.forecasts)}, or raise --full-steps"
             )
 
 
@@ -159,12 +156,11 @@ class Calibrator:
         """
         check_full_steps(full_steps, self.steps)
         regular = regular_plan(self.steps, full_steps, self.denoiser.manifest.plan.warmup)
-        plan, ridge = self._search(self._candidates(full_steps, order, regular), order, moves)
-        weights = self._fit(plan, order, range(len(self.fitted)), ridge)
+        best, ridge = self._search([Forecasts(p, order) for p in self._candidates(full_steps, order, regular)], moves)
         return Calibration(
-            self._way(plan, order, weights),
-            self._way(regular, order, None),
-            self._way(Plan("F" * full_steps), 0, None),
+            self._way(self._fit(best, range(len(self.fitted)), ridge)),
+            self._way(Forecasts(regular, order)),
+            self._way(Forecasts(Plan.all_full(full_steps), 0)),
         )
 
     def calibrate_to(self, psnr: float, order: int) -> Calibration:
@@ -197,12 +193,12 @@ class Calibrator:
         None where the budget is too small for the warm-up of a guard's plan.
         """
         manifest = self.denoiser.manifest
-        plan = Plan.guarded(self.steps, manifest.plan.warmup)
-        if full_steps < len(plan.full_steps):
+        base = Forecasts(Plan.guarded(self.steps, manifest.plan.warmup), self.denoiser.defaults.order)
+        if full_steps < len(base.plan.full_steps):
             return {}
         requests = [self.fitted.request(group) for group in range(len(self.fitted))]
         return {
-            rule: fit_threshold(self.denoiser, self._pool, requests, rule, plan, full_steps, self._on_step)
+            rule: fit_threshold(self.denoiser, self._pool, requests, base, rule, full_steps, self._on_step)
             for rule in manifest.state.guards
         }
 
@@ -215,27 +211,27 @@ class Calibrator:
             plans.add(regular)
         return sorted(plans, key=str)
 
-    def _search(self, plans: Sequence[Plan], order: int, moves: int | None) -> tuple[Plan, float]:
+    def _search(self, candidates: Sequence[Forecasts], moves: int | None) -> tuple[Forecasts, float]:
         """The plan that does best on samples it was not fitted to, and the ridge that suits it."""
-        known = {plan: self._crossed(plan, order, RIDGE) for plan in plans}
-        best = max(known, key=lambda plan: known[plan])
+        known = {candidate: self._crossed(candidate, RIDGE) for candidate in candidates}
+        best = max(known, key=lambda candidate: known[candidate])
         left = self._moves if moves is None else moves
         drawn = np.random.default_rng(0)
-        waiting = neighbours(best)
+        waiting = neighbours(best.plan)
         drawn.shuffle(waiting)
         while left and waiting:
-            plan = waiting.pop()
-            if plan in known:
+            candidate = replace(best, plan=waiting.pop())
+            if candidate in known:
                 continue
             left -= 1
-            known[plan] = self._crossed(plan, order, RIDGE)
-            if known[plan] > known[best]:
-                best, waiting = plan, neighbours(plan)
+            known[candidate] = self._crossed(candidate, RIDGE)
+            if known[candidate] > known[best]:
+                best, waiting = candidate, neighbours(candidate.plan)
                 drawn.shuffle(waiting)
-        ridges = {ridge: known[best] if ridge == RIDGE else self._crossed(best, order, ridge) for ridge in _RIDGES}
+        ridges = {ridge: known[best] if ridge == RIDGE else self._crossed(best, ridge) for ridge in _RIDGES}
         return best, max(ridges, key=lambda ridge: ridges[ridge])
 
-    def _crossed(self, plan: Plan, order: int, ridge: float) -> float:
+    def _crossed(self, candidate: Forecasts, ridge: float) -> float:
         """Mean PSNR of the fitted samples, each run with weights fitted to the other half of the groups, in dB.
 
         With one group there is no other half: it is run with weights fitted to itself.
@@ -244,62 +240,76 @@ class Calibrator:
         if not halves[1]:
             halves = [halves[0], halves[0]]
         found = [
-            self._psnr(self.fitted, run, plan, order, self._fit(plan, order, fitted, ridge))
-            for fitted, run in (halves, halves[::-1])
+            self._psnr(self.fitted, run, self._fit(candidate, fitted, ridge)) for fitted, run in (halves, halves[::-1])
         ]
         return float(np.concatenate(found).mean())
 
-    def _fit(self, plan: Plan, order: int, chosen: Sequence[int], ridge: float) -> Weights:
-        """The weights of each step of `plan`, fitted in the loop, group after group."""
+    def _fit(self, paper: Forecasts, chosen: Sequence[int], ridge: float) -> Forecasts:
+        """The same plan and order with weights fitted in the loop, group after group."""
         changes: dict[int, Any] = defaultdict(lambda: [0.0, 0.0])  # step -> [sum of J'J, sum of J'r]
-        weights: list[tuple[float, ...]] = [()] * len(plan)
+        weights: list[tuple[float, ...]] = [()] * len(paper)
         for group in chosen:
             request, exact = self.fitted.request(group), self.fitted.latents(group)
-            loop, slot = Loop(self.denoiser, request, plan, order), self._pool.of(request)
-            slot.begin(loop)
-            for step in range(len(plan)):
-                model_input = loop.model_input()
-                if not plan.is_full(step):
-                    start = np.array(forecast_weights(plan.history(step, order), step, order))
-                    free, count = directions(len(start)), len(request.latents)
-
-                    def landing(tried: np.ndarray) -> np.ndarray:
-                        prediction = loop.prediction(slot.try_weights(model_input, tried))  # noqa: B023
-                        return loop.preview(prediction).reshape(count, -1).astype(np.float64)  # noqa: B023
-
-                    if free.size:
-                        base = landing(start)
-                        moves = np.stack([landing(start + column) - base for column in free.T], -1)
-                        missed = exact[step + 1].reshape(count, -1) - base
-                        squares = np.square(missed).sum(1)
-                        equal = 1 / (squares + _NOT_LESS * squares.mean() + np.finfo(np.float64).tiny)
-                        sums = changes[step]
-                        sums[0] = sums[0] + np.einsum("nkf,n,nkg->fg", moves, equal, moves)
-                        sums[1] = sums[1] + np.einsum("nkf,n,nk->f", moves, equal, missed)
-                        held = ridge * np.trace(sums[0]) / free.shape[1] * np.eye(free.shape[1])
-                        start = start + free @ np.linalg.solve(sums[0] + held, sums[1])
-                    weights[step] = tuple(float(w) for w in start)
-                    slot.try_weights(model_input, weights[step])
-                loop.accept(slot.step(model_input))
+            loop, branches = Loop(self.denoiser, request, paper), self._pool.of(request)
+            fit = partial(self._fit_step, loop, branches, exact, ridge, changes, weights)
+            loop.begin(branches)
+            for _ in denoise(loop, branches, before=fit):
                 self._on_step()
-        return tuple(weights)
+        return replace(paper, weights=tuple(weights))
 
-    def _way(self, plan: Plan, order: int, weights: Weights | None) -> Way:
+    def _fit_step(
+        self,
+        loop: Loop,
+        branches: Branches,
+        exact: np.ndarray,
+        ridge: float,
+        changes: dict[int, Any],
+        weights: list[tuple[float, ...]],
+        step: int,
+        model_input: np.ndarray,
+    ) -> None:
+        """Fit the weights of the step that comes next, if it is a forecast step, and leave them in place for it."""
+        plan, order = loop.plan, loop.forecasts.order
+        if plan.is_full(step):
+            return
+        start = np.array(forecast_weights(plan.history(step, order), step, order))
+        free, count = directions(len(start)), len(exact[step + 1])
+
+        def landing(tried: np.ndarray) -> np.ndarray:
+            prediction = loop.prediction(branches.try_weights(model_input, tried))
+            return loop.preview(prediction).reshape(count, -1).astype(np.float64)
+
+        if free.size:
+            base = landing(start)
+            moves = np.stack([landing(start + column) - base for column in free.T], -1)
+            missed = exact[step + 1].reshape(count, -1) - base
+            squares = np.square(missed).sum(1)
+            equal = 1 / (squares + _NOT_LESS * squares.mean() + np.finfo(np.float64).tiny)
+            sums = changes[step]
+            sums[0] = sums[0] + np.einsum("nkf,n,nkg->fg", moves, equal, moves)
+            sums[1] = sums[1] + np.einsum("nkf,n,nk->f", moves, equal, missed)
+            held = ridge * np.trace(sums[0]) / free.shape[1] * np.eye(free.shape[1])
+            start = start + free @ np.linalg.solve(sums[0] + held, sums[1])
+        weights[step] = tuple(float(w) for w in start)
+        branches.try_weights(model_input, weights[step])
+
+    def _way(self, forecasts: Forecasts) -> Way:
         fitted, held_out = (
-            self._psnr(archive, range(len(archive)), plan, order, weights) for archive in (self.fitted, self.held_out)
+            self._psnr(archive, range(len(archive)), forecasts) for archive in (self.fitted, self.held_out)
         )
-        return Way(plan, order, weights, fitted, held_out)
+        return Way(forecasts, fitted, held_out)
 
-    def _psnr(
-        self, archive: Archive, chosen: Sequence[int], plan: Plan, order: int, weights: Weights | None
-    ) -> np.ndarray:
+    def _psnr(self, archive: Archive, chosen: Sequence[int], forecasts: Forecasts) -> np.ndarray:
         """PSNR of the latents of each sample of the chosen groups against all-full, in dB."""
         found = [np.zeros(0)]
         for group in chosen:
             request = archive.request(group)
-            loop = Loop(self.denoiser, request, plan, order, weights=weights)
-            latents = latents_of(loop, self._pool.of(request), self._on_step)
-            found.append(psnr_of_each(latents, archive.latents(group)[-1]))
+            loop = Loop(self.denoiser, request, forecasts)
+            branches = self._pool.of(request)
+            loop.begin(branches)
+            for _ in denoise(loop, branches):
+                self._on_step()
+            found.append(psnr_of_each(loop.latents, archive.latents(group)[-1]))
         return np.concatenate(found)
 
 
@@ -313,7 +323,7 @@ def psnr_of_each(latents: np.ndarray, exact: np.ndarray) -> np.ndarray:
 def profile_of(manifest: Manifest, name: str, found: Calibration) -> Profile:
     """The profile that keeps a calibration of the model of `manifest`; raises what `Calibration.check` raises."""
     found.check()
-    best = found.calibrated
+    best = found.calibrated.forecasts
     assert best.weights is not None
 
     def evidence(way: Way) -> Evidence:
@@ -331,7 +341,7 @@ def profile_of(manifest: Manifest, name: str, found: Calibration) -> Profile:
         thresholds=dict(found.thresholds),
         samples=found.samples,
         held_out=found.held_out,
-        calibrated=evidence(best),
+        calibrated=evidence(found.calibrated),
         regular=evidence(found.regular),
         fewer_steps=evidence(found.fewer_steps),
     )

@@ -6,21 +6,17 @@ stands the honest baseline: a loop of only as many steps as a plan has full ones
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from taylorseer_export.bundle.profile import profile_names
 from taylorseer_export.embedded.requests import pictures_of
-from taylorseer_export.method import Guard, Plan, Rule
-from taylorseer_export.method.weights import Form
+from taylorseer_export.method import Forecasts, Guard, Plan, Rule
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.metrics import Metric, Shown
-from taylorseer_export.runtime.branches import Pool
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.runtime.sampling import Loop, Pool, Request, denoise
 
 _WHITE = 255.0
 _INTERVALS = (3, 9)  # beside the bundle's own
@@ -28,14 +24,10 @@ _INTERVALS = (3, 9)  # beside the bundle's own
 
 @dataclass(frozen=True)
 class Case:
-    """One way to sample: a name, a plan, and how its forecasts are weighted."""
+    """One way to sample."""
 
     name: str
-    plan: Plan
-    order: int
-    form: Form = "taylor"
-    weights: Sequence[Sequence[float]] | None = None
-    guard: Guard | None = None
+    forecasts: Forecasts
 
 
 @dataclass(frozen=True)
@@ -70,33 +62,42 @@ class Row:
     shown: np.ndarray
 
 
-def cases(denoiser: Denoiser, steps: int, plan: Plan) -> list[Case]:
-    """All-full; `plan` at the orders that the buffers hold, and beside it shorter and longer intervals; the profiles.
+def compared_plan(denoiser: Denoiser, asked: Forecasts) -> Plan:
+    """The plan that stands in the table at several orders: the one asked for, or the bundle's rule over as many steps
+    where a guard or a profile brings its own."""
+    own = asked.guard is None and asked.weights is None
+    return asked.plan if own else denoiser.forecasts(steps=len(asked)).plan
+
+
+def cases(denoiser: Denoiser, asked: Forecasts) -> list[Case]:
+    """All-full; `compared_plan` at the orders that the buffers hold, and beside it shorter and longer intervals; the
+    profiles; and what was asked for, where that is none of these.
 
     Every number of full steps that some plan has stands there a second time as a loop of fewer steps.
 
     Args:
         denoiser: The loaded bundle.
-        steps: Length of the loop.
-        plan: The regular plan to compare with, of that length.
+        asked: One way to sample, whose length all others have.
     """
-    state, default = denoiser.manifest.state, denoiser.manifest.plan
+    state, steps, plan = denoiser.manifest.state, len(asked), compared_plan(denoiser, asked)
     order = min(state.order, 2)
     names = {0: "reuse", 1: "order 1", 2: "order 2"}
-    forecasts = [Case(f"regular, {names[k]}", plan, k) for k in range(order + 1)]
+    forecasts = [Case(f"regular, {names[k]}", Forecasts(plan, k)) for k in range(order + 1)]
     if state.layout == "snapshots" and order > 1:
-        forecasts.append(Case("regular, Newton", plan, order, "newton"))
+        forecasts.append(Case("regular, Newton", Forecasts(plan, order, "newton")))
     for interval in _INTERVALS:
-        other = Plan.regular(steps, interval, default.warmup, default.dialect)
-        if len(other.full_steps) not in (len(plan.full_steps), steps):
-            forecasts.append(Case(f"interval {interval}, {names[order]}", other, order))
-    for name in profile_names(denoiser.bundle) if denoiser.bundle else ():
-        profile = denoiser.profile(name)
+        other = denoiser.forecasts(steps=steps, interval=interval, order=order)
+        if len(other.plan.full_steps) not in (len(plan.full_steps), steps):
+            forecasts.append(Case(f"interval {interval}, {names[order]}", other))
+    for name, profile in denoiser.profiles.items():
         if len(profile.plan) == steps:
-            forecasts.append(Case(f"profile {name}", profile.steps(), profile.order, weights=profile.weights))
-    counts = sorted({len(case.plan.full_steps) for case in forecasts}, reverse=True)
-    fewer = [Case(f"{count} steps", Plan("F" * count), 0) for count in counts]
-    return [Case("all full", Plan("F" * steps), 0), *fewer, *forecasts]
+            forecasts.append(Case(f"profile {name}", denoiser.forecasts(profile=name)))
+    if asked not in [case.forecasts for case in forecasts]:
+        forecasts.append(Case("as asked", asked))
+    planned = [case.forecasts.plan for case in forecasts if case.forecasts.guard is None]
+    counts = sorted({len(plan.full_steps) for plan in planned}, reverse=True)
+    fewer = [Case(f"{count} steps", Forecasts(Plan.all_full(count), 0)) for count in counts]
+    return [Case("all full", Forecasts(Plan.all_full(steps), 0)), *fewer, *forecasts]
 
 
 def guarded_cases(
@@ -114,20 +115,19 @@ def guarded_cases(
         on_step: Called after every step.
     """
     state, steps, count = denoiser.manifest.state, len(plan), len(plan.full_steps)
-    base = Plan.guarded(steps, denoiser.manifest.plan.warmup)
-    if not len(base.full_steps) <= count < steps:
+    base = Forecasts(Plan.guarded(steps, denoiser.defaults.warmup), min(state.order, 2))
+    if not len(base.plan.full_steps) <= count < steps:
         return []
     known: dict[Rule, float] = {}
-    for name in profile_names(denoiser.bundle) if denoiser.bundle else ():
-        profile = denoiser.profile(name)
+    for profile in denoiser.profiles.values():
         if len(profile.plan) == steps and profile.plan.count("F") == count:
             known |= profile.thresholds
     found, pool = [], Pool(denoiser)
     for rule in state.guards:
         if rule not in known:
-            known[rule] = fit_threshold(denoiser, pool, requests, rule, base, count, on_step)
+            known[rule] = fit_threshold(denoiser, pool, requests, base, rule, count, on_step)
         guard = Guard(rule, known[rule])
-        found.append(Case(f"guard {rule} at {known[rule]:.3g}", base, min(state.order, 2), guard=guard))
+        found.append(Case(f"guard {rule} at {known[rule]:.3g}", replace(base, guard=guard)))
     return found
 
 
@@ -176,22 +176,17 @@ class _Run:
 
 
 def _run(denoiser: Denoiser, pool: Pool, request: Request, case: Case, on_step: Callable[[], object]) -> _Run:
-    loop, slot = Loop(denoiser, request, case.plan, case.order, case.form, case.weights, case.guard), pool.of(request)
-    slot.begin(loop)
+    loop, branches = Loop(denoiser, request, case.forecasts), pool.of(request)
+    loop.begin(branches)
     latents, spent = [], 0.0
-    for _ in range(len(case.plan)):
-        model_input = loop.model_input()
-        began = time.perf_counter()
-        noise_pred = slot.step(model_input)
-        spent += time.perf_counter() - began
-        loop.accept(noise_pred)
+    for step in denoise(loop, branches):
+        spent += step.milliseconds
         latents.append(loop.latents.copy())
         on_step()
-    loop.check_executed(slot.executed)
     made = np.zeros((0, 1, 1, 3), np.uint8)
     if draws(denoiser):
         made = pictures_of(denoiser, request, latents[-1])
-    return _Run(latents, made, 1e3 * spent, slot.executed)
+    return _Run(latents, made, spent, branches.executed)
 
 
 def draws(denoiser: Denoiser) -> bool:
@@ -217,7 +212,7 @@ def _row(case: Case, runs: Sequence[_Run], exact: Sequence[_Run], shown: int) ->
     same_length = len(runs[0].latents) == len(exact[0].latents)
     return Row(
         name=case.name,
-        plan=str(case.plan),
+        plan=str(case.forecasts.plan),
         full_steps=float(np.mean([run.executed.count("F") for run in runs])),
         loop_ms=float(np.median([run.milliseconds for run in runs])),
         latent_error=error(-1),
@@ -225,7 +220,7 @@ def _row(case: Case, runs: Sequence[_Run], exact: Sequence[_Run], shown: int) ->
         psnr_worst=_decibel(squares.max(), peak),
         ssim=_ssim(made, reference),
         metrics={},
-        step_errors=tuple(error(step) for step in range(len(case.plan))) if same_length else (),
+        step_errors=tuple(error(step) for step in range(len(case.forecasts))) if same_length else (),
         executed=tuple(run.executed for run in runs),
         shown=made[:shown],
     )

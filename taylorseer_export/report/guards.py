@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.method import Guard, Plan, Rule
-from taylorseer_export.runtime.branches import Pool
+from taylorseer_export.method import Forecasts, Guard, Rule
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.runtime.sampling import Loop, Pool, Request, denoise
 
 _LEAST = 1e-30  # a threshold that no error is under
 _HALVINGS = 8  # of the ratio between the highest and the lowest threshold that could be meant
@@ -21,8 +21,8 @@ def fit_threshold(
     denoiser: Denoiser,
     pool: Pool,
     requests: Sequence[Request],
+    base: Forecasts,
     rule: Rule,
-    plan: Plan,
     full_steps: int,
     on_step: Callable[[], object] = lambda: None,
 ) -> float:
@@ -35,15 +35,15 @@ def fit_threshold(
         denoiser: A bundle with a probe for `rule`.
         pool: Slots for the loops.
         requests: Groups of samples; all of one size.
+        base: What the guard starts from, its plan as `Plan.guarded` gives it.
         rule: Of the guard.
-        plan: What the guard starts from, as `Plan.guarded` gives it.
         full_steps: Budget of one loop, steps.
         on_step: Called after every step of every loop.
 
     Raises:
         ConfigError: The budget is below the full steps of the plan, or leaves nothing to forecast.
     """
-    least = len(plan.full_steps)
+    plan, least = base.plan, len(base.plan.full_steps)
     if not least <= full_steps < len(plan):
         raise ConfigError(
             f"full steps are {full_steps}, expected {least} to {len(plan) - 1} under a guard that starts from {plan}; "
@@ -53,11 +53,10 @@ def fit_threshold(
     def run(threshold: float) -> tuple[float, list[float]]:
         counts, errors = [], []
         for request in requests:
-            loop = Loop(denoiser, request, plan, guard=Guard(rule, threshold))
+            loop = Loop(denoiser, request, replace(base, guard=Guard(rule, threshold)))
             branches = pool.of(request)
-            branches.begin(loop)
-            for _ in range(len(plan)):
-                loop.accept(branches.step(loop.model_input()))
+            loop.begin(branches)
+            for _ in denoise(loop, branches):
                 on_step()
             counts.append(branches.executed.count("F"))
             errors += [error for error in branches.errors if math.isfinite(error)]

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from taylorseer_export.bundle.memory import kept_by_probe, role_bytes
 from taylorseer_export.errors import ConfigError
+from taylorseer_export.method.forecasts import GRANULARITIES, LAYOUTS, Granularity, Layout
 from taylorseer_export.report.card import highest_gain
 
 if TYPE_CHECKING:
     from taylorseer_export.compile.export import Draft, Options, Traced
 
 # The order of preference, best first: closeness to the paper, then the layout without a second set of buffers.
-GRANULARITIES: tuple[Literal["module", "residual", "last"], ...] = ("module", "residual", "last")
-LAYOUTS: tuple[Literal["snapshots", "derivatives"], ...] = ("snapshots", "derivatives")
 
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("bytes", 1))
 
@@ -43,8 +42,8 @@ class Choice:
         probe_bytes: What the probe of one slot keeps; 0 without guards.
     """
 
-    granularity: Literal["module", "residual", "last"]
-    layout: Literal["snapshots", "derivatives"]
+    granularity: Granularity
+    layout: Layout
     order: int
     state_bytes: int
     table_bytes: int

@@ -25,13 +25,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.runtime.sampling import Loop, Request, denoise
 
 _ELEMENTS = 2048  # of each reuse error and sample; inner products over them are good to a few per cent
 _MOST_PAIRS = 4096  # their inner products are a matrix of 128 MiB
@@ -69,12 +70,12 @@ class ReuseErrors:
         size = trajectory.predictions[0][0].size
         chosen = np.random.default_rng(0).permutation(size)[:_ELEMENTS]
         errors = np.zeros((samples, len(self.index), len(chosen)), np.float32)
-        loop = Loop(denoiser, trajectory.request, Plan("F" * self.steps))
+        loop = Loop(denoiser, trajectory.request, Forecasts(Plan.all_full(self.steps), 0))
         for source in range(self.steps - 1):
             # Of one length whatever the source, so that the prepare graph is bound once.
             steps = np.minimum(np.arange(source, source + self.window + 1), self.steps - 1)
-            plan = Plan("F" + "." * self.window)
-            slot.start(trajectory.request, plan, 0, trajectory.model_timesteps[steps])
+            reuse = Forecasts(Plan("F" + "." * self.window), 0)
+            slot.start(trajectory.request.branches, reuse, trajectory.model_timesteps[steps])
             for step in range(source, min(source + self.window, self.steps - 1) + 1):
                 found = loop.prediction(slot.step(loop.model_input(trajectory.latents[step])))
                 if step > source:
@@ -91,18 +92,20 @@ def all_full(
     denoiser: Denoiser, slot: Branches, request: Request, steps: int, on_step: Callable[[], object]
 ) -> Trajectory:
     """Run the loop with every step full, and keep what it went through."""
-    loop = Loop(denoiser, request, Plan("F" * steps), 0)
-    slot.begin(loop)
+    loop = Loop(denoiser, request, Forecasts(Plan.all_full(steps), 0))
+    loop.begin(slot)
     latents, predictions, reach = [loop.latents], [], []
-    for _ in range(steps):
-        noise_pred = slot.step(loop.model_input())
-        prediction = loop.prediction(noise_pred)
-        nudge = np.random.default_rng(0).standard_normal(prediction.shape).astype(np.float32)
-        nudge *= np.float32(1e-2 * prediction.std())
-        moved = loop.preview(prediction + nudge)
-        loop.accept(noise_pred)
-        reach.append(float(np.linalg.norm(moved - loop.latents) / np.linalg.norm(nudge)))
-        predictions.append(prediction)
+    nudged: list[tuple[np.ndarray, np.floating[Any]]] = []  # where a nudged prediction leads, and how long the nudge is
+
+    def nudge(noise_pred: np.ndarray) -> None:
+        predictions.append(loop.prediction(noise_pred))
+        by = np.random.default_rng(0).standard_normal(predictions[-1].shape).astype(np.float32)
+        by *= np.float32(1e-2 * predictions[-1].std())
+        nudged.append((loop.preview(predictions[-1] + by), np.linalg.norm(by)))
+
+    for _ in denoise(loop, slot, answered=nudge):
+        moved, length = nudged.pop()
+        reach.append(float(np.linalg.norm(moved - loop.latents) / length))
         latents.append(loop.latents)
         on_step()
     return Trajectory(request, latents, predictions, loop.model_timesteps, tuple(reach))

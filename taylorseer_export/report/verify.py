@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.checkpoint.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
 from taylorseer_export.errors import CheckpointError, ParityError
 from taylorseer_export.families import family_named
-from taylorseer_export.method import Guard, Plan, Rule, exact_weights, gain
+from taylorseer_export.method import Forecasts, Guard, Plan, Rule, exact_weights, gain
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.trajectory import Trajectory
 
@@ -32,13 +33,12 @@ _FLOAT64_LIMIT = 2 << 30  # bytes of float32 weights above which the reference s
 
 @dataclass(frozen=True)
 class Parity:
-    """One plan, as executed, compared: per step the largest difference and its bound, both absolute."""
+    """One request, as `executed`, compared: per step the largest difference and its bound, both absolute."""
 
-    plan: str
-    order: int
+    forecasts: Forecasts
+    executed: str
     seen: tuple[float, ...]
     bound: tuple[float, ...]
-    guard: Guard | None = None
 
     @property
     def ratio(self) -> float:
@@ -83,9 +83,7 @@ def reference_model(checkpoint: Checkpoint) -> nn.Module:
     return checkpoint.load(torch.float64 if size < _FLOAT64_LIMIT else torch.float32)
 
 
-def compare(
-    model: nn.Module, denoiser: Denoiser, data: Trajectory, plan: Plan, order: int, guard: Guard | None = None
-) -> Parity:
+def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: Forecasts) -> Parity:
     """Run one plan on the bundle and on the reference, fed the same latents at every step.
 
     Under a guard the reference takes the steps for full that the bundle did; that a guard decides as it should is for
@@ -101,19 +99,19 @@ def compare(
     manifest = denoiser.manifest
     sizes = denoiser.sizes(data.latents.shape[1:], data.conditioning)
     slot = denoiser.slot(sizes)
-    slot.start(data.conditioning, plan, order, data.timesteps, guard=guard)
+    slot.start(data.conditioning, forecasts, data.timesteps)
     answers = [slot.step(latent) for latent in data.latents]
-    plan = Plan(slot.executed)
+    ran = replace(forecasts, plan=Plan(slot.executed))
     unit = roundoff_of(model, manifest)
     seen, bounds = [], []
-    with _Reference(model, denoiser, plan, order).hooked() as reference:
+    with _Reference(model, denoiser, ran).hooked() as reference:
         for step, (latent, timestep) in enumerate(zip(data.latents, data.timesteps, strict=True)):
             expected = reference.step(latent, timestep, data.conditioning)
             found = answers[step]
-            amplified = 1.0 if plan.is_full(step) else gain(exact_weights(plan.history(step, order), step, order))
+            amplified = 1.0 if ran.plan.is_full(step) else gain(_weights(ran, step))
             seen.append(float(np.abs(found.astype(np.float64) - expected).max()))
             bounds.append(unit * amplified * float(np.abs(expected).max()))
-    return Parity(str(plan), order, tuple(seen), tuple(bounds), guard)
+    return Parity(forecasts, slot.executed, tuple(seen), tuple(bounds))
 
 
 def roundoff_of(model: nn.Module, manifest: Manifest) -> float:
@@ -131,17 +129,18 @@ def verify(denoiser: Denoiser, checkpoint: Checkpoint, data: Trajectory, on_plan
     """
     model = reference_model(checkpoint)
     state, steps = denoiser.manifest.state, len(data.timesteps)
-    cases: list[tuple[Plan, int, Guard | None]] = [(plan, order, None) for plan, order in plans(denoiser, steps)]
+    cases = plans(denoiser, steps)
     for rule in state.guards:
         guarded = Guard(rule, _middle_error(denoiser, data, rule))
-        cases.append((Plan.guarded(steps, min(2, steps)), state.order, guarded))
-    for plan, order, guard in cases:
-        result = compare(model, denoiser, data, plan, order, guard)
+        cases.append(Forecasts(Plan.guarded(steps, min(2, steps)), state.order, guard=guarded))
+    for forecasts in cases:
+        result = compare(model, denoiser, data, forecasts)
         on_plan(result)
         if not result.ratio <= 1:
             step = result.worst
             raise ParityError(
-                f"noise_pred differs by {result.seen[step]:.3g} at step {step} of plan {result.plan} (order {order}), "
+                f"noise_pred differs by {result.seen[step]:.3g} at step {step} of plan {result.executed} (order "
+                f"{forecasts.order}), "
                 f"expected at most {result.bound[step]:.3g}; export again, and report it if it stays"
             )
 
@@ -150,27 +149,33 @@ def _middle_error(denoiser: Denoiser, data: Trajectory, rule: Rule) -> float:
     """A threshold at which a guard forecasts some steps and not others: the median error of full steps."""
     slot = denoiser.slot(denoiser.sizes(data.latents.shape[1:], data.conditioning))
     plan = Plan.guarded(len(data.timesteps), min(2, len(data.timesteps)))
-    slot.start(data.conditioning, plan, None, data.timesteps, guard=Guard(rule, _LEAST))
+    slot.start(data.conditioning, Forecasts(plan, denoiser.defaults.order, guard=Guard(rule, _LEAST)), data.timesteps)
     for latent in data.latents:
         slot.step(latent)
     errors = [error for error in slot.errors if math.isfinite(error)]
     return max(float(np.median(errors)), _LEAST) if errors else 1.0
 
 
-def plans(denoiser: Denoiser, steps: int) -> list[tuple[Plan, int]]:
-    """(plan, order) pairs that together reach every rule of the method."""
-    default, capacity = denoiser.manifest.plan, denoiser.manifest.state.order
-    regular = Plan.regular(steps, default.interval, default.warmup, default.dialect)
+def plans(denoiser: Denoiser, steps: int) -> list[Forecasts]:
+    """Plans and orders that together reach every rule of the method."""
+    capacity, regular = denoiser.manifest.state.order, denoiser.forecasts(steps=steps).plan
     uneven = Plan.parse(("FF..F.F....FF..." * steps)[:steps])
-    pairs = [(Plan("F" * steps), capacity), (regular, capacity), (regular, 0), (uneven, capacity)]
-    return list(dict.fromkeys(pairs))
+    pairs = [(Plan.all_full(steps), capacity), (regular, capacity), (regular, 0), (uneven, capacity)]
+    return [Forecasts(plan, order) for plan, order in dict.fromkeys(pairs)]
+
+
+def _weights(forecasts: Forecasts, step: int) -> tuple[Fraction, ...]:
+    """Exact weights of a forecast step."""
+    if forecasts.weights is not None:
+        return tuple(map(Fraction, forecasts.weights[step]))
+    return exact_weights(forecasts.plan.history(step, forecasts.order), step, forecasts.order, forecasts.form)
 
 
 class _Reference:
     """The eager model with hooks that record on full steps and replace on forecast steps."""
 
-    def __init__(self, model: nn.Module, denoiser: Denoiser, plan: Plan, order: int) -> None:
-        self.model, self.plan, self.order = model, plan, order
+    def __init__(self, model: nn.Module, denoiser: Denoiser, forecasts: Forecasts) -> None:
+        self.model, self.forecasts = model, forecasts
         self.family = family_named(denoiser.manifest.family)
         self.latent, self.timestep = denoiser.latent.name, denoiser.timestep.name
         self.specs = {t.name: t for t in (denoiser.latent, denoiser.timestep, *denoiser.constants.values())}
@@ -220,11 +225,12 @@ class _Reference:
 
     def _forecast(self, name: str, value: Tensor) -> Tensor:
         """Record the value on a full step, replace it on a forecast step."""
-        if self.plan.is_full(self.number):
+        plan = self.forecasts.plan
+        if plan.is_full(self.number):
             self.record[name, self.number] = value
             return value
-        past = self.plan.history(self.number, self.order)
-        weights = exact_weights(past, self.number, self.order)
+        past = plan.history(self.number, self.forecasts.order)
+        weights = _weights(self.forecasts, self.number)
         terms = [float(w) * self.record[name, s] for w, s in zip(weights, past, strict=True)]
         return torch.stack(terms).sum(0)
 

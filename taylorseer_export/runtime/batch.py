@@ -69,7 +69,7 @@ class SharedCalls:
             ids: What stands for the request's inputs without a sample dimension, from `ids_of`.
         """
         step = slot.upcoming
-        name, graph = slot.graph, slot.denoiser.manifest.graphs[slot.graph]
+        name, graph = slot.graph, slot.contract.manifest.graphs[slot.graph]
         kind = (name, *slot.sizes.items())
         if kind not in self._pays:
             state = sum(slot.source(tensor).nbytes for tensor in graph.inputs if tensor.role == "taylor_in")

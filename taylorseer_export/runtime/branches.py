@@ -1,40 +1,36 @@
-"""Branches: what answers a request, one slot, or two where guidance calls the transformer twice in a step."""
+"""Branches: what answers a request, one slot, or several where guidance calls the transformer several times a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from taylorseer_export.method import Plan
-from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.method import Forecasts
 from taylorseer_export.runtime.schedule import ForecastStep, FullStep
 from taylorseer_export.runtime.slot import Slot
 
 
 class Branches:
-    """Slots for requests of one size, the conditional first; used like one slot. All run the same plan; under a
-    guard the first one decides for all.
+    """Slots for requests of one size, the conditional first. All run the same plan; under a guard the first decides.
 
     Args:
-        denoiser: The loaded bundle.
-        sizes: Of each slot: `branches` of a loop.
+        slots: One for each call of the transformer in a step.
     """
 
-    def __init__(self, denoiser: Denoiser, sizes: Sequence[dict[str, int]]) -> None:
-        self.slots: list[Slot] = [denoiser.slot(one) for one in sizes]
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = list(slots)
 
-    def begin(self, loop: Loop) -> None:
-        """Start the request of a loop."""
-        for slot, conditioning in zip(self.slots, loop.request.branches, strict=True):
-            loop.start(slot, conditioning)
-
-    def start(self, request: Request, plan: Plan, order: int, timesteps: Sequence[float] | np.ndarray) -> None:
-        """Start a request at steps of another loop; the arguments are those of `Slot.start`."""
-        for slot, conditioning in zip(self.slots, request.branches, strict=True):
-            slot.start(conditioning, plan, order, timesteps)
+    def start(
+        self,
+        conditioning: Sequence[Mapping[str, Any]],
+        forecasts: Forecasts,
+        timesteps: Sequence[float] | np.ndarray | None = None,
+    ) -> None:
+        """Begin a request, with constant inputs for each slot; the other arguments are those of `Slot.start`."""
+        for slot, own in zip(self.slots, conditioning, strict=True):
+            slot.start(own, forecasts, timesteps)
 
     def step(self, latents: Any) -> np.ndarray:
         """`noise_pred` of all slots, one after the other along the batch."""
@@ -84,31 +80,3 @@ class Branches:
         first, *others = (slot.executed for slot in self.slots)
         assert all(first == other for other in others), "bug in taylorseer-export: branches ran different steps"
         return first
-
-
-class Pool:
-    """Branches by the size of their requests, opened when first asked for."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        self._denoiser = denoiser
-        self._opened: dict[str, Branches] = {}
-
-    def __len__(self) -> int:
-        return len(self._opened)
-
-    def of(self, request: Request) -> Branches:
-        """Branches that fit a request; whoever holds them starts them anew."""
-        sizes = Loop(self._denoiser, request, Plan("F")).branches
-        key = str([sorted(one.items()) for one in sizes])
-        if key not in self._opened:
-            self._opened[key] = Branches(self._denoiser, sizes)
-        return self._opened[key]
-
-
-def latents_of(loop: Loop, branches: Branches, on_step: Callable[[], object]) -> np.ndarray:
-    """Run a loop to its end: the final latents."""
-    branches.begin(loop)
-    for _ in range(len(loop.plan)):
-        loop.accept(branches.step(loop.model_input()))
-        on_step()
-    return loop.latents

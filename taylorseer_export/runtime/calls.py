@@ -13,14 +13,14 @@ A pipeline calls once for every step and branch, and says neither where a loop b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from taylorseer_export.errors import StepError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.slot import Slot
 
 
@@ -55,7 +55,7 @@ class Seen(NamedTuple):
         return np.array_equal(host_array(self.value), host_array(other.value))
 
 
-class Call(NamedTuple):
+class TransformerCall(NamedTuple):
     """One call of the transformer: its context, latents and their shape, timestep and conditioning."""
 
     context: str | None
@@ -85,16 +85,14 @@ class Branch:
 
 
 @dataclass
-class Request:
+class LoopState:
     """A request and where it is.
 
     Attributes:
-        plan: Its plan; one that is not `fixed` is lengthened as the loop goes on.
-        order: Order of its forecasts; the bundle's default if None.
+        forecasts: Its plan, which is lengthened as the loop goes on where it is not `fixed`, and how it is forecast.
         declared: Begun by the user, so that no call is taken for the first of another request.
         renewed: Opened only because the conditioning was new tensors, of equal values.
         timesteps: Of all steps, where they are known ahead.
-        weights: Of each step of a calibrated plan; the forecasts' own if None.
         over: No further call belongs to it.
         step: The step under way, -1 before the first.
         ran: Branches that ran in it.
@@ -102,13 +100,11 @@ class Request:
         first, last, direction: Timesteps seen, and the sign of their movement, 0 while it is not known.
     """
 
-    plan: Plan
+    forecasts: Forecasts
     fixed: bool
-    order: int | None
     declared: bool = False
     renewed: bool = False
     timesteps: np.ndarray | None = None
-    weights: Sequence[Sequence[float]] | None = None
     over: bool = False
     step: int = -1
     ran: set[str] = field(default_factory=set)
@@ -119,14 +115,14 @@ class Request:
     last: float = 0.0
     direction: float = 0.0
 
-    def place(self, call: Call) -> tuple[str, bool]:
+    def place(self, call: TransformerCall) -> tuple[str, bool]:
         """(branch of a call, whether it begins a step)."""
         same = self.latents is not None and self.latents.same(call.latents) and call.timestep == self.last
         if call.context is None:
             return str(len(self.ran) if same else 0), not same
         return call.context, self.step < 0 or call.timestep != self.last or call.context in self.ran
 
-    def continues(self, call: Call) -> bool:
+    def continues(self, call: TransformerCall) -> bool:
         """Whether a call belongs to this request.
 
         Raises:
@@ -153,14 +149,14 @@ class Request:
             )
         return False
 
-    def renews(self, call: Call) -> bool:
+    def renews(self, call: TransformerCall) -> bool:
         """Whether nothing but the identity of its conditioning tells a call from one of this request."""
         if self.over or not self._fits(call):
             return False
         branch = self.branches.get(self.place(call)[0])
         return branch is not None and branch.equal(call.conditioning)
 
-    def advance(self, call: Call) -> None:
+    def advance(self, call: TransformerCall) -> None:
         """Go on to the step that a call begins."""
         if self.step < 0:
             self.first = call.timestep
@@ -170,11 +166,16 @@ class Request:
         self.last = call.timestep
         self.ran, self.decided = set(), None
 
-    def plan_from(self, step: int) -> Plan:
-        """The rest of the plan for a branch that starts at `step`: the first is full, whatever was planned."""
-        return Plan("F" + str(self.plan)[step + 1 :])
+    @property
+    def plan(self) -> Plan:
+        """Which steps are full, as planned."""
+        return self.forecasts.plan
 
-    def _fits(self, call: Call) -> bool:
+    def forecasts_from(self, step: int) -> Forecasts:
+        """The rest of the forecasts for a branch that starts at `step`: the first is full, whatever was planned."""
+        return replace(self.forecasts, plan=Plan("F" + str(self.plan)[step + 1 :]))
+
+    def _fits(self, call: TransformerCall) -> bool:
         """Whether latents and timestep of a call may be those of this loop."""
         if self.latents is None or call.shape != tuple(self.latents.value.shape):
             return False

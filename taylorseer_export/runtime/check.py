@@ -10,27 +10,24 @@ Shapes: B batch, S steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from taylorseer_export.bundle.manifest import GraphName, Tensor
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.errors import BundleError
-from taylorseer_export.method import Guard, Plan
+from taylorseer_export.method import Forecasts, Guard, Plan
+from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.places import place
-
-if TYPE_CHECKING:
-    from taylorseer_export.runtime.denoiser import Denoiser
-    from taylorseer_export.runtime.runner import Buffer
-    from taylorseer_export.runtime.slot import Slot
+from taylorseer_export.runtime.runner import Buffer, Runner
+from taylorseer_export.runtime.slot import Slot
 
 _ANY_ERROR = 1e30  # a threshold that every error is under
 # Largest finite value. What stands there was cut off: no sound computation ends on it.
 _LARGEST = {"float16": 65504.0, "bfloat16": (2 - 2.0**-7) * 2.0**127, "float32": (2 - 2.0**-23) * 2.0**127}
 
 
-def check_engines(denoiser: Denoiser, seed: int = 0) -> None:
+def check_engines(contract: Contract, runner: Runner, device: str = "cpu", seed: int = 0) -> None:
     """Run a full step, and a forecast step that repeats it, and look at every tensor that the graphs write.
 
         |value| < largest finite value of its dtype,        |forecast - full| <= max |full|
@@ -40,43 +37,44 @@ def check_engines(denoiser: Denoiser, seed: int = 0) -> None:
     Tensors that are constant for a request may hold infinities, as attention masks do, and no NaN.
 
     Args:
-        denoiser: The loaded bundle.
+        contract, runner: Of the loaded bundle.
+        device: Where its engines are.
         seed: Of the inputs: latents and conditioning of unit variance, and the timestep in the middle.
 
     Raises:
         BundleError: Names graph and tensor, and says what was seen.
     """
-    manifest = denoiser.manifest
-    end = "minimum" if denoiser.device == "cpu" else "typical"
+    manifest = contract.manifest
+    end = "minimum" if device == "cpu" else "typical"
     sizes = {name: getattr(d, end) for name, d in manifest.dimensions.items()}
     generator = np.random.default_rng(seed)
-    conditioning = random_constants(denoiser, sizes, generator)
-    latents = generator.standard_normal(resolve(denoiser.latent.shape, sizes)).astype(np.float32)
+    conditioning = random_constants(contract, sizes, generator)
+    latents = generator.standard_normal(resolve(contract.latent.shape, sizes)).astype(np.float32)
     # Schedulers of diffusers count timesteps from 1000 where their config does not say otherwise.
     last = manifest.sampling.config.get("num_train_timesteps") or 1000
     middle = last / 2 / manifest.sampling.timestep_divisor
-    slot = denoiser.slot(denoiser.sizes(latents.shape, conditioning))
+    slot = Slot(contract, runner, contract.sizes(latents.shape, conditioning))
     guards = [None, *(Guard(rule, _ANY_ERROR) for rule in manifest.state.guards[:1])]
     for guard in guards:
-        slot.start(conditioning, Plan("F."), 0, np.full(2, middle, np.float32), guard=guard)
-        _check_two_steps(denoiser, slot, latents)
+        slot.start(conditioning, Forecasts(Plan("F."), 0, guard=guard), np.full(2, middle, np.float32))
+        _check_two_steps(contract, slot, latents)
 
 
-def _check_two_steps(denoiser: Denoiser, slot: Slot, latents: np.ndarray) -> None:
-    manifest = denoiser.manifest
+def _check_two_steps(contract: Contract, slot: Slot, latents: np.ndarray) -> None:
+    manifest = contract.manifest
     prepared = {tensor.name for tensor in manifest.graphs["prepare"].outputs}
     predictions = []
     for _ in range(2):
         slot.stage(latents)
         graph = slot.graph
-        contract = manifest.graphs[graph]
-        read = [(tensor, slot.source(tensor)) for tensor in contract.inputs if tensor.name in prepared]
-        written = [(tensor, slot.target(tensor)) for tensor in contract.outputs]
+        tensors = manifest.graphs[graph]
+        read = [(tensor, slot.source(tensor)) for tensor in tensors.inputs if tensor.name in prepared]
+        written = [(tensor, slot.target(tensor)) for tensor in tensors.outputs]
         for tensor, buffer in read:
-            _check(denoiser, "prepare", tensor, buffer)
+            _check(contract, "prepare", tensor, buffer)
         slot.run()
         for tensor, buffer in written:
-            _check(denoiser, graph, tensor, buffer)
+            _check(contract, graph, tensor, buffer)
         predictions.append(slot.finish().astype(np.float64))
     full, forecast = predictions
     off, most = np.abs(forecast - full).max(), np.abs(full).max()
@@ -89,11 +87,11 @@ def _check_two_steps(denoiser: Denoiser, slot: Slot, latents: np.ndarray) -> Non
 
 
 def random_constants(
-    denoiser: Denoiser, sizes: Mapping[str, int], generator: np.random.Generator
+    contract: Contract, sizes: Mapping[str, int], generator: np.random.Generator
 ) -> dict[str, np.ndarray]:
     """Constant inputs of these sizes: places of tokens in order, labels and embeddings of unit variance at random."""
     made = {}
-    for name, tensor in denoiser.constants.items():
+    for name, tensor in contract.constants.items():
         shape, value = resolve(tensor.shape, sizes), place(tensor, sizes)
         if value is None and tensor.dtype == "int64":
             value = generator.integers(0, 2, shape)
@@ -101,7 +99,7 @@ def random_constants(
     return made
 
 
-def _check(denoiser: Denoiser, graph: GraphName, tensor: Tensor, buffer: Buffer) -> None:
+def _check(contract: Contract, graph: GraphName, tensor: Tensor, buffer: Buffer) -> None:
     """Refuse values that are no numbers, or that stand at the end of their dtype's range."""
     if tensor.dtype not in _LARGEST:
         return
@@ -109,7 +107,7 @@ def _check(denoiser: Denoiser, graph: GraphName, tensor: Tensor, buffer: Buffer)
     bad = np.isnan(values) if tensor.role == "constant" else ~(values < _LARGEST[tensor.dtype])
     if not bad.any():
         return
-    manifest = denoiser.manifest
+    manifest = contract.manifest
     finite = values[np.isfinite(values)]
     largest = f", the others up to {finite.max():.3g}" if finite.size else ""
     fix = (

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Manifest, Tensor
-from taylorseer_export.bundle.profile import Profile, read_profile
-from taylorseer_export.bundle.shapes import match
+from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.bundle.profile import Profiles
 from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
-from taylorseer_export.errors import BundleError, ConfigError, StepError, first_line
-from taylorseer_export.method import Plan
+from taylorseer_export.errors import BundleError, first_line
+from taylorseer_export.method import Forecasts, RequestOptions, forecasts_from_options
 from taylorseer_export.runtime.check import check_engines
+from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.engines import open_runner
 from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
@@ -50,7 +50,7 @@ def load(
     denoiser = Denoiser(bundle.manifest, open_runner(bundle, device, threads, cuda_graphs), bundle, device)
     if check:
         try:
-            check_engines(denoiser)
+            check_engines(denoiser.contract, denoiser.runner, device)
         except MemoryError as error:
             denoiser.close()
             raise BundleError(
@@ -61,13 +61,6 @@ def load(
             denoiser.close()
             raise
     return denoiser
-
-
-def request_constants(manifest: Manifest) -> dict[str, Tensor]:
-    """The arguments a request keeps constant: prepare reads most, a graph in the loop may read some directly."""
-    produced = {t.name for t in manifest.graphs["prepare"].outputs}
-    declared = [t for g in manifest.graphs.values() for t in g.inputs if t.role == "constant"]
-    return {t.name: t for t in declared if t.name not in produced}
 
 
 class Denoiser:
@@ -82,67 +75,31 @@ class Denoiser:
 
     def __init__(self, manifest: Manifest, runner: Runner, bundle: Bundle | None = None, device: str = "cpu") -> None:
         self.manifest, self.runner, self.bundle, self.device = manifest, runner, bundle, device
-        self.latent = manifest.graphs["full"].input_of("latent")
-        self.timestep = manifest.graphs["prepare"].input_of("step")
-        self.constants = request_constants(manifest)
+        self.contract = Contract(manifest)
+        self.latent, self.timestep = self.contract.latent, self.contract.timestep
+        self.constants, self.defaults = self.contract.constants, self.contract.defaults
 
-    def plan(self, text: str | None = None, steps: int | None = None) -> Plan:
-        """The plan a request asks for: its own string, or the bundle's rule over `steps`."""
-        default = self.manifest.plan
-        if text is not None:
-            plan = Plan.parse(text)
-            if steps is not None:
-                plan.check_length(steps)
-            return plan
-        return Plan.regular(steps or default.steps, default.interval, default.warmup, default.dialect)
+    @property
+    def profiles(self) -> Profiles:
+        """The bundle's calibrated plans and weights, by name."""
+        return Profiles(self.bundle)
 
-    def profile(self, name: str, steps: int | None = None) -> Profile:
-        """The bundle's calibrated plan and weights called `name`, refused if it is not for loops of `steps`.
+    def forecasts(self, **options: Any) -> Forecasts:
+        """The forecasts of a request; the options are those of `RequestOptions`, and the bundle's defaults fill them.
 
         Raises:
-            ConfigError: There is no such profile, or it is of another length.
-            BundleError: It is damaged, or of another model.
+            ConfigError: The options contradict each other or the bundle.
+            BundleError: The profile named is damaged, or of another model.
         """
-        if self.bundle is None:
-            raise ConfigError(f"profile is `{name}`, expected none without a bundle on disk; load the bundle first")
-        profile = read_profile(self.bundle, name)
-        profile.check_fits(self.manifest, steps)
-        return profile
+        return forecasts_from_options(RequestOptions(**options), self.defaults, self.profiles)
 
     def sizes(self, latents: tuple[int, ...], conditioning: Mapping[str, np.ndarray]) -> dict[str, int]:
-        """Dimension sizes that a request's shapes imply, checked against the bundle's ranges.
-
-        Raises:
-            StepError: A shape contradicts the contract or another input, or a size is out of range.
-        """
-        sizes = match(self.latent.shape, latents, {}, self.latent.name)
-        for name, tensor in self.constants.items():
-            if name not in conditioning:
-                shape = ", ".join(map(str, tensor.shape))
-                raise StepError(
-                    f"input `{name}` is missing, expected {tensor.dtype} [{shape}]; pass it with the conditioning"
-                )
-            sizes = match(tensor.shape, np.shape(conditioning[name]), sizes, name)
-        unknown = conditioning.keys() - self.constants.keys()
-        if unknown:
-            raise StepError(
-                f"input `{min(unknown)}` is not known, expected only {', '.join(self.constants)}; leave it out"
-            )
-        self.check_sizes(sizes)
-        return sizes
+        """Dimension sizes that a request's shapes imply; raises what `Contract.sizes` raises."""
+        return self.contract.sizes(latents, conditioning)
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
-        """Refuse sizes that the bundle does not take. Numbers alone: to be asked before anything of that size is made.
-
-        Args:
-            sizes: By name; where the bundle has no range of that name, its shapes say what they say.
-
-        Raises:
-            StepError: A size is out of range.
-        """
-        for name, size in sizes.items():
-            if name in self.manifest.dimensions:
-                self._check_range(name, size)
+        """Refuse sizes that the bundle does not take, as `Contract.check_sizes` does."""
+        self.contract.check_sizes(sizes)
 
     def slot(self, sizes: Mapping[str, int]) -> Slot:
         """A new slot for requests of these sizes; its buffers are allocated and bound now.
@@ -151,7 +108,7 @@ class Denoiser:
             StepError: A size is out of range; nothing was allocated.
         """
         self.check_sizes(sizes)
-        return Slot(self, dict(sizes))
+        return Slot(self.contract, self.runner, sizes)
 
     def as_transformer(self, **options: Any) -> DropIn:
         """As the transformer of a diffusers pipeline; the options are those of `DropIn`."""
@@ -170,15 +127,3 @@ class Denoiser:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _check_range(self, name: str, size: int) -> None:
-        allowed = self.manifest.dimensions[name]
-        if not allowed.minimum <= size <= allowed.maximum:
-            expected = (
-                f"{allowed.minimum} (the bundle is static)"
-                if allowed.minimum == allowed.maximum
-                else f"{allowed.minimum} to {allowed.maximum}"
-            )
-            raise StepError(
-                f"size `{name}` is {size}, expected {expected}; use such a size, or export again without --size"
-            )

@@ -9,22 +9,47 @@ call is (`calls.py` tells by what rule); nothing is hooked and nothing is global
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.errors import ConfigError, StepError
-from taylorseer_export.method import Guard, Plan
+from taylorseer_export.method import (
+    BundleDefaults,
+    CalibratedPlan,
+    Forecasts,
+    Guard,
+    RequestOptions,
+    forecasts_from_options,
+)
 from taylorseer_export.runtime.arguments import form_of
-from taylorseer_export.runtime.calls import Branch, Call, Request, Seen, host_array
-from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.probe import check_guard
+from taylorseer_export.runtime.calls import Branch, LoopState, Seen, TransformerCall, host_array
+from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Loaded(Protocol):
+    """What the drop-in needs of a denoiser."""
+
+    manifest: Manifest
+    runner: Runner
+    device: str
+    latent: Tensor
+    timestep: Tensor
+    constants: dict[str, Tensor]
+    defaults: BundleDefaults
+
+    @property
+    def profiles(self) -> Mapping[str, CalibratedPlan]: ...
+    def sizes(self, latents: tuple[int, ...], conditioning: Mapping[str, np.ndarray]) -> dict[str, int]: ...
+    def slot(self, sizes: Mapping[str, int]) -> Slot: ...
 
 
 class DropIn(torch.nn.Module):
@@ -36,58 +61,50 @@ class DropIn(torch.nn.Module):
         denoiser: The loaded bundle; other drop-ins and slots may share it.
         plan: An explicit plan, which every loop must then be as long as.
         steps: The same for the regular plan; left out, a loop may be of any length.
-        interval, warmup: Of the regular plan; the bundle's defaults if left out. Unit: steps.
+        interval, warmup, dialect: Of the regular plan; the bundle's defaults if left out. Unit: steps.
         order: Order of the forecasts, dimensionless; the bundle's default if left out.
-        profile: Name of a calibrated plan of the bundle, in the place of plan, interval, warmup and order.
-        guard: What may turn forecast steps into full ones; the plan is then a warm-up followed by forecasts, unless one
-            is given. The branches of guidance share the decisions of the one that is called first.
+        form: `taylor`, the default, or `newton`.
+        profile: Name of a calibrated plan of the bundle, in the place of plan, interval, warmup, order and form.
+        guard: What may turn forecast steps into full ones, or the name of its rule; the plan is then a warm-up followed
+            by forecasts, unless one is given. The branches of guidance share the decisions of the one that is called
+            first.
+        threshold, guard_order, cap, accumulate: Of a guard given by name; a profile beside it brings the threshold.
 
     Attributes:
+        forecasts: What a loop begins with.
         config: The model's config, its entries also as attributes.
 
     Raises:
-        ConfigError: The plan contradicts itself or the other arguments.
+        ConfigError: The options contradict each other or the bundle.
     """
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Loaded,
         plan: str | None = None,
         steps: int | None = None,
         interval: int | None = None,
         warmup: int | None = None,
         order: int | None = None,
         profile: str | None = None,
-        guard: Guard | None = None,
+        guard: Guard | str | None = None,
+        dialect: str | None = None,
+        form: str | None = None,
+        threshold: float | None = None,
+        guard_order: int | None = None,
+        cap: int | None = None,
+        accumulate: bool = False,
     ) -> None:
         super().__init__()
-        if guard is not None:
-            check_guard(denoiser.manifest, guard)
-            if profile is not None or interval is not None:
-                raise ConfigError(
-                    "guard is given beside profile or interval, expected it with a plan or a warm-up; leave those out"
-                )
-        self._guard = guard
-        if profile is not None and any(value is not None for value in (plan, interval, warmup, order)):
-            raise ConfigError(
-                "profile is given beside plan, interval, warmup or order, expected it alone; leave them out"
-            )
-        if plan is not None and (interval is not None or warmup is not None):
-            raise ConfigError("plan is given beside interval or warmup, expected one or the other; leave one out")
-        default = denoiser.manifest.plan
-        self.denoiser, self._order = denoiser, order
+        self.denoiser = denoiser
+        self._options = RequestOptions(
+            steps, plan, interval, warmup, dialect, order, form, profile, guard, threshold, guard_order, cap, accumulate
+        )
+        self.forecasts = self._forecasts_of(self._options)
         # Empty: only its dtype and device are of use, to those who ask a module's first parameter.
         place = torch.empty(0, dtype=_DTYPES[denoiser.manifest.precision], device=denoiser.device)
         self.place = torch.nn.Parameter(place, requires_grad=False)
         self._tensors = hasattr(denoiser.runner.buffer((1,), "float32"), "tensor")
-        self._interval = default.interval if interval is None else interval
-        self._warmup = default.warmup if warmup is None else warmup
-        self._regular()  # refuses a bad interval or warmup now
-        self._weights: Sequence[Sequence[float]] | None = None
-        self._plan = None if plan is None and steps is None else self._resolved(plan, steps)
-        if profile is not None:
-            found = denoiser.profile(profile, steps)
-            self._plan, self._order, self._weights = found.steps(), found.order, found.weights
         pipeline = denoiser.manifest.pipeline
         self.config = _Config(denoiser.manifest.model.config)
         for name, value in pipeline.attributes.items():
@@ -95,7 +112,7 @@ class DropIn(torch.nn.Module):
         self._form, self._ignored = form_of(denoiser.manifest), pipeline.ignored_inputs
         self._renewed = frozenset(pipeline.cast_inputs)
         self._context: str | None = None
-        self._request: Request | None = None
+        self._request: LoopState | None = None
         self._slots: dict[str, Slot] = {}
         self._shape: tuple[int, ...] = ()
 
@@ -200,26 +217,28 @@ class DropIn(torch.nn.Module):
         """Begin a request: every call up to `reset` or the pipeline's end belongs to it, whatever its tensors.
 
         Args:
-            plan: Explicit plan; the drop-in's if left out.
-            steps: Length of the regular plan instead; any if left out.
+            plan: Explicit plan, in the place of the drop-in's plan or profile; those if left out.
+            steps: Length of the loop; any if left out, and nothing else says it.
             timesteps: `[S]`, what the transformer is passed at each step; known ahead, all are prepared at once.
             order: Order of the forecasts; the drop-in's if left out.
 
         Raises:
-            ConfigError: Plan, steps and timesteps do not fit each other.
+            ConfigError: Plan, steps, order and timesteps do not fit each other or the drop-in's options.
         """
         if timesteps is not None:
             timesteps = np.asarray(timesteps, np.float64)
             if steps not in (None, len(timesteps)):
                 raise ConfigError(f"steps is {steps}, expected {len(timesteps)}, one per timestep; leave steps out")
             steps = len(timesteps)
-        fixed = self._plan if plan is None and steps is None else self._resolved(plan, steps)
-        # Weights belong to the plan and order that they were calibrated for.
-        weights = self._weights if fixed is self._plan and order is None else None
-        order = self._order if order is None else order
-        self._request = Request(
-            fixed or self._regular(), fixed is not None, order, declared=True, timesteps=timesteps, weights=weights
-        )
+        options = self._options
+        if plan is not None:  # a profile beside a guard still brings its threshold
+            kept = options.profile if options.guard is not None else None
+            options = replace(options, steps=None, interval=None, warmup=None, dialect=None, profile=kept, plan=plan)
+        given: dict[str, Any] = {
+            name: value for name, value in (("steps", steps), ("order", order)) if value is not None
+        }
+        options = replace(options, **given)
+        self._request = LoopState(self._forecasts_of(options), options.fixes_length, declared=True, timesteps=timesteps)
 
     @contextmanager
     def request(self, **options: Any) -> Iterator[DropIn]:
@@ -253,7 +272,7 @@ class DropIn(torch.nn.Module):
         stays = self._tensors and latents.is_cuda  # a GPU's values never come to the host
         values = taken if stays else host_array(taken)
         prediction = branch.slot.advance(values, call.timestep, request.decided)
-        if self._guard is not None:
+        if request.forecasts.guard is not None:
             request.decided = branch.slot.executed[-1]
         branch.next = request.step + 1
         if not self._tensors:
@@ -261,7 +280,7 @@ class DropIn(torch.nn.Module):
         kept: torch.Tensor = prediction.tensor  # type: ignore[attr-defined]
         return kept.to(latents.device, latents.dtype, copy=True)  # the next step overwrites it
 
-    def _call(self, latents: torch.Tensor, inputs: dict[str, Any]) -> Call:
+    def _call(self, latents: torch.Tensor, inputs: dict[str, Any]) -> TransformerCall:
         """The call, its arguments checked by name."""
         clock = self.denoiser.timestep.name
         for name, value in inputs.items():
@@ -284,20 +303,19 @@ class DropIn(torch.nn.Module):
             )
         given = {n: v for n, v in inputs.items() if n in self.denoiser.constants and v is not None}
         conditioning = {n: Seen.of(v, n in self._renewed) for n, v in given.items()}
-        return Call(self._context, Seen.of(latents), tuple(latents.shape), float(values[0]), conditioning)
+        return TransformerCall(self._context, Seen.of(latents), tuple(latents.shape), float(values[0]), conditioning)
 
-    def _request_of(self, call: Call) -> Request:
+    def _request_of(self, call: TransformerCall) -> LoopState:
         """The request under way if the call belongs to it, else a new one."""
         running = self._request
         if running is None or not running.continues(call):
             renewed = running is not None and running.renews(call)
-            plan, fixed = self._plan or self._regular(), self._plan is not None
-            running = Request(plan, fixed, self._order, renewed=renewed, weights=self._weights)
+            running = LoopState(self.forecasts, self._options.fixes_length, renewed=renewed)
             self._request = running
         return running
 
     def _branch(
-        self, request: Request, name: str, call: Call, shape: tuple[int, ...], inputs: dict[str, Any]
+        self, request: LoopState, name: str, call: TransformerCall, shape: tuple[int, ...], inputs: dict[str, Any]
     ) -> Branch:
         """The branch of a call; one that is new or missed a step starts with a full step."""
         branch = request.branches.get(name)
@@ -306,23 +324,16 @@ class DropIn(torch.nn.Module):
             sizes = self.denoiser.sizes(shape, conditioning)
             slot = self._slot(name, sizes, shape)
             timesteps = None if request.timesteps is None else request.timesteps[request.step :]
-            if request.weights is not None and request.step > 0:
+            if request.forecasts.weights is not None and request.step > 0:
                 raise StepError(
                     f"branch `{name}` begins at step {request.step} of a calibrated plan, expected step 0, since its "
                     "weights are for the snapshots of all full steps; use the drop-in without a profile"
                 )
             before = "" if branch is None else branch.before + branch.slot.executed
-            slot.start(
-                conditioning,
-                request.plan_from(request.step),
-                request.order,
-                timesteps,
-                weights=request.weights,
-                guard=self._guard,
-            )
+            slot.start(conditioning, request.forecasts_from(request.step), timesteps)
             branch = request.branches[name] = Branch(slot, call.conditioning, request.step, request.step, before)
         elif len(request.plan) > branch.begun + len(branch.slot.plan or ()):
-            branch.slot.extend(request.plan_from(branch.begun))
+            branch.slot.extend(request.forecasts_from(branch.begun).plan)
         return branch
 
     def _slot(self, name: str, sizes: dict[str, int], shape: tuple[int, ...]) -> Slot:
@@ -337,33 +348,23 @@ class DropIn(torch.nn.Module):
 
     # Plans -----------------------------------------------------------------------------------------------------------
 
-    def _regular(self, steps: int | None = None) -> Plan:
-        default = self.denoiser.manifest.plan
-        if steps is None:
-            return self._open(default.steps)
-        if self._guard is not None:
-            return Plan.guarded(steps, self._warmup)
-        return Plan.regular(steps, self._interval, self._warmup, default.dialect)
+    def _forecasts_of(self, options: RequestOptions, steps: int | None = None) -> Forecasts:
+        """What a request begins with; where nothing says how long its loop is, `steps` of it or the bundle's number."""
+        denoiser = self.denoiser
+        if options.fixes_length:
+            return forecasts_from_options(options, denoiser.defaults, denoiser.profiles)
+        options = replace(options, steps=steps or denoiser.defaults.steps)
+        return forecasts_from_options(options, denoiser.defaults, ends=False)
 
-    def _open(self, steps: int) -> Plan:
-        """The first `steps` of a loop of unknown length; under a guard its last one is like the others."""
-        interval = self._interval if self._guard is None else steps + 1
-        return Plan.regular(steps, interval, self._warmup, self.denoiser.manifest.plan.dialect)
-
-    def _resolved(self, plan: str | None, steps: int | None) -> Plan:
-        if plan is None and steps is not None and self._weights is not None and self._plan is not None:
-            self._plan.check_length(steps)
-            return self._plan
-        return self._regular(steps) if plan is None else self.denoiser.plan(plan, steps)
-
-    def _lengthen(self, request: Request) -> None:
+    def _lengthen(self, request: LoopState) -> None:
         """A regular plan goes on as long as the loop does; an explicit one is over."""
         if request.fixed:
             raise StepError(
                 f"the loop is at its step {request.step}, expected its end after {len(request.plan)} steps (plan "
                 f"{request.plan}); give a plan as long as the loop, or none"
             )
-        request.plan = self._open(2 * len(request.plan))
+        longer = self._forecasts_of(self._options, 2 * len(request.plan))
+        request.forecasts = replace(request.forecasts, plan=longer.plan)
 
 
 class _Config(dict[str, Any]):

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Role, Tensor
-from taylorseer_export.errors import ConfigError
-from taylorseer_export.method import Guard, Plan, Rule
+from taylorseer_export.method import Capacity, Forecasts, Guard, Plan, Rule
 from taylorseer_export.runtime.runner import Buffer, Runner
 from taylorseer_export.runtime.schedule import forecast_step, full_step
 
@@ -54,12 +53,14 @@ class Probe:
         self._since_full: list[float] = []
         self.errors: list[float] = []
 
-    def start(self, guard: Guard, order: int) -> None:
-        """Begin a request; `order` is that of its forecasts."""
+    def start(self, forecasts: Forecasts) -> None:
+        """Begin a request with a guard."""
         for buffer in (*self._rings.values(), *self._weights.values()):
             buffer.clear()
+        guard = forecasts.guard
+        assert guard is not None
         self._guard, self._since_full, self.errors = guard, [], []
-        asked = order if guard.order is None else guard.order
+        asked = forecasts.order if guard.order is None else guard.order
         self._order = min(asked, self._ring.shape[0] - 1)
 
     def measure(self, executed: str) -> None:
@@ -69,7 +70,7 @@ class Probe:
         if executed:
             # What was kept of the last full steps, or of the step before, in the place of a full one.
             past = "F" if guard.every_step else executed
-            expected = forecast_step(Plan(past + "."), len(past), self._order, self._ring.shape[0] - 1, "snapshots")
+            expected = forecast_step(Forecasts(Plan(past + "."), self._order), len(past), self._capacity)
             self._weights[guard.rule].write(expected.weights)
         self._call()
 
@@ -97,8 +98,13 @@ class Probe:
             self._since_full = []
         if full or guard.every_step:
             past = "F" if guard.every_step else executed
-            entry = full_step(Plan(past), len(past) - 1, 0, self._ring.shape[0] - 1, "snapshots").entry
+            entry = full_step(Forecasts(Plan(past), 0), len(past) - 1, self._capacity).entry
             self._ring.entry(entry).copy(self._snapshots[guard.rule])
+
+    @property
+    def _capacity(self) -> Capacity:
+        """Of what the request's rule keeps."""
+        return Capacity(self._ring.shape[0] - 1)
 
     @property
     def _ring(self) -> Buffer:
@@ -107,26 +113,7 @@ class Probe:
         return self._rings[self._guard.rule]
 
 
-def check_guard(manifest: Manifest, guard: Guard) -> None:
-    """Refuse a guard that the bundle has no probe for.
-
-    Raises:
-        ConfigError: Its rule was not exported, or its order is above what the probe keeps.
-    """
-    rules = manifest.state.guards
-    if guard.rule not in rules:
-        raise ConfigError(
-            f"guard is `{guard.rule}`, expected one that the bundle was exported with "
-            f"({', '.join(rules) or 'it has none'}); export again with --guard {guard.rule}"
-        )
-    if guard.order is not None and guard.order > manifest.state.order:
-        raise ConfigError(
-            f"order of the guard is {guard.order}, expected at most {manifest.state.order}, which the bundle's probe "
-            f"keeps; export again with --order {guard.order}"
-        )
-
-
-def silent(guard: Guard, planned: str, executed: str, errors: Sequence[float]) -> str | None:
+def warning_of(guard: Guard, planned: str, executed: str, errors: Sequence[float]) -> str | None:
     """A warning where a guard decided nothing: it always forecast, or never did.
 
     Args:
@@ -142,5 +129,5 @@ def silent(guard: Guard, planned: str, executed: str, errors: Sequence[float]) -
     what, remedy = ("never", "raise") if full else ("always", "lower")
     return (
         f"guard {guard} {what} forecast, expected some of {len(asked)} steps; its errors were {min(seen):.3g} to "
-        f"{max(seen):.3g}: {remedy} --threshold"
+        f"{max(seen):.3g}: {remedy} the threshold"
     )

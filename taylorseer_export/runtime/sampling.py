@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from taylorseer_export.errors import StepError
-from taylorseer_export.method import Guard, Plan
-from taylorseer_export.method.weights import Form
+from taylorseer_export.method import Forecasts, Plan
+from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock, scheduler_of
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.slot import Slot
 
 
 class Joined(NamedTuple):
@@ -86,61 +85,83 @@ class Result:
 def sample(
     denoiser: Denoiser,
     request: Request,
-    plan: Plan,
-    order: int | None = None,
-    form: Form = "taylor",
-    slot: Slot | None = None,
+    forecasts: Forecasts,
+    branches: Branches | None = None,
     on_step: Callable[[int], object] | None = None,
-    weights: Sequence[Sequence[float]] | None = None,
-    guard: Guard | None = None,
 ) -> Result:
-    """Run the loop of `plan` from noise to latents.
+    """Run a loop from noise to latents.
 
     Args:
         denoiser: The loaded bundle.
-        request: From `label_request`, `caption_request` or `tensor_request`. A second branch gets a slot of its own.
-        plan: Its length is the number of steps.
-        order: Order of the forecasts; the bundle's default if left out.
-        form: `taylor` or `newton`.
-        slot: A slot to reuse; a new one is opened if left out.
+        request: From `label_request`, `caption_request` or `tensor_request`.
+        forecasts: From `Denoiser.forecasts`; the length of their plan is the number of steps.
+        branches: Slots to reuse, from a `Pool`; new ones are opened if left out.
         on_step: Called with each finished step.
-        weights: Of each step, in the place of the form's; those of a profile.
-        guard: What may turn forecast steps of the plan into full ones.
 
     Raises:
         StepError: An input does not fit the bundle, or a step returned a number that is not finite.
     """
-    loop = Loop(denoiser, request, plan, order, form, weights, guard)
-    slots = [slot or denoiser.slot(loop.sizes), *(denoiser.slot(sizes) for sizes in loop.branches[1:])]
+    loop = Loop(denoiser, request, forecasts)
+    branches = branches or loop.open(denoiser)
     began = time.perf_counter()
-    for branch, conditioning in zip(slots, request.branches, strict=True):
-        loop.start(branch, conditioning)
+    loop.begin(branches)
     prepare_ms = 1e3 * (time.perf_counter() - began)
     milliseconds = []
-    for step in range(len(plan)):
-        model_input = loop.model_input()
-        began = time.perf_counter()
-        predictions, decided = [], None
-        for branch in slots:  # under a guard the first one decides for all
-            predictions.append(branch.advance(model_input, decided=decided).read())
-            decided = branch.executed[-1] if guard else None
-        milliseconds.append(1e3 * (time.perf_counter() - began))
-        loop.accept(np.concatenate(predictions))
+    for step in denoise(loop, branches):
+        milliseconds.append(step.milliseconds)
         if on_step:
-            on_step(step)
-    for branch in slots:
-        loop.check_executed(branch.executed)
-    return Result(loop.latents, str(plan), slots[0].executed, tuple(milliseconds), prepare_ms, slots[0].errors)
+            on_step(step.number)
+    executed = branches.executed
+    return Result(loop.latents, str(loop.plan), executed, tuple(milliseconds), prepare_ms, branches.errors)
+
+
+class Step(NamedTuple):
+    """A step that a loop has taken: its number, what the transformer answered, and the time in the denoiser alone."""
+
+    number: int
+    noise_pred: np.ndarray
+    milliseconds: float
+
+
+def denoise(
+    loop: Loop,
+    branches: Branches,
+    before: Callable[[int, np.ndarray], object] | None = None,
+    answered: Callable[[np.ndarray], object] | None = None,
+) -> Iterator[Step]:
+    """Run a loop that was begun to its end, and give each step once it is taken.
+
+    Args:
+        loop: At its first step.
+        branches: Begun by it.
+        before: Called with the number of a step and the transformer's input, before the transformer is.
+        answered: Called with the transformer's answer, before the latents advance by it.
+
+    Raises:
+        StepError: A step returned a number that is not finite.
+    """
+    for number in range(len(loop.plan)):
+        model_input = loop.model_input()
+        if before:
+            before(number, model_input)
+        began = time.perf_counter()
+        noise_pred = branches.step(model_input)
+        milliseconds = 1e3 * (time.perf_counter() - began)
+        if answered:
+            answered(noise_pred)
+        loop.accept(noise_pred)
+        yield Step(number, noise_pred, milliseconds)
+    loop.check_executed(branches.executed)
 
 
 class Loop:
     """A sampling loop under way, apart from the engine that answers it.
 
-    Every step: `model_input()` goes to a slot, its prediction comes back through `accept`. `sample` does this for one
-    request; a server does it for many in turn, and both get the same numbers.
+    Every step: `model_input()` goes to its slots, their prediction comes back through `accept`. `denoise` does this for
+    one request; a server does it for many in turn, and both get the same numbers.
 
     Args:
-        denoiser, request, plan, order, form, weights, guard: As in `sample`.
+        denoiser, request, forecasts: As in `sample`.
 
     Attributes:
         step: Steps accepted so far.
@@ -151,23 +172,13 @@ class Loop:
         StepError: An input does not fit the bundle.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        request: Request,
-        plan: Plan,
-        order: int | None = None,
-        form: Form = "taylor",
-        weights: Sequence[Sequence[float]] | None = None,
-        guard: Guard | None = None,
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, request: Request, forecasts: Forecasts) -> None:
         import torch
 
-        self.request, self.plan, self.order, self.form = request, plan, order, form
-        self.weights, self.guard = weights, guard
+        self.request, self.forecasts = request, forecasts
         self._pipeline = denoiser.manifest.pipeline
         self._scheduler = scheduler_of(denoiser.manifest)
-        self._ticks = clock(denoiser.manifest, request.latents.shape, len(plan), request.sigmas, self._scheduler)
+        self._ticks = clock(denoiser.manifest, request.latents.shape, len(forecasts), request.sigmas, self._scheduler)
         self._latents = torch.from_numpy(request.latents * float(getattr(self._scheduler, "init_noise_sigma", 1.0)))
         self._last: list[Any] = []
         self.step = 0
@@ -176,19 +187,27 @@ class Loop:
         self.sizes = self.branches[0]
 
     @property
+    def plan(self) -> Plan:
+        """Which steps are full, as planned."""
+        return self.forecasts.plan
+
+    @property
     def latents(self) -> np.ndarray:
         """`[N, ...]` float32, after the steps accepted so far."""
         return np.asarray(self._latents.numpy())
 
-    def start(self, slot: Slot, conditioning: Mapping[str, np.ndarray] | None = None) -> None:
-        """Begin the request in a slot of `sizes`, with the conditioning of another branch where one is given."""
-        conditioning = self.request.conditioning if conditioning is None else conditioning
-        slot.start(conditioning, self.plan, self.order, self.model_timesteps, self.form, self.weights, self.guard)
+    def open(self, denoiser: Denoiser) -> Branches:
+        """New slots for it."""
+        return Branches([denoiser.slot(sizes) for sizes in self.branches])
+
+    def begin(self, branches: Branches) -> None:
+        """Begin the request in slots of its sizes."""
+        branches.start(self.request.branches, self.forecasts, self.model_timesteps)
 
     def check_executed(self, executed: str) -> None:
         """Fail if the steps that ran are not those planned: only a guard adds full ones."""
         pairs = list(zip(str(self.plan), executed, strict=True))
-        same = all(ran == kind or (self.guard and ran == "F") for kind, ran in pairs)
+        same = all(ran == kind or (self.forecasts.guard and ran == "F") for kind, ran in pairs)
         assert same, "bug in taylorseer-export: the steps that ran are not those planned"
 
     @property
@@ -253,10 +272,29 @@ class Loop:
         return np.asarray(clean.numpy())
 
 
+class Pool:
+    """Branches by the size of their requests, opened when first asked for."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+        self._opened: dict[str, Branches] = {}
+
+    def __len__(self) -> int:
+        return len(self._opened)
+
+    def of(self, request: Request) -> Branches:
+        """Branches that fit a request; whoever holds them starts them anew."""
+        loop = Loop(self._denoiser, request, Forecasts(Plan("F"), 0))
+        key = str([sorted(one.items()) for one in loop.branches])
+        if key not in self._opened:
+            self._opened[key] = loop.open(self._denoiser)
+        return self._opened[key]
+
+
 # Small parts ---------------------------------------------------------------------------------------------------------
 
 
-def drawn(shape: tuple[int, ...], seed: int) -> np.ndarray:
+def noise_of(shape: tuple[int, ...], seed: int) -> np.ndarray:
     """Noise as diffusers' pipelines draw it: on the CPU, in float32."""
     import torch
 
@@ -264,7 +302,7 @@ def drawn(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return torch.randn(shape, generator=generator, dtype=torch.float32).numpy()
 
 
-def packed(latents: np.ndarray, side: int = 2) -> np.ndarray:
+def tokens_of(latents: np.ndarray, side: int = 2) -> np.ndarray:
     """`[N, C, P R, P W]` as tokens of P x P latent pixels, `[N, R W, P P C]`, row by row; P is `side`."""
     count, channels, height, width = latents.shape
     parts = latents.reshape(count, channels, height // side, side, width // side, side).transpose(0, 2, 4, 1, 3, 5)

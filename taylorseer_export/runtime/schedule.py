@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import numpy as np
 
-from taylorseer_export.errors import ConfigError
-from taylorseer_export.method import Plan, derivative_weights, forecast_weights, from_snapshots, gain, update_scales
-from taylorseer_export.method.weights import Form
-
-Layout: TypeAlias = Literal["snapshots", "derivatives"]
+from taylorseer_export.method import (
+    Capacity,
+    Forecasts,
+    Plan,
+    derivative_weights,
+    forecast_weights,
+    from_snapshots,
+    gain,
+    update_scales,
+)
 
 
 @dataclass(frozen=True)
@@ -36,92 +40,59 @@ class ForecastStep:
     gain: float
 
 
-def schedule(
-    plan: Plan,
-    order: int,
-    capacity: int,
-    layout: Layout,
-    form: Form = "taylor",
-    weights: Sequence[Sequence[float]] | None = None,
-) -> tuple[FullStep | ForecastStep, ...]:
-    """What each step of `plan` does.
+def schedule(forecasts: Forecasts, capacity: Capacity) -> tuple[FullStep | ForecastStep, ...]:
+    """What each step of a plan does; a guard is not asked.
 
     With `snapshots`, the k-th full step writes entry `k mod (capacity + 1)` of the ring, and a forecast step gives
     each entry the weight of the full step whose snapshot it holds. With `derivatives`, full steps alternate between
     two sets of buffers, entry 0 and 1, because a graph must not write what it reads.
 
     Args:
-        plan: The steps.
-        order: Order of the forecasts, at most `capacity`.
-        capacity: Order that the bundle's buffers were made for.
-        layout: Of the Taylor buffers.
-        form: `taylor`, or `newton` (which derivatives cannot express).
-        weights: Per step the weights of `plan.history(step, order)`, oldest first, in the place of the form's; what
-            is given for a full step is not read.
+        forecasts: Of the request.
+        capacity: Of the bundle's buffers.
 
     Raises:
-        ConfigError: `order` is above `capacity`, `form` does not fit the layout, or `weights` the plan.
+        ConfigError: The buffers cannot express the forecasts.
     """
-    check_request(order, capacity, layout, form)
-    if weights is not None:
-        plan.check_length(len(weights))
-    return tuple(
-        full_step(plan, step, order, capacity, layout)
-        if plan.is_full(step)
-        else forecast_step(plan, step, order, capacity, layout, form, None if weights is None else weights[step])
-        for step in range(len(plan))
-    )
+    capacity.check(forecasts)
+    kinds = (full_step if forecasts.plan.is_full(step) else forecast_step for step in range(len(forecasts)))
+    return tuple(kind(forecasts, step, capacity) for step, kind in enumerate(kinds))
 
 
-def check_request(order: int, capacity: int, layout: Layout, form: Form) -> None:
-    """Refuse an order above the capacity, or a form that the layout cannot express, with a `ConfigError`."""
-    if order > capacity:
-        raise ConfigError(
-            f"order is {order}, expected at most {capacity}, which the bundle's buffers hold; "
-            f"export again with --order {order}"
-        )
-    if form != "taylor" and layout == "derivatives":
-        raise ConfigError(
-            f"form is `{form}`, expected `taylor` with layout derivatives; export again with --layout snapshots"
-        )
-
-
-def full_step(plan: Plan, step: int, order: int, capacity: int, layout: Layout) -> FullStep:
-    """What the full step `step` does; arguments as of `schedule`, and `plan` need not go beyond the step."""
-    scales = np.zeros(capacity, np.float32)
-    scales[:order] = update_scales(plan.history(step, order), step, order)
-    return FullStep(_entry(plan, step, capacity, layout), scales)
+def full_step(forecasts: Forecasts, step: int, capacity: Capacity) -> FullStep:
+    """What the full step `step` does; the plan need not go beyond it."""
+    scales = np.zeros(capacity.order, np.float32)
+    order = forecasts.order
+    scales[:order] = update_scales(forecasts.plan.history(step, order), step, order)
+    return FullStep(_entry(forecasts.plan, step, capacity), scales)
 
 
 def forecast_step(
-    plan: Plan,
-    step: int,
-    order: int,
-    capacity: int,
-    layout: Layout,
-    form: Form = "taylor",
-    weights: Sequence[float] | np.ndarray | None = None,
+    forecasts: Forecasts, step: int, capacity: Capacity, weights: Sequence[float] | np.ndarray | None = None
 ) -> ForecastStep:
-    """What the forecast step `step` does; arguments as of `schedule`, and `plan` need not go beyond the step."""
-    past = plan.history(step, order)
-    exact = forecast_weights(past, step, order, form) if weights is None else tuple(weights)
-    if len(exact) != len(past):
-        raise ConfigError(
-            f"step {step} has {len(exact)} weights, expected {len(past)}, one for each snapshot of its history; "
-            "give weights made for this plan and order"
-        )
-    entries = np.zeros(capacity + 1, np.float32)
-    if layout == "snapshots":
+    """What the forecast step `step` does; the plan need not go beyond it.
+
+    Args:
+        forecasts, capacity: As of `schedule`.
+        step: A forecast step of the plan.
+        weights: Of its history, oldest first, to be tried in the place of its own.
+    """
+    order, past = forecasts.order, forecasts.plan.history(step, forecasts.order)
+    if weights is None and forecasts.weights is not None:
+        weights = forecasts.weights[step]
+    exact = forecast_weights(past, step, order, forecasts.form) if weights is None else tuple(map(float, weights))
+    entries = np.zeros(capacity.order + 1, np.float32)
+    if capacity.layout == "snapshots":
         for source, weight in zip(past, exact, strict=True):
-            entries[_entry(plan, source, capacity, layout)] = weight
+            entries[_entry(forecasts.plan, source, capacity)] = weight
     elif weights is None:
         entries[: order + 1] = derivative_weights(len(past), step - past[-1], order)
     else:
         entries[: len(past)] = from_snapshots(exact, past)
-    return ForecastStep(_entry(plan, past[-1], capacity, layout), entries, gain(exact))
+    return ForecastStep(_entry(forecasts.plan, past[-1], capacity), entries, gain(exact))
 
 
-def _entry(plan: Plan, full: int, capacity: int, layout: Layout) -> int:
+def _entry(plan: Plan, full: int, capacity: Capacity) -> int:
     """Where the snapshot of a full step goes: full steps take the entries in turn."""
     before = str(plan)[:full].count("F")
-    return before % (capacity + 1 if layout == "snapshots" else 2)
+    return before % (capacity.order + 1 if capacity.layout == "snapshots" else 2)

@@ -17,7 +17,7 @@ from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.places import place, sides_of
-from taylorseer_export.runtime.sampling import Joined, Request, drawn, packed
+from taylorseer_export.runtime.sampling import Joined, Request, noise_of, tokens_of
 
 NEGATIVE = "negative_"  # before the name of an input: its value for the unconditional half or branch
 CONDITION = "condition"  # what an image-to-video model has beside the noise
@@ -163,9 +163,9 @@ def joined_to(
 def _noise(shape: tuple[int, ...], packing: int, sides: tuple[int, int] | None, seed: int) -> np.ndarray:
     """`[1, ...]`; of packed latents as the pipelines draw it, before it is packed."""
     if packing == 1:
-        return drawn((1, *shape[1:]), seed)
+        return noise_of((1, *shape[1:]), seed)
     rows, columns = sides or sides_of(shape[1])
-    return packed(drawn((1, shape[2] // packing**2, packing * rows, packing * columns), seed), packing)
+    return tokens_of(noise_of((1, shape[2] // packing**2, packing * rows, packing * columns), seed), packing)
 
 
 def latent_sizes(

@@ -78,7 +78,7 @@ def random_conditioning(
     def normal(shape: tuple[int, ...]) -> np.ndarray:
         return generator.standard_normal(shape).astype(np.float32)
 
-    made = random_constants(denoiser, sizes, generator)
+    made = random_constants(denoiser.contract, sizes, generator)
     if guided:
         made = {name: value for name, value in made.items() if denoiser.constants[name].fill != "guidance"}
         if denoiser.manifest.sampling.guidance in ("batched", "branches"):

@@ -11,7 +11,7 @@ from taylorseer_export.errors import StepError
 from taylorseer_export.runtime.runner import host_dtype
 
 
-def checked(tensor: Tensor, values: Any, when: str = "") -> np.ndarray:
+def array_for(tensor: Tensor, values: Any, when: str = "") -> np.ndarray:
     """The values as an array of the contract's dtype.
 
     Truth values and whole numbers are converted to any dtype that holds them exactly, and floating-point numbers are

@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Tensor
-from taylorseer_export.bundle.profile import Profile, profile_names
+from taylorseer_export.bundle.profile import Profile
 from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of, usual_size
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.method import RULES, Guard, Plan
-from taylorseer_export.runtime.denoiser import Denoiser, request_constants
-from taylorseer_export.runtime.probe import check_guard
+from taylorseer_export.method import Forecasts, Plan, RequestOptions, forecasts_from_options
+from taylorseer_export.runtime.contract import request_constants
+from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Loop, Request
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, joined_to
@@ -41,15 +41,17 @@ class Ask(NamedTuple):
     """A request as the service takes it."""
 
     request: Request
-    plan: Plan
-    order: int | None
-    weights: tuple[tuple[float, ...], ...] | None  # of a profile
-    guard: Guard | None
+    forecasts: Forecasts
 
 
-_STEPS = tuple(Port(name, "INT32", (1,), True) for name in ("steps", "interval", "warmup", "order"))
-_PLAN = (*_STEPS, *(Port(name, "BYTES", (1,), True) for name in ("plan", "profile")))
-_GUARD = (Port("guard", "BYTES", (1,), True), Port("threshold", "FP32", (1,), True), Port("cap", "INT32", (1,), True))
+_NUMBERS = ("steps", "interval", "warmup", "order", "guard_order", "cap")
+_WORDS = ("plan", "profile", "dialect", "form", "guard")
+_OPTIONS = (
+    *(Port(name, "INT32", (1,), True) for name in _NUMBERS),
+    *(Port(name, "BYTES", (1,), True) for name in _WORDS),
+    Port("threshold", "FP32", (1,), True),
+    Port("accumulate", "BOOL", (1,), True),
+)
 _SCALE = Port("guidance_scale", "FP32", (1,), True)
 
 
@@ -60,8 +62,7 @@ def roles(manifest: Manifest) -> tuple[Role, ...]:
 
 def inputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
     """What a model takes."""
-    asked = (*_PLAN, *(_GUARD if manifest.state.guards else ()))
-    asked = (*asked, _SCALE) if manifest.sampling.guidance in ("batched", "branches") else asked
+    asked = (*_OPTIONS, _SCALE) if manifest.sampling.guidance in ("batched", "branches") else _OPTIONS
     if role == "picture":
         what = (
             (Port("label", "INT64", (1,)),)
@@ -85,15 +86,6 @@ def outputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
     return (made, Port("step", "INT32", (1,)), Port("executed", "BYTES", (1,)))
 
 
-def profiles(denoiser: Denoiser) -> dict[str, Profile]:
-    """The calibrated profiles of the bundle, by name.
-
-    Raises:
-        BundleError: One is damaged, or of another model.
-    """
-    return {name: denoiser.profile(name) for name in (profile_names(denoiser.bundle) if denoiser.bundle else ())}
-
-
 def ask(
     denoiser: Denoiser, role: Role, values: Mapping[str, np.ndarray], known: Mapping[str, Profile] | None = None
 ) -> Ask:
@@ -103,7 +95,7 @@ def ask(
         denoiser: The loaded bundle.
         role: Of the model.
         values: By the names of `inputs`; what was left out is absent.
-        known: From `profiles`.
+        known: Profiles of the bundle, by name.
 
     Raises:
         ConfigError, StepError: Something is missing, unknown, out of range or contradicts something else.
@@ -112,22 +104,21 @@ def ask(
     for port in inputs(denoiser.manifest, role):
         if port.name not in values and not port.optional:
             raise ConfigError(f"input `{port.name}` is missing, expected {port.datatype} {list(port.dims)}; send it")
-    how = _forecasts(denoiser, values, known or {})
-    plan = how.plan
+    forecasts = forecasts_from_options(_options(values), denoiser.defaults, known)
     scale = float(values["guidance_scale"][0]) if "guidance_scale" in values else None
     if scale is not None and not np.isfinite(scale):
         raise ConfigError(f"guidance_scale is {scale}, expected a finite number; correct it")
     if role == "denoiser":
         scale = sampling.guidance_scale if scale is None else scale
-        return Ask(_loop_request(denoiser, values, scale, _sigmas(plan, values)), *how)
+        return Ask(_loop_request(denoiser, values, scale, _sigmas(forecasts.plan, values)), forecasts)
     seed = _whole(values, "seed") or 0
     if not 0 <= seed < 1 << 63:
         raise ConfigError(f"seed is {seed}, expected a whole number, at least 0; correct it")
     if sampling.source == "labels":
-        return Ask(label_request(denoiser, [int(values["label"][0])], [seed], scale), *how)
+        return Ask(label_request(denoiser, [int(values["label"][0])], [seed], scale), forecasts)
     usual = usual_size(denoiser.manifest)
     size = (_whole(values, "height") or usual[0], _whole(values, "width") or usual[1])
-    return Ask(caption_request(denoiser, [_text(values, "prompt")], [seed], size), *how)
+    return Ask(caption_request(denoiser, [_text(values, "prompt")], [seed], size), forecasts)
 
 
 def _loop_request(
@@ -161,85 +152,17 @@ def answer(denoiser: Denoiser, role: Role, loop: Loop, executed: str = "") -> di
     return made
 
 
-class _Forecasts(NamedTuple):
-    plan: Plan
-    order: int | None
-    weights: tuple[tuple[float, ...], ...] | None
-    guard: Guard | None
-
-
-def _forecasts(denoiser: Denoiser, values: Mapping[str, np.ndarray], known: Mapping[str, Profile]) -> _Forecasts:
-    """Plan, order and weights of a profile, or plan, order and guard as the request names them."""
-    if "guard" in values:
-        return _guarded(denoiser, values, known)
-    for name in ("threshold", "cap"):
-        if name in values:
-            raise ConfigError(f"{name} is given without a guard, expected `guard` beside it; send both")
-    if "profile" not in values:
-        return _Forecasts(_plan(denoiser, values), _whole(values, "order"), None, None)
-    for name in ("plan", "interval", "warmup", "order"):
-        if name in values:
-            raise ConfigError(f"{name} is given beside profile, expected one of them; leave {name} out")
-    profile, steps = _known(known, _text(values, "profile")), _whole(values, "steps")
-    profile.check_fits(denoiser.manifest, len(values["sigmas"]) if steps is None and "sigmas" in values else steps)
-    return _Forecasts(profile.steps(), profile.order, profile.weights, None)
-
-
-def _guarded(denoiser: Denoiser, values: Mapping[str, np.ndarray], known: Mapping[str, Profile]) -> _Forecasts:
-    """A guard over the request's plan, or over a warm-up followed by forecasts; a profile brings its threshold."""
-    if "interval" in values:
-        raise ConfigError("interval is given beside guard, expected a plan, or steps and warmup; leave it out")
-    rule, order = _text(values, "guard"), _whole(values, "order")
-    if rule not in RULES:
-        raise ConfigError(f"guard is `{rule[:64]}`, expected one of {', '.join(RULES)}; choose one of those")
-    threshold = float(values["threshold"][0]) if "threshold" in values else None
-    default, steps = denoiser.manifest.plan, _plan(denoiser, values).steps
-    if "profile" in values:
-        profile = _known(known, _text(values, "profile"))
-        profile.check_fits(denoiser.manifest, steps if {"steps", "plan", "sigmas"} & values.keys() else None)
-        steps, order = len(profile.plan), profile.order if order is None else order
-        threshold = profile.thresholds.get(rule) if threshold is None else threshold
-    if threshold is None:
-        raise ConfigError(
-            f"threshold is missing, expected a number above 0 for guard {rule}; send it, or a profile that has one"
-        )
-    guard = Guard(rule, threshold, cap=_whole(values, "cap"))
-    check_guard(denoiser.manifest, guard)
-    if "plan" in values:
-        return _Forecasts(_plan(denoiser, values), order, None, guard)
-    warmup = _whole(values, "warmup")
-    return _Forecasts(Plan.guarded(steps, default.warmup if warmup is None else warmup), order, None, guard)
-
-
-def _known(known: Mapping[str, Profile], name: str) -> Profile:
-    if name not in known:
-        raise ConfigError(
-            f"profile is `{name[:64]}`, expected one of this model ({', '.join(known) or 'it has none'}); choose one "
-            "of those, or leave it out"
-        )
-    return known[name]
-
-
-def _plan(denoiser: Denoiser, values: Mapping[str, np.ndarray]) -> Plan:
-    default, most = denoiser.manifest.plan, denoiser.manifest.dimensions["steps"].maximum
-    steps, interval, warmup = (_whole(values, name) for name in ("steps", "interval", "warmup"))
-    if steps is not None and not 1 <= steps <= most:
-        raise ConfigError(f"steps is {steps}, expected 1 to {most} (steps); correct it")
-    if "plan" in values:
-        text = _text(values, "plan")
-        if interval is not None or warmup is not None:
-            raise ConfigError("plan is given with interval or warmup, expected one of both ways; leave one out")
-        if len(text) > most:
-            raise ConfigError(f"plan is {len(text)} steps long, expected 1 to {most} (steps); shorten it")
-        return denoiser.plan(text, steps)
-    if steps is None and "sigmas" in values:
-        steps = len(values["sigmas"])
-    return Plan.regular(
-        default.steps if steps is None else steps,
-        default.interval if interval is None else interval,
-        default.warmup if warmup is None else warmup,
-        default.dialect,
-    )
+def _options(values: Mapping[str, np.ndarray]) -> RequestOptions:
+    """What a request says of its forecasts; noise levels say how many steps there are."""
+    given: dict[str, Any] = {name: _whole(values, name) for name in _NUMBERS if name in values}
+    given |= {name: _text(values, name) for name in _WORDS if name in values}
+    if "sigmas" in values:
+        given.setdefault("steps", len(values["sigmas"]))
+    if "threshold" in values:
+        given["threshold"] = float(values["threshold"][0])
+    if "accumulate" in values:
+        given["accumulate"] = bool(values["accumulate"][0])
+    return RequestOptions(**given)
 
 
 def _sigmas(plan: Plan, values: Mapping[str, np.ndarray]) -> np.ndarray | None:

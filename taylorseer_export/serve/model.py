@@ -47,7 +47,7 @@ class TritonPythonModel:
             torch.set_num_threads(1)  # it runs the scheduler alone, whose sums are small
             bundle = Path(args["model_repository"], args["model_version"], "bundle")
             self._denoiser = load(bundle, options["device"], int(options["threads"]))
-            self._profiles = contract.profiles(self._denoiser)
+            self._profiles = dict(self._denoiser.profiles)
             limits = {name: int(options[name]) for name in ("slots", "queue", "batch", "workers", "slot_bytes")}
             self._service = Service(self._denoiser, Limits(**limits))
             self._service.warm_up()
@@ -78,7 +78,7 @@ class TritonPythonModel:
         """Make a request of the tensors and queue it."""
         ask = contract.ask(self._denoiser, self._role, values, self._profiles)
         caller = Caller(self._denoiser, self._role, sender, self._streams, self._watch)
-        self._service.submit(ask.request, ask.plan, ask.order, caller, timeout, ask.weights, ask.guard)
+        self._service.submit(ask.request, ask.forecasts, caller, timeout)
 
     def finalize(self) -> None:
         """Finish what is under way, then release the engines."""

@@ -8,18 +8,18 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from math import inf
 from threading import Condition, Thread
 from typing import Protocol
 
 from taylorseer_export.bundle.memory import request_bytes, size
 from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
-from taylorseer_export.method import Guard, Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
 from taylorseer_export.runtime.branches import Branches
-from taylorseer_export.runtime.denoiser import Denoiser, Slot
+from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request
 from taylorseer_export.runtime.schedule import ForecastStep
 from taylorseer_export.runtime.trajectory import random_trajectory
@@ -72,7 +72,7 @@ class _Ticket:
     loop: Loop
     caller: Caller
     ids: object
-    slot: Slot | Branches | None = None
+    branches: Branches = field(default_factory=lambda: Branches([]))
     staged: bool = False
 
 
@@ -95,7 +95,7 @@ class Service:
         workers = limits.workers or len(os.sched_getaffinity(0))
         self._calls = [SharedCalls(denoiser) for _ in range(workers)]
         self._batcher = Batcher(limits.slots, limits.queue, limits.batch, self._calls[0].most, workers)
-        self._idle: list[Slot | Branches] = []
+        self._idle: list[Branches] = []
         self._changed = Condition()
         self._stopping = False
         self._turns: dict[SharedCalls, float] = {}  # of each worker that has a turn under way, when that began
@@ -114,7 +114,7 @@ class Service:
         for calls in self._calls:
             for count in range(1, len(slots) + 1):
                 for slot in slots[:count]:
-                    slot.start(trajectory.conditioning, Plan("F."), 0, trajectory.timesteps)
+                    slot.start(trajectory.conditioning, Forecasts(Plan("F."), 0), trajectory.timesteps)
                 for latents in trajectory.latents:
                     for slot in slots[:count]:
                         slot.stage(latents)
@@ -124,7 +124,7 @@ class Service:
                             slot.run()
                     for slot in slots[:count]:
                         slot.finish()
-        self._idle = [*slots[: self.limits.slots]]
+        self._idle = [Branches([slot]) for slot in slots]
 
     @property
     def slots_in_use(self) -> int:
@@ -156,29 +156,22 @@ class Service:
     def submit(
         self,
         request: Request,
-        plan: Plan,
-        order: int | None,
+        forecasts: Forecasts,
         caller: Caller,
         timeout: float | None = None,
-        weights: Sequence[Sequence[float]] | None = None,
-        guard: Guard | None = None,
     ) -> None:
         """Take a request; its answer comes through `caller`.
 
         Args:
-            request: As for `sample`.
-            plan: Which steps are full.
-            order: Of the forecasts; the bundle's default if left out.
+            request, forecasts: As for `sample`.
             caller: Who gets the answer.
             timeout: Seconds after which it is given up; never if left out.
-            weights: Of each step, in the place of the paper's; those of a profile.
-            guard: What may turn forecast steps of the plan into full ones.
 
         Raises:
             ConfigError, StepError: The request does not fit the bundle or a slot; nothing was queued.
             ServeError: The queue is full, or the service is closing.
         """
-        loop = Loop(self.denoiser, request, plan, order, weights=weights, guard=guard)
+        loop = Loop(self.denoiser, request, forecasts)
         self._check_size(loop)
         ticket = _Ticket(loop, caller, ids_of(self.denoiser, request.conditioning))
         deadline = inf if timeout is None else time.monotonic() + timeout
@@ -229,8 +222,7 @@ class Service:
             going_on = [job for job in moved if job not in ended]
             going_on = [job for job in going_on if self._tried(self._settle, job)]
             for job in going_on:
-                alone = isinstance(job.work.slot, Branches)
-                job.key = None if alone else calls.key(job.work.slot, job.work.ids)
+                job.key = self._key(job.work, calls)
             with self._changed:
                 for job in going_on:
                     self._batcher.give_back(job)
@@ -267,40 +259,44 @@ class Service:
 
     def _start(self, job: Job) -> None:
         loop = job.work.loop
-        job.work.slot = slot = self._seat(loop)
-        slot.begin(loop) if isinstance(slot, Branches) else loop.start(slot)
+        job.work.branches = self._seat(loop)
+        loop.begin(job.work.branches)
 
     def _stage(self, job: Job) -> None:
         ticket = job.work
         if not ticket.staged:
-            ticket.slot.stage(ticket.loop.model_input())
+            ticket.branches.stage(ticket.loop.model_input())
         ticket.staged = False
 
     def _settle(self, job: Job) -> None:
         """Under a guard the probe says which kind of step comes, and so with whom it may share a call."""
-        if job.work.loop.guard is not None:
-            job.work.slot.stage(job.work.loop.model_input())
+        if job.work.loop.forecasts.guard is not None:
+            job.work.branches.stage(job.work.loop.model_input())
             job.work.staged = True
 
     def _run(self, job: Job) -> None:
-        job.work.slot.run()
+        job.work.branches.run()
 
     def _accept(self, job: Job) -> None:
         loop = job.work.loop
-        loop.accept(job.work.slot.finish())
+        loop.accept(job.work.branches.finish())
         if loop.step < len(loop.plan):
             job.work.caller.advanced(loop)
 
-    def _seat(self, loop: Loop) -> Slot | Branches:
-        """A slot of its sizes, or two: idle ones, or new ones, which take the place of idle ones of other sizes."""
-        sizes = loop.sizes if len(loop.branches) == 1 else loop.branches
+    def _key(self, ticket: _Ticket, calls: SharedCalls) -> Hashable:
+        """Requests with equal keys may share the call of their next step; several branches in a step share none."""
+        first, *others = ticket.branches.slots
+        return None if others else calls.key(first, ticket.ids)
+
+    def _seat(self, loop: Loop) -> Branches:
+        """Slots of its sizes: idle ones, or new ones, which take the place of idle ones of other sizes."""
         with self._changed:
-            for slot in self._idle:
-                if slot.sizes == sizes:
-                    self._idle.remove(slot)
-                    return slot
+            for branches in self._idle:
+                if branches.sizes == loop.branches:
+                    self._idle.remove(branches)
+                    return branches
             del self._idle[: max(0, len(self._idle) + self._batcher.in_use - self.limits.slots)]
-        return self.denoiser.slot(sizes) if isinstance(sizes, dict) else Branches(self.denoiser, sizes)
+        return loop.open(self.denoiser)
 
     def _step(self, jobs: list[Job], calls: SharedCalls) -> list[Job]:
         """One step of every job, in one engine call if it can be; returns those that did not fail."""
@@ -308,8 +304,8 @@ class Service:
         jobs = [job for job in jobs if self._tried(self._stage, job)]
         if not jobs:
             return []
-        kind = "forecast" if isinstance(jobs[0].work.slot.upcoming, ForecastStep) else "full"
-        shared = len(jobs) > 1 and calls.run([job.work.slot for job in jobs])
+        kind = "forecast" if isinstance(jobs[0].work.branches.upcoming, ForecastStep) else "full"
+        shared = len(jobs) > 1 and calls.run([job.work.branches.slots[0] for job in jobs])
         count = 1 if shared else len(jobs)
         if not shared:
             jobs = [job for job in jobs if self._tried(self._run, job)]
@@ -322,7 +318,7 @@ class Service:
 
     def _finish(self, job: Job) -> None:
         """Free the slot and deliver the answer."""
-        executed = job.work.slot.executed
+        executed = job.work.branches.executed
         self._leave(job, "done", executed)
         job.work.caller.finished(job.work.loop, executed)
 
@@ -340,8 +336,8 @@ class Service:
     def _leave(self, job: Job, outcome: str, executed: str = "") -> None:
         with self._changed:
             self._batcher.leave(job)
-            if job.work.slot is not None:
-                self._idle.append(job.work.slot)
+            if job.work.branches.slots:
+                self._idle.append(job.work.branches)
             self.counts[f"requests.{outcome}"] += 1
             if outcome == "done":
                 self.counts["planned.full"] += str(job.work.loop.plan).count("F")

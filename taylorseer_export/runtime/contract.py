@@ -1,0 +1,100 @@
+"""The contract of a bundle as the run side reads it: what a request brings, of which sizes, and what it may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from taylorseer_export.bundle.manifest import Manifest, Tensor
+from taylorseer_export.bundle.shapes import match
+from taylorseer_export.errors import StepError
+from taylorseer_export.method import BundleDefaults, Capacity
+
+
+class Contract:
+    """What the graphs of a bundle take.
+
+    Args:
+        manifest: Of the bundle.
+
+    Attributes:
+        latent, timestep: The inputs that change with the step.
+        constants: Those that a request keeps constant, by their diffusers argument names.
+        defaults: What requests for forecasts that name nothing get, and what none may exceed.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.latent = manifest.graphs["full"].input_of("latent")
+        self.timestep = manifest.graphs["prepare"].input_of("step")
+        self.constants = request_constants(manifest)
+        self.defaults = defaults_of(manifest)
+
+    def sizes(self, latents: tuple[int, ...], conditioning: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """Dimension sizes that a request's shapes imply, checked against the bundle's ranges.
+
+        Raises:
+            StepError: A shape contradicts the contract or another input, or a size is out of range.
+        """
+        sizes = match(self.latent.shape, latents, {}, self.latent.name)
+        for name, tensor in self.constants.items():
+            if name not in conditioning:
+                shape = ", ".join(map(str, tensor.shape))
+                raise StepError(
+                    f"input `{name}` is missing, expected {tensor.dtype} [{shape}]; pass it with the conditioning"
+                )
+            sizes = match(tensor.shape, np.shape(conditioning[name]), sizes, name)
+        unknown = conditioning.keys() - self.constants.keys()
+        if unknown:
+            raise StepError(
+                f"input `{min(unknown)}` is not known, expected only {', '.join(self.constants)}; leave it out"
+            )
+        self.check_sizes(sizes)
+        return sizes
+
+    def check_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Refuse sizes that the bundle does not take. Numbers alone: to be asked before anything of that size is made.
+
+        Args:
+            sizes: By name; where the bundle has no range of that name, its shapes say what they say.
+
+        Raises:
+            StepError: A size is out of range.
+        """
+        for name, size in sizes.items():
+            if name in self.manifest.dimensions:
+                self._check_range(name, size)
+
+    def _check_range(self, name: str, size: int) -> None:
+        allowed = self.manifest.dimensions[name]
+        if not allowed.minimum <= size <= allowed.maximum:
+            expected = (
+                f"{allowed.minimum} (the bundle is static)"
+                if allowed.minimum == allowed.maximum
+                else f"{allowed.minimum} to {allowed.maximum}"
+            )
+            raise StepError(
+                f"size `{name}` is {size}, expected {expected}; use such a size, or export again without --size"
+            )
+
+
+def request_constants(manifest: Manifest) -> dict[str, Tensor]:
+    """The arguments a request keeps constant: prepare reads most, a graph in the loop may read some directly."""
+    produced = {t.name for t in manifest.graphs["prepare"].outputs}
+    declared = [t for g in manifest.graphs.values() for t in g.inputs if t.role == "constant"]
+    return {t.name: t for t in declared if t.name not in produced}
+
+
+def defaults_of(manifest: Manifest) -> BundleDefaults:
+    """What requests for forecasts that name nothing get, and what none may exceed."""
+    plan, state = manifest.plan, manifest.state
+    return BundleDefaults(
+        plan.steps,
+        plan.interval,
+        plan.warmup,
+        plan.dialect,
+        plan.order,
+        manifest.dimensions["steps"].maximum,
+        Capacity(state.order, state.layout, state.guards),
+    )

@@ -11,7 +11,7 @@ import pytest
 from conftest import MODELS
 
 from taylorseer_export.compile import export
-from taylorseer_export.compile.program import exported_program
+from taylorseer_export.compile.program import exported_program, mixed_types
 from taylorseer_export.families import FAMILIES
 
 NAMES = [*{family: name for name, (family, *_) in reversed(MODELS.items())}.values()]  # one model of each family
@@ -40,7 +40,8 @@ def test_forecasts_export_again(traced, name):
         made = export.draft(traced(name, chosen), chosen)
         for cut in made.split.graphs:
             if cut.name == "forecast" or (name == "wan" and cut.name == "full" and granularity != "module"):
-                exported_program(cut, {**made.sizes, "steps": None}, made.ranges())
+                program = exported_program(cut, {**made.sizes, "steps": None}, made.ranges())
+                assert mixed_types(program) == []
 
 
 def test_every_family_is_tried():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -109,7 +110,8 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str])
 
 
 def need(extra: str, *modules: str) -> None:
-    """Refuse early when an optional library is missing."""
+    """Refuse early when an optional library is missing, or older than the extra asks for."""
+    from importlib.metadata import PackageNotFoundError, requires, version
     from importlib.util import find_spec
 
     for module in modules:
@@ -117,6 +119,22 @@ def need(extra: str, *modules: str) -> None:
             raise ConfigError(
                 f"{module} is not installed, expected it for this command; pip install 'taylorseer-export[{extra}]'"
             )
+    try:
+        asked = requires("taylorseer-export") or []
+    except PackageNotFoundError:  # run from its sources
+        return
+    for line in asked:
+        found = re.match(rf"([\w-]+)>=([\d.]+);.*extra == ['\"]{extra}['\"]", line)
+        if found and found[1] in modules and _numbers(version(found[1])) < _numbers(found[2]):
+            raise ConfigError(
+                f"{found[1]} is {version(found[1])}, expected at least {found[2]}; pip install --upgrade "
+                f"'taylorseer-export[{extra}]'"
+            )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`2.11.0+cpu` as (2, 11, 0)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0]))
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def _answer(arguments: list[str]) -> int:
         export.options(parser, family)
         return export.run(family, parser.parse_args(rest))
     except TaylorSeerError as error:
-        return _say(str(error), error.exit_code)
+        return _say("\n".join([str(error), *getattr(error, "__notes__", ())]), error.exit_code)
     except _Ended as ended:
         (number,) = ended.args
         return _say(

@@ -40,7 +40,7 @@ def bundle_of(drafts, tmp_path):
         graphs = {n: g.model_copy(update={"file": f"{n}.plan"}) for n, g in manifest.graphs.items()}
         for name in graphs:
             (tmp_path / f"{name}.plan").write_text(name)
-            (tmp_path / f"{name}.onnx").write_text(name)
+            (tmp_path / f"{name}.onnx").write_bytes(b"\x08\x08")  # an ONNX model of IR version 8, with no graph
         engine = ENGINE.model_copy(update=changes)
         manifest = manifest.model_copy(update={"graphs": graphs, "engine": engine, "files": hash_files(tmp_path)})
         (tmp_path / MANIFEST).write_bytes(manifest.to_json())

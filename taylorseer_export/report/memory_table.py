@@ -129,11 +129,12 @@ def choose(
     if fitting:
         return min(fitting, key=_preference)
     least = min(allowed, key=lambda row: (row.total(slots), _preference(row)))
-    raise ConfigError(
+    refusal = ConfigError(
         f"--memory-budget is {_size(budget)}, expected at least {_size(least.total(slots), up=True)} "
-        f"({least.options} --order {order}, {_counted(slots)}); {_remedy(rows, asked, least, budget, slots)}\n"
-        f"{table(rows, slots)}"
+        f"({least.options} --order {order}, {_counted(slots)}); {_remedy(rows, asked, least, budget, slots)}"
     )
+    refusal.add_note(table(rows, slots))  # below the sentence
+    raise refusal
 
 
 def reason(

@@ -1,4 +1,4 @@
-"""Write the README's tables from the newest filed results: `python tools/readme.py`, or `--check` to compare only.
+"""Write the tables of the pages from the newest filed results: `python tools/readme.py`, or `--check` to compare only.
 
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`; everything else is left alone.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -17,17 +18,17 @@ from families import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results"
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *(ROOT / "taylorseer_export" / part / "README.md" for part in ("report", "families"))]
 
 
-def rendered(text: str, results: Path = RESULTS) -> str:
-    """The README with every table made anew."""
+def rendered(text: str, results: Path = RESULTS, folder: Path = ROOT) -> str:
+    """The page in `folder` with every table made anew."""
 
     def block(match: re.Match[str]) -> str:
         name = match.group(1)
         path = newest(name, results)
         body = TABLES[name](json.loads(path.read_text(encoding="utf-8")))
-        source = f"From [{path.name}](tools/results/{path.name})."
+        source = f"From [{path.name}]({os.path.relpath(RESULTS / path.name, folder)})."
         return f"<!-- table:{name} -->\n{body}\n\n{source}\n<!-- end -->"
 
     return re.sub(r"<!-- table:(\w[\w-]*) -->\n.*?<!-- end -->", block, text, flags=re.S)
@@ -165,15 +166,15 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write the README's tables from tools/results.")
+    parser = argparse.ArgumentParser(description="Write the tables of the pages from tools/results.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is stale")
     given = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = rendered(before)
-    if given.check:
-        return int(before != after)
-    README.write_text(after, encoding="utf-8")
-    return 0
+    stale = [page for page in PAGES if rendered(text := page.read_text(encoding="utf-8"), folder=page.parent) != text]
+    for page in stale if not given.check else ():
+        page.write_text(rendered(page.read_text(encoding="utf-8"), folder=page.parent), encoding="utf-8")
+    if given.check and stale:
+        print(f"{', '.join(page.relative_to(ROOT).as_posix() for page in stale)} has a stale table", file=sys.stderr)
+    return int(given.check and bool(stale))
 
 
 if __name__ == "__main__":

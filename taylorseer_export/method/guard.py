@@ -66,7 +66,7 @@ class Guard:
             )
         if self.cap is not None and (not isinstance(self.cap, Integral) or self.cap < 1):
             raise ConfigError(
-                f"cap is {self.cap}, expected a whole number, at least 1 (forecast steps in a row); correct it"
+                f"cap is {self.cap}, expected at least 1 (forecast steps in a row); pass a whole number"
             )
         if self.order is not None:
             if self.rule != "cg":

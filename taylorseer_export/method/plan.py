@@ -83,7 +83,7 @@ class Plan:
         """
         for name, value in (("steps", steps), ("interval", interval), ("warmup", warmup)):
             if not isinstance(value, Integral) or value < 1:
-                raise ConfigError(f"{name} is {value}, expected a whole number, at least 1 (steps); raise it")
+                raise ConfigError(f"{name} is {value}, expected at least 1 (steps); pass a whole number, 1 or more")
         if dialect not in get_args(Dialect):
             known = ", ".join(f"`{name}`" for name in get_args(Dialect))
             raise ConfigError(f"dialect is `{dialect[:64]}`, expected one of {known}; use `original` for the paper's")

@@ -187,8 +187,7 @@ def check_order(order: int) -> None:
     """Refuse an order that is not 0 to 4 with a `ConfigError`."""
     if not isinstance(order, Integral) or not 0 <= order <= HIGHEST_ORDER:
         raise ConfigError(
-            f"order is {order}, expected a whole number, 0 to {HIGHEST_ORDER} (dimensionless); pass "
-            "--order 2 or another of these"
+            f"order is {order}, expected 0 to {HIGHEST_ORDER} (dimensionless); pass --order 2 or another of these"
         )
 
 

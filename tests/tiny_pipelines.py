@@ -331,7 +331,10 @@ class Recorder:
         timestep = inputs[module.denoiser.timestep.name]
         # Two nameless calls on the same latents are two branches.
         nameless = str(int(any(latents is c[0] for c in self.calls.get("0", []))))
-        self.calls.setdefault(module._context or nameless, []).append((latents, timestep, conditioning, sample))
+        context = module._callers.here.context
+        self.calls.setdefault(context.name if context else nameless, []).append(
+            (latents, timestep, conditioning, sample)
+        )
 
     def assert_plan(self, model, plan, order):
         """Every branch ran `plan` and agrees with the oracle on the latents that it was given."""

@@ -5,14 +5,21 @@ A pipeline calls once for every step and branch, and says neither where a loop b
 - A *request* is a loop over the same conditioning tensors. It ends when the pipeline says that its call is over (all
   of diffusers' do), when an error passes through, and before a call that cannot belong to it: conditioning that is
   other tensors or was changed in place (other numbers, where the pipeline casts it at every call), latents of another
-  shape, a timestep that returns to the first one or moves against the direction of the loop.
-- A *step* is a call on new latents, whatever its timestep, so a second-order scheduler's inner calls are steps too.
+  shape, a step index that goes back (diffusers' `cache_context(name, step_index=...)`), and where no index is said, a
+  timestep that returns to the first one or moves against the direction of the loop. Where a length was planned, a loop
+  that ends before it is warned of.
+- A *step* is a call on new latents, whatever its timestep, so a second-order scheduler's inner calls are steps too, and
+  so are the first steps of a loop whose timesteps round to the same number. Nothing tells these from a loop that was
+  left after such steps and begun again from other noise with the same conditioning; `reset` or `request` does.
 - A *branch* of guidance is named by `cache_context`; without one, the calls on the very same latents are told apart by
   their order. Every branch has its own slot and all follow one plan; one that missed a step starts over, full.
+
+Callers do not see each other's loops: `callers.py` keeps them apart.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -55,10 +62,17 @@ class Seen(NamedTuple):
         return np.array_equal(host_array(self.value), host_array(other.value))
 
 
+class Context(NamedTuple):
+    """What `cache_context` says: the name of the branch, and at which step the pipeline's loop is, if it says so."""
+
+    name: str
+    step: int | None = None
+
+
 class TransformerCall(NamedTuple):
     """One call of the transformer: its context, latents and their shape, timestep and conditioning."""
 
-    context: str | None
+    context: Context | None
     latents: Seen
     shape: tuple[int, ...]
     timestep: float
@@ -67,9 +81,8 @@ class TransformerCall(NamedTuple):
 
 @dataclass
 class Branch:
-    """A branch of guidance: its slot begun at step `begun`, the `next` step it runs, and what ran `before` that."""
+    """A branch of guidance: begun at step `begun`, the `next` step it runs, and what ran `before` that."""
 
-    slot: Slot
     conditioning: dict[str, Seen]
     begun: int
     next: int
@@ -84,7 +97,7 @@ class Branch:
         return ours.keys() == conditioning.keys() and all(ours[n].equal(seen) for n, seen in conditioning.items())
 
 
-@dataclass
+@dataclass(eq=False)
 class LoopState:
     """A request and where it is.
 
@@ -97,7 +110,11 @@ class LoopState:
         step: The step under way, -1 before the first.
         ran: Branches that ran in it.
         decided: Under a guard, which kind of step it is, once its first branch ran.
+        slots, shape: Branch -> its slot, and the shape of the latents that they are for.
+        executed: Branch -> the steps that ran, `F` full and `.` forecast.
+        earlier: Latents before the last ones, while timesteps have moved once at most and so say little.
         first, last, direction: Timesteps seen, and the sign of their movement, 0 while it is not known.
+        said: Index of the step in the pipeline's loop, if it says so.
     """
 
     forecasts: Forecasts
@@ -110,17 +127,23 @@ class LoopState:
     ran: set[str] = field(default_factory=set)
     decided: str | None = None
     branches: dict[str, Branch] = field(default_factory=dict)
+    slots: dict[str, Slot] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
+    executed: dict[str, str] = field(default_factory=dict)
     latents: Seen | None = None
+    earlier: list[Seen] = field(default_factory=list)
     first: float = 0.0
     last: float = 0.0
     direction: float = 0.0
+    said: int | None = None
 
     def place(self, call: TransformerCall) -> tuple[str, bool]:
         """(branch of a call, whether it begins a step)."""
         same = self.latents is not None and self.latents.same(call.latents) and call.timestep == self.last
         if call.context is None:
             return str(len(self.ran) if same else 0), not same
-        return call.context, self.step < 0 or call.timestep != self.last or call.context in self.ran
+        name, said = call.context
+        return name, self.step < 0 or call.timestep != self.last or said != self.said or name in self.ran
 
     def continues(self, call: TransformerCall) -> bool:
         """Whether a call belongs to this request.
@@ -156,15 +179,46 @@ class LoopState:
         branch = self.branches.get(self.place(call)[0])
         return branch is not None and branch.equal(call.conditioning)
 
+    def resumes(self, call: TransformerCall) -> bool:
+        """Whether a call may be a later step of this loop, had it not been left: the same tensors, time gone on."""
+        if self.over or self.step < 0 or call.timestep == self.first or not self._fits(call):
+            return False
+        return self.alike(call)
+
+    def alike(self, call: TransformerCall) -> bool:
+        """Whether a call has the very conditioning of this request, so that only inference tells them apart."""
+        branch = self.branches.get(self.place(call)[0])
+        return branch is not None and branch.same(call.conditioning)
+
     def advance(self, call: TransformerCall) -> None:
         """Go on to the step that a call begins."""
+        moved = self.step >= 0 and call.timestep != self.last
         if self.step < 0:
             self.first = call.timestep
-        elif call.timestep != self.last:
+        elif moved and self.direction:
+            self.earlier = []
+        elif self.latents is not None and (self.earlier or not moved):
+            self.earlier.append(self.latents)
+        if moved:
             self.direction = float(np.sign(call.timestep - self.last))
         self.step += 1
         self.last = call.timestep
+        self.said = call.context.step if call.context is not None else None
         self.ran, self.decided = set(), None
+
+    def warn_if_short(self) -> None:
+        """Warn where fewer steps ran than were planned.
+
+        Warns:
+            UserWarning: Of a loop of known length.
+        """
+        if self.fixed and not self.over and 0 <= self.step < len(self.plan) - 1:
+            warnings.warn(
+                f"the loop ended after {self.step + 1} steps, expected {len(self.plan)} (plan {self.plan}); it was "
+                "interrupted, or a call was taken for the first of another loop: give a plan as long as the loop, or "
+                "run it inside `with transformer.request():`",
+                stacklevel=3,
+            )
 
     @property
     def plan(self) -> Plan:
@@ -181,8 +235,14 @@ class LoopState:
             return False
         if not self.place(call)[1]:
             return True
+        said = call.context.step if call.context is not None else None
+        if said is not None and self.said is not None:
+            return said >= max(self.said, 1)
         move = np.sign(call.timestep - self.last)
-        return call.timestep != self.first and (move == 0 or self.direction in (0, move))
+        if call.timestep == self.first:  # timesteps that have not moved may be rounded; equal latents are a loop anew
+            done = self.fixed and self.step + 1 >= len(self.plan)
+            return self.direction == 0 and not done and not self.latents.equal(call.latents)
+        return bool(move == 0 or self.direction in (0, move))
 
 
 def host_array(value: Any) -> np.ndarray:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from taylorseer_export.errors import StepError
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock, scheduler_of
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.values import check_prediction
 
 
 class Joined(NamedTuple):
@@ -243,11 +243,7 @@ class Loop:
         Raises:
             StepError: It has numbers that are not finite.
         """
-        if not np.isfinite(prediction).all():
-            raise StepError(
-                f"noise_pred has values that are NaN or infinite at step {self.step} (plan {self.plan}), expected "
-                "finite numbers; lower --order or --interval"
-            )
+        check_prediction(bool(np.isfinite(prediction).all()), self.step, self.plan)
         *self._last, self._latents = self._advanced(self._scheduler, self.prediction(prediction))
         self.step += 1
 

@@ -53,3 +53,16 @@ def _holds(array: np.ndarray, given: np.ndarray) -> bool:
         return bool((array == given).all() and ((array < 0) == (given < 0)).all())
     with np.errstate(invalid="ignore"):  # infinite where it is too large for the dtype, and no whole number then
         return bool(np.isfinite(array).all() and (array.astype(given.dtype) == given).all())
+
+
+def check_prediction(finite: bool, step: int, plan: object) -> None:
+    """Refuse what the transformer answered at a step of a plan if it is not `finite`.
+
+    Raises:
+        StepError: It has numbers that are not finite.
+    """
+    if not finite:
+        raise StepError(
+            f"noise_pred has values that are NaN or infinite at step {step} (plan {plan}), expected finite numbers; "
+            "lower --order or --interval"
+        )

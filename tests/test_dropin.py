@@ -683,8 +683,8 @@ def test_what_is_about_speed_and_memory_alone_has_no_effect(flux, pipeline):
     transformer.set_attention_backend("native")
     offload = {"onload_device": torch.device("cpu"), "offload_type": "leaf_level"}
     (pipe if pipeline else transformer).enable_group_offload(**offload)
-    if not pipeline:  # either kind of offloading
-        pipe.enable_sequential_cpu_offload(device="cpu")
+    if not pipeline:  # what enable_sequential_cpu_offload does to every part
+        accelerate.cpu_offload(transformer, torch.device("cpu"), offload_buffers=True)
     assert torch.equal(paint(pipe), expected)
     assert (transformer.dtype, transformer.device) == (FLOAT32, torch.device("cpu"))
 

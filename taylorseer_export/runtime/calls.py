@@ -34,7 +34,8 @@ from taylorseer_export.runtime.slot import Slot
 class Seen(NamedTuple):
     """A value and its version when it was seen: the same tensor changed in place is another one.
 
-    One that is `renewed` is made anew by the pipeline for every call, so that only its numbers tell it from others.
+    One that is `renewed` is made anew by the pipeline for every call, so that only its numbers tell it from others. So
+    are lists, which offloading makes anew.
     """
 
     value: Any
@@ -48,7 +49,7 @@ class Seen(NamedTuple):
         return cls(value, value._version if counted else 0, renewed)
 
     def same(self, other: Seen) -> bool:
-        if self.renewed and self.value is not other.value:
+        if self.value is not other.value and (self.renewed or not hasattr(self.value, "detach")):
             return self.equal(other)
         return self.value is other.value and self.version == other.version
 

@@ -7,13 +7,14 @@ RUN  := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo serve lint check test bench clean
+.PHONY: help .venv demo serve lint check test oldest bench clean
 
 help:
 	@echo 'make demo    export the embedded tiny models, sample with and without forecasts, draw the pictures'
 	@echo 'make serve   start a real Triton server on loopback with the embedded models'
 	@echo 'make check   ruff, mypy and the quick tests: two minutes, once the tests have kept their bundles'
 	@echo 'make test    ruff, mypy and all tests'
+	@echo 'make oldest  a short suite on the oldest versions that the package asks for, in an environment of its own'
 	@echo 'make bench   full, forecast and whole-loop times, beside the plan ceiling'
 	@echo 'make .venv   the environment alone (the others make it when it is missing or old)'
 	@echo 'make clean   remove caches and build leftovers; .venv and engines/ stay'
@@ -53,6 +54,19 @@ check: lint
 
 test: lint
 	$(RUN) -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder
+
+OLDEST := .venv-oldest
+
+$(OLDEST)/.installed: pyproject.toml tools/constraints-oldest.txt
+	@'$(PYTHON)' -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off \
+		-c tools/constraints-oldest.txt -e '.[onnxruntime,export,sample]' filelock hypothesis pytest
+	@touch $@
+
+# Every family traced, split and compared with the oracle, and ONNX Runtime's bundles of two.
+oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -q tests/test_ensures.py tests/test_split.py tests/test_onnx.py tests/test_weights.py
+	$(OLDEST)/bin/python -m pytest -q tests/test_families.py -k 'parity_with_the_oracle or onnx_runtime_equals'
 
 bench: $(DONE)
 	@$(RUN) tools/bench.py

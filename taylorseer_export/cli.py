@@ -82,6 +82,9 @@ def _answer(arguments: list[str]) -> int:
         )
     except KeyboardInterrupt:
         return _say("the command was interrupted; nothing half-written was left, run it again", 2)
+    except MemoryError as error:
+        why = f" ({error})" if str(error) else ""
+        return _say(f"memory is not enough for what was asked{why}, expected room for it; ask for less", 2)
     except BrokenPipeError:
         raise
     except OSError as error:

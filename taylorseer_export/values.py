@@ -8,6 +8,9 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
+_LARGEST = (1 << 31) - 1
+HIGHEST_SEED = (1 << 63) - 1
+MOST_THREADS = 1024  # of one engine
 _UNITS = {"": 1, "b": 1, "byte": 1, "bytes": 1} | {
     f"{letter}{suffix}": base**power
     for power, letter in enumerate("kmgt", 1)
@@ -15,17 +18,18 @@ _UNITS = {"": 1, "b": 1, "byte": 1, "bytes": 1} | {
 }
 
 
-def whole(low: int | None = None, high: int | None = None) -> Callable[[str], int]:
-    """A whole number from `low` to `high`; any where both are left out."""
+def whole(low: int = -_LARGEST, high: int = _LARGEST) -> Callable[[str], int]:
+    """A whole number from `low` to `high`, any of 32 bits if left out."""
 
     def value_of(text: str) -> int:
-        span = "" if low is None else f", {low} to {high}" if high is not None else f", at least {low}"
         try:
             value = int(text)
         except ValueError:
-            value = None
-        if value is None or (low is not None and value < low) or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"is {text}, expected a whole number{span}")
+            value = low - 1
+        if not low <= value <= high:
+            span = f", at least {low}" if high == _LARGEST and value < low else f", {low} to {high}"
+            span = "" if low == -_LARGEST else span
+            raise argparse.ArgumentTypeError(f"is {text[:64]}, expected a whole number{span}")
         return value
 
     return value_of
@@ -48,6 +52,17 @@ def real(above: float | None = None) -> Callable[[str], float]:
     return value_of
 
 
+def finite(text: str) -> float:
+    """A number that is not infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"is {text[:64]}, expected a finite number")
+    return value
+
+
 def memory(text: str) -> int:
     """Bytes of `24GiB`, `1.5 GB`, `512MiB` or `1000000`; a fraction of a byte is dropped."""
     found = re.fullmatch(r"([0-9]{1,18})(\.[0-9]{1,18})?\s*([a-z]*)", text.strip().lower())
@@ -60,6 +75,13 @@ def memory(text: str) -> int:
 def size(text: str) -> tuple[int, ...]:
     """(height, width) of `1024x768`, or (frames, height, width) of `81x480x832`."""
     parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise argparse.ArgumentTypeError(f"is {text}, expected HxW, like 1024x1024, or FxHxW for a video")
+    if len(parts) not in (2, 3) or not all(re.fullmatch("[0-9]{1,6}", p) and int(p) > 0 for p in parts):
+        raise argparse.ArgumentTypeError(
+            f"is {text}, expected HxW, like 1024x1024, or FxHxW for a video, sides below {10**6}"
+        )
     return tuple(int(p) for p in parts)
+
+
+def seed(text: str) -> int:
+    """A seed that torch, numpy and a 64-bit port of a server all take."""
+    return whole(0, HIGHEST_SEED)(text)

@@ -39,7 +39,7 @@ ARROWS: dict[str, frozenset[str]] = {
         | {"values", "errors"}
     ),
     "cli": frozenset({"commands", "families", "errors"}),
-    "__init__": frozenset({"runtime", "bundle", "method", "errors"}),
+    "__init__": frozenset({"runtime", "compile", "bundle", "method", "errors"}),
     "__main__": frozenset({"cli"}),
 }
 
@@ -103,6 +103,9 @@ LEFTOVERS = frozenset({"demo", "build", "dist"})  # ignored outputs, seen only w
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
+REQUEST = frozenset({"plan", "order", "form", "weights", "guard"})  # what `Forecasts` holds
+
+
 def modules(folder: Path) -> dict[str, str]:
     """Relative path -> source text of every Python file in `folder`."""
     return {path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in sorted(folder.rglob("*.py"))}
@@ -156,6 +159,17 @@ def circles(files: Mapping[str, str]) -> list[list[str]]:
     reach = {path: reached(path) for path in files}
     found = {tuple(sorted(other for other in reach[path] if path in reach[other])) for path in files}
     return sorted(list(circle) for circle in found if circle)
+
+
+def loose_requests(files: Mapping[str, str]) -> list[str]:
+    """Functions outside of `method/` that take two or more of what `Forecasts` holds as parameters of their own."""
+    found = []
+    for path, source in files.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and part_of(path) != "method":
+                taken = {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)} & REQUEST
+                found += [f"{path}:{node.lineno} {node.name} takes {sorted(taken)}"] * (len(taken) > 1)
+    return found
 
 
 def misplaced_libraries(files: Mapping[str, str]) -> list[str]:
@@ -362,6 +376,17 @@ def test_files_make_no_circle() -> None:
     """But for two: a manifest asks whether it agrees with itself, and the maker of drafts which builders there are."""
     known = [["bundle/agreement.py", "bundle/manifest.py"], ["compile/engines.py", "compile/export.py"]]
     assert [circle for circle in circles(OURS) if circle not in known] == []
+
+
+def test_a_request_s_forecasts_are_one_value() -> None:
+    """But at the drop-in, a door that collects options under names of their own."""
+    doors = ("runtime/dropin.py",)
+    assert loose_requests({path: source for path, source in OURS.items() if path not in doors}) == []
+
+
+def test_a_loose_request_is_seen() -> None:
+    assert len(loose_requests({"runtime/a.py": "def sample(request, plan, *, order=None): ..."})) == 1
+    assert loose_requests({"runtime/a.py": "def sample(request, forecasts): ...\ndef fits(plan): ..."}) == []
 
 
 def test_make_and_run_never_meet() -> None:

@@ -169,7 +169,7 @@ def test_calibrated_is_nearer_on_samples_it_was_fitted_to(calibrator):
     found = calibrator.calibrate(4, 2)
     assert len(found.calibrated.forecasts.plan.full_steps) == 4
     assert found.calibrated.fitted > max(found.regular.fitted, found.fewer_steps.fitted)
-    assert all(sum(w) == pytest.approx(1) for w in found.calibrated.weights if w)
+    assert all(sum(w) == pytest.approx(1) for w in found.calibrated.forecasts.weights if w)
 
 
 def test_a_gain_that_does_not_carry_over_is_refused(calibrator):

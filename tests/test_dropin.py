@@ -98,24 +98,50 @@ def paint(pipe, seed=0, steps=5, size=16, prompt="cat", **options):
 
 @pytest.mark.parametrize("options", [{}, {"negative_prompt": "dog", "true_cfg_scale": 2.0}, {"guidance_scale": 1.0}])
 def test_flux_all_full_is_the_untouched_pipeline(cases, options):
-    expected = paint(flux_pipeline(cases("flux")[0]), **options)
+    """Every prediction is the model's within the oracle's bound, and the pipeline does the same with it to the bit."""
     pipe, transformer = piped(cases("flux"), interval=1)
-    assert torch.equal(paint(pipe, **options), expected)
+    seen = Recorder(transformer)
+    painted = paint(pipe, **options)
+    with seen.retold_by(cases("flux")[0]):
+        assert torch.equal(painted, paint(flux_pipeline(cases("flux")[0]), **options))
+    seen.assert_plan(cases("flux")[0], "FFFFF", ORDER)
     assert transformer.executed["cond"] == "FFFFF"
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 1.0}, {"class_labels": [1, 2]}])
 def test_dit_all_full_is_the_untouched_pipeline(cases, options):
-    expected = paint(dit_pipeline(cases("dit")[0]), **options)
     pipe, transformer = piped(cases("dit"), dit_pipeline, interval=1)
-    assert torch.equal(paint(pipe, **options), expected)
+    seen = Recorder(transformer)
+    painted = paint(pipe, **options)
+    with seen.retold_by(cases("dit")[0]):
+        assert torch.equal(painted, paint(dit_pipeline(cases("dit")[0]), **options))
+    seen.assert_plan(cases("dit")[0], "FFFFF", ORDER)
     assert transformer.executed == {"0": "FFFFF"}
 
 
 def test_pictures_and_not_latents_alone(cases):
-    expected = paint(flux_pipeline(cases("flux")[0]), output_type="np")
-    pipe, _ = piped(cases("flux"), interval=1)
-    assert (paint(pipe, output_type="np") == expected).all()
+    pipe, transformer = piped(cases("flux"), interval=1)
+    seen = Recorder(transformer)
+    painted = paint(pipe, output_type="np")
+    with seen.retold_by(cases("flux")[0]):
+        assert (painted == paint(flux_pipeline(cases("flux")[0]), output_type="np")).all()
+
+
+def test_another_answer_or_call_is_seen(cases):
+    """The comparison above can fail: on another prediction, on other latents, on a call too few."""
+    pipe, transformer = piped(cases("flux"), interval=1)
+    seen = Recorder(transformer)
+    painted = paint(pipe)
+    untouched = flux_pipeline(cases("flux")[0])
+    latents, sample = seen.told[-1]
+    seen.told[-1] = latents, sample + 1
+    with seen.retold_by(cases("flux")[0]):
+        assert not torch.equal(painted, paint(untouched))
+    seen.told[0] = latents, sample
+    with pytest.raises(AssertionError, match="asks about other latents"), seen.retold_by(cases("flux")[0]):
+        paint(untouched)
+    with pytest.raises(AssertionError, match="makes fewer calls"), seen.retold_by(cases("flux")[0]):
+        pass
 
 
 def test_flux_forecasts_agree_with_the_oracle(cases, flux):

@@ -164,7 +164,7 @@ def test_command_line(residual_digits, tmp_path, capsys):
         (["--guidance-scale", "nan"], "is nan, expected a number above 0"),
         (["--prompts", "{empty}"], "is empty, expected one caption or class per line"),
         (["--inputs", "{folder}"], "is not readable"),
-        (["--out", "{folder}"], "is a folder, expected the page to write; name a file in it"),
+        (["--out", "{folder}"], "is a folder, expected a file to write; name a file in it"),
         (["--metric-weights", "{empty}"], "is not a folder"),
     ],
 )

@@ -14,7 +14,6 @@ from taylorseer_export.bundle.shapes import names
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile import export
 from taylorseer_export.errors import CheckpointError
-from taylorseer_export.families import FAMILIES
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
 from taylorseer_export.runtime.check import check_engines
 
@@ -223,16 +222,27 @@ def test_cfg_in_one_batch_is_both_halves_alone(eager, tiny, name):
     assert FLOAT32 == both.dtype
 
 
-def test_bfloat16_with_parts_kept_in_float32(tiny, monkeypatch):
-    """Wan gates in float32 and casts its residual after every addition; the shared ungated site must bear it."""
+@pytest.mark.parametrize("layout", ["snapshots", "derivatives"])
+@pytest.mark.parametrize("granularity", ["module", "residual", "last"])
+def test_bfloat16_with_parts_kept_in_float32(tiny, traced, monkeypatch, granularity, layout):
+    """Wan gates in float32, casts its residual after every addition, and hands it to the final norm in float32."""
     monkeypatch.setattr(export, "check_options", lambda options: None)  # no engine of this test runs bfloat16
-    checkpoint = open_checkpoint(str(tiny("wan").folder), FAMILIES["wan"])
-    made = export.draft(checkpoint, export.Options(order=1, interval=4, warmup=2, precision="bf16"))
+    options = export.Options(
+        order=1,
+        interval=4,
+        warmup=2,
+        precision="bf16",
+        granularity=granularity,
+        layout=layout,
+        guards=("cg", "fbcache"),
+    )
+    made = export.draft(traced("wan", options), options)
     assert made.stored["blocks.0.scale_shift_table"][0] == torch.float32
     assert made.stored["blocks.0.ffn.net.2.weight"][0] == torch.bfloat16
-    assert list(made.split.sites) == [f"blocks.{k}.{m}" for k in range(2) for m in ("attn1", "ffn")] + ["ungated"]
+    sites = [f"blocks.{k}.{m}" for k in range(2) for m in ("attn1", "ffn")] + ["ungated"]
+    assert list(made.split.sites) == (sites if granularity == "module" else [granularity])
     model, inputs = tiny("wan").model, tiny("wan").inputs(8, batch=2)
-    reference = oracle.replay(model, *inputs, "FFF..F..", 1)
+    reference = oracle.replay(model, *inputs, "FFF..F..", 1, granularity)
     limit = oracle.bound(reference, oracle.gains("FFF..F..", 1), torch.bfloat16, *oracle.extent(model))
     seen = run(eager_denoiser(made), inputs, "FFF..F..", 1)
     assert 0.01 < assert_close("bfloat16", seen, reference, limit)

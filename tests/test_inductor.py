@@ -65,7 +65,7 @@ def held(package, weights):
 def test_no_operator_mixes_float_types(drafts, name, precision):
     draft = drafts(name, precision=precision, device="cuda")
     for cut in draft.split.graphs:
-        assert mixed_types(exported_program(cut, {**draft.sizes, "steps": None})) == []
+        assert mixed_types(exported_program(cut, {**draft.sizes, "steps": None}, draft.ranges())) == []
 
 
 def test_a_mixed_type_is_seen_and_a_cast_mends_it():

@@ -94,12 +94,12 @@ def test_drafts_from_one_trace_do_not_depend_on_what_was_split_before(traced):
 
 def test_gain_is_that_of_the_plan_by_hand():
     """FF...F: order 0 only repeats; order 1 at lead 3 after a gap of 1 has weights 4 and -3."""
-    from taylorseer_export.method import Plan
+    from taylorseer_export.method import Forecasts, Plan
     from taylorseer_export.report.card import highest_gain
 
-    assert highest_gain(Plan.parse("FF...F"), 0) == 1
-    assert highest_gain(Plan.parse("FF...F"), 1) == 7
-    assert highest_gain(Plan.parse("FFF"), 4) == 1
+    assert highest_gain(Forecasts(Plan("FF...F"), 0)) == 1
+    assert highest_gain(Forecasts(Plan("FF...F"), 1)) == 7
+    assert highest_gain(Forecasts(Plan("FFF"), 4)) == 1
 
 
 def test_sizes_that_no_option_fixed_are_said_to_be_typical(traced):

@@ -353,3 +353,36 @@ def test_branches_without_a_gate_share_one_buffer():
 def test_a_branch_with_a_gate_keeps_its_own_buffer():
     pieces = split(two_branches(gated=True), "module", "snapshots", 1)
     assert list(pieces.sites) == ["site", "other"]
+
+
+class Widened(torch.nn.Module):
+    def forward(self, hidden_states):
+        return hidden_states.float()
+
+
+@pytest.mark.parametrize("layout", ["snapshots", "derivatives"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_hidden_state_kept_in_float32(granularity, layout):
+    """Half precision with a first block that returns float32: every sum is formed in the wider of its two types."""
+    half = torch.bfloat16
+    toy = Toy(lambda m, h, t, text, label: h + m.site(h.tanh().to(half)).float()).eval()
+    toy.first = Widened()
+    traced = trace(toy, TOY, half)
+    pieces = split(traced, granularity, layout, 1, guards=("cg", "fbcache", "teacache"))
+    values = {"hidden_states": torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).to(half)}
+    weights = {"weights": torch.tensor([1.0, 0.0]), "scales": torch.zeros(1)}
+    for cut in (pieces.full, pieces.probe, pieces.rest, pieces.forecast):
+        for tensor in cut.inputs:
+            shape, dtype = resolve(tensor.shape, {"batch": 2, "image_tokens": 5}), getattr(torch, tensor.dtype)
+            values.setdefault(tensor.name, weights.get(tensor.name, torch.zeros(shape, dtype=dtype)))
+        returned = cut.module(*[values[t.name] for t in cut.inputs])
+        assert [str(value.dtype) for value in returned] == [f"torch.{t.dtype}" for t in cut.outputs]
+        values |= {t.name: value for t, value in zip(cut.outputs, returned, strict=True)}
+        if cut is pieces.full:
+            (site,) = pieces.sites
+            stored, expected = values[f"taylor_out.{site}"], values["noise_pred"]
+            values[f"taylor_in.{site}"] = stored if layout == "derivatives" else torch.stack([stored, stored])
+            torch.testing.assert_close(expected, toy(values["hidden_states"], None, None, None)[0], rtol=0, atol=0)
+    # The weights give the last full step again, as it was stored: rounded once.
+    limit = 2**-8 * (values["hidden_states"].abs().max() + 1)
+    assert (values["noise_pred"] - expected).abs().max() <= limit

@@ -8,6 +8,7 @@ Nothing is downloaded and nothing is trained: what matters is that a pipeline ru
 # Shapes: S steps
 
 import string
+from contextlib import contextmanager
 
 import oracle
 import torch
@@ -317,6 +318,7 @@ class Recorder:
 
     def __init__(self, transformer):
         self.calls = {}
+        self.told = []  # (latents, prediction) of every call, in turn
         self.transformer = transformer
         transformer.register_forward_hook(self._note, with_kwargs=True)
 
@@ -335,6 +337,29 @@ class Recorder:
         self.calls.setdefault(context.name if context else nameless, []).append(
             (latents, timestep, conditioning, sample)
         )
+        self.told.append((latents, sample))
+
+    @contextmanager
+    def retold_by(self, model):
+        """The untouched model answers every call with the prediction noted for it, which is refused for other latents.
+
+        A pipeline around it is then told what one around the transformer was, to the bit: bits of a product of two
+        matrices are the processor's choice, and everything else that a pipeline does must be the same.
+        """
+        told = iter(self.told)
+
+        def answer(module, args, inputs, output):
+            latents, sample = next(told)
+            given = args[0] if args else inputs["hidden_states"]
+            assert torch.equal(given, latents), "the untouched pipeline asks about other latents"
+            return (sample,) if isinstance(output, tuple) else type(output)(sample=sample)
+
+        handle = model.register_forward_hook(answer, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+        assert next(told, None) is None, "the untouched pipeline makes fewer calls"
 
     def assert_plan(self, model, plan, order):
         """Every branch ran `plan` and agrees with the oracle on the latents that it was given."""

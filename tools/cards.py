@@ -38,6 +38,7 @@ from taylorseer_export.checkpoint.files import PUBLISHED
 from taylorseer_export.compile.export import Draft, Options, Traced, draft, trace_model
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph.cut import Cut
+from taylorseer_export.method import Forecasts
 from taylorseer_export.report.card import highest_gain
 from taylorseer_export.report.memory_table import GRANULARITIES
 
@@ -129,7 +130,7 @@ def text(name: str, entries: Mapping[str, Any]) -> str:
         f"    {plan}",
         "",
         f"{len(plan)} steps, {len(plan.full_steps)} full (interval {options.interval}, warmup {options.warmup}): "
-        f"speed-up at most {plan.ceiling:.2f}, gain up to {highest_gain(plan, options.order):.1f}. "
+        f"speed-up at most {plan.ceiling:.2f}, gain up to {highest_gain(Forecasts(plan, options.order)):.1f}. "
         f"Guidance: {family.guidance}.",
         "",
         *_picture(made),

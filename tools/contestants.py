@@ -137,12 +137,12 @@ class Case:
         folder = self.folder / "untapped"
         if not folder.exists():
             folder.mkdir()
-            sizes = draft(self.checkpoint, self.options("last", "snapshots", 0)).sizes
+            made = draft(self.checkpoint, self.options("last", "snapshots", 0))
             cut = Cut("untapped", _plain(self.checkpoint.skeleton(torch.float32), inputs), inputs, (output,))
             state = {f"model.{n}": (v.dtype, tuple(v.shape)) for n, v in self.model.state_dict().items()}
             read = self.checkpoint.tensor
             places = write_weights(folder / WEIGHTS, state, lambda name: read(name.removeprefix("model.")))
-            write_onnx(cut, sizes, places, folder / "untapped.onnx")
+            write_onnx(made, cut, places, folder / "untapped.onnx")
         graphs = {"untapped": Graph(file="untapped.onnx", inputs=inputs, outputs=(output,), weights_bytes=0)}
         runner = OnnxRuntimeRunner({"untapped": folder / "untapped.onnx"}, graphs, "cpu", self.args.threads)
         shapes = {t.name: self.arrays[t.name].shape for t in inputs if t.role == "constant"}

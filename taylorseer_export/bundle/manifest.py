@@ -6,6 +6,7 @@ newline), so a bundle has exactly one correct manifest and any other byte is not
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -386,3 +387,11 @@ class Manifest(Sealed):
 def schema() -> dict[str, Any]:
     """The JSON schema of the manifest, as published in `manifest.schema.json`."""
     return Manifest.model_json_schema(mode="serialization")
+
+
+def tool_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("taylorseer-export")
+    except PackageNotFoundError:
+        return "0+source"

@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from taylorseer_export.commands.options import plan_options
-from taylorseer_export.commands.terminal import need, progress, read_tensors, request_options, write_tensors
+from taylorseer_export.commands.terminal import (
+    check_out,
+    need,
+    progress,
+    read_tensors,
+    request_options,
+    write_tensors,
+)
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.values import real, size, whole
+from taylorseer_export.values import finite, real, seed, size, whole
 
 SUMMARY = "Send a request to a served model: a picture, or tensors."
 
@@ -24,10 +31,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="caption to draw (models with captions)")
     parser.add_argument("--label", type=whole(0), help="class to draw (models of classes)")
     parser.add_argument("--inputs", type=Path, help="safetensors with the inputs of a denoiser model")
-    parser.add_argument("--seed", type=whole(0), help="of the noise (default: 0)")
+    parser.add_argument("--seed", type=seed, help="of the noise (default: 0)")
     parser.add_argument("--size", type=size, metavar="HxW", help="picture in pixels (default: 32x32)")
     plan_options(parser)
-    parser.add_argument("--guidance-scale", type=float, help="dimensionless (default: the bundle's)")
+    parser.add_argument("--guidance-scale", type=finite, help="dimensionless (default: the bundle's)")
     parser.add_argument(
         "--timeout",
         type=real(0),
@@ -42,19 +49,23 @@ def run(given: argparse.Namespace) -> int:
     need("triton", "tritonclient")
     from taylorseer_export.serve.client import Protocol, infer
 
+    whole_tensors = given.out.suffix == ".safetensors"
+    if not whole_tensors:
+        need("sample", "PIL")
+    check_out(given.out, picture=not whole_tensors)
     protocol: Protocol = given.protocol or ("stream" if given.model.endswith("-stream") else "grpc")
     values = _values(given)
     with progress("steps", given.steps or 1) as advance:
         made = infer(
             given.url, given.model, values, protocol, given.timeout, lambda done, _: advance(done, given.steps or done)
         )
-    if "picture" in made:
-        need("sample", "PIL")
-        from taylorseer_export.embedded.picture import grid
+    if whole_tensors:
+        kept = {"picture": made["picture"]} if "picture" in made else {"latents": made["denoised"]}
+        write_tensors(given.out, kept, {"plan": made["executed"][0].decode()})
+    elif "picture" in made:
+        from taylorseer_export.embedded.picture import grid, write_picture
 
-        grid([[made["picture"]]], max(1, 256 // made["picture"].shape[0]), (), ()).save(given.out)
-    elif given.out.suffix == ".safetensors":
-        write_tensors(given.out, {"latents": made["denoised"]}, {"plan": made["executed"][0].decode()})
+        write_picture(given.out, grid([[made["picture"]]], max(1, 256 // made["picture"].shape[0]), (), ()))
     else:
         raise ConfigError(f"--out is {given.out}, expected a .safetensors file for latents; change its name")
     plan = made["executed"][0].decode()
@@ -68,5 +79,7 @@ def _values(given: argparse.Namespace) -> dict[str, Any]:
     values = {name: getattr(given, name) for name in what} | vars(request_options(given))
     values = {name: value for name, value in values.items() if value is not None and value is not False}
     if given.size:
+        if len(given.size) != 2:
+            raise ConfigError(f"--size is {'x'.join(map(str, given.size))}, expected HxW for a picture; write it so")
         values["height"], values["width"] = given.size
     return values | (read_tensors(given.inputs) if given.inputs else {})

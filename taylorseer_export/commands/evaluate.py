@@ -9,9 +9,9 @@ from pathlib import Path
 
 from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.commands.options import bundle_options, plan_options, sample_options
-from taylorseer_export.commands.terminal import forecasts_of, need, open_denoiser, progress, read_tensors
+from taylorseer_export.commands.terminal import check_out, forecasts_of, need, open_denoiser, progress, read_tensors
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.values import whole
+from taylorseer_export.values import seed, whole
 
 SUMMARY = "Compare ways to sample with a bundle: one table and one HTML page."
 
@@ -21,7 +21,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     bundle_options(parser)
     plan_options(parser)
     parser.add_argument("--samples", type=whole(1), default=16, help="samples (default: %(default)s)")
-    parser.add_argument("--seed", type=whole(0), default=0, help="seed of the first sample (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the first sample (default: %(default)s)")
     sample_options(parser)
     parser.add_argument("--out", type=Path, help="page to write (default: evaluation-<bundle>.html)")
     parser.add_argument(
@@ -48,10 +48,7 @@ def run(given: argparse.Namespace) -> int:
     manifest = denoiser.manifest
     name = f"{manifest.family}-{manifest.name}"
     out = given.out or Path(f"evaluation-{name}.html")
-    if not out.parent.is_dir():
-        raise ConfigError(f"folder {out.parent} is missing, expected it for {out.name}; create it")
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder, expected the page to write; name a file in it")
+    check_out(out)
     forecasts = forecasts_of(denoiser, given)
     if len(forecasts) < 2:
         raise ConfigError("steps is 1, expected at least 2 to evaluate (steps); ask for more")

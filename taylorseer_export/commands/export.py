@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import replace
 from pathlib import Path
 
-from taylorseer_export.bundle.manifest import BUNDLE_NAME
 from taylorseer_export.commands.options import PROGRAM, engine_options, given_engine_options
 from taylorseer_export.commands.terminal import need, progress, stages
 from taylorseer_export.compile.engines import ENGINES
@@ -161,6 +159,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
         need("polygraphy", "polygraphy")
     from taylorseer_export.checkpoint.checkpoint import open_checkpoint
     from taylorseer_export.compile import export
+    from taylorseer_export.compile.api import bundle_name
     from taylorseer_export.report import memory_table
     from taylorseer_export.report.card import card
 
@@ -207,13 +206,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
     export.check_options(options)
     if given.slots > 1 and not (given.memory_budget or given.dry_run):
         raise ConfigError(f"--slots is {given.slots} without a budget, expected --memory-budget too; add it")
-    path = Path((given.model or "tiny").rstrip("/").removesuffix(".safetensors").removesuffix(".json"))
-    name = given.name or re.sub(r"[^a-z0-9._+-]+", "-", path.name.lower()).lstrip("._+-")[:100] or "model"
-    if not re.fullmatch(BUNDLE_NAME, name):
-        raise ConfigError(
-            f"--name is {name!r}, expected letters, digits and . _ + -, at most 100, a letter or digit first; choose "
-            "such a name"
-        )
+    name = bundle_name(given.model, given.name)
     with progress("tracing and splitting", 1) as advance:
         traced = export.trace_model(checkpoint, options)
         rows = memory_table.choices(traced, options) if given.memory_budget or given.dry_run else ()

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from taylorseer_export.compile.engines import ENGINES, Option
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method.guard import RULES
-from taylorseer_export.values import real, size, whole
+from taylorseer_export.values import MOST_THREADS, real, size, whole
 
 PROGRAM = "taylorseer-export"
 
@@ -33,7 +33,10 @@ def bundle_options(parser: argparse.ArgumentParser, runs: bool = True) -> None:
             "--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)"
         )
         parser.add_argument(
-            "--threads", type=whole(0), default=0, help="CPU threads of each engine, 0 for all (default: %(default)s)"
+            "--threads",
+            type=whole(0, MOST_THREADS),
+            default=0,
+            help="CPU threads of each engine, 0 for all (default: %(default)s)",
         )
         parser.add_argument(
             "--no-cuda-graphs", action="store_true", help="launch every kernel by itself, to look for a fault (slow)"

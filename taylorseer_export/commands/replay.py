@@ -12,6 +12,7 @@ from pathlib import Path
 
 from taylorseer_export.commands.options import bundle_options, plan_options
 from taylorseer_export.commands.terminal import (
+    check_out,
     forecasts_of,
     open_denoiser,
     progress,
@@ -38,7 +39,9 @@ def run(given: argparse.Namespace) -> int:
     import numpy as np
 
     from taylorseer_export.errors import StepError
+    from taylorseer_export.runtime.values import check_prediction
 
+    check_out(given.outputs, "--outputs")
     tensors = read_tensors(given.inputs)
     for name in ("latents", "timestep"):
         if name not in tensors:
@@ -60,6 +63,7 @@ def run(given: argparse.Namespace) -> int:
     with progress("replaying", len(plan)) as advance:
         for step, latent in enumerate(latents):
             predictions.append(slot.step(latent))
+            check_prediction(bool(np.isfinite(predictions[-1]).all()), step, plan)
             advance(step + 1, len(plan))
     write_tensors(given.outputs, {"noise_pred": np.stack(predictions)}, {"plan": slot.executed})
     if guard:

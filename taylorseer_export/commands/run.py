@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from taylorseer_export.commands.options import bundle_options, plan_options
 from taylorseer_export.commands.terminal import (
+    check_out,
     forecasts_of,
     need,
     open_denoiser,
@@ -23,7 +24,7 @@ from taylorseer_export.commands.terminal import (
     write_tensors,
 )
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.values import size, whole
+from taylorseer_export.values import finite, seed, size, whole
 
 if TYPE_CHECKING:
     from taylorseer_export.runtime.denoiser import Denoiser
@@ -44,14 +45,14 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="safetensors with the conditioning, under diffusers' argument names; `negative_NAME` for guidance, "
         "`condition` for what image-to-video joins to the noise (not for models of classes; default: random)",
     )
-    parser.add_argument("--seed", type=whole(0), nargs="+", default=[0], help="seeds of the noise (default: 0)")
+    parser.add_argument("--seed", type=seed, nargs="+", default=[0], help="seeds of the noise (default: 0)")
     parser.add_argument(
         "--size",
         type=size,
         metavar="HxW or FxHxW",
         help="picture or video in pixels (default: the bundle's)",
     )
-    parser.add_argument("--guidance-scale", type=float, help="dimensionless (default: the bundle's)")
+    parser.add_argument("--guidance-scale", type=finite, help="dimensionless (default: the bundle's)")
     parser.add_argument("--out", type=Path, help="picture.png or latents.safetensors")
 
 
@@ -61,9 +62,11 @@ def run(given: argparse.Namespace) -> int:
     import numpy as np
 
     from taylorseer_export.embedded import requests
-    from taylorseer_export.embedded.picture import grid
+    from taylorseer_export.embedded.picture import grid, write_picture
     from taylorseer_export.runtime import sampling
 
+    if given.out:
+        check_out(given.out, picture=given.out.suffix != ".safetensors")
     denoiser = open_denoiser(given)
     forecasts = forecasts_of(denoiser, given)
     plan, guard = forecasts.plan, forecasts.guard
@@ -74,12 +77,13 @@ def run(given: argparse.Namespace) -> int:
     out = given.out or Path(
         f"{manifest.family}-{manifest.name}.png" if manifest.sampling.pictures else "latents.safetensors"
     )
+    check_out(out)
     if out.suffix == ".safetensors":
         write_tensors(out, {"latents": result.latents}, {"plan": result.executed})
     else:
         made = requests.pictures(denoiser, request, result)
         scale = max(1, 256 // made.shape[1])
-        grid([list(made)], scale, (), names if len(names) > 1 else ()).save(out)
+        write_picture(out, grid([list(made)], scale, (), names if len(names) > 1 else ()))
     kinds = np.array(list(result.executed))
     times = np.array(result.milliseconds)
     forecast = times[kinds == "."]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,18 +75,43 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not readable ({error}), expected float32 safetensors; write it again") from error
 
 
+def check_out(path: Path, option: str = "--out", picture: bool = False) -> None:
+    """Refuse a file that could not be written, before the work whose result goes there.
+
+    Args:
+        path: What the user named.
+        option: How.
+        picture: Whether it gets a picture, and so needs the extension of a format that can be written here.
+
+    Raises:
+        ConfigError: It is a folder or no file, its folder is missing or closed, or its extension says no format.
+    """
+    shown = path if path.name else path / "."
+    if path.is_dir():
+        raise ConfigError(f"{option} {shown} is a folder, expected a file to write; name a file in it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"folder {path.parent} is missing, expected it for {path.name}; create it")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{option} {path} is no regular file, expected one, or none yet; choose another name")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"folder {path.parent} is not writable, expected it for {path.name}; choose another one")
+    if picture:
+        from taylorseer_export.embedded.picture import check_format
+
+        check_format(path, option)
+
+
 def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
     """Write whole or not at all."""
     from safetensors.numpy import save_file
 
-    if not path.parent.is_dir():
-        raise ConfigError(f"folder {path.parent} is missing, expected it for {path.name}; create it")
     with replacing(path) as partial:
         save_file(tensors, partial, metadata)
 
 
 def need(extra: str, *modules: str) -> None:
-    """Refuse early when an optional library is missing."""
+    """Refuse early when an optional library is missing, or older than the extra asks for."""
+    from importlib.metadata import PackageNotFoundError, requires, version
     from importlib.util import find_spec
 
     for module in modules:
@@ -92,6 +119,22 @@ def need(extra: str, *modules: str) -> None:
             raise ConfigError(
                 f"{module} is not installed, expected it for this command; pip install 'taylorseer-export[{extra}]'"
             )
+    try:
+        asked = requires("taylorseer-export") or []
+    except PackageNotFoundError:  # run from its sources
+        return
+    for line in asked:
+        found = re.match(rf"([\w-]+)>=([\d.]+);.*extra == ['\"]{extra}['\"]", line)
+        if found and found[1] in modules and _numbers(version(found[1])) < _numbers(found[2]):
+            raise ConfigError(
+                f"{found[1]} is {version(found[1])}, expected at least {found[2]}; pip install --upgrade "
+                f"'taylorseer-export[{extra}]'"
+            )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """`2.11.0+cpu` as (2, 11, 0)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0]))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from taylorseer_export.commands.options import bundle_options
-from taylorseer_export.values import memory, whole
+from taylorseer_export.values import MOST_THREADS, memory, whole
 
 SUMMARY = "Write a Triton model repository that serves a bundle."
 
@@ -45,7 +45,10 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="engine calls at one time, 0: one per core (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=whole(0), default=1, help="CPU threads of one engine call, 0 for all (default: %(default)s)"
+        "--threads",
+        type=whole(0, MOST_THREADS),
+        default=1,
+        help="CPU threads of one engine call, 0 for all (default: %(default)s)",
     )
     parser.add_argument(
         "--memory-budget",

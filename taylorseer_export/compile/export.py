@@ -8,7 +8,6 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from taylorseer_export.bundle.manifest import (
     Sampling,
     Site,
     State,
+    tool_version,
 )
 from taylorseer_export.bundle.schedulers import SCHEDULERS
 from taylorseer_export.bundle.store import hash_files, writing
@@ -152,14 +152,18 @@ class Draft:
 
         return write_weights(folder / WEIGHTS, self.stored, self.read, count)
 
-    def dimensions(self) -> dict[str, Dimension]:
-        """Range of every symbolic size, the number of steps included."""
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """(smallest, largest) of every size, the number of steps included."""
         ranges = self.checkpoint.family.dimensions(self.checkpoint.config) | {"steps": (1, _MOST_STEPS)}
         return {
-            name: Dimension(
-                minimum=self.sizes.get(name) or low, maximum=self.sizes.get(name) or high, typical=self.typical[name]
-            )
-            for name, (low, high) in ranges.items()
+            name: (self.sizes.get(name) or low, self.sizes.get(name) or high) for name, (low, high) in ranges.items()
+        }
+
+    def dimensions(self) -> dict[str, Dimension]:
+        """The same as the manifest holds it, with the size that estimates are quoted at."""
+        return {
+            name: Dimension(minimum=low, maximum=high, typical=self.typical[name])
+            for name, (low, high) in self.ranges().items()
         }
 
     def weights_bytes(self, cut: Cut | None = None) -> int:
@@ -236,7 +240,7 @@ def _sizes(checkpoint: Checkpoint, options: Options) -> dict[str, int | None]:
     """Dimension -> the one size that the options fix, or None."""
     family, config = checkpoint.family, checkpoint.config
     ranges = family.dimensions(config)
-    sizes: dict[str, int | None] = dict.fromkeys(ranges)
+    sizes: dict[str, int | None] = {name: low if low == high else None for name, (low, high) in ranges.items()}
     fixed = {} if options.latent_size is None else family.latent_sizes(config, *options.latent_size)
     if options.batch is not None:
         fixed["batch"] = options.batch
@@ -337,14 +341,6 @@ def describe(
         files=dict(files or {graph.file: File(sha256="0" * 64, size=0) for graph in graphs.values()}),
         cache_key=_cache_key(weights_sha256, options),
     )
-
-
-def tool_version() -> str:
-    """Version of the installed package."""
-    try:
-        return version("taylorseer-export")
-    except PackageNotFoundError:
-        return "0+source"
 
 
 def sampling_of(checkpoint: Checkpoint) -> Sampling:

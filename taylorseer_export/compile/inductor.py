@@ -92,7 +92,7 @@ def _compiled(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device: 
     """The files of one graph: its library, and what AOTInductor says of it; the sources it compiled stay behind."""
     sizes = {**draft.sizes, "steps": None}
     module = writing(pointwise_sums(weighted(cut, weights, device)), cut)
-    program = exported_program(cut, sizes, module, device)
+    program = exported_program(cut, sizes, draft.ranges(), module, device)
     settings = {
         "aot_inductor.package": True,
         "aot_inductor.package_constants_in_so": False,
@@ -102,7 +102,7 @@ def _compiled(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device: 
     }
     try:
         with torch.no_grad(), quiet():
-            inputs = example_inputs((*cut.inputs, *cut.outputs), sizes, device)
+            inputs = example_inputs((*cut.inputs, *cut.outputs), sizes, draft.ranges(), device)
             files = torch._inductor.aot_compile(program.module(check_guards=False), inputs, options=settings)
     except Exception as error:
         raise BuildError(

@@ -32,12 +32,12 @@ def write_graphs(draft: Draft, folder: Path, progress: Progress) -> dict[str, Pa
     files = {cut.name: folder / f"{cut.name}.onnx" for cut in cuts}
     for k, cut in enumerate(cuts):
         progress("graphs", k, len(cuts))
-        write_onnx(cut, {**draft.sizes, "steps": None}, places, files[cut.name])
+        write_onnx(draft, cut, places, files[cut.name])
     progress("graphs", len(cuts), len(cuts))
     return files
 
 
-def write_onnx(cut: Cut, sizes: Mapping[str, int | None], weights: Mapping[str, Stored], path: Path) -> None:
+def write_onnx(draft: Draft, cut: Cut, weights: Mapping[str, Stored], path: Path) -> None:
     """Write one graph as ONNX whose initializers point into the bundle's weights file.
 
     Raises:
@@ -46,7 +46,8 @@ def write_onnx(cut: Cut, sizes: Mapping[str, int | None], weights: Mapping[str, 
     import onnx_ir as ir
     from onnxscript import optimizer
 
-    program = exported_program(cut, sizes)
+    sizes = {**draft.sizes, "steps": None}
+    program = exported_program(cut, sizes, draft.ranges())
     try:
         with torch.no_grad(), quiet():
             exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)

@@ -16,20 +16,26 @@ from taylorseer_export.bundle.shapes import compute, evaluate, is_linear, linear
 from taylorseer_export.errors import BuildError, first_line
 from taylorseer_export.graph.casts import float_types
 from taylorseer_export.graph.cut import Cut
+from taylorseer_export.graph.sizes import example_sizes
 
-# Sizes at which a graph is exported again: distinct, and never 0 or 1, which export would specialise.
+# Sizes at which a graph is exported again, where the ranges hold them: distinct.
 _EXAMPLE = {"steps": 3, "batch": 2}
 _EXAMPLE_STEP = 5
 
 
 def exported_program(
-    cut: Cut, sizes: Mapping[str, int | None], module: fx.GraphModule | None = None, device: str = "cpu"
+    cut: Cut,
+    sizes: Mapping[str, int | None],
+    ranges: Mapping[str, tuple[int, int]],
+    module: fx.GraphModule | None = None,
+    device: str = "cpu",
 ) -> torch.export.ExportedProgram:
     """The cut graph as an `ExportedProgram`.
 
     Args:
         cut: The graph.
         sizes: Dimension name -> its one size, or None where it stays symbolic.
+        ranges: Dimension name -> (smallest, largest) size; the graph is exported at sizes within.
         module: What to export in its place: a form of it that takes its outputs as further inputs.
         device: Where the inputs are.
 
@@ -38,7 +44,7 @@ def exported_program(
     """
     tensors = cut.inputs if module is None else (*cut.inputs, *cut.outputs)
     dynamic = tuple(_dynamic(t, sizes) for t in tensors)
-    inputs = example_inputs(tensors, sizes, device)
+    inputs = example_inputs(tensors, sizes, ranges, device)
     try:
         with torch.no_grad(), quiet():
             source = _related_sizes(module or cut.module, tensors, sizes)
@@ -91,14 +97,17 @@ def _related_sizes(
 
 
 def example_inputs(
-    tensors: tuple[Tensor, ...], sizes: Mapping[str, int | None], device: str = "cpu"
+    tensors: tuple[Tensor, ...],
+    sizes: Mapping[str, int | None],
+    ranges: Mapping[str, tuple[int, int]],
+    device: str = "cpu",
 ) -> tuple[torch.Tensor, ...]:
     """Tensors of the contract at the sizes a graph is exported with.
 
     Never written or read, so the Taylor buffers, gigabytes of a full-size model, cost address space and no memory on
     the CPU.
     """
-    example = _example_sizes(sizes)
+    example = _example_sizes(sizes, ranges)
     return tuple(torch.empty(resolve(t.shape, example), dtype=getattr(torch, t.dtype), device=device) for t in tensors)
 
 
@@ -118,10 +127,13 @@ def size_of(entry: int | str, sizes: Mapping[str, int | None]) -> int | str:
     return evaluate(entry, fixed) if names(entry) <= fixed.keys() else entry
 
 
-def _example_sizes(sizes: Mapping[str, int | None]) -> dict[str, int]:
+def _example_sizes(sizes: Mapping[str, int | None], ranges: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     free = [name for name in ("steps", *sizes) if sizes.get(name) is None and name not in _EXAMPLE]
     spread = {name: 2 * _EXAMPLE_STEP + _EXAMPLE_STEP * k for k, name in enumerate(free, 1)}
-    return {**_EXAMPLE, **spread, **{n: s for n, s in sizes.items() if s is not None}}
+    fixed = {name: size for name, size in sizes.items() if size is not None}
+    wanted = {**_EXAMPLE, **spread, **fixed}
+    allowed = {name: ranges.get(name, (1, size)) for name, size in wanted.items()}
+    return {**example_sizes(allowed, wanted), **fixed}
 
 
 def _dynamic(tensor: Tensor, sizes: Mapping[str, int | None]) -> dict[int, Any]:

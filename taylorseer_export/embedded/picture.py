@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -126,6 +127,34 @@ def png(picture: np.ndarray, scale: int = 1) -> bytes:
     stream = io.BytesIO()
     _enlarged(picture, scale).save(stream, format="PNG")
     return stream.getvalue()
+
+
+def check_format(path: Path, option: str = "--out") -> None:
+    """Refuse a file whose extension is of no picture format that can be written here.
+
+    Raises:
+        ConfigError: Names the usual ones.
+    """
+    from PIL import Image
+
+    name = Image.registered_extensions().get(path.suffix.lower())
+    try:
+        if name is None:
+            raise ValueError(path.suffix or "no extension")
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), format=name)
+    except (OSError, ValueError, KeyError) as error:  # a format that is read alone, or whose library is missing
+        raise ConfigError(
+            f"{option} is {path}, expected a picture whose format can be written (.png, .jpg, .webp, ...), or "
+            "NAME.safetensors for latents; change the extension"
+        ) from error
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Write whole or not at all, in the format that the extension says."""
+    from PIL import Image
+
+    with replacing(path) as partial:
+        picture.save(partial, format=Image.registered_extensions()[path.suffix.lower()])
 
 
 def grid(

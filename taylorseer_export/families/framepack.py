@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from math import log
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, patches, replaced
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, patches, replaced
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
 
 # Frames of the past as the pipeline passes them: (argument, frames, the first of them in time); the new ones follow.
@@ -44,8 +44,10 @@ def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: in
     return {"frames": frames, **patches({"patch_size": _PATCH}, height, width)}
 
 
-def _masked(model: Any) -> AbstractContextManager[None]:
-    return replaced(model, forward=partial(_forward, model))
+@contextmanager
+def _masked(model: Any) -> Iterator[None]:
+    with expanded_masks(model), replaced(model, forward=partial(_forward, model)):
+        yield
 
 
 def _forward(model: Any, hidden_states: Any, timestep: Any, guidance: Any, return_dict: bool, **given: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, patches
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, patches
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -56,4 +56,5 @@ HUNYUAN_VIDEO = Family(
     pipeline=Pipeline(guidance_factor=1000.0, condition_share=0.001, ignored_inputs=("guidance",)),
     lora_loader="HunyuanVideoLoraLoaderMixin",
     variants={"i2v": {"guidance_scale": 1.0}},
+    patched=expanded_masks,
 )

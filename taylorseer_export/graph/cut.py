@@ -220,3 +220,21 @@ def weighted_sum(
 def cast(builder: Builder, value: fx.Node, seen: torch.dtype, wanted: torch.dtype) -> fx.Node:
     """The value in another dtype, where it is of one."""
     return value if seen == wanted else builder.graph.call_function(aten.to.dtype, (value, wanted))
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """dtype of a node of the trace: a model in half precision may keep its hidden state, or part of it, in float32."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def wider(one: fx.Node, other: fx.Node) -> torch.dtype:
+    """The type in which two nodes of the trace are added: that of both, or the one that torch promotes to."""
+    return torch.promote_types(dtype_of(one), dtype_of(other))
+
+
+def difference(builder: Builder, one: fx.Node, other: fx.Node) -> tuple[fx.Node, torch.dtype]:
+    """`one - other` of two nodes of the trace, and its dtype."""
+    wide = wider(one, other)
+    values = tuple(cast(builder, builder.copy(node), dtype_of(node), wide) for node in (one, other))
+    return builder.graph.call_function(aten.sub.Tensor, values), wide

@@ -40,7 +40,7 @@ def narrow(trace: Trace) -> None:
     """Move every row slice that stands behind a tap back onto that tap, in place."""
     graph = trace.module.graph
     taps = [n for n in graph.nodes if is_tap(n) and not _is_mark(n)]
-    inside = _upstream(taps)
+    inside = upstream(taps)
     for node in list(graph.nodes):
         if node.target is aten.slice.Tensor and _step(node) == 1:
             with graph.inserting_before(node):
@@ -70,7 +70,7 @@ def readers(trace: Trace, taps: Collection[fx.Node]) -> dict[fx.Node, set[fx.Nod
     return found
 
 
-def _upstream(targets: Iterable[fx.Node]) -> set[fx.Node]:
+def upstream(targets: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes that some target is computed from, and the targets."""
     seen: set[fx.Node] = set()
     stack = list(targets)

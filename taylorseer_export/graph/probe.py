@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
+from functools import reduce
 
 import torch
 from torch import fx
@@ -23,7 +24,7 @@ from torch import fx
 from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.bundle.shapes import names
 from taylorseer_export.graph.binding import Time
-from taylorseer_export.graph.cut import SUM, Builder, Cut, cast, weighted_sum
+from taylorseer_export.graph.cut import SUM, Builder, Cut, cast, difference, dtype_of, weighted_sum
 from taylorseer_export.graph.splitter import Splitter
 from taylorseer_export.graph.taps import FIRST_INPUT, FIRST_OUTPUT, STACK_INPUT
 from taylorseer_export.graph.trace import is_tap
@@ -107,8 +108,8 @@ class Prober:
     # One quantity ----------------------------------------------------------------------------------------------------
 
     def _quantity(self, builder: Builder, rule: Rule) -> fx.Node:
-        values = [builder.copy(node) for node in self._marks[rule]]
-        return values[0] if len(values) == 1 else builder.graph.call_function(aten.sub.Tensor, tuple(values))
+        marks = self._marks[rule]
+        return builder.copy(marks[0]) if len(marks) == 1 else difference(builder, *marks)[0]
 
     def _error(self, builder: Builder, rule: Rule, new: fx.Node) -> fx.Node:
         """`[batch, 2]` float32, the two means of every sample."""
@@ -128,9 +129,8 @@ class Prober:
             )
         )
         row = make(aten.unsqueeze.default, (weights, 0))
-        mark = self._marks[rule][0]
-        dtype = mark.meta["val"].dtype
-        expected = weighted_sum(builder, row, kept, dtype, SUM, mark)
+        dtype = self._dtype(rule)
+        expected = weighted_sum(builder, row, kept, dtype, SUM, self._marks[rule][0])
         seen = cast(builder, new, dtype, SUM)
         difference = make(aten.abs.default, (make(aten.sub.Tensor, (expected, seen)),))
         against = make(aten.abs.default, (seen if rule == "cg" else expected,))
@@ -143,8 +143,12 @@ class Prober:
     # Contracts -------------------------------------------------------------------------------------------------------
 
     def _snapshot(self, rule: Rule) -> Tensor:
-        node = self._marks[rule][0]
-        return self.splitter.tensor(f"probe_out.{rule}", node, "probe_out").model_copy(update={"rule": rule})
+        tensor = self.splitter.tensor(f"probe_out.{rule}", self._marks[rule][0], "probe_out")
+        return tensor.model_copy(update={"dtype": str(self._dtype(rule)).removeprefix("torch."), "rule": rule})
+
+    def _dtype(self, rule: Rule) -> torch.dtype:
+        """dtype of the quantity of a rule."""
+        return reduce(torch.promote_types, map(dtype_of, self._marks[rule]))
 
     def _error_tensor(self, rule: Rule) -> Tensor:
         return Tensor(name=f"error.{rule}", dtype="float32", shape=("batch", 2), role="error", rule=rule)

@@ -109,19 +109,13 @@ def check(model: nn.Module, proposal: Proposal) -> Split:
     """Trace and split the model with the proposal, at granularity `module`.
 
     Raises:
-        ExportError: It cannot be traced so; the message says why.
+        ExportError: It cannot be traced so, or its sites are not complete; the message says why.
     """
     logging.disable(logging.CRITICAL)  # torch.export also logs what it raises
     try:
         return split(trace(model, proposal.family(), torch.float32), "module", "snapshots", 1)
     finally:
         logging.disable(logging.NOTSET)
-
-
-def heavy(made: Split) -> list[str]:
-    """Operators in the forecast graph that a complete set of sites would have removed."""
-    found = made.forecast.operators()
-    return [op for op in ("scaled_dot_product_attention", "softmax", "gelu", "silu", "topk") if found[op]]
 
 
 def declaration(proposal: Proposal, name: str) -> str:

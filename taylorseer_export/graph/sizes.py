@@ -2,9 +2,13 @@
 
 Tracing leaves `(side**2)//side` where a square picture is cut into rows; a contract knows `+ - * //` and no powers. It
 leaves `(-rows)//2` where a table is cropped to its middle; Python rounds that down and ONNX rounds it up.
+
+And the sizes at which symbolic graphs are traced.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import sympy
 from sympy.printing.precedence import PRECEDENCE
@@ -22,9 +26,10 @@ def simplified(expression: sympy.Expr) -> sympy.Expr:
 def _quotient(division: sympy.Expr) -> sympy.Expr:
     above, below = division.args
     quotient = sympy.cancel(above / below)
-    if sympy.denom(quotient) == 1:
+    if sympy.together(quotient).as_numer_denom()[1] == 1:
         return quotient
-    if above.could_extract_minus_sign() and below.is_Integer and below > 0:
+    negative = all(term.could_extract_minus_sign() for term in sympy.Add.make_args(above))
+    if negative and below.is_Integer and below > 0:
         return -type(division)(below - 1 - above, below)
     return division
 
@@ -38,3 +43,22 @@ class _Written(StrPrinter):
 def written(expression: sympy.Expr) -> str:
     """The size as an entry of a shape: powers as products."""
     return str(_Written().doprint(expression))
+
+
+def example_sizes(ranges: Mapping[str, tuple[int, int]], wanted: Mapping[str, int]) -> dict[str, int]:
+    """One size for every dimension, drawn from its own range: tables of a model end where its range does.
+
+    That which is wanted, where it is in range; else one that is wanted of another dimension, or any. They differ as far
+    as the ranges allow, and are 0 or 1, which export would specialise, only where nothing else is allowed.
+
+    Args:
+        ranges: Dimension -> (smallest, largest).
+        wanted: The same dimensions -> the preferred size.
+    """
+    sizes: dict[str, int] = {}
+    for name, (low, high) in ranges.items():
+        least = min(max(low, 2), high)
+        others = range(least, min(high, least + len(ranges)) + 1)
+        choices = [size for size in (wanted[name], *wanted.values(), *others) if least <= size <= high]
+        sizes[name] = next((size for size in choices if size not in sizes.values()), choices[0])
+    return sizes

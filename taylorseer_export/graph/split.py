@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from taylorseer_export.graph.cut import Builder, Cut
+from taylorseer_export.graph.ensures import ensure
 from taylorseer_export.graph.narrow import narrow
 from taylorseer_export.graph.probe import Prober
 from taylorseer_export.graph.splitter import Splitter
@@ -64,7 +65,8 @@ def split(
         guards: The rules that the probe computes an error for; without any there is no probe.
 
     Raises:
-        ExportError: A size inside the graph cannot be computed from the inputs of a derived graph.
+        ExportError: A size inside the graph cannot be computed from the inputs of a derived graph, or the family's
+            sites are not complete: see `ensure`.
     """
     narrow(trace)
     parts = Splitter(trace, granularity, layout, order, state_dtype or trace.precision)
@@ -78,6 +80,7 @@ def split(
     tables = parts.tables(early, early_forecast, early_probe)
     full = parts.full(Builder(trace, "full"), early_full, tables)
     forecast, prepare = parts.forecast(early_forecast, tables), parts.prepare(early, tables)
-    if prober is None:
-        return Split(prepare, full, forecast, parts.sites)
-    return Split(prepare, full, forecast, parts.sites, prober.probe(tables), prober.rest(tables))
+    guarded = (prober.probe(tables), prober.rest(tables)) if prober else ()
+    made = Split(prepare, full, forecast, parts.sites, *guarded)
+    ensure(trace, made.graphs, late_forecast)
+    return made

@@ -4,6 +4,17 @@ A graph is the nodes of its binding time behind its outputs; what they read of e
 return, as request values or packed into the rows of tables. Nothing here knows a model: the cut points are taps, the
 binding times a dependency analysis, and whatever no output needs is never copied.
 
+    noise_pred ◂─ head ◂─ + ◂───────── + ◂── embedder ◂─ latent
+                          │ gate       │ gate
+                         cut          cut
+                          ▴            ▴
+                         MLP ◂─ … ─ attention ◂─ text
+
+    cut       what a forecast step takes from the Taylor buffers
+    late      what a step computes behind its targets: a full step all of it, a forecast step what stops at the cuts
+    early     the frontier of late: request and step values that it reads, which `prepare` returns
+    table     the early step values of one use, packed into one row
+
 Shapes: B batch, S steps, M = order + 1 entries of a Taylor buffer, W width of a table row.
 """
 
@@ -20,11 +31,11 @@ from torch import fx
 
 from taylorseer_export.bundle.manifest import Role, Shape, Tensor
 from taylorseer_export.graph.binding import Time, binding_times, is_size
-from taylorseer_export.graph.cut import SUM, Builder, Cut, StepBuilder, cast, weighted_sum
+from taylorseer_export.graph.cut import SUM, Builder, Cut, StepBuilder, cast, difference, dtype_of, weighted_sum, wider
 from taylorseer_export.graph.narrow import readers
 from taylorseer_export.graph.sizes import simplified, written
 from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT, tap_operator
-from taylorseer_export.graph.trace import Trace
+from taylorseer_export.graph.trace import Trace, module_paths
 from taylorseer_export.method import Granularity, Layout
 
 aten = torch.ops.aten
@@ -210,8 +221,7 @@ class Splitter:
 
     def _request_name(self, node: fx.Node) -> str:
         """A name from the module that computes the value, so that a reader of the contract can place it."""
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        path = str(stack[-1][0]).removeprefix("L['self'].").strip(".") if stack else ""
+        path = next(reversed(module_paths(node)), "")
         return f"request.{path}.{node.name}" if path else f"request.{node.name}"
 
     # Graphs --------------------------------------------------------------------------------------------------------
@@ -228,13 +238,13 @@ class Splitter:
         outputs = [(self.tensor("noise_pred", self.noise_pred, "noise_pred"), builder.copy(self.noise_pred))]
         scales = None
         for site, nodes in self.cuts.items():
-            value, made_in = builder.copy(nodes[0]), self.trace.precision
+            value, made_in = builder.copy(nodes[0]), dtype_of(nodes[0])
             for node in nodes[1:]:
                 value, made_in = cast(builder, value, made_in, SUM), SUM
-                more = cast(builder, builder.copy(node), self.trace.precision, SUM)
+                more = cast(builder, builder.copy(node), dtype_of(node), SUM)
                 value = builder.graph.call_function(aten.add.Tensor, (value, more))
             if self.base is not None:
-                value = builder.graph.call_function(aten.sub.Tensor, (value, builder.copy(self.base)))
+                value, made_in = difference(builder, nodes[0], self.base)
             shape = self.sites[site]
             if self.layout == "derivatives":
                 if scales is None and self.order > 0:
@@ -266,9 +276,14 @@ class Splitter:
         row = builder.graph.call_function(aten.unsqueeze.default, (weights, 0))
         for site, nodes in self.cuts.items():
             buffer = builder.placeholder(self._buffer(site, "taylor_in", self._kept(site)))
-            value = weighted_sum(builder, row, buffer, self.state_dtype, self.trace.precision, nodes[0])
-            if self.base is not None:
-                value = builder.graph.call_function(aten.add.Tensor, (builder.copy(self.base), value))
+            wanted = dtype_of(nodes[0])
+            if self.base is None:
+                value = weighted_sum(builder, row, buffer, self.state_dtype, wanted, nodes[0])
+            else:
+                wide = wider(nodes[0], self.base)
+                change = weighted_sum(builder, row, buffer, self.state_dtype, wide, nodes[0])
+                base = cast(builder, builder.copy(self.base), dtype_of(self.base), wide)
+                value = cast(builder, builder.graph.call_function(aten.add.Tensor, (base, change)), wide, wanted)
             builder.copies[nodes[0]] = value
         for nodes in self.cuts.values():
             for node in nodes[1:]:  # the first of a merged site brings the sum of all; adding the others is dropped
@@ -317,4 +332,4 @@ def _name(dtype: torch.dtype) -> Any:
 
 
 def _dtype_name(node: fx.Node) -> Any:
-    return _name(node.meta["val"].dtype)
+    return _name(dtype_of(node))

@@ -52,8 +52,13 @@ def tapped(model: nn.Module, family: Family) -> Iterator[tuple[str, ...]]:
         family: The declaration whose `sites` are matched against the module names.
 
     Raises:
-        ExportError: A site pattern matches no module, so nothing would be forecast.
+        ExportError: There is no site pattern, or one matches no module, so nothing would be forecast.
     """
+    if not family.sites:
+        raise ExportError(
+            f"family {family.name} has no `sites`, expected patterns of {type(model).__name__}'s attention and MLP "
+            "modules; see families/README.md"
+        )
     tap = tap_operator()
     modules = dict(model.named_modules())
     sites = []

@@ -17,16 +17,17 @@ import sympy
 import torch
 from torch import fx, nn
 
-from taylorseer_export.bundle.shapes import linear, resolve
+from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.families.family import Family, Input, replaced
 from taylorseer_export.graph.casts import explicit_casts
 from taylorseer_export.graph.rewrite import functional, plain
+from taylorseer_export.graph.sizes import example_sizes
 from taylorseer_export.graph.taps import tap_operator, tapped
 
 aten = torch.ops.aten
 
-# Sizes at which the symbolic trace is taken: small, distinct, and never 0 or 1, which export would specialise.
+# Sizes at which the symbolic trace is taken, where the family's ranges hold them: small and distinct.
 _EXAMPLE_SIZES = (2, 24, 5, 7, 11, 13, 17, 19)
 
 
@@ -70,6 +71,12 @@ def is_tap(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is tap_operator()
 
 
+def module_paths(node: fx.Node) -> list[str]:
+    """Paths of the modules around a node, the outermost first; the model itself is the empty one."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [str(path).removeprefix("L['self'].").strip(".") for path, _ in stack]
+
+
 def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     """Trace `model` once with the family's taps.
 
@@ -83,10 +90,12 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     """
     inputs = family.inputs(model.config)  # type: ignore[arg-type]
     declared = family.dimensions(model.config)  # type: ignore[arg-type]
-    sizes = dict(zip(declared, _EXAMPLE_SIZES, strict=False))
-    dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in declared.items()}
+    sizes = example_sizes(declared, dict(zip(declared, _EXAMPLE_SIZES, strict=False)))
+    dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in declared.items() if low < high}
     example = {i.name: example_tensor(i, sizes, precision) for i in inputs}
-    dynamic = {i.name: {k: dimension(s, dims) for k, s in enumerate(i.shape) if isinstance(s, str)} for i in inputs}
+    dynamic = {
+        i.name: {k: dimension(str(s), dims) for k, s in enumerate(i.shape) if names(s) & dims.keys()} for i in inputs
+    }
     with tapped(model, family) as sites, _called(model, family, inputs), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pytree deprecations inside torch.export, not ours to mend
         try:
@@ -103,15 +112,15 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     plain(module.graph)
     eliminate_dead(module.graph)
     explicit_casts(module.graph)
-    names = {
+    symbols = {
         symbol: linear(entry)[0]
         for spec in inputs
         for size, entry in zip(_placeholder(module.graph, spec.name).meta["val"].shape, spec.shape, strict=True)
-        if isinstance(entry, str)
+        if isinstance(size, torch.SymInt)
         for symbol in size.node.expr.free_symbols
     }
     weights = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    return Trace(module, inputs, sites, names, sizes, precision, _fold_constants(module, weights))
+    return Trace(module, inputs, sites, symbols, sizes, precision, _fold_constants(module, weights))
 
 
 def dimension(entry: str, dims: Mapping[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from taylorseer_export.errors import ConfigError
@@ -58,13 +59,15 @@ class Guard:
 
     def __post_init__(self) -> None:
         check_rule(self.rule)
-        if not 0 < self.threshold < math.inf:
+        if not isinstance(self.threshold, Real) or not 0 < self.threshold < math.inf:
             raise ConfigError(
                 f"threshold is {self.threshold}, expected a number above 0 (dimensionless); begin with 0.1, or let "
                 "`taylorseer-export calibrate` find it"
             )
-        if self.cap is not None and self.cap < 1:
-            raise ConfigError(f"cap is {self.cap}, expected at least 1 (forecast steps in a row); raise it")
+        if self.cap is not None and (not isinstance(self.cap, Integral) or self.cap < 1):
+            raise ConfigError(
+                f"cap is {self.cap}, expected a whole number, at least 1 (forecast steps in a row); correct it"
+            )
         if self.order is not None:
             if self.rule != "cg":
                 raise ConfigError(f"order is given for guard `{self.rule}`, expected it for `cg` alone; leave it out")

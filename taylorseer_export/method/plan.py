@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Literal, get_args
 
 from taylorseer_export.errors import ConfigError
@@ -32,6 +33,8 @@ class Plan:
     text: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise ConfigError(f"plan is {self.text!r}, expected text of one `F` or `.` per step, such as `FFF....F`")
         if not self.text:
             raise ConfigError("plan is empty, expected one `F` or `.` per step; write a plan such as `FFF....F`")
         for step, kind in enumerate(self.text):
@@ -79,8 +82,8 @@ class Plan:
             Liu et al. 2025, arXiv:2503.06923; `diffusers` as in its TaylorSeer cache hook.
         """
         for name, value in (("steps", steps), ("interval", interval), ("warmup", warmup)):
-            if value < 1:
-                raise ConfigError(f"{name} is {value}, expected at least 1 (steps); raise it")
+            if not isinstance(value, Integral) or value < 1:
+                raise ConfigError(f"{name} is {value}, expected a whole number, at least 1 (steps); raise it")
         if dialect not in get_args(Dialect):
             known = ", ".join(f"`{name}`" for name in get_args(Dialect))
             raise ConfigError(f"dialect is `{dialect[:64]}`, expected one of {known}; use `original` for the paper's")

@@ -17,6 +17,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from math import factorial, fsum, prod
+from numbers import Integral
 from typing import Literal, get_args
 
 from taylorseer_export.errors import ConfigError
@@ -184,9 +185,10 @@ def check_form(form: str) -> Form:
 
 def check_order(order: int) -> None:
     """Refuse an order that is not 0 to 4 with a `ConfigError`."""
-    if not hasattr(order, "__index__") or not 0 <= order <= HIGHEST_ORDER:
+    if not isinstance(order, Integral) or not 0 <= order <= HIGHEST_ORDER:
         raise ConfigError(
-            f"order is {order}, expected 0 to {HIGHEST_ORDER} (dimensionless); pass --order 2 or another of these"
+            f"order is {order}, expected a whole number, 0 to {HIGHEST_ORDER} (dimensionless); pass "
+            "--order 2 or another of these"
         )
 
 

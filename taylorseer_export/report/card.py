@@ -6,7 +6,7 @@ import textwrap
 
 from taylorseer_export.bundle.manifest import GraphName, Manifest, Tensor
 from taylorseer_export.bundle.memory import probe_bytes, size, state_bytes, table_bytes
-from taylorseer_export.method import Plan, forecast_weights, gain
+from taylorseer_export.method import Forecasts, Plan, forecast_weights, gain
 
 _WIDTH = 118  # columns
 _WHEN: dict[GraphName, str] = {
@@ -32,7 +32,7 @@ def card(manifest: Manifest) -> str:
         f"  plan       {plan}",
         f"             {len(plan)} steps, {len(plan.full_steps)} full: speed-up at most {plan.ceiling:.2f}x"
         f" (interval {manifest.plan.interval}, warmup {manifest.plan.warmup}, order {manifest.plan.order},"
-        f" {manifest.plan.dialect} dialect, gain up to {highest_gain(plan, manifest.plan.order):.1f})",
+        f" {manifest.plan.dialect} dialect, gain up to {highest_gain(Forecasts(plan, manifest.plan.order)):.1f})",
     ]
     for name, when in _WHEN.items():
         if name not in manifest.graphs:
@@ -66,12 +66,13 @@ def orders(manifest: Manifest) -> str:
     """State per slot and highest gain of the default plan, for every order that this model could be exported with."""
     sizes = {name: d.typical for name, d in manifest.dimensions.items()}
     entry, plan = state_bytes(manifest, sizes) // (manifest.state.order + 1), Plan.parse(manifest.plan.text)
-    cells = [f"{k}: {size(entry * (k + 1))}, gain {highest_gain(plan, k):.1f}" for k in range(5)]
+    cells = [f"{k}: {size(entry * (k + 1))}, gain {highest_gain(Forecasts(plan, k)):.1f}" for k in range(5)]
     return f"  orders     {'; '.join(cells[:3])};\n             {'; '.join(cells[3:])} (state per slot if exported so)"
 
 
-def highest_gain(plan: Plan, order: int) -> float:
-    """Largest noise amplification of the forecast steps of a plan, dimensionless; 1 without any."""
+def highest_gain(forecasts: Forecasts) -> float:
+    """Largest noise amplification of the forecast steps, in the paper's form, dimensionless; 1 without any."""
+    plan, order = forecasts.plan, forecasts.order
     steps = (step for step in range(len(plan)) if not plan.is_full(step))
     return max((gain(forecast_weights(plan.history(step, order), step, order)) for step in steps), default=1.0)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from taylorseer_export.bundle.memory import kept_by_probe, role_bytes
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.method.forecasts import GRANULARITIES, LAYOUTS, Granularity, Layout
+from taylorseer_export.method.forecasts import GRANULARITIES, LAYOUTS, Forecasts, Granularity, Layout
 from taylorseer_export.report.card import highest_gain
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def choices(traced: Traced, options: Options) -> tuple[Choice, ...]:
     from taylorseer_export.compile.export import draft
 
     plan = options.plan()
-    gains = [highest_gain(plan, order) for order in range(options.order + 1)]
+    gains = [highest_gain(Forecasts(plan, order)) for order in range(options.order + 1)]
     rows = []
     for granularity in GRANULARITIES:
         made = draft(traced, replace(options, granularity=granularity, layout="snapshots"))

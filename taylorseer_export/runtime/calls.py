@@ -67,7 +67,7 @@ class Context(NamedTuple):
     """What `cache_context` says: the name of the branch, and at which step the pipeline's loop is, if it says so."""
 
     name: str
-    step: int | None = None
+    step_index: int | None = None
 
 
 class TransformerCall(NamedTuple):
@@ -204,7 +204,7 @@ class LoopState:
             self.direction = float(np.sign(call.timestep - self.last))
         self.step += 1
         self.last = call.timestep
-        self.said = call.context.step if call.context is not None else None
+        self.said = call.context.step_index if call.context is not None else None
         self.ran, self.decided = set(), None
 
     def warn_if_short(self) -> None:
@@ -236,7 +236,7 @@ class LoopState:
             return False
         if not self.place(call)[1]:
             return True
-        said = call.context.step if call.context is not None else None
+        said = call.context.step_index if call.context is not None else None
         if said is not None and self.said is not None:
             return said >= max(self.said, 1)
         move = np.sign(call.timestep - self.last)

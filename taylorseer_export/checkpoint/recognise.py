@@ -1,0 +1,58 @@
+"""Which family a checkpoint is of, by the class in its config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from taylorseer_export.checkpoint.files import read_json
+from taylorseer_export.errors import CheckpointError
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.families.family import Family
+
+
+def family_of(reference: str) -> Family:
+    """The family whose model class the config of a checkpoint names.
+
+    Of several families of one class (a base model and its editing variant) it is the one whose own word stands in
+    the reference (`kontext` for `flux-kontext`), else the one with the shortest name.
+
+    Args:
+        reference: A diffusers folder, of a pipeline or of its transformer, or a hub id.
+
+    Raises:
+        CheckpointError: There is no config, or no family has its class; says how to name the family.
+    """
+    path = _config(reference)
+    entries = read_json(path)
+    name = str(entries.get("_class_name"))
+    found = sorted((f for f in FAMILIES.values() if f.model_class == name), key=lambda family: len(family.name))
+    if not found:
+        known = ", ".join(sorted({family.model_class for family in FAMILIES.values()}))
+        raise CheckpointError(
+            f"{path} is of class {name}, expected one that a family declares ({known}); pass family=NAME for "
+            "weights of another layout, or propose a declaration with `taylorseer-export taps`"
+        )
+    base = found[0].name
+    own = [f for f in found[1:] if f.name.removeprefix(base).strip("-") in reference.lower()]
+    return own[0] if own else found[0]
+
+
+def _config(reference: str) -> Path:
+    folder = Path(reference).expanduser()
+    for path in (folder / "transformer" / "config.json", folder / "config.json"):
+        if path.is_file():
+            return path
+    if folder.exists() or reference.count("/") != 1 or reference.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{reference} has no config that names a model class, expected a diffusers folder or a hub id; pass "
+            "family=NAME with it"
+        )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(reference, "transformer/config.json"))
+    except Exception as error:
+        raise CheckpointError(
+            f"hub id {reference} could not be fetched ({type(error).__name__}), expected a repository you can reach; "
+            "log in with `hf auth login`, or download it and pass the folder"
+        ) from error

@@ -1,0 +1,90 @@
+"""Export from Python: what `taylorseer-export FAMILY` does, as one function."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from taylorseer_export.bundle.manifest import BUNDLE_NAME
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.checkpoint.recognise import family_of
+from taylorseer_export.compile.engines import Progress
+from taylorseer_export.compile.export import Options, check_options, draft, write_bundle
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.families import family_named
+
+
+def export(
+    model: str | Path | None = None,
+    *,
+    family: str | None = None,
+    out: str | Path = "engines",
+    name: str | None = None,
+    variant: str | None = None,
+    config: str | None = None,
+    loras: Sequence[str] = (),
+    progress: Progress | None = None,
+    **options: Any,
+) -> Path:
+    """Export a model as a bundle of engines.
+
+        folder = tse.export("black-forest-labs/FLUX.1-dev", order=2, engine="onnxruntime", out="engines/")
+        denoiser = tse.load(folder)
+
+    Args:
+        model: A diffusers folder, hub id or safetensors file; the tiny model embedded for `family` if left out.
+        family: Name of the family; found by the class in the model's config if left out.
+        out: Folder that gets `<family>-<name>/`.
+        name: Name of the bundle; the model's if left out.
+        variant, config, loras: Which weights, their config, and what is added to them, as on the command line.
+        progress: Called with (stage, done, total); bytes for weights, a count for graphs.
+        options: Fields of `Options` by name (`order`, `interval`, `warmup`, `steps`, `granularity`, `layout`, `engine`,
+            `precision`, `latent_size`, `batch`, `guards`, ...); the family's defaults where left out.
+
+    Returns:
+        The folder of the bundle, for `tse.load`.
+
+    Raises:
+        ConfigError: An option is unknown, out of range, or neither model nor family is given.
+        CheckpointError, ExportError, BuildError, BundleError: See the parts.
+    """
+    known = [field.name for field in fields(Options)]
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"option is `{option}`, expected one of {', '.join(known)}; correct the name")
+    if model is None and family is None:
+        raise ConfigError("neither model nor family is given, expected one; pass a checkpoint, or the name of a family")
+    reference = None if model is None else str(model)
+    declared = family_named(family) if family is not None else family_of(str(reference))
+    checkpoint = open_checkpoint(reference, declared, variant, config, loras)
+    default = checkpoint.family.defaults
+    asked = Options(
+        **{
+            "order": default.order,
+            "interval": default.interval,
+            "warmup": default.warmup,
+            "steps": default.steps,
+            **options,
+        }
+    )
+    check_options(asked)
+    return write_bundle(draft(checkpoint, asked), Path(out), bundle_name(reference, name), progress)
+
+
+def bundle_name(reference: str | None, name: str | None = None) -> str:
+    """Name of a bundle: the one given, else the last part of the path or hub id; `tiny` for the embedded model.
+
+    Raises:
+        ConfigError: The name given is no plain file name.
+    """
+    path = Path((reference or "tiny").rstrip("/").removesuffix(".safetensors").removesuffix(".json"))
+    found = name or re.sub(r"[^a-z0-9._+-]+", "-", path.name.lower()).lstrip("._+-")[:100] or "model"
+    if not re.fullmatch(BUNDLE_NAME, found):
+        raise ConfigError(
+            f"--name is {found!r}, expected letters, digits and . _ + -, at most 100, a letter or digit first; choose "
+            "such a name"
+        )
+    return found

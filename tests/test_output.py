@@ -1,0 +1,195 @@
+"""Where results go, and the values that requests are made of: what cannot work is one sentence, before any work."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import taylorseer_export as tse
+from taylorseer_export import cli
+from taylorseer_export.commands.terminal import check_out
+from taylorseer_export.embedded.picture import grid, write_picture
+from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
+
+
+def refusal(capsys, *arguments):
+    """The sentence of a refused command."""
+    assert cli.main([str(a) for a in arguments]) == 2
+    text = capsys.readouterr().err
+    assert len(text.splitlines()) == 1 and "Traceback" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("noextension", "expected a picture whose format can be written"),
+        ("x.webp.gz", "expected a picture whose format can be written"),
+        ("x.psd", "expected a picture whose format can be written"),  # read by Pillow, never written
+        ("", "is a folder, expected a file to write; name a file in it"),
+        ("no/such/x.png", "is missing, expected it for x.png; create it"),
+        ("/dev/full", "is no regular file"),
+        ("/dev/null", "is no regular file"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "client"])
+def test_a_picture_that_could_not_be_written_is_refused_before_anything_is_opened(
+    command, name, expected, tmp_path, capsys
+):
+    """The bundle and the server do not exist: had they been asked first, the sentence would be about them."""
+    out = tmp_path / name
+    said = refusal(capsys, command, tmp_path / "no-bundle", "--out", out)
+    assert expected in said
+
+
+def test_the_other_commands_check_their_files_first(tmp_path, capsys):
+    said = refusal(capsys, "replay", tmp_path / "none", "--inputs", tmp_path / "in.safetensors", "--outputs", tmp_path)
+    assert "--outputs" in said and "is a folder" in said
+
+
+def test_a_folder_that_is_closed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match=r"is not writable, expected it for x\.png; choose another one"):
+        check_out(tmp_path / "x.png")
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
+    made = grid([[np.zeros((4, 4, 3), np.uint8)]])
+    (tmp_path / "x.png").write_bytes(b"before")
+    made.save = lambda path, format: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        write_picture(tmp_path / "x.png", made)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x.png", b"before")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--seed", 2**64], f"expected a whole number, 0 to {2**63 - 1}"),
+        (["--seed", 2**63], f"expected a whole number, 0 to {2**63 - 1}"),
+        (["--seed", -1], f"expected a whole number, 0 to {2**63 - 1}"),
+        (["--threads", 10**10], "expected a whole number, 0 to 1024"),
+        (["--size", f"{10**12}x4"], "expected HxW, like 1024x1024, or FxHxW for a video, sides below 1000000"),
+        (["--size", "²x4"], "expected HxW"),  # a digit to str.isdigit and none to int
+        (["--size", "0x4"], "expected HxW"),
+        (["--label", 10**30], "expected a whole number, 0 to 2147483647"),
+        (["--label", "9" * 5000], "expected a whole number, 0 to 2147483647"),
+        (["--cap", 2**40], "expected a whole number, 1 to 2147483647"),
+        (["--guidance-scale", "nan"], "expected a finite number"),
+        (["--guidance-scale", "1e999"], "expected a finite number"),
+    ],
+)
+def test_numbers_that_nothing_can_hold_are_refused(arguments, expected, tmp_path, capsys):
+    assert expected in refusal(capsys, "run", tmp_path / "none", *arguments)
+
+
+def test_a_video_size_is_no_size_of_a_served_picture(tmp_path, capsys):
+    said = refusal(capsys, "client", "m", "--size", "4x32x32", "--out", tmp_path / "x.png")
+    assert "--size is 4x32x32, expected HxW for a picture" in said
+
+
+def test_what_does_not_fit_into_memory_is_one_sentence(tmp_path, capsys, monkeypatch):
+    def starve(*_):
+        raise MemoryError("Unable to allocate 1.00 TiB")
+
+    monkeypatch.setattr("taylorseer_export.commands.inspect.run", starve)
+    assert "memory is not enough for what was asked (Unable to allocate 1.00 TiB)" in refusal(
+        capsys, "inspect", tmp_path
+    )
+
+
+@pytest.mark.parametrize("kind", [ConfigError, lambda text: ServeError(text, "INTERNAL")])
+def test_an_error_is_one_printable_line_whatever_it_quotes(kind):
+    """A name can neither forge a second line nor send escape codes to the terminal."""
+    hostile = "bundle a\nb\r\x1b[31m\u202ec\x00 is missing"
+    shown = str(kind(hostile))
+    assert shown.isprintable() and "a b" in shown and "\\x1b[31m" in shown and "\\u202e" in shown
+    assert str(kind("plain – sentence `x`; fix")) == "plain – sentence `x`; fix"
+
+
+def test_an_error_survives_a_pickle():
+    error = pickle.loads(pickle.dumps(ConfigError("a is b; c")))
+    assert type(error) is ConfigError and str(error) == "a is b; c"
+
+
+def test_a_hostile_file_name_is_shown_escaped(tmp_path, capsys):
+    assert "\\x1b[31m" in refusal(capsys, "inspect", tmp_path / "\x1b[31mred\nline")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: tse.forecast_weights((0, 1), 2, order=1.5),
+        lambda: tse.Plan.regular(10, 1.5, 1),
+        lambda: tse.Plan.regular(10, 2, "3"),
+        lambda: tse.Guard("cg", 0.1, order=1.5),
+        lambda: tse.Guard("cg", 0.1, cap=1.5),
+        lambda: tse.Guard("cg", "0.1"),
+        lambda: tse.Plan(5),
+    ],
+)
+def test_numbers_of_another_kind_are_refused_in_python_too(call):
+    with pytest.raises(ConfigError, match="expected"):
+        call()
+
+
+def test_numpy_numbers_are_numbers():
+    assert tse.forecast_weights((0, 1), 2, order=np.int64(1)) == (-1.0, 2.0)
+    assert str(tse.Plan.regular(np.int64(3), np.int32(2), np.int64(1))) == "F.F"
+
+
+# The package from Python
+
+
+def test_the_public_names_can_be_seen_and_are_there():
+    assert {*tse.__all__, "__version__"} <= set(dir(tse))
+    assert all(getattr(tse, name) is not None for name in tse.__all__)
+    assert tse.__version__[0].isdigit()
+    with pytest.raises(AttributeError, match="has no attribute `nothing`"):
+        tse.nothing  # noqa: B018
+
+
+def test_an_editor_and_mypy_see_the_types(tmp_path):
+    (tmp_path / "user.py").write_text(
+        "import taylorseer_export as tse\nreveal_type(tse.load)\nreveal_type(tse.Plan.regular(4, 2, 1))\n"
+        "reveal_type(tse.export)\nreveal_type(tse.__version__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-incremental", "--follow-imports=silent", str(tmp_path / "user.py")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Denoiser" in done.stdout and "plan.Plan" in done.stdout and "Path" in done.stdout, done.stdout
+    assert "Any" not in done.stdout.replace("**options: Any", "") and done.stdout.count("builtins.str") >= 1
+
+
+def test_the_module_is_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "taylorseer_export", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, tse.__version__)
+
+
+def test_export_from_python_is_the_export_of_the_command_line(tmp_path):
+    """Bundles of both differ in no byte of the graphs and weights."""
+    folder = tse.export(family="dit", order=1, out=tmp_path / "python")
+    assert cli.main(["dit", "--order", "1", "--out", str(tmp_path / "command")]) == 0
+    other = tmp_path / "command" / folder.name
+    assert {p.name for p in folder.iterdir()} == {p.name for p in other.iterdir()}
+    for path in folder.glob("*"):
+        assert path.read_bytes() == (other / path.name).read_bytes(), path.name
+    with tse.load(folder, check=False) as denoiser:
+        assert denoiser.manifest.state.order == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: tse.export(), "neither model nor family is given"),
+        (lambda: tse.export(family="dit", ordr=1), "option is `ordr`, expected one of order"),
+        (lambda: tse.export("/no/such/folder"), "has no config that names a model class"),
+        (lambda: tse.export(family="ditt"), "did you mean `dit`"),
+    ],
+)
+def test_export_from_python_refuses_in_one_sentence(call, expected):
+    with pytest.raises(TaylorSeerError, match=expected):
+        call()

@@ -1,0 +1,48 @@
+"""Half precision: every combination that the command line offers drafts and exports, for every family.
+
+What half precision adds to an export is one condition, that no operator mixes float types. A split checks it for every
+graph (`graph/ensures.py`) and takes a fifth of a second; exporting all of them again would take half an hour. So all
+are split, and of each family those graphs are exported again that differ by granularity.
+"""
+
+from itertools import product
+
+import pytest
+from conftest import MODELS
+
+from taylorseer_export.compile import export
+from taylorseer_export.compile.program import exported_program, mixed_types
+from taylorseer_export.families import FAMILIES
+
+NAMES = [*{family: name for name, (family, *_) in reversed(MODELS.items())}.values()]  # one model of each family
+GRANULARITIES = ("module", "residual", "last")
+OPTIONS = {"order": 1, "interval": 4, "warmup": 2, "engine": "inductor"}
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_combination_drafts(traced, name, precision):
+    every = product(GRANULARITIES, ("snapshots", "derivatives"), ((), ("cg", "fbcache", "teacache")))
+    for granularity, layout, guards in every:
+        chosen = export.Options(**OPTIONS, precision=precision, granularity=granularity, layout=layout, guards=guards)
+        made = export.draft(traced(name, chosen), chosen)
+        assert [cut.name for cut in made.split.graphs][3:] == (["probe", "rest"] if guards else [])
+        state = {t.dtype for cut in made.split.graphs for t in cut.inputs if t.role == "taylor_in"}
+        assert state == {str(export.PRECISIONS[precision]).removeprefix("torch.")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forecasts_export_again(traced, name):
+    """And with them the full graph of Wan, which hands its final norm a hidden state in float32."""
+    for granularity in GRANULARITIES:
+        chosen = export.Options(**OPTIONS, precision="bf16", granularity=granularity, layout="derivatives")
+        made = export.draft(traced(name, chosen), chosen)
+        for cut in made.split.graphs:
+            if cut.name == "forecast" or (name == "wan" and cut.name == "full" and granularity != "module"):
+                program = exported_program(cut, {**made.sizes, "steps": None}, made.ranges())
+                assert mixed_types(program) == []
+
+
+def test_every_family_is_tried():
+    assert {MODELS[name][0] for name in NAMES} == FAMILIES.keys()

@@ -75,7 +75,15 @@ HEAVY: dict[str, frozenset[str]] = {
 
 # Where torch may be imported at the top of a file; on the run side it is imported inside the function that needs it.
 TORCH_AT_THE_TOP = frozenset(
-    {"checkpoint", "graph", "compile", "report/verify.py", "report/polygraphy.py", "runtime/dropin.py"}
+    {
+        "checkpoint",
+        "graph",
+        "compile",
+        "report/verify.py",
+        "report/polygraphy.py",
+        "runtime/dropin.py",
+        "runtime/engine_module.py",
+    }
 )
 
 # The folders that may name a model family or its class: everywhere else what is so of a family is data.

@@ -25,7 +25,7 @@ from taylorseer_export.bundle.schedulers import SCHEDULERS
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.errors import BundleError, TaylorSeerError
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime import inductor as inductor_runner
 from taylorseer_export.runtime import onnxruntime as onnxruntime_runner
 from taylorseer_export.runtime.check import random_constants
@@ -78,7 +78,7 @@ def prediction(denoiser, inputs=None) -> np.ndarray:
     """`[S, ...]` of three steps."""
     latents, constants = inputs or inputs_for(denoiser)
     slot = denoiser.slot(denoiser.sizes(latents.shape, constants))
-    slot.start(constants, Plan("FF."), 1, timesteps=np.linspace(0.9, 0.3, 3, dtype=np.float32))
+    slot.start(constants, Forecasts(Plan("FF."), 1), np.linspace(0.9, 0.3, 3, dtype=np.float32))
     return np.stack([slot.step(latents) for _ in range(3)])
 
 

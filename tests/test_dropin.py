@@ -2,6 +2,7 @@
 
 # Shapes: S steps, B batch
 
+import asyncio
 import copy
 import gc
 import pickle
@@ -15,7 +16,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from diffusers import FluxPipeline, HeunDiscreteScheduler
+from diffusers import (
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from harness import FLOAT32, Tiny, allowed, eager_denoiser
 from tiny_models import dit_inputs, flux_inputs, tiny_dit
@@ -26,6 +33,8 @@ from taylorseer_export.compile import export
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.method import Plan
+from taylorseer_export.runtime.callers import likeness
+from taylorseer_export.runtime.calls import Seen
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.slot import Slot
 
@@ -215,9 +224,10 @@ def test_a_plan_is_lengthened_and_not_changed(cases, loop, plan):
     transformer, latents, timestep, conditioning = loop
     with transformer.request(plan="FF."):
         call(transformer, latents[0], timestep[0], conditioning)
-        slot = transformer._loop.slots["0"]
+        slot = transformer._callers.here.loop.slots["0"]
         with pytest.raises(StepError, match=rf"plan is {plan}, expected one that begins with FF\.; lengthen the plan"):
             slot.extend(Plan(plan))
+        run(transformer, latents[1:3], timestep[1:3], conditioning)
 
 
 def test_an_explicit_plan(cases):
@@ -364,16 +374,23 @@ def test_two_pipelines_share_a_denoiser(cases):
     assert all(torch.equal(latents, expected[1]) for latents in between)
 
 
+def idle(transformer):
+    """The slots that wait for a loop, of one at most."""
+    sets = transformer._callers.idle
+    assert len(sets) <= 1
+    return [slot for _, slots in sets for slot in slots.values()]
+
+
 def test_a_new_size_has_a_new_slot_and_the_old_one_is_freed(cases, flux):
     pipe, transformer = flux
     paint(pipe, negative_prompt="dog", true_cfg_scale=2.0)
-    old = [weakref.ref(slot) for slot in transformer._loop.slots.values()]
+    old = [weakref.ref(slot) for slot in idle(transformer)]
     paint(pipe, negative_prompt="dog", true_cfg_scale=2.0, seed=1)
-    assert [ref() for ref in old] == list(transformer._loop.slots.values())  # used again
+    assert [ref() for ref in old] == idle(transformer)  # used again
     for options in ({"size": 20}, {"num_images_per_prompt": 2}, {"prompt": ["cat", "dog", "cow"]}):
         painted = paint(pipe, **options)
         assert [ref() for ref in old] == [None] * len(old)
-        old = [weakref.ref(slot) for slot in transformer._loop.slots.values()]
+        old = [weakref.ref(slot) for slot in idle(transformer)]
         fresh, _ = piped(cases("flux"))
         assert torch.equal(painted, paint(fresh, **options))
 
@@ -651,7 +668,7 @@ def test_a_pipeline_loaded_without_a_transformer(cases, flux, tmp_path):
 
 
 def test_a_lora_comes_too_late(flux):
-    with pytest.raises(ConfigError, match=r"a LoRA was loaded into a compiled.*export again with --lora FILE"):
+    with pytest.raises(ConfigError, match=r"load_lora_adapter is called on a compiled.*export again with --lora FILE"):
         flux[1].load_lora_adapter({})
 
 
@@ -669,20 +686,94 @@ def test_torch_compile_runs_it_as_it_is(flux, options):
     expected = paint(pipe)
     pipe.transformer = torch.compile(transformer, **options)
     assert torch.equal(paint(pipe), expected)
+    assert transformer.executed == {"cond": "FF..F"}
     assert (pipe.transformer.dtype, pipe.transformer.config) == (transformer.dtype, transformer.config)
 
 
-def test_compiling_in_place_changes_nothing(flux):
+def test_compiling_in_place_changes_nothing(flux, capsys):
     pipe, transformer = flux
     expected = paint(pipe)
-    transformer.compile(fullgraph=True)
-    transformer.compile_repeated_blocks(fullgraph=True)
+    for _ in range(2):
+        transformer.compile(fullgraph=True)
+        transformer.compile_repeated_blocks(fullgraph=True)
     assert torch.equal(paint(pipe), expected)
+    said = "{} has no effect on a transformer of engines, which are compiled already\n"
+    assert capsys.readouterr().err == said.format("compile") + said.format("compile_repeated_blocks")
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_what_is_about_speed_and_memory_alone_has_no_effect(flux, pipeline):
+    pipe, transformer = flux
+    expected = paint(pipe)
+    transformer.fuse_qkv_projections()
+    transformer.set_attention_backend("native")
+    offload = {"onload_device": torch.device("cpu"), "offload_type": "leaf_level"}
+    (pipe if pipeline else transformer).enable_group_offload(**offload)
+    if not pipeline:  # what enable_sequential_cpu_offload does to every part
+        accelerate.cpu_offload(transformer, torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(paint(pipe), expected)
+    assert (transformer.dtype, transformer.device) == (FLOAT32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("enable_cache", "expected the plan of the bundle alone, which is a cache already"),
+        ("enable_layerwise_casting", "expected the precision of the bundle; export again with another --precision"),
+        ("set_attn_processor", "expected the attention that was traced"),
+        ("set_adapters", "expected it in the weights at export; export again with --lora FILE"),
+        ("save_pretrained", "expected its bundle, which is saved already"),
+    ],
+)
+def test_what_would_change_the_numbers_is_refused(flux, name, text):
+    with pytest.raises(ConfigError, match=f"{name} is called on a compiled transformer, {text}"):
+        getattr(flux[1], name)("anything")
+
+
+def test_a_name_that_no_model_has_is_no_method(flux):
+    assert not hasattr(flux[1], "enable_anything")
+
+
+def shifted(pipe, mu):
+    """The pipeline with the timesteps of a large picture, whatever its size."""
+    shift = {"base_shift": mu, "max_shift": mu, "use_dynamic_shifting": True}
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(**shift)
+    return pipe
+
+
+@pytest.mark.parametrize(("mu", "steps"), [(3.23, 28), (3.23, 50), (5.0, 12)])
+@pytest.mark.parametrize("options", [{}, {"negative_prompt": "dog", "true_cfg_scale": 2.0}])
+def test_a_plan_is_executed_where_bfloat16_rounds_the_timesteps(cases, mu, steps, options):
+    """As of FLUX at 2048 x 2048; a second picture from the same tensors is a loop of its own."""
+    plan = "FF" + "." * (steps - 3) + "F"
+    pipe, transformer = piped(cases("flux"), plan=plan)
+    shifted(pipe, mu).to(torch.bfloat16)
+    clock = Recorder(transformer).calls
+    given = {
+        name: pipe.encode_prompt("cat", "cat")[k] for k, name in enumerate(("prompt_embeds", "pooled_prompt_embeds"))
+    }
+    for seed in (0, 1):
+        paint(pipe, seed, steps, prompt=None, **given, **options)
+        assert set(transformer.executed.values()) == {plan}
+        assert len(transformer.executed) == (2 if options else 1)
+    first, second = (float(t[0]) for _, t, _, _ in clock["cond"][:2])
+    assert first == second or steps == 12
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, EulerAncestralDiscreteScheduler, PNDMScheduler])
+def test_a_plan_is_executed_under_any_scheduler(cases, scheduler):
+    calls = {HeunDiscreteScheduler: 9, PNDMScheduler: 14}.get(scheduler, 5)
+    plan = "F." * (calls // 2) + "F" * (calls % 2)
+    pipe, transformer = piped(cases("dit"), dit_pipeline, plan=plan)
+    pipe.scheduler = scheduler()
+    for seed in (0, 1):
+        paint(pipe, seed)
+        assert transformer.executed == {"0": plan}
 
 
 @pytest.mark.parametrize("copy_of", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_copies_are_refused(flux, copy_of):
-    with pytest.raises(ConfigError, match=r"a compiled transformer is (copied|pickled or copied), expected its"):
+    with pytest.raises(ConfigError, match="a transformer of engines is copied or pickled, expected its bundle in its"):
         copy_of(flux[1])
 
 
@@ -703,9 +794,7 @@ def test_threads_share_a_drop_in(cases, loop):
             seen[k].append(call(transformer, x, t, both[k]))
         executed[k] = transformer.executed
 
-    workers = [threading.Thread(target=work, args=(k,)) for k in range(2)]
-    [worker.start() for worker in workers]
-    [worker.join() for worker in workers]
+    in_threads(2, work)
     assert executed == {0: {"0": "FF..F."}, 1: {"0": "FF..F."}}
     assert all(torch.equal(torch.stack(mine), expected) for mine, expected in zip(seen, alone, strict=True))
     assert transformer.executed == {}  # this thread ran nothing
@@ -717,13 +806,164 @@ def test_the_slots_of_a_thread_end_with_it(loop):
 
     def work():
         run(transformer, *inputs)
-        slots.append(weakref.ref(transformer._loop.slots["0"]))
+        slots.append(weakref.ref(transformer._callers.here.loop.slots["0"]))
 
     worker = threading.Thread(target=work)
     worker.start()
     worker.join()
     gc.collect()
     assert slots[0]() is None
+
+
+def test_two_pipelines_share_a_drop_in_in_two_threads(cases):
+    """The recipe of diffusers for servers: heavy parts are shared, the scheduler is not."""
+    guided = {"negative_prompt": "dog", "true_cfg_scale": 2.0}
+    wanted = [{"seed": 0, "steps": 6, **guided}, {"seed": 1, "steps": 8, "size": 20}]
+    expected = [paint(piped(cases("flux"))[0], **options) for options in wanted]
+    pipes = [piped(cases("flux"))[0] for _ in wanted]
+    pipes[1].transformer = transformer = pipes[0].transformer
+    ready, painted, executed = threading.Barrier(2, timeout=60), {}, {}
+
+    def work(k):
+        ready.wait()
+        painted[k] = [paint(pipes[k], **wanted[k]) for _ in range(3)]
+        executed[k] = transformer.executed
+
+    in_threads(2, work)
+    assert all(torch.equal(latents, expected[k]) for k in (0, 1) for latents in painted[k])
+    assert executed == {0: {"cond": "FF..F.", "uncond": "FF..F."}, 1: {"cond": "FF..F..F"}}
+    assert len(transformer._callers.idle) == 1
+
+
+def in_threads(count, work):
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(count)]
+    [worker.start() for worker in workers]
+    [worker.join() for worker in workers]
+
+
+def test_idle_slots_serve_another_thread(loop):
+    transformer, *inputs = loop
+    slots = []
+
+    def work(_):
+        run(transformer, *inputs)
+        slots.append(transformer._callers.here.loop.slots["0"])
+        transformer.reset()
+
+    for _ in range(3):
+        in_threads(1, work)
+    assert slots[0] is slots[1] is slots[2] and idle(transformer) == slots[:1]
+
+
+def test_tasks_of_one_thread_share_a_drop_in(cases, loop):
+    transformer, latents, timestep, conditioning = loop
+    both = [conditioning, {**copied(conditioning), "guidance": conditioning["guidance"] + 1}]
+    alone = [run(cases("flux")[1].as_transformer(interval=3, warmup=2), latents, timestep, c) for c in both]
+
+    async def work(conditioning):
+        seen = []
+        for x, t in zip(latents, timestep, strict=True):
+            await asyncio.sleep(0)
+            seen.append(call(transformer, x, t, conditioning))
+        return torch.stack(seen), transformer.executed
+
+    async def together():
+        return await asyncio.gather(*map(work, both))
+
+    for (seen, executed), expected in zip(asyncio.run(together()), alone, strict=True):
+        assert torch.equal(seen, expected) and executed == {"0": "FF..F."}
+
+
+TURNS = "latents of a call follow those of a loop that another one came between, or that another thread began, expected"
+
+
+def euler(transformer, x, conditioning, timestep, name=None):
+    """Steps of a loop as a scheduler makes them, one for each time that it is asked."""
+    for t, after in zip(timestep, [*timestep[1:], torch.tensor(0.0)], strict=True):
+        with transformer.cache_context(name) if name else nullcontext():
+            x = x + (after - t) * call(transformer, x, t, conditioning)
+        yield x
+
+
+@pytest.mark.parametrize("name", [None, "cond"])
+@pytest.mark.parametrize("lead", [0, 1, 3])
+@pytest.mark.parametrize("same", [False, True])
+def test_loops_that_take_turns_are_refused(loop, name, lead, same):
+    """In one thread nobody says whose a call is: of other prompts or of the same one, in step or one ahead."""
+    transformer, latents, timestep, conditioning = loop
+    other = conditioning if same else copied(conditioning) | {"guidance": conditioning["guidance"] + 1}
+    first, second = (euler(transformer, latents[k], c, timestep, name) for k, c in enumerate((conditioning, other)))
+    with pytest.raises(StepError, match=TURNS):
+        for _ in range(lead):
+            next(first)
+        for _ in timestep:
+            next(first), next(second)
+
+
+def test_a_picture_painted_between_two_steps_is_refused(cases):
+    """By the same drop-in, in a callback: the outer loop cannot go on."""
+    (first, transformer), (second, _) = piped(cases("flux")), piped(cases("flux"))
+    second.transformer = transformer
+    painted = []
+
+    def other(pipe, i, t, tensors):
+        painted.append(paint(second, seed=1))
+        return tensors
+
+    with pytest.raises(StepError, match=TURNS):
+        paint(first, callback_on_step_end=other)
+    fresh, _ = piped(cases("flux"))
+    assert torch.equal(painted[0], paint(fresh, seed=1))
+    assert torch.equal(paint(first, seed=2), paint(fresh, seed=2))
+
+
+def test_a_loop_that_goes_from_thread_to_thread_is_refused(loop):
+    transformer, latents, timestep, conditioning = loop
+    steps, errors = euler(transformer, latents[0], conditioning, timestep), []
+
+    def work(_):
+        try:
+            next(steps)
+        except StepError as error:
+            errors.append(str(error))
+
+    stays = threading.Event()
+    owner = threading.Thread(target=lambda: (work(0), stays.wait(60)))
+    owner.start()
+    while not transformer._callers._loops or not next(iter(transformer._callers._loops)).executed:
+        stays.wait(0.01)
+    in_threads(1, work)
+    stays.set()
+    owner.join()
+    assert len(errors) == 1 and errors[0].startswith(TURNS)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("left", [1, 3])
+def test_a_loop_that_was_left_is_no_rival_of_the_next_one(loop, seed, left):
+    """An error between two calls is not seen: the same prompt again, from the same or other noise, is a loop of its
+    own, as if it were the first."""
+    transformer, latents, timestep, conditioning = loop
+    expected = list(euler(transformer, latents[seed], conditioning, timestep))
+    transformer.reset()
+    steps = euler(transformer, latents[0], conditioning, timestep)
+    for _ in range(left):
+        next(steps)
+    if left == 1 and seed == 1:  # by its timestep it may as well be the second step of the loop that was left
+        transformer.reset()
+    again = list(euler(transformer, latents[seed], conditioning, timestep))
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    assert transformer.executed == {"0": "FF..F."}
+
+
+def test_likeness_can_tell():
+    """Near 1 of a step, near 0 of other noise, whatever part of them stays as it is."""
+    noise = torch.randn(2, 1, 4096, generator=torch.Generator().manual_seed(0))
+    picture = torch.full((1, 4096), 3.0)
+    one, other, next_one = (torch.cat([x, picture]) for x in (*noise, 0.9 * noise[0] + 0.01))
+    assert likeness(Seen.of(one), Seen.of(next_one)) > 0.99
+    assert abs(likeness(Seen.of(one), Seen.of(other))) < 0.1
+    assert likeness(Seen.of(one), Seen.of(one.clone())) == 0.0 == likeness(Seen.of(one), Seen.of(one[:1]))
 
 
 @pytest.mark.parametrize("equal", [2, 3])

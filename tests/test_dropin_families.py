@@ -7,9 +7,11 @@ experts, Qwen-Image's rotation, FramePack's mask): there every call stays within
 model on its inputs.
 """
 
+import copy
 from dataclasses import replace
 from functools import cache
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -209,6 +211,43 @@ def test_forecasts_agree_with_the_oracle(denoisers, case):
     paint(pipe, steps=6, **options)
     assert seen.calls.keys() == branches
     seen.assert_plan(model, "FF..F.", 2)
+
+
+# Without those that differ in a size alone; of FramePack each section is a loop.
+@pytest.mark.parametrize("case", [case for case in CASES if not case.endswith(("-picture", "-two"))])
+def test_an_explicit_plan_is_executed(denoisers, case):
+    """To its last step, in bfloat16 and with timesteps that a strong shift rounds to the first one; twice."""
+    name, build, options, branches = CASES[case]
+    model, denoiser = denoisers(name)
+    plan = "F" * 2 + "." * 9 + "F"
+    pipe = build(copy.deepcopy(model))
+    pipe.transformer = denoiser.as_transformer(plan=plan)
+    strong = {key: 60.0 for key in ("shift", "flow_shift") if key in pipe.scheduler.config}
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **strong)
+    pipe.to(torch.bfloat16)
+    half = {n: v.bfloat16() if getattr(v, "dtype", None) == torch.float32 else v for n, v in options.items()}
+    for seed in (0, 1):
+        paint(pipe, len(plan), seed, **half)
+        assert pipe.transformer.executed == dict.fromkeys(branches, plan)
+
+
+def test_a_list_that_offloading_makes_anew_is_the_same(denoisers, monkeypatch):
+    """Qwen-Image passes the places of its tokens as a list, of which model offloading makes another at every call."""
+    name, build, options, branches = CASES["qwen-image"]
+    model, denoiser = denoisers(name)
+    pipe = build(model)
+    pipe.transformer = denoiser.as_transformer(plan="FF..F")
+    monkeypatch.setattr(accelerate.hooks, "send_to_device", lambda value, device: rebuilt(value))
+    pipe.enable_model_cpu_offload(device="cpu")
+    paint(pipe, 5, **options)
+    assert pipe.transformer.executed == dict.fromkeys(branches, "FF..F")
+
+
+def rebuilt(value):
+    """New containers with the same tensors, as moving them to where they are."""
+    if isinstance(value, dict):
+        return {key: rebuilt(inner) for key, inner in value.items()}
+    return type(value)(rebuilt(inner) for inner in value) if isinstance(value, list | tuple) else value
 
 
 def test_the_second_expert_begins_with_a_full_step(denoisers):

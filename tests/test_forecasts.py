@@ -234,12 +234,12 @@ def test_a_request_of_the_drop_in_is_judged_by_the_same_rules(denoiser):
     with pytest.raises(ConfigError, match=r"plan FF\.F is 4 steps long, expected 6"):
         fixed.begin(timesteps=np.linspace(1, 0.1, 6))
     fixed.begin(plan="F.F.F.")
-    assert str(fixed._request.plan) == "F.F.F."
+    assert str(fixed._callers.here.loop.plan) == "F.F.F."
     profiled = denoiser.as_transformer(profile="fast")
     with pytest.raises(ConfigError, match="order is given beside profile"):
         profiled.begin(order=2)
     profiled.begin(plan="FF.")
-    assert profiled._request.forecasts == Forecasts(Plan("FF."), 2)
+    assert profiled._callers.here.loop.forecasts == Forecasts(Plan("FF."), 2)
 
 
 def test_evaluate_shows_what_was_asked_for(denoiser):

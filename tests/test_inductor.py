@@ -348,14 +348,14 @@ class FakeCuda:
     """The parts of `torch.cuda` that capture: it notes what happens, and its graphs run what was captured."""
 
     def __init__(self, fails=False):
-        self.events, self.fails = [], fails
+        self.events, self.fails, self.here = [], fails, None
 
     def Stream(self):
         stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: self.events.append("synchronize"))
         return stream
 
     def current_stream(self):
-        return None
+        return self.here
 
     def graph_pool_handle(self):
         self.events.append("pool")
@@ -408,6 +408,17 @@ def test_a_bound_call_is_warmed_captured_and_replayed(captured):
     second()
     assert fake.events[-2:] == ["replay", "replay"] and len(calls) == 6  # nothing but the launch
     assert (runner.captures, runner.fallbacks) == (2, 0)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_call_waits_for_that_of_another_stream(captured, cuda_graphs):
+    """All captures write to one pool of memory, so no two may run at one time, whoever queues them."""
+    fake, _, runner = captured(cuda_graphs=cuda_graphs)
+    call, waited = bound(runner), []
+    one, other = (SimpleNamespace(name=name, wait_stream=lambda s, n=name: waited.append((n, s.name))) for name in "ab")
+    for fake.here in (one, one, other, one):
+        call()
+    assert waited == [("b", "a"), ("a", "b")]
 
 
 def test_a_fallback_is_counted_where_it_is_asked_for(captured):

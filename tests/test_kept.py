@@ -81,6 +81,8 @@ def test_every_file_that_an_export_imports_is_in_the_key():
         if path in seen:
             continue
         seen.add(path)
+        if path == ROOT / "taylorseer_export/__init__.py":
+            continue  # names for editors: it imports nothing when it is imported
         for name, _, _ in imports(path.read_text("utf-8")):
             parts = name.split(".")
             for top in (ROOT, ROOT / "tests", ROOT / "tools"):

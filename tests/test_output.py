@@ -75,8 +75,8 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
         (["--size", "²x4"], "expected HxW"),  # a digit to str.isdigit and none to int
         (["--size", "0x4"], "expected HxW"),
         (["--label", 10**30], "expected a whole number, 0 to 2147483647"),
-        (["--label", "9" * 5000], "expected a whole number, 0 to 2147483647"),
-        (["--cap", 2**40], "expected a whole number, 1 to 2147483647"),
+        (["--label", "9" * 5000], "expected a whole number, at least 0"),
+        (["--cap", 2**40], "expected a whole number;"),
         (["--guidance-scale", "nan"], "expected a finite number"),
         (["--guidance-scale", "1e999"], "expected a finite number"),
     ],
@@ -161,7 +161,7 @@ def test_an_editor_and_mypy_see_the_types(tmp_path):
         capture_output=True, text=True,
     )  # fmt: skip
     assert "Denoiser" in done.stdout and "plan.Plan" in done.stdout and "Path" in done.stdout, done.stdout
-    assert "Any" not in done.stdout.replace("**options: Any", "") and done.stdout.count("builtins.str") >= 1
+    assert "Any" not in done.stdout.replace("**options: Any", "") and "str" in done.stdout.splitlines()[3]
 
 
 def test_the_module_is_the_command_line():

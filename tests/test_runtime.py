@@ -528,7 +528,7 @@ def test_a_request_that_could_not_be_prepared_does_not_run(eager, tiny, monkeypa
         raise StepError("graph `prepare` failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(slot, "_prepare", fail)
+        patch.setattr(slot.memory, "prepare", fail)
         with pytest.raises(StepError, match="prepare"):
             begin(slot, inputs, "F.")
     with pytest.raises(StepError, match=r"the slot has no request.*call start\(\) first"):

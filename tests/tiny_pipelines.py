@@ -333,7 +333,7 @@ class Recorder:
         timestep = inputs[module.denoiser.timestep.name]
         # Two nameless calls on the same latents are two branches.
         nameless = str(int(any(latents is c[0] for c in self.calls.get("0", []))))
-        context = module._loop.context
+        context = module._callers.here.context
         self.calls.setdefault(context.name if context else nameless, []).append(
             (latents, timestep, conditioning, sample)
         )

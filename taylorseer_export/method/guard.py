@@ -65,9 +65,7 @@ class Guard:
                 "`taylorseer-export calibrate` find it"
             )
         if self.cap is not None and (not isinstance(self.cap, Integral) or self.cap < 1):
-            raise ConfigError(
-                f"cap is {self.cap}, expected at least 1 (forecast steps in a row); pass a whole number"
-            )
+            raise ConfigError(f"cap is {self.cap}, expected at least 1 (forecast steps in a row); pass a whole number")
         if self.order is not None:
             if self.rule != "cg":
                 raise ConfigError(f"order is given for guard `{self.rule}`, expected it for `cg` alone; leave it out")

@@ -10,9 +10,11 @@ A pipeline calls once for every step and branch, and says neither where a loop b
   that ends before it is warned of.
 - A *step* is a call on new latents, whatever its timestep, so a second-order scheduler's inner calls are steps too, and
   so are the first steps of a loop whose timesteps round to the same number. Nothing tells these from a loop that was
-  left after such steps and begun again with the same conditioning; `reset` or `request` does.
+  left after such steps and begun again from other noise with the same conditioning; `reset` or `request` does.
 - A *branch* of guidance is named by `cache_context`; without one, the calls on the very same latents are told apart by
   their order. Every branch has its own slot and all follow one plan; one that missed a step starts over, full.
+
+Callers do not see each other's loops: `callers.py` keeps them apart.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from taylorseer_export.runtime.slot import Slot
 class Seen(NamedTuple):
     """A value and its version when it was seen: the same tensor changed in place is another one.
 
-    One that is `renewed` is made anew by the pipeline for every call, so that only its numbers tell it from others.
+    One that is `renewed` is made anew by the pipeline for every call, so that only its numbers tell it from others. So
+    are lists, which offloading makes anew.
     """
 
     value: Any
@@ -46,7 +49,7 @@ class Seen(NamedTuple):
         return cls(value, value._version if counted else 0, renewed)
 
     def same(self, other: Seen) -> bool:
-        if self.renewed and self.value is not other.value:
+        if self.value is not other.value and (self.renewed or not hasattr(self.value, "detach")):
             return self.equal(other)
         return self.value is other.value and self.version == other.version
 
@@ -61,7 +64,7 @@ class Seen(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What `cache_context` says: the name of the branch, and at which index the pipeline's loop is, if it says so."""
+    """What `cache_context` says: the name of the branch, and at which step the pipeline's loop is, if it says so."""
 
     name: str
     step_index: int | None = None
@@ -79,9 +82,8 @@ class TransformerCall(NamedTuple):
 
 @dataclass
 class Branch:
-    """A branch of guidance: its slot begun at step `begun`, the `next` step it runs, and what ran `before` that."""
+    """A branch of guidance: begun at step `begun`, the `next` step it runs, and what ran `before` that."""
 
-    slot: Slot
     conditioning: dict[str, Seen]
     begun: int
     next: int
@@ -96,7 +98,7 @@ class Branch:
         return ours.keys() == conditioning.keys() and all(ours[n].equal(seen) for n, seen in conditioning.items())
 
 
-@dataclass
+@dataclass(eq=False)
 class LoopState:
     """A request and where it is.
 
@@ -109,8 +111,11 @@ class LoopState:
         step: The step under way, -1 before the first.
         ran: Branches that ran in it.
         decided: Under a guard, which kind of step it is, once its first branch ran.
+        slots, shape: Branch -> its slot, and the shape of the latents that they are for.
+        executed: Branch -> the steps that ran, `F` full and `.` forecast.
+        earlier: Latents before the last ones, while timesteps have moved once at most and so say little.
         first, last, direction: Timesteps seen, and the sign of their movement, 0 while it is not known.
-        index: Of the pipeline's loop, if it says so.
+        said: Index of the step in the pipeline's loop, if it says so.
     """
 
     forecasts: Forecasts
@@ -123,20 +128,23 @@ class LoopState:
     ran: set[str] = field(default_factory=set)
     decided: str | None = None
     branches: dict[str, Branch] = field(default_factory=dict)
+    slots: dict[str, Slot] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
+    executed: dict[str, str] = field(default_factory=dict)
     latents: Seen | None = None
+    earlier: list[Seen] = field(default_factory=list)
     first: float = 0.0
     last: float = 0.0
     direction: float = 0.0
-    index: int | None = None
+    said: int | None = None
 
     def place(self, call: TransformerCall) -> tuple[str, bool]:
         """(branch of a call, whether it begins a step)."""
         same = self.latents is not None and self.latents.same(call.latents) and call.timestep == self.last
         if call.context is None:
             return str(len(self.ran) if same else 0), not same
-        name, index = call.context
-        moved = call.timestep != self.last or index != self.index
-        return name, self.step < 0 or moved or name in self.ran
+        name, said = call.context
+        return name, self.step < 0 or call.timestep != self.last or said != self.said or name in self.ran
 
     def continues(self, call: TransformerCall) -> bool:
         """Whether a call belongs to this request.
@@ -172,29 +180,40 @@ class LoopState:
         branch = self.branches.get(self.place(call)[0])
         return branch is not None and branch.equal(call.conditioning)
 
-    def advance(self, call: TransformerCall) -> None:
-        """Go on to the step that a call begins."""
-        if self.step < 0:
-            self.first = call.timestep
-        elif call.timestep != self.last:
-            self.direction = float(np.sign(call.timestep - self.last))
-        self.step += 1
-        self.last = call.timestep
-        self.index = call.context.step_index if call.context is not None else None
-        self.ran, self.decided = set(), None
+    def resumes(self, call: TransformerCall) -> bool:
+        """Whether a call may be a later step of this loop, had it not been left: the same tensors, time gone on."""
+        if self.over or self.step < 0 or call.timestep == self.first or not self._fits(call):
+            return False
+        return self.alike(call)
 
     def alike(self, call: TransformerCall) -> bool:
         """Whether a call has the very conditioning of this request, so that only inference tells them apart."""
         branch = self.branches.get(self.place(call)[0])
-        ours = {} if branch is None else branch.conditioning
-        return ours.keys() == call.conditioning.keys() and all(
-            ours[name].value is seen.value for name, seen in call.conditioning.items()
-        )
+        return branch is not None and branch.same(call.conditioning)
 
-    def finish(self) -> None:
-        """End it; a loop shorter than what was planned is warned of."""
-        ended, self.over = self.over, True
-        if not ended and self.fixed and 0 <= self.step < len(self.plan) - 1:
+    def advance(self, call: TransformerCall) -> None:
+        """Go on to the step that a call begins."""
+        moved = self.step >= 0 and call.timestep != self.last
+        if self.step < 0:
+            self.first = call.timestep
+        elif moved and self.direction:
+            self.earlier = []
+        elif self.latents is not None and (self.earlier or not moved):
+            self.earlier.append(self.latents)
+        if moved:
+            self.direction = float(np.sign(call.timestep - self.last))
+        self.step += 1
+        self.last = call.timestep
+        self.said = call.context.step_index if call.context is not None else None
+        self.ran, self.decided = set(), None
+
+    def warn_if_short(self) -> None:
+        """Warn where fewer steps ran than were planned.
+
+        Warns:
+            UserWarning: Of a loop of known length.
+        """
+        if self.fixed and not self.over and 0 <= self.step < len(self.plan) - 1:
             warnings.warn(
                 f"the loop ended after {self.step + 1} steps, expected {len(self.plan)} (plan {self.plan}); it was "
                 "interrupted, or a call was taken for the first of another loop: give a plan as long as the loop, or "
@@ -217,13 +236,14 @@ class LoopState:
             return False
         if not self.place(call)[1]:
             return True
-        index = call.context.step_index if call.context is not None else None
-        if index is not None and self.index is not None:
-            return index >= max(self.index, 1)
+        said = call.context.step_index if call.context is not None else None
+        if said is not None and self.said is not None:
+            return said >= max(self.said, 1)
         move = np.sign(call.timestep - self.last)
-        if call.timestep == self.first:  # while it has not moved, timesteps may be rounded; after all steps, it is over
-            return self.direction == 0 and not (self.fixed and self.step + 1 >= len(self.plan))
-        return move == 0 or self.direction in (0, move)
+        if call.timestep == self.first:  # timesteps that have not moved may be rounded; equal latents are a loop anew
+            done = self.fixed and self.step + 1 >= len(self.plan)
+            return self.direction == 0 and not done and not self.latents.equal(call.latents)
+        return bool(move == 0 or self.direction in (0, move))
 
 
 def host_array(value: Any) -> np.ndarray:

@@ -3,14 +3,13 @@
     pipe.transformer = tse.load("engines/flux-tiny").as_transformer()
 
 It is called as the transformer was, and learns from the calls alone where a request begins and which step and branch a
-call is (`calls.py` tells by what rule); nothing is hooked and nothing is global.
+call is (`calls.py` tells by what rule, and `callers.py` whose loop it is); nothing is hooked and nothing is global.
 `request` and `begin` state the same things exactly, for loops of one's own.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -29,7 +28,9 @@ from taylorseer_export.method import (
     forecasts_from_options,
 )
 from taylorseer_export.runtime.arguments import form_of
+from taylorseer_export.runtime.callers import Callers
 from taylorseer_export.runtime.calls import Branch, Context, LoopState, Seen, TransformerCall, host_array
+from taylorseer_export.runtime.engine_module import EngineModule
 from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.values import check_prediction
@@ -54,11 +55,11 @@ class Loaded(Protocol):
     def slot(self, sizes: Mapping[str, int]) -> Slot: ...
 
 
-class DropIn(torch.nn.Module):
+class DropIn(EngineModule):
     """Runs a denoiser under the call signature of the diffusers transformer it was exported from.
 
-    It is a module without weights: they are the engines', which stay on their device. Pipelines in several threads may
-    share it: every thread has its own request and slots, as many bytes as it would have with a drop-in of its own.
+    Pipelines in several threads may share it: a loop belongs to its caller, and every loop under way has slots of its
+    own, as many bytes as it would have with a drop-in of its own.
 
     Args:
         denoiser: The loaded bundle; other drop-ins and slots may share it.
@@ -98,15 +99,12 @@ class DropIn(torch.nn.Module):
         cap: int | None = None,
         accumulate: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(_DTYPES[denoiser.manifest.precision], denoiser.device)
         self.denoiser = denoiser
         self._options = RequestOptions(
             steps, plan, interval, warmup, dialect, order, form, profile, guard, threshold, guard_order, cap, accumulate
         )
         self.forecasts = self._forecasts_of(self._options)
-        # Empty: only its dtype and device are of use, to those who ask a module's first parameter.
-        place = torch.empty(0, dtype=_DTYPES[denoiser.manifest.precision], device=denoiser.device)
-        self.place = torch.nn.Parameter(place, requires_grad=False)
         self._tensors = hasattr(denoiser.runner.buffer((1,), "float32"), "tensor")
         pipeline = denoiser.manifest.pipeline
         self.config = _Config(denoiser.manifest.model.config)
@@ -114,21 +112,10 @@ class DropIn(torch.nn.Module):
             setattr(self, name, value)
         self._form, self._ignored = form_of(denoiser.manifest), pipeline.ignored_inputs
         self._renewed = frozenset(pipeline.cast_inputs)
-        self._loop = _Loop()
+        self._callers = Callers()
 
     # What a pipeline asks of its transformer -------------------------------------------------------------------------
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the bundle, whatever the pipeline was converted to."""
-        return self.place.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the engines were loaded."""
-        return self.place.device
-
-    @torch.compiler.disable  # Dynamo would trace into the engines
     def forward(self, hidden_states: torch.Tensor, return_dict: bool = True, **inputs: Any) -> Any:
         """One call of the transformer, under diffusers' argument names.
 
@@ -141,8 +128,8 @@ class DropIn(torch.nn.Module):
             The prediction, in the dtype of `hidden_states`.
 
         Raises:
-            StepError: An argument is missing, unknown to the bundle, or does not fit it, or on the CPU, the prediction
-                is not finite (on a GPU that would wait for it at every step); the request is over.
+            StepError: An argument is missing, unknown to the bundle, or does not fit it; loops take turns; or on the
+                CPU, the prediction is not finite (on a GPU that would wait at every step). The request is over.
         """
         try:
             sample = self._predict(hidden_states, inputs)
@@ -164,74 +151,39 @@ class DropIn(torch.nn.Module):
             where: What the pipeline says of the loop. `step_index`, where it is given, tells the steps in the place of
                 the timesteps; the rest is not read.
         """
-        outer, self._loop.context = self._loop.context, Context(name, where.get("step_index"))
+        here = self._callers.here
+        outer, here.context = here.context, Context(name, where.get("step_index"))
         try:
             yield
         except BaseException:
             self._abort()
             raise
         finally:
-            self._loop.context = outer
+            here.context = outer
 
     def reset(self) -> None:
-        """End this thread's request under way, if any; the slots stay for the next one.
+        """End the caller's request under way, if any; its slots serve the next one.
 
         Warns:
-            UserWarning: Fewer steps ran than an explicit plan, a profile or a number of steps says.
+            UserWarning: Fewer steps ran than an explicit plan, a profile or a number of steps says. It is no error,
+                since a loop that was interrupted on purpose ends so too, and its picture is not to be lost.
         """
-        if self._loop.request is not None:
-            self._loop.request.finish()
+        loop = self._callers.here.loop
+        try:
+            if loop is not None:
+                loop.warn_if_short()
+        finally:
+            self._abort()
 
     def _abort(self) -> None:
         """End the request under way because of an error, which says enough."""
-        if self._loop.request is not None:
-            self._loop.request.over = True
+        loop = self._callers.here.loop
+        if loop is not None:
+            self._callers.end(loop)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """Called by diffusers' pipelines when their call is over."""
         self.reset()
-
-    def load_lora_adapter(self, *_: Any, **__: Any) -> None:
-        """Refuse: the weights are in the engines."""
-        raise ConfigError(
-            "a LoRA was loaded into a compiled transformer, expected it in the weights at export; "
-            "export again with --lora FILE"
-        )
-
-    def compile(self, *_: Any, **__: Any) -> None:
-        """Do nothing: the engines are compiled. `torch.compile` of a drop-in runs it as it is, too."""
-
-    def compile_repeated_blocks(self, *_: Any, **__: Any) -> None:
-        """Do nothing, as `compile`."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DropIn:
-        """Refuse: engines cannot be copied."""
-        raise ConfigError(
-            "a compiled transformer is copied, expected its engines to stay where they are; "
-            "make another with `as_transformer()`, and copy the pipeline without it"
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse: engines are files already."""
-        raise ConfigError(
-            "a compiled transformer is pickled or copied, expected its bundle's folder in its place; save the pipeline "
-            "without it, and load the bundle where it is needed"
-        )
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> DropIn:
-        """Every `to`, `half`, `cuda` of a module comes here; engines move nowhere, so a move is refused.
-
-        A move to the CPU is let through without effect: that is how model offloading parks a module. So is every
-        floating dtype: a call takes latents of any and returns theirs, and the engines keep the bundle's precision.
-        """
-        here = self.place.data
-        there = fn(here)
-        if there.device.type not in (here.device.type, "cpu"):
-            raise ConfigError(
-                f"device is `{there.device.type}` for the transformer, expected `{here.device.type}`, where its "
-                f"engines were loaded; load the bundle with device=`{there.device.type}`"
-            )
-        return self
 
     # Exact control ---------------------------------------------------------------------------------------------------
 
@@ -266,9 +218,8 @@ class DropIn(torch.nn.Module):
             name: value for name, value in (("steps", steps), ("order", order)) if value is not None
         }
         options = replace(options, **given)
-        self._loop.request = LoopState(
-            self._forecasts_of(options), options.fixes_length, declared=True, timesteps=timesteps
-        )
+        loop = LoopState(self._forecasts_of(options), options.fixes_length, declared=True, timesteps=timesteps)
+        self._callers.begin(loop)
 
     @contextmanager
     def request(self, **options: Any) -> Iterator[DropIn]:
@@ -283,9 +234,9 @@ class DropIn(torch.nn.Module):
 
     @property
     def executed(self) -> dict[str, str]:
-        """Branch -> the steps that ran, `F` full and `.` forecast, of this thread's request or else its last."""
-        branches = self._loop.request.branches if self._loop.request else {}
-        return {name: branch.before + branch.slot.executed for name, branch in branches.items()}
+        """Branch -> the steps that ran, `F` full and `.` forecast, of the caller's request under way or its last."""
+        loop = self._callers.here.loop
+        return {} if loop is None else dict(loop.executed)
 
     # One call --------------------------------------------------------------------------------------------------------
 
@@ -301,11 +252,13 @@ class DropIn(torch.nn.Module):
         request.ran.add(name)
         taken, inputs = self._form(latents, {n: seen.value for n, seen in call.conditioning.items()})
         branch = self._branch(request, name, call, tuple(taken.shape), inputs)
+        slot = request.slots[name]
         stays = self._tensors and latents.is_cuda  # a GPU's values never come to the host
         values = taken if stays else host_array(taken)
-        prediction = branch.slot.advance(values, call.timestep, request.decided)
+        prediction = slot.advance(values, call.timestep, request.decided)
         if request.forecasts.guard is not None:
-            request.decided = branch.slot.executed[-1]
+            request.decided = slot.executed[-1]
+        request.executed[name] = branch.before + slot.executed
         branch.next = request.step + 1
         if not self._tensors:
             read = prediction.read()
@@ -339,52 +292,46 @@ class DropIn(torch.nn.Module):
             )
         given = {n: v for n, v in inputs.items() if n in self.denoiser.constants and v is not None}
         conditioning = {n: Seen.of(v, n in self._renewed) for n, v in given.items()}
-        return TransformerCall(
-            self._loop.context, Seen.of(latents), tuple(latents.shape), float(values[0]), conditioning
-        )
+        context, seen_latents = self._callers.here.context, Seen.of(latents)
+        return TransformerCall(context, seen_latents, tuple(latents.shape), float(values[0]), conditioning)
 
     def _request_of(self, call: TransformerCall) -> LoopState:
         """The request under way if the call belongs to it, else a new one."""
-        running = self._loop.request
-        if running is None or not running.continues(call):
-            renewed = running is not None and running.renews(call)
-            if running is not None and running.alike(call):  # else it may have been left by an error elsewhere
-                running.finish()
-            running = LoopState(self.forecasts, self._options.fixes_length, renewed=renewed)
-            self._loop.request = running
-        return running
+        running = self._callers.here.loop
+        if running is not None and running.continues(call):
+            if running.place(call)[1]:
+                self._callers.check_turns(call, running)
+            return running
+        self._callers.check_turns(call, None)
+        renewed = running is not None and running.renews(call)
+        if running is not None and running.alike(call):  # else it may have been left by an error elsewhere
+            running.warn_if_short()
+        loop = LoopState(self.forecasts, self._options.fixes_length, renewed=renewed)
+        self._callers.begin(loop)
+        return loop
 
     def _branch(
         self, request: LoopState, name: str, call: TransformerCall, shape: tuple[int, ...], inputs: dict[str, Any]
     ) -> Branch:
         """The branch of a call; one that is new or missed a step starts with a full step."""
         branch = request.branches.get(name)
-        if branch is None or branch.next != request.step:
+        slot = request.slots.get(name)
+        if branch is None or slot is None or branch.next != request.step:
             conditioning = {n: host_array(value) for n, value in inputs.items()}
             sizes = self.denoiser.sizes(shape, conditioning)
-            slot = self._slot(name, sizes, shape)
+            slot = self._callers.slot(request, name, sizes, shape, self.denoiser.slot)
             timesteps = None if request.timesteps is None else request.timesteps[request.step :]
             if request.forecasts.weights is not None and request.step > 0:
                 raise StepError(
                     f"branch `{name}` begins at step {request.step} of a calibrated plan, expected step 0, since its "
                     "weights are for the snapshots of all full steps; use the drop-in without a profile"
                 )
-            before = "" if branch is None else branch.before + branch.slot.executed
+            before = request.executed.get(name, "")
             slot.start(conditioning, request.forecasts_from(request.step), timesteps)
-            branch = request.branches[name] = Branch(slot, call.conditioning, request.step, request.step, before)
-        elif len(request.plan) > branch.begun + len(branch.slot.plan or ()):
-            branch.slot.extend(request.forecasts_from(branch.begun).plan)
+            branch = request.branches[name] = Branch(call.conditioning, request.step, request.step, before)
+        elif len(request.plan) > branch.begun + len(slot.plan or ()):
+            slot.extend(request.forecasts_from(branch.begun).plan)
         return branch
-
-    def _slot(self, name: str, sizes: dict[str, int], shape: tuple[int, ...]) -> Slot:
-        """The branch's slot of these sizes; those of other latents are freed before it is allocated."""
-        if shape != self._loop.shape:
-            self._loop.slots.clear()
-            self._loop.shape = shape
-        if name not in self._loop.slots or self._loop.slots[name].sizes != sizes:
-            self._loop.slots.pop(name, None)
-            self._loop.slots[name] = self.denoiser.slot(sizes)
-        return self._loop.slots[name]
 
     # Plans -----------------------------------------------------------------------------------------------------------
 
@@ -405,16 +352,6 @@ class DropIn(torch.nn.Module):
             )
         longer = self._forecasts_of(self._options, 2 * len(request.plan))
         request.forecasts = replace(request.forecasts, plan=longer.plan)
-
-
-class _Loop(threading.local):
-    """What belongs to one loop, and so to the thread that runs it; a thread's slots are freed when it ends."""
-
-    def __init__(self) -> None:
-        self.context: Context | None = None
-        self.request: LoopState | None = None
-        self.slots: dict[str, Slot] = {}
-        self.shape: tuple[int, ...] = ()
 
 
 class _Config(dict[str, Any]):

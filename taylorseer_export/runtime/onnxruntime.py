@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,8 @@ class OnnxRuntimeRunner:
     ) -> None:
         onnxruntime = _library()
         self.graphs, self.device, self.fallbacks = graphs, device, 0
+        # Sessions on the CPU run on several threads at once; the CUDA provider's do not while it captures graphs.
+        self._turn = nullcontext() if device == "cpu" else threading.Lock()
         kind = provider or device
         first = _PROVIDERS.get(kind, kind)
         if first not in onnxruntime.get_available_providers():
@@ -157,9 +161,10 @@ class OnnxRuntimeRunner:
 
         def call() -> None:
             assert keep
-            self.fallbacks += falls_back
             try:
-                session.run_with_iobinding(binding, options)
+                with self._turn:
+                    self.fallbacks += falls_back
+                    session.run_with_iobinding(binding, options)
             except Exception as error:
                 raise StepError(
                     f"graph `{graph}` failed ({first_line(error)}), expected it to run; "

@@ -2,11 +2,13 @@
 
 It serves whatever takes its inputs and outputs as tensors and writes the outputs in place: modules run operator by
 operator, compiled ones, and AOTInductor packages. On a GPU each bound call, that is each graph, shape and phase of the
-ring, is captured once when it is bound; the captures share one pool of memory, because they never run at one time.
+ring, is captured once when it is bound; the captures share one pool of memory, because they never run at one time:
+threads take turns, and a call waits on the device for one that another stream has queued.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -48,6 +50,7 @@ class TorchRunner:
         self.captures = self.fallbacks = 0
         self._functions = dict(functions)
         self._record: Callable[[str, Call], Call] | None = None
+        self._turn, self._stream = threading.Lock(), None
         if device == "cuda" and cuda_graphs:
             self._record = Recorder().record
 
@@ -79,13 +82,25 @@ class TorchRunner:
                     f"multiple of {self.alignment}, expected a multiple (bytes); use a size whose rows fill it"
                 )
         if self._record is None:
-            return partial(self._fall_back, call)
-        self.captures += 1
-        return self._record(graph, call)
+            return partial(self._in_turn, partial(self._fall_back, call))
+        with self._turn:
+            self.captures += 1
+            return partial(self._in_turn, self._record(graph, call))
 
     def close(self) -> None:
         self._functions.clear()
         self._record = None
+
+    def _in_turn(self, call: Call) -> None:
+        """Make a call on a GPU after those of other threads and streams, whose scratch memory is its own too."""
+        import torch
+
+        with self._turn:
+            here: Any = torch.cuda.current_stream()
+            if self._stream is not None and self._stream != here:
+                here.wait_stream(self._stream)
+            self._stream = here
+            call()
 
     def _fall_back(self, call: Call) -> None:
         self.fallbacks += 1

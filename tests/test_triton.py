@@ -194,7 +194,7 @@ def malformed():
         "large": ({"height": ("INT32", np.array([8192], np.int32))}, "request needs"),
         "profile": (
             {"profile": ("BYTES", np.array([b"slow"], object))},
-            "profile is `slow`, expected one of this model",
+            "profile is `slow`, expected one of this bundle (fast)",
         ),
         "profile text": ({"profile": ("BYTES", np.array([b"\xff"], object))}, "profile is not readable"),
         "profile and steps": ({"profile": ("BYTES", np.array([b"fast"], object))}, "8 steps long, expected 12 (steps)"),
@@ -414,7 +414,7 @@ def test_a_server_that_was_killed_serves_again_at_once(repository, alone):
         first.wait_ready()
         assert shared_memory() - before and not (shared_memory() - before) & set(abandoned_regions())
         with ThreadPoolExecutor(1) as sender:
-            asked = {"label": 3, "steps": 400, "interval": 1}
+            asked = {"label": 3, "steps": 350, "interval": 1}
             under_way = sender.submit(infer, first.grpc, "dit-tiny", asked)
             wait_until(first, 'taylorseer_slots_in_use{model="dit-tiny"}', 1)
             first.stop(signal.SIGKILL)
@@ -591,7 +591,7 @@ def test_a_model_that_died_is_found_by_the_probe_and_keeps_no_client_waiting(rep
             if any("dit-tiny" in word for word in process.cmdline())
         )  # fmt: skip
         with ThreadPoolExecutor(6) as senders:
-            asked = {"label": 3, "steps": 1000, "interval": 1}
+            asked = {"label": 3, "steps": 350, "interval": 1}
             protocols = [(server.grpc, "grpc"), (server.http, "http")] * 3
             under_way = [senders.submit(infer, url, "dit-tiny", asked, p, timeout=5) for url, p in protocols]
             wait_until(server, 'taylorseer_slots_in_use{model="dit-tiny"}', 2)

@@ -82,6 +82,14 @@ def size(text: str) -> tuple[int, ...]:
     return tuple(int(p) for p in parts)
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """The numbers of `0,1`, each once."""
+    parts = text.split(",")
+    if not all(re.fullmatch("[0-9]{1,3}", part) for part in parts) or len({*map(int, parts)}) < len(parts):
+        raise argparse.ArgumentTypeError(f"is {text[:64]}, expected different numbers from 0, like 0,1")
+    return tuple(map(int, parts))
+
+
 def seed(text: str) -> int:
     """A seed that torch, numpy and a 64-bit port of a server all take."""
     return whole(0, HIGHEST_SEED)(text)

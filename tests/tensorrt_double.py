@@ -24,18 +24,21 @@ TAKEN = (
 THEIRS = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 
 
-def library(modules, manifest, **behaviour):
+def library(modules, manifest, gpu=lambda: 0, gpu_of=lambda stream: 0, **behaviour):
     """The double as a module; `contexts` and `refits` record what was asked of it.
 
     Args:
         modules: Graph name -> eager module.
         manifest: What its engines say of themselves.
+        gpu: The GPU that is current in this thread.
+        gpu_of: Handle of a stream -> its GPU.
         behaviour: `alias`: output -> input; `dtype`, `shape`, `profile`: tensor -> what an engine claims instead;
             `refuses`: graphs whose plans are not taken.
     """
     trt = SimpleNamespace(**{name: getattr(tensorrt_rtx, name) for name in TAKEN})
     trt.__name__, trt.__version__ = "tensorrt", "10.9.0.34"
     trt.contexts, trt.refits, trt.caches = [], [], []
+    trt.gpu, trt.gpu_of = gpu, gpu_of
 
     class Runtime:
         def __init__(self, log):
@@ -69,6 +72,7 @@ class Engine:
         self.tensors = {**self.inputs, **{t.name: t for t in self.contract.outputs}}
         self.num_io_tensors = len(self.tensors)
         self.weight_streaming_budget_v2 = None
+        self.gpu = trt.gpu()  # where it was deserialised, it stays
 
     def get_tensor_name(self, index):
         return list(self.tensors)[index]
@@ -96,6 +100,7 @@ class Engine:
         return 12345
 
     def create_execution_context(self, how):
+        assert self.trt.gpu() == self.gpu, "a context is made where another GPU is current than that of its engine"
         self.trt.contexts.append(Context(self, how))
         return self.trt.contexts[-1]
 
@@ -137,6 +142,7 @@ class Context:
         return True
 
     def infer_shapes(self):
+        assert self.engine.trt.gpu() == self.engine.gpu, "shapes are set where another GPU is current"
         return sorted(self.engine.inputs.keys() - self.shapes.keys())
 
     def update_device_memory_size_for_shapes(self):
@@ -148,6 +154,9 @@ class Context:
 
     def execute_async_v3(self, stream):
         assert self.memory and self.addresses.keys() == self.engine.tensors.keys()
+        gpu, trt = self.engine.gpu, self.engine.trt
+        assert trt.gpu() == gpu, "a launch where another GPU is current than that of its engine"
+        assert trt.gpu_of(stream) == gpu, "a launch on a stream of another GPU than that of its engine"
         self.runs.append(stream)
         contract = self.engine.contract
         sources = [_tensor(self.addresses[t.name], self.shapes[t.name], t.dtype).clone() for t in contract.inputs]

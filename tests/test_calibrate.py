@@ -263,7 +263,7 @@ def test_a_threshold_keeps_the_budget_and_spends_it(digits):
     ("arguments", "expected"),
     [
         (["--full-steps", "8", "--steps", "8"], "full steps are 8, expected 1 to 7"),
-        (["--speedup", "1"], "--speedup: is 1, expected a number above 1"),
+        (["--speedup", "1"], "--speedup is 1, expected a number above 1"),
         (["--speedup", "nan"], "is nan, expected a number above 1"),
         (["--speedup", "100"], "full steps are 0, expected 1 to 49"),
         (["--psnr", "-3"], "is -3, expected a number above 0"),

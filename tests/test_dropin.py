@@ -643,7 +643,7 @@ def test_moving(flux):
 def test_engines_stay_where_they_are_when_a_pipeline_is_parked(cases):
     """Offloading moves parts to the CPU and back; the engines of a GPU stay on it."""
     _, denoiser = cases("flux")
-    elsewhere = Denoiser(denoiser.manifest, denoiser.runner, device="meta").as_transformer()
+    elsewhere = Denoiser(denoiser.manifest, denoiser.runner, device=Device("meta")).as_transformer()
     assert elsewhere._apply(lambda tensor: torch.empty(0)).device == torch.device("meta")
     assert elsewhere.to("meta") is elsewhere
 

@@ -160,7 +160,7 @@ def test_command_line(residual_digits, tmp_path, capsys):
     [
         (["--plan", "FF..", "--steps", "8"], "plan FF.. is 4 steps long, expected 8"),
         (["--plan", "FXF"], "plan has `X` at step 1"),
-        (["--samples", "0"], "--samples: is 0, expected a whole number, at least 1"),
+        (["--samples", "0"], "--samples is 0, expected a whole number, at least 1"),
         (["--guidance-scale", "nan"], "is nan, expected a number above 0"),
         (["--prompts", "{empty}"], "is empty, expected one caption or class per line"),
         (["--inputs", "{folder}"], "is not readable"),

@@ -1,7 +1,7 @@
 """AOTInductor packages, the torch runner, and what GPUs add; the contract of all runners is in `test_runtime`."""
 
-import contextlib
 import json
+import platform
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +10,15 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from cuda_double import FakeCuda
 from harness import FLOAT32, NEEDS_GPU, allowed, eager_denoiser, open_slot, representable, run, toy_trace
 from oracle import assert_close
 from safetensors.torch import load_file
 from tiny_bundles import PACKAGES
 
 from taylorseer_export import cli
+from taylorseer_export.bundle.contract import NOTE, signature
+from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import MANIFEST, Graph, Manifest, Tensor
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.compile import inductor as building
@@ -30,11 +33,13 @@ from taylorseer_export.report.calibrate import Calibrator
 from taylorseer_export.report.evaluate import Case, evaluate
 from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.inductor import open_runner
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.torch_runner import TorchBuffer, TorchRunner
 
 pytestmark = pytest.mark.slow
 
+GPU = Device("cuda")
 SIZES = {"batch": 2, "image_tokens": 6, "text_tokens": 5, "steps": 3}
 
 
@@ -344,52 +349,17 @@ CONTRACT = Graph(
 )
 
 
-class FakeCuda:
-    """The parts of `torch.cuda` that capture: it notes what happens, and its graphs run what was captured."""
-
-    def __init__(self, fails=False):
-        self.events, self.fails, self.here = [], fails, None
-
-    def Stream(self):
-        stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: self.events.append("synchronize"))
-        return stream
-
-    def current_stream(self):
-        return self.here
-
-    def graph_pool_handle(self):
-        self.events.append("pool")
-        return (0, 1)
-
-    def CUDAGraph(self):
-        return SimpleNamespace(replay=lambda: self.events.append("replay"))
-
-    @contextlib.contextmanager
-    def stream(self, stream):
-        self.events.append("warm")
-        yield
-
-    @contextlib.contextmanager
-    def graph(self, graph, pool, stream, capture_error_mode):
-        assert pool == (0, 1) and capture_error_mode == "thread_local"
-        self.events.append("capture")
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        yield
-
-
 @pytest.fixture
 def captured(monkeypatch):
-    def make(fails=False, **options):
+    def make(fails=False, device=GPU, **options):
         fake, calls = FakeCuda(fails), []
-        for name in ("Stream", "current_stream", "graph_pool_handle", "CUDAGraph", "stream", "graph"):
-            monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
+        fake.install(monkeypatch)
 
         def double(x, y):
-            calls.append("call")
+            calls.append(fake.gpu)
             y.copy_(2 * x)
 
-        return fake, calls, TorchRunner({"full": double}, {"full": CONTRACT}, "cuda", **options)
+        return fake, calls, TorchRunner({"full": double}, {"full": CONTRACT}, device, **options)
 
     return make
 
@@ -403,7 +373,7 @@ def test_a_bound_call_is_warmed_captured_and_replayed(captured):
     fake, calls, runner = captured()
     first, second = bound(runner), bound(runner)
     assert fake.events == ["pool", *["warm", "synchronize", "capture", "replay"] * 2]  # one pool, a graph for each
-    assert calls == ["call"] * 6
+    assert len(calls) == 6
     first()
     second()
     assert fake.events[-2:] == ["replay", "replay"] and len(calls) == 6  # nothing but the launch
@@ -421,12 +391,90 @@ def test_a_call_waits_for_that_of_another_stream(captured, cuda_graphs):
     assert waited == [("b", "a"), ("a", "b")]
 
 
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_all_of_a_runner_happens_on_its_gpu(captured, cuda_graphs):
+    """Streams, captures and launches go to the current GPU, whatever the tensors lie on; the caller's stays so."""
+    fake, calls, runner = captured(device=Device("cuda", 1), cuda_graphs=cuda_graphs)
+    call = bound(runner)
+    call()
+    assert calls and set(calls) == {1}
+    assert set(fake.where) == ({1} if cuda_graphs else set())
+    assert runner.buffer((4,), "float32").shape == (4,) and fake.allocated == ["cuda:1"]
+    assert fake.gpu == 0
+
+
+def test_a_gpu_without_a_number_is_the_one_that_is_current_at_the_load(captured):
+    _, calls, runner = captured(cuda_graphs=False)
+    assert runner.device == Device("cuda", 0)
+    with torch.cuda.device(1):
+        bound(runner)()
+        assert TorchRunner({}, {}, Device("cuda"), cuda_graphs=False).device == Device("cuda", 1)
+    assert calls == [0]
+
+
+class Package(SimpleNamespace):
+    """What torch makes of a package of `CONTRACT`, with one weight."""
+
+    loader = None
+
+    def get_metadata(self):
+        return {NOTE: signature(CONTRACT)}
+
+    def get_constant_fqns(self):
+        return ["weight"]
+
+    def load_constants(self, tensors, **options):
+        self.loaded(tensors)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """(the double, what was loaded, a bundle for the second of its GPUs)."""
+    fake, seen = FakeCuda(), []
+    fake.install(monkeypatch)
+
+    def load_package(path, name, run_single_threaded, device_index):
+        seen.append(("package", device_index, fake.gpu))
+        fake.gpu = device_index  # as AOTInductor's own constructor leaves it
+        return Package(loaded=lambda tensors: seen.append(("constants", *tensors.values(), fake.gpu)))
+
+    def load_file(path, device):
+        seen.append(("weights", device, fake.gpu))
+        return {"weight": device}
+
+    monkeypatch.setattr("torch._inductor.package.load_package", load_package)
+    monkeypatch.setattr("safetensors.torch.load_file", load_file)
+    limits = {"machine": platform.machine(), "compute_capability": "9.0"}
+    engine = SimpleNamespace(versions={"torch": torch.__version__}, device=limits)
+    manifest = SimpleNamespace(engine=engine, graphs={"full": CONTRACT}, command=lambda: "the command")
+    return fake, seen, SimpleNamespace(manifest=manifest, folder="it", path=Path)
+
+
+def test_a_package_is_loaded_on_its_gpu(two_gpus):
+    fake, seen, bundle = two_gpus
+    runner = open_runner(bundle, Device("cuda", 1), threads=0, cuda_graphs=False)
+    assert runner.device == Device("cuda", 1)
+    assert seen == [("weights", "cuda:1", 1), ("package", 1, 1), ("constants", "cuda:1", 1)]
+    assert fake.gpu == 0
+
+
+def test_the_gpu_that_was_chosen_is_compared_with_the_bundle(two_gpus):
+    """Two GPUs of a machine may be of two kinds."""
+    fake, seen, bundle = two_gpus
+    for asked in (Device("cuda", 0), Device("cuda")):
+        with pytest.raises(BundleError, match=r"compute capability is 8.0, expected 9.0, for which it was built"):
+            open_runner(bundle, asked, threads=0)
+    assert not seen
+    fake.gpu = 1
+    assert open_runner(bundle, Device("cuda"), threads=0, cuda_graphs=False).device == Device("cuda", 1)
+
+
 def test_a_fallback_is_counted_where_it_is_asked_for(captured):
     fake, calls, runner = captured(cuda_graphs=False)
     call = bound(runner)
     call()
     call()
-    assert (runner.captures, runner.fallbacks, calls, fake.events) == (0, 2, ["call", "call"], [])
+    assert (runner.captures, runner.fallbacks, len(calls), fake.events) == (0, 2, 2, [])
 
 
 def test_a_fallback_that_was_not_asked_for_is_an_error(captured):

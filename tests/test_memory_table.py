@@ -283,7 +283,7 @@ def test_without_a_budget_the_defaults_are_the_papers(flux):
 def test_a_budget_that_is_no_size_is_refused(text, tmp_path, capsys):
     assert cli.main(["flux", f"--memory-budget={text}", "--out", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert f"--memory-budget: is {text}, expected a size above 0 in GiB, GB, MiB, MB or bytes" in err
+    assert f"--memory-budget is {text}, expected a size above 0 in GiB, GB, MiB, MB or bytes" in err
     assert err.count("\n") == 1
 
 

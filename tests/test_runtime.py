@@ -677,12 +677,14 @@ def test_a_graph_of_another_bundle(bundles, onnx):
 
 
 def test_a_device_that_is_not_there(bundles):
+    with pytest.raises(ConfigError, match=r"device is tpu, expected cpu, cuda or cuda:N .*; choose one of those"):
+        load(bundles("dit"), device="tpu")
     with pytest.raises(
         BundleError, match=r"device is `tpu`, expected one that .* was built for \(cpu, cuda\); choose one"
     ):
-        load(bundles("dit"), device="tpu")
-    with pytest.raises(BundleError, match=r"device is `tpu`, expected one that this onnxruntime has .*--device cpu"):
-        OnnxRuntimeRunner({}, {}, "tpu")
+        load(bundles("dit"), device=Device("tpu"))
+    with pytest.raises(BundleError, match=r"device is `tpu.*`, expected one that this onnxruntime has .*--device cpu"):
+        OnnxRuntimeRunner({}, {}, Device("tpu"))
 
 
 def test_a_closed_denoiser_holds_no_engine(drafts, bundles):

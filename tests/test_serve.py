@@ -707,7 +707,7 @@ def test_profiles_go_with_their_bundle_and_a_damaged_one_is_found(bundles, tmp_p
         (["--models", "picture"], "--models has `picture`, expected some of denoiser, denoiser-stream"),
         (["--memory-budget", "1MB"], "--memory-budget is 1.00 MB, expected at least"),
         (["--device", "cuda", "--batch", "2"], "--batch is 2 on cuda, expected 1"),
-        (["--slots", "0"], "--slots: is 0, expected a whole number, at least 1"),
+        (["--slots", "0"], "--slots is 0, expected a whole number, at least 1"),
     ],
 )
 def test_what_cannot_be_served_is_said_before_anything_is_written(bundles, tmp_path, capsys, options, message):

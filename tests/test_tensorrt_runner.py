@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cuda_double import FakeCuda
 from harness import allowed, open_slot, run
 from oracle import assert_close, replay
 
+from taylorseer_export.bundle.device import CPU, Device
 from taylorseer_export.bundle.manifest import MANIFEST, Engine
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import Bundle, hash_files
@@ -21,6 +23,8 @@ from taylorseer_export.runtime.denoiser import Denoiser, load
 
 real = pytest.importorskip("tensorrt_rtx")
 import tensorrt_double as double  # noqa: E402
+
+SECOND = Device("cuda", 1)
 
 CASES = [("dit", "module", "derivatives"), ("flux", "module", "snapshots"), ("plain", "residual", "snapshots")]
 ENGINE = Engine(
@@ -56,7 +60,7 @@ def opened(bundle_of):
     def make(*what, engine=None, **behaviour):
         bundle, modules = bundle_of(*what, **(engine or {}))
         trt = double.library(modules, bundle.manifest, **behaviour)
-        return trt, Denoiser(bundle.manifest, runner.TensorRTRunner(trt, bundle, "cpu"), bundle)
+        return trt, Denoiser(bundle.manifest, runner.TensorRTRunner(trt, bundle, CPU), bundle)
 
     return make
 
@@ -89,6 +93,40 @@ def test_every_call_has_a_context_and_all_share_their_scratch(opened, tiny):
     for site, buffer in ring.items():
         assert forecast[0].addresses[f"taylor_in.{site}"] == buffer.address
         assert forecast[0].shapes[f"taylor_in.{site}"] == buffer.shape
+
+
+@pytest.mark.parametrize(("kind", "cuda_graphs"), [("tensorrt", False), ("tensorrt", True), ("tensorrt-rtx", True)])
+def test_all_of_a_runner_happens_on_its_gpu(bundle_of, tiny, monkeypatch, tmp_path, kind, cuda_graphs):
+    """Plans, contexts, scratch, captures and launches: the double refuses each where another GPU is current."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle, modules = bundle_of("flux", kind=kind)
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    trt = double.library(modules, bundle.manifest, gpu=lambda: cuda.gpu, gpu_of=cuda.gpu_of)
+    made = runner.TensorRTRunner(trt, bundle, SECOND, cuda_graphs)
+    made.alignment = 1  # memory of the host
+    denoiser = Denoiser(bundle.manifest, made, bundle, made.device)
+    inputs, plan = tiny("flux").inputs(5, batch=2), "FFF.."
+    before = len(cuda.allocated)
+    seen = run(denoiser, inputs, plan, 2)
+    assert {context.engine.gpu for context in trt.contexts} == {1}
+    assert {cuda.gpu_of(stream) for context in trt.contexts for stream in context.runs} == {1}
+    assert set(cuda.where) <= {1} and len(cuda.allocated) > before and set(cuda.allocated) == {"cuda:1"}
+    assert cuda.gpu == 0
+    if not made.captures:  # the double's graphs replay nothing
+        expected = replay(tiny("flux").model, *inputs, plan, 2, "module")
+        assert_close("noise_pred", seen, expected, allowed(tiny("flux").model, expected, plan, 2))
+
+
+def test_the_double_refuses_the_wrong_gpu(bundle_of, monkeypatch):
+    """As the library does, late and without a word: kernels of one GPU on the memory of another."""
+    bundle, modules = bundle_of("dit")
+    current = [1]
+    trt = double.library(modules, bundle.manifest, gpu=lambda: current[0])
+    made = runner.TensorRTRunner(trt, bundle, CPU)
+    current[0] = 0
+    with pytest.raises(AssertionError, match="a context is made where another GPU is current"):
+        made._context("full")
 
 
 def test_an_engine_that_updates_in_place_is_given_one_buffer(opened, tiny):
@@ -265,23 +303,24 @@ def test_a_machine_without_a_gpu_is_told_what_is_needed(bundle_of):
 def test_gpu_and_driver_are_those_of_the_manifest(bundle_of, monkeypatch, capability, gpu, driver, limits, problem):
     bundle, _ = bundle_of("dit", device={"cuda": "12", **limits} if limits else ENGINE.device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {1: capability}.get)
+    monkeypatch.setattr(torch.cuda, "get_device_name", {1: gpu}.get)
     monkeypatch.setattr(runner, "driver_cuda", lambda: driver)
     if problem is None:
-        assert runner.check_gpu(bundle) is None
+        assert runner.check_gpu(bundle, SECOND) is None
     else:
         with pytest.raises(BundleError, match=problem):
-            runner.check_gpu(bundle)
+            runner.check_gpu(bundle, SECOND)
 
 
 def test_the_command_for_another_gpu_names_it(bundle_of, monkeypatch):
     bundle, _ = bundle_of("dit", kind="tensorrt-rtx", device={"compute_capability": "8.9"}, options={"gpu-arch": "8.9"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {1: (12, 0)}.get)
+    monkeypatch.setattr(torch.cuda, "get_device_name", {1: "any"}.get)
     monkeypatch.setattr(runner, "driver_cuda", lambda: 13)
     with pytest.raises(BundleError, match=r"is 12.0, expected 8.9, .* --engine tensorrt-rtx .*--gpu-arch 12.0`"):
-        runner.check_gpu(bundle)
+        runner.check_gpu(bundle, SECOND)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the driver of a GPU machine serves some release")

@@ -36,6 +36,7 @@ from contestants import HOOKS, hook_schedule
 from record import circumstances, record_options, write_record
 from tiny_models import dit_inputs, flux_inputs, randomised, tiny_dit, tiny_flux
 
+from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.memory import role_bytes, state_bytes
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile import export
@@ -193,7 +194,7 @@ def compiled(case: Case) -> dict[str, Any]:
         def call() -> None:
             out.copy_(function(**inputs))
 
-        replay = Recorder().record("plain", call) if machine.cuda else call
+        replay = Recorder(Device("cuda")).record("plain", call) if machine.cuda else call
         result["step_ms"] = machine.milliseconds(replay, case.args.repeats)
     torch.compiler.reset()
     return result
@@ -260,7 +261,7 @@ class Ours:
         functions = {**modules, "full": full, "forecast": case.machine.compiled(modules["forecast"])}
         manifest = export.describe(draft, f"{granularity}-{order}")
         self.case, self.order = case, order
-        self.runner = TorchRunner(functions, manifest.graphs, device)
+        self.runner = TorchRunner(functions, manifest.graphs, Device(device))
         self.denoiser = Denoiser(manifest, self.runner)
         self.sizes = self.denoiser.sizes(case.data.latents.shape[1:], case.arrays)
         self.slot: Slot = self.denoiser.slot(self.sizes)

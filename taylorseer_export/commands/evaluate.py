@@ -90,7 +90,7 @@ def run(given: argparse.Namespace) -> int:
         )
     facts = {
         "bundle": name,
-        "engine": f"{manifest.engine.kind} {manifest.precision} on {given.device}",
+        "engine": f"{manifest.engine.kind} {manifest.precision} on {denoiser.device}",
         "granularity": manifest.state.granularity,
         "steps": str(len(plan)),
         "samples": str(len(requests) * count),

@@ -6,7 +6,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from taylorseer_export.commands.options import PROGRAM, engine_options, given_engine_options
+from taylorseer_export.bundle.device import DEVICES
+from taylorseer_export.commands.options import PROGRAM, device, engine_options, given_engine_options
 from taylorseer_export.commands.terminal import need, progress, stages
 from taylorseer_export.compile.engines import ENGINES
 from taylorseer_export.errors import ConfigError
@@ -122,7 +123,11 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
         "--engine", default="onnxruntime", help=f"kind of engine: {', '.join(ENGINES)} (default: %(default)s)"
     )
     engine.add_argument(
-        "--device", choices=("cpu", "cuda"), help="where the engines are to run (default: what the engine serves best)"
+        "--device",
+        type=device,
+        metavar="DEVICE",
+        help=f"where the engines are to run: {DEVICES}; a GPU by its number builds them (default: what the engine "
+        "serves best)",
     )
     engine.add_argument(
         "--precision",
@@ -157,6 +162,13 @@ def run(family: Family, given: argparse.Namespace) -> int:
     need("export", "torch", "diffusers", "accelerate")
     if given.polygraphy:
         need("polygraphy", "polygraphy")
+    from taylorseer_export.compile.gpu import building_on
+
+    with building_on(given.device):
+        return _export(family, given)
+
+
+def _export(family: Family, given: argparse.Namespace) -> int:
     from taylorseer_export.checkpoint.checkpoint import open_checkpoint
     from taylorseer_export.compile import export
     from taylorseer_export.compile.api import bundle_name
@@ -195,7 +207,7 @@ def run(family: Family, given: argparse.Namespace) -> int:
         layout=given.layout or export.Options.layout,
         engine=given.engine,
         engine_options=given_engine_options(given),
-        device=given.device,
+        device=given.device and given.device.kind,
         precision=given.precision,
         state_dtype=given.state_dtype,
         latent_size=_latent_size(given, family, checkpoint.latent_scale),

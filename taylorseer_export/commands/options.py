@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+from taylorseer_export.bundle.device import CPU, DEVICES, Device
 from taylorseer_export.compile.engines import ENGINES, Option
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method.guard import RULES
@@ -21,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"{PROGRAM} {command}", description=description, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        message = message.replace("argument ", "", 1) if message.startswith("argument ") else message
+        message = re.sub(r"^(\S+): is ", r"\1 is ", message.removeprefix("argument "))
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
@@ -29,9 +31,7 @@ def bundle_options(parser: argparse.ArgumentParser, runs: bool = True) -> None:
     """The bundle itself and, where it runs, on what."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by an export")
     if runs:
-        parser.add_argument(
-            "--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)"
-        )
+        device_option(parser)
         parser.add_argument(
             "--threads",
             type=whole(0, MOST_THREADS),
@@ -41,6 +41,21 @@ def bundle_options(parser: argparse.ArgumentParser, runs: bool = True) -> None:
         parser.add_argument(
             "--no-cuda-graphs", action="store_true", help="launch every kernel by itself, to look for a fault (slow)"
         )
+
+
+def device(text: str) -> Device:
+    """`cpu`, `cuda`, or one of several GPUs by its number: `cuda:1`."""
+    try:
+        return Device.parse(text, "")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error).strip()) from error
+
+
+def device_option(parser: argparse.ArgumentParser) -> None:
+    """Where the engines run."""
+    parser.add_argument(
+        "--device", type=device, metavar="DEVICE", default=CPU, help=f"where to run: {DEVICES} (default: %(default)s)"
+    )
 
 
 def sample_options(parser: argparse.ArgumentParser) -> None:

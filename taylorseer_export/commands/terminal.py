@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def open_denoiser(given: argparse.Namespace) -> Denoiser:
     from taylorseer_export.runtime.denoiser import load
 
-    if given.no_cuda_graphs and given.device == "cpu":
+    if given.no_cuda_graphs and not given.device.is_gpu:
         raise ConfigError("--no-cuda-graphs is given for the CPU, expected it with --device cuda; leave it out")
     return load(given.bundle, given.device, given.threads, cuda_graphs=not given.no_cuda_graphs)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from taylorseer_export.commands.options import bundle_options
-from taylorseer_export.values import MOST_THREADS, memory, whole
+from taylorseer_export.commands.options import bundle_options, device_option
+from taylorseer_export.values import MOST_THREADS, memory, numbers, whole
 
 SUMMARY = "Write a Triton model repository that serves a bundle."
 
@@ -15,7 +15,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     bundle_options(parser, runs=False)
     parser.add_argument("--out", type=Path, required=True, help="the repository; a model that is there gets a version")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)")
+    device_option(parser)
+    parser.add_argument(
+        "--gpus",
+        type=numbers,
+        metavar="N,N",
+        default=(),
+        help="GPUs with instances of each model, like 0,1, by their numbers for the server (default: all that it has)",
+    )
     parser.add_argument(
         "--models",
         nargs="+",
@@ -24,7 +31,10 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="picture, picture-stream, denoiser, denoiser-stream (default: all that the bundle can be served as)",
     )
     parser.add_argument(
-        "--instances", type=whole(1), default=1, help="processes of each model, with own engines (default: %(default)s)"
+        "--instances",
+        type=whole(1),
+        default=1,
+        help="processes of each model, with own engines, on each of the GPUs (default: %(default)s)",
     )
     parser.add_argument(
         "--slots", type=whole(1), default=4, help="requests under way at one time, per instance (default: %(default)s)"

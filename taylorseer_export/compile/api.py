@@ -8,11 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import BUNDLE_NAME
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.checkpoint.recognise import family_of
 from taylorseer_export.compile.engines import Progress
 from taylorseer_export.compile.export import Options, check_options, draft, write_bundle
+from taylorseer_export.compile.gpu import building_on
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import family_named
 
@@ -42,7 +44,8 @@ def export(
         variant, config, loras: Which weights, their config, and what is added to them, as on the command line.
         progress: Called with (stage, done, total); bytes for weights, a count for graphs.
         options: Fields of `Options` by name (`order`, `interval`, `warmup`, `steps`, `granularity`, `layout`, `engine`,
-            `precision`, `latent_size`, `batch`, `guards`, ...); the family's defaults where left out.
+            `precision`, `latent_size`, `batch`, `guards`, ...); the family's defaults where left out. A `device` with a
+            number, `cuda:1`, is built on that GPU.
 
     Returns:
         The folder of the bundle, for `tse.load`.
@@ -61,6 +64,7 @@ def export(
     declared = family_named(family) if family is not None else family_of(str(reference))
     checkpoint = open_checkpoint(reference, declared, variant, config, loras)
     default = checkpoint.family.defaults
+    device = None if options.get("device") is None else Device.parse(options["device"])
     asked = Options(
         **{
             "order": default.order,
@@ -68,10 +72,12 @@ def export(
             "warmup": default.warmup,
             "steps": default.steps,
             **options,
+            "device": None if device is None else device.kind,
         }
     )
-    check_options(asked)
-    return write_bundle(draft(checkpoint, asked), Path(out), bundle_name(reference, name), progress)
+    with building_on(device):
+        check_options(asked)
+        return write_bundle(draft(checkpoint, asked), Path(out), bundle_name(reference, name), progress)
 
 
 def bundle_name(reference: str | None, name: str | None = None) -> str:

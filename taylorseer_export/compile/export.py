@@ -57,7 +57,8 @@ class Options:
         layout: What the Taylor buffers hold: `snapshots` or `derivatives`.
         engine: Kind of engine.
         engine_options: Options that only some kinds of engine take, by their name on the command line.
-        device: `cpu` or `cuda`, where the engines are to run; None takes what the kind of engine serves best.
+        device: Kind of device that the engines are to run on, `cpu` or `cuda`; None takes what the kind of engine
+            serves best.
         precision: `fp32`, `fp16` or `bf16`.
         state_dtype: The same for the Taylor buffers; None takes the precision. Arithmetic on them is float32.
         latent_size: (height, width) or (frames, height, width) of the latent; None accepts the family's range.

@@ -93,7 +93,7 @@ def bench(
         "weights_bytes": sum(f.size for name, f in manifest.files.items() if name.endswith(".safetensors")),
         "engine": manifest.engine.kind,
         "precision": manifest.precision,
-        "device": getattr(denoiser.runner, "device", "cpu"),
+        "device": str(denoiser.device),
         "fallbacks": denoiser.runner.fallbacks,
     }
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from taylorseer_export.bundle.device import CPU, Device
 from taylorseer_export.bundle.manifest import GraphName, Tensor
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.errors import BundleError
@@ -27,7 +28,7 @@ _ANY_ERROR = 1e30  # a threshold that every error is under
 _LARGEST = {"float16": 65504.0, "bfloat16": (2 - 2.0**-7) * 2.0**127, "float32": (2 - 2.0**-23) * 2.0**127}
 
 
-def check_engines(contract: Contract, runner: Runner, device: str = "cpu", seed: int = 0) -> None:
+def check_engines(contract: Contract, runner: Runner, device: Device = CPU, seed: int = 0) -> None:
     """Run a full step, and a forecast step that repeats it, and look at every tensor that the graphs write.
 
         |value| < largest finite value of its dtype,        |forecast - full| <= max |full|
@@ -45,7 +46,7 @@ def check_engines(contract: Contract, runner: Runner, device: str = "cpu", seed:
         BundleError: Names graph and tensor, and says what was seen.
     """
     manifest = contract.manifest
-    end = "minimum" if device == "cpu" else "typical"
+    end = "typical" if device.is_gpu else "minimum"
     sizes = {name: getattr(d, end) for name, d in manifest.dimensions.items()}
     generator = np.random.default_rng(seed)
     conditioning = random_constants(contract, sizes, generator)

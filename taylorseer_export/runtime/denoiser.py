@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from taylorseer_export.bundle.device import CPU, Device
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.profile import Profiles
 from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def load(
     folder: str | Path,
-    device: str = "cpu",
+    device: str | Device = CPU,
     threads: int = 0,
     progress: Progress | None = None,
     cuda_graphs: bool = True,
@@ -36,7 +37,7 @@ def load(
 
     Args:
         folder: The bundle.
-        device: `cpu` or `cuda`.
+        device: `cpu`, `cuda` or `cuda:N`. Without a number it is torch's current GPU, for ONNX Runtime the first.
         threads: CPU threads of each engine; 0 leaves it to the engine.
         progress: Called with the bytes just checked.
         cuda_graphs: Whether calls on a GPU are replayed as CUDA graphs.
@@ -45,12 +46,15 @@ def load(
 
     Raises:
         BundleError: The bundle is missing, damaged, too new, not for this machine, or its engines overflow.
+        ConfigError: The device is none, or a GPU that is not here.
     """
+    asked = Device.parse(device)
     bundle = open_bundle(Path(folder), progress)
-    denoiser = Denoiser(bundle.manifest, open_runner(bundle, device, threads, cuda_graphs), bundle, device)
+    runner = open_runner(bundle, asked, threads, cuda_graphs)
+    denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device)
     if check:
         try:
-            check_engines(denoiser.contract, denoiser.runner, device)
+            check_engines(denoiser.contract, runner, denoiser.device)
         except MemoryError as error:
             denoiser.close()
             raise BundleError(
@@ -73,7 +77,7 @@ class Denoiser:
         device: Where the engines are.
     """
 
-    def __init__(self, manifest: Manifest, runner: Runner, bundle: Bundle | None = None, device: str = "cpu") -> None:
+    def __init__(self, manifest: Manifest, runner: Runner, bundle: Bundle | None = None, device: Device = CPU) -> None:
         self.manifest, self.runner, self.bundle, self.device = manifest, runner, bundle, device
         self.contract = Contract(manifest)
         self.latent, self.timestep = self.contract.latent, self.contract.timestep

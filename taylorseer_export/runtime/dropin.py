@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import (
@@ -43,7 +44,7 @@ class Loaded(Protocol):
 
     manifest: Manifest
     runner: Runner
-    device: str
+    device: Device
     latent: Tensor
     timestep: Tensor
     constants: dict[str, Tensor]
@@ -278,10 +279,10 @@ class DropIn(EngineModule):
                     f"argument `{name}` is given, expected only {clock}, {', '.join(self.denoiser.constants)}, which "
                     "the bundle was traced with; leave it out"
                 )
-        if not isinstance(latents, torch.Tensor) or latents.device.type != self.device.type:
-            seen = f"on `{latents.device.type}`" if isinstance(latents, torch.Tensor) else type(latents).__name__
+        if not isinstance(latents, torch.Tensor) or not self.is_on(latents.device):
+            seen = f"on `{latents.device}`" if isinstance(latents, torch.Tensor) else type(latents).__name__
             raise StepError(
-                f"input `{self.denoiser.latent.name}` is {seen}, expected a tensor on `{self.device.type}`, where the "
+                f"input `{self.denoiser.latent.name}` is {seen}, expected a tensor on `{self.device}`, where the "
                 "engines were loaded; move the pipeline there or load the bundle with another device"
             )
         values = np.unique(host_array(inputs[clock])) if inputs.get(clock) is not None else np.empty(0)

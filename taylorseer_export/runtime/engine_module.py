@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Self
 
 import torch
 
+from taylorseer_export.bundle.device import Device
 from taylorseer_export.errors import ConfigError
 
 # Methods of diffusers' models (0.42) that are about speed or memory alone.
@@ -59,11 +60,11 @@ class EngineModule(torch.nn.Module):
         device: What pipelines move latents and prompts to.
     """
 
-    def __init__(self, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, dtype: torch.dtype, device: Device) -> None:
         super().__init__()
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype, self.device = dtype, torch.device(str(device))
         # For those who ask a module's first parameter for its dtype and device; offloading may park it elsewhere.
-        self.place = torch.nn.Parameter(torch.empty(0, dtype=dtype, device=device), requires_grad=False)
+        self.place = torch.nn.Parameter(torch.empty(0, dtype=dtype, device=self.device), requires_grad=False)
         self._said: set[str] = set()
 
     @property
@@ -115,13 +116,19 @@ class EngineModule(torch.nn.Module):
         A move to the CPU is let through without effect: that is how model offloading parks a module. So is every
         floating dtype, which a pipeline hands to all of its parts.
         """
-        there = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-        if there.device.type not in (self.device.type, "cpu"):
+        there = fn(torch.empty(0, dtype=self.dtype, device=self.device)).device
+        if there.type != "cpu" and not self.is_on(there):
             raise ConfigError(
-                f"device is `{there.device.type}` for the transformer, expected `{self.device.type}`, where its "
-                f"engines were loaded; load the bundle with device=`{there.device.type}`"
+                f"device is `{there}` for the transformer, expected `{self.device}`, where its engines were loaded; "
+                f"load the bundle with device=`{there}`"
             )
         return self
+
+    def is_on(self, device: torch.device) -> bool:
+        """Whether that is where the engines are; of the CPU `cpu` and `cpu:0` are two names."""
+        if device.type != self.device.type:
+            return False
+        return device.type == "cpu" or device.index is None or device.index == self.device.index
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuse: `copy` and `pickle` come here."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from taylorseer_export.bundle.device import CPU, Device
+from taylorseer_export.bundle.driver import check_number
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.errors import BundleError
 from taylorseer_export.runtime.runner import Runner
@@ -22,17 +24,18 @@ _RUNNERS = {
 }
 
 
-def open_runner(bundle: Bundle, device: str = "cpu", threads: int = 0, cuda_graphs: bool = True) -> Runner:
+def open_runner(bundle: Bundle, device: Device = CPU, threads: int = 0, cuda_graphs: bool = True) -> Runner:
     """Load the engines of a checked bundle.
 
     Args:
         bundle: The bundle.
-        device: `cpu` or `cuda`.
+        device: Where they are to run.
         threads: CPU threads of each engine; 0 leaves it to the engine.
         cuda_graphs: Whether calls on a GPU are replayed as CUDA graphs; the runner counts the calls that are not.
 
     Raises:
         BundleError: The engines are not for this device, machine or version; says how to rebuild them here.
+        ConfigError: There is no GPU of that number.
     """
     engine = bundle.manifest.engine
     if engine.kind not in _RUNNERS:
@@ -42,11 +45,12 @@ def open_runner(bundle: Bundle, device: str = "cpu", threads: int = 0, cuda_grap
             "--engine onnxruntime`"
         )
     devices = engine.device.get("devices", "cpu").split()
-    if device not in devices:
+    if device.kind not in devices:
         raise BundleError(
             f"device is `{device}`, expected one that {bundle.folder} was built for ({', '.join(devices)}); "
-            f"choose one of those, or export again with `{bundle.manifest.command(device)}`"
+            f"choose one of those, or export again with `{bundle.manifest.command(device.kind)}`"
         )
+    check_number(device)
     runner: Runner = import_module(_RUNNERS[engine.kind]).open_runner(bundle, device, threads, cuda_graphs)
     return runner
 

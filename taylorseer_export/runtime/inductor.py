@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from taylorseer_export.bundle.contract import NOTE, signature
+from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import Graph
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.errors import BundleError, first_line
 from taylorseer_export.runtime.engines import check_version
-from taylorseer_export.runtime.torch_runner import TorchRunner
+from taylorseer_export.runtime.torch_runner import TorchRunner, current, located
 
 WEIGHTS = "weights.safetensors"
 
 
-def open_runner(bundle: Bundle, device: str, threads: int, cuda_graphs: bool = True) -> TorchRunner:
+def open_runner(bundle: Bundle, device: Device, threads: int, cuda_graphs: bool = True) -> TorchRunner:
     """Load the package of a bundle.
 
     Args:
         bundle: The bundle.
-        device: `cpu` or `cuda`.
+        device: Where to run; a GPU without a number is torch's current one.
         threads: Threads on the CPU, of the whole process; 0 leaves them as they are.
         cuda_graphs: Whether calls on a GPU are captured.
 
@@ -32,13 +33,14 @@ def open_runner(bundle: Bundle, device: str, threads: int, cuda_graphs: bool = T
     """
     torch = _library()
     check_version(bundle, "torch", torch.__version__)
-    _check_device(bundle, torch, device)
+    device = _checked_device(bundle, torch, device)
     if threads:
         torch.set_num_threads(threads)
     graphs: dict[str, Graph] = dict(bundle.manifest.graphs.items())
     package = bundle.path(graphs["full"].file)
     try:
-        functions = _functions(package, bundle.path(WEIGHTS), graphs, device)
+        with current(device):
+            functions = _functions(package, bundle.path(WEIGHTS), graphs, device)
     except (RuntimeError, KeyError) as error:
         raise BundleError(
             f"{package} is refused by torch {torch.__version__} ({first_line(error)}), expected a "
@@ -57,16 +59,16 @@ def _library() -> Any:
     return torch
 
 
-def _check_device(bundle: Bundle, torch: Any, device: str) -> None:
-    """Compare what the machine code was built on with what is here."""
-    if device == "cuda" and not torch.cuda.is_available():
+def _checked_device(bundle: Bundle, torch: Any, asked: Device) -> Device:
+    """The device with its number, where the machine code was built on one like it."""
+    if asked.is_gpu and not torch.cuda.is_available():
         raise BundleError(
-            f"device is `cuda`, expected a GPU that torch can use for {bundle.folder}; install its driver, or export "
-            f"again with `{bundle.manifest.command('cpu')}`"
+            f"device is `{asked}`, expected a GPU that torch can use for {bundle.folder}; install its driver, or "
+            f"export again with `{bundle.manifest.command('cpu')}`"
         )
-    here = {"machine": platform.machine()}
-    if device == "cuda":
-        here["compute_capability"] = "{}.{}".format(*torch.cuda.get_device_capability())
+    device, here = located(asked), {"machine": platform.machine()}
+    if device.is_gpu:
+        here["compute_capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device.number))
     else:
         here["instructions"] = torch.backends.cpu.get_cpu_capability()
     for name, seen in here.items():
@@ -76,20 +78,21 @@ def _check_device(bundle: Bundle, torch: Any, device: str) -> None:
                 f"{name.replace('_', ' ')} is {seen}, expected {wanted}, for which {bundle.folder} was built; "
                 f"build it here with `{bundle.manifest.command()}`"
             )
+    return device
 
 
 def _functions(
-    package: Path, weights: Path, graphs: Mapping[str, Graph], device: str
+    package: Path, weights: Path, graphs: Mapping[str, Graph], device: Device
 ) -> dict[str, Callable[..., object]]:
     """Each graph of the package as a function, all of them over the same tensors."""
     from safetensors.torch import load_file
     from torch._inductor.package import load_package
 
-    tensors = load_file(weights, device)  # mapped on the CPU: the pages are shared with every other process
+    tensors = load_file(weights, str(device))  # mapped on the CPU: the pages are shared with every other process
     functions: dict[str, Callable[..., object]] = {}
     for name in graphs:
         # Without its own threads' locks and events, which a CUDA graph cannot hold.
-        model = load_package(str(package), name, run_single_threaded=True)
+        model = load_package(str(package), name, run_single_threaded=True, device_index=_index(device))
         noted, expected = model.get_metadata().get(NOTE, "none"), signature(graphs[name])
         if noted != expected:
             raise BundleError(
@@ -101,6 +104,11 @@ def _functions(
             model.load_constants(used, check_full_update=True, user_managed=True)
         functions[name] = partial(_boxed, model.loader, used)
     return functions
+
+
+def _index(device: Device) -> int:
+    """As AOTInductor numbers devices: -1 stands for none, as on the CPU."""
+    return device.number if device.is_gpu else -1
 
 
 def _boxed(loader: Any, weights: Mapping[str, Any], *tensors: Any) -> None:

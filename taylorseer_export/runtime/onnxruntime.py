@@ -6,19 +6,21 @@ import itertools
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from taylorseer_export.bundle.contract import unlike
+from taylorseer_export.bundle.device import CPU, Device
 from taylorseer_export.bundle.external import external_files, relocated
 from taylorseer_export.bundle.manifest import Dimension, Graph
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.errors import BundleError, StepError, first_line
 from taylorseer_export.runtime.engines import check_version
+from taylorseer_export.runtime.identity import IDENTITY
 from taylorseer_export.runtime.runner import Buffer, Call, check_binding, host_dtype
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -38,10 +40,11 @@ _DTYPES = {
     "tensor(int32)": "int32",
     "tensor(bool)": "bool",
 }
+_MOST_BOUND = 4096  # copies that are kept bound: rows of several tables of the longest loops
 _ALIGNMENT = 256  # bytes; what TensorRT asks for, and a multiple of every cache line
 
 
-def open_runner(bundle: Bundle, device: str, threads: int, cuda_graphs: bool = True) -> OnnxRuntimeRunner:
+def open_runner(bundle: Bundle, device: Device, threads: int, cuda_graphs: bool = True) -> OnnxRuntimeRunner:
     """Load the graphs of a bundle.
 
     Raises:
@@ -52,7 +55,7 @@ def open_runner(bundle: Bundle, device: str, threads: int, cuda_graphs: bool = T
     for graph in graphs.values():
         bundle.check_listed(graph.file)
     files = {name: bundle.path(graph.file) for name, graph in graphs.items()}
-    provider = bundle.manifest.engine.options.get("provider", device) if device == "cuda" else device
+    provider = bundle.manifest.engine.options.get("provider") if device.is_gpu else None
     return OnnxRuntimeRunner(files, graphs, device, threads, provider, cuda_graphs, bundle.manifest.dimensions)
 
 
@@ -73,9 +76,9 @@ class OnnxRuntimeRunner:
     Args:
         files: Graph name -> ONNX file.
         graphs: Graph name -> contract.
-        device: `cpu` or `cuda`.
+        device: Where to run; a GPU without a number is the first.
         threads: Threads of each graph on the CPU; 0 leaves it to ONNX Runtime.
-        provider: `cpu`, `cuda` or `tensorrt`; the device if left out.
+        provider: `cpu`, `cuda` or `tensorrt`; the kind of device if left out.
         cuda_graphs: Whether the CUDA provider captures each bound call. The TensorRT provider has one CUDA graph for a
             session, which would replay the first call for all, so it has none here and its calls count as fallbacks.
         dimensions: Ranges of the sizes, which the TensorRT provider builds for.
@@ -88,17 +91,17 @@ class OnnxRuntimeRunner:
         self,
         files: Mapping[str, Path],
         graphs: Mapping[str, Graph],
-        device: str = "cpu",
+        device: Device = CPU,
         threads: int = 0,
         provider: str | None = None,
         cuda_graphs: bool = True,
         dimensions: Mapping[str, Dimension] | None = None,
     ) -> None:
         onnxruntime = _library()
-        self.graphs, self.device, self.fallbacks = graphs, device, 0
+        self.graphs, self.device, self.fallbacks = graphs, device.at(0), 0
         # Sessions on the CPU run on several threads at once; the CUDA provider's do not while it captures graphs.
-        self._turn = nullcontext() if device == "cpu" else threading.Lock()
-        kind = provider or device
+        self._turn: AbstractContextManager[object] = threading.Lock() if device.is_gpu else nullcontext()
+        kind = provider or device.kind
         first = _PROVIDERS.get(kind, kind)
         if first not in onnxruntime.get_available_providers():
             raise BundleError(
@@ -109,13 +112,15 @@ class OnnxRuntimeRunner:
         # Every bound call has a number, under which the provider keeps its CUDA graph.
         self._numbers = itertools.count(1) if kind == "cuda" and cuda_graphs else None
         self._sessions: dict[str, Any] = {}
+        place = {"device_id": str(self.device.number)}
         for name, path in files.items():
             providers: list[Any] = [first]
             if kind == "tensorrt":
-                providers = [(first, _profile(graphs[name], dimensions or {})), (_PROVIDERS["cuda"], _FLOAT32)]
+                profile = _profile(graphs[name], dimensions or {})
+                providers = [(first, {**place, **profile}), (_PROVIDERS["cuda"], {**place, **_FLOAT32})]
             elif kind == "cuda":
                 captured = {} if self._numbers is None else {"enable_cuda_graph": "1"}
-                providers = [(first, {**_FLOAT32, **captured})]
+                providers = [(first, {**place, **_FLOAT32, **captured})]
             options = _options(onnxruntime, threads)
             try:
                 source, folder = _source(path)
@@ -136,28 +141,29 @@ class OnnxRuntimeRunner:
                     f"{', '.join(self._sessions[name].get_providers())}); install the CUDA libraries that it names on "
                     "standard error, or use --device cpu"
                 )
+        self._copies = _Copies(onnxruntime, self.device, self._turn) if device.is_gpu else None
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        if self.device == "cpu":
+        if self._copies is None:
             return HostBuffer.zeros(shape, dtype)
-        return _DeviceBuffer.zeros(shape, dtype, self.device)
+        return _DeviceBuffer.zeros(shape, dtype, self._copies)
 
     def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         contract, session = self.graphs[graph], self._sessions[graph]
         check_binding(contract, inputs, outputs)
-        binding = session.io_binding()
+        binding, place = session.io_binding(), (self.device.kind, self.device.number)
         for tensor in contract.inputs:
             b = inputs[tensor.name]
-            binding.bind_input(tensor.name, self.device, 0, _element_type(tensor.dtype), b.shape, b.address)
+            binding.bind_input(tensor.name, *place, _element_type(tensor.dtype), b.shape, b.address)
         for tensor in contract.outputs:
             b = outputs[tensor.name]
-            binding.bind_output(tensor.name, self.device, 0, _element_type(tensor.dtype), b.shape, b.address)
+            binding.bind_output(tensor.name, *place, _element_type(tensor.dtype), b.shape, b.address)
         keep = (*inputs.values(), *outputs.values())  # the binding holds addresses; the call holds the memory
         options = None
         if self._numbers is not None:
             options = _library().RunOptions()
             options.add_run_config_entry("gpu_graph_id", str(next(self._numbers)))
-        falls_back = int(options is None and self.device != "cpu")
+        falls_back = int(options is None and self.device.is_gpu)
 
         def call() -> None:
             assert keep
@@ -296,18 +302,52 @@ class HostBuffer:
         return from_bits(self.array) if self.dtype == "bfloat16" else self.array.copy()
 
 
+class _Copies:
+    """Copies between places on a GPU, none of them by way of the host: a graph of one Identity, over bytes.
+
+    ONNX Runtime's CUDA kernel of Identity is one copy on the device (cudaMemcpyAsync); as source and target any address
+    may be bound, so a row of a table or an entry of a ring as well. A run ends when the copy is done, as that of every
+    graph does: what is read next is in place, whichever session's stream it is read on.
+
+    Args:
+        onnxruntime: The library.
+        device: The GPU.
+        turn: Held while it copies.
+    """
+
+    def __init__(self, onnxruntime: Any, device: Device, turn: AbstractContextManager[object]) -> None:
+        self.device, self._turn = device, turn
+        self.value: Any = onnxruntime.OrtValue
+        self._place = (device.kind, device.number)
+        options: dict[str, str] = {"device_id": str(device.number)} if device.is_gpu else {}
+        providers = [(_PROVIDERS[device.kind], options)]
+        self._session = onnxruntime.InferenceSession(IDENTITY, _options(onnxruntime, 1), providers=providers)
+        self._bound: dict[tuple[int, int, int], Any] = {}  # to bind takes longer than to copy, and a loop's rows recur
+
+    def copy(self, source: int, target: int, size: int) -> None:
+        """Copy `size` bytes from one address to another."""
+        way = (source, target, size)
+        with self._turn:
+            if way not in self._bound:
+                if len(self._bound) >= _MOST_BOUND:
+                    self._bound.clear()
+                self._bound[way] = binding = self._session.io_binding()
+                binding.bind_input("source", *self._place, np.uint8, (size,), source)
+                binding.bind_output("target", *self._place, np.uint8, (size,), target)
+            self._session.run_with_iobinding(self._bound[way])
+
+
 class _DeviceBuffer:
     """A buffer in device memory, kept by an OrtValue; an entry is a window on it."""
 
-    def __init__(self, value: Any, dtype: str, shape: tuple[int, ...], address: int) -> None:
-        self._value, self.dtype, self.shape, self.address = value, dtype, shape, address
+    def __init__(self, value: Any, dtype: str, shape: tuple[int, ...], address: int, copies: _Copies) -> None:
+        self._value, self.dtype, self.shape, self.address, self._copies = value, dtype, shape, address, copies
 
     @classmethod
-    def zeros(cls, shape: tuple[int, ...], dtype: str, device: str) -> _DeviceBuffer:
-        import onnxruntime
-
-        value = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, _storage(dtype)), device, 0)
-        return cls(value, dtype, shape, value.data_ptr())
+    def zeros(cls, shape: tuple[int, ...], dtype: str, copies: _Copies) -> _DeviceBuffer:
+        device, zeros = copies.device, np.zeros(shape, _storage(dtype))
+        value = copies.value.ortvalue_from_numpy(zeros, device.kind, device.number)
+        return cls(value, dtype, shape, value.data_ptr(), copies)
 
     @property
     def nbytes(self) -> int:
@@ -315,8 +355,8 @@ class _DeviceBuffer:
 
     def entry(self, index: int) -> _DeviceBuffer:
         tail = self.shape[1:]
-        step = math.prod(tail) * _storage(self.dtype).itemsize
-        return _DeviceBuffer(self._value, self.dtype, tail, self.address + index * step)
+        step = math.prod(tail) * int(_storage(self.dtype).itemsize)
+        return _DeviceBuffer(self._value, self.dtype, tail, self.address + index * step, self._copies)
 
     def clear(self) -> None:
         self.write(np.zeros((), host_dtype(self.dtype)))
@@ -327,13 +367,17 @@ class _DeviceBuffer:
         self._value.update_inplace(np.ascontiguousarray(np.broadcast_to(stored, self.shape), _storage(self.dtype)))
 
     def copy(self, source: Buffer) -> None:
-        self.write(source.read())
+        assert isinstance(source, _DeviceBuffer), "bug in taylorseer-export: a foreign buffer"
+        assert (source.shape, source.dtype) == (self.shape, self.dtype), "bug in taylorseer-export: an unlike buffer"
+        self._copies.copy(source.address, self.address, self.nbytes)
 
     def read(self) -> np.ndarray:
+        if self.address != self._value.data_ptr() or self.shape != tuple(self._value.shape()):
+            part = _DeviceBuffer.zeros(self.shape, self.dtype, self._copies)  # the window alone comes to the host
+            part.copy(self)
+            return part.read()
         whole: np.ndarray = self._value.numpy()
-        start = (self.address - self._value.data_ptr()) // _storage(self.dtype).itemsize
-        part = whole.reshape(-1)[start : start + math.prod(self.shape)].reshape(self.shape)
-        return from_bits(part) if self.dtype == "bfloat16" else part
+        return from_bits(whole) if self.dtype == "bfloat16" else whole
 
 
 def to_bits(values: np.ndarray) -> np.ndarray:

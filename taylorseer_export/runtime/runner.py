@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import Graph
 from taylorseer_export.errors import StepError
 
@@ -57,6 +58,11 @@ class Runner(Protocol):
 
     @property
     def graphs(self) -> Mapping[str, Graph]: ...
+
+    @property
+    def device(self) -> Device:
+        """Where engines and buffers are; a GPU has its number."""
+        ...
 
     @property
     def fallbacks(self) -> int:

@@ -7,10 +7,8 @@ TensorRT-RTX compiles for the GPU at hand when a context is made, keeps that in 
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,16 +16,18 @@ from typing import Any
 
 from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.bundle.contract import unlike
+from taylorseer_export.bundle.device import Device
+from taylorseer_export.bundle.driver import driver_cuda
 from taylorseer_export.bundle.manifest import Graph
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.bundle.tensorrt import dtype_names, extents, library, library_name, logger
 from taylorseer_export.errors import BundleError, StepError
 from taylorseer_export.runtime.engines import check_version
 from taylorseer_export.runtime.runner import Buffer, Call, check_binding
-from taylorseer_export.runtime.torch_runner import TorchRunner
+from taylorseer_export.runtime.torch_runner import TorchRunner, current, located
 
 
-def open_runner(bundle: Bundle, device: str, threads: int, cuda_graphs: bool = True) -> TensorRTRunner:
+def open_runner(bundle: Bundle, device: Device, threads: int, cuda_graphs: bool = True) -> TensorRTRunner:
     """Load the plans of a bundle, after library, driver and GPU were found to be those it was built for.
 
     Raises:
@@ -35,7 +35,7 @@ def open_runner(bundle: Bundle, device: str, threads: int, cuda_graphs: bool = T
     """
     trt = library(bundle.manifest.engine.kind, BundleError)
     check_library(bundle, trt.__version__)
-    check_gpu(bundle)
+    check_gpu(bundle, device)
     return TensorRTRunner(trt, bundle, device, cuda_graphs)
 
 
@@ -52,8 +52,8 @@ def check_library(bundle: Bundle, installed: str) -> None:
         check_version(bundle, name, installed, parts=4)
 
 
-def check_gpu(bundle: Bundle) -> None:
-    """Refuse a machine without the GPU and driver that the plans need.
+def check_gpu(bundle: Bundle, device: Device) -> None:
+    """Refuse a machine without the driver that the plans need, and a GPU that is none of theirs.
 
     Raises:
         BundleError: Names what is here, what is needed, and the command that builds for here.
@@ -74,7 +74,8 @@ def check_gpu(bundle: Bundle) -> None:
             f"the NVIDIA driver serves CUDA {driver_cuda()}, expected {release} or newer for {bundle.folder}; "
             f"upgrade the driver, or export again here with `{command}`"
         )
-    here = torch.cuda.get_device_capability()
+    gpu = located(device).number
+    here, name = torch.cuda.get_device_capability(gpu), torch.cuda.get_device_name(gpu)
     arch = {"gpu_arch": "{}.{}".format(*here)} if bundle.manifest.engine.kind == "tensorrt-rtx" else {}
     seen = "{}.{}".format(*here)
     least = wanted.removesuffix("+") if wanted.endswith("+") else None
@@ -83,22 +84,11 @@ def check_gpu(bundle: Bundle) -> None:
             f"compute capability is {seen}, expected {wanted.replace(' ', ' or ')}, for which {bundle.folder} was "
             f"built; export again here with `{bundle.manifest.command(**arch)}`"
         )
-    if limits.get("gpu", torch.cuda.get_device_name()) != torch.cuda.get_device_name():
+    if limits.get("gpu", name) != name:
         raise BundleError(
-            f"the GPU is {torch.cuda.get_device_name()}, expected {limits['gpu']}, for which {bundle.folder} was "
+            f"the GPU is {name}, expected {limits['gpu']}, for which {bundle.folder} was "
             f"built; export again here with `{command}`, or with --hardware-compatibility-level ampere-plus there"
         )
-
-
-def driver_cuda() -> int:
-    """Major release of CUDA that the installed driver serves; 0 without a driver."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return 0
-    found = ctypes.c_int(0)
-    driver.cuDriverGetVersion(ctypes.byref(found))
-    return found.value // 1000
 
 
 class TensorRTRunner(TorchRunner):
@@ -107,7 +97,7 @@ class TensorRTRunner(TorchRunner):
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
         bundle: The bundle.
-        device: `cuda`.
+        device: The GPU; without a number torch's current one. Its plans, contexts and scratch belong to it.
         cuda_graphs: Whether calls are captured. Streamed weights cannot be, and count as fallbacks.
 
     Raises:
@@ -116,7 +106,7 @@ class TensorRTRunner(TorchRunner):
 
     alignment = 256  # bytes; what the library reads at once
 
-    def __init__(self, trt: Any, bundle: Bundle, device: str = "cuda", cuda_graphs: bool = True) -> None:
+    def __init__(self, trt: Any, bundle: Bundle, device: Device, cuda_graphs: bool = True) -> None:
         self._given = bundle.manifest.engine.options
         cuda_graphs = cuda_graphs and "weight-streaming" not in self._given
         self._captures_itself = bundle.manifest.engine.kind == "tensorrt-rtx" and cuda_graphs
@@ -125,8 +115,9 @@ class TensorRTRunner(TorchRunner):
         if self._captures_itself:
             self._record = _warm
         self._trt, self._log, self._bundle = trt, logger(trt), bundle
-        self._runtime = trt.Runtime(self._log)
-        self._engines = {name: self._loaded(name) for name in graphs}
+        with current(self.device):
+            self._runtime = trt.Runtime(self._log)
+            self._engines = {name: self._loaded(name) for name in graphs}
         self._caches: dict[str, Any] = {}
         self._scratch: Any = None
         self._lane: Any = None
@@ -136,10 +127,16 @@ class TensorRTRunner(TorchRunner):
         aliased = getattr(engine, "get_aliased_input_tensor", lambda name: None)  # since release 10.15
         aliases = {t.name: str(source) for t in contract.outputs if (source := aliased(t.name))}
         check_binding(contract, inputs, outputs, aliases)
-        context = self._context(graph)
         buffers = {t.name: inputs[t.name] for t in contract.inputs} | {
             t.name: outputs[t.name] for t in contract.outputs
         }
+        with current(self.device):
+            call = self._bound(graph, inputs, buffers)
+        return self.ready(graph, buffers, call)
+
+    def _bound(self, graph: str, inputs: Mapping[str, Buffer], buffers: Mapping[str, Buffer]) -> Call:
+        """A launch of a context of its own, which has the shapes and addresses of these buffers."""
+        contract, context = self.graphs[graph], self._context(graph)
         for tensor in contract.inputs:
             if not context.set_input_shape(tensor.name, inputs[tensor.name].shape):
                 raise StepError(
@@ -152,8 +149,7 @@ class TensorRTRunner(TorchRunner):
         assert not missing, f"bug in taylorseer-export: {missing} are not bound"
         scratch = self._scratch_of(context.update_device_memory_size_for_shapes())
         context.set_device_memory(scratch.data_ptr(), scratch.nbytes)
-        call = partial(self._run, graph, context, (scratch, buffers))
-        return self.ready(graph, buffers, call)
+        return partial(self._run, graph, context, (scratch, buffers))
 
     def close(self) -> None:
         super().close()
@@ -177,7 +173,7 @@ class TensorRTRunner(TorchRunner):
     def _on_a_stream(self, launch: Callable[[int], bool]) -> bool:
         """Launch on the current stream, or beside it where that is the default one, which can neither overlap nor be
         captured."""
-        if self.device == "cpu":
+        if not self.device.is_gpu:
             return launch(0)
         import torch
 
@@ -195,7 +191,7 @@ class TensorRTRunner(TorchRunner):
         import torch
 
         if self._scratch is None or self._scratch.nbytes < size:
-            self._scratch = torch.empty(max(size, 1), dtype=torch.uint8, device=self.device)
+            self._scratch = torch.empty(max(size, 1), dtype=torch.uint8, device=str(self.device))
         return self._scratch
 
     def _context(self, graph: str) -> Any:

@@ -4,17 +4,22 @@ It serves whatever takes its inputs and outputs as tensors and writes the output
 operator, compiled ones, and AOTInductor packages. On a GPU each bound call, that is each graph, shape and phase of the
 ring, is captured once when it is bound; the captures share one pool of memory, because they never run at one time:
 threads take turns, and a call waits on the device for one that another stream has queued.
+
+Of several GPUs the runner's own is made torch's current one around all that it does there: streams, captures and
+launches of libraries go to the current GPU, whatever the tensors lie on.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from taylorseer_export.bundle.device import CPU, Device
 from taylorseer_export.bundle.manifest import Graph
 from taylorseer_export.errors import StepError, first_line
 from taylorseer_export.runtime.runner import Buffer, Call, check_binding
@@ -29,10 +34,11 @@ class TorchRunner:
     Args:
         functions: Graph name -> function that takes the contract's inputs and then its outputs, and fills the latter.
         graphs: Graph name -> contract.
-        device: `cpu` or `cuda`.
+        device: Where to run; a GPU without a number is torch's current one.
         cuda_graphs: Whether calls on a GPU are captured. Without it every call counts as a fallback.
 
     Attributes:
+        device: Where it runs; a GPU has its number.
         captures: CUDA graphs captured so far.
         fallbacks: Calls on a GPU that ran without a CUDA graph, because that was asked for.
     """
@@ -43,21 +49,22 @@ class TorchRunner:
         self,
         functions: Mapping[str, Callable[..., Any]],
         graphs: Mapping[str, Graph],
-        device: str = "cpu",
+        device: Device = CPU,
         cuda_graphs: bool = True,
     ) -> None:
-        self.graphs, self.device = graphs, device
+        self.graphs, self.device = graphs, located(device)
         self.captures = self.fallbacks = 0
         self._functions = dict(functions)
         self._record: Callable[[str, Call], Call] | None = None
         self._turn, self._stream = threading.Lock(), None
-        if device == "cuda" and cuda_graphs:
-            self._record = Recorder().record
+        if device.is_gpu and cuda_graphs:
+            with current(self.device):
+                self._record = Recorder(self.device).record
 
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         import torch
 
-        return TorchBuffer(torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device))
+        return TorchBuffer(torch.zeros(shape, dtype=getattr(torch, dtype), device=str(self.device)))
 
     def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         contract, function = self.graphs[graph], self._functions[graph]
@@ -73,7 +80,7 @@ class TorchRunner:
         Raises:
             StepError: A tensor does not start where the engine can read it, or the call cannot be captured.
         """
-        if self.device == "cpu":
+        if not self.device.is_gpu:
             return call
         for name, buffer in buffers.items():
             if buffer.address % self.alignment:
@@ -83,7 +90,7 @@ class TorchRunner:
                 )
         if self._record is None:
             return partial(self._in_turn, partial(self._fall_back, call))
-        with self._turn:
+        with self._turn, current(self.device):
             self.captures += 1
             return partial(self._in_turn, self._record(graph, call))
 
@@ -95,7 +102,7 @@ class TorchRunner:
         """Make a call on a GPU after those of other threads and streams, whose scratch memory is its own too."""
         import torch
 
-        with self._turn:
+        with self._turn, current(self.device):
             here: Any = torch.cuda.current_stream()
             if self._stream is not None and self._stream != here:
                 here.wait_stream(self._stream)
@@ -105,6 +112,24 @@ class TorchRunner:
     def _fall_back(self, call: Call) -> None:
         self.fallbacks += 1
         call()
+
+
+def located(device: Device) -> Device:
+    """The device with its number: torch's current GPU where none was chosen."""
+    if not device.is_gpu or device.index is not None:
+        return device
+    import torch
+
+    return device.at(torch.cuda.current_device())
+
+
+def current(device: Device) -> AbstractContextManager[object]:
+    """Makes a GPU torch's current one in this thread, and the one before again at the end; nothing on the CPU."""
+    if not device.is_gpu:
+        return nullcontext()
+    import torch
+
+    return torch.cuda.device(device.number)
 
 
 class TorchBuffer:
@@ -152,12 +177,16 @@ class TorchBuffer:
 
 
 class Recorder:
-    """Captures calls as CUDA graphs, all on one stream and in one pool of memory."""
+    """Captures calls as CUDA graphs, all on one stream and in one pool of memory.
 
-    def __init__(self) -> None:
+    Args:
+        device: The GPU, which is to be the current one while it records.
+    """
+
+    def __init__(self, device: Device) -> None:
         import torch
 
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream(device=str(device))
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, name: str, call: Call) -> Call:

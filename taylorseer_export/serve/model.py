@@ -18,6 +18,7 @@ from typing import Any
 
 import triton_python_backend_utils as triton
 
+from taylorseer_export.bundle.device import Device
 from taylorseer_export.errors import ServeError, TaylorSeerError
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import Loop
@@ -46,7 +47,9 @@ class TritonPythonModel:
 
             torch.set_num_threads(1)  # it runs the scheduler alone, whose sums are small
             bundle = Path(args["model_repository"], args["model_version"], "bundle")
-            self._denoiser = load(bundle, options["device"], int(options["threads"]))
+            # Of several GPUs the server says which one this instance has.
+            device = Device.parse(options["device"]).at(int(args["model_instance_device_id"]))
+            self._denoiser = load(bundle, device, int(options["threads"]))
             self._profiles = dict(self._denoiser.profiles)
             limits = {name: int(options[name]) for name in ("slots", "queue", "batch", "workers", "slot_bytes")}
             self._service = Service(self._denoiser, Limits(**limits))

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from taylorseer_export.bundle.device import CPU, Device
 from taylorseer_export.bundle.manifest import MANIFEST, Manifest
 from taylorseer_export.bundle.memory import request_bytes, size
 from taylorseer_export.bundle.profile import PROFILES, profile_names, read_profile
@@ -36,15 +37,17 @@ class Deployment:
     """How a bundle is served.
 
     Attributes:
-        device: `cpu` or `cuda`.
+        device: Where to run; a GPU by its number is one of `gpus`.
+        gpus: The GPUs that have instances, by the numbers that the server knows them by; all that it has if empty.
         models: Of `MODELS`; all that the bundle can be served as if empty.
-        instances: Processes of every model, each with its own engines and slots.
+        instances: Processes of every model, each with its own engines and slots; on a GPU so many for each of them.
         slots, queue, batch, workers: As in `Limits`, for each instance; `batch` 0 chooses by the device.
         threads: CPU threads of one engine call; 0 is one per core.
         memory_budget: Bytes of the weights, Taylor buffers and step tables of one instance; None for the usual room.
     """
 
-    device: str = "cpu"
+    device: Device = CPU
+    gpus: tuple[int, ...] = ()
     models: tuple[str, ...] = ()
     instances: int = 1
     slots: int = 4
@@ -114,8 +117,8 @@ def config(manifest: Manifest, model: str, deployment: Deployment) -> str:
                 entry.optional = True
     made.model_transaction_policy.decoupled = model.endswith("-stream")
     group = schema.ModelInstanceGroup
-    kind = group.KIND_GPU if deployment.device == "cuda" else group.KIND_CPU
-    made.instance_group.add(kind=kind, count=deployment.instances)
+    kind = group.KIND_GPU if deployment.device.is_gpu else group.KIND_CPU
+    made.instance_group.add(kind=kind, count=deployment.instances, gpus=_gpus(deployment))
     made.version_policy.latest.num_versions = 1
     for name, value in _options(manifest, role, deployment).items():
         made.parameters[name].string_value = value
@@ -150,15 +153,29 @@ def slot_bytes(manifest: Manifest, slots: int, budget: int | None) -> int:
     return (budget - weights) // slots
 
 
+def _gpus(deployment: Deployment) -> tuple[int, ...]:
+    """The GPUs that the server is to place instances on; none stands for all that it has.
+
+    Raises:
+        ConfigError: Some are named for the CPU, or twice.
+    """
+    device = deployment.device
+    if deployment.gpus and not device.is_gpu:
+        raise ConfigError(f"--gpus is given with --device {device}, expected it with --device cuda; leave one out")
+    if deployment.gpus and device.index is not None:
+        raise ConfigError(f"--gpus is given with --device {device}, expected one of them; leave one out")
+    return deployment.gpus if device.index is None else (device.index,)
+
+
 def _options(manifest: Manifest, role: contract.Role, deployment: Deployment) -> dict[str, str]:
     """What the model file reads: everything that is not Triton's own."""
     devices = manifest.engine.device.get("devices", "cpu").split()
-    if deployment.device not in devices:
+    if deployment.device.kind not in devices:
         raise ConfigError(
             f"--device is {deployment.device}, expected one that the bundle was built for ({', '.join(devices)}); "
             "choose one of those, or export again"
         )
-    shares = deployment.device == "cpu"  # windows of device buffers cannot be copied by ONNX Runtime
+    shares = not deployment.device.is_gpu  # what gathering and scattering cost on a GPU was never measured
     if deployment.batch > 1 and not shares:
         raise ConfigError(
             f"--batch is {deployment.batch} on {deployment.device}, expected 1: engine calls are shared on the CPU "
@@ -166,7 +183,7 @@ def _options(manifest: Manifest, role: contract.Role, deployment: Deployment) ->
         )
     values: dict[str, Any] = {
         "role": role,
-        "device": deployment.device,
+        "device": deployment.device.kind,
         "threads": deployment.threads,
         "slots": deployment.slots,
         "queue": deployment.queue,

@@ -28,6 +28,7 @@ from harness import FLOAT32, Tiny, allowed, eager_denoiser
 from tiny_models import dit_inputs, flux_inputs, tiny_dit
 from tiny_pipelines import Recorder, dit_pipeline, flux_pipeline
 
+from taylorseer_export.bundle.device import Device
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile import export
 from taylorseer_export.errors import ConfigError, StepError

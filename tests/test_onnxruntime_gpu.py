@@ -1,19 +1,31 @@
 """ONNX Runtime on a GPU: what its sessions are asked for, on a double of the library."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import onnxruntime
 import pytest
+import torch
+from harness import NEEDS_GPU, begin, open_slot, run
+from onnxruntime_double import Double
 
+from taylorseer_export.bundle import driver
+from taylorseer_export.bundle.device import CPU as HOST
+from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import Dimension, Graph, Tensor
 from taylorseer_export.compile.export import check_options
 from taylorseer_export.errors import BundleError, ConfigError
+from taylorseer_export.method import Guard
 from taylorseer_export.runtime import onnxruntime as runner
+from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.identity import IDENTITY
 
 X = Tensor(name="x", dtype="float32", shape=("batch", 4), role="latent")
 Y = Tensor(name="y", dtype="float32", shape=("batch", 4), role="noise_pred")
 GRAPHS = {"full": Graph(file="full.onnx", inputs=(X,), outputs=(Y,), weights_bytes=0)}
 DIMENSIONS = {"batch": Dimension(minimum=1, maximum=8, typical=2)}
+SECOND = Device("cuda", 1)
 CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"
 
 
@@ -21,11 +33,12 @@ CUDA, TENSORRT, CPU = "CUDAExecutionProvider", "TensorrtExecutionProvider", "CPU
 def library(monkeypatch):
     """The double: a GPU build of ONNX Runtime whose sessions only record."""
     made = SimpleNamespace(__version__="1.27.0", SessionOptions=onnxruntime.SessionOptions, sessions=[], starts=None)
+    made.copiers, made.OrtValue = [], None
 
     class Session:
-        def __init__(self, path, options, providers, disabled_optimizers):
-            self.providers, self.runs = providers, []
-            made.sessions.append(self)
+        def __init__(self, path, options, providers, disabled_optimizers=None):
+            self.providers, self.runs, self.bound = providers, [], []
+            (made.copiers if path == IDENTITY else made.sessions).append(self)
 
         def get_providers(self):
             return made.starts or [p if isinstance(p, str) else p[0] for p in self.providers]
@@ -37,7 +50,10 @@ def library(monkeypatch):
             return [SimpleNamespace(name="y", type="tensor(float)", shape=["batch", 4])]
 
         def io_binding(self):
-            return SimpleNamespace(bind_input=lambda *a: None, bind_output=lambda *a: None)
+            return SimpleNamespace(bind_input=self.bind, bind_output=self.bind)
+
+        def bind(self, name, device, number, dtype, shape, address):
+            self.bound.append((name, device, number))
 
         def run_with_iobinding(self, binding, options):
             self.runs.append(options and dict(options.entries))
@@ -56,8 +72,8 @@ def library(monkeypatch):
     return made
 
 
-def opened(library, **options):
-    made = runner.OnnxRuntimeRunner({"full": "full.onnx"}, GRAPHS, "cuda", dimensions=DIMENSIONS, **options)
+def opened(library, device=SECOND, **options):
+    made = runner.OnnxRuntimeRunner({"full": "full.onnx"}, GRAPHS, device, dimensions=DIMENSIONS, **options)
     return made, library.sessions[-1]
 
 
@@ -69,7 +85,7 @@ def bound(made):
 def test_every_bound_call_has_a_cuda_graph_of_its_own(library):
     """Under one number two bindings would replay the addresses of the first."""
     made, session = opened(library)
-    assert session.providers == [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "1"})]
+    assert session.providers == [(CUDA, {"device_id": "1", "use_tf32": "0", "enable_cuda_graph": "1"})]
     calls = [bound(made), bound(made)]
     assert session.runs == [{"gpu_graph_id": "1"}, {"gpu_graph_id": "2"}]  # captured when bound
     for call in calls:
@@ -80,7 +96,7 @@ def test_every_bound_call_has_a_cuda_graph_of_its_own(library):
 
 def test_without_cuda_graphs_calls_are_counted(library):
     made, session = opened(library, cuda_graphs=False)
-    assert session.providers == [(CUDA, {"use_tf32": "0"})]
+    assert session.providers == [(CUDA, {"device_id": "1", "use_tf32": "0"})]
     call = bound(made)
     assert session.runs == []
     call()
@@ -91,7 +107,7 @@ def test_the_tensorrt_provider_is_told_the_ranges(library):
     """It keeps one CUDA graph for a session, so it gets none."""
     made, session = opened(library, provider="tensorrt")
     shapes = {"trt_profile_min_shapes": "x:1x4", "trt_profile_opt_shapes": "x:2x4", "trt_profile_max_shapes": "x:8x4"}
-    assert session.providers == [(TENSORRT, shapes), (CUDA, {"use_tf32": "0"})]
+    assert session.providers == [(TENSORRT, {"device_id": "1", **shapes}), (CUDA, {"device_id": "1", "use_tf32": "0"})]
     bound(made)()
     assert (session.runs, made.fallbacks) == ([None], 1)
 
@@ -111,7 +127,7 @@ def test_the_cpu_package_names_the_one_to_install(provider, name):
     with pytest.raises(
         BundleError, match=rf"device is `cuda`, .*not {name}\); install onnxruntime-gpu in its place, or"
     ):
-        runner.OnnxRuntimeRunner({}, {}, "cuda", provider=provider)
+        runner.OnnxRuntimeRunner({}, {}, Device("cuda"), provider=provider)
 
 
 def test_a_provider_belongs_to_a_gpu(drafts):
@@ -121,4 +137,150 @@ def test_a_provider_belongs_to_a_gpu(drafts):
     with pytest.raises(ConfigError, match=r"--provider is tensorrt with --device cpu, expected it with --device cuda"):
         check_options(replace(options, device="cpu", engine_options={"provider": "tensorrt"}))
     check_options(replace(options, device="cuda", precision="bf16", engine_options={"provider": "tensorrt"}))
-    assert runner.OnnxRuntimeRunner({}, {}, "cpu").fallbacks == 0
+    assert runner.OnnxRuntimeRunner({}, {}, HOST).fallbacks == 0
+
+
+# Several GPUs
+
+
+@pytest.mark.parametrize(("device", "number"), [(SECOND, 1), (Device("cuda", 0), 0), (Device("cuda"), 0)])
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_sessions_and_bindings_name_the_gpu(library, device, number, provider):
+    made, session = opened(library, device, provider=provider)
+    bound(made)
+    (copier,) = library.copiers
+    given = [options["device_id"] for _, options in (*session.providers, *copier.providers)]
+    assert set(given) == {str(number)} and [name for name, _ in copier.providers] == [CUDA]
+    assert session.bound == [("x", "cuda", number), ("y", "cuda", number)]
+    assert made.device == Device("cuda", number)
+
+
+@pytest.fixture
+def second_gpu(monkeypatch, bundles):
+    """Name of a bundle -> (the double, a denoiser over it on the second of two GPUs)."""
+
+    def make(name):
+        double = Double()
+        monkeypatch.setattr(runner, "_library", lambda: double)
+        monkeypatch.setattr(driver, "gpu_count", lambda: 2)
+        return double, load(bundles(name), "cuda:1", threads=1)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["dit", "flux"])
+@pytest.mark.parametrize("options", [{}, {"guard": Guard("cg", 0.2)}], ids=["plan", "guard"])
+def test_a_loop_on_the_second_gpu_is_that_on_the_cpu(second_gpu, onnx, tiny, name, options):
+    """Rows of tables, entries of rings and what a guard keeps are windows, copied by the graph of one Identity."""
+    inputs, expected = tiny(name).inputs(8, batch=2), onnx(name)
+    reference = run(expected, inputs, "FFF..F..", 2, **options)
+    double, denoiser = second_gpu(name)
+    assert torch.equal(run(denoiser, inputs, "FFF..F..", 2, **options), reference)
+    assert double.devices == {1} and denoiser.device == SECOND
+    assert any(event == "copy" for event, _ in double.events)
+
+
+def check_step(double, slot, latents):
+    """A step moves its latents, its numbers and its prediction between host and GPU; its rows stay there."""
+    memory, graph = slot.memory, slot.graph
+    rows = [t.name for t in slot.contract.manifest.graphs[graph].inputs if t.role == "step"]
+    given = [memory.buffers[slot.contract.latent.name], *([memory.numbers[graph]] if graph in memory.numbers else [])]
+    double.events.clear()
+    slot.step(latents.numpy())
+    assert [size for event, size in double.events if event == "to device"] == [b.nbytes for b in given]
+    assert [size for event, size in double.events if event == "copy"] == [memory.buffers[n].nbytes for n in rows]
+    assert [size for event, size in double.events if event == "to host"] == [memory.prediction.nbytes]
+    assert [what for event, what in double.events if event == "run"] == [graph]
+    assert rows and all(memory.buffers[n].nbytes < slot._tables[n].nbytes for n in rows)
+    return graph
+
+
+@pytest.mark.parametrize("name", ["dit", "flux"])
+def test_a_step_takes_nothing_but_its_latents_numbers_and_prediction_through_the_host(second_gpu, tiny, name):
+    double, denoiser = second_gpu(name)
+    inputs = tiny(name).inputs(8, batch=2)
+    slot = open_slot(denoiser, inputs)
+    begin(slot, inputs, "FFF..F..", 2)
+    assert {check_step(double, slot, latents) for latents in inputs[0]} == {"full", "forecast"}
+
+
+def test_a_copy_by_way_of_the_host_is_seen(second_gpu, tiny, monkeypatch):
+    double, denoiser = second_gpu("dit")
+    inputs = tiny("dit").inputs(2, batch=2)
+    slot = open_slot(denoiser, inputs)
+    begin(slot, inputs, "F.", 1)
+
+    def by_way_of_the_host(row, source):
+        count, start = np.prod(source.shape), source.address - source._value.data_ptr()
+        row.write(source._value.numpy().reshape(-1)[start // 4 :][:count].reshape(source.shape))
+
+    monkeypatch.setattr(runner._DeviceBuffer, "copy", by_way_of_the_host)
+    with pytest.raises(AssertionError):
+        check_step(double, slot, inputs[0][0])
+
+
+def test_memory_of_another_gpu_is_refused_by_the_double(second_gpu):
+    _, denoiser = second_gpu("dit")
+    buffer = denoiser.runner.buffer((4,), "float32")
+    copies = denoiser.runner._copies
+    copies._place = ("cuda", 0)
+    with pytest.raises(AssertionError, match="no memory of GPU 0"):
+        copies.copy(buffer.address, buffer.address + 8, 8)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int64"])
+def test_windows_are_copied_and_read_alone(second_gpu, dtype):
+    double, denoiser = second_gpu("dit")
+    make = denoiser.runner.buffer
+    table, ring = make((3, 2, 5), dtype), make((2, 2, 5), dtype)
+    values = np.arange(30).reshape(3, 2, 5)
+    table.write(values)
+    double.events.clear()
+    ring.entry(1).copy(table.entry(2))
+    assert double.events == [("copy", ring.entry(1).nbytes)]
+    assert ring.read().tolist() == [np.zeros((2, 5)).tolist(), values[2].tolist()]
+    double.events.clear()
+    assert table.entry(1).entry(0).read().tolist() == values[1, 0].tolist()
+    assert [size for event, size in double.events if event == "to host"] == [table.entry(1).entry(0).nbytes]
+    assert table.entry(0).read().tolist() == values[0].tolist()  # its address is that of the table
+
+
+def test_copies_are_bound_once_and_not_without_end(monkeypatch):
+    monkeypatch.setattr(runner, "_MOST_BOUND", 2)
+    copies = runner._Copies(onnxruntime, HOST, nullcontext())
+    source, target = np.arange(6, dtype=np.int16), np.zeros(6, np.int16)
+    for k in (0, 1, 1, 2, 3, 4, 5):
+        copies.copy(source[k:].ctypes.data, target[k:].ctypes.data, 2)
+        assert len(copies._bound) <= 2
+    assert target.tolist() == source.tolist()
+
+
+def test_the_graph_that_copies_is_one():
+    """Held against the `onnx` package, which the run side does not have."""
+    import onnx
+
+    model = onnx.load_from_string(IDENTITY)
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["Identity"]
+
+
+# On a GPU
+
+
+@pytest.mark.parametrize("kind", [pytest.param("onnxruntime", marks=NEEDS_GPU)])
+def test_rows_stay_on_a_gpu(on_gpu, tiny, kind, monkeypatch):
+    """What the double cannot show: the CUDA provider runs the graph of one Identity as a copy between two windows."""
+    denoiser = on_gpu(kind, "dit")
+    make = denoiser.runner.buffer
+    table, row = make((3, 5), "float32"), make((5,), "float32")
+    table.write(np.arange(15, dtype=np.float32).reshape(3, 5))
+    row.copy(table.entry(2))
+    assert row.read().tolist() == [10, 11, 12, 13, 14]
+    inputs, seen = tiny("dit").inputs(4, batch=2), []
+    real = onnxruntime.OrtValue.numpy
+    slot = open_slot(denoiser, inputs)
+    begin(slot, inputs, "FF..", 1)
+    monkeypatch.setattr(onnxruntime.OrtValue, "numpy", lambda value: seen.append(value.shape()) or real(value))
+    for latents in inputs[0]:
+        slot.step(latents.numpy())
+    assert seen == [list(slot.memory.prediction.shape)] * 4

@@ -1,11 +1,14 @@
 """Serving without a server: who runs next, what each request gets, and the repository that is written."""
 
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import made, weights_of
 
+from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.memory import request_bytes
 from taylorseer_export.bundle.profile import write_profile
 from taylorseer_export.bundle.store import open_bundle
@@ -26,7 +30,7 @@ from taylorseer_export.runtime.sampling import Loop, Request, sample
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
 from taylorseer_export.runtime.trajectory import random_conditioning
-from taylorseer_export.serve import contract, probe, server
+from taylorseer_export.serve import contract, probe, repository, server
 from taylorseer_export.serve.batcher import _PATIENCE, Batcher, Job
 from taylorseer_export.serve.reader import Reader
 from taylorseer_export.serve.repository import Deployment, config, slot_bytes, write_repository
@@ -673,6 +677,56 @@ def test_the_configuration_reads_back_with_triton_s_own_protobuf(onnx):
     assert (seen.parameters["slots"].string_value, seen.parameters["queue"].string_value) == ("3", "5")
 
 
+@pytest.mark.parametrize(
+    ("deployment", "kind", "gpus"),
+    [
+        (Deployment(), "KIND_CPU", []),
+        (Deployment(Device("cuda")), "KIND_GPU", []),  # an instance on every GPU that the server has
+        (Deployment(Device("cuda"), gpus=(0, 2)), "KIND_GPU", [0, 2]),
+        (Deployment(Device("cuda", 1)), "KIND_GPU", [1]),
+    ],
+)
+def test_instances_are_placed_on_gpus_by_number(onnx, deployment, kind, gpus):
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as schema
+
+    seen = text_format.Parse(config(onnx("flux").manifest, "denoiser", deployment), schema.ModelConfig())
+    (group,) = seen.instance_group
+    assert (schema.ModelInstanceGroup.Kind.Name(group.kind), list(group.gpus), group.count) == (kind, gpus, 1)
+    assert seen.parameters["device"].string_value == deployment.device.kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "device"),
+    [("cpu", "0", Device()), ("cuda", "0", Device("cuda", 0)), ("cuda", "3", Device("cuda", 3))],
+)
+def test_an_instance_runs_on_the_gpu_that_the_server_gives_it(monkeypatch, kind, number, device):
+    class Refused(Exception):
+        pass
+
+    backend = SimpleNamespace(TRITONSERVER_RESPONSE_COMPLETE_FINAL=1, TritonModelException=Refused)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    file = Path(repository.__file__).with_name("model.py")
+    spec = importlib.util.spec_from_file_location("served", file)
+    served = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(served)
+    seen = []
+
+    def load(bundle, device, threads):
+        seen.append(device)
+        raise BundleError("enough")
+
+    served.load = load
+    values = {"role": "denoiser", "device": kind, "threads": "1"}
+    parameters = {name: {"string_value": value} for name, value in values.items()}
+    model_config = json.dumps({"parameters": parameters, "model_transaction_policy": {"decoupled": False}})
+    arguments = {"model_config": model_config, "model_repository": "models", "model_version": "1"}
+    with pytest.raises(Refused, match="enough"):
+        served.TritonPythonModel().initialize({**arguments, "model_instance_device_id": number})
+    assert seen == [device]
+
+
 def test_a_repository_is_whole_versioned_and_checks_its_bundle(bundles, tmp_path):
     (first,) = write_repository(bundles("dit"), tmp_path / "models", Deployment(models=("denoiser",)))
     (second,) = write_repository(bundles("dit"), tmp_path / "models", Deployment(models=("denoiser",)))
@@ -707,6 +761,10 @@ def test_profiles_go_with_their_bundle_and_a_damaged_one_is_found(bundles, tmp_p
         (["--models", "picture"], "--models has `picture`, expected some of denoiser, denoiser-stream"),
         (["--memory-budget", "1MB"], "--memory-budget is 1.00 MB, expected at least"),
         (["--device", "cuda", "--batch", "2"], "--batch is 2 on cuda, expected 1"),
+        (["--gpus", "0,1"], "--gpus is given with --device cpu, expected it with --device cuda; leave one out"),
+        (["--device", "cuda:1", "--gpus", "0"], "--gpus is given with --device cuda:1, expected one of them"),
+        (["--device", "cuda", "--gpus", "1,1"], "--gpus is 1,1, expected different numbers from 0, like 0,1"),
+        (["--device", "cuda", "--gpus", "all"], "--gpus is all, expected different numbers from 0"),
         (["--slots", "0"], "--slots is 0, expected a whole number, at least 1"),
     ],
 )

@@ -176,6 +176,7 @@ def test_bad_input_is_one_sentence(residual_digits, tmp_path, capsys, arguments,
     assert expected in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_guards_are_rows_with_as_many_full_steps(denoiser, residual_digits, tmp_path, capsys):
     asked = denoiser.forecasts(plan="FFF.F..F")
     plan = asked.plan

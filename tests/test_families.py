@@ -222,6 +222,7 @@ def test_cfg_in_one_batch_is_both_halves_alone(eager, tiny, name):
     assert FLOAT32 == both.dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["snapshots", "derivatives"])
 @pytest.mark.parametrize("granularity", ["module", "residual", "last"])
 def test_bfloat16_with_parts_kept_in_float32(tiny, traced, monkeypatch, granularity, layout):

@@ -105,6 +105,7 @@ def test_the_declaration_is_python(tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_an_incomplete_proposal_is_told(monkeypatch, tmp_path, capsys):
     """A site too few leaves an MLP in the forecast graph: the check refuses it and names the module."""
     model = MODELS["sd3"][1]()

@@ -230,6 +230,7 @@ def check_empty(service):
     assert len(service._idle) <= service.limits.slots
 
 
+@pytest.mark.slow
 def test_every_answer_is_the_one_it_gets_alone(denoiser, serve, tiny):
     service, asked = serve(slots=3), mixed(denoiser, tiny)
     service.warm_up()

@@ -62,6 +62,7 @@ def inputs(batch, text_tokens):
     return latents, timestep, {"encoder_hidden_states": text, "encoder_attention_mask": mask}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 6), (1, 20)], ids=str)
 def test_the_listing_works(listed, model, sizes, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)

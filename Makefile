@@ -7,7 +7,7 @@ RUN  := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo serve lint check test oldest bench clean
+.PHONY: help .venv demo serve lint check test oldest bench docs clean
 
 help:
 	@echo 'make demo    export the embedded tiny models, sample with and without forecasts, draw the pictures'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test    ruff, mypy and all tests'
 	@echo 'make oldest  a short suite on the oldest versions that the package asks for, in an environment of its own'
 	@echo 'make bench   full, forecast and whole-loop times, beside the plan ceiling'
+	@echo 'make docs    the reference of the Python API, from its docstrings, in build/reference/'
 	@echo 'make .venv   the environment alone (the others make it when it is missing or old)'
 	@echo 'make clean   remove caches and build leftovers; .venv and engines/ stay'
 	@echo
@@ -70,6 +71,9 @@ oldest: $(OLDEST)/.installed
 
 bench: $(DONE)
 	@$(RUN) tools/bench.py
+
+docs: $(DONE)
+	@$(RUN) tools/reference.py
 
 clean:
 	rm -rf demo dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from taylorseer_export.compile.api import export as export
     from taylorseer_export.errors import TaylorSeerError as TaylorSeerError
+    from taylorseer_export.method import Forecasts as Forecasts
     from taylorseer_export.method import Guard as Guard
     from taylorseer_export.method import Plan as Plan
     from taylorseer_export.method import forecast_weights as forecast_weights
@@ -38,7 +39,7 @@ _PUBLIC = {
     "TaylorSeerError": "taylorseer_export.errors",
 }
 
-__all__ = ["Denoiser", "Guard", "Plan", "Slot", "TaylorSeerError", "export", "forecast_weights", "load"]
+__all__ = ["Denoiser", "Forecasts", "Guard", "Plan", "Slot", "TaylorSeerError", "export", "forecast_weights", "load"]
 
 
 def __getattr__(name: str) -> Any:

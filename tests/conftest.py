@@ -22,6 +22,7 @@ from tiny_bundles import BUNDLES, MODELS, ON_GPU, PACKAGES, options_of, trace_of
 
 from taylorseer_export.bundle.tensorrt import library_name
 from taylorseer_export.compile import export
+from taylorseer_export.families import FAMILIES
 from taylorseer_export.runtime.denoiser import load
 
 torch.set_num_threads(1)
@@ -65,12 +66,21 @@ BY_MODEL = (
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "[inductor" in item.name:  # a case names the engine that runs it
+        if is_slow(item):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def is_slow(item):
+    """Whether a case is of AOTInductor, or of a model other than those of `BUNDLES`: FLUX and DiT, which are enough to
+    see in two minutes that something broke."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    words = {value for value in values if isinstance(value, str)}
+    compiled = {"inductor", "packages"} & {*item.fixturenames, *words}
+    return bool(compiled) or bool(words & (MODELS.keys() | FAMILIES.keys()) - BUNDLES.keys())
 
 
 def group_of(item):

@@ -6,17 +6,25 @@ Every check is a function from source text to a list of complaints, so that each
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from source_imports import imports
+from sources import (
+    PACKAGE,
+    circles,
+    declared,
+    families_named,
+    imported_parts,
+    imports,
+    loose_requests,
+    modules,
+    part_of,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = "taylorseer_export"
 
 # Part -> the parts that it may import besides itself. A part is a folder or a file directly in the package.
 ARROWS: dict[str, frozenset[str]] = {
@@ -86,9 +94,6 @@ TORCH_AT_THE_TOP = frozenset(
     }
 )
 
-# The folders that may name a model family or its class: everywhere else what is so of a family is data.
-NAMES_FAMILIES = frozenset({"families", "embedded"})
-
 FORBIDDEN_NAMES = frozenset({"utils", "util", "helpers", "helper", "common", "misc", "registry"})
 LONGEST = 450  # lines of one module
 
@@ -98,22 +103,6 @@ TOP = frozenset(
     " CONTRIBUTING.md".split()
 )
 LEFTOVERS = frozenset({"demo", "build", "dist"})  # ignored outputs, seen only where git is not there to say so
-
-
-# Reading --------------------------------------------------------------------------------------------------------------
-
-
-REQUEST = frozenset({"plan", "order", "form", "weights", "guard"})  # what `Forecasts` holds
-
-
-def modules(folder: Path) -> dict[str, str]:
-    """Relative path -> source text of every Python file in `folder`."""
-    return {path.relative_to(folder).as_posix(): path.read_text("utf-8") for path in sorted(folder.rglob("*.py"))}
-
-
-def part_of(path: str) -> str:
-    """`graph/trace.py` -> `graph`, `cli.py` -> `cli`."""
-    return path.split("/")[0].removesuffix(".py")
 
 
 # Checks: source -> complaints -----------------------------------------------------------------------------------------
@@ -127,48 +116,14 @@ def broken_arrows(files: Mapping[str, str]) -> list[str]:
         if part not in ARROWS:
             found.append(f"{path}: part `{part}` is not in ARROWS")
             continue
-        for name, line, _ in imports(source):
-            root, _, rest = name.partition(".")
-            if root == PACKAGE:
-                target = rest.split(".")[0]
-                # `from taylorseer_export import x` reaches the public names: only the top may.
-                target = target if target in ARROWS else "__init__"
-                if target != part and target not in ARROWS[part] and not (target == "__init__" and part == "cli"):
-                    found.append(f"{path}:{line} imports {name}")
-            elif part in STANDARD_LIBRARY_ONLY and root not in sys.stdlib_module_names:
+        for target, name, line in imported_parts(source, ARROWS):
+            # The public names are for the top alone.
+            if target != part and target not in ARROWS[part] and not (target == "__init__" and part == "cli"):
+                found.append(f"{path}:{line} imports {name}")
+        for name, line, _ in imports(source) if part in STANDARD_LIBRARY_ONLY else ():
+            root = name.split(".")[0]
+            if root != PACKAGE and root not in sys.stdlib_module_names:
                 found.append(f"{path}:{line} imports {name}, expected the standard library only")
-    return found
-
-
-def circles(files: Mapping[str, str]) -> list[list[str]]:
-    """Files that import each other, straight or through others; lazily and for types counts as well."""
-    ahead: dict[str, set[str]] = {}
-    for path, source in files.items():
-        named = (name.split(".")[1:] for name, _, _ in imports(source) if name.startswith(f"{PACKAGE}."))
-        ahead[path] = {f"{'/'.join(parts[:end])}.py" for parts in named for end in (len(parts), len(parts) - 1)}
-        ahead[path] &= files.keys() - {path}
-
-    def reached(path: str) -> set[str]:
-        seen: set[str] = set()
-        waiting = set(ahead[path])
-        while waiting:
-            seen.add(following := waiting.pop())
-            waiting |= ahead[following] - seen
-        return seen
-
-    reach = {path: reached(path) for path in files}
-    found = {tuple(sorted(other for other in reach[path] if path in reach[other])) for path in files}
-    return sorted(list(circle) for circle in found if circle)
-
-
-def loose_requests(files: Mapping[str, str]) -> list[str]:
-    """Functions outside of `method/` that take two or more of what `Forecasts` holds as parameters of their own."""
-    found = []
-    for path, source in files.items():
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef) and part_of(path) != "method":
-                taken = {argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)} & REQUEST
-                found += [f"{path}:{node.lineno} {node.name} takes {sorted(taken)}"] * (len(taken) > 1)
     return found
 
 
@@ -295,41 +250,6 @@ def _skips(node: ast.expr) -> bool:
     }
 
 
-def families_named(files: Mapping[str, str], names: Collection[str], classes: Collection[str]) -> list[str]:
-    """Families and model classes named outside of the folders that may: in a text that is no docstring, or in a name.
-
-    Args:
-        files: Path -> source.
-        names: Of the families; each of their words counts where it stands alone, `flux` in `flux-tiny` and in
-            `flux_request`.
-        classes: Of models in diffusers.
-    """
-    words = {word for name in names for word in name.split("-")} - {"image", "video"}
-    found = []
-    for path, source in files.items():
-        if part_of(path) in NAMES_FAMILIES:
-            continue
-        tree = ast.parse(source)
-        documents = {id(_document(node)) for node in ast.walk(tree)}
-        for node in ast.walk(tree):
-            if id(node) in documents:
-                continue
-            fields = [value for _, value in ast.iter_fields(node)]
-            texts = [text for field in fields for text in (field if isinstance(field, list) else [field])]
-            text = " ".join(text for text in texts if isinstance(text, str))
-            seen = set(re.findall("[a-z0-9]+", text.lower())) & words | {name for name in classes if name in text}
-            found += [f"{path}:{getattr(node, 'lineno', 0)} names {name}" for name in sorted(seen)]
-    return found
-
-
-def _document(node: ast.AST) -> ast.expr | None:
-    """The docstring of a module, class or function."""
-    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or not node.body:
-        return None
-    first = node.body[0]
-    return first.value if isinstance(first, ast.Expr) else None
-
-
 def strangers(entries: set[str]) -> set[str]:
     """Top-level entries that were not agreed on."""
     return {entry for entry in entries if entry not in TOP and not entry.startswith(".")}
@@ -396,26 +316,12 @@ def test_make_and_run_never_meet() -> None:
 
 
 def test_only_the_families_know_a_model() -> None:
-    assert families_named(OURS, declared("name"), declared("model_class")) == []
-
-
-def declared(argument: str) -> set[str]:
-    """What the families' declarations give for an argument of `Family(...)`."""
-    given = {
-        keyword.value.value
-        for path, source in OURS.items()
-        if part_of(path) == "families"
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Call)
-        for keyword in node.keywords
-        if keyword.arg == argument and isinstance(keyword.value, ast.Constant)
-    }
-    return {name for name in given if isinstance(name, str)} - {"unknown"}
+    assert families_named(OURS, declared(OURS, "name"), declared(OURS, "model_class")) == []
 
 
 def test_the_families_were_found() -> None:
-    assert {"dit", "flux", "flux-kontext", "hunyuan-video", "wan"} <= declared("name")
-    assert {"FluxTransformer2DModel", "WanTransformer3DModel"} <= declared("model_class")
+    assert {"dit", "flux", "flux-kontext", "hunyuan-video", "wan"} <= declared(OURS, "name")
+    assert {"FluxTransformer2DModel", "WanTransformer3DModel"} <= declared(OURS, "model_class")
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,7 @@ def test_a_command_that_is_ended_leaves_nothing_and_says_so(tmp_path, out, numbe
         )
 
 
+@pytest.mark.slow
 def test_an_export_that_is_ended_leaves_nothing(tmp_path, out):
     command = [sys.executable, "-m", "taylorseer_export.cli", "dit", "--out", str(out)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:

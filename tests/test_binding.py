@@ -62,6 +62,7 @@ def test_sizes_are_known_at_export():
     assert {found[n] for n in sizes} == {Time.WEIGHT}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "plain", "dit"])
 def test_a_value_is_never_known_before_its_inputs(traces, name):
     found = binding_times(traces(name))

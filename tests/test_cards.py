@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("dit-xl-2-256", "flux.1-dev")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in cards.MODELS])
 def test_no_card_is_stale(name):
     assert not cards.stale(name), f"graphs/{name}.md is stale; run python tools/cards.py --model {name}"
@@ -24,6 +25,7 @@ def test_every_card_has_a_model_and_every_model_a_card():
     assert {path.stem for path in cards.PUBLISHED.glob("*.json")} >= cards.MODELS.keys()
 
 
+@pytest.mark.slow
 def test_a_card_is_generated_from_its_config_alone(monkeypatch):
     """Another width, another number of layers, another rule of the trace: each makes another digest."""
     name = "dit-xl-2-256"
@@ -39,6 +41,7 @@ def test_a_card_is_generated_from_its_config_alone(monkeypatch):
     assert cards.digest(name) != first
 
 
+@pytest.mark.slow
 def test_the_record_says_what_the_card_says():
     """Both are counted from the graphs: of DiT-XL/2 at two layers the state of every order, and the operators."""
     entries = cards.config("dit-xl-2-256") | {"num_layers": 2}

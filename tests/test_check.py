@@ -44,6 +44,7 @@ def test_sound_engines_pass(eager, name, granularity, layout):
     assert checked(eager(name, granularity, layout)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_passes(drafts, precision):
     assert checked(eager_denoiser(drafts("plain", precision=precision, device="cuda"))) is None

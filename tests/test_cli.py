@@ -55,6 +55,7 @@ def test_every_command_explains_its_options(command, capsys):
     assert "default" in capsys.readouterr().out or command == "inspect"
 
 
+@pytest.mark.slow
 def test_export_says_it_is_the_embedded_model_and_prints_the_card_first(tmp_path, capsys):
     assert cli.main(["flux", "--dry-run", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -77,6 +78,7 @@ def test_the_command_line_writes_what_the_tests_read(embedded, tmp_path, name, a
     assert again == kept
 
 
+@pytest.mark.slow
 def test_aliases_that_users_know(tmp_path, capsys):
     arguments = ["--cache-interval", "4", "--max-order", "1", "--warmup-steps", "2", "--dry-run"]
     assert cli.main(["dit", *arguments, "--out", str(tmp_path)]) == 0
@@ -353,6 +355,7 @@ def test_another_version_device_or_engine_is_refused(copy, capsys, update, expec
     assert code == 2 and expected in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "expected"), [(KeyboardInterrupt(), "interrupted"), (OSError(28, "No space left on device"), "full")]
 )

@@ -43,6 +43,8 @@ from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
 from taylorseer_export.serve import contract
 
+pytestmark = pytest.mark.slow
+
 PICTURE = Image.linear_gradient("L").convert("RGB").resize((16, 16))
 GUIDED = {"negative_prompt": "dog", "guidance_scale": 4.0}
 VIDEO = {"height": 32, "width": 48, "num_frames": 5, "max_sequence_length": 6}

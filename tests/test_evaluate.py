@@ -176,6 +176,7 @@ def test_bad_input_is_one_sentence(residual_digits, tmp_path, capsys, arguments,
     assert expected in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_guards_are_rows_with_as_many_full_steps(denoiser, residual_digits, tmp_path, capsys):
     asked = denoiser.forecasts(plan="FFF.F..F")
     plan = asked.plan
@@ -328,3 +329,15 @@ def tiny_clip(folder):
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     pictures = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     CLIPProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(folder)
+
+
+def test_times_of_a_row_are_those_of_its_steps(rows):
+    for row in rows:
+        full = [ms for ms, kind in zip(row.step_ms, row.plan, strict=True) if kind == "F"]
+        assert row.median_ms("F") == np.median(full) and row.prepare_ms > 0
+        assert (row.median_ms(".") is None) == ("." not in row.plan)
+
+
+def test_a_step_that_differs_between_groups_has_no_kind(rows):
+    row = replace(rows[0], step_ms=(1.0, 2.0, 5.0), executed=("FF.", "F.."))
+    assert (row.median_ms("F"), row.median_ms(".")) == (1.0, 5.0)

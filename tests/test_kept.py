@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from kept import MAKERS, ROOT, RUN_SIDE, Kept, key_of, sources, surroundings, sweep
-from source_imports import imports
+from sources import imports
 
 
 @pytest.fixture

@@ -402,6 +402,7 @@ def test_a_file_of_text_encoders_alone(opened):
         opened("flux", file, lora_skip=("text-encoder",))
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_left_out_and_the_manifest_repeats_it(tmp_path, capsys, drafts):
     name = OWN["dit"]
     file, _ = made("dit", {name: [name]})

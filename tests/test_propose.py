@@ -11,6 +11,8 @@ from taylorseer_export.errors import ExportError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph import propose
 
+pytestmark = pytest.mark.slow
+
 # Where a declaration says more than conventions do, or says it otherwise.
 DIFFERS = {
     "flux": {"timestep"},  # in the precision of the model, as its pipeline passes it

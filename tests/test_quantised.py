@@ -262,6 +262,7 @@ def test_plain_float8_with_an_empty_marker(tmp_path, flux_config, marker):
     assert torch.equal(checkpoint.tensor("norm_out.linear.weight").float(), torch.cat([scale, shift]))
 
 
+@pytest.mark.slow
 def test_a_file_with_a_whole_pipeline(tmp_path, flux_config, capsys):
     """Text encoders, scales of theirs included, and VAE are set aside, and the command says so."""
     path, prefix = tmp_path / "flux.safetensors", "model.diffusion_model."
@@ -328,6 +329,7 @@ def test_dtypes_that_hold_no_weights(tmp_path):
             open_checkpoint(str(tmp_path), FAMILIES["dit"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.json")), ids=lambda path: path.stem)
 def test_published_models_are_in_no_quantised_format(path):
     """No name of a real model is taken for a scale."""

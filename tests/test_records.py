@@ -10,7 +10,7 @@ import families
 import make_asset
 import pytest
 import record
-from source_imports import imports
+from sources import imports
 
 ROOT = Path(__file__).resolve().parents[1]
 CLEAN = {"date": "2026-01-02T03:04:05+00:00", "commit": "a" * 40, "uncommitted_changes": False}

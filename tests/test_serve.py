@@ -234,6 +234,7 @@ def check_empty(service):
     assert len(service._idle) <= service.limits.slots
 
 
+@pytest.mark.slow
 def test_every_answer_is_the_one_it_gets_alone(denoiser, serve, tiny):
     service, asked = serve(slots=3), mixed(denoiser, tiny)
     service.warm_up()
@@ -294,6 +295,7 @@ GUIDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GUIDED)
 def test_guidance_in_two_calls_and_what_is_joined_to_the_noise(eager, tiny, case):
     """A request with `negative_` inputs and a `condition` gets what `run --inputs` does, beside others without."""

@@ -18,6 +18,8 @@ from taylorseer_export.compile import export
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.families.family import Family, Pipeline
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(taylorseer_export.families.__file__).with_name("README.md").read_text(encoding="utf-8")
 PLAN, ORDER = "FFF..F...F..", 2
 

@@ -126,6 +126,7 @@ def test_options_of_tensorrt_reach_its_config(tmp_path):
         plans.configure(trt, SimpleNamespace(create_builder_config=Config), chosen)
 
 
+@pytest.mark.slow
 def test_torch_tensorrt_is_given_our_names_and_ranges(drafts, tmp_path, monkeypatch):
     """On a double, because it needs a GPU to import: one whole plan for each graph, under the contract's names."""
     calls = []

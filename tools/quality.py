@@ -3,10 +3,10 @@
     python tools/quality.py                                the whole table, about five minutes on two idle cores
     python tools/quality.py --markdown FILE                and the same as markdown
 
-Every row samples the same noise and the same conditioning as `all full`, the untouched model computing all its steps,
-and is compared with what that drew: PSNR and SSIM of the pictures, and the relative L2 error of the latents (the norm
-of the difference over the norm of all-full). The rows `fewer steps` are the honest baseline: loops with only as many
-steps as a plan has full steps, all of them full. Orders below the bundle's are chosen at run time.
+Every row samples the same noise and the same conditioning as `all full`, all steps computed on the same engines, and is
+compared by `report/evaluate.py` with what that drew: PSNR and SSIM of the pictures, and the relative L2 error of the
+latents (the norm of the difference over the norm of all-full). The rows `fewer steps` are the honest baseline: loops
+with only as many steps as a plan has full steps, all of them full. Orders below the bundle's are chosen at run time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,15 @@ from typing import Any
 import numpy as np
 from demo import CAPTIONS
 from record import ROOT, circumstances, record_options, write_record
-from skimage.metrics import structural_similarity
 from tqdm import tqdm
-
-# isort: split
 
 from taylorseer_export.bundle.memory import size, state_bytes
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile.export import Options, draft, write_bundle
 from taylorseer_export.embedded import requests
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.method import Plan
+from taylorseer_export.method import Forecasts, Plan
+from taylorseer_export.report.evaluate import Case, Row, evaluate
 from taylorseer_export.runtime import sampling
 from taylorseer_export.runtime.denoiser import Denoiser, load
 
@@ -43,22 +41,11 @@ ORDERS = (0, 1, 2)
 INTERVALS = (3, 5, 6, 9)
 FLUX_SAMPLES = 16
 LABELS, SEEDS = tuple(range(10)), 2
-_WHITE = 255.0
 
 
 @dataclass(frozen=True)
-class Case:
-    """One way to sample; baselines have no granularity, order and interval."""
-
-    granularity: str | None
-    order: int | None
-    interval: int | None
-    plan: Plan
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one case gave.
+class Numbers:
+    """What one way gave.
 
     Attributes:
         granularity, order, interval: Of the forecasts; None in baselines.
@@ -87,14 +74,6 @@ class Row:
     loop_ms: float
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What all-full drew."""
-
-    pictures: np.ndarray
-    latents: np.ndarray
-
-
 def bundles(family: str, folder: Path, orders: tuple[int, ...]) -> Iterator[tuple[str, Denoiser]]:
     """Granularity and denoiser, one export each at the highest order."""
     checkpoint = open_checkpoint(None, FAMILIES[family])
@@ -112,77 +91,62 @@ def request_for(denoiser: Denoiser) -> sampling.Request:
     return requests.label_request(denoiser, LABELS * SEEDS, seeds)
 
 
-def compare(family: str, folder: Path, orders: tuple[int, ...], intervals: tuple[int, ...], repeats: int) -> list[Row]:
-    """All rows of one model; the first is all-full, which the others are compared with."""
+def compare(
+    family: str, folder: Path, orders: tuple[int, ...], intervals: tuple[int, ...], repeats: int
+) -> list[Numbers]:
+    """All rows of one model; the first is all-full. Each granularity is compared with all-full on its own engines."""
     plans = {n: Plan.regular(STEPS, n, WARMUP) for n in intervals}
-    whole = Case(None, None, None, Plan.all_full(STEPS))
     counts = sorted({len(p.full_steps) for p in plans.values()}, reverse=True)
-    fewer = [Case(None, None, None, Plan.all_full(n)) for n in counts]
-    loops = repeats * (len(GRANULARITIES) * (len(orders) * len(intervals) + 1) + len(fewer))
-    rows: list[Row] = []
-    reference: Reference | None = None
-    with tqdm(total=loops, desc=f"sampling {family}", unit="loop", file=sys.stderr) as bar:
+    rows: list[Numbers] = []
+    with tqdm(desc=f"sampling {family}", unit="step", file=sys.stderr) as bar:
         for granularity, denoiser in bundles(family, folder, orders):
-            cases = [whole, *([] if reference else fewer)]
-            cases += [Case(granularity, order, n, plan) for order in orders for n, plan in plans.items()]
+            ways = [Case("all full", Forecasts(Plan.all_full(STEPS), 0))]
+            kinds: list[tuple[str | None, int | None, int | None]] = [(None, None, None)]
+            for count in () if rows else counts:
+                ways.append(Case("fewer steps", Forecasts(Plan.all_full(count), 0)))
+                kinds.append((None, None, None))
+            for order in orders:
+                for interval, plan in plans.items():
+                    ways.append(Case(f"{granularity}, order {order}, interval {interval}", Forecasts(plan, order)))
+                    kinds.append((granularity, order, interval))
             request = request_for(denoiser)
-            branches = sampling.Pool(denoiser).of(request)
-            entry = state_bytes(denoiser.manifest, branches.slots[0].sizes) // (max(orders) + 1) // len(request.latents)
-            sampling.sample(
-                denoiser, request, denoiser.forecasts(plan="FF."), branches=branches
-            )  # warm up both engines
-            results: list[list[sampling.Result]] = [[] for _ in cases]
-            for _ in range(repeats):  # all cases in turn, so that a busy minute of the machine hits all of them
-                for case, made in zip(cases, results, strict=True):
-                    forecasts = denoiser.forecasts(plan=case.plan, order=case.order)
-                    made.append(sampling.sample(denoiser, request, forecasts, branches=branches))
-                    bar.update()
-            for case, made in zip(cases, results, strict=True):
-                pictures = requests.pictures(denoiser, request, made[0])
-                reference = reference or Reference(pictures, made[0].latents)
-                if case is not whole or not rows:
-                    rows.append(_row(case, made, pictures, reference, entry))
+            sizes = sampling.Loop(denoiser, request, ways[0].forecasts).sizes
+            entry = state_bytes(denoiser.manifest, sizes) // (max(orders) + 1) // len(request.latents)
+            # All ways in turn, so that a busy minute of the machine hits all of them.
+            turns = [evaluate(denoiser, [request], ways, on_step=bar.update) for _ in range(repeats)]
+            for kind, seen in zip(kinds, zip(*turns, strict=True), strict=True):
+                if seen[0].name != ways[0].name or not rows:
+                    rows.append(_numbers(*kind, seen, entry))
             denoiser.close()
     return rows
 
 
-def _fastest(results: list[sampling.Result]) -> np.ndarray:
-    """The least time of each step over the repeats, [steps] in ms: what the work costs when nobody interferes."""
-    return np.array([result.milliseconds for result in results]).min(0)
-
-
-def _row(case: Case, results: list[sampling.Result], made: np.ndarray, exact: Reference, entry: int) -> Row:
-    result = results[0]
-    if result.executed != result.planned:
-        raise SystemExit(f"the loop ran {result.executed}, expected {result.planned}")
-    times, kinds = _fastest(results), np.array(list(result.executed))
-    squared = ((made.astype(np.float64) - exact.pictures) ** 2).reshape(len(made), -1).mean(1)
-    difference = np.linalg.norm(result.latents.astype(np.float64) - exact.latents)
-    return Row(
-        granularity=case.granularity,
-        order=case.order,
-        interval=case.interval,
-        plan=result.executed,
+def _numbers(
+    granularity: str | None, order: int | None, interval: int | None, turns: Sequence[Row], entry: int
+) -> Numbers:
+    """Of one way: the first turn has the pictures; of each step the least time counts, when nobody interfered."""
+    row, (executed,) = turns[0], turns[0].executed
+    times, kinds = np.array([turn.step_ms for turn in turns]).min(0), np.array(list(executed))
+    assert row.ssim is not None
+    return Numbers(
+        granularity=granularity,
+        order=order,
+        interval=interval,
+        plan=executed,
         steps=len(times),
         full_steps=int((kinds == "F").sum()),
-        psnr=_decibel(squared.mean()),
-        psnr_worst=_decibel(squared.max()),
-        ssim=float(
-            np.mean([structural_similarity(a, b, channel_axis=2) for a, b in zip(exact.pictures, made, strict=True)])
-        ),
-        latent_error=float(difference / np.linalg.norm(exact.latents.astype(np.float64))),
-        state_bytes=0 if case.order is None else entry * (case.order + 1),
+        psnr=row.psnr,
+        psnr_worst=row.psnr_worst,
+        ssim=row.ssim,
+        latent_error=row.latent_error,
+        state_bytes=0 if order is None else entry * (order + 1),
         full_ms=float(np.median(times[kinds == "F"])),
-        forecast_ms=float(np.median(times[kinds == "."])) if "." in result.executed else None,
-        loop_ms=float(times.sum() + min(result.prepare_ms for result in results)),
+        forecast_ms=float(np.median(times[kinds == "."])) if "." in executed else None,
+        loop_ms=float(times.sum() + min(turn.prepare_ms for turn in turns)),
     )
 
 
-def _decibel(mean_square: float) -> float | None:
-    return float(10 * np.log10(_WHITE**2 / mean_square)) if mean_square else None
-
-
-def speedup(row: Row, rows: list[Row]) -> float:
+def speedup(row: Numbers, rows: list[Numbers]) -> float:
     """Of the steps of a loop over as many full steps as all-full has, dimensionless.
 
     Neither kind of step costs more at another order or interval on the same engines, so each is taken where it was
@@ -194,7 +158,7 @@ def speedup(row: Row, rows: list[Row]) -> float:
     return STEPS * full / (row.full_steps * full + (row.steps - row.full_steps) * forecast)
 
 
-def markdown(family: str, rows: list[Row]) -> str:
+def markdown(family: str, rows: list[Numbers]) -> str:
     """One table per model; among rows with as many full steps the least latent error is bold."""
     lines = [
         f"### {FAMILIES[family].title} (embedded), {STEPS} steps, warmup {WARMUP}",

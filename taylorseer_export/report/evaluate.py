@@ -6,6 +6,7 @@ stands the honest baseline: a loop of only as many steps as a plan has full ones
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -37,6 +38,7 @@ class Row:
     Attributes:
         full_steps: That ran, the mean over groups.
         loop_ms: Time of all steps of the loop in the denoiser, for one group of samples; the median over groups.
+        prepare_ms, step_ms: Of its beginning and of each of its steps; the same.
         latent_error: Norm of the difference of the final latents over the norm of those of all-full.
         psnr: Of all pictures together, or of the latents where the bundle makes no pictures, in dB; None where nothing
             differs.
@@ -52,6 +54,8 @@ class Row:
     plan: str
     full_steps: float
     loop_ms: float
+    prepare_ms: float
+    step_ms: tuple[float, ...]
     latent_error: float
     psnr: float | None
     psnr_worst: float | None
@@ -60,6 +64,13 @@ class Row:
     step_errors: tuple[float, ...]
     executed: tuple[str, ...]
     shown: np.ndarray
+
+    def median_ms(self, kind: str) -> float | None:
+        """Median time of the steps that were full (`F`) or forecast (`.`) in every group; None where none was."""
+        times = [
+            ms for ms, kinds in zip(self.step_ms, zip(*self.executed, strict=True), strict=True) if {*kinds} == {kind}
+        ]
+        return float(np.median(times)) if times else None
 
 
 def compared_plan(denoiser: Denoiser, asked: Forecasts) -> Plan:
@@ -171,22 +182,25 @@ def evaluate(
 class _Run:
     latents: list[np.ndarray]  # after each step
     pictures: np.ndarray
-    milliseconds: float
+    prepare_ms: float
+    step_ms: list[float]
     executed: str
 
 
 def _run(denoiser: Denoiser, pool: Pool, request: Request, case: Case, on_step: Callable[[], object]) -> _Run:
     loop, branches = Loop(denoiser, request, case.forecasts), pool.of(request)
+    began = time.perf_counter()
     loop.begin(branches)
-    latents, spent = [], 0.0
+    prepare_ms = 1e3 * (time.perf_counter() - began)
+    latents, step_ms = [], []
     for step in denoise(loop, branches):
-        spent += step.milliseconds
+        step_ms.append(step.milliseconds)
         latents.append(loop.latents.copy())
         on_step()
     made = np.zeros((0, 1, 1, 3), np.uint8)
     if draws(denoiser):
         made = pictures_of(denoiser, request, latents[-1])
-    return _Run(latents, made, spent, branches.executed)
+    return _Run(latents, made, prepare_ms, step_ms, branches.executed)
 
 
 def draws(denoiser: Denoiser) -> bool:
@@ -214,7 +228,9 @@ def _row(case: Case, runs: Sequence[_Run], exact: Sequence[_Run], shown: int) ->
         name=case.name,
         plan=str(case.forecasts.plan),
         full_steps=float(np.mean([run.executed.count("F") for run in runs])),
-        loop_ms=float(np.median([run.milliseconds for run in runs])),
+        loop_ms=float(np.median([sum(run.step_ms) for run in runs])),
+        prepare_ms=float(np.median([run.prepare_ms for run in runs])),
+        step_ms=tuple(np.median([run.step_ms for run in runs], 0).tolist()),
         latent_error=error(-1),
         psnr=_decibel(squares.mean(), peak),
         psnr_worst=_decibel(squares.max(), peak),

@@ -51,9 +51,14 @@ class Loaded(Protocol):
     defaults: BundleDefaults
 
     @property
-    def profiles(self) -> Mapping[str, CalibratedPlan]: ...
-    def sizes(self, latents: tuple[int, ...], conditioning: Mapping[str, np.ndarray]) -> dict[str, int]: ...
-    def slot(self, sizes: Mapping[str, int]) -> Slot: ...
+    def profiles(self) -> Mapping[str, CalibratedPlan]:
+        """As `Denoiser.profiles`."""
+
+    def sizes(self, latents: tuple[int, ...], conditioning: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """As `Denoiser.sizes`."""
+
+    def slot(self, sizes: Mapping[str, int]) -> Slot:
+        """As `Denoiser.slot`."""
 
 
 class DropIn(EngineModule):

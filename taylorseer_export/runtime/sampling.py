@@ -11,7 +11,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +22,14 @@ from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.values import check_prediction
 
 
-class Joined(NamedTuple):
-    """What a model from pictures has beside the noise, the same at every step: channels that follow the latents (axis
-    1), or frames in the place of their first (axis 2)."""
+@dataclass(frozen=True)
+class Joined:
+    """What a model from pictures has beside the noise, the same at every step.
+
+    Attributes:
+        axis: 1 for channels that follow those of the latents, 2 for frames in the place of their first ones.
+        value: `[N, C, F, H, W]` float32, in latent pixels.
+    """
 
     axis: int
     value: np.ndarray
@@ -115,8 +120,15 @@ def sample(
     return Result(loop.latents, str(loop.plan), executed, tuple(milliseconds), prepare_ms, branches.errors)
 
 
-class Step(NamedTuple):
-    """A step that a loop has taken: its number, what the transformer answered, and the time in the denoiser alone."""
+@dataclass(frozen=True)
+class Step:
+    """A step that a loop has taken.
+
+    Attributes:
+        number: Its index in the loop.
+        noise_pred: What the transformer answered.
+        milliseconds: Time in the denoiser alone.
+    """
 
     number: int
     noise_pred: np.ndarray

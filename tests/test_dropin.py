@@ -927,11 +927,10 @@ def test_a_loop_that_goes_from_thread_to_thread_is_refused(loop):
         except StepError as error:
             errors.append(str(error))
 
-    stays = threading.Event()
-    owner = threading.Thread(target=lambda: (work(0), stays.wait(60)))
+    begun, stays = threading.Event(), threading.Event()
+    owner = threading.Thread(target=lambda: (work(0), begun.set(), stays.wait(60)))
     owner.start()
-    while not transformer._callers._loops or not next(iter(transformer._callers._loops)).executed:
-        stays.wait(0.01)
+    begun.wait()
     in_threads(1, work)
     stays.set()
     owner.join()

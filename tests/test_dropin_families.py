@@ -43,6 +43,8 @@ from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
 from taylorseer_export.serve import contract
 
+pytestmark = pytest.mark.slow
+
 PICTURE = Image.linear_gradient("L").convert("RGB").resize((16, 16))
 GUIDED = {"negative_prompt": "dog", "guidance_scale": 4.0}
 VIDEO = {"height": 32, "width": 48, "num_frames": 5, "max_sequence_length": 6}
@@ -334,7 +336,6 @@ def test_framepack_goes_from_section_to_section(denoisers):
     assert painted.shape[2] == 1 + 2 * 2  # the picture, then two latent frames of each section
 
 
-@pytest.mark.slow
 def test_framepack_in_half_precision_casts_its_past_at_every_step(tiny, monkeypatch):
     """New tensors of equal numbers are one request; other numbers are another."""
     monkeypatch.setattr(export, "check_options", lambda options: None)  # no engine of this test runs bfloat16
@@ -353,7 +354,6 @@ def test_framepack_in_half_precision_casts_its_past_at_every_step(tiny, monkeypa
         assert len(dropin.executed["0"]) == (1, 2, 1)[step]
 
 
-@pytest.mark.slow
 def test_guidance_that_the_model_leaves_alone(denoisers):
     """HunyuanVideo's pipeline always passes it; a model without its embedder does not look at it."""
     model, denoiser = denoisers("unguided")

@@ -249,6 +249,7 @@ def test_bfloat16_with_parts_kept_in_float32(tiny, traced, monkeypatch, granular
     assert 0.01 < assert_close("bfloat16", seen, reference, limit)
 
 
+@pytest.mark.slow
 def test_two_experts_begin_with_a_full_step_each(eager, tiny):
     """Wan 2.2: `transformer` and `transformer_2` are two bundles, so the switch forces a full step."""
     latents, timestep, conditioning = tiny("wan").inputs(9)

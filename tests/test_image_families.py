@@ -17,6 +17,8 @@ from taylorseer_export.families import FAMILIES
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.trajectory import random_trajectory
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_dense_experts_equal_the_loop_over_routed_tokens(tiny, dtype):

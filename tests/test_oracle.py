@@ -14,6 +14,8 @@ import torch
 from oracle import Oracle, assert_close, bound, extent, gains, replay, seen_by, tapped, weights
 from tiny_models import dit_inputs, flux_inputs, tiny_dit, tiny_flux
 
+pytestmark = pytest.mark.slow
+
 GRANULARITIES = ("module", "residual", "last")
 FLUX_PLAN = "FFF.....F.....F....."  # interval 6, warm-up 3
 

@@ -11,6 +11,8 @@ from taylorseer_export.errors import ExportError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.graph import propose
 
+pytestmark = pytest.mark.slow
+
 # Where a declaration says more than conventions do, or says it otherwise.
 DIFFERS = {
     "flux": {"timestep"},  # in the precision of the model, as its pipeline passes it
@@ -105,7 +107,6 @@ def test_the_declaration_is_python(tmp_path, capsys):
     ]
 
 
-@pytest.mark.slow
 def test_an_incomplete_proposal_is_told(monkeypatch, tmp_path, capsys):
     """A site too few leaves an MLP in the forecast graph: the check refuses it and names the module."""
     model = MODELS["sd3"][1]()

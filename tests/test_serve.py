@@ -291,6 +291,7 @@ GUIDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GUIDED)
 def test_guidance_in_two_calls_and_what_is_joined_to_the_noise(eager, tiny, case):
     """A request with `negative_` inputs and a `condition` gets what `run --inputs` does, beside others without."""

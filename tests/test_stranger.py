@@ -18,6 +18,8 @@ from taylorseer_export.compile import export
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.families.family import Family, Pipeline
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(taylorseer_export.families.__file__).with_name("README.md").read_text(encoding="utf-8")
 PLAN, ORDER = "FFF..F...F..", 2
 
@@ -62,7 +64,6 @@ def inputs(batch, text_tokens):
     return latents, timestep, {"encoder_hidden_states": text, "encoder_attention_mask": mask}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 6), (1, 20)], ids=str)
 def test_the_listing_works(listed, model, sizes, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)

@@ -26,15 +26,15 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="name of the model on the server")
     parser.add_argument("--url", default="127.0.0.1:8001", help="host:port of the server (default: %(default)s, gRPC)")
     parser.add_argument(
-        "--protocol", choices=("http", "grpc", "stream"), help="default: stream for MODEL-stream, else grpc"
+        "--protocol", choices=("http", "grpc", "stream"), help="protocol (default: stream for MODEL-stream, else grpc)"
     )
     parser.add_argument("--prompt", help="caption to draw (models with captions)")
     parser.add_argument("--label", type=whole(0), help="class to draw (models of classes)")
     parser.add_argument("--inputs", type=Path, help="safetensors with the inputs of a denoiser model")
-    parser.add_argument("--seed", type=seed, help="of the noise (default: 0)")
-    parser.add_argument("--size", type=size, metavar="HxW", help="picture in pixels (default: 32x32)")
+    parser.add_argument("--seed", type=seed, help="seed of the noise (default: 0)")
+    parser.add_argument("--size", type=size, metavar="HxW", help="size of the picture in pixels (default: 32x32)")
     plan_options(parser)
-    parser.add_argument("--guidance-scale", type=finite, help="dimensionless (default: the bundle's)")
+    parser.add_argument("--guidance-scale", type=finite, help="guidance scale, dimensionless (default: the bundle's)")
     parser.add_argument(
         "--timeout",
         type=real(0),

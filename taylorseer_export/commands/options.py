@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 def bundle_options(parser: argparse.ArgumentParser, runs: bool = True) -> None:
     """The bundle itself and, where it runs, on what."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by an export")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
     if runs:
         parser.add_argument(
             "--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)"
@@ -55,9 +55,12 @@ def sample_options(parser: argparse.ArgumentParser) -> None:
         "guidance (default: random, for an embedded model that has learned nothing)",
     )
     parser.add_argument(
-        "--size", type=size, metavar="HxW or FxHxW", help="in pixels (default: the bundle's; not for models of classes)"
+        "--size",
+        type=size,
+        metavar="HxW or FxHxW",
+        help="size in pixels (default: the bundle's; not for models of classes)",
     )
-    parser.add_argument("--guidance-scale", type=real(0), help="dimensionless (default: the bundle's)")
+    parser.add_argument("--guidance-scale", type=real(0), help="guidance scale, dimensionless (default: the bundle's)")
 
 
 def plan_options(parser: argparse.ArgumentParser, steps: bool = True) -> None:
@@ -88,7 +91,7 @@ def plan_options(parser: argparse.ArgumentParser, steps: bool = True) -> None:
     guard.add_argument(
         "--guard",
         metavar=f"{{{','.join(RULES)}}}",
-        help="rule; the bundle must have been exported with it (default: none)",
+        help="rule that decides at every step; the bundle must have been exported with it (default: none)",
     )
     guard.add_argument(
         "--threshold", type=real(), help="error under which a step is forecast, dimensionless (default: the profile's)"

@@ -50,9 +50,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=size,
         metavar="HxW or FxHxW",
-        help="picture or video in pixels (default: the bundle's)",
+        help="size of the picture or video in pixels (default: the bundle's)",
     )
-    parser.add_argument("--guidance-scale", type=finite, help="dimensionless (default: the bundle's)")
+    parser.add_argument("--guidance-scale", type=finite, help="guidance scale, dimensionless (default: the bundle's)")
     parser.add_argument("--out", type=Path, help="picture.png or latents.safetensors")
 
 

@@ -14,11 +14,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import structure
 from families import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results"
-PAGES = [ROOT / "README.md", *(ROOT / "taylorseer_export" / part / "README.md" for part in ("report", "families"))]
+PAGES = [
+    *(ROOT / page for page in ("README.md", "CONTRIBUTING.md")),
+    *(ROOT / "taylorseer_export" / part / "README.md" for part in ("report", "families")),
+]
 
 
 def rendered(text: str, results: Path = RESULTS, folder: Path = ROOT) -> str:
@@ -154,6 +158,14 @@ def guard_table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def structure_table(record: Mapping[str, Any]) -> str:
+    """Rows of `tools/structure.py`."""
+    lines = [f"| | {record['commit_before'][:7]} | {record['commit'][:7]} |", "|---|--:|--:|"]
+    for what, *counts in structure.rows(record):
+        lines.append(f"| {what} | {' | '.join('' if count is None else str(count) for count in counts)} |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "quality": quality_table,
@@ -162,6 +174,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "calibration-dit": calibration_table,
     "families": families_table,
     "guard": guard_table,
+    "structure": structure_table,
 }
 
 

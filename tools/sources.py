@@ -1,6 +1,6 @@
 """What source text says, read and not run: imports, parts, circles, names of families, loose parameters of a request.
 
-The tests of the architecture hold these.
+The tests of the architecture hold these, and `structure.py` files them for two revisions.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ class Double:
 
     def __init__(self):
         self.events, self.devices, self.memory = [], set(), []
+        self.capturing = False  # set by a test: another thread is at it
 
     def get_available_providers(self):
         return [CUDA, CPU]
@@ -38,6 +39,10 @@ class Double:
     @property
     def OrtValue(self):
         return Values(self)
+
+    def touch(self):
+        """Refuse what a thread may not do while another captures."""
+        assert not self.capturing, "memory of a GPU is allocated or copied while a thread captures"
 
     def check(self, device, number, address, shape, dtype):
         """Refuse an address that is no memory of that GPU."""
@@ -65,6 +70,7 @@ class Session:
         return Binding(self.double, self.real.io_binding())
 
     def run_with_iobinding(self, binding, options=None):
+        self.double.touch()
         self.double.events.append(("copy", binding.size) if self.graph == "copy" else ("run", self.graph))
         self.real.run_with_iobinding(binding.real)
 
@@ -91,6 +97,7 @@ class Values:
 
     def ortvalue_from_numpy(self, array, device, number):
         assert device == "cuda"
+        self.double.touch()
         self.double.devices.add(number)
         value = Value(self.double, array)
         start = value.data_ptr()
@@ -110,9 +117,11 @@ class Value:
 
     def update_inplace(self, values):
         assert (values.shape, values.dtype) == (self.array.shape, self.array.dtype)
+        self.double.touch()
         self.double.events.append(("to device", values.nbytes))
         self.array[...] = values
 
     def numpy(self):
+        self.double.touch()
         self.double.events.append(("to host", self.array.nbytes))
         return self.array.copy()

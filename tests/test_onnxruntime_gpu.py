@@ -1,5 +1,6 @@
 """ONNX Runtime on a GPU: what its sessions are asked for, on a double of the library."""
 
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -226,6 +227,34 @@ def test_memory_of_another_gpu_is_refused_by_the_double(second_gpu):
     copies._place = ("cuda", 0)
     with pytest.raises(AssertionError, match="no memory of GPU 0"):
         copies.copy(buffer.address, buffer.address + 8, 8)
+
+
+@pytest.mark.parametrize("what", ["write", "clear", "read", "copy", "entry", "buffer", "call"])
+def test_nothing_reaches_the_gpu_while_a_thread_captures(second_gpu, what):
+    """A capture of ONNX Runtime is spoilt by an allocation or a copy of any thread, so all of them take turns."""
+    double, denoiser = second_gpu("dit")
+    made = denoiser.runner
+    one, other = (made.buffer((2, 3), "float32") for _ in range(2))
+    do = {
+        "write": lambda: one.write(np.ones((2, 3), np.float32)),
+        "clear": one.clear,
+        "read": one.read,
+        "copy": lambda: one.copy(other),
+        "entry": lambda: one.entry(1).read(),
+        "buffer": lambda: made.buffer((1,), "float32"),
+        "call": lambda: denoiser.slot(
+            {name: d.minimum for name, d in denoiser.manifest.dimensions.items() if name != "steps"}
+        ),
+    }[what]
+    with made._turn:
+        double.capturing = True
+        thread = threading.Thread(target=do)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()  # it waits for its turn
+        double.capturing = False
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int64"])

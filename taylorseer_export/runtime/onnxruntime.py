@@ -99,7 +99,8 @@ class OnnxRuntimeRunner:
     ) -> None:
         onnxruntime = _library()
         self.graphs, self.device, self.fallbacks = graphs, device.at(0), 0
-        # Sessions on the CPU run on several threads at once; the CUDA provider's do not while it captures graphs.
+        # Sessions on the CPU run on several threads at once. While the CUDA provider captures, no thread may call what
+        # allocates or copies at once (cudaStreamCaptureModeGlobal), so all that reaches the GPU takes turns there.
         self._turn: AbstractContextManager[object] = threading.Lock() if device.is_gpu else nullcontext()
         kind = provider or device.kind
         first = _PROVIDERS.get(kind, kind)
@@ -312,11 +313,11 @@ class _Copies:
     Args:
         onnxruntime: The library.
         device: The GPU.
-        turn: Held while it copies.
+        turn: Held while anything is done on the GPU.
     """
 
     def __init__(self, onnxruntime: Any, device: Device, turn: AbstractContextManager[object]) -> None:
-        self.device, self._turn = device, turn
+        self.device, self.turn = device, turn
         self.value: Any = onnxruntime.OrtValue
         self._place = (device.kind, device.number)
         options: dict[str, str] = {"device_id": str(device.number)} if device.is_gpu else {}
@@ -327,7 +328,7 @@ class _Copies:
     def copy(self, source: int, target: int, size: int) -> None:
         """Copy `size` bytes from one address to another."""
         way = (source, target, size)
-        with self._turn:
+        with self.turn:
             if way not in self._bound:
                 if len(self._bound) >= _MOST_BOUND:
                     self._bound.clear()
@@ -346,7 +347,8 @@ class _DeviceBuffer:
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: str, copies: _Copies) -> _DeviceBuffer:
         device, zeros = copies.device, np.zeros(shape, _storage(dtype))
-        value = copies.value.ortvalue_from_numpy(zeros, device.kind, device.number)
+        with copies.turn:
+            value = copies.value.ortvalue_from_numpy(zeros, device.kind, device.number)
         return cls(value, dtype, shape, value.data_ptr(), copies)
 
     @property
@@ -364,7 +366,9 @@ class _DeviceBuffer:
     def write(self, values: np.ndarray) -> None:
         assert self.address == self._value.data_ptr(), "bug in taylorseer-export: a window is written from the host"
         stored = to_bits(values) if self.dtype == "bfloat16" else values
-        self._value.update_inplace(np.ascontiguousarray(np.broadcast_to(stored, self.shape), _storage(self.dtype)))
+        values = np.ascontiguousarray(np.broadcast_to(stored, self.shape), _storage(self.dtype))
+        with self._copies.turn:
+            self._value.update_inplace(values)
 
     def copy(self, source: Buffer) -> None:
         assert isinstance(source, _DeviceBuffer), "bug in taylorseer-export: a foreign buffer"
@@ -376,7 +380,8 @@ class _DeviceBuffer:
             part = _DeviceBuffer.zeros(self.shape, self.dtype, self._copies)  # the window alone comes to the host
             part.copy(self)
             return part.read()
-        whole: np.ndarray = self._value.numpy()
+        with self._copies.turn:
+            whole: np.ndarray = self._value.numpy()
         return from_bits(whole) if self.dtype == "bfloat16" else whole
 
 

@@ -843,7 +843,7 @@ def test_sizes_are_refused_before_noise_is_drawn(eager, tiny, monkeypatch, name)
     made = []
     real = sampling.noise_of
     monkeypatch.setattr(tensors, "noise_of", lambda shape, seed: made.append(shape) or real(shape, seed))
-    monkeypatch.setattr(tensors, "place", lambda *args: made.append(args) or places.place(*args))
+    monkeypatch.setattr(tensors, "value_from_fill", lambda *args: made.append(args) or places.value_from_fill(*args))
     dimension = "image_tokens" if "image_tokens" in denoiser.manifest.dimensions else "rows"
     most = denoiser.manifest.dimensions[dimension].maximum
     given = as_arrays(conditioning)

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from taylorseer_export.commands.options import bundle_options, sample_options
-from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
+from taylorseer_export.commands.terminal import open_denoiser, progress, read_tensors, require_extra
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.values import real, whole
 
@@ -41,7 +41,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
-    need("sample", "torch", "diffusers")
+    require_extra("sample", "torch", "diffusers")
     from taylorseer_export.bundle.profile import check_name, write_profile
     from taylorseer_export.report.calibrate import Calibrator, check_full_steps, profile_of
     from taylorseer_export.report.samples import groups, random_inputs, read_prompts

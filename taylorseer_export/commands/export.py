@@ -8,7 +8,7 @@ from pathlib import Path
 
 from taylorseer_export.bundle.device import DEVICES
 from taylorseer_export.commands.options import PROGRAM, device, engine_options, given_engine_options
-from taylorseer_export.commands.terminal import need, progress, stages
+from taylorseer_export.commands.terminal import progress, require_extra, stages
 from taylorseer_export.compile.engines import ENGINES
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Family
@@ -159,9 +159,9 @@ def _steps(family: Family) -> str:
 
 def run(family: Family, given: argparse.Namespace) -> int:
     """Trace, split, build, write."""
-    need("export", "torch", "diffusers", "accelerate")
+    require_extra("export", "torch", "diffusers", "accelerate")
     if given.polygraphy:
-        need("polygraphy", "polygraphy")
+        require_extra("polygraphy", "polygraphy")
     from taylorseer_export.compile.gpu import building_on
 
     with building_on(given.device):

@@ -56,7 +56,7 @@ def report_guard(guard: Guard, planned: str, executed: str, errors: Sequence[flo
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def spread(name: str, values: list[Any], count: int) -> list[Any]:
+def values_per_picture(name: str, values: list[Any], count: int) -> list[Any]:
     """One value for every picture: as given, or one for all."""
     if len(values) not in (1, count):
         raise ConfigError(f"{name} has {len(values)} values, expected 1 or {count}; give one for each picture")
@@ -109,7 +109,7 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str])
         save_file(tensors, partial, metadata)
 
 
-def need(extra: str, *modules: str) -> None:
+def require_extra(extra: str, *modules: str) -> None:
     """Refuse early when an optional library is missing, or older than the extra asks for."""
     from importlib.metadata import PackageNotFoundError, requires, version
     from importlib.util import find_spec

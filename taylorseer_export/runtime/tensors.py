@@ -16,7 +16,7 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.places import place, sides_of
+from taylorseer_export.runtime.places import sides_of, value_from_fill
 from taylorseer_export.runtime.sampling import Joined, Request, noise_of, tokens_of
 
 NEGATIVE = "negative_"  # before the name of an input: its value for the unconditional half or branch
@@ -101,7 +101,7 @@ def _completed(
     denoiser.check_sizes(extents)
     for name, tensor in constants.items():
         if name not in completed:
-            made = place(tensor, extents, sides)
+            made = value_from_fill(tensor, extents, sides)
             if tensor.fill == "guidance":
                 made = np.full(sizes["batch"], scale * manifest.pipeline.guidance_factor, np.float32)
             if made is None:

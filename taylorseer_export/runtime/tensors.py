@@ -48,6 +48,7 @@ def tensor_request(
         StepError: A tensor is of another shape, or a size is out of the bundle's range.
     """
     manifest, constants, count = denoiser.manifest, denoiser.constants, len(seeds)
+    check_guidance(manifest, guidance_scale, any(name.startswith(NEGATIVE) for name in tensors))
     scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
     for name in tensors:
         if name.removeprefix(NEGATIVE) not in constants and name != CONDITION:
@@ -82,6 +83,31 @@ def tensor_request(
     axes = {name: tensor.shape.index("batch") for name, tensor in constants.items() if "batch" in tensor.shape}
     halves = {n: np.concatenate([v, other[n]], axes[n]) if n in axes else v for n, v in given.items()}
     return Request(noise, halves, True, scale, 0, 0, joined=joined)
+
+
+def check_guidance(manifest: Manifest, scale: float | None, negative: bool) -> None:
+    """Refuse a guidance scale that would be ignored.
+
+    Args:
+        manifest: Of the bundle.
+        scale: As asked; None where nothing was.
+        negative: Whether the request brings what the second prediction of guidance is made from.
+
+    Raises:
+        ConfigError: The model has no guidance, or its guidance has nothing to guide away from.
+    """
+    if scale is None:
+        return
+    if manifest.sampling.guidance == "none":
+        raise ConfigError(
+            f"guidance scale is {scale:g} for {manifest.family}-{manifest.name}, expected none: this model has no "
+            "guidance; leave it out"
+        )
+    if manifest.sampling.guidance in ("batched", "branches") and not negative and scale != 1.0:
+        raise ConfigError(
+            f"guidance scale is {scale:g} without `{NEGATIVE}` inputs, expected them to be guided away from; add them "
+            "to --inputs, or leave the scale out"
+        )
 
 
 def _completed(

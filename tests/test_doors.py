@@ -332,9 +332,10 @@ def changes(raw):
 
 
 # Bundle, whether the change is in its graph `full`, and how many of them are tried, the same each time; None tries all.
-TRIED = [("dit", False, None), ("dit", True, 150), ("flux", False, 100), ("flux", True, 50)]
+TRIED = [("dit", False, None), ("dit", True, 60), ("flux", False, 60), ("flux", True, 30)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "full", "count"), TRIED)
 def test_a_manifest_with_any_field_changed_is_refused_in_one_sentence_or_runs_right(
     bundles, tmp_path, monkeypatch, name, full, count

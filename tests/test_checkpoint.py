@@ -1,16 +1,20 @@
 """Checkpoints: what is found, and what each kind of damage is called."""
 
 import hashlib
+import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import INDEX, WEIGHTS, assert_holds, edit_json, opened, rewrite
+from checkpoints import DIT, INDEX, WEIGHTS, assert_holds, edit_json, opened, rewrite
 from safetensors import safe_open
 
 from taylorseer_export.checkpoint import files
 from taylorseer_export.checkpoint.checkpoint import EMBEDDED, open_checkpoint
+from taylorseer_export.compile import export
+from taylorseer_export.compile.export import PRECISIONS
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
 
@@ -298,3 +302,92 @@ def test_a_variant_has_its_own_pixels_shift_and_guidance():
     assert [(f.latent_scale, f.scheduler_config["flow_shift"]) for f in (five, large)] == [(16, 5.0), (8, 3.0)]
     hunyuan = [FAMILIES["hunyuan-video"].variant(f"hunyuanvideo-community/HunyuanVideo{k}") for k in ("", "-I2V")]
     assert [f.guidance_scale for f in hunyuan] == [6.0, 1.0]
+
+
+# Entries of a config that the model itself does not read
+
+
+@pytest.mark.parametrize("family", ["dit", "flux", "wan"])
+@pytest.mark.parametrize("size", ["x", 1e308, [1], [8, "8"], [0, 8], {}, -8, True])
+def test_sizes_that_are_none(tmp_path, family, size):
+    embedded = open_checkpoint(None, FAMILIES[family])
+    checkpoint = replace(embedded, reference="x", folder=tmp_path, config={**embedded.config, "sample_size": size})
+    if not size:  # is no size at all, and the family's own holds
+        assert checkpoint.latent_size == FAMILIES[family].latent_size
+        return
+    with pytest.raises(
+        CheckpointError, match=r"sample_size of .*config.json is .*, expected [23] whole numbers \(latent"
+    ):
+        assert checkpoint.latent_size
+
+
+def test_one_side_of_a_picture_is_both_and_a_video_keeps_its_frames(tmp_path):
+    for family, expected in (("dit", (16, 16)), ("wan", (FAMILIES["wan"].latent_size[0], 16, 16))):
+        embedded = open_checkpoint(None, FAMILIES[family])
+        config = {**embedded.config, "sample_size": 16}
+        assert replace(embedded, reference="x", folder=tmp_path, config=config).latent_size == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"shift": float("nan")}, r"`config` of \w+ of .* is not usable \(Out of range float values are not JSON"),
+        (
+            {"num_train_timesteps": 0},
+            r"config of \w+ of .* is not usable \(num_train_timesteps is '0', no whole number",
+        ),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps is "),
+        ({"_class_name": ["x"]}, r"scheduler of .* is `\['x'\]`, expected one of diffusers that this version knows"),
+    ],
+)
+def test_a_scheduler_that_no_manifest_can_hold_is_refused_before_anything_is_traced(
+    folder, monkeypatch, config, expected
+):
+    checkpoint = open_checkpoint(str(folder), DIT)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(export, "trace", lambda *_: pytest.fail("it was traced"))
+    with pytest.raises(CheckpointError, match=expected):
+        export.trace_model(checkpoint, export.Options(1, 4, 2))
+
+
+def test_a_config_that_no_manifest_can_hold(drafts):
+    draft = drafts("dit", layout="derivatives", order=1)
+    config = {**draft.checkpoint.config, "other": float("nan")}
+    with pytest.raises(CheckpointError, match=r"`config` of model .* is not usable \(Out of range float values"):
+        export.describe(replace(draft, checkpoint=replace(draft.checkpoint, config=config)), "x")
+
+
+# Weights
+
+
+@pytest.mark.parametrize(
+    ("value", "precision", "expected"),
+    [
+        (
+            float("nan"),
+            "fp32",
+            r"has 1 of \d+ values that are NaN or infinite, expected .* check the checkpoint, and --lo",
+        ),
+        (float("inf"), "bf16", r"has 1 of \d+ values that are NaN or infinite, expected finite numbers"),
+        (1e5, "fp16", r"has 1 of \d+ values that are beyond the range of float16, .*; export with --precision bf16$"),
+        (1e5, "bf16", None),
+    ],
+)
+def test_weights_are_finite_in_the_precision_they_are_stored_in(folder, value, precision, expected):
+    """One number of a class that nothing but a request for it reads: no check on typical inputs sees it."""
+    name = "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight"
+
+    def change(tensors):
+        tensors[name] = tensors[name].clone()
+        tensors[name][-1, -1] = value
+
+    rewrite(folder, change)
+    checkpoint, dtype = open_checkpoint(str(folder), DIT), PRECISIONS[precision]
+    stored = {name: (dtype, checkpoint.shapes[name])}
+    draft = export.Draft(checkpoint, export.Options(1, 4, 2, precision=precision), None, {}, {}, stored, {})
+    if expected is None:
+        assert draft.read(name).isfinite().all()
+        return
+    with pytest.raises(CheckpointError, match=expected):
+        draft.read(name)

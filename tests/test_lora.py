@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from test_layouts import assert_fused
 
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.checkpoint.lora_names import named_in_model
 from taylorseer_export.cli import main
 from taylorseer_export.compile.export import describe
 from taylorseer_export.errors import CheckpointError
@@ -29,6 +30,7 @@ SAME = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0")
 COMFY = {
     "flux": FLUX,
     "flux-kontext": FLUX,
+    "framepack": HUNYUAN,
     "hidream": {"caption_projection.0.linear": ["caption_projection.0.linear"]},
     "hunyuan-video": HUNYUAN | {"double_blocks.0.img_attn_proj": ["transformer_blocks.0.attn.to_out.0"]},
     "qwen-image": {name: [name] for name in SAME},
@@ -124,6 +126,91 @@ def test_names_as_kohya_writes_them(opened, family):
         for name, (up, down) in expected.items():
             base[name] += ((alpha or RANK) / RANK) * up @ down
         assert_fused(opened(family, file), base)
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lora_transformer_"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_s_own_names_with_underscores_for_dots(opened, family, prefix):
+    """As kohya's trainers and musubi's write them for models that nobody else has names for."""
+    name = OWN[family]
+    file, expected = made(family, {name: [name]}, "kohya", "", alpha=2)
+    base = weights(family)
+    for weight, (up, down) in expected.items():
+        base[weight] += 2 / RANK * up @ down
+    joined = {f"{prefix}{n.removesuffix(end).replace('.', '_')}{end}": value for n, value in file.items()
+              for end in (".lora_down.weight", ".lora_up.weight", ".alpha") if n.endswith(end)}  # fmt: skip
+    assert_fused(opened(family, joined), base)
+
+
+def test_a_name_that_two_modules_would_have_is_nobody_s():
+    shapes = ("blocks.0.to_q.weight", "blocks.0_to.q.weight", "blocks.1.to_q.weight")
+    assert named_in_model("lora_unet_blocks_0_to_q", shapes) == "lora_unet_blocks_0_to_q"
+    assert named_in_model("lora_unet_blocks_1_to_q", shapes) == "blocks.1.to_q"
+
+
+# Numbers, and what says how strong they are
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_numbers_that_are_none_are_refused(opened, family):
+    """In any row of any part: a picture of them would be black."""
+    name = OWN[family]
+    file, _ = made(family, {name: [name]})
+    magnitude = torch.ones(len(file[f"diffusion_model.{name}.lora_B.weight"]))
+    file[f"diffusion_model.{name}.dora_scale"] = magnitude
+    for part in file:
+        for bad in (float("nan"), float("inf")):
+            broken = {n: value.clone() for n, value in file.items()}
+            broken[part].view(-1)[-1] = bad
+            with pytest.raises(
+                CheckpointError, match=r"has 1 tensors with values that are NaN or infinite \(diffusion_"
+            ):
+                opened(family, broken)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shapes", [((RANK,), (RANK,)), ((), ()), ((0, 8), (8, 0))])
+def test_pairs_that_are_no_matrices_are_refused(opened, family, shapes):
+    for module, (down, up) in ((f"transformer.{OWN[family]}", SPELLINGS["peft"]), ("lora_unet_x", SPELLINGS["kohya"])):
+        file = {f"{module}.{down}.weight": torch.ones(shapes[0]), f"{module}.{up}.weight": torch.ones(shapes[1])}
+        with pytest.raises(CheckpointError, match=r"has 2 tensors that are no low-rank pair of the transformer"):
+            opened(family, file)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"lora_alpha": "x"}, r"lora_adapter_metadata: an alpha is 'x'\), expected peft's settings; download it again"),
+        ({"lora_alpha": float("nan")}, "an alpha is 'nan'"),
+        ({"lora_alpha": None}, "an alpha is 'None'"),
+        ({"lora_alpha": 8, "alpha_pattern": [1]}, "alpha_pattern is a list"),
+        ({"lora_alpha": 8, "alpha_pattern": {"to_q": "4"}}, "an alpha is '4'"),
+        ({"lora_alpha": 8, "alpha_pattern": {"to_(q": 4}}, r"alpha_pattern has 'to_\(q', which is no pattern"),
+        ([["lora_alpha", 8]], "it holds a list"),
+    ],
+)
+def test_settings_that_say_no_strength_are_refused(opened, settings, expected):
+    file, _ = made("dit", {OWN["dit"]: [OWN["dit"]]})
+    named = {f"transformer.{k}": v for k, v in settings.items()} if isinstance(settings, dict) else settings
+    with pytest.raises(CheckpointError, match=expected):
+        opened("dit", file, metadata={"lora_adapter_metadata": json.dumps(named)})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "alpha"),
+    [("attn1.to_q", 2), ("to_q", 2), (r"transformer_blocks\.\d+\.attn1\.to_[qk]", 2), ("to_k", 8), ("n1.to_q", 8)],
+)
+def test_alphas_of_modules_are_patterns_as_peft_reads_them(opened, pattern, alpha):
+    from peft.utils.other import get_pattern_key
+
+    settings = {"transformer.lora_alpha": 8, "transformer.alpha_pattern": {pattern: 2}}
+    known = {pattern: 2}
+    assert known.get(get_pattern_key(known, OWN["dit"]), 8) == alpha
+    file, expected = made("dit", {OWN["dit"]: [OWN["dit"]]})
+    base = weights("dit")
+    for weight, (up, down) in expected.items():
+        base[weight] += alpha / RANK * up @ down
+    assert_fused(opened("dit", file, metadata={"lora_adapter_metadata": json.dumps(settings)}), base)
 
 
 def test_an_alpha_that_diffusers_drops(opened):

@@ -1,17 +1,24 @@
 """Where results go, and the values that requests are made of: what cannot work is one sentence, before any work."""
 
+import os
 import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as torch_file
 
 import taylorseer_export as tse
 from taylorseer_export import cli
-from taylorseer_export.commands.terminal import check_out
+from taylorseer_export.bundle import store
+from taylorseer_export.commands.terminal import check_out, read_tensors
+from taylorseer_export.compile import export
 from taylorseer_export.embedded.picture import grid, write_picture
 from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
+from taylorseer_export.serve import probe
 
 
 def refusal(capsys, *arguments):
@@ -47,6 +54,39 @@ def test_a_picture_that_could_not_be_written_is_refused_before_anything_is_opene
 def test_the_other_commands_check_their_files_first(tmp_path, capsys):
     said = refusal(capsys, "replay", tmp_path / "none", "--inputs", tmp_path / "in.safetensors", "--outputs", tmp_path)
     assert "--outputs" in said and "is a folder" in said
+
+
+PLACES = {
+    "a file": "is a file, expected a folder; choose another --out",
+    "under a file": "is no folder, expected one for dit-tiny",
+    "a device": "/dev/null is no folder, expected one for dit-tiny",
+    "another folder": "is a folder without manifest.json, expected a bundle or an empty folder",
+    "a name too long": "is no place for a bundle",
+    "a closed folder": "is not writable, expected it for dit-tiny; choose another --out",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_bundle_that_could_not_be_written_is_refused_before_anything_is_traced(tmp_path, capsys, monkeypatch, place):
+    """On the command line and from Python."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dit-tiny").mkdir()
+    (tmp_path / "dit-tiny" / "photo.png").write_text("x")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "dit-tiny").write_text("x")
+    outs = {"a file": tmp_path / "one", "under a file": tmp_path / "file" / "x", "another folder": tmp_path}
+    outs |= {
+        "a device": "/dev/null",
+        "a name too long": tmp_path / ("x" * 300),
+        "a closed folder": tmp_path / "new" / "x",
+    }
+    monkeypatch.setattr(export, "trace_model", lambda *_: pytest.fail("it was traced"))
+    if place == "a closed folder":  # whoever runs as root may write anywhere
+        monkeypatch.setattr(store.os, "access", lambda path, mode: path != tmp_path)
+    assert PLACES[place] in refusal(capsys, "dit", "--out", outs[place])
+    with pytest.raises(ConfigError, match=PLACES[place]):
+        tse.export(family="dit", out=outs[place])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dit-tiny", "file", "one"]
 
 
 def test_a_folder_that_is_closed_is_refused(tmp_path, monkeypatch):
@@ -195,3 +235,77 @@ def test_export_from_python_is_the_export_of_the_command_line(tmp_path):
 def test_export_from_python_refuses_in_one_sentence(call, expected):
     with pytest.raises(TaylorSeerError, match=expected):
         call()
+
+
+# Files that requests come from
+
+
+WIDE = {"float16": np.float16, "float32": np.float32, "float64": np.float64, "bool": np.bool_}
+WIDE |= {f"{kind}{bits}": np.dtype(f"{kind}{bits}").type for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_tensors_are_read_as_they_are(tmp_path, kind):
+    made = {
+        "a": np.arange(6).reshape(2, 3).astype(WIDE[kind]),
+        "b": np.ones((), WIDE[kind]),
+        "c": np.ones((0, 2), WIDE[kind]),
+    }
+    save_file(made, tmp_path / "in.safetensors")
+    read = read_tensors(tmp_path / "in.safetensors")
+    assert read.keys() == made.keys()
+    for name, value in made.items():
+        assert read[name].dtype == value.dtype and read[name].flags.writeable
+        np.testing.assert_array_equal(read[name], value)
+
+
+def test_bfloat16_is_read_without_loss(tmp_path):
+    value = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    torch_file({"a": value, "b": torch.tensor(float("inf"), dtype=torch.bfloat16)}, tmp_path / "in.safetensors")
+    read = read_tensors(tmp_path / "in.safetensors")
+    np.testing.assert_array_equal(read["a"], value.float().numpy())
+    assert read["a"].dtype == np.float32 and read["b"].shape == () and np.isinf(read["b"])
+
+
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        (
+            lambda path: torch_file({"x": torch.ones(4).to(torch.float8_e4m3fn)}, path),
+            r"tensor `x` of .* is F8_E4M3, expec",
+        ),
+        (
+            lambda path: torch_file({"x": torch.ones(4).to(torch.complex64)}, path),
+            r"tensor `x` of .* is C64, expected flo",
+        ),
+        (lambda path: path.write_bytes(b"GGUF"), "is not readable"),
+        (lambda path: path.write_bytes((9).to_bytes(8, "little") + b"[" * 9), "is not readable"),
+        (lambda path: path.mkdir(), "is no file, expected a safetensors file; check --inputs"),
+        (os.mkfifo, "is no file, expected a safetensors file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is no file, expected a safetensors file"),
+        (lambda path: path.symlink_to(path), "is missing, expected a safetensors file"),
+        (lambda path: None, "is missing, expected a safetensors file; check --inputs"),
+    ],
+)
+def test_what_holds_no_tensors_is_refused(tmp_path, write, expected):
+    """Also what would never end."""
+    write(tmp_path / "in.safetensors")
+    with pytest.raises(ConfigError, match=expected):
+        read_tensors(tmp_path / "in.safetensors")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:8000", "", "localhost", "127.0.0.1:99999", "a b:80", "\x1b[31m:1", "h:1/x"]
+)
+@pytest.mark.parametrize("protocol", ["grpc", "http", "stream"])
+def test_an_address_that_is_none_is_refused(tmp_path, capsys, url, protocol):
+    """A port that is none would be another one: 99999 is 34463."""
+    pytest.importorskip("tritonclient")
+    said = refusal(capsys, "client", "m", "--url", url, "--protocol", protocol, "--out", tmp_path / "a.safetensors")
+    assert "expected host:port without a scheme, like 127.0.0.1:8001; correct it" in said
+
+
+@pytest.mark.parametrize("url", ["8002", ":8002", "http://x", "127.0.0.1:99999", "h:x"])
+def test_a_probe_of_no_address_is_one_sentence(capsys, url):
+    assert probe.main(["--url", url]) == 1
+    assert "expected host:port, like 127.0.0.1:8002" in capsys.readouterr().err

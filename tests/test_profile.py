@@ -1,6 +1,7 @@
 """Profiles: calibrated plans kept beside a bundle's engines, each in a sealed file of its own."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +38,21 @@ def test_a_failed_write_leaves_the_old_profile(bundle, monkeypatch):
         write_profile(bundle, made(bundle.manifest, samples=9))
     assert read_profile(bundle, "fast").samples == 8
     assert [path.name for path in (bundle.folder / "profiles").iterdir()] == ["fast.json"]
+
+
+def test_a_profile_that_could_not_be_written_is_refused_before_anything_is_run(bundle, monkeypatch, capsys):
+    """A bundle in the cache of a hub may be closed; nothing is sampled for a profile that has no place."""
+    monkeypatch.setattr(
+        "taylorseer_export.commands.calibrate.open_denoiser", lambda given: SimpleNamespace(bundle=bundle)
+    )
+    command = ["calibrate", str(bundle.folder), "--name", "fast", "--full-steps", "4"]
+    (bundle.folder / "profiles").write_text("x")
+    assert cli.main(command) == 2
+    assert "profiles is no folder, expected one for profile `fast`; remove it" in capsys.readouterr().err
+    (bundle.folder / "profiles").unlink()
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert cli.main(command) == 2
+    assert "is not writable, expected it for profile `fast`; copy the bundle first" in capsys.readouterr().err
 
 
 def test_every_changed_byte_is_noticed(bundle):

@@ -366,7 +366,10 @@ def test_what_diffusers_itself_drops(tmp_path):
     [
         (b"GGUF\3\0\0\0", "a GGUF file"),
         (b"PK\3\4\0\0", "a PyTorch pickle"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9", "a PyTorch pickle"),
+        (b"\x80\x04\x95", "a PyTorch pickle"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, not the file itself"),
+        (b"<!DOCTYPE html>\n<html>", "a web page, not the file itself"),
         (b"\0" * 8, None),
     ],
 )
@@ -382,6 +385,34 @@ def test_a_file_of_another_kind(tmp_path, start, what):
             open_checkpoint(str(reference), FAMILIES["flux"])
     with pytest.raises(CheckpointError, match=text):
         open_checkpoint(None, FAMILIES["flux"], loras=[str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(("name", "what"), [("flux.gguf", "a GGUF file"), ("pytorch_model.bin", "a PyTorch pickle")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_with_weights_of_another_kind_alone(tmp_path, family, name, what):
+    shutil.copy(plain(family)[0], tmp_path / "config.json")
+    (tmp_path / name).write_bytes({"a GGUF file": b"GGUF\3\0\0\0", "a PyTorch pickle": b"PK\3\4"}[what])
+    with pytest.raises(
+        CheckpointError, match=rf"{name} is {what}, expected safetensors with weights that are not quan"
+    ):
+        open_checkpoint(str(tmp_path), FAMILIES[family])
+    assert open_checkpoint(str(tmp_path), FAMILIES[family], weightless=True).weightless
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao", "gguf", "quanto", "modelopt", None])
+def test_a_config_of_quantised_weights(tmp_path, family, method):
+    """Whatever the tensors look like, plain float8 among them."""
+    config, tensors = plain(family)
+    shutil.copy(config, tmp_path / "config.json")
+    write(tmp_path / WEIGHTS, packed(tensors, "F8_E4M3"))
+    open_checkpoint(str(tmp_path), FAMILIES[family])
+    edit_json(tmp_path / "config.json", lambda c: c.update(quantization_config={"quant_method": method, "bits": 4}))
+    text = (
+        rf"config.json is of weights quantised by {method or 'a method it does not name'} \(quantization_config\), exp"
+    )
+    with pytest.raises(CheckpointError, match=text):
+        open_checkpoint(str(tmp_path), FAMILIES[family])
 
 
 def test_an_index_whose_map_is_none(tmp_path):

@@ -595,6 +595,39 @@ def test_nothing_is_swept_while_a_server_cannot_be_looked_into(tmp_path, monkeyp
     assert len(server.sweep()) == kept  # a process without a `maps` has ended
 
 
+def test_instances_of_a_model_share_counts_and_no_gauge(denoiser, serve, monkeypatch):
+    """Triton keeps one number for one set of labels: a sum of counts, and of a gauge what was set last."""
+    told = []
+
+    class Family:
+        COUNTER, GAUGE = "counter", "gauge"
+
+        def __init__(self, name, description, kind):
+            self.name, self.kind = name, kind
+
+        def Metric(self, labels):  # as Triton calls it
+            key = (self.name, self.kind, tuple(sorted(labels.items())))
+            return SimpleNamespace(set=lambda value: told.append((key, value)), increment=lambda by: None, key=key)
+
+    flags = {"TRITONSERVER_RESPONSE_COMPLETE_FINAL": 1, "MetricFamily": Family}
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", SimpleNamespace(**flags))
+    monkeypatch.delitem(sys.modules, "taylorseer_export.serve.model", raising=False)
+    from taylorseer_export.serve.model import Metrics
+
+    service, keys = serve(), []
+    for instance in ("toy_0_0", "toy_0_1"):
+        told.clear()
+        metrics = Metrics(service, "toy", instance)
+        counts = {metric.key for metric in metrics._metrics.values() if metric.key[1] == "counter"}
+        metrics.close()
+        keys.append(({key for key, _ in told}, counts))
+    (gauges, counts), (others, same) = keys
+    assert {name for name, *_ in gauges} == {
+        f"taylorseer_{name}" for name in ("slots", "slots_in_use", "queue", probe.BEAT, probe.PROGRESS)
+    }
+    assert all(kind == "gauge" for _, kind, _ in gauges) and not gauges & others and counts == same
+
+
 METRICS = """\
 # HELP taylorseer_heartbeat_timestamp_seconds When this process last reported
 taylorseer_heartbeat_timestamp_seconds{instance="flux-tiny_0_0",model="flux-tiny"} 1764390000.25
@@ -743,6 +776,31 @@ def test_a_repository_is_whole_versioned_and_checks_its_bundle(bundles, tmp_path
     assert copied == listed
 
 
+def test_a_repository_that_is_not_finished_holds_nothing_of_it(bundles, tmp_path, monkeypatch):
+    """Ended at any of its files, or killed and swept by the next: what Triton would take for a model is one."""
+    models, copyfile = tmp_path / "models", shutil.copyfile
+    deployment = Deployment(models=("denoiser", "denoiser-stream"))
+    total = len(open_bundle(bundles("dit")).manifest.files) + 3  # the manifest, and two model files
+    for last in range(total):
+        left = iter(range(last))
+
+        def copy(source, target, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return copyfile(source, target)
+
+        monkeypatch.setattr(shutil, "copyfile", copy)
+        with pytest.raises(KeyboardInterrupt):
+            write_repository(bundles("dit"), models, deployment)
+        assert list(models.iterdir()) == []
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    (models / ".dit-dit.partial-0123456789ab" / "dit-dit-denoiser" / "1").mkdir(parents=True)
+    (models / "dit-dit-denoiser" / "\u00b2").mkdir(parents=True)  # a digit to Python, and no number
+    first, second = write_repository(bundles("dit"), models, deployment)
+    assert (first.name, second.name) == ("1", "1")
+    assert sorted(path.name for path in models.iterdir()) == ["dit-dit-denoiser", "dit-dit-denoiser-stream"]
+
+
 def test_profiles_go_with_their_bundle_and_a_damaged_one_is_found(bundles, tmp_path):
     folder, models = tmp_path / "bundle", tmp_path / "models"
     shutil.copytree(bundles("dit"), folder)
@@ -843,7 +901,7 @@ def test_sizes_are_refused_before_noise_is_drawn(eager, tiny, monkeypatch, name)
     made = []
     real = sampling.noise_of
     monkeypatch.setattr(tensors, "noise_of", lambda shape, seed: made.append(shape) or real(shape, seed))
-    monkeypatch.setattr(tensors, "place", lambda *args: made.append(args) or places.place(*args))
+    monkeypatch.setattr(tensors, "value_from_fill", lambda *args: made.append(args) or places.value_from_fill(*args))
     dimension = "image_tokens" if "image_tokens" in denoiser.manifest.dimensions else "rows"
     most = denoiser.manifest.dimensions[dimension].maximum
     given = as_arrays(conditioning)

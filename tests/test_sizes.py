@@ -5,7 +5,7 @@ import sympy
 from torch.utils._sympy.functions import FloorDiv
 
 from taylorseer_export.bundle.shapes import evaluate
-from taylorseer_export.graph.sizes import simplified, written
+from taylorseer_export.graph.sizes import shape_entry_from_expression, simplified
 
 side, rows = sympy.symbols("side rows", integer=True, positive=True)
 
@@ -25,7 +25,7 @@ side, rows = sympy.symbols("side rows", integer=True, positive=True)
     ids=str,
 )
 def test_the_form_and_the_value(size, text):
-    assert written(simplified(size)) == text
+    assert shape_entry_from_expression(simplified(size)) == text
     for sizes in ({"side": 6, "rows": 4}, {"side": 7, "rows": 3}, {"side": 1, "rows": 1}):
         assert evaluate(text, sizes) == size.subs({side: sizes["side"], rows: sizes["rows"]})
 

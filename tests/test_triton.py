@@ -118,12 +118,18 @@ def metrics(server):
     return {key: float(value) for key, value in (x.rsplit(" ", 1) for x in text.splitlines() if x[:5] == "taylo")}
 
 
-def wait_until(server, name, value):
-    """Metrics are sent a few times per second."""
+def wait_until(server, name, value, model=None):
+    """Metrics are sent a few times per second; with a model its gauge of that name, of all instances."""
+
+    def seen():
+        found = metrics(server)
+        own = [v for n, v in found.items() if n.startswith(f"{name}{{") and f'model="{model}"' in n]
+        return found.get(name) if model is None else sum(own) if own else None
+
     until = time.monotonic() + SECONDS
-    while metrics(server).get(name) != value and time.monotonic() < until:
+    while seen() != value and time.monotonic() < until:
         time.sleep(0.1)
-    assert metrics(server)[name] == value
+    assert seen() == value
 
 
 CAPTION = "a red circle left of a blue square"
@@ -266,9 +272,8 @@ def test_who_leaves_a_plain_grpc_request_frees_its_slot(server, how):
     import tritonclient.grpc as library
     from tritonclient.utils import InferenceServerException
 
-    slots = 'taylorseer_slots_in_use{model="flux-tiny"}'
     left = 'taylorseer_requests_total{model="flux-tiny",outcome="cancelled"}'
-    wait_until(server, slots, 0)
+    wait_until(server, "taylorseer_slots_in_use", 0, "flux-tiny")
     before, client = metrics(server)[left], library.InferenceServerClient(server.grpc)
     made = tensors(prompt=CAPTION, steps=1000, interval=1)
     if how == "give up":
@@ -276,10 +281,10 @@ def test_who_leaves_a_plain_grpc_request_frees_its_slot(server, how):
             client.infer("flux-tiny", made, client_timeout=0.5)
     else:
         under_way = client.async_infer("flux-tiny", made, lambda result, error: None)
-        wait_until(server, slots, 1)
+        wait_until(server, "taylorseer_slots_in_use", 1, "flux-tiny")
         under_way.cancel() if how == "cancel" else client.close()
     wait_until(server, left, before + 1)
-    wait_until(server, slots, 0)
+    wait_until(server, "taylorseer_slots_in_use", 0, "flux-tiny")
     client.close()
 
 
@@ -387,8 +392,8 @@ def test_two_hundred_mixed_requests_eight_at_a_time(server, alone, denoisers):
             wrong = [answer for answer in senders.map(storm.run, range(each)) if answer]
         assert wrong == []
         for model in ("flux-tiny", "flux-tiny-stream", "dit-tiny"):
-            wait_until(server, f'taylorseer_slots_in_use{{model="{model}"}}', 0)
-            wait_until(server, f'taylorseer_queue{{model="{model}"}}', 0)
+            wait_until(server, "taylorseer_slots_in_use", 0, model)
+            wait_until(server, "taylorseer_queue", 0, model)
         memory.append(stub_memory(server))
     # Flat, but for what allocators keep: a leak of one slot per request would be ten times as much.
     assert memory[2] - memory[1] <= 0.02 * memory[1], memory
@@ -416,7 +421,7 @@ def test_a_server_that_was_killed_serves_again_at_once(repository, alone):
         with ThreadPoolExecutor(1) as sender:
             asked = {"label": 3, "steps": 350, "interval": 1}
             under_way = sender.submit(infer, first.grpc, "dit-tiny", asked)
-            wait_until(first, 'taylorseer_slots_in_use{model="dit-tiny"}', 1)
+            wait_until(first, "taylorseer_slots_in_use", 1, "dit-tiny")
             first.stop(signal.SIGKILL)
             with pytest.raises(ServeError, match="answered `"):
                 under_way.result(SECONDS)
@@ -594,7 +599,7 @@ def test_a_model_that_died_is_found_by_the_probe_and_keeps_no_client_waiting(rep
             asked = {"label": 3, "steps": 350, "interval": 1}
             protocols = [(server.grpc, "grpc"), (server.http, "http")] * 3
             under_way = [senders.submit(infer, url, "dit-tiny", asked, p, timeout=5) for url, p in protocols]
-            wait_until(server, 'taylorseer_slots_in_use{model="dit-tiny"}', 2)
+            wait_until(server, "taylorseer_slots_in_use", 2, "dit-tiny")
             stub.kill()
             for answer in under_way:
                 with pytest.raises(ServeError):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from taylorseer_export.commands.terminal import need
+from taylorseer_export.commands.terminal import require_extra
 from taylorseer_export.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -34,8 +34,8 @@ def test_an_older_library_is_refused_before_work(monkeypatch, seen, refused):
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: ['torch>=2.11; extra == "export"', "numpy>=9"])
     monkeypatch.setattr(importlib.metadata, "version", lambda name: {"torch": seen}[name])
     if not refused:
-        return need("export", "torch")
+        return require_extra("export", "torch")
     text = r"torch is 2\.10\.9\+cpu, expected at least 2\.11; pip install --upgrade 'taylorseer-export\[export\]'"
     with pytest.raises(ConfigError, match=text):
-        need("export", "torch")
-    return need("sample", "torch")  # whose bound is not stated here
+        require_extra("export", "torch")
+    return require_extra("sample", "torch")  # whose bound is not stated here

@@ -23,6 +23,10 @@ _FIELDS: Mapping[str, Mapping[int, str]] = {
 }
 _KEY, _VALUE = 1, 2  # fields of an entry
 _LOCATION = b"location"
+_OPERATION = 4  # field of a node: its operation
+_ENGINE = b"EPContext"  # an operation that holds an engine of some execution provider, or names its file
+_MEMORY = "_ORT_MEM_ADDR_"  # part of a location that stands for an address
+_ORT = b"ORTM"  # the mark of ONNX Runtime's own format, behind four bytes
 _BYTES = 2  # wire type of a field that holds text, bytes or a message
 
 
@@ -30,11 +34,16 @@ def external_files(model: bytes) -> tuple[str, ...]:
     """The files that a model reads beside itself, relative to its folder, each once.
 
     Raises:
-        ValueError: It is no message.
+        ValueError: It is no message, or reads what no name tells: a compiled engine (`EPContext`), memory of the
+            process, or a model in ONNX Runtime's own format.
     """
+    if model[4:8] == _ORT:
+        raise ValueError("a model in ONNX Runtime's own format")
     found: dict[str, None] = {}
 
     def note(location: str) -> str:
+        if _MEMORY in location:
+            raise ValueError("a graph that reads the memory of the process")
         found[location] = None
         return location
 
@@ -64,6 +73,8 @@ def _message(kind: str, data: memoryview, change: Callable[[str], str]) -> bytea
         return _entry(data, change)
     children, made, copied = _FIELDS[kind], bytearray(), 0
     for number, start, begin, end in _fields(data):
+        if kind == "node" and number == _OPERATION and bytes(data[begin:end]) == _ENGINE:
+            raise ValueError("a graph that runs a compiled engine (EPContext)")
         if number not in children:
             continue
         old = data[begin:end]

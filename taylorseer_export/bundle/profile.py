@@ -6,6 +6,7 @@ at, and serves every bundle of both, whatever engine it was built for. Adding on
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -138,6 +139,21 @@ class Profiles(Mapping[str, Profile]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def check_place_of_profile(bundle: Bundle, name: str) -> None:
+    """Refuse a profile that could not be written, before the work of finding it.
+
+    Raises:
+        ConfigError: Its name is no file name, or the folder of the bundle is closed, as a hub's cache may be.
+    """
+    check_name(name)
+    folder = bundle.folder / PROFILES
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder, expected one for profile `{name}`; remove it")
+    place = folder if folder.exists() else bundle.folder
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"folder {place} is not writable, expected it for profile `{name}`; copy the bundle first")
 
 
 def write_profile(bundle: Bundle, profile: Profile) -> Path:

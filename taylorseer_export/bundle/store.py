@@ -99,7 +99,7 @@ def writing(folder: Path, needed: int | None = None) -> Iterator[Path]:
         BundleError: The disk is full, or has less than `needed` free.
     """
     folder = folder.resolve()
-    _refuse_foreign(folder)
+    check_place(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep(folder.parent)
@@ -237,6 +237,27 @@ def _leaving(folder: Path, name: str) -> Path | None:
     """Where a link leads that leaves the folder; None where it stays."""
     path = Path(os.path.realpath(folder / name))
     return None if path.is_relative_to(os.path.realpath(folder)) else path
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a place where no bundle can be written, before the work of making one.
+
+    Raises:
+        ConfigError: `folder` is a file or holds something that is not a bundle, or a folder that would hold it is none
+            or is closed.
+    """
+    try:
+        folder = folder.resolve()
+        _refuse_foreign(folder)
+        holder = next(parent for parent in folder.parents if parent.exists() or parent.is_symlink())
+    except (OSError, RuntimeError) as error:  # names too long, links in a circle, folders that may not be looked into
+        raise ConfigError(
+            f"{folder} is no place for a bundle ({error}), expected a folder; choose another --out"
+        ) from error
+    if not holder.is_dir():
+        raise ConfigError(f"{holder} is no folder, expected one for {folder.name}; choose another --out")
+    if not os.access(holder, os.W_OK | os.X_OK):
+        raise ConfigError(f"folder {holder} is not writable, expected it for {folder.name}; choose another --out")
 
 
 def _refuse_foreign(folder: Path) -> None:

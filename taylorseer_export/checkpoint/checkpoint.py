@@ -8,7 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from taylorseer_export.checkpoint.files import PUBLISHED, published, read_json, tensor_files, tensor_names
+from taylorseer_export.checkpoint.files import (
+    PUBLISHED,
+    published,
+    read_json,
+    refuse_other_weights,
+    tensor_files,
+    tensor_names,
+)
 from taylorseer_export.checkpoint.formats import parts_of_a_pipeline, refuse_quantised, set_aside
 from taylorseer_export.checkpoint.lora import open_lora
 from taylorseer_export.checkpoint.original import Converted, Unread
@@ -55,6 +62,8 @@ def open_checkpoint(
     else:
         alone = _config_alone(Path(reference).expanduser())
         if alone is not None and not weightless:
+            if Path(reference).expanduser().is_dir():
+                refuse_other_weights(alone.parent)
             raise CheckpointError(
                 f"--model is {reference}, a config without weights, expected both; add --dry-run to see its card, or "
                 "download the weights"
@@ -217,5 +226,11 @@ def _config(path: Path, family: Family) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is of class {name}, expected {family.model_class} for family {family.name}; "
             "check --model and the family"
+        )
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise CheckpointError(
+            f"{path} is of weights quantised by {method or 'a method it does not name'} (quantization_config), "
+            "expected weights that need no scales; pass the checkpoint that they were made from"
         )
     return {key: value for key, value in config.items() if not key.startswith("_")}

@@ -22,8 +22,9 @@ _VARIANT = re.compile(
 _OTHERS = {
     b"GGUF": "a GGUF file",
     b"PK\x03\x04": "a PyTorch pickle",
-    b"\x80\x02}q": "a PyTorch pickle",
+    **{bytes([0x80, protocol]): "a PyTorch pickle" for protocol in range(2, 6)},
     b"version https://git-lfs": "a Git LFS pointer, not the file itself",
+    b"<": "a web page, not the file itself",
 }
 
 
@@ -52,6 +53,7 @@ def tensor_files(folder: Path, variant: str | None = None) -> dict[str, Path]:
             + (f"use --variant {' or '.join(others)}" if others else "leave --variant out")
         )
     if not index.is_file() and not single.is_file():
+        refuse_other_weights(folder)
         indices, singles = sorted(folder.glob("*.safetensors.index.json")), sorted(folder.glob("*.safetensors"))
         if len(indices) != 1 and len(singles) != 1:
             raise CheckpointError(
@@ -135,19 +137,35 @@ def opened(path: Path, framework: str = "np") -> Iterator[Any]:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    """What a file is that does not open as safetensors."""
+def refuse_other_weights(folder: Path) -> None:
+    """Name the weights of a folder without safetensors, where it has some of another kind."""
+    if any(folder.glob("*.safetensors*")):
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and (other := _other_kind(path)):
+            raise other
+
+
+def _other_kind(path: Path) -> CheckpointError | None:
+    """The refusal of a file that is weights in another format, or stands for them."""
     try:
         with path.open("rb") as file:
             start = file.read(32)
     except OSError:
-        start = b""
+        return None
     for mark, what in _OTHERS.items():
         if start.startswith(mark):
             return CheckpointError(
                 f"{path} is {what}, expected safetensors with weights that are not quantised; pass the checkpoint that "
                 "it was made from"
             )
+    return None
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    """What a file is that does not open as safetensors."""
+    if other := _other_kind(path):
+        return other
     return CheckpointError(f"{path} is damaged ({error}), expected a complete safetensors file; download it again")
 
 

@@ -154,12 +154,41 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         text = (file.metadata() or {}).get(_METADATA, "{}")
     try:
-        settings = dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
+        settings = json.loads(text)
+        if not isinstance(settings, dict):
+            raise ValueError(f"it holds a {type(settings).__name__}")
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged ({_METADATA}: {error}), expected a complete safetensors file; download it again"
         ) from error
-    return tensors, {str(key).removeprefix("transformer."): value for key, value in settings.items()}
+    settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
+    if problem := _unusable(settings):
+        raise CheckpointError(
+            f"{path} is damaged ({_METADATA}: {problem}), expected peft's settings; download it again"
+        )
+    arrays = {name: value for name, value in tensors.items() if value.is_floating_point() and value.ndim > 0}
+    infinite = [name for name, value in arrays.items() if not value.float().isfinite().all()]
+    if infinite:
+        raise CheckpointError(
+            f"{path} has {len(infinite)} tensors with values that are NaN or infinite ({some(infinite)}), expected "
+            "finite numbers; its training went wrong, or download it again"
+        )
+    return tensors, settings
+
+
+def _unusable(settings: Mapping[str, Any]) -> str | None:
+    """What of peft's settings says no strength; None where all that is read of them does."""
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        return f"alpha_pattern is a {type(patterns).__name__}"
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            return f"alpha_pattern has {pattern!r}, which is no pattern: {error}"
+    alphas = [*patterns.values(), *([settings["lora_alpha"]] if "lora_alpha" in settings else [])]
+    wrong = [alpha for alpha in alphas if type(alpha) not in (int, float) or not math.isfinite(alpha)]
+    return f"an alpha is {str(wrong[0])[:40]!r}" if wrong else None
 
 
 def _modules(path: Path, tensors: Mapping[str, torch.Tensor], encoders: bool) -> dict[str, dict[str, Any]]:
@@ -174,7 +203,8 @@ def _modules(path: Path, tensors: Mapping[str, torch.Tensor], encoders: bool) ->
         matches = ((part, pattern.fullmatch(name)) for part, pattern in _PARTS.items())
         part, module = next(((part, match["module"]) for part, match in matches if match), ("", ""))
         scalar = part == "alpha" and value.numel() == 1 and math.isfinite(float(value))
-        floats = part not in ("", "alpha") and value.is_floating_point() and value.ndim > 0
+        matrix = part not in ("down", "up") or (value.ndim > 1 and value.numel() > 0)
+        floats = part not in ("", "alpha") and value.is_floating_point() and value.ndim > 0 and matrix
         if _TEXT_ENCODER.match(name) or not (scalar or floats):
             strangers.append(name)
             continue
@@ -330,8 +360,8 @@ def _factor(place: Place, parts: Mapping[str, Any], settings: Mapping[str, Any])
         return 1.0
     rank, alpha = parts["down"].shape[0], parts.get("alpha")
     if alpha is None and "lora_alpha" in settings:
-        special = dict(settings.get("alpha_pattern") or {})
-        own = (value for key, value in special.items() if place.module == key or place.module.endswith(f".{key}"))
+        special = settings.get("alpha_pattern") or {}  # patterns of the ends of names, of which the first holds
+        own = (value for key, value in special.items() if re.match(rf"(.*\.)?({key})$", place.module))
         alpha = next(own, settings["lora_alpha"])
         return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     return 1.0 if alpha is None else float(alpha) / rank

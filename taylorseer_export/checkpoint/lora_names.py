@@ -18,6 +18,7 @@ from taylorseer_export.checkpoint.original import converter_of
 from taylorseer_export.errors import CheckpointError
 
 _PREFIX = re.compile(r"^(?:base_model\.model\.)?(?:transformer\.|(?:model\.)?diffusion_model\.)?")
+_JOINED = re.compile(r"lora_(?:unet|transformer)_")  # kohya's, before names whose dots are underscores
 _PAIR = re.compile(r"(?:transformer\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default[_0-9]*)?\.weight")
 _RANK = 2  # of the carriers: a converter may swap halves of a matrix, or look for blocks in ranks of 3 and 4
 
@@ -44,8 +45,17 @@ class Place(NamedTuple):
     rows: torch.Tensor | None
 
 
-def named_in_model(module: str) -> str:
-    """A module of a file without what tools put before the model's own names."""
+def named_in_model(module: str, shapes: Iterable[str] = ()) -> str:
+    """A module of a file without what tools put before the model's own names, its dots back where it had none.
+
+    Args:
+        module: Its name in the file.
+        shapes: Tensors of the model: of several modules that are alike but for dots, none is meant.
+    """
+    if joined := _JOINED.match(module):
+        own = {name.removesuffix(".weight") for name in shapes if name.endswith(".weight")}
+        found = [name for name in own if name.replace(".", "_") == module[joined.end() :]]
+        return found[0] if len(found) == 1 else module
     return _PREFIX.sub("", module)
 
 
@@ -71,7 +81,7 @@ def places_of_pairs(
     Raises:
         CheckpointError: No way knows all of them; it says what stood in the way of the first.
     """
-    direct = [Place(named_in_model(module), module, None) for module in pairs]
+    direct = [Place(named_in_model(module, shapes), module, None) for module in pairs]
     if not loader or all(f"{place.module}.weight" in shapes for place in direct):
         return direct
     first: CheckpointError | None = None

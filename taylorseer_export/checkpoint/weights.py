@@ -91,7 +91,18 @@ class Checkpoint:
     def latent_size(self) -> tuple[int, ...]:
         """The size of the latent that estimates are quoted at: (height, width), or (frames, height, width)."""
         size = self.card.get("latent_size") or self.config.get("sample_size") or self.family.latent_size
-        return (size, size) if isinstance(size, int) else tuple(int(s) for s in size)
+        sizes = [*self.family.latent_size[:-2], size, size] if isinstance(size, int) else size
+        count = len(self.family.latent_size)
+        if (
+            not isinstance(sizes, list | tuple)
+            or len(sizes) != count
+            or any(type(s) is not int or s < 1 for s in sizes)
+        ):
+            raise CheckpointError(
+                f"sample_size of {self.config_file or self.folder / 'config.json'} is {str(size)[:40]}, expected "
+                f"{count} whole numbers (latent pixels); correct it or remove it"
+            )
+        return tuple(sizes)
 
     @cached_property
     def model_class(self) -> Any:

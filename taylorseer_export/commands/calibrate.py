@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 from taylorseer_export.commands.options import bundle_options, sample_options
-from taylorseer_export.commands.terminal import need, open_denoiser, progress, read_tensors
+from taylorseer_export.commands.terminal import open_denoiser, progress, read_tensors, require_extra
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.values import real, whole
 
@@ -41,8 +41,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
-    need("sample", "torch", "diffusers")
-    from taylorseer_export.bundle.profile import check_name, write_profile
+    require_extra("sample", "torch", "diffusers")
+    from taylorseer_export.bundle.profile import check_name, check_place_of_profile, write_profile
     from taylorseer_export.report.calibrate import Calibrator, check_full_steps, profile_of
     from taylorseer_export.report.samples import groups, random_inputs, read_prompts
     from taylorseer_export.runtime.tensors import latent_sizes
@@ -52,6 +52,7 @@ def run(given: argparse.Namespace) -> int:
     tensors = read_tensors(given.inputs) if given.inputs else None
     denoiser = open_denoiser(given)
     assert denoiser.bundle is not None
+    check_place_of_profile(denoiser.bundle, given.name)
     manifest = denoiser.manifest
     steps = given.steps or manifest.plan.steps
     order = min(manifest.state.order, 2) if given.order is None else given.order

@@ -9,10 +9,10 @@ from typing import Any
 from taylorseer_export.commands.options import plan_options
 from taylorseer_export.commands.terminal import (
     check_out,
-    need,
     progress,
     read_tensors,
     request_options,
+    require_extra,
     write_tensors,
 )
 from taylorseer_export.errors import ConfigError
@@ -46,12 +46,12 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
-    need("triton", "tritonclient")
+    require_extra("triton", "tritonclient")
     from taylorseer_export.serve.client import Protocol, infer
 
     whole_tensors = given.out.suffix == ".safetensors"
     if not whole_tensors:
-        need("sample", "PIL")
+        require_extra("sample", "PIL")
     check_out(given.out, picture=not whole_tensors)
     protocol: Protocol = given.protocol or ("stream" if given.model.endswith("-stream") else "grpc")
     values = _values(given)

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.commands.options import bundle_options, plan_options, sample_options
-from taylorseer_export.commands.terminal import check_out, forecasts_of, need, open_denoiser, progress, read_tensors
+from taylorseer_export.commands.terminal import (
+    check_out,
+    forecasts_of,
+    open_denoiser,
+    progress,
+    read_tensors,
+    require_extra,
+)
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.values import seed, whole
 
@@ -35,7 +42,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
-    need("sample", "torch", "diffusers", "PIL", "skimage")
+    require_extra("sample", "torch", "diffusers", "PIL", "skimage")
     from taylorseer_export.report import evaluate
     from taylorseer_export.report.metrics import metrics
     from taylorseer_export.report.page import page

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from taylorseer_export.bundle.device import DEVICES
+from taylorseer_export.bundle.store import check_place
 from taylorseer_export.commands.options import PROGRAM, device, engine_options, given_engine_options
-from taylorseer_export.commands.terminal import need, progress, stages
+from taylorseer_export.commands.terminal import progress, require_extra, stages
 from taylorseer_export.compile.engines import ENGINES
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Family
@@ -159,9 +160,9 @@ def _steps(family: Family) -> str:
 
 def run(family: Family, given: argparse.Namespace) -> int:
     """Trace, split, build, write."""
-    need("export", "torch", "diffusers", "accelerate")
+    require_extra("export", "torch", "diffusers", "accelerate")
     if given.polygraphy:
-        need("polygraphy", "polygraphy")
+        require_extra("polygraphy", "polygraphy")
     from taylorseer_export.compile.gpu import building_on
 
     with building_on(given.device):
@@ -219,6 +220,8 @@ def _export(family: Family, given: argparse.Namespace) -> int:
     if given.slots > 1 and not (given.memory_budget or given.dry_run):
         raise ConfigError(f"--slots is {given.slots} without a budget, expected --memory-budget too; add it")
     name = bundle_name(given.model, given.name)
+    if not given.dry_run:
+        check_place(given.out / f"{checkpoint.family.name}-{name}")
     with progress("tracing and splitting", 1) as advance:
         traced = export.trace_model(checkpoint, options)
         rows = memory_table.choices(traced, options) if given.memory_budget or given.dry_run else ()

@@ -15,12 +15,12 @@ from taylorseer_export.commands.options import bundle_options, plan_options
 from taylorseer_export.commands.terminal import (
     check_out,
     forecasts_of,
-    need,
     open_denoiser,
     progress,
     read_tensors,
     report_guard,
-    spread,
+    require_extra,
+    values_per_picture,
     write_tensors,
 )
 from taylorseer_export.errors import ConfigError
@@ -58,7 +58,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
-    need("sample", "torch", "diffusers", "PIL")
+    require_extra("sample", "torch", "diffusers", "PIL")
     import numpy as np
 
     from taylorseer_export.embedded import requests
@@ -122,7 +122,7 @@ def _request(denoiser: Denoiser, given: argparse.Namespace) -> tuple[Request, li
         )
     count = max(len(given.label or ()), len(given.prompt or ()), len(given.seed))
     return {"labels": _of_labels, "captions": _of_captions, "tensors": _of_tensors}[source](
-        denoiser, given, spread("--seed", given.seed, count)
+        denoiser, given, values_per_picture("--seed", given.seed, count)
     )
 
 
@@ -131,7 +131,7 @@ def _of_labels(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) 
     from taylorseer_export.runtime.tensors import latent_sizes
 
     latent_sizes(denoiser.manifest, given.size)  # there is one: any other is refused
-    labels = spread("--label", given.label or list(range(10))[: len(seeds)], len(seeds))
+    labels = values_per_picture("--label", given.label or list(range(10))[: len(seeds)], len(seeds))
     return label_request(denoiser, labels, seeds, given.guidance_scale), [f"label {label}" for label in labels]
 
 
@@ -144,7 +144,7 @@ def _of_captions(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]
         tensors = read_tensors(given.inputs)
         names = [f"seed {seed}" for seed in seeds]
         return caption_request(denoiser, tensors, seeds, given.size, given.guidance_scale), names
-    prompts = spread("--prompt", given.prompt or ["a red circle left of a blue square"], len(seeds))
+    prompts = values_per_picture("--prompt", given.prompt or ["a red circle left of a blue square"], len(seeds))
     return caption_request(denoiser, prompts, seeds, given.size, given.guidance_scale), list(prompts)
 
 

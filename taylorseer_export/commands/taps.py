@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-from taylorseer_export.commands.terminal import need, progress
+from taylorseer_export.commands.terminal import progress, require_extra
 from taylorseer_export.errors import ExportError
 
 SUMMARY = "Propose sites, inputs and a declaration for a transformer, from its config."
@@ -21,7 +21,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
-    need("export", "torch", "diffusers", "accelerate")
+    require_extra("export", "torch", "diffusers", "accelerate")
     import torch
 
     from taylorseer_export.checkpoint.checkpoint import open_config

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from taylorseer_export.method import Forecasts, Guard, RequestOptions
     from taylorseer_export.runtime.denoiser import Denoiser
 
+# dtype by its name in safetensors -> in numpy.
+_NUMPY = {"F16": "f2", "F32": "f4", "F64": "f8", "BOOL": "?"} | {
+    f"{kind}{bits}": f"{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)
+}
+
 
 def open_denoiser(given: argparse.Namespace) -> Denoiser:
     from taylorseer_export.runtime.denoiser import load
@@ -56,7 +61,7 @@ def report_guard(guard: Guard, planned: str, executed: str, errors: Sequence[flo
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def spread(name: str, values: list[Any], count: int) -> list[Any]:
+def values_per_picture(name: str, values: list[Any], count: int) -> list[Any]:
     """One value for every picture: as given, or one for all."""
     if len(values) not in (1, count):
         raise ConfigError(f"{name} has {len(values)} values, expected 1 or {count}; give one for each picture")
@@ -64,15 +69,33 @@ def spread(name: str, values: list[Any], count: int) -> list[Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    """The tensors of a safetensors file as numpy has them; bfloat16, which it lacks, as the same numbers in float32.
 
+    Raises:
+        ConfigError: It is missing, no safetensors file, or has a tensor in a dtype that holds no plain numbers.
+    """
+    import numpy as np
+    from safetensors import SafetensorError, deserialize
+
+    if not path.is_file():
+        seen = "no file" if path.exists() else "missing"
+        raise ConfigError(f"{path} is {seen}, expected a safetensors file; check --inputs")
     try:
-        return dict(load_file(path))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} is missing, expected a safetensors file; check --inputs") from error
-    except (OSError, SafetensorError, TypeError, KeyError, AttributeError) as error:  # also of dtypes that numpy lacks
+        held = deserialize(path.read_bytes())
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} is not readable ({error}), expected float32 safetensors; write it again") from error
+    read = {}
+    for name, tensor in held:
+        dtype, shape, data = tensor["dtype"], tensor["shape"], tensor["data"]
+        if dtype == "BF16":
+            read[name] = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+        elif dtype in _NUMPY:
+            read[name] = np.frombuffer(data, _NUMPY[dtype]).reshape(shape).copy()
+        else:
+            raise ConfigError(
+                f"tensor `{name}` of {path} is {dtype}, expected float32 or another dtype of plain numbers; write it so"
+            )
+    return read
 
 
 def check_out(path: Path, option: str = "--out", picture: bool = False) -> None:
@@ -109,7 +132,7 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str])
         save_file(tensors, partial, metadata)
 
 
-def need(extra: str, *modules: str) -> None:
+def require_extra(extra: str, *modules: str) -> None:
     """Refuse early when an optional library is missing, or older than the extra asks for."""
     from importlib.metadata import PackageNotFoundError, requires, version
     from importlib.util import find_spec

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from taylorseer_export.commands.options import bundle_options
-from taylorseer_export.commands.terminal import need, open_denoiser, progress
+from taylorseer_export.commands.terminal import open_denoiser, progress, require_extra
 from taylorseer_export.values import whole
 
 SUMMARY = "Compare a bundle with the eager model, step by step; exit 1 on a broken bound."
@@ -25,9 +25,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
-    need("export", "torch", "diffusers")
+    require_extra("export", "torch", "diffusers")
     if given.polygraphy:
-        need("polygraphy", "polygraphy", "onnxruntime")
+        require_extra("polygraphy", "polygraphy", "onnxruntime")
     from taylorseer_export.report import verify
     from taylorseer_export.runtime.trajectory import random_trajectory
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import BUNDLE_NAME
+from taylorseer_export.bundle.store import check_place
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.checkpoint.recognise import family_of
 from taylorseer_export.compile.engines import Progress
@@ -75,9 +76,11 @@ def export(
             "device": None if device is None else device.kind,
         }
     )
+    called = bundle_name(reference, name)
     with building_on(device):
         check_options(asked)
-        return write_bundle(draft(checkpoint, asked), Path(out), bundle_name(reference, name), progress)
+        check_place(Path(out) / f"{checkpoint.family.name}-{called}")
+        return write_bundle(draft(checkpoint, asked), Path(out), called, progress)
 
 
 def bundle_name(reference: str | None, name: str | None = None) -> str:

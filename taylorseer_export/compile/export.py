@@ -139,8 +139,25 @@ class Draft:
         )
 
     def read(self, name: str) -> torch.Tensor:
-        """A stored tensor as the checkpoint, or the model itself, has it."""
-        return self.buffers[name] if name in self.buffers else self.checkpoint.tensor(name)
+        """A stored tensor as the model itself has it, or as the checkpoint does in the dtype that it is stored in.
+
+        Raises:
+            CheckpointError: It has numbers that are not finite there: damaged, or beyond the range of the precision.
+        """
+        if name in self.buffers:
+            return self.buffers[name]
+        read = self.checkpoint.tensor(name)
+        value = read.to(self.stored[name][0])
+        if value.is_floating_point() and not value.isfinite().all():
+            kind, bad = str(value.dtype).removeprefix("torch."), int((~value.isfinite()).sum())
+            whole = bool(read.float().isfinite().all())
+            raise CheckpointError(
+                f"`{name}` of {self.checkpoint.reference} has {bad} of {value.numel()} values that are "
+                + (f"beyond the range of {kind}" if whole else "NaN or infinite")
+                + ", expected finite numbers; "
+                + ("export with --precision bf16" if whole else "check the checkpoint, and --lora if it is given")
+            )
+        return value
 
     def write_weights(self, folder: Path, progress: Progress) -> dict[str, Stored]:
         """Write every weight that some graph reads into the bundle's one weights file."""
@@ -198,6 +215,7 @@ def trace_model(checkpoint: Checkpoint, options: Options) -> Traced:
         ConfigError, CheckpointError, ExportError: See the parts.
     """
     check_options(options)
+    sampling_of(checkpoint)
     dtype = PRECISIONS[options.precision]
     skeleton = checkpoint.skeleton(dtype)
     # The model knows the defaults of entries that an older config.json lacks.
@@ -307,17 +325,7 @@ def describe(
         family=family.name,
         name=name,
         precision=options.precision,  # type: ignore[arg-type]
-        model=Model(
-            reference=checkpoint.reference,
-            class_name=family.model_class,
-            config=checkpoint.config,
-            weights_sha256=weights_sha256,
-            embedded=checkpoint.embedded,
-            variant=checkpoint.variant,
-            config_file=checkpoint.config_file,
-            loras=tuple(lora.given for lora in checkpoint.loras),
-            lora_skip=checkpoint.lora_skip,
-        ),
+        model=_model_of(checkpoint, weights_sha256),
         dimensions=plan.dimensions(),
         sites=tuple(Site(name=site, shape=shape) for site, shape in plan.split.sites.items()),
         state=State(
@@ -344,8 +352,39 @@ def describe(
     )
 
 
+def _model_of(checkpoint: Checkpoint, weights_sha256: str) -> Model:
+    try:
+        return Model(
+            reference=checkpoint.reference,
+            class_name=checkpoint.family.model_class,
+            config=checkpoint.config,
+            weights_sha256=weights_sha256,
+            embedded=checkpoint.embedded,
+            variant=checkpoint.variant,
+            config_file=checkpoint.config_file,
+            loras=tuple(lora.given for lora in checkpoint.loras),
+            lora_skip=checkpoint.lora_skip,
+        )
+    except ValueError as error:
+        raise _undescribable(f"model {checkpoint.reference}", error) from error
+
+
+def _undescribable(what: str, error: ValueError) -> CheckpointError:
+    """The refusal of what no manifest can hold: names that do not print, numbers that are none."""
+    said = error.errors(include_url=False)[0]  # type: ignore[attr-defined]
+    where, why = ".".join(map(str, said["loc"])), said["msg"].removeprefix("Value error, ")
+    return CheckpointError(
+        f"{f'`{where}`' if where else 'config'} of {what} is not usable ({why}), expected what a manifest can hold; "
+        "correct it"
+    )
+
+
 def sampling_of(checkpoint: Checkpoint) -> Sampling:
-    """Scheduler and guidance: what the checkpoint says, else what the family's pipeline uses."""
+    """Scheduler and guidance: what the checkpoint says, else what the family's pipeline uses.
+
+    Raises:
+        CheckpointError: Its scheduler is none that is known here, or its config is none of a scheduler.
+    """
     family = checkpoint.family
     config = checkpoint.scheduler or family.scheduler_config
     guidance = family.guidance
@@ -358,17 +397,20 @@ def sampling_of(checkpoint: Checkpoint) -> Sampling:
             f"({', '.join(sorted(SCHEDULERS))}); name one in scheduler/scheduler_config.json"
         )
     brought = checkpoint.card if checkpoint.embedded else {}  # no other model brings an encoder or a decoder
-    return Sampling(
-        scheduler=scheduler,
-        config={key: value for key, value in config.items() if not key.startswith("_")},
-        guidance=guidance,
-        guidance_scale=checkpoint.card.get("guidance_scale") or family.guidance_scale,
-        timestep_divisor=family.timestep_divisor,
-        source=brought.get("source", family.source),
-        pictures=brought.get("pictures"),
-        latent_scale=checkpoint.latent_scale,
-        time_scale=family.time_scale,
-    )
+    try:
+        return Sampling(
+            scheduler=scheduler,
+            config={key: value for key, value in config.items() if not key.startswith("_")},
+            guidance=guidance,
+            guidance_scale=checkpoint.card.get("guidance_scale") or family.guidance_scale,
+            timestep_divisor=family.timestep_divisor,
+            source=brought.get("source", family.source),
+            pictures=brought.get("pictures"),
+            latent_scale=checkpoint.latent_scale,
+            time_scale=family.time_scale,
+        )
+    except ValueError as error:
+        raise _undescribable(f"{scheduler} of {checkpoint.reference}", error) from error
 
 
 def pipeline_of(checkpoint: Checkpoint) -> Pipeline:

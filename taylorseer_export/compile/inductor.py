@@ -20,7 +20,7 @@ from taylorseer_export.bundle.manifest import Engine
 from taylorseer_export.compile.eager import pointwise_sums, weighted, writing
 from taylorseer_export.compile.engines import Progress, library_versions
 from taylorseer_export.compile.export import Draft, Options
-from taylorseer_export.compile.program import example_inputs, exported_program, quiet
+from taylorseer_export.compile.program import example_inputs, exported_program, quiet_libraries
 from taylorseer_export.compile.weights import WEIGHTS
 from taylorseer_export.errors import BuildError, first_line
 from taylorseer_export.graph.cut import Cut
@@ -101,7 +101,7 @@ def _compiled(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device: 
         "max_autotune": bool(draft.options.engine_options.get("max-autotune")),
     }
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet_libraries():
             inputs = example_inputs((*cut.inputs, *cut.outputs), sizes, draft.ranges(), device)
             files = torch._inductor.aot_compile(program.module(check_guards=False), inputs, options=settings)
     except Exception as error:

@@ -10,7 +10,7 @@ import torch
 
 from taylorseer_export.compile.engines import Progress
 from taylorseer_export.compile.export import Draft
-from taylorseer_export.compile.program import exported_program, quiet, size_of
+from taylorseer_export.compile.program import exported_program, quiet_libraries, size_of
 from taylorseer_export.compile.weights import WEIGHTS, Stored
 from taylorseer_export.errors import BuildError, first_line
 from taylorseer_export.graph.cut import Cut
@@ -49,7 +49,7 @@ def write_onnx(draft: Draft, cut: Cut, weights: Mapping[str, Stored], path: Path
     sizes = {**draft.sizes, "steps": None}
     program = exported_program(cut, sizes, draft.ranges())
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet_libraries():
             exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
     except Exception as error:
         raise BuildError(
@@ -62,7 +62,7 @@ def write_onnx(draft: Draft, cut: Cut, weights: Mapping[str, Stored], path: Path
     # While the graph is simplified its weights have no value: nothing computed from them can be baked in.
     for name in weights.keys() & graph.initializers.keys():
         graph.initializers[name].const_value = None
-    with quiet():
+    with quiet_libraries():
         optimizer.optimize(model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=1 << 16)
         _without_sequences(graph)
     for name in weights.keys() & graph.initializers.keys():

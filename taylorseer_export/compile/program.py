@@ -46,7 +46,7 @@ def exported_program(
     dynamic = tuple(_dynamic(t, sizes) for t in tensors)
     inputs = example_inputs(tensors, sizes, ranges, device)
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet_libraries():
             source = _related_sizes(module or cut.module, tensors, sizes)
             program = torch.export.export(source, inputs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:
@@ -146,7 +146,7 @@ def _dynamic(tensor: Tensor, sizes: Mapping[str, int | None]) -> dict[int, Any]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Silence what torch and the exporters note about themselves; their errors come as exceptions."""
     noisy = ("torch.onnx", "torch._subclasses", "torch._inductor", "torch.export", "onnx_ir", "onnxscript")
     loggers = [logging.getLogger(name) for name in noisy]

@@ -133,7 +133,7 @@ def call(model: Any, inputs: dict[str, Any]) -> Any:
     return model(**inputs, return_dict=False)[0]
 
 
-def nothing(config: Mapping[str, Any]) -> dict[str, Any]:
+def no_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     """For a model whose tensors are read as they are."""
     return {}
 
@@ -244,11 +244,11 @@ class Family:
     timestep_divisor: float = 1.0
     pipeline: Pipeline = Pipeline()
     source: Literal["labels", "tensors"] = "tensors"
-    attributes: Callable[[Mapping[str, Any]], Mapping[str, int]] = nothing
+    attributes: Callable[[Mapping[str, Any]], Mapping[str, int]] = no_entries
     lora_loader: str = ""
     forward: Callable[[Any, dict[str, Any]], Any] = call
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    derived: Callable[[Mapping[str, Any]], Mapping[str, Derived]] = nothing
+    derived: Callable[[Mapping[str, Any]], Mapping[str, Derived]] = no_entries
     built: Callable[[Any], AbstractContextManager[object]] = as_it_is
     patched: Callable[[Any], AbstractContextManager[object]] = as_it_is
 

@@ -102,4 +102,5 @@ FRAMEPACK = Family(
         cast_inputs=tuple(name for name, _, _ in _PAST),
     ),
     patched=_masked,
+    lora_loader="HunyuanVideoLoraLoaderMixin",
 )

@@ -40,7 +40,7 @@ class _Written(StrPrinter):
         return "*".join([self.parenthesize(base, PRECEDENCE["Mul"])] * int(exponent))
 
 
-def written(expression: sympy.Expr) -> str:
+def shape_entry_from_expression(expression: sympy.Expr) -> str:
     """The size as an entry of a shape: powers as products."""
     return str(_Written().doprint(expression))
 

@@ -33,7 +33,7 @@ from taylorseer_export.bundle.manifest import Role, Shape, Tensor
 from taylorseer_export.graph.binding import Time, binding_times, is_size
 from taylorseer_export.graph.cut import SUM, Builder, Cut, StepBuilder, cast, difference, dtype_of, weighted_sum, wider
 from taylorseer_export.graph.narrow import readers
-from taylorseer_export.graph.sizes import simplified, written
+from taylorseer_export.graph.sizes import shape_entry_from_expression, simplified
 from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT, tap_operator
 from taylorseer_export.graph.trace import Trace, module_paths
 from taylorseer_export.method import Granularity, Layout
@@ -167,7 +167,7 @@ class Splitter:
             return int(size)
         names = {s: sympy.Symbol(n) for s, n in self.trace.names.items()}
         expression = simplified(size.node.expr).xreplace(names)
-        return int(expression) if expression.is_Integer else written(expression)
+        return int(expression) if expression.is_Integer else shape_entry_from_expression(expression)
 
     def tensor(self, name: str, node: fx.Node, role: Role) -> Tensor:
         return Tensor(name=name, dtype=_dtype_name(node), shape=self._shape(node), role=role)

@@ -211,7 +211,7 @@ class _Axes:
     def _scaled(self, value: float) -> float:
         return float(np.log10(value)) if self.log else value
 
-    def place(self, x: float, y: float) -> tuple[float, float]:
+    def point(self, x: float, y: float) -> tuple[float, float]:
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (self._scaled(y) - self.y[0]) / (self.y[1] - self.y[0])
         return _LEFT + across * (_WIDTH - _LEFT - _EDGE), _HEIGHT - _BOTTOM - up * (_HEIGHT - _BOTTOM - _TOP)
@@ -220,12 +220,12 @@ class _Axes:
         base, end = _HEIGHT - _BOTTOM, _WIDTH - _EDGE
         parts = [f'<line class=axis x1="{_LEFT}" x2="{end}" y1="{base}" y2="{base}"/>']
         for y in _decades(*self.y) if self.log else _round_numbers(*self.y):
-            _, place = self.place(self.x[0], 10**y if self.log else y)
+            _, place = self.point(self.x[0], 10**y if self.log else y)
             label = f"{10**y:.0e}" if self.log else f"{y:.6g}"
             parts.append(f'<line class=axis x1="{_LEFT}" x2="{end}" y1="{place:.1f}" y2="{place:.1f}"/>')
             parts.append(f'<text class=soft x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{label}</text>')
         for x in _round_numbers(*self.x):
-            place, _ = self.place(x, 10 ** self.y[0] if self.log else self.y[0])
+            place, _ = self.point(x, 10 ** self.y[0] if self.log else self.y[0])
             parts.append(f'<text class=soft x="{place:.1f}" y="{base + 18}" text-anchor="middle">{x:.6g}</text>')
         across, up = self.names
         parts.append(f'<text x="{end}" y="{_HEIGHT - 6}" text-anchor="end">{escape(across)}</text>')
@@ -253,8 +253,8 @@ def _points(points: Sequence[tuple[float, float | None, str]], across: str, up: 
     known = [(x, y, name) for x, y, name in points if y is not None]
     axes = _Axes([x for x, _, _ in known], [y for _, y, _ in known], (across, up))
     best = [p for p in known if not any(x <= p[0] and y > p[1] for x, y, _ in known)]
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in sorted(axes.place(x, y) for x, y, _ in best))
-    dots = [marks[name].dot(*axes.place(x, y), name) for x, y, name in known]
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in sorted(axes.point(x, y) for x, y, _ in best))
+    dots = [marks[name].dot(*axes.point(x, y), name) for x, y, name in known]
     front = f'<polyline points="{line}" fill="none" stroke="var(--soft)" stroke-dasharray="4 4"/>'
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role=img>{axes.frame()}{front}{"".join(dots)}</svg>'
 
@@ -266,7 +266,7 @@ def _curves(curves: Mapping[str, Sequence[float]], marks: Mapping[str, _Mark]) -
     axes = _Axes([1, max(map(len, curves.values()))], values, ("step", "latent error"), log=True)
     lines = []
     for name, curve in curves.items():
-        points = " ".join("{:.1f},{:.1f}".format(*axes.place(step, v)) for step, v in enumerate(curve, 1) if v > 0)
+        points = " ".join("{:.1f},{:.1f}".format(*axes.point(step, v)) for step, v in enumerate(curve, 1) if v > 0)
         lines.append(marks[name].line(points, name))
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role=img>{axes.frame()}{"".join(lines)}</svg>'
 

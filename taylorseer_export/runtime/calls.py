@@ -138,7 +138,7 @@ class LoopState:
     direction: float = 0.0
     said: int | None = None
 
-    def place(self, call: TransformerCall) -> tuple[str, bool]:
+    def branch_of(self, call: TransformerCall) -> tuple[str, bool]:
         """(branch of a call, whether it begins a step)."""
         same = self.latents is not None and self.latents.same(call.latents) and call.timestep == self.last
         if call.context is None:
@@ -154,7 +154,7 @@ class LoopState:
         """
         if self.over or not (self.declared or self._fits(call)):
             return False
-        branch = self.branches.get(self.place(call)[0])
+        branch = self.branches.get(self.branch_of(call)[0])
         if branch is None or branch.same(call.conditioning):
             return True
         equal = branch.equal(call.conditioning)
@@ -177,7 +177,7 @@ class LoopState:
         """Whether nothing but the identity of its conditioning tells a call from one of this request."""
         if self.over or not self._fits(call):
             return False
-        branch = self.branches.get(self.place(call)[0])
+        branch = self.branches.get(self.branch_of(call)[0])
         return branch is not None and branch.equal(call.conditioning)
 
     def resumes(self, call: TransformerCall) -> bool:
@@ -188,7 +188,7 @@ class LoopState:
 
     def alike(self, call: TransformerCall) -> bool:
         """Whether a call has the very conditioning of this request, so that only inference tells them apart."""
-        branch = self.branches.get(self.place(call)[0])
+        branch = self.branches.get(self.branch_of(call)[0])
         return branch is not None and branch.same(call.conditioning)
 
     def advance(self, call: TransformerCall) -> None:
@@ -234,7 +234,7 @@ class LoopState:
         """Whether latents and timestep of a call may be those of this loop."""
         if self.latents is None or call.shape != tuple(self.latents.value.shape):
             return False
-        if not self.place(call)[1]:
+        if not self.branch_of(call)[1]:
             return True
         said = call.context.step_index if call.context is not None else None
         if said is not None and self.said is not None:

@@ -19,7 +19,7 @@ from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.errors import BundleError
 from taylorseer_export.method import Forecasts, Guard, Plan
 from taylorseer_export.runtime.contract import Contract
-from taylorseer_export.runtime.places import place
+from taylorseer_export.runtime.places import value_from_fill
 from taylorseer_export.runtime.runner import Buffer, Runner
 from taylorseer_export.runtime.slot import Slot
 
@@ -93,7 +93,7 @@ def random_constants(
     """Constant inputs of these sizes: places of tokens in order, labels and embeddings of unit variance at random."""
     made = {}
     for name, tensor in contract.constants.items():
-        shape, value = resolve(tensor.shape, sizes), place(tensor, sizes)
+        shape, value = resolve(tensor.shape, sizes), value_from_fill(tensor, sizes)
         if value is None and tensor.dtype == "int64":
             value = generator.integers(0, 2, shape)
         made[name] = generator.standard_normal(shape).astype(np.float32) if value is None else value

@@ -37,23 +37,38 @@ def clock(
         scheduler: From `scheduler_of`, to be set; a new one if left out.
 
     Raises:
-        ConfigError: The scheduler takes no sigmas.
+        ConfigError: The scheduler takes no sigmas, or steps with more timesteps than that, like Heun's.
+        BundleError: Its config sets no timesteps.
     """
     scheduler = scheduler_of(manifest) if scheduler is None else scheduler
-    if "FlowMatch" in type(scheduler).__name__:
-        mu = _shift(manifest, scheduler.config, shape) if scheduler.config.get("use_dynamic_shifting", False) else None
-        if sigmas is None and manifest.pipeline.flow_steps == "sigmas":
-            sigmas = np.linspace(1.0, 1.0 / steps, steps)
-        scheduler.set_timesteps(None if sigmas is not None else steps, sigmas=sigmas, mu=mu)
-    elif sigmas is not None:
-        raise ConfigError(
-            f"sigmas are given, but {manifest.sampling.scheduler} takes only a number of steps, expected none; "
-            "leave them out"
+    name = manifest.sampling.scheduler
+    if "FlowMatch" not in type(scheduler).__name__ and sigmas is not None:
+        raise ConfigError(f"sigmas are given, but {name} takes only a number of steps, expected none; leave them out")
+    try:
+        if "FlowMatch" in type(scheduler).__name__:
+            config = scheduler.config
+            mu = _shift(manifest, config, shape) if config.get("use_dynamic_shifting", False) else None
+            if sigmas is None and manifest.pipeline.flow_steps == "sigmas":
+                sigmas = np.linspace(1.0, 1.0 / steps, steps)
+            scheduler.set_timesteps(None if sigmas is not None else steps, sigmas=sigmas, mu=mu)
+        else:
+            scheduler.set_timesteps(steps)
+        timesteps = scheduler.timesteps.numpy().astype(np.float32)
+    except Exception as error:  # whatever a class makes of values that it was not written for
+        raise BundleError(
+            f"config of {name} sets no timesteps for {steps} steps ({first_line(error)}), expected one that diffusers' "
+            f"class takes; ask for another number of steps, or {manifest.REMEDY}"
+        ) from error
+    if not np.isfinite(timesteps).all():
+        raise BundleError(
+            f"timesteps of {name} are NaN or infinite by its config, expected finite numbers; {manifest.REMEDY}"
         )
-    else:
-        scheduler.set_timesteps(steps)
-    model_timesteps = scheduler.timesteps.numpy().astype(np.float32) / np.float32(manifest.sampling.timestep_divisor)
-    return Clock(scheduler.timesteps, model_timesteps)
+    if len(timesteps) != steps:
+        raise ConfigError(
+            f"{name} sets {len(timesteps)} timesteps for {steps} steps, expected one for each; use the bundle in a "
+            "diffusers pipeline, or export with another scheduler in scheduler/scheduler_config.json"
+        )
+    return Clock(scheduler.timesteps, timesteps / np.float32(manifest.sampling.timestep_divisor))
 
 
 def _shift(manifest: Manifest, config: Mapping[str, Any], shape: tuple[int, ...]) -> float:

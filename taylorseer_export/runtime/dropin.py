@@ -249,7 +249,7 @@ class DropIn(EngineModule):
     def _predict(self, latents: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         call = self._call(latents, inputs)
         request = self._request_of(call)
-        name, begins = request.place(call)
+        name, begins = request.branch_of(call)
         if begins:
             request.advance(call)
             if request.step >= len(request.plan):
@@ -305,7 +305,7 @@ class DropIn(EngineModule):
         """The request under way if the call belongs to it, else a new one."""
         running = self._callers.here.loop
         if running is not None and running.continues(call):
-            if running.place(call)[1]:
+            if running.branch_of(call)[1]:
                 self._callers.check_turns(call, running)
             return running
         self._callers.check_turns(call, None)

@@ -13,7 +13,9 @@ from taylorseer_export.runtime.runner import host_dtype
 ROWS = "image_tokens"  # the dimension that counts the tokens of a packed latent
 
 
-def place(tensor: Tensor, sizes: Mapping[str, int], sides: tuple[int, int] | None = None) -> np.ndarray | None:
+def value_from_fill(
+    tensor: Tensor, sizes: Mapping[str, int], sides: tuple[int, int] | None = None
+) -> np.ndarray | None:
     """What an input holds by its `fill`; None for one whose values do not follow from the sizes alone.
 
     Args:

@@ -8,13 +8,16 @@ makes requests of any family from tensors.
 from __future__ import annotations
 
 import copy
+import inspect
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from taylorseer_export.errors import BundleError, StepError, first_line
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock, scheduler_of
@@ -192,6 +195,10 @@ class Loop:
         self._scheduler = scheduler_of(denoiser.manifest)
         self._ticks = clock(denoiser.manifest, request.latents.shape, len(forecasts), request.sigmas, self._scheduler)
         self._latents = torch.from_numpy(request.latents * float(getattr(self._scheduler, "init_noise_sigma", 1.0)))
+        # Noise that a scheduler adds on the way is this request's own, whatever else runs in the process.
+        draws = "generator" in inspect.signature(self._scheduler.step).parameters
+        seed = zlib.crc32(np.ascontiguousarray(request.latents).tobytes())
+        self._generator = torch.Generator("cpu").manual_seed(seed) if draws else None
         self._last: list[Any] = []
         self.step = 0
         shape = self.model_input().shape
@@ -234,7 +241,17 @@ class Loop:
             behind = joined.axis == 1
             own = latents if behind else latents[:, :, joined.value.shape[2] :]
             latents = np.concatenate([own, joined.value] if behind else [joined.value, own], joined.axis)
+        latents = self._scaled(latents)
         return _doubled(latents) if self.request.guided and self.request.negative is None else latents
+
+    def _scaled(self, latents: np.ndarray) -> np.ndarray:
+        """As the scheduler scales what the transformer is given; most leave it as it is."""
+        import torch
+
+        scale = getattr(self._scheduler, "scale_model_input", None)
+        if scale is None or self.step == len(self.plan):
+            return latents
+        return np.asarray(scale(torch.from_numpy(latents), self._ticks.timesteps[self.step]).numpy())
 
     def prediction(self, noise_pred: np.ndarray) -> np.ndarray:
         """What the scheduler takes of the transformer's answer: both guided ones combined, a learned sigma dropped."""
@@ -246,17 +263,32 @@ class Loop:
 
     def preview(self, prediction: np.ndarray) -> np.ndarray:
         """The latents that this prediction would lead to; the loop does not advance."""
+        drawn, self._generator = self._generator, self._twin()
         *_, latents = self._advanced(copy.deepcopy(self._scheduler), prediction)
+        self._generator = drawn
         return np.asarray(latents.numpy())
+
+    def _twin(self) -> Any:
+        """A generator that draws what the loop's own would."""
+        import torch
+
+        return None if self._generator is None else torch.Generator("cpu").set_state(self._generator.get_state())
 
     def accept(self, prediction: np.ndarray) -> None:
         """Advance the latents by the transformer's answer.
 
         Raises:
-            StepError: It has numbers that are not finite.
+            StepError: It has numbers that are not finite, or the scheduler makes such of it.
+            BundleError: The scheduler does not step.
         """
         check_prediction(bool(np.isfinite(prediction).all()), self.step, self.plan)
-        *self._last, self._latents = self._advanced(self._scheduler, self.prediction(prediction))
+        *last, latents = self._advanced(self._scheduler, self.prediction(prediction))
+        if not latents.isfinite().all():
+            raise StepError(
+                f"latents after step {self.step} of {type(self._scheduler).__name__} are NaN or infinite, expected "
+                "finite numbers; check its config, and --guidance-scale"
+            )
+        self._last, self._latents = last, latents
         self.step += 1
 
     def _advanced(self, scheduler: Any, prediction: np.ndarray) -> tuple[Any, Any, Any, Any]:
@@ -267,7 +299,15 @@ class Loop:
         given = None if joined is None or joined.axis != 2 else torch.from_numpy(joined.value)
         if given is not None:  # frames that are no part of what is sampled
             answer, latents = (value[:, :, given.shape[2] :] for value in (answer, latents))
-        advanced = scheduler.step(answer, self._ticks.timesteps[self.step], latents)
+        drawn = {} if self._generator is None else {"generator": self._generator}
+        try:
+            advanced = scheduler.step(answer, self._ticks.timesteps[self.step], latents, **drawn)
+        except Exception as error:  # whatever a class makes of values that it was not written for
+            raise BundleError(
+                f"{type(scheduler).__name__} does not step by its config ({first_line(error)}), expected a scheduler "
+                "that makes the next latents of a prediction; export with another one, or drive the denoiser step by "
+                "step"
+            ) from error
         following = advanced.prev_sample
         return latents, answer, advanced, following if given is None else torch.cat([given, following], 2)
 

@@ -132,7 +132,7 @@ class TensorRTRunner(TorchRunner):
         }
         with current(self.device):
             call = self._bound(graph, inputs, buffers)
-        return self.ready(graph, buffers, call)
+        return self.call_on_device(graph, buffers, call)
 
     def _bound(self, graph: str, inputs: Mapping[str, Buffer], buffers: Mapping[str, Buffer]) -> Call:
         """A launch of a context of its own, which has the shapes and addresses of these buffers."""

@@ -16,7 +16,7 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.places import place, sides_of
+from taylorseer_export.runtime.places import sides_of, value_from_fill
 from taylorseer_export.runtime.sampling import Joined, Request, noise_of, tokens_of
 
 NEGATIVE = "negative_"  # before the name of an input: its value for the unconditional half or branch
@@ -48,6 +48,7 @@ def tensor_request(
         StepError: A tensor is of another shape, or a size is out of the bundle's range.
     """
     manifest, constants, count = denoiser.manifest, denoiser.constants, len(seeds)
+    check_guidance(manifest, guidance_scale, any(name.startswith(NEGATIVE) for name in tensors))
     scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
     for name in tensors:
         if name.removeprefix(NEGATIVE) not in constants and name != CONDITION:
@@ -84,6 +85,31 @@ def tensor_request(
     return Request(noise, halves, True, scale, 0, 0, joined=joined)
 
 
+def check_guidance(manifest: Manifest, scale: float | None, negative: bool) -> None:
+    """Refuse a guidance scale that would be ignored.
+
+    Args:
+        manifest: Of the bundle.
+        scale: As asked; None where nothing was.
+        negative: Whether the request brings what the second prediction of guidance is made from.
+
+    Raises:
+        ConfigError: The model has no guidance, or its guidance has nothing to guide away from.
+    """
+    if scale is None:
+        return
+    if manifest.sampling.guidance == "none":
+        raise ConfigError(
+            f"guidance scale is {scale:g} for {manifest.family}-{manifest.name}, expected none: this model has no "
+            "guidance; leave it out"
+        )
+    if manifest.sampling.guidance in ("batched", "branches") and not negative and scale != 1.0:
+        raise ConfigError(
+            f"guidance scale is {scale:g} without `{NEGATIVE}` inputs, expected them to be guided away from; add them "
+            "to --inputs, or leave the scale out"
+        )
+
+
 def _completed(
     denoiser: Denoiser,
     given: Mapping[str, np.ndarray],
@@ -101,7 +127,7 @@ def _completed(
     denoiser.check_sizes(extents)
     for name, tensor in constants.items():
         if name not in completed:
-            made = place(tensor, extents, sides)
+            made = value_from_fill(tensor, extents, sides)
             if tensor.fill == "guidance":
                 made = np.full(sizes["batch"], scale * manifest.pipeline.guidance_factor, np.float32)
             if made is None:

@@ -72,9 +72,11 @@ class TorchRunner:
         buffers = {t.name: inputs[t.name] for t in contract.inputs} | {
             t.name: outputs[t.name] for t in contract.outputs
         }
-        return self.ready(graph, buffers, partial(_run, graph, function, [_tensor(b) for b in buffers.values()]))
+        return self.call_on_device(
+            graph, buffers, partial(_run, graph, function, [_tensor(b) for b in buffers.values()])
+        )
 
-    def ready(self, graph: str, buffers: Mapping[str, Buffer], call: Call) -> Call:
+    def call_on_device(self, graph: str, buffers: Mapping[str, Buffer], call: Call) -> Call:
         """A bound call as it is made at every step: on a GPU a launch of its own CUDA graph, where that is wanted.
 
         Raises:

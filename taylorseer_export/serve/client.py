@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from taylorseer_export.errors import ConfigError, ServeError
 
 Protocol = Literal["http", "grpc", "stream"]
 LONGEST = 600.0  # seconds that a request may take where nothing else is said
+_LAST_PORT = 65535
 _GRACE = 5.0  # seconds beyond the deadline for the server to say that it has passed
 
 
@@ -26,12 +28,15 @@ class Client:
         protocol: `http`, `grpc`, or `stream`, which is gRPC with an answer per step.
 
     Raises:
-        ConfigError: tritonclient is not installed.
+        ConfigError: tritonclient is not installed, or `url` is something else.
     """
 
     def __init__(self, url: str, protocol: Protocol = "grpc") -> None:
         self._url, self._protocol = url, protocol
         self._library = _library("http" if protocol == "http" else "grpc")
+        found = re.fullmatch(r"[^\s/@?#]+:([0-9]{1,5})", url)
+        if not found or not url.isprintable() or int(found[1]) > _LAST_PORT:
+            raise ConfigError(f"--url is {url}, expected host:port without a scheme, like 127.0.0.1:8001; correct it")
         self._client = self._connected()
         self._declared: dict[str, list[dict[str, Any]]] = {}
 

@@ -183,7 +183,7 @@ class Metrics:
     """The counts of a service at Triton's own metrics endpoint, labelled with the model."""
 
     def __init__(self, service: Service, model: str, instance: str) -> None:
-        self._service, self._model, self._instance = service, model, instance
+        self._service, self._model = service, model
         self._sent: dict[str, float] = {}
         counter, gauge = triton.MetricFamily.COUNTER, triton.MetricFamily.GAUGE
         self._families = {
@@ -203,6 +203,7 @@ class Metrics:
             )
         }
         self._metrics: dict[tuple[str, str, str], Any] = {}
+        self._own = ("instance", instance)  # gauges of several processes would overwrite each other; counts add up
         for kind in ("full", "forecast"):
             for family in ("steps_total", "calls_total", "step_seconds_total"):
                 self._metric(family, "kind", kind)
@@ -210,7 +211,7 @@ class Metrics:
             self._metric("requests_total", "outcome", outcome)
         for kind in ("shared", "cuda_graph"):
             self._metric("fallbacks_total", "kind", kind)
-        self._metric("slots").set(service.limits.slots)
+        self._metric("slots", *self._own).set(service.limits.slots)
         self._update()
         self._stop = Event()
         self._thread = Thread(target=self._run, daemon=True)
@@ -229,10 +230,10 @@ class Metrics:
 
     def _update(self) -> None:
         now = time.time()
-        self._metric(BEAT, "instance", self._instance).set(now)
-        self._metric(PROGRESS, "instance", self._instance).set(now - self._service.stalled)
-        self._metric("slots_in_use").set(self._service.slots_in_use)
-        self._metric("queue").set(self._service.waiting)
+        self._metric(BEAT, *self._own).set(now)
+        self._metric(PROGRESS, *self._own).set(now - self._service.stalled)
+        self._metric("slots_in_use", *self._own).set(self._service.slots_in_use)
+        self._metric("queue", *self._own).set(self._service.waiting)
         for name, count in self._service.snapshot().items():
             increase = count - self._sent.get(name, 0)
             if increase:

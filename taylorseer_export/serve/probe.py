@@ -35,6 +35,8 @@ def page(url: str, seconds: float) -> str:
     """
     until = time.monotonic() + seconds
     host, _, port = url.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        raise ServeError(f"--url is {url}, expected host:port, like 127.0.0.1:8002; correct it", "UNAVAILABLE")
     connection = http.client.HTTPConnection(host, int(port), timeout=seconds)
     try:
         connection.request("GET", "/metrics")

@@ -14,12 +14,13 @@ Their copies of the bundle are hard links to one.
 from __future__ import annotations
 
 import os
-import secrets
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from taylorseer_export.bundle.atomic import aside, flush, sweep
 from taylorseer_export.bundle.device import CPU, Device
 from taylorseer_export.bundle.manifest import MANIFEST, Manifest
 from taylorseer_export.bundle.memory import request_bytes, size
@@ -79,23 +80,29 @@ def write_repository(folder: Path, out: Path, deployment: Deployment) -> list[Pa
         read_profile(bundle, profile)
     configs = {name: config(manifest, name, deployment) for name in _models(manifest, deployment)}
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / f".partial-{secrets.token_hex(4)}"
-    written: list[Path] = []
-    try:
+    sweep(out)  # what a killed process left would be taken for a model
+    with aside(out / _model_name(manifest, "")) as partial:
+        staged: list[Path] = []
         for name, text in configs.items():
-            staged, model = partial / name, out / _model_name(manifest, name)
-            _copy(bundle, staged / "bundle", written[0] / "bundle" if written else None)
-            shutil.copyfile(Path(__file__).with_name("model.py"), staged / "model.py")
-            (partial / "config.pbtxt").write_text(text, encoding="utf-8")
-            model.mkdir(exist_ok=True)
-            versions = [int(path.name) for path in model.iterdir() if path.name.isdigit()]
-            version = model / str(max(versions, default=0) + 1)
-            staged.rename(version)
-            (partial / "config.pbtxt").replace(model / "config.pbtxt")
-            written.append(version)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return written
+            place = partial / _model_name(manifest, name)
+            _copy(bundle, place / "1" / "bundle", staged[0] / "1" / "bundle" if staged else None)
+            shutil.copyfile(Path(__file__).with_name("model.py"), place / "1" / "model.py")
+            (place / "config.pbtxt").write_text(text, encoding="utf-8")
+            staged.append(place)
+        flush(partial)
+        return [_put(place, out / place.name) for place in staged]
+
+
+def _put(staged: Path, model: Path) -> Path:
+    """Put a model in its place, or its version beside those that are there; the folder of the version."""
+    if not model.exists():
+        staged.rename(model)
+        return model / "1"
+    versions = [int(path.name) for path in model.iterdir() if re.fullmatch("[0-9]+", path.name)]
+    version = model / str(max(versions, default=0) + 1)
+    (staged / "1").rename(version)
+    (staged / "config.pbtxt").replace(model / "config.pbtxt")
+    return version
 
 
 def config(manifest: Manifest, model: str, deployment: Deployment) -> str:

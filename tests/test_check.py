@@ -95,7 +95,7 @@ def test_weights_that_overflow_float16(tmp_path, monkeypatch):
     model = tiny_dit(layers=2)
     with torch.no_grad():
         for block in model.transformer_blocks:
-            block.ff.net[2].weight.mul_(2.0**20)
+            block.ff.net[2].weight.mul_(2.0**17)  # the weights themselves stay in both ranges
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(str(tmp_path), FAMILIES["dit"])
     monkeypatch.setattr(export, "check_options", lambda options: None)  # the eager graphs run any type on the CPU

@@ -306,7 +306,8 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     latents = calls[0][0]
     sizes = match(denoiser.latent.shape, tuple(latents.shape), {}, "latents")
     sides = tuple(int(options[side]) // 16 for side in ("height", "width")) if name == "qwen-image" else None
-    request = tensor_request(denoiser, tensors_of(denoiser, calls), [0], sizes, sides, scale)
+    asked = None if denoiser.manifest.sampling.guidance == "none" else scale
+    request = tensor_request(denoiser, tensors_of(denoiser, calls), [0], sizes, sides, asked)
     if case == "framepack":  # it draws from the same generator to encode the picture, and adds the picture at the end
         request, painted = replace(request, latents=latents.numpy()), painted[:, :, 1:]
     made = torch.from_numpy(sample(denoiser, request, denoiser.forecasts(plan="FFFF")).latents)

@@ -163,7 +163,7 @@ def test_command_line(residual_digits, tmp_path, capsys):
         (["--samples", "0"], "--samples is 0, expected a whole number, at least 1"),
         (["--guidance-scale", "nan"], "is nan, expected a number above 0"),
         (["--prompts", "{empty}"], "is empty, expected one caption or class per line"),
-        (["--inputs", "{folder}"], "is not readable"),
+        (["--inputs", "{folder}"], "is no file, expected a safetensors file"),
         (["--out", "{folder}"], "is a folder, expected a file to write; name a file in it"),
         (["--metric-weights", "{empty}"], "is not a folder"),
     ],

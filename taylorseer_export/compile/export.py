@@ -148,9 +148,8 @@ class Draft:
             return self.buffers[name]
         read = self.checkpoint.tensor(name)
         value = read.to(self.stored[name][0])
-        if value.is_floating_point() and not value.isfinite().all():
-            kind, bad = str(value.dtype).removeprefix("torch."), int((~value.isfinite()).sum())
-            whole = bool(read.float().isfinite().all())
+        if value.is_floating_point() and (bad := _not_finite(value)):
+            kind, whole = str(value.dtype).removeprefix("torch."), not _not_finite(read)
             raise CheckpointError(
                 f"`{name}` of {self.checkpoint.reference} has {bad} of {value.numel()} values that are "
                 + (f"beyond the range of {kind}" if whole else "NaN or infinite")
@@ -350,6 +349,11 @@ def describe(
         files=dict(files or {graph.file: File(sha256="0" * 64, size=0) for graph in graphs.values()}),
         cache_key=_cache_key(weights_sha256, options),
     )
+
+
+def _not_finite(value: torch.Tensor) -> int:
+    """How many numbers are NaN or infinite, read in pieces: a mask of a whole tensor would be as large as its bytes."""
+    return sum(int((~part.isfinite()).sum()) for part in value.reshape(-1).split(1 << 18))
 
 
 def _model_of(checkpoint: Checkpoint, weights_sha256: str) -> Model:

@@ -12,7 +12,7 @@ DONE := $(VENV)/.installed
 help:
 	@echo 'make demo    export the embedded tiny models, sample with and without forecasts, draw the pictures'
 	@echo 'make serve   start a real Triton server on loopback with the embedded models'
-	@echo 'make check   ruff, mypy and the quick tests: two minutes, once the tests have kept their bundles'
+	@echo 'make check   ruff, mypy and the quick tests: FLUX and DiT, no server, no compiler'
 	@echo 'make test    ruff, mypy and all tests'
 	@echo 'make oldest  a short suite on the oldest versions that the package asks for, in an environment of its own'
 	@echo 'make bench   full, forecast and whole-loop times, beside the plan ceiling'

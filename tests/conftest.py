@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(config, items):
 
 def is_slow(item):
     """Whether a case is of AOTInductor, or of a model other than those of `BUNDLES`: FLUX and DiT, which are enough to
-    see in two minutes that something broke."""
+    see soon that something broke."""
     values = item.callspec.params.values() if hasattr(item, "callspec") else ()
     words = {value for value in values if isinstance(value, str)}
     compiled = {"inductor", "packages"} & {*item.fixturenames, *words}

@@ -13,7 +13,8 @@ from taylorseer_export.commands import options as command_options
 from taylorseer_export.compile import engines
 from taylorseer_export.compile.export import Options, check_options
 from taylorseer_export.errors import BuildError, ConfigError
-from taylorseer_export.runtime.onnxruntime import HostBuffer, from_bits, to_bits
+from taylorseer_export.runtime.onnxruntime import HostBuffer
+from taylorseer_export.runtime.runner import from_bits, to_bits
 
 SHARED = engines.Option("level", "a level", int, "N")
 KINDS = {

@@ -176,7 +176,7 @@ def main() -> int:
     parser.add_argument("root", type=Path, nargs="?", default=ROOT, help="the checkout to measure (default: this one)")
     parser.add_argument("--before", default="85c6dad", help="revision to compare with (default: %(default)s)")
     parser.add_argument("--walk", action="store_true", help="print what is seen of the walk in this checkout, as JSON")
-    parser.add_argument("--skip-walk", action="store_true", help="source text alone; print and file nothing")
+    parser.add_argument("--skip-walk", action="store_true", help="measure the source text alone, and file nothing")
     record_options(parser)
     given = parser.parse_args()
     if given.walk:

@@ -22,6 +22,16 @@ from taylorseer_export.errors import ConfigError
 _ASIDE = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-[0-9a-f]{12}")
 
 
+def check_open(folder: Path, what: str, fix: str) -> None:
+    """Refuse a folder in which this process may make nothing, before the work whose result goes there.
+
+    Raises:
+        ConfigError: Says what was to be written there, and `fix`.
+    """
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"folder {folder} is not writable, expected it for {what}; {fix}")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write one file whole or not at all.

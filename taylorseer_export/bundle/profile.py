@@ -6,7 +6,6 @@ at, and serves every bundle of both, whatever engine it was built for. Adding on
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import ClassVar, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from taylorseer_export.bundle.atomic import replacing
+from taylorseer_export.bundle.atomic import check_open, replacing
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.sealed import Part, Sealed, Sha256, content
 from taylorseer_export.bundle.store import Bundle
@@ -151,9 +150,7 @@ def check_place_of_profile(bundle: Bundle, name: str) -> None:
     folder = bundle.folder / PROFILES
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is no folder, expected one for profile `{name}`; remove it")
-    place = folder if folder.exists() else bundle.folder
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"folder {place} is not writable, expected it for profile `{name}`; copy the bundle first")
+    check_open(folder if folder.exists() else bundle.folder, f"profile `{name}`", "copy the bundle first")
 
 
 def write_profile(bundle: Bundle, profile: Profile) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Lock
 
-from taylorseer_export.bundle.atomic import aside, flush, flush_one, sweep
+from taylorseer_export.bundle.atomic import aside, check_open, flush, flush_one, sweep
 from taylorseer_export.bundle.external import external_files
 from taylorseer_export.bundle.manifest import MANIFEST, File, Manifest
 from taylorseer_export.bundle.sealed import content
@@ -256,8 +256,7 @@ def check_place(folder: Path) -> None:
         ) from error
     if not holder.is_dir():
         raise ConfigError(f"{holder} is no folder, expected one for {folder.name}; choose another --out")
-    if not os.access(holder, os.W_OK | os.X_OK):
-        raise ConfigError(f"folder {holder} is not writable, expected it for {folder.name}; choose another --out")
+    check_open(holder, folder.name, "choose another --out")
 
 
 def _refuse_foreign(folder: Path) -> None:

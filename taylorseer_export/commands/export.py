@@ -221,7 +221,7 @@ def _export(family: Family, given: argparse.Namespace) -> int:
         raise ConfigError(f"--slots is {given.slots} without a budget, expected --memory-budget too; add it")
     name = bundle_name(given.model, given.name)
     if not given.dry_run:
-        check_place(given.out / f"{checkpoint.family.name}-{name}")
+        check_place(given.out / export.folder_name(checkpoint, name))
     with progress("tracing and splitting", 1) as advance:
         traced = export.trace_model(checkpoint, options)
         rows = memory_table.choices(traced, options) if given.memory_budget or given.dry_run else ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taylorseer_export.bundle.atomic import replacing
+from taylorseer_export.bundle.atomic import check_open, replacing
 from taylorseer_export.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,6 +76,8 @@ def read_tensors(path: Path) -> dict[str, Any]:
     import numpy as np
     from safetensors import SafetensorError, deserialize
 
+    from taylorseer_export.runtime.runner import from_bits
+
     if not path.is_file():
         seen = "no file" if path.exists() else "missing"
         raise ConfigError(f"{path} is {seen}, expected a safetensors file; check --inputs")
@@ -88,7 +89,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     for name, tensor in held:
         dtype, shape, data = tensor["dtype"], tensor["shape"], tensor["data"]
         if dtype == "BF16":
-            read[name] = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+            read[name] = from_bits(np.frombuffer(data, np.uint16)).reshape(shape)
         elif dtype in _NUMPY:
             read[name] = np.frombuffer(data, _NUMPY[dtype]).reshape(shape).copy()
         else:
@@ -116,8 +117,7 @@ def check_out(path: Path, option: str = "--out", picture: bool = False) -> None:
         raise ConfigError(f"folder {path.parent} is missing, expected it for {path.name}; create it")
     if path.exists() and not path.is_file():
         raise ConfigError(f"{option} {path} is no regular file, expected one, or none yet; choose another name")
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"folder {path.parent} is not writable, expected it for {path.name}; choose another one")
+    check_open(path.parent, path.name, "choose another one")
     if picture:
         from taylorseer_export.embedded.picture import check_format
 

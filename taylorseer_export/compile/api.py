@@ -14,7 +14,7 @@ from taylorseer_export.bundle.store import check_place
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.checkpoint.recognise import family_of
 from taylorseer_export.compile.engines import Progress
-from taylorseer_export.compile.export import Options, check_options, draft, write_bundle
+from taylorseer_export.compile.export import Options, check_options, draft, folder_name, write_bundle
 from taylorseer_export.compile.gpu import building_on
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import family_named
@@ -79,7 +79,7 @@ def export(
     called = bundle_name(reference, name)
     with building_on(device):
         check_options(asked)
-        check_place(Path(out) / f"{checkpoint.family.name}-{called}")
+        check_place(Path(out) / folder_name(checkpoint, called))
         return write_bundle(draft(checkpoint, asked), Path(out), called, progress)
 
 

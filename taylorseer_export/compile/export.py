@@ -274,6 +274,11 @@ def _sizes(checkpoint: Checkpoint, options: Options) -> dict[str, int | None]:
     return sizes
 
 
+def folder_name(checkpoint: Checkpoint, name: str) -> str:
+    """Of the bundle `name` of a checkpoint."""
+    return f"{checkpoint.family.name}-{name}"
+
+
 def write_bundle(plan: Draft, out: Path, name: str, progress: Progress | None = None) -> Path:
     """Build the engines of a draft and write its bundle `out/<family>-<name>/`, whole or not at all.
 
@@ -289,7 +294,7 @@ def write_bundle(plan: Draft, out: Path, name: str, progress: Progress | None = 
         BundleError: The disk is full.
     """
     checkpoint = plan.checkpoint
-    target = out / f"{checkpoint.family.name}-{name}"
+    target = out / folder_name(checkpoint, name)
     graphs = {cut.name: plan.contract(cut) for cut in plan.split.graphs}
     if plan.options.polygraphy:
         check_sizes(graphs, plan.dimensions())

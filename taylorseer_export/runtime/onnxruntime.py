@@ -21,7 +21,7 @@ from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.errors import BundleError, StepError, first_line
 from taylorseer_export.runtime.engines import check_version
 from taylorseer_export.runtime.identity import IDENTITY
-from taylorseer_export.runtime.runner import Buffer, Call, check_binding, host_dtype
+from taylorseer_export.runtime.runner import Buffer, Call, check_binding, from_bits, host_dtype, to_bits
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # On the CPU this fusion puts the last residual add and the final norm into one kernel that is slower than both.
@@ -383,16 +383,3 @@ class _DeviceBuffer:
         with self._copies.turn:
             whole: np.ndarray = self._value.numpy()
         return from_bits(whole) if self.dtype == "bfloat16" else whole
-
-
-def to_bits(values: np.ndarray) -> np.ndarray:
-    """The upper half of float32 values, rounded to the nearest, ties to even: bfloat16 as uint16."""
-    wide = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = wide + (0x7FFF + ((wide >> 16) & 1)).astype(np.uint32)
-    bits = np.where(np.isnan(values), (wide >> 16) | 0x40, rounded >> 16)
-    return bits.astype(np.uint16).reshape(np.shape(values))
-
-
-def from_bits(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 as uint16 -> the same values as float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -91,6 +91,19 @@ def host_dtype(dtype: str) -> np.dtype:
     return np.dtype("float32" if dtype == "bfloat16" else dtype)
 
 
+def to_bits(values: np.ndarray) -> np.ndarray:
+    """The upper half of float32 values, rounded to the nearest, ties to even: bfloat16 as uint16."""
+    wide = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = wide + (0x7FFF + ((wide >> 16) & 1)).astype(np.uint32)
+    bits = np.where(np.isnan(values), (wide >> 16) | 0x40, rounded >> 16)
+    return bits.astype(np.uint16).reshape(np.shape(values))
+
+
+def from_bits(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 as uint16 -> the same values as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def check_binding(
     graph: Graph, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer], aliases: Mapping[str, str] | None = None
 ) -> None:

@@ -11,7 +11,7 @@ import copy
 import inspect
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,9 +196,10 @@ class Loop:
         self._ticks = clock(denoiser.manifest, request.latents.shape, len(forecasts), request.sigmas, self._scheduler)
         self._latents = torch.from_numpy(request.latents * float(getattr(self._scheduler, "init_noise_sigma", 1.0)))
         # Noise that a scheduler adds on the way is this request's own, whatever else runs in the process.
-        draws = "generator" in inspect.signature(self._scheduler.step).parameters
-        seed = zlib.crc32(np.ascontiguousarray(request.latents).tobytes())
-        self._generator = torch.Generator("cpu").manual_seed(seed) if draws else None
+        self._draws: dict[str, torch.Generator] = {}
+        if "generator" in inspect.signature(self._scheduler.step).parameters:
+            seed = zlib.crc32(np.ascontiguousarray(request.latents).tobytes())
+            self._draws["generator"] = torch.Generator("cpu").manual_seed(seed)
         self._last: list[Any] = []
         self.step = 0
         shape = self.model_input().shape
@@ -263,16 +264,9 @@ class Loop:
 
     def preview(self, prediction: np.ndarray) -> np.ndarray:
         """The latents that this prediction would lead to; the loop does not advance."""
-        drawn, self._generator = self._generator, self._twin()
-        *_, latents = self._advanced(copy.deepcopy(self._scheduler), prediction)
-        self._generator = drawn
+        draws = {name: generator.clone_state() for name, generator in self._draws.items()}
+        *_, latents = self._advanced(copy.deepcopy(self._scheduler), draws, prediction)
         return np.asarray(latents.numpy())
-
-    def _twin(self) -> Any:
-        """A generator that draws what the loop's own would."""
-        import torch
-
-        return None if self._generator is None else torch.Generator("cpu").set_state(self._generator.get_state())
 
     def accept(self, prediction: np.ndarray) -> None:
         """Advance the latents by the transformer's answer.
@@ -282,7 +276,7 @@ class Loop:
             BundleError: The scheduler does not step.
         """
         check_prediction(bool(np.isfinite(prediction).all()), self.step, self.plan)
-        *last, latents = self._advanced(self._scheduler, self.prediction(prediction))
+        *last, latents = self._advanced(self._scheduler, self._draws, self.prediction(prediction))
         if not latents.isfinite().all():
             raise StepError(
                 f"latents after step {self.step} of {type(self._scheduler).__name__} are NaN or infinite, expected "
@@ -291,7 +285,7 @@ class Loop:
         self._last, self._latents = last, latents
         self.step += 1
 
-    def _advanced(self, scheduler: Any, prediction: np.ndarray) -> tuple[Any, Any, Any, Any]:
+    def _advanced(self, scheduler: Any, draws: Mapping[str, Any], prediction: np.ndarray) -> tuple[Any, Any, Any, Any]:
         """(latents, prediction, the scheduler's answer to both, the next latents) of the step under way."""
         import torch
 
@@ -299,9 +293,8 @@ class Loop:
         given = None if joined is None or joined.axis != 2 else torch.from_numpy(joined.value)
         if given is not None:  # frames that are no part of what is sampled
             answer, latents = (value[:, :, given.shape[2] :] for value in (answer, latents))
-        drawn = {} if self._generator is None else {"generator": self._generator}
         try:
-            advanced = scheduler.step(answer, self._ticks.timesteps[self.step], latents, **drawn)
+            advanced = scheduler.step(answer, self._ticks.timesteps[self.step], latents, **draws)
         except Exception as error:  # whatever a class makes of values that it was not written for
             raise BundleError(
                 f"{type(scheduler).__name__} does not step by its config ({first_line(error)}), expected a scheduler "

@@ -3,8 +3,8 @@
 Both have one double and one single block; the large one is wider and its bundle is for a larger latent image. The child
 reads the kernel's high mark of its own resident memory after each export. Libraries, graphs and the tracer's objects
 are the same for both, so what the mark rises by is what weights and Taylor buffers cost. One tensor at a time makes
-that the largest tensor, here an eighth of all weights; holding the weights, or making an example of the buffers, would
-make it all of them.
+that the largest tensor, as read and as stored; holding the weights, or making an example of the buffers, would make it
+all of them. The allocator gives freed tensors back at once: what it would keep differs from run to run.
 """
 
 import json
@@ -18,7 +18,6 @@ from tiny_models import tiny_flux
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
-SHARE = 0.25  # of the additional weights that may be resident; 0.14 is measured, and 1.2 if all are held
 
 CHILD = """
 import json, sys
@@ -42,20 +41,21 @@ for folder, side in zip(folders, (8, 128), strict=True):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from Linux's /proc")
 def test_memory_grows_neither_with_weights_nor_with_state(tmp_path):
-    folders = []
+    folders, largest = [], 0
     for name, heads in (("small", 6), ("large", 16)):  # 34 and 238 MB of float32
         model = tiny_flux(double=1, single=1, heads=heads, head_dim=64)
         folders.append(tmp_path / name)
         model.save_pretrained(folders[-1])
+        largest = max(parameter.nbytes for parameter in model.parameters())
         del model
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(tmp_path / "engines"), *map(str, folders)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=False,
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     small, large = map(json.loads, done.stdout.splitlines()[-2:])
     added = large["weights"] - small["weights"]
-    assert added > 150e6
-    assert large["state"] - small["state"] > 100e6
-    assert large["peak"] - small["peak"] < SHARE * added, f"{small} {large}"
+    allowed = 2 * largest  # as read and as stored
+    assert added > 3 * allowed and large["state"] - small["state"] > 2 * allowed
+    assert large["peak"] - small["peak"] < allowed, f"{small} {large}"

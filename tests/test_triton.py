@@ -89,8 +89,8 @@ def shared_memory(server):
 
 @pytest.fixture(scope="module")
 def server(repository):
-    # One of them is damaged; and of streams that are left just as they end Triton 24.10 sometimes keeps one for ever, so
-    # that its model never ends: the server waits for it in vain, see `serve/README.md`.
+    # One of them is damaged. Of streams that are left just as they end Triton 24.10 sometimes keeps one for ever: it then
+    # waits for its model in vain, see `serve/README.md`.
     with Server(repository, MODELS, ["--exit-on-error=false", "--exit-timeout-secs=20"]) as running:
         running.wait_ready()
         yield running

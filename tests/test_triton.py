@@ -89,8 +89,7 @@ def shared_memory(server):
 
 @pytest.fixture(scope="module")
 def server(repository):
-    # One of them is damaged. Of streams that are left just as they end Triton 24.10 sometimes keeps one for ever: it then
-    # waits for its model in vain, see `serve/README.md`.
+    # One of them is damaged. Of streams left as they end Triton 24.10 sometimes keeps one, see `serve/README.md`.
     with Server(repository, MODELS, ["--exit-on-error=false", "--exit-timeout-secs=20"]) as running:
         running.wait_ready()
         yield running

@@ -61,6 +61,7 @@ BY_MODEL = (
     "test_binding.py",
     "test_serve.py",
     "test_dropin_families.py",
+    "test_precisions.py",
 )
 
 

@@ -66,22 +66,22 @@ MODELS = {
 
 
 def _tensorrt_rtx() -> dict[tuple[str, str], dict[str, Any]]:
-    """(name, precision) -> what TensorRT-RTX builds: every family's smallest model, in two precisions.
+    """(name, precision) -> what TensorRT-RTX builds: every family's smallest model.
 
-    Every symbolic size in bfloat16; in float16 a latent and a batch of one size that the tiny model takes, which is
-    cheaper and has other shapes: the text, if any, and the steps stay ranges. Two have a guard, and with it the graphs
-    `probe` and `rest`: one of FLUX's two kinds of blocks, one with guidance in one call.
+    A latent and a batch of one size that the tiny model takes, which is cheaper; the text, if any, and the steps stay
+    ranges. FLUX's and the DiT's are built in float16 too, FLUX's there with every size symbolic. Both have a guard in
+    bfloat16, and with it the graphs `probe` and `rest`: two kinds of blocks, and guidance in one call.
 
     Each is built for one generation of GPU and without a search for the fastest kernels, but for one that is built as
     the command line does by itself: what is parsed, typed and named is the same, and the builder's time falls.
     """
     names = {family: name for name, (family, *_) in reversed(MODELS.items())} | {"flux": "plain"}
-    made: dict[tuple[str, str], dict[str, Any]] = {(name, "bf16"): {} for name in names.values()}
+    made: dict[tuple[str, str], dict[str, Any]] = {("plain", "fp16"): {}, ("dit", "fp16"): {}}
     for family, name in names.items():
         latent = {"latent_size": (16, 16) if len(FAMILIES[family].latent_size) == 2 else (5, 16, 16)}
         guards = {"guards": ("cg",)} if name in ("plain", "dit") else {}
         # The DiT knows no other size than its own.
-        made[name, "fp16"] = {"batch": 2, **({} if name == "dit" else latent), **guards}
+        made[name, "bf16"] = {"batch": 2, **({} if name == "dit" else latent), **guards}
     quick = {"gpu-arch": "8.9", "builder-optimization-level": 0}
     return {case: {**more, "engine_options": {} if case == ("dit", "fp16") else quick} for case, more in made.items()}
 

@@ -132,8 +132,9 @@ def main() -> None:
 
     torch.set_num_threads(1)  # as in the server
     with tempfile.TemporaryDirectory() as scratch:
-        embedded_repository(Path(scratch), models=("denoiser",))
-        bundle = Path(scratch) / "engines" / MODEL
+        engines = Path(scratch) / "engines"  # exported anew: what is measured is this commit's
+        embedded_repository(Path(scratch), engines, models=("denoiser",))
+        bundle = engines / MODEL
         for name, deployment in SETTINGS.items():
             write_repository(bundle, Path(scratch) / name, deployment)
         with ExitStack() as stack:

@@ -1,6 +1,6 @@
 """A real Triton Inference Server on loopback, without Docker and without a GPU; `make serve` runs this file.
 
-    python tools/triton_server.py                         the embedded models, until Ctrl-C
+    python tools/triton_server.py                         the embedded models of engines/, until Ctrl-C
     python tools/triton_server.py --repository DIR        another repository
 
 Its arguments are those of production (taylorseer_export/serve/server.py), but for the addresses.
@@ -166,14 +166,14 @@ class Server:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def embedded_repository(folder: Path, **deployment: object) -> Path:
-    """A repository with the embedded models, exported into `folder` if they are not there."""
+def embedded_repository(folder: Path, engines: Path, **deployment: object) -> Path:
+    """A repository in `folder` with the embedded models, exported into `engines` if they are not there."""
     from taylorseer_export.cli import main
     from taylorseer_export.serve.repository import Deployment, write_repository
 
     for family in ("flux", "dit"):
-        bundle = folder / "engines" / f"{family}-tiny"
-        if not bundle.is_dir() and main([family, "--out", str(folder / "engines")]):
+        bundle = engines / f"{family}-tiny"
+        if not bundle.is_dir() and main([family, "--out", str(engines)]):
             raise RuntimeError(f"{family} was not exported")
         if not (folder / "models" / bundle.name).is_dir():
             write_repository(bundle, folder / "models", Deployment(**deployment))  # type: ignore[arg-type]
@@ -182,13 +182,13 @@ def embedded_repository(folder: Path, **deployment: object) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repository", type=Path, help="model repository (default: the embedded models)")
+    parser.add_argument("--repository", type=Path, help="model repository (default: the embedded models, of engines/)")
     given = parser.parse_args()
     if reason := missing():
         print(reason, file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as scratch:
-        repository = given.repository or embedded_repository(Path(scratch))
+        repository = given.repository or embedded_repository(Path(scratch), Path("engines"))
         with Server(repository) as server:
             print("loading and warming up the models ...")
             server.wait_ready()

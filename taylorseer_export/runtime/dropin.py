@@ -116,7 +116,8 @@ class DropIn(EngineModule):
         self.config = _Config(denoiser.manifest.model.config)
         for name, value in pipeline.attributes.items():
             setattr(self, name, value)
-        self._form, self._ignored = form_of(denoiser.manifest), pipeline.ignored_inputs
+        self._form = form_of(denoiser.manifest)
+        self._known = frozenset((denoiser.timestep.name, *denoiser.constants, *pipeline.ignored_inputs))
         self._renewed = frozenset(pipeline.cast_inputs)
         self._callers = Callers()
 
@@ -279,7 +280,7 @@ class DropIn(EngineModule):
         """The call, its arguments checked by name."""
         clock = self.denoiser.timestep.name
         for name, value in inputs.items():
-            if name not in (clock, *self.denoiser.constants, *self._ignored) and not _is_nothing(value):
+            if name not in self._known and not _is_nothing(value):
                 raise StepError(
                     f"argument `{name}` is given, expected only {clock}, {', '.join(self.denoiser.constants)}, which "
                     "the bundle was traced with; leave it out"
@@ -290,16 +291,23 @@ class DropIn(EngineModule):
                 f"input `{self.denoiser.latent.name}` is {seen}, expected a tensor on `{self.device}`, where the "
                 "engines were loaded; move the pipeline there or load the bundle with another device"
             )
-        values = np.unique(host_array(inputs[clock])) if inputs.get(clock) is not None else np.empty(0)
-        if len(values) != 1:
-            raise StepError(
-                f"input `{clock}` has {len(values)} different values, expected one for all samples and tokens; "
-                "pass the timestep of the step"
-            )
+        timestep = self._timestep(inputs.get(clock))
         given = {n: v for n, v in inputs.items() if n in self.denoiser.constants and v is not None}
         conditioning = {n: Seen.of(v, n in self._renewed) for n, v in given.items()}
         context, seen_latents = self._callers.here.context, Seen.of(latents)
-        return TransformerCall(context, seen_latents, tuple(latents.shape), float(values[0]), conditioning)
+        return TransformerCall(context, seen_latents, tuple(latents.shape), timestep, conditioning)
+
+    def _timestep(self, given: Any) -> float:
+        """The timestep of a call, whatever its shape."""
+        if isinstance(given, torch.Tensor) and given.numel() == 1:
+            return float(given)
+        values = np.unique(host_array(given)) if given is not None else np.empty(0)
+        if len(values) != 1:
+            raise StepError(
+                f"input `{self.denoiser.timestep.name}` has {len(values)} different values, expected one for all "
+                "samples and tokens; pass the timestep of the step"
+            )
+        return float(values[0])
 
     def _request_of(self, call: TransformerCall) -> LoopState:
         """The request under way if the call belongs to it, else a new one."""

@@ -66,6 +66,7 @@ class EngineModule(torch.nn.Module):
         # For those who ask a module's first parameter for its dtype and device; offloading may park it elsewhere.
         self.place = torch.nn.Parameter(torch.empty(0, dtype=dtype, device=self.device), requires_grad=False)
         self._said: set[str] = set()
+        self._outside: Callable[..., Any] | None = None  # the call below, once Dynamo is there: it takes 50 µs to make
 
     @property
     def __call__(self) -> Callable[..., Any]:  # type: ignore[override]
@@ -78,9 +79,11 @@ class EngineModule(torch.nn.Module):
         dynamo = sys.modules.get("torch._dynamo")
         if dynamo is None:
             return call
-        outside = partial(dynamo.disable(partial(self._outside_dynamo, call)))
-        outside.__name__, outside.__code__ = "_wrapped_call_impl", type(self)._outside_dynamo.__code__  # type: ignore[attr-defined]
-        return outside
+        if self._outside is None:
+            outside = partial(dynamo.disable(partial(self._outside_dynamo, call)))
+            outside.__name__, outside.__code__ = "_wrapped_call_impl", type(self)._outside_dynamo.__code__  # type: ignore[attr-defined]
+            self._outside = outside
+        return self._outside
 
     def _outside_dynamo(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         frames = sys.modules["torch._dynamo"].eval_frame

@@ -249,15 +249,14 @@ class Slot:
             tables, row = self.memory.prepare(array_for(self.contract.timestep, [timestep])), 0
         else:
             known = self._timesteps[number]
-            if timestep is not None and not np.isclose(known, timestep, rtol=1e-5):
+            if timestep is not None and not abs(known - timestep) <= 1e-8 + 1e-5 * abs(timestep):
                 raise StepError(
                     f"timestep is {timestep} at step {number}, expected {known} as prepared; leave timesteps out of "
                     "start() when they are not known ahead"
                 )
             tables, row = self._tables, number
         # The rows that the step's graph reads; all of them under a guard, which settles later which graph that is.
-        graphs = self.contract.manifest.graphs
-        read = tables.keys() if self._guard is not None else {t.name for t in graphs[self.graph].inputs}
+        read = tables.keys() if self._guard is not None else self.memory.inputs[self.graph]
         for name, table in tables.items():
             if name in read:
                 self.memory.buffers[name].copy(table.entry(row))

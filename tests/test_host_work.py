@@ -1,0 +1,35 @@
+"""What a step costs the host beside its engine call: how often it launches, and copies between host and device."""
+
+import host_work
+import pytest
+
+
+@pytest.fixture(scope="module")
+def found(eager):
+    return host_work.measure(eager("plain", "residual").manifest, 1)
+
+
+def test_a_step_of_a_slot_brings_nothing_back(found):
+    """A forecast step is sent its weights; latents are on the device already, and so are the rows of its tables."""
+    assert found["slot"]["forecast"]["per_step"] == {"launches": 1, "on the device": 2, "to the device": 1}
+    assert found["slot"]["full"]["per_step"] == {"launches": 1, "on the device": 3}
+
+
+def test_the_drop_in_adds_the_prepare_graph_and_its_timestep(found):
+    """A pipeline says its timesteps one by one, so the tables have one row, made at every step."""
+    for kind, of_it in found["drop-in"].items():
+        slot = found["slot"][kind]["per_step"]
+        more = {"launches": 1, "to the device": 1}
+        assert of_it["per_step"] == {what: slot.get(what, 0) + more.get(what, 0) for what in slot.keys() | more}
+
+
+def test_requests_that_share_a_call_launch_one(found):
+    for of_it in found["shared"].values():
+        assert of_it["per_step"]["launches"] == 1 / host_work.SLOTS
+
+
+def test_every_time_is_one_of_a_step(found):
+    assert {name: sorted(kinds) for name, kinds in found.items()} == {
+        name: ["forecast", "full"] for name in host_work.WAYS
+    }
+    assert all(it["microseconds"] > 0 and it["goal"] > 0 for kinds in found.values() for it in kinds.values())

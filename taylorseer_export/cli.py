@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from threading import current_thread, main_thread
+from threading import Timer, current_thread, main_thread
 from typing import Any
 
 from taylorseer_export.commands import VERBS, export
@@ -24,6 +24,7 @@ from taylorseer_export.families.family import Family
 _CUT_SHORT = 141  # what a shell reports for a program that SIGPIPE ended
 _BY_SIGNAL = 128  # plus the number of the signal: what a shell reports for a program that another one ended
 _GRACE = 5  # seconds of tidying that no further signal cuts short; `timeout` sends two at once
+_AGAIN = 0.05  # seconds until a signal whose exception was lost is sent again
 
 
 class _Ended(KeyboardInterrupt):
@@ -95,9 +96,14 @@ def _answer(arguments: list[str]) -> int:
 
 @contextmanager
 def _endings_raised() -> Iterator[None]:
-    """Raise `_Ended` where SIGTERM or SIGHUP would end the process; one that is ignored or handled stays so."""
+    """Raise `_Ended` where SIGTERM or SIGHUP would end the process; one that is ignored or handled stays so.
+
+    Python drops what is raised within a finalizer or the callback of a weak reference, of which an export has millions:
+    such a signal, or Ctrl-C, is sent again.
+    """
 
     last = -math.inf
+    said = sys.unraisablehook
 
     def end(number: int, frame: object) -> None:
         nonlocal last
@@ -105,13 +111,23 @@ def _endings_raised() -> Iterator[None]:
         if last - before > _GRACE:
             raise _Ended(signal.Signals(number))
 
+    def lost(what: sys.UnraisableHookArgs) -> None:
+        nonlocal last
+        if not isinstance(what.exc_value, KeyboardInterrupt) or current_thread() is not main_thread():
+            return said(what)
+        last = -math.inf
+        (number,) = what.exc_value.args or (signal.SIGINT,)
+        Timer(_AGAIN, os.kill, (os.getpid(), number)).start()
+
     numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     found = [n for n in numbers if current_thread() is main_thread() and signal.getsignal(n) == signal.SIG_DFL]
     for number in found:
         signal.signal(number, end)
+    sys.unraisablehook = lost
     try:
         yield
     finally:
+        sys.unraisablehook = said
         for number in found:
             signal.signal(number, signal.SIG_DFL)
 

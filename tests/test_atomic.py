@@ -56,6 +56,21 @@ export.run = work
 sys.exit(cli.main(['dit']))
 """
 
+IN_A_CALLBACK = """
+import weakref
+def work(*arguments):
+    class Thing:
+        pass
+    with store.writing(target) as partial:
+        thing = Thing()
+        reference = weakref.ref(thing, lambda _: pause())
+        del thing  # the callback runs now, and what is raised in it goes no further
+        while True:
+            time.sleep(0.01)
+export.run = work
+sys.exit(cli.main(['dit']))
+"""
+
 
 @contextmanager
 def at_work(tmp_path: Path, target: Path, work: str):
@@ -205,6 +220,17 @@ def test_a_command_that_is_ended_leaves_nothing_and_says_so(tmp_path, out, numbe
         assert said == (
             f"taylorseer-export: the command was ended by {number.name}; nothing half-written was left, run it again\n"
         )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_python_drops_ends_the_command_all_the_same(tmp_path, out, number):
+    """An export runs callbacks of weak references nearly all the time, and what a handler raises in one is lost."""
+    with at_work(tmp_path, out / "first", IN_A_CALLBACK) as (process, _):
+        process.send_signal(number)
+        _, said = process.communicate(timeout=PATIENCE)
+    assert names(out) == []
+    assert process.returncode == (2 if number == signal.SIGINT else 128 + number)
+    assert said.count("\n") == 1 and "nothing half-written was left, run it again" in said
 
 
 @pytest.mark.slow

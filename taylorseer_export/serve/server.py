@@ -19,6 +19,7 @@ import os
 import secrets
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ HEADER = "taylorseer-admin"  # over HTTP; over gRPC Triton puts `triton-grpc-pro
 SECRET = "TAYLORSEER_ADMIN"  # the variable with the header's value
 REGION = "taylorseer_shm_"  # begins the name of every file of shared memory; Triton adds a unique end, from 24.04 on
 SHARED_MEMORY = Path("/dev/shm")
+_MAPPING = 1.0  # seconds in which a server has mapped a file that it made
 _PROCESSES = Path("/proc")
 _LOAD_SECONDS, _EXIT_SECONDS = 600, 60
 
@@ -106,6 +108,10 @@ def abandoned_regions(prefix: str = REGION) -> list[Path]:
 def sweep(prefix: str = REGION) -> list[Path]:
     """Remove what servers that were killed left in /dev/shm; never what a process still uses. Returns what it was."""
     swept = abandoned_regions(prefix)
+    if swept:  # a server that starts beside this one makes a file first and maps it then
+        time.sleep(_MAPPING)
+        still = set(abandoned_regions(prefix))
+        swept = [path for path in swept if path in still]
     for path in swept:
         path.unlink(missing_ok=True)
     return swept

@@ -79,7 +79,7 @@ def is_slow(item):
     """Whether a case is of AOTInductor, or of a model other than those of `BUNDLES`: FLUX and DiT, which are enough to
     see soon that something broke."""
     values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    words = {value for value in values if isinstance(value, str)}
+    words = {word for value in values if isinstance(value, str) for word in value.split()}
     compiled = {"inductor", "packages"} & {*item.fixturenames, *words}
     return bool(compiled) or bool(words & (MODELS.keys() | FAMILIES.keys()) - BUNDLES.keys())
 

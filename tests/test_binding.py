@@ -71,6 +71,7 @@ def test_a_value_is_never_known_before_its_inputs(traces, name):
     assert set(found.values()) == set(Time)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "plain", "dit"])
 def test_step_values_are_rows_of_the_batch(traces, name):
     trace = traces(name)

@@ -26,6 +26,8 @@ from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import Pool, sample
 from taylorseer_export.runtime.trajectory import random_conditioning
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def digits(residual_digits, tmp_path_factory):
@@ -133,7 +135,6 @@ def test_reuse_errors_are_what_they_say(digits):
     assert np.linalg.eigvalsh(errors.products).min() > -1e-6 * errors.products.max()
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_samples(digits):
     """At its end numpy holds as much for 4 groups as for 2, and at its highest less than half of what the latents of
     the others would add; the rest is Python's own small objects, freed when it likes."""
@@ -166,7 +167,6 @@ def test_samples_that_are_kept_would_be_counted(digits):
     assert grown >= sum(r.latents.nbytes for r in kept)
 
 
-@pytest.mark.slow
 def test_calibrated_is_nearer_on_samples_it_was_fitted_to(calibrator):
     found = calibrator.calibrate(4, 2)
     assert len(found.calibrated.forecasts.plan.full_steps) == 4
@@ -174,7 +174,6 @@ def test_calibrated_is_nearer_on_samples_it_was_fitted_to(calibrator):
     assert all(sum(w) == pytest.approx(1) for w in found.calibrated.forecasts.weights if w)
 
 
-@pytest.mark.slow
 def test_a_gain_that_does_not_carry_over_is_refused(calibrator):
     found = calibrator.calibrate(4, 2)
     found.check()
@@ -186,7 +185,6 @@ def test_a_gain_that_does_not_carry_over_is_refused(calibrator):
         replace(found, fewer_steps=fewer).check()
 
 
-@pytest.mark.slow
 def test_chance_alone_is_no_reason_to_refuse(calibrator):
     """A third of the gain remains: refused where held-out samples agree on that, not where they scatter widely."""
     found = calibrator.calibrate(4, 2)
@@ -210,7 +208,6 @@ def test_psnr_is_of_each_sample_by_itself():
     assert psnr_of_each(seen, exact)[1:] == pytest.approx(found[1:]) and psnr_of_each(seen, exact)[0] < 20
 
 
-@pytest.mark.slow
 def test_a_psnr_is_reached_with_the_fewest_full_steps(calibrator):
     target = calibrator.calibrate(4, 2).calibrated.held_out
     found = calibrator.calibrate_to(target, 2)
@@ -247,7 +244,6 @@ def test_command_line(digits, tmp_path, capsys):
     assert f"guard cg at {profile.thresholds['cg']:g}" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_threshold_keeps_the_budget_and_spends_it(digits):
     """With any lower threshold that bisection could have told apart, there would be more full steps than allowed."""
     denoiser = load(digits, threads=1)

@@ -67,6 +67,7 @@ def test_a_claim_that_is_broken_is_said():
     assert len(claims) == 5
 
 
+@pytest.mark.slow
 def test_a_card_says_what_the_graphs_say():
     """The card of DiT-XL/2 at two layers, against numbers worked out by hand."""
     entries = cards.config("dit-xl-2-256") | {"num_layers": 2}

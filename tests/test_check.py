@@ -13,6 +13,8 @@ from taylorseer_export.runtime import denoiser as denoisers
 from taylorseer_export.runtime.check import _LARGEST, check_engines
 from taylorseer_export.runtime.denoiser import load
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     ("flux", "module", "snapshots"),
     ("flux", "module", "derivatives"),
@@ -44,7 +46,6 @@ def test_sound_engines_pass(eager, name, granularity, layout):
     assert checked(eager(name, granularity, layout)) is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_passes(drafts, precision):
     assert checked(eager_denoiser(drafts("plain", precision=precision, device="cuda"))) is None

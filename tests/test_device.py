@@ -125,6 +125,7 @@ def test_a_build_with_a_number_is_made_on_that_gpu(monkeypatch):
     assert made == [1]
 
 
+@pytest.mark.slow
 def test_a_manifest_holds_kinds_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(driver, "gpu_count", lambda: 2)
     shown = []

@@ -620,6 +620,7 @@ def test_another_device(loop):
         call(transformer, latents[0].to("meta"), timestep[0], conditioning)
 
 
+@pytest.mark.slow
 def test_the_wrong_size_for_a_static_bundle(tiny, eager):
     static = eager("plain", latent_size=(4, 6), batch=1)
     pipe, _ = piped((tiny("plain").model, static))

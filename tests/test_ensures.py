@@ -31,6 +31,7 @@ def without(traced, removed):
     return dataclasses.replace(traced, sites=tuple(site for site in traced.sites if site not in removed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_kind_of_site_is_needed(traces, name):
     traced = traces(name)
@@ -54,6 +55,7 @@ def test_coarser_granularities_need_no_list_of_sites(traces, name):
         assert list(pieces.sites) == [granularity]
 
 
+@pytest.mark.slow
 def test_an_export_is_refused_before_anything_is_written(tiny):
     family = dataclasses.replace(FAMILIES["dit"], sites=(r"transformer_blocks\.\d+\.attn1",))
     checkpoint = open_checkpoint(str(tiny("dit").folder), family)

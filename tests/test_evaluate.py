@@ -20,6 +20,8 @@ from taylorseer_export.report.page import page
 from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime import sampling
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 
 
@@ -176,7 +178,6 @@ def test_bad_input_is_one_sentence(residual_digits, tmp_path, capsys, arguments,
     assert expected in error and error.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_guards_are_rows_with_as_many_full_steps(denoiser, residual_digits, tmp_path, capsys):
     asked = denoiser.forecasts(plan="FFF.F..F")
     plan = asked.plan

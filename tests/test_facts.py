@@ -178,6 +178,7 @@ def test_a_request_from_tensors_is_what_the_pipeline_makes(eager, sides):
     assert all(np.array_equal(value, made.conditioning[name]) for name, value in drawn.conditioning.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.uint8, torch.float64])
 def test_a_mask_of_another_kind_gives_the_same_prediction(eager, tiny, kind):
     """A mask as encoders make it, where the contract is float32; one that is cut off gives another."""

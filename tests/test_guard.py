@@ -224,6 +224,7 @@ def test_a_branch_takes_the_decision_of_another(guarded, tiny):
 # The drop-in ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_branches_of_guidance_share_the_decision(guarded, tiny):
     denoiser = guarded("wan")
     latents, timestep, conditioning = tiny("wan").inputs(STEPS)

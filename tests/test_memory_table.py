@@ -19,6 +19,8 @@ from taylorseer_export.report import memory_table
 from taylorseer_export.report.card import card, orders
 from taylorseer_export.report.memory_table import GRANULARITIES, LAYOUTS, Choice, choices, choose, reason, table
 
+pytestmark = pytest.mark.slow
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 

@@ -22,6 +22,8 @@ from taylorseer_export.runtime import onnxruntime as runner
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.identity import IDENTITY
 
+pytestmark = pytest.mark.slow
+
 X = Tensor(name="x", dtype="float32", shape=("batch", 4), role="latent")
 Y = Tensor(name="y", dtype="float32", shape=("batch", 4), role="noise_pred")
 GRAPHS = {"full": Graph(file="full.onnx", inputs=(X,), outputs=(Y,), weights_bytes=0)}

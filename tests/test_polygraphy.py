@@ -22,6 +22,8 @@ from taylorseer_export.errors import ConfigError, ParityError
 from taylorseer_export.report import polygraphy as comparing
 from taylorseer_export.report.verify import checkpoint_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(bundles, tmp_path_factory):

@@ -22,6 +22,8 @@ from sources import PACKAGE, modules
 
 import taylorseer_export
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 OURS = modules(ROOT / PACKAGE)
 

@@ -336,6 +336,7 @@ def test_guidance_in_two_calls_and_what_is_joined_to_the_noise(eager, tiny, case
         service.close()
 
 
+@pytest.mark.slow
 def test_two_branches_take_the_room_of_two(eager, tiny):
     denoiser = eager("wan")
     latents, _, conditioning = tiny("wan").inputs(1, batch=1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -22,12 +23,18 @@ from taylorseer_export.bundle.manifest import GraphName, Tensor
 from taylorseer_export.bundle.shapes import names, resolve
 from taylorseer_export.errors import StepError
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.memory import Memory
 from taylorseer_export.runtime.runner import Buffer, Call
-from taylorseer_export.runtime.schedule import ForecastStep
+from taylorseer_export.runtime.schedule import ForecastStep, FullStep
 from taylorseer_export.runtime.slot import Slot
 
 BATCH = "batch"
 _SHARED: frozenset[GraphName] = frozenset({"full", "forecast", "rest"})
+
+# A buffer's parts by sample: one part each, or one for each entry of a Taylor buffer.
+_Parts = list[list[Buffer]]
+# Where the memory of a slot has a tensor at a step: `Memory.source` or `Memory.target`.
+_Place = Callable[[Memory, Tensor, FullStep | ForecastStep], Buffer]
 
 
 class _Bound(NamedTuple):
@@ -36,7 +43,7 @@ class _Bound(NamedTuple):
     call: Call
     inputs: dict[str, Buffer]
     outputs: dict[str, Buffer]
-    parts: dict[str, list[list[Buffer]]]
+    parts: dict[str, _Parts]
 
 
 class SharedCalls:
@@ -55,6 +62,8 @@ class SharedCalls:
         self._equal: set[Hashable] = set()
         self._bound: dict[Hashable, _Bound] = {}
         self._pays: dict[Hashable, bool] = {}
+        # Of each slot's memory by tensor and address: to make them takes longer than to copy them.
+        self._parts: WeakKeyDictionary[Memory, dict[tuple[str, int], _Parts]] = WeakKeyDictionary()
         graphs = denoiser.manifest.graphs
         tensors = [t for name in _SHARED & graphs.keys() for t in (*graphs[name].inputs, *graphs[name].outputs)]
         fixed = BATCH not in denoiser.manifest.dimensions
@@ -68,19 +77,20 @@ class SharedCalls:
             slot: With a request under way.
             ids: What stands for the request's inputs without a sample dimension, from `ids_of`.
         """
-        step = slot.upcoming
-        name, graph = slot.graph, slot.contract.manifest.graphs[slot.graph]
-        kind = (name, *slot.sizes.items())
+        step, name = slot.upcoming, slot.graph
+        graph = slot.contract.manifest.graphs[name]
+        kind = (name, *slot.sizes.values())
         if kind not in self._pays:
-            state = sum(slot.source(tensor).nbytes for tensor in graph.inputs if tensor.role == "taylor_in")
+            state = sum(
+                slot.memory.source(tensor, step).nbytes for tensor in graph.inputs if tensor.role == "taylor_in"
+            )
             self._pays[kind] = state <= graph.weights_bytes
         if not self._pays[kind]:
             return None
         # The numbers go to all samples of a call; full steps of the snapshots layout have none.
         values = step.weights if isinstance(step, ForecastStep) else step.scales
         numbers = values.tobytes() if any(tensor.role == "weights" for tensor in graph.inputs) else b""
-        sizes = tuple(sorted((size, extent) for size, extent in slot.sizes.items() if size != BATCH))
-        return name, sizes, numbers, ids
+        return name, frozenset(slot.sizes.items() - {(BATCH, slot.sizes[BATCH])}), numbers, ids
 
     def run(self, slots: Sequence[Slot]) -> bool:
         """Run the staged step of every slot in one call.
@@ -121,20 +131,44 @@ class SharedCalls:
         return _Bound(runner.bind(graph, inputs, outputs), inputs, outputs, parts)
 
     def _gather(self, graph: GraphName, slots: Sequence[Slot], bound: _Bound) -> None:
-        inputs = self.denoiser.manifest.graphs[graph].inputs
+        inputs, first = self.denoiser.manifest.graphs[graph].inputs, slots[0]
         for tensor in inputs:
             if BATCH not in tensor.shape:
-                bound.inputs[tensor.name].copy(slots[0].source(tensor))
-        for shared, own in _pairs(inputs, slots, bound, Slot.source):
+                bound.inputs[tensor.name].copy(first.memory.source(tensor, first.upcoming))
+        for shared, own in self._pairs(inputs, slots, bound, Memory.source):
             shared.copy(own)
 
     def _scatter(self, graph: GraphName, slots: Sequence[Slot], bound: _Bound) -> None:
-        for shared, own in _pairs(self.denoiser.manifest.graphs[graph].outputs, slots, bound, Slot.target):
+        outputs = self.denoiser.manifest.graphs[graph].outputs
+        for shared, own in self._pairs(outputs, slots, bound, Memory.target):
             own.copy(shared)
 
     def _same(self, graph: GraphName, slots: Sequence[Slot], bound: _Bound) -> bool:
-        pairs = _pairs(self.denoiser.manifest.graphs[graph].outputs, slots, bound, Slot.target)
+        outputs = self.denoiser.manifest.graphs[graph].outputs
+        pairs = self._pairs(outputs, slots, bound, Memory.target)
         return all(shared.read().tobytes() == own.read().tobytes() for shared, own in pairs)
+
+    def _pairs(
+        self, tensors: Sequence[Tensor], slots: Sequence[Slot], bound: _Bound, place: _Place
+    ) -> Iterator[tuple[Buffer, Buffer]]:
+        """Part by part of the tensors with samples: where the shared call has it, and where its slot does."""
+        apart = [tensor for tensor in tensors if BATCH in tensor.shape]
+        first = 0
+        for slot in slots:
+            memory, step, samples = slot.memory, slot.upcoming, slot.sizes[BATCH]
+            for tensor in apart:
+                shared = bound.parts[tensor.name][first : first + samples]
+                for ours, own in zip(shared, self._parts_of(memory, tensor, place(memory, tensor, step)), strict=True):
+                    yield from zip(ours, own, strict=True)
+            first += samples
+
+    def _parts_of(self, memory: Memory, tensor: Tensor, buffer: Buffer) -> _Parts:
+        """The parts of a tensor of a slot, made once."""
+        known = self._parts.setdefault(memory, {})
+        place = tensor.name, buffer.address
+        if place not in known:
+            known[place] = _parts(tensor, buffer)
+        return known[place]
 
 
 def ids_of(denoiser: Denoiser, conditioning: Mapping[str, np.ndarray]) -> Hashable:
@@ -152,19 +186,8 @@ def _separable(tensor: Tensor) -> bool:
     return BATCH not in tensor.shape or tensor.shape.index(BATCH) <= 1
 
 
-def _pairs(
-    tensors: Sequence[Tensor], slots: Sequence[Slot], bound: _Bound, place: Callable[[Slot, Tensor], Buffer]
-) -> Iterator[tuple[Buffer, Buffer]]:
-    """Part by part of the tensors with samples: where the shared call has it, and where its slot does."""
-    for tensor in tensors:
-        if BATCH in tensor.shape:
-            own = (parts for slot in slots for parts in _parts(tensor, place(slot, tensor)))
-            for shared, alone in zip(bound.parts[tensor.name], own, strict=True):
-                yield from zip(shared, alone, strict=True)
-
-
-def _parts(tensor: Tensor, buffer: Buffer) -> list[list[Buffer]]:
-    """The parts of a tensor by sample: one part, or one for each entry of a Taylor buffer."""
+def _parts(tensor: Tensor, buffer: Buffer) -> _Parts:
+    """The parts of a tensor by sample."""
     if tensor.shape.index(BATCH) == 0:
         return [[buffer.entry(k)] for k in range(buffer.shape[0])]
     return [[buffer.entry(m).entry(k) for m in range(buffer.shape[0])] for k in range(buffer.shape[1])]

@@ -21,6 +21,7 @@ class Contract:
     Attributes:
         latent, timestep: The inputs that change with the step.
         constants: Those that a request keeps constant, by their diffusers argument names.
+        inputs: Graph -> the names of its inputs.
         defaults: What requests for forecasts that name nothing get, and what none may exceed.
     """
 
@@ -29,6 +30,7 @@ class Contract:
         self.latent = manifest.graphs["full"].input_of("latent")
         self.timestep = manifest.graphs["prepare"].input_of("step")
         self.constants = request_constants(manifest)
+        self.inputs = {name: frozenset(t.name for t in graph.inputs) for name, graph in manifest.graphs.items()}
         self.defaults = defaults_of(manifest)
 
     def sizes(self, latents: tuple[int, ...], conditioning: Mapping[str, np.ndarray]) -> dict[str, int]:

@@ -43,7 +43,6 @@ class Memory:
             one set and writes the other.
         calls: Graph -> its bound calls: of `full` and `rest` one for each entry that it may write, of `forecast` one
             for each set that it may read.
-        inputs: Graph -> the names of its inputs.
         prediction: The buffer of `noise_pred`.
         numbers: Graph -> the buffer of what the schedule gives it: weights of a forecast, scales of an update.
         probe: What measures the errors of a guard; None in a bundle without guards.
@@ -57,7 +56,6 @@ class Memory:
         for tensor in (*looped, *contract.constants.values()):
             if tensor.role not in ("taylor_in", "taylor_out", "probe_in") and tensor.name not in self.buffers:
                 self.buffers[tensor.name] = self._new(tensor)
-        self.inputs = {name: frozenset(t.name for t in graph.inputs) for name, graph in graphs.items()}
         (prediction,) = (t for t in graphs["full"].outputs if t.role == "noise_pred")
         self.prediction = self.buffers[prediction.name]
         self.numbers: dict[GraphName, Buffer] = {

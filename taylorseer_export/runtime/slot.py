@@ -157,10 +157,9 @@ class Slot:
         self.memory.buffers[self.contract.latent.name].write(array)
         if self._guard is not None:
             self._decide(number, decided)
-        current = self.upcoming
-        if self.graph in self.memory.numbers:
-            numbers = current.weights if isinstance(current, ForecastStep) else current.scales
-            self.memory.numbers[self.graph].write(numbers)
+        current, numbers = self.upcoming, self.memory.numbers.get(self.graph)
+        if numbers is not None:
+            numbers.write(current.weights if isinstance(current, ForecastStep) else current.scales)
 
     def _decide(self, number: int, decided: str | None) -> None:
         """Run the probe, and fix what the step does by its error, unless the plan or another branch has done so."""
@@ -256,7 +255,7 @@ class Slot:
                 )
             tables, row = self._tables, number
         # The rows that the step's graph reads; all of them under a guard, which settles later which graph that is.
-        read = tables.keys() if self._guard is not None else self.memory.inputs[self.graph]
+        read = tables.keys() if self._guard is not None else self.contract.inputs[self.graph]
         for name, table in tables.items():
             if name in read:
                 self.memory.buffers[name].copy(table.entry(row))

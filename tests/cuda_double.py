@@ -1,6 +1,16 @@
 """A double of the parts of `torch.cuda` that the runners use, as on a machine of several GPUs; no GPU is there.
 
-It notes what happens, and which GPU was torch's current one then. Tensors for a GPU lie in host memory.
+It notes what happens, and which GPU was torch's current one then. Tensors for a GPU lie in host memory. Of every stream
+it keeps what that stream waits for, so that it refuses memory that two streams may use at one time.
+
+| promise of the library, refused here when broken | read in |
+|---|---|
+| one capture at a time in a process; a capture begins with a wait for the whole GPU | torch 2.13, cuda/graphs.py |
+| a capture that fails leaves its stream the current one | torch 2.13, cuda/graphs.py, `graph.__exit__` |
+| graphs of one pool are captured on one stream and never run at one time | torch docs, "Graph memory management" |
+| no capture on a default stream; no wait of the host for a stream within a capture | NVIDIA, "CUDA Graph constraints" |
+| other threads may allocate and copy during a capture in mode `thread_local` | torch 2.14 docs, torch.cuda.graph |
+| a wait for the device ends captures of every mode | NVIDIA/TensorRT issue 2888 |
 """
 
 import contextlib
@@ -21,7 +31,27 @@ NAMES = (
     "CUDAGraph",
     "stream",
     "graph",
+    "mem_get_info",
 )
+
+
+class FakeStream:
+    """A queue of work. `after` says of each stream up to which of its works this one has waited."""
+
+    def __init__(self, cuda, gpu, number):
+        self.cuda, self.gpu, self.cuda_stream = cuda, gpu, gpu << 32 | number
+        self.after = {}
+        self.name = "other"
+
+    def wait_stream(self, other):
+        for stream, count in getattr(other, "after", {}).items():
+            self.after[stream] = max(self.after.get(stream, 0), count)
+
+    def synchronize(self):
+        assert not self.cuda.capturing, "the host waits for a stream while it captures"
+        self.cuda.note("synchronize")
+        for stream in self.cuda.streams.values():  # what is queued later is queued after
+            stream.wait_stream(self)
 
 
 class FakeCuda:
@@ -33,12 +63,18 @@ class FakeCuda:
         gpu: The current GPU.
         here: The current stream; the GPU's default one where it is None.
         allocated: Devices that tensors were asked for on.
+        capturing: The graph that is being captured; None if none is.
+        free: Bytes that are free on every GPU.
     """
 
     def __init__(self, fails=False, capabilities=((8, 0), (9, 0))):
         self.events, self.where, self.fails, self.here, self.gpu = [], [], fails, None, 0
-        self.capabilities, self.allocated, self._streams = capabilities, [], 0
+        self.capabilities, self.allocated, self.streams = capabilities, [], {}
+        self.capturing, self.free = None, 1 << 30
+        self._pools, self._last, self._last_in_pool = 0, {}, {}
         self._defaults = [self._stream(gpu) for gpu in range(len(capabilities))]
+        for stream in self._defaults:
+            stream.name = "default"
 
     def install(self, monkeypatch):
         """Take the place of torch's own, and of what allocates."""
@@ -50,6 +86,20 @@ class FakeCuda:
     def note(self, event):
         self.events.append(event)
         self.where.append(self.gpu)
+
+    def use(self, memory, stream):
+        """Queue work that uses memory; `stream` or its handle. Within a capture it is queued at each replay."""
+        stream = self.streams[stream] if isinstance(stream, int) else stream
+        if self.capturing is not None:
+            assert stream is self.here, "work on another stream than that of the capture"
+            self.capturing.uses.append(memory)
+            return
+        if not isinstance(stream, FakeStream):  # a test's own
+            return
+        number, count = self._last.get(memory, (stream.cuda_stream, 0))
+        assert stream.after.get(number, 0) >= count, "memory is used while another stream may still use it"
+        stream.after[stream.cuda_stream] = stream.after.get(stream.cuda_stream, 0) + 1
+        self._last[memory] = stream.cuda_stream, stream.after[stream.cuda_stream]
 
     def is_available(self):
         return True
@@ -72,6 +122,9 @@ class FakeCuda:
     def get_device_name(self, gpu=None):
         return f"GPU {self.gpu if gpu is None else gpu}"
 
+    def mem_get_info(self, gpu=None):
+        return self.free, self.free
+
     def Stream(self, device=None):
         return self._stream(self.gpu if device is None else torch.device(device).index)
 
@@ -83,38 +136,57 @@ class FakeCuda:
 
     def graph_pool_handle(self):
         self.note("pool")
-        return (0, 1)
+        self._pools += 1
+        return (0, self._pools)
 
     def CUDAGraph(self):
-        return SimpleNamespace(replay=lambda: self.note("replay"))
+        graph = SimpleNamespace(uses=[], pool=None)
+
+        def replay():
+            assert graph.pool is not None, "a graph is replayed that was not captured"
+            assert self.capturing is None, "a graph is replayed within a capture"
+            self.note("replay")
+            for memory in (graph.pool, *graph.uses):
+                self.use(memory, self.current_stream())
+
+        graph.replay = replay
+        return graph
 
     @contextlib.contextmanager
     def stream(self, stream):
         assert stream.gpu == self.gpu, "a stream of another GPU than the current one"
+        before, self.here = self.here, stream
         self.note("warm")
-        yield
+        try:
+            yield
+        finally:
+            self.here = before
 
     @contextlib.contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
-        assert pool == (0, 1) and capture_error_mode == "thread_local"
+        assert capture_error_mode == "thread_local"
         assert stream.gpu == self.gpu, "a stream of another GPU than the current one"
+        assert stream not in self._defaults, "a capture on a default stream"
+        assert self.capturing is None, "a second capture in this process: the wait before it ends the first"
+        assert self._last_in_pool.setdefault(pool, stream) is stream, "a pool is captured into on two streams"
+        before, self.here, self.capturing = self.here, stream, graph
         self.note("capture")
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        yield
+        try:
+            if self.fails:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            yield
+        finally:
+            self.capturing = None
+        graph.pool, self.here = pool, before  # a failed one gives the stream not back
 
     def gpu_of(self, handle):
         """The GPU of the stream with this handle, as libraries are given it."""
         return handle >> 32
 
     def _stream(self, gpu):
-        self._streams += 1
-        return SimpleNamespace(
-            gpu=gpu,
-            cuda_stream=gpu << 32 | self._streams,
-            wait_stream=lambda other: None,
-            synchronize=lambda: self.note("synchronize"),
-        )
+        stream = FakeStream(self, gpu, len(self.streams) + 1)
+        self.streams[stream.cuda_stream] = stream
+        return stream
 
     def _allocator(self, real):
         def allocate(*arguments, device=None, **options):

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import threading
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.inductor import open_runner
 from taylorseer_export.runtime.sampling import sample
-from taylorseer_export.runtime.torch_runner import TorchBuffer, TorchRunner
+from taylorseer_export.runtime.torch_runner import Recorder, TorchBuffer, TorchRunner
 
 pytestmark = pytest.mark.slow
 
@@ -388,7 +389,7 @@ def test_a_call_waits_for_that_of_another_stream(captured, cuda_graphs):
     one, other = (SimpleNamespace(name=name, wait_stream=lambda s, n=name: waited.append((n, s.name))) for name in "ab")
     for fake.here in (one, one, other, one):
         call()
-    assert waited == [("b", "a"), ("a", "b")]
+    assert waited == [("a", "default")] * cuda_graphs + [("b", "a"), ("a", "b")]  # a capture is work as well
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])
@@ -467,6 +468,40 @@ def test_the_gpu_that_was_chosen_is_compared_with_the_bundle(two_gpus):
     assert not seen
     fake.gpu = 1
     assert open_runner(bundle, Device("cuda"), threads=0, cuda_graphs=False).device == Device("cuda", 1)
+
+
+def test_a_capture_that_fails_gives_the_stream_back(captured):
+    """torch.cuda.graph does not: all that the caller does later would go to the recorder's stream."""
+    fake, _, runner = captured(fails=True)
+    before = fake.current_stream()
+    with pytest.raises(StepError, match="cannot be captured"):
+        bound(runner)
+    assert fake.current_stream() is before
+
+
+def test_a_second_capture_is_refused_by_the_double_and_awaited_by_a_recorder(captured):
+    fake, _, runner = captured()
+    stream, other = fake.Stream(), fake.Stream()
+    with fake.graph(fake.CUDAGraph(), (0, 7), stream, "thread_local"):
+        with pytest.raises(AssertionError, match="a second capture in this process"):
+            with fake.graph(fake.CUDAGraph(), (0, 8), other, "thread_local"):
+                pass
+        with pytest.raises(AssertionError, match="the host waits for a stream while it captures"):
+            stream.synchronize()
+    thread = threading.Thread(target=bound, args=[TorchRunner(runner._functions, runner.graphs, GPU)])
+    with Recorder._alone:  # another runner's capture
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive() and fake.events.count("capture") == 1
+    thread.join(60)
+    assert fake.events[-2:] == ["capture", "replay"]
+
+
+def test_closing_waits_for_what_is_under_way(captured):
+    fake, _, runner = captured()
+    bound(runner)()
+    runner.close()
+    assert fake.events[-2:] == ["replay", "synchronize"]
 
 
 def test_a_fallback_is_counted_where_it_is_asked_for(captured):

@@ -16,7 +16,7 @@ from taylorseer_export.bundle.device import CPU as HOST
 from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import Dimension, Graph, Tensor
 from taylorseer_export.compile.export import check_options
-from taylorseer_export.errors import BundleError, ConfigError
+from taylorseer_export.errors import BundleError, ConfigError, StepError
 from taylorseer_export.method import Guard
 from taylorseer_export.runtime import onnxruntime as runner
 from taylorseer_export.runtime.denoiser import load
@@ -113,6 +113,21 @@ def test_the_tensorrt_provider_is_told_the_ranges(library):
     assert session.providers == [(TENSORRT, {"device_id": "1", **shapes}), (CUDA, {"device_id": "1", "use_tf32": "0"})]
     bound(made)()
     assert (session.runs, made.fallbacks) == ([None], 1)
+
+
+def test_the_tensorrt_provider_is_given_aligned_addresses_alone(library):
+    """It hands them to TensorRT as they are, which reads 256 bytes at a time."""
+    memory = runner.HostBuffer.zeros((4, 2, 4), "float32")
+    for provider in ("cuda", "tensorrt"):
+        made, session = opened(library, provider=provider)
+        buffers = {"x": memory.entry(1)}, {"y": memory.entry(2)}
+        if provider == "cuda":
+            made.bind("full", *buffers)
+            assert session.bound
+            continue
+        with pytest.raises(StepError, match=r"`x` of graph `full` starts at 32 bytes past a multiple of 256, expected"):
+            made.bind("full", *buffers)
+        assert not session.bound
 
 
 def test_a_provider_that_does_not_start_is_an_error(library):

@@ -102,7 +102,7 @@ def test_all_of_a_runner_happens_on_its_gpu(bundle_of, tiny, monkeypatch, tmp_pa
     bundle, modules = bundle_of("flux", kind=kind)
     cuda = FakeCuda()
     cuda.install(monkeypatch)
-    trt = double.library(modules, bundle.manifest, gpu=lambda: cuda.gpu, gpu_of=cuda.gpu_of)
+    trt = double.library(modules, bundle.manifest, gpu=lambda: cuda.gpu, gpu_of=cuda.gpu_of, use=cuda.use)
     made = runner.TensorRTRunner(trt, bundle, SECOND, cuda_graphs)
     made.alignment = 1  # memory of the host
     denoiser = Denoiser(bundle.manifest, made, bundle, made.device)
@@ -159,6 +159,74 @@ def test_a_shape_outside_the_profile_and_a_failed_launch_are_errors(opened, tiny
         open_slot(denoiser, inputs)
 
 
+@pytest.mark.parametrize(
+    ("behaviour", "problem"),
+    [
+        ({"no_address": "noise_pred"}, r"tensor `noise_pred` of graph `full` is at 0x.*, expected an address that the"),
+        ({"aligned": 1 << 40}, r"is at 0x\w+, expected an address .* rows fill multiples of 256 bytes"),
+        ({"mixed": True}, r"shapes of graph `\w+` are broadcast of 3 with 4, expected sizes that go together"),
+        ({"no_context": True}, r"an execution context of graph `\w+` is not made .* free memory of the GPU"),
+        ({"no_cache": True, "engine": {"kind": "tensorrt-rtx"}}, r"an execution context of graph `\w+` is not made"),
+    ],
+)
+def test_what_the_library_answers_is_heard(opened, tiny, tmp_path, monkeypatch, behaviour, problem):
+    """It raises nothing: it answers False or None, and a launch would then read where it may not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _, denoiser = opened("dit", **behaviour)
+    with pytest.raises(StepError, match=problem):
+        open_slot(denoiser, tiny("dit").inputs(1, batch=2))
+
+
+def test_scratch_that_two_streams_would_use_at_once_is_refused_by_the_double():
+    cuda = FakeCuda()
+    one, other = cuda.Stream(), cuda.Stream()
+    cuda.use("scratch", one)
+    with pytest.raises(AssertionError, match="memory is used while another stream may still use it"):
+        cuda.use("scratch", other)
+    other.wait_stream(one)
+    assert cuda.use("scratch", other.cuda_stream) is None
+
+
+def test_a_slot_that_is_bound_waits_for_a_step_on_another_stream(bundle_of, tiny, monkeypatch):
+    """Its warm runs write the scratch that the step may still be using."""
+    bundle, modules = bundle_of("dit")
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    trt = double.library(modules, bundle.manifest, gpu=lambda: cuda.gpu, gpu_of=cuda.gpu_of, use=cuda.use)
+    made = runner.TensorRTRunner(trt, bundle, SECOND)
+    made.alignment = 1  # memory of the host
+    denoiser, inputs = Denoiser(bundle.manifest, made, bundle, made.device), tiny("dit").inputs(1, batch=2)
+    with torch.cuda.device(1):
+        one, other = torch.cuda.Stream(), torch.cuda.Stream()
+    cuda.here = one
+    open_slot(denoiser, inputs).memory.calls["full"][0]()
+    cuda.here = other
+    open_slot(denoiser, inputs).memory.calls["full"][0]()
+    cuda.here = one
+    open_slot(denoiser, inputs)
+    assert made._stream is one
+    made._stream = None  # as if nothing were under way
+    cuda.here = other
+    with pytest.raises(AssertionError, match="memory is used while another stream may still use it"):
+        open_slot(denoiser, inputs)
+
+
+def test_a_call_out_of_order_is_refused_by_the_double(opened):
+    context = opened("dit")[1].runner._context("full")
+    assert context.execute_async_v3(0) is False  # no addresses
+    with pytest.raises(AssertionError, match="the size of scratch is asked for before shapes are set"):
+        context.update_device_memory_size_for_shapes()
+    assert context.set_tensor_address("noise_pred", 0) is False
+
+
+def test_what_was_not_compiled_is_not_kept(opened, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _, denoiser = opened("dit", engine={"kind": "tensorrt-rtx"}, compiled=None)
+    with denoiser:
+        open_slot(denoiser, tiny("dit").inputs(1, batch=2))
+    assert not (tmp_path / "cache").exists()
+
+
 def test_closing_lets_go_of_the_engines(opened):
     _, denoiser = opened("dit")
     with denoiser:
@@ -181,6 +249,7 @@ def test_closing_lets_go_of_the_engines(opened):
             {"profile": {"hidden_states": ((1, 4, 8, 8), (2, 4, 8, 8), (3, 4, 8, 8))}},
             r"profile of `hidden_states` is \[1, 4, 8, 8\] to \[3, 4, 8, 8\], expected \[1, .* to \[64, 4, 8, 8\]",
         ),
+        ({"on_host": "hidden_states"}, r"`hidden_states` is read in memory of the host, expected that of the device"),
         (
             {"refuses": ["forecast"]},
             r"forecast.plan is refused by tensorrt 10.9.0.34 \(the double refuses it\), expected",
@@ -203,7 +272,21 @@ def test_a_stripped_plan_takes_its_weights_from_the_bundle(opened, tmp_path):
 
 def test_streamed_weights_get_a_budget(opened):
     _, denoiser = opened("dit", engine={"options": {"weight-streaming": ""}})
-    assert {e.weight_streaming_budget_v2 for e in denoiser.runner._engines.values()} == {12345}
+    assert {e.weight_streaming_budget_v2 for e in denoiser.runner._engines.values()} == {15000}
+
+
+def test_a_budget_beyond_32_bits_is_our_own(opened, monkeypatch):
+    """Of 3 GiB the library's Python interface gives 2.25 GiB as a negative number, and takes that for nothing."""
+    FakeCuda().install(monkeypatch)
+    _, denoiser = opened("dit", engine={"options": {"weight-streaming": ""}}, weights=3 << 30)
+    (engine, *_) = denoiser.runner._engines.values()
+    assert engine.get_weight_streaming_automatic_budget() < 0
+    assert engine.weight_streaming_budget_v2 == ((1 << 30) - 1000) // 2
+
+
+def test_a_budget_that_is_not_taken_is_an_error(opened):
+    with pytest.raises(BundleError, match=r"streams its weights within 0 bytes, expected 15000 .*; free memory"):
+        opened("dit", engine={"options": {"weight-streaming": ""}}, no_budget=True)
 
 
 def test_rtx_keeps_what_it_compiled_and_captures_by_itself(opened, tiny, tmp_path, monkeypatch):

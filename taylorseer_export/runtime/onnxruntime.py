@@ -110,6 +110,7 @@ class OnnxRuntimeRunner:
                 f"({', '.join(onnxruntime.get_available_providers())}, not {first}); install onnxruntime-gpu in its "
                 "place, or use --device cpu"
             )
+        self._alignment = _ALIGNMENT if kind == "tensorrt" else 1  # it passes addresses on to TensorRT as they are
         # Every bound call has a number, under which the provider keeps its CUDA graph.
         self._numbers = itertools.count(1) if kind == "cuda" and cuda_graphs else None
         self._sessions: dict[str, Any] = {}
@@ -152,6 +153,13 @@ class OnnxRuntimeRunner:
     def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         contract, session = self.graphs[graph], self._sessions[graph]
         check_binding(contract, inputs, outputs)
+        for name, b in (*inputs.items(), *outputs.items()):
+            if b.address % self._alignment:
+                raise StepError(
+                    f"tensor `{name}` of graph `{graph}` starts at {b.address % self._alignment} bytes past a multiple "
+                    f"of {self._alignment}, expected a multiple (bytes), as TensorRT needs; use a size whose rows fill "
+                    "it, or export again with --provider cuda"
+                )
         binding, place = session.io_binding(), (self.device.kind, self.device.number)
         for tensor in contract.inputs:
             b = inputs[tensor.name]

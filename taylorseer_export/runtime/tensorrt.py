@@ -21,7 +21,7 @@ from taylorseer_export.bundle.driver import driver_cuda
 from taylorseer_export.bundle.manifest import Graph
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.bundle.tensorrt import dtype_names, extents, library, library_name, logger
-from taylorseer_export.errors import BundleError, StepError
+from taylorseer_export.errors import BundleError, StepError, first_line
 from taylorseer_export.runtime.engines import check_version
 from taylorseer_export.runtime.runner import Buffer, Call, check_binding
 from taylorseer_export.runtime.torch_runner import TorchRunner, current, located
@@ -144,8 +144,18 @@ class TensorRTRunner(TorchRunner):
                     f"within its profile ({self._log.last()}); use such a size, or export again with --size"
                 )
         for name, buffer in buffers.items():
-            context.set_tensor_address(name, buffer.address)
-        missing = context.infer_shapes()
+            if not context.set_tensor_address(name, buffer.address):
+                raise StepError(
+                    f"tensor `{name}` of graph `{graph}` is at {buffer.address:#x}, expected an address that the "
+                    f"engine takes ({self._log.last()}); check that its rows fill multiples of {self.alignment} bytes"
+                )
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as error:
+            raise StepError(
+                f"shapes of graph `{graph}` are {first_line(error)}, expected sizes that go together; check that they "
+                "lie in the bundle's ranges"
+            ) from error
         assert not missing, f"bug in taylorseer-export: {missing} are not bound"
         scratch = self._scratch_of(context.update_device_memory_size_for_shapes())
         context.set_device_memory(scratch.data_ptr(), scratch.nbytes)
@@ -154,10 +164,12 @@ class TensorRTRunner(TorchRunner):
     def close(self) -> None:
         super().close()
         for graph, cache in self._caches.items():
+            if (compiled := cache.serialize()) is None:
+                continue  # compiled again next time
             path = self._cache_file(graph)
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as partial_file:
-                partial_file.write_bytes(memoryview(cache.serialize()))
+                partial_file.write_bytes(memoryview(compiled))
         self._caches.clear()
         self._engines.clear()
         self._scratch = None
@@ -195,6 +207,20 @@ class TensorRTRunner(TorchRunner):
         return self._scratch
 
     def _context(self, graph: str) -> Any:
+        """A context without memory of its own.
+
+        Raises:
+            StepError: The library makes none, which it says with None.
+        """
+        context = self._made_context(graph)
+        if context is None:
+            raise StepError(
+                f"an execution context of graph `{graph}` is not made ({self._log.last()}), expected one for each "
+                "bound call; free memory of the GPU, or use fewer slots"
+            )
+        return context
+
+    def _made_context(self, graph: str) -> Any:
         trt, engine = self._trt, self._engines[graph]
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._bundle.manifest.engine.kind != "tensorrt-rtx":
@@ -212,7 +238,8 @@ class TensorRTRunner(TorchRunner):
             file = self._cache_file(graph)
             if file.is_file():  # one of another driver or GPU is refused by the library, and written anew
                 self._caches[graph].deserialize(file.read_bytes())
-        config.set_runtime_cache(self._caches[graph])
+        if not config.set_runtime_cache(self._caches[graph]):
+            return None
         return engine.create_execution_context(config)
 
     def _cache_file(self, graph: str) -> Path:
@@ -243,10 +270,30 @@ class TensorRTRunner(TorchRunner):
                     f"{path} does not take its weights from {graph}.onnx ({self._log.last()}), expected all; {again}"
                 )
         if "weight-streaming" in self._given:
-            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+            budget = self._budget(engine)
+            engine.weight_streaming_budget_v2 = budget  # the property keeps from us whether it was taken
+            if engine.weight_streaming_budget_v2 != budget:
+                raise BundleError(
+                    f"{path} streams its weights within {engine.weight_streaming_budget_v2} bytes, expected {budget} "
+                    f"({self._log.last()}); free memory of the GPU"
+                )
         if problem := self._unlike(graph, engine):
             raise BundleError(f"{path}: {problem}, as in the manifest; {again}")
         return engine
+
+    def _budget(self, engine: Any) -> int:
+        """Bytes of weights that stay on the GPU where weights are streamed.
+
+        The library's Python interface gives its own choice as a number of 32 bits, which wraps for larger weights.
+        Half of what is free leaves room for the other engines.
+        """
+        size: int = engine.streamable_weights_size
+        if size < 1 << 31:
+            return int(engine.get_weight_streaming_automatic_budget())
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(self.device.number)
+        return max(0, min(size, (free - engine.device_memory_size_v2) // 2))
 
     def _unlike(self, graph: str, engine: Any) -> str | None:
         """How the tensors and ranges of an engine differ from the manifest; None if they agree."""
@@ -257,6 +304,8 @@ class TensorRTRunner(TorchRunner):
             dtype = engine.get_tensor_dtype(name)
             entry = (ours.get(dtype, str(dtype)), tuple(engine.get_tensor_shape(name)))
             seen[engine.get_tensor_mode(name)][name] = entry
+            if (place := engine.get_tensor_location(name)) != trt.TensorLocation.DEVICE:
+                return f"`{name}` is read in memory of the {place.name.lower()}, expected that of the device"
         problem = unlike(contract, seen[trt.TensorIOMode.INPUT], seen[trt.TensorIOMode.OUTPUT], dimensions)
         if problem:
             return problem

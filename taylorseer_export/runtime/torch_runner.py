@@ -56,7 +56,8 @@ class TorchRunner:
         self.captures = self.fallbacks = 0
         self._functions = dict(functions)
         self._record: Callable[[str, Call], Call] | None = None
-        self._turn, self._stream = threading.Lock(), None
+        self._turn = threading.Lock()
+        self._stream: Any = None  # where the last work went
         if device.is_gpu and cuda_graphs:
             with current(self.device):
                 self._record = Recorder(self.device).record
@@ -93,23 +94,31 @@ class TorchRunner:
         if self._record is None:
             return partial(self._in_turn, partial(self._fall_back, call))
         with self._turn, current(self.device):
+            self._after_the_last()  # warm runs write the memory that all calls share
             self.captures += 1
             return partial(self._in_turn, self._record(graph, call))
 
     def close(self) -> None:
+        with self._turn:
+            if self._stream is not None:  # what is under way reads weights and scratch that are about to go
+                self._stream.synchronize()
         self._functions.clear()
         self._record = None
 
     def _in_turn(self, call: Call) -> None:
         """Make a call on a GPU after those of other threads and streams, whose scratch memory is its own too."""
+        with self._turn, current(self.device):
+            self._after_the_last()
+            call()
+
+    def _after_the_last(self) -> None:
+        """Let the current stream wait for the one that the last work went to."""
         import torch
 
-        with self._turn, current(self.device):
-            here: Any = torch.cuda.current_stream()
-            if self._stream is not None and self._stream != here:
-                here.wait_stream(self._stream)
-            self._stream = here
-            call()
+        here: Any = torch.cuda.current_stream()
+        if self._stream is not None and self._stream != here:
+            here.wait_stream(self._stream)
+        self._stream = here
 
     def _fall_back(self, call: Call) -> None:
         self.fallbacks += 1
@@ -185,6 +194,10 @@ class Recorder:
         device: The GPU, which is to be the current one while it records.
     """
 
+    # Of all recorders: torch captures once at a time in a process, and begins by waiting for the whole GPU, which ends
+    # any capture that is under way on it.
+    _alone = threading.Lock()
+
     def __init__(self, device: Device) -> None:
         import torch
 
@@ -198,12 +211,13 @@ class Recorder:
         self._stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(self._stream):
+            # The stream is chosen out here: a capture that fails does not give the caller's back (torch.cuda.graph).
+            with self._alone, torch.cuda.stream(self._stream):
                 for _ in range(2):
                     call()
-            self._stream.synchronize()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                call()
+                self._stream.synchronize()
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    call()
             graph.replay()
         except RuntimeError as error:
             raise StepError(

@@ -7,7 +7,7 @@ it keeps what that stream waits for, so that it refuses memory that two streams 
 |---|---|
 | one capture at a time in a process; a capture begins with a wait for the whole GPU | torch 2.13, cuda/graphs.py |
 | a capture that fails leaves its stream the current one | torch 2.13, cuda/graphs.py, `graph.__exit__` |
-| graphs of one pool are captured on one stream and never run at one time | torch docs, "Graph memory management" |
+| graphs of one pool are captured on one stream and never run at one time | notes of torch 2.13, cuda/graphs.py |
 | no capture on a default stream; no wait of the host for a stream within a capture | NVIDIA, "CUDA Graph constraints" |
 | other threads may allocate and copy during a capture in mode `thread_local` | torch 2.14 docs, torch.cuda.graph |
 | a wait for the device ends captures of every mode | NVIDIA/TensorRT issue 2888 |

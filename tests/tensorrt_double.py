@@ -9,15 +9,16 @@ kernel, stream or CUDA graph of it ever runs here.
 | addresses and scratch are multiples of 256 bytes | 1, 3 |
 | every shape is set before the size of the scratch is asked for, scratch and addresses before a launch | 1 |
 | `infer_shapes` raises RuntimeError for sizes that do not go together | 1 |
-| contexts that share scratch never run at one time; scratch lives until the work is done | 1 |
-| a launch goes to a stream other than the default one | 1 |
+| contexts that share scratch never run at one time | 1 |
 | a tensor of location HOST is read in memory of the host | 3 |
 | a budget for streamed weights is set before any context; its property drops the answer | 2 |
 | the automatic budget comes as 32 bits, signed | 2 |
-| RTX: no outer capture where the library captures; one cache serves several contexts, `serialize` may give None | 1 |
+| RTX: one cache serves several contexts, `serialize` may give None | 1 |
 
-1: docstrings of tensorrt_rtx 1.7.1. 2: python/src/infer/pyCore.cpp and parsers of NVIDIA/TensorRT 10.
-3: include/NvInferRuntime.h of TensorRT 10 and 11, `setTensorAddress`, `setDeviceMemoryV2`.
+1: docstrings of tensorrt_rtx 1.7.1. 2: the Python bindings of TensorRT 10, where they bind `ICudaEngine`.
+3: the comments of NvInferRuntime.h on `setTensorAddress` and `setDeviceMemoryV2`, as other projects copy that header.
+Not looked at here: that a launch off the default stream is advised, that scratch outlives the work, and that nobody
+captures around a context of RTX that captures by itself.
 """
 
 import ctypes

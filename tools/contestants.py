@@ -1,4 +1,4 @@
-"""What `bench.py` compares: our engines, the untapped model in one, eager diffusers, and its TaylorSeer hook.
+"""What `bench.py` compares: our engines, the untapped model in one, eager diffusers, its TaylorSeer hook, cache-dit.
 
 Random weights of a trained model's scale, smooth teacher-forced inputs; time does not depend on the values.
 """
@@ -20,10 +20,12 @@ from tiny_models import dit_inputs, flux_inputs, mid_flux, tiny_dit
 
 from taylorseer_export.bundle.manifest import Graph, Tensor
 from taylorseer_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from taylorseer_export.compile.export import Options, draft, write_bundle
+from taylorseer_export.compile.export import Draft, Options, draft, write_bundle
 from taylorseer_export.compile.onnx import write_onnx
+from taylorseer_export.compile.program import example_inputs, quiet_libraries, size_of
 from taylorseer_export.compile.weights import WEIGHTS, write_weights
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.graph.casts import explicit_casts
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.denoiser import Denoiser
@@ -42,6 +44,7 @@ HOOKS = {
         "skip_predict_identifiers": [r"single_transformer_blocks\.\d+\.(attn|proj_mlp|act_mlp)"],
     },
 }
+INSTALL_CACHE_DIT = "pip install -c tools/constraints.txt cache-dit"
 
 
 class Loop:
@@ -138,13 +141,14 @@ class Case:
         if not folder.exists():
             folder.mkdir()
             made = draft(self.checkpoint, self.options("last", "snapshots", 0))
-            cut = Cut("untapped", _plain(self.checkpoint.skeleton(torch.float32), inputs), inputs, (output,))
+            module = _typed(_plain(self.checkpoint.skeleton(torch.float32), inputs), inputs, made)
+            cut = Cut("untapped", module, inputs, (output,))
             state = {f"model.{n}": (v.dtype, tuple(v.shape)) for n, v in self.model.state_dict().items()}
             read = self.checkpoint.tensor
             places = write_weights(folder / WEIGHTS, state, lambda name: read(name.removeprefix("model.")))
             write_onnx(made, cut, places, folder / "untapped.onnx")
         graphs = {"untapped": Graph(file="untapped.onnx", inputs=inputs, outputs=(output,), weights_bytes=0)}
-        runner = OnnxRuntimeRunner({"untapped": folder / "untapped.onnx"}, graphs, "cpu", self.args.threads)
+        runner = OnnxRuntimeRunner({"untapped": folder / "untapped.onnx"}, graphs, threads=self.args.threads)
         shapes = {t.name: self.arrays[t.name].shape for t in inputs if t.role == "constant"}
         shapes |= {latent.name: self.latents.shape[1:], "timestep": (self.args.batch,)}
         buffers = {t.name: runner.buffer(tuple(shapes[t.name]), t.dtype) for t in inputs}
@@ -175,8 +179,7 @@ class Case:
 
     def eager(self, hook: str = "", interval: int = 0, before: int = 0, order: int = 0) -> tuple[Loop, list[int]]:
         """The diffusers model in eager mode, if asked with its TaylorSeer hook; and its count of computed steps."""
-        model = type(self.model).from_config(self.model.config).eval()
-        model.load_state_dict(self.model.state_dict(), assign=True)  # the same memory
+        model = self._copied()
         if hook:
             from diffusers import TaylorSeerCacheConfig
 
@@ -196,14 +199,90 @@ class Case:
                 model._reset_stateful_cache()
 
         def step(k: int) -> np.ndarray:
-            timestep = self.timesteps[k].expand(self.args.batch)
-            context = model.cache_context("cond") if hook else nullcontext()
-            with torch.inference_mode(), context:
-                inputs = {"hidden_states": self.latents[k], "timestep": timestep, **self.conditioning}
-                return model(**inputs, return_dict=False)[0].numpy()
+            with model.cache_context("cond") if hook else nullcontext():
+                return self._predicted(model, k)
 
         warm = before + 2 if hook else 2
         return Loop(self.args.steps, start, step, warm), computed
+
+    def cache_dit(self, plan: Plan, order: int) -> tuple[Loop, list[int]]:
+        """The diffusers model in eager mode under cache-dit; and the numbers of the steps that it computed in full.
+
+        The most that it can save on a plan: a static mask, so that it need not compare residuals; on the other steps
+        the first block alone, fewer than one it does not take, and the TaylorSeer forecast of all that follows.
+
+        Raises:
+            SystemExit: The library is missing, or a step ran other blocks than the plan says (at that step).
+        """
+        library = cache_dit_library()
+        model = self._copied()
+        blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+        ran, computed = [0], []
+
+        def count(*_: Any) -> None:
+            ran[0] += 1
+
+        for block in blocks:
+            block.register_forward_hook(count)
+        library.enable_cache(
+            model,
+            cache_config=library.DBCacheConfig(
+                Fn_compute_blocks=1,
+                Bn_compute_blocks=0,
+                num_inference_steps=len(plan),
+                steps_computation_mask=[int(kind == "F") for kind in str(plan)],
+                steps_computation_policy="static",
+                enable_separate_cfg=False,
+            ),
+            calibrator_config=library.TaylorSeerCalibratorConfig(taylorseer_order=order),
+        )
+
+        def start() -> None:
+            computed.clear()
+            library.refresh_context(model)  # by itself it begins a new loop one step late
+
+        def step(k: int) -> np.ndarray:
+            ran[0] = 0
+            prediction = self._predicted(model, k)
+            expected = len(blocks) if str(plan)[k] == "F" else 1
+            if ran[0] != expected:
+                raise SystemExit(
+                    f"cache-dit ran {ran[0]} of {len(blocks)} blocks in step {k}, expected {expected} under plan "
+                    f"{plan}; install the version that tools/constraints.txt names, {INSTALL_CACHE_DIT}"
+                )
+            if ran[0] == len(blocks):
+                computed.append(k)
+            return prediction
+
+        warm = str(plan).find(".") + 2 if "." in str(plan) else 2
+        return Loop(len(plan), start, step, warm), computed
+
+    def _copied(self) -> Any:
+        """A second diffusers model on the same memory."""
+        model = type(self.model).from_config(self.model.config).eval()
+        model.load_state_dict(self.model.state_dict(), assign=True)
+        return model
+
+    def _predicted(self, model: Any, k: int) -> np.ndarray:
+        """What a diffusers model makes of step `k`."""
+        inputs = {"hidden_states": self.latents[k], "timestep": self.timesteps[k].expand(self.args.batch)}
+        with torch.inference_mode():
+            return model(**inputs, **self.conditioning, return_dict=False)[0].numpy()
+
+
+def cache_dit_library() -> Any:
+    """The module `cache_dit`.
+
+    Raises:
+        SystemExit: It is not installed, or does not go with the other libraries.
+    """
+    try:
+        import cache_dit
+    except ImportError as error:
+        raise SystemExit(
+            f"cache-dit is missing ({error}), expected it installed for --cache-dit; {INSTALL_CACHE_DIT}"
+        ) from None
+    return cache_dit
 
 
 def _plain(model: torch.nn.Module, inputs: tuple[Tensor, ...]) -> torch.fx.GraphModule:
@@ -213,6 +292,19 @@ def _plain(model: torch.nn.Module, inputs: tuple[Tensor, ...]) -> torch.fx.Graph
     result = graph.call_module("model", kwargs={**kwargs, "return_dict": False})
     graph.output((graph.call_function(operator.getitem, (result, 0)),))
     return torch.fx.GraphModule({"model": model}, graph)
+
+
+def _typed(module: torch.fx.GraphModule, inputs: tuple[Tensor, ...], made: Draft) -> torch.fx.GraphModule:
+    """`module` traced, with every cast between float types in the graph, as an engine wants it."""
+    sizes = {**made.sizes, "steps": None}
+    free = tuple({k: torch.export.Dim.AUTO for k, entry in enumerate(t.shape) if isinstance(size_of(entry, sizes), str)}
+                 for t in inputs)  # fmt: skip
+    example = example_inputs(inputs, sizes, made.ranges())
+    with torch.no_grad(), quiet_libraries():
+        program = torch.export.export(module, example, dynamic_shapes=free, strict=False)
+    traced = program.module(check_guards=False)
+    explicit_casts(traced.graph)
+    return traced
 
 
 def _with_channels(model: Any, shape: tuple[Any, ...]) -> tuple[Any, ...]:

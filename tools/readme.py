@@ -98,7 +98,7 @@ def bench_table(record: Mapping[str, Any]) -> str:
     for name, title in _OTHERS.items():
         if name in record["others"]:
             other = record["others"][name]
-            step = "" if name.startswith("hook") else f"{other['step_ms']['p50']:.0f}"
+            step = "" if name.startswith(("hook", "cache-dit")) else f"{other['step_ms']['p50']:.0f}"
             lines.append(f"| {title} | {step} | | {other['loop_ms'] / 1e3:.1f} | | | |")
     return "\n".join(lines)
 
@@ -141,6 +141,7 @@ _OTHERS = {
     "eager": "diffusers, eager, no cache",
     "hook sites": "diffusers' TaylorSeer hook on our sites, 10 full steps",
     "hook tuned": "the same hook, told to skip all it can",
+    "cache-dit": "cache-dit, TaylorSeer after one first block, the same 10 full steps",
 }
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results"
-LIBRARIES = ("torch", "diffusers", "onnxruntime", "onnx", "onnxscript", "numpy", "safetensors")
+LIBRARIES = ("torch", "diffusers", "onnxruntime", "onnx", "onnxscript", "numpy", "safetensors", "cache-dit")
 
 
 def commit_of(root: Path = ROOT) -> tuple[str, bool]:

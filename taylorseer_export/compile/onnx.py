@@ -65,6 +65,7 @@ def write_onnx(draft: Draft, cut: Cut, weights: Mapping[str, Stored], path: Path
     with quiet_libraries():
         optimizer.optimize(model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=1 << 16)
         _without_sequences(graph)
+        graph.sort()  # simplifiers before onnxscript 0.7 leave nodes before what they read
     for name in weights.keys() & graph.initializers.keys():
         place = weights[name]
         graph.initializers[name].const_value = ir.ExternalTensor(

@@ -84,7 +84,7 @@ class Kernel:
 
     Attributes:
         registers: Of a thread.
-        spilled: 32-bit words of a thread that did not fit into registers.
+        spilled: 32-bit words of a thread beside its registers.
         shared: Bytes of shared memory of a block.
     """
 
@@ -121,19 +121,20 @@ def _toolkit() -> Path | None:
     return next((home for home in candidates if (home / "include" / "nv" / "target").is_file()), None)
 
 
-def pretend(gpu: Gpu, scratch: Path) -> Seen:
+def pretend(gpu: Gpu, scratch: Path, link: bool = True) -> Seen:
     """Make torch and Triton believe in `gpu`, for the rest of this process; returns what will be seen of each kernel.
 
     Args:
         gpu: The GPU.
         scratch: Folder that gets a driver library without content, to link against.
+        link: Whether the C++ of a wrapper is compiled, or written alone; kernels are compiled always.
     """
     late = {"torch._inductor", "torch._dynamo.device_interface"} & sys.modules.keys()
     assert not late, f"{late} is loaded already, expected to pretend first; torch keeps what it asked of the machine"
     _answer_for_torch(gpu)
     _answer_for_triton(gpu)
     _toolkit_paths(scratch)
-    return _watch()
+    return _watch(link)
 
 
 def _answer_for_torch(gpu: Gpu) -> None:
@@ -160,6 +161,41 @@ def _answer_for_torch(gpu: Gpu) -> None:
         setattr(torch.cuda, name, answer)
     torch._C._cuda_getCurrentRawStream = lambda device: 0
     fake_tensor.init_gpu_context = lambda device: None
+    # `~` alone turns to the driver before the dispatcher sees that its tensor is fake.
+    torch.Tensor.__invert__ = lambda value: torch.bitwise_not(value)
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    attention.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(_attention)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """As torch takes it on a GPU of half precision: flash attention, or the memory-efficient one where there is a mask.
+
+    Torch asks the driver itself, and writes attention out in products and a softmax where there is none.
+    """
+    assert not enable_gqa and query.dtype in (torch.bfloat16, torch.float16), "expected attention of half precision"
+    width = query.shape[-1]
+    scale = width**-0.5 if scale is None else scale
+    if mask is None:
+        wide = [torch.nn.functional.pad(t, (0, -width % 8)) if width % 8 else t for t in (query, key, value)]
+        out = torch.ops.aten._scaled_dot_product_flash_attention(*wide, dropout, is_causal, scale=scale)[0]
+        return out.narrow(-1, 0, width)  # an index would turn to the driver
+    bias = torch.where(mask, 0.0, float("-inf")).to(query.dtype) if mask.dtype == torch.bool else mask
+    keys = bias.shape[-1]
+    bias = torch.nn.functional.pad(bias, (0, -keys % 16)).narrow(-1, 0, keys)  # its rows must be aligned
+    bias = bias.expand(*query.shape[:-1], key.shape[-2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, False, dropout, is_causal, scale=scale
+    )[0]
 
 
 def _answer_for_triton(gpu: Gpu) -> None:
@@ -213,9 +249,9 @@ def _toolkit_paths(scratch: Path) -> None:
         os.environ[variable] = os.pathsep.join([*map(str, folders), *known])
 
 
-def _watch() -> Seen:
+def _watch(link: bool) -> Seen:
     """Let kernels be compiled and not timed, and note what came of them."""
-    from torch._inductor import config
+    from torch._inductor import config, graph
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.fx_passes import joint_graph, post_grad
     from torch._inductor.graph import GraphLowering
@@ -224,7 +260,10 @@ def _watch() -> Seen:
     from torch.utils._python_dispatch import _disable_current_modes
 
     seen = Seen()
+    graph.is_same_tensor = lambda one, other: one is other  # it would compare addresses
     config.compile_threads = 1
+    config.always_keep_tensor_constants = True  # a weight of few numbers would be read, and written into the kernel
+    config.shape_padding = False  # what it pays is timed
     config.use_static_triton_launcher = False  # it loads the kernel onto the GPU
     save, tune, codegen, compile_graph = (
         CachingAutotuner.save_gpu_kernel,
@@ -254,10 +293,11 @@ def _watch() -> Seen:
     def compiling(module: Any, inputs: Any, **named: Any) -> Any:
         with _disable_current_modes():
             _adopt(module)
+            named["options"]["aot_inductor.package_cpp_only"] = not link
             return compile_graph(module, inputs, **named)
 
     def on_the_cpu(make: Any) -> Any:
-        """What patterns are recognised by is traced on tensors of a device that does not count: the one that is there."""
+        """The examples of patterns are on a device that does not count: they are on the one that is there."""
         return lambda device=None: make(torch.device("cpu"))
 
     joint_graph.lazy_init, post_grad.lazy_init = on_the_cpu(joint_graph.lazy_init), on_the_cpu(post_grad.lazy_init)
@@ -295,5 +335,5 @@ def resources(binary: bytes) -> Kernel:
 def usage(text: str) -> Kernel:
     """The numbers in what that tool prints."""
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    # A spilled register lies on the stack of the thread; generated kernels have nothing else there.
+    # The driver calls the whole stack spills: sine and cosine of large angles work there too, without a lack of registers.
     return Kernel(numbers["REG"], (numbers["STACK"] + numbers["LOCAL"]) // 4, numbers["SHARED"])

@@ -335,5 +335,5 @@ def resources(binary: bytes) -> Kernel:
 def usage(text: str) -> Kernel:
     """The numbers in what that tool prints."""
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-    # The driver calls the whole stack spills: sine and cosine of large angles work there too, without a lack of registers.
+    # The driver calls the whole stack spills; sine and cosine of large angles work there too, for no lack of registers.
     return Kernel(numbers["REG"], (numbers["STACK"] + numbers["LOCAL"]) // 4, numbers["SHARED"])

@@ -212,18 +212,17 @@ def main() -> int:
         one_model(given.model[0], given.gpu[0], given.granularity, given.graph, given.link)
         return 0
     record = circumstances(RESULTS if given.file else None, given.allow_dirty)
+    record["gpus"] = {capability: GPUS[capability].name for capability in given.gpu}
+    cases = [(model, capability) for model in given.model for capability in given.gpu]
+    found: list[dict[str, Any]] = []
+    missed: list[str] = []
     with ThreadPoolExecutor(given.jobs) as pool:
-        cases = [(model, capability) for model in given.model for capability in given.gpu]
-        found = [entry for many in pool.map(lambda case: in_a_process(*case, given), cases) for entry in many]
-    missed = [fault for entry in found for fault in faults(entry)]
+        for many in pool.map(lambda case: in_a_process(*case, given), cases):
+            found += many
+            missed += [fault for entry in many for fault in faults(entry)]
+            if given.file:  # hours of work: what is there is filed
+                write_record(given.file, {**record, "faults": missed, "graphs": found}, RESULTS, given.allow_dirty)
     print("\n".join(missed) or "every goal is met")
-    if given.file:
-        gpus = {capability: GPUS[capability].name for capability in given.gpu}
-        print(
-            write_record(
-                given.file, {**record, "gpus": gpus, "faults": missed, "graphs": found}, RESULTS, given.allow_dirty
-            )
-        )
     return 1 if missed else 0
 
 

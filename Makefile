@@ -7,7 +7,7 @@ RUN  := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo serve lint check test oldest bench docs clean
+.PHONY: help .venv demo serve lint check test oldest gpu-compiler bench docs clean
 
 help:
 	@echo 'make demo    export the embedded tiny models, sample with and without forecasts, draw the pictures'
@@ -15,6 +15,7 @@ help:
 	@echo 'make check   ruff, mypy and the quick tests: FLUX and DiT, no server, no compiler'
 	@echo 'make test    ruff, mypy and all tests'
 	@echo 'make oldest  a short suite on the oldest versions that the package asks for, in an environment of its own'
+	@echo 'make gpu-compiler  graphs compiled for GPUs that are not there, in an environment of its own of 7 GB'
 	@echo 'make bench   full, forecast and whole-loop times, beside the plan ceiling'
 	@echo 'make docs    the reference of the Python API, from its docstrings, in build/reference/'
 	@echo 'make .venv   the environment alone (the others make it when it is missing or old)'
@@ -68,6 +69,19 @@ $(OLDEST)/.installed: pyproject.toml tools/constraints-oldest.txt
 oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -q tests/test_ensures.py tests/test_split.py tests/test_onnx.py tests/test_weights.py
 	$(OLDEST)/bin/python -m pytest -q tests/test_families.py -k 'parity_with_the_oracle or onnx_runtime_equals'
+
+GPU_COMPILER := .venv-gpu-compiler
+
+# The usual torch wheel of Linux is the CUDA build; it needs no GPU to compile, but the headers of the CUDA toolkit.
+$(GPU_COMPILER)/.installed: pyproject.toml tools/constraints-oldest.txt
+	@'$(PYTHON)' -m venv $(GPU_COMPILER)
+	@$(GPU_COMPILER)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --progress-bar off \
+		-c tools/constraints-oldest.txt -e '.[onnxruntime,export,sample]' filelock hypothesis pytest \
+		nvidia-cuda-cccl nvidia-cuda-nvcc nvidia-cuda-runtime
+	@touch $@
+
+gpu-compiler: $(GPU_COMPILER)/.installed
+	$(GPU_COMPILER)/bin/python -m pytest -q -m gpu_compiler tests/test_compile_for_gpu.py
 
 bench: $(DONE)
 	@$(RUN) tools/bench.py

@@ -83,13 +83,17 @@ def build(draft: Draft, folder: Path, progress: Progress) -> None:
             progress("graphs", k, len(cuts))
             place = Path(scratch, cut.name)
             place.mkdir()
-            files[cut.name] = _compiled(draft, cut, weights, device, place)
+            files[cut.name] = compile_graph(draft, cut, weights, device, place)
         package_aoti(str(folder / PACKAGE), files)
     progress("graphs", len(cuts), len(cuts))
 
 
-def _compiled(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device: str, place: Path) -> list[str]:
-    """The files of one graph: its library, and what AOTInductor says of it; the sources it compiled stay behind."""
+def compile_graph(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device: str, place: Path) -> list[str]:
+    """The files of one graph in `place`: its library, and what AOTInductor says of it; the sources stay behind.
+
+    Raises:
+        BuildError: It does not compile.
+    """
     sizes = {**draft.sizes, "steps": None}
     module = writing(pointwise_sums(weighted(cut, weights, device)), cut)
     program = exported_program(cut, sizes, draft.ranges(), module, device)

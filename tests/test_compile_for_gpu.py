@@ -1,0 +1,92 @@
+"""Graphs compiled for GPUs that are not there: how a wrapper is read, and, with torch's CUDA build, what it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compile_for_gpu import TINY, faults, read
+from pretended_gpu import GPUS, Kernel, usage, why_not
+
+from taylorseer_export.families import FAMILIES
+
+ROOT = Path(__file__).resolve().parents[1]
+NEEDS_COMPILER = [
+    pytest.mark.gpu_compiler,
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
+WRAPPER = """
+    aoti_torch_cuda_bmm_out(before, what, is, read);
+    inputs.clear();
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, cached_torch_device_type_cuda, 0, &buf0));
+    AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(buf0, bias, x, w, 1L, 1L));
+    call_triton_poi_fused_0(buf0, out, stream);
+    call_triton_poi_fused_0(buf0, out, stream);
+    %s
+} // AOTInductorModel::run_impl
+"""
+RECORD = {"model": "flux", "granularity": "residual", "capability": "9.0", "graph": "forecast"}
+
+
+def test_a_wrapper_is_read():
+    found = read(WRAPPER % "")
+    assert (found["launches"], found["launches_triton"], found["kernels"]) == (3, 2, 1)
+    assert found["launches_libraries"]["addmm_out"] == 1 and "bmm_out" not in found["launches_libraries"]
+    assert (found["allocations"], found["host_copies"], found["synchronisations"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        ("aoti_torch_empty_strided(1, s, t, cached_torch_device_type_cpu, 0, &buf1);", "host_copies"),
+        ("aoti_torch_cpu_addmm_out(a, b, c, d);", "host_copies"),
+        ("cpp_fused_add_0(a, b);", "host_copies"),
+        ("aoti_torch_item_float32(a, &x);", "synchronisations"),
+        ("cudaStreamSynchronize(stream);", "synchronisations"),
+    ],
+)
+def test_what_is_done_on_the_host_is_seen(said, what):
+    found = read(WRAPPER % said)
+    assert found[what] == 1
+    assert faults({**RECORD, **found}) == [f"flux residual forecast for 9.0: 1 {what}"]
+
+
+def test_a_text_that_is_no_wrapper_is_refused():
+    with pytest.raises(SystemExit, match=r"expected the source that AOTInductor writes; mend `read`"):
+        read("int main() {}")
+
+
+def test_more_launches_than_promised_are_a_fault():
+    found = read(WRAPPER % "call_triton_poi_fused_1(buf0, out, stream);\n    " * 4)
+    assert found["launches"] > 6
+    assert faults({**RECORD, **found}) == [
+        f"flux residual forecast for 9.0: {found['launches']} launches, expected at most 6"
+    ]
+    assert faults({**RECORD, **found, "graph": "full"}) == []
+
+
+def test_what_does_not_compile_is_a_fault():
+    assert faults({**RECORD, "error": "no"}) == ["flux residual forecast for 9.0: no"]
+
+
+def test_resources_of_a_kernel_are_read():
+    text = " Function k:\n  REG:27 STACK:16 SHARED:512 LOCAL:0 CONSTANT[0]:960 TEXTURE:0\n"
+    assert usage(text) == Kernel(registers=27, spilled=4, shared=512)
+
+
+def test_every_family_and_generation_is_there():
+    assert TINY.keys() == FAMILIES.keys()
+    assert all(name == "{}.{}".format(*gpu.capability) for name, gpu in GPUS.items())
+
+
+@pytest.mark.parametrize("capability", [pytest.param(name, marks=NEEDS_COMPILER) for name in GPUS])
+def test_flux_compiles_for_a_gpu_that_is_not_there(capability):
+    command = [sys.executable, "tools/compile_for_gpu.py", "--here", "--model", "flux", "--gpu", capability]
+    command += ["--graph", "full", "forecast", *(["--link"] if capability == "9.0" else [])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [record["graph"] for record in found] == ["full", "forecast"]
+    assert [fault for record in found for fault in faults(record)] == []

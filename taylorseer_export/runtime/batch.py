@@ -79,7 +79,7 @@ class SharedCalls:
         """
         step, name = slot.upcoming, slot.graph
         graph = slot.contract.manifest.graphs[name]
-        kind = (name, *slot.sizes.values())
+        kind = (name, *slot.sizes.items())
         if kind not in self._pays:
             state = sum(
                 slot.memory.source(tensor, step).nbytes for tensor in graph.inputs if tensor.role == "taylor_in"

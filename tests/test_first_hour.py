@@ -8,6 +8,7 @@ import time
 import zipfile
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import first_hour
 import pytest
@@ -196,6 +197,16 @@ def test_a_missed_goal_makes_a_stage_missed(build, monkeypatch):
     assert record["status"] == "missed" and "compile_for_gpu.py --gpu 9.0" in record["mend"]["needs"]
 
 
+def test_a_stage_that_proved_nothing_has_not_passed(build, monkeypatch):
+    pretend(monkeypatch, process.Ended("done", "", 1.0))
+    record = first_hour.one(stage_of("facts"), args(), 60, None)
+    assert (record["status"], record["why"]) == ("failed", "it ended without a word, expected what it found")
+    pretend(monkeypatch, process.Ended("done", "", 1.0), found={}, goals=[goals.not_run("parity", "no library")])
+    assert first_hour.one(stage_of("facts"), args(), 60, None)["status"] == "not run"
+    pretend(monkeypatch, process.Ended("done", "", 1.0), not_run="torch finds no GPU")
+    assert first_hour.one(stage_of("facts"), args(), 60, None)["why"] == "torch finds no GPU"
+
+
 def test_what_a_stage_lacks_is_said_before_it_starts(build):
     assert first_hour.one(stage_of("fp8"), args(), 60, None)["why"].startswith("the package has no quantised weights")
     assert first_hour.one(stage_of("facts"), args(), 3, None)["why"] == "no time left in --budget"
@@ -227,6 +238,53 @@ def test_every_stage_is_listed_and_its_code_is_there():
             module, function = stage.entry.split(":")
             assert callable(getattr(import_module(module), function))
     assert NAMES[:4] == ("facts", "engines", "captures", "flux")
+
+
+# A contest
+
+
+@pytest.fixture
+def contest(monkeypatch):
+    """`contest.run` over contestants that are given, without a model."""
+    from hour import contest
+
+    machine = SimpleNamespace(floor=lambda: {"bytes_per_s": 1e9, "flops_per_s": 1e12}, free=lambda: None)
+    monkeypatch.setattr(contest, "Machine", lambda *_: machine)
+    monkeypatch.setattr(contest, "Case", lambda *_: SimpleNamespace(model=SimpleNamespace(parameters=list)))
+
+    def run(report, **contestants):
+        made = {name.replace("_", " "): call for name, call in contestants.items()}
+        monkeypatch.setattr(contest, "contestants", lambda *_: made)
+        contest.run("flux", args(), report)
+
+    return run
+
+
+def fails():
+    raise SystemExit("cache-dit is missing")
+
+
+def test_a_rival_that_fails_costs_nobody_anything(contest, tmp_path):
+    report = Report(tmp_path / "report.json", 100)
+    contest(report, cache_dit_eager=fails, ours_residual_order_1=lambda: dict(OURS, full_ms=2.0, state_bytes=1))
+    results = read(report.path)["found"]["results"]
+    assert results["cache dit eager"]["failed"] == "SystemExit: cache-dit is missing"
+    assert results["ours residual order 1"]["efficiency"] == OURS["efficiency"]
+
+
+def test_one_of_ours_that_fails_fails_the_stage_and_keeps_the_rest(contest, tmp_path):
+    report = Report(tmp_path / "report.json", 100)
+    with pytest.raises(RuntimeError, match="ours module order 1: SystemExit: cache-dit is missing"):
+        contest(report, ours_module_order_1=fails, eager=lambda: {"step_ms": 3.0})
+    assert read(report.path)["found"]["results"]["eager"] == {"step_ms": 3.0}
+
+
+def test_what_there_is_no_time_for_is_left_out(contest, tmp_path):
+    report = Report(tmp_path / "report.json", 0)
+    contest(report, eager=fails, ours_residual_order_1=fails)
+    said = read(report.path)
+    assert list(said["found"]["results"].values()) == 2 * [{"left_out": "no time left"}]
+    assert [goal["why"] for goal in said["goals"]] == ["no time left"]
 
 
 # Tests as stages

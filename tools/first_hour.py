@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from hour import carry, mending, process
-from hour.goals import MISSED, not_run, table
+from hour.goals import MISSED, NOT_RUN, Goal, not_run, table
 from hour.report import Report, read
 from hour.stages import NAMES, STAGES, Stage, listing, stage_of
 from record import RESULTS, ROOT, circumstances, dirty_option, write_record
@@ -73,8 +73,8 @@ def one(stage: Stage, args: argparse.Namespace, seconds: float, site: Path | Non
     if "not_run" in said:
         return record | {"why": said["not_run"], "goals": [not_run(f"{stage.name}: every goal", said["not_run"])]}
     missed = [goal["goal"] for goal in record["goals"] if goal["verdict"] == MISSED]
-    record["status"] = ended.how if ended.how != "done" else "missed" if missed else "passed"
-    record["why"] = "; ".join(filter(None, (ended.why, said.get("error", ""))))
+    record["status"], why = verdict(ended, said, record["goals"])
+    record["why"] = "; ".join(filter(None, (why, said.get("error", ""))))
     if record["status"] in FAILED:
         if not record["goals"]:
             record["goals"] = [not_run(f"{stage.name}: every goal", record["why"])]
@@ -82,6 +82,18 @@ def one(stage: Stage, args: argparse.Namespace, seconds: float, site: Path | Non
         told = "\n".join([record["why"], *process.tail(folder / "log.txt", 400, 60_000)])
         record["mend"] = {"needs": mending.needs(told, missed, capability_of(args))}
     return record
+
+
+def verdict(ended: process.Ended, said: dict[str, Any], goals: list[Goal]) -> tuple[str, str]:
+    """(status of a stage, why): one that proved nothing has not passed."""
+    if ended.how != "done":
+        return ended.how, ended.why
+    if "found" not in said:
+        return "failed", "it ended without a word, expected what it found"
+    verdicts = {goal["verdict"] for goal in goals}
+    if MISSED in verdicts:
+        return "missed", ""
+    return ("not run", "none of its goals could be") if verdicts == {NOT_RUN} else ("passed", "")
 
 
 def capability_of(args: argparse.Namespace) -> str:

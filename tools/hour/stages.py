@@ -68,7 +68,7 @@ class Stage:
 STAGES = (
     Stage("facts", 90, "what machine this is: GPU, driver, clocks as found, copies, products, a compiler that works",
           ("torch", "numpy"), entry="hour.facts:run"),
-    Stage("engines", 300, "every engine that is installed, on tiny models: numbers, plans, CUDA graphs, no allocation",
+    Stage("engines", 400, "every engine that is installed, on tiny models: numbers, plans, CUDA graphs, no allocation",
           TESTS, 2 * GIB, "hour.suites:engines"),
     Stage("captures", 120, "streams and captures: slots opened while others run, captures that fail, threads at once",
           TESTS, 2 * GIB, "hour.suites:captures"),

@@ -56,7 +56,9 @@ def engine(options: Options) -> Engine:
         device["cuda"] = str(torch.version.cuda)
     else:
         device["instructions"] = torch.backends.cpu.get_cpu_capability()
-    return Engine(kind="inductor", versions=library_versions("inductor", "torch", "diffusers"), device=device)
+    # Of a wheel from the package index, pip's version leaves out the build (`+cu130`) that torch itself names at load.
+    versions = {**library_versions("inductor", "torch", "diffusers"), "torch": str(torch.__version__)}
+    return Engine(kind="inductor", versions=versions, device=device)
 
 
 def graph_file(graph: str) -> str:

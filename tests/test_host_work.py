@@ -9,9 +9,9 @@ def found(eager):
     return host_work.measure(eager("plain", "residual").manifest, 1)
 
 
-def test_a_step_of_a_slot_brings_nothing_back(found):
-    """A forecast step is sent its weights; latents are on the device already, and so are the rows of its tables."""
-    assert found["slot"]["forecast"]["per_step"] == {"launches": 1, "on the device": 2, "to the device": 1}
+def test_a_step_of_a_slot_stays_on_the_device(found):
+    """Nothing is sent either: latents are on the device, and so are the rows of the tables and the weights."""
+    assert found["slot"]["forecast"]["per_step"] == {"launches": 1, "on the device": 3}
     assert found["slot"]["full"]["per_step"] == {"launches": 1, "on the device": 3}
 
 

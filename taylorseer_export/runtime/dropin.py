@@ -271,7 +271,7 @@ class DropIn(EngineModule):
             return torch.from_numpy(read).to(latents)
         kept: torch.Tensor = prediction.tensor  # type: ignore[attr-defined]
         if not kept.is_cuda:
-            check_prediction(bool(kept.isfinite().all()), request.step, request.plan)
+            check_prediction(bool(np.isfinite(host_array(kept)).all()), request.step, request.plan)
         # A copy in any case, since the next step overwrites it.
         return kept.clone() if kept.dtype == latents.dtype else kept.to(latents.dtype)
 

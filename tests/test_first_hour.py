@@ -377,16 +377,22 @@ def test_without_wheels_nothing_is_installed(tmp_path):
         ("RuntimeError: CUDA error: an illegal memory access", "the stack at the crash"),
         ("timed out: stopped after 9 s", "the stacks at the end of the log"),
         ("ModuleNotFoundError: No module named 'x'", "the name of the package in the log; add it to `CARRIED`"),
+        ("Captured stderr setup\nBundleError: torch is 2.11.0+cu130, expected 2.11.0", "the log and the versions"),
         ("something else", "the log and the versions"),
     ],
 )
 def test_a_failure_says_what_it_needs(said, needed):
-    assert mending.needs(said, [], "9.0").startswith(needed)
+    assert mending.needs(["", said], [], "9.0").startswith(needed)
+
+
+def test_the_error_goes_before_what_stands_somewhere_in_the_log():
+    log = "warning: CUDA out of memory was retried"
+    assert mending.needs(["stopped after 9 s", log], [], "9.0").startswith("the stacks at the end of the log")
 
 
 def test_a_broken_bound_needs_the_prediction_and_a_slow_step_its_counts():
-    assert mending.needs("", ["flux: error over its bound on FF"], "9.0").startswith("the prediction of the first step")
-    assert "compile_for_gpu.py --gpu 12.0`" in mending.needs("", ["flux: efficiency"], "12.0")
+    assert mending.needs([], ["flux: error over its bound on FF"], "9.0").startswith("the prediction of the first step")
+    assert "compile_for_gpu.py --gpu 12.0`" in mending.needs([], ["flux: efficiency"], "12.0")
 
 
 def test_the_archive_stays_small(tmp_path, monkeypatch):

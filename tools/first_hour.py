@@ -79,7 +79,9 @@ def one(stage: Stage, args: argparse.Namespace, seconds: float, site: Path | Non
         if not record["goals"]:
             record["goals"] = [not_run(f"{stage.name}: every goal", record["why"])]
         record["log_tail"] = process.tail(folder / "log.txt")
-        told = "\n".join([record["why"], *process.tail(folder / "log.txt", 400, 60_000)])
+        told = [record["why"]]
+        if record["status"] != "missed":  # whose log says how well it went
+            told.append("\n".join(process.tail(folder / "log.txt", 400, 60_000)))
         record["mend"] = {"needs": mending.needs(told, missed, capability_of(args))}
     return record
 

@@ -20,13 +20,13 @@ NEEDS = (
         "the same model without a GPU",
     ),
     (
-        r"does not compile|InductorError|CompilationError|PTXASError|ptxas|BackendCompilerFailed|CppCompileError",
+        r"does not compile|(?:Inductor|Compilation|PTXAS|CppCompile)Error|ptxas (?:fatal|error)|BackendCompilerFailed",
         "the generated kernels and wrappers of the stage, in the archive; `python tools/compile_for_gpu.py --gpu "
         "{capability} --model NAME --link`, in the environment of `make gpu-compiler`, compiles the same graphs for "
         "this GPU",
     ),
     (
-        r"cannot be captured|captur|cudaErrorStreamCapture",
+        r"cannot be captured|is capturing|StreamCapture",
         "the name of the call that may not be captured, in the log; say it in `tests/cuda_double.py`, whose promises "
         "are those of the library, and the same tests fail without a GPU",
     ),
@@ -53,12 +53,19 @@ NEEDS = (
 OTHERWISE = "the log and the versions, which the archive and the record hold"
 
 
-def needs(said: str, missed: Iterable[str], capability: str) -> str:
-    """The sentence for a stage that failed, or that missed goals alone."""
+def needs(said: Iterable[str], missed: Iterable[str], capability: str) -> str:
+    """The sentence for a stage that failed, or that missed goals alone.
+
+    Args:
+        said: The error, then the log: what the one says goes before what stands somewhere in the other.
+        missed: The goals.
+        capability: Of the GPU.
+    """
     missed = list(missed)
-    for pattern, need in NEEDS:
-        if re.search(pattern, said, re.IGNORECASE) or any(re.search(pattern, goal) for goal in missed):
-            return need.format(capability=capability)
+    for text in (*said, *missed):
+        for pattern, need in NEEDS:
+            if re.search(pattern, text, re.IGNORECASE):
+                return need.format(capability=capability)
     if missed:
         return (
             "the times and bytes in the record, to be put beside the launches, spills and bytes that `python "

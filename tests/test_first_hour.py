@@ -415,6 +415,7 @@ def test_the_archive_stays_small(tmp_path, monkeypatch):
 
 def record(tmp_path, name, date, stages, **changes):
     content = {"date": date, "commit": "a" * 40, "uncommitted_changes": False, "trial": "", "device": "cuda",
+               "command": name, "seconds": 2.0,
                "stages": [{"stage": s, "status": status} for s, status in stages.items()], **changes}  # fmt: skip
     path = tmp_path / name
     path.write_text(json.dumps(content))
@@ -426,7 +427,9 @@ def test_runs_of_one_commit_are_filed_as_one(tmp_path):
     second = record(tmp_path, "2", "2026-01-01T02", {"facts": "not run", "flux": "passed"})
     path = first_hour.filed([second, first], tmp_path / "out", False)
     assert path.name == "2026-01-01-first-hour.json"
-    stages = {stage["stage"]: stage["status"] for stage in json.loads(path.read_text())["stages"]}
+    whole = json.loads(path.read_text())
+    assert (whole["command"], whole["seconds"]) == ("1; 2", 4.0)
+    stages = {stage["stage"]: stage["status"] for stage in whole["stages"]}
     assert stages == {"facts": "passed", "flux": "passed", "wan": "passed"}
     other = record(tmp_path, "3", "2026-01-01T03", {}, commit="b" * 40)
     with pytest.raises(SystemExit, match="of 2 commits or devices, expected one"):

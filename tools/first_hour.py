@@ -234,7 +234,9 @@ def filed(paths: list[Path], folder: Path, allow_dirty: bool) -> Path:
         for stage in record["stages"]:
             if stage["stage"] not in stages or stage["status"] != "not run":
                 stages[stage["stage"]] = stage
-    whole = records[-1] | {"stages": [impersonal(stages[name]) for name in NAMES if name in stages]}
+    chosen = [impersonal(stages[name]) for name in NAMES if name in stages]
+    whole = records[-1] | {"command": "; ".join(record["command"] for record in records), "stages": chosen}
+    whole["seconds"] = sum(record["seconds"] for record in records)
     return write_record(NAME if not whole["trial"] else f"{NAME}-trial", whole, folder, allow_dirty)
 
 

@@ -54,14 +54,14 @@ class Stage:
         """Why it cannot run here, with what lies in `site`, without importing anything; empty where it can."""
         if self.never:
             return self.never
+        if self.program and shutil.which(self.program) is None:
+            return f"{self.program} is not on the path, expected a server for this stage; nothing carries one"
         path = [*([str(site)] if site else []), *sys.path]
         lost = [name for name in self.packages if PathFinder.find_spec(name, path) is None]
         if lost:
             return (
                 f"{', '.join(lost)} not installed, expected for this stage; carry it (--carry), install it (--wheels)"
             )
-        if self.program and shutil.which(self.program) is None:
-            return f"{self.program} is not on the path, expected a server for this stage; nothing carries one"
         return ""
 
 

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from compile_for_gpu import TINY, faults, read
-from pretended_gpu import GPUS, Kernel, usage, why_not
+from compile_for_gpu import faults, read
+from pretended_gpu import GPUS, Kernel, in_a_fork, usage, why_not
+from tiny_models import of_families
 
 from taylorseer_export.families import FAMILIES
 
@@ -77,8 +78,14 @@ def test_resources_of_a_kernel_are_read():
 
 
 def test_every_family_and_generation_is_there():
-    assert TINY.keys() == FAMILIES.keys()
+    assert of_families().keys() == FAMILIES.keys()
     assert all(name == "{}.{}".format(*gpu.capability) for name, gpu in GPUS.items())
+
+
+def test_a_fork_answers_and_one_that_ends_early_is_an_error(capfd):
+    assert in_a_fork(lambda: {"a": 1}) == {"a": 1}
+    assert in_a_fork(lambda: {"a": 1 / 0}) == {"error": "its process ended with 1"}
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("capability", [pytest.param(name, marks=NEEDS_COMPILER) for name in GPUS])

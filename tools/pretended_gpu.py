@@ -283,7 +283,8 @@ def _toolkit_paths(scratch: Path) -> None:
 
 def _watch(pretence: Pretence, link: bool) -> None:
     """Let kernels be compiled and not timed, and note what came of them."""
-    from torch._inductor import config, graph
+    import torch.utils.cpp_extension  # with what it reads of the machine
+    from torch._inductor import config, cpu_vec_isa, graph
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.fx_passes import joint_graph, post_grad
     from torch._inductor.graph import GraphLowering
@@ -350,7 +351,7 @@ def _watch(pretence: Pretence, link: bool) -> None:
     def compiling(module: Any, inputs: Any, **named: Any) -> Any:
         with _disable_current_modes():
             _adopt(module)
-            named["options"]["aot_inductor.package_cpp_only"] = not link
+            named["options"] |= {"aot_inductor.package_cpp_only": not link, "aot_inductor.precompile_headers": link}
             return compile_graph(module, inputs, **named)
 
     def on_the_cpu(make: Any) -> Any:
@@ -358,6 +359,10 @@ def _watch(pretence: Pretence, link: bool) -> None:
         return lambda device=None: make(torch.device("cpu"))
 
     joint_graph.lazy_init, post_grad.lazy_init = on_the_cpu(joint_graph.lazy_init), on_the_cpu(post_grad.lazy_init)
+    # What torch makes once in a process, whatever it compiles for, so that forks need not make it again.
+    cpu_vec_isa.valid_vec_isa_list()
+    joint_graph.lazy_init()
+    post_grad.lazy_init()
     CachingAutotuner.bench = bench
     CachingAutotuner._precompile_worker = compiling_forms
     torch._inductor.aot_compile = compiling

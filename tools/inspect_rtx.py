@@ -8,8 +8,8 @@ Needs `tensorrt_rtx` and no GPU. Its engine inspector reads a loaded engine, and
 builder's own log ends with the same layers, in detail where that is asked for: type, kernel, tensors, the ONNX nodes
 that went into it. Weights are random. Exits with 1 where a graph does not build or a goal is missed:
 
-- Attention is one kernel: the softmax of every attention is in a layer whose kernel is of that kind, and no layer next
-  to it does nothing but cast.
+- Attention is one kernel: every softmax that a matrix product reads is in a layer whose kernel is of that kind, and no
+  layer next to it does nothing but cast.
 - The weighted sum is one kernel: whatever reads a Taylor buffer reads the weights as well, and is one layer.
 """
 
@@ -148,6 +148,25 @@ def listening(trt: Any) -> Any:
     return Log()
 
 
+def attentions(trt: Any, network: Any) -> list[str]:
+    """What the network says of the origin of each softmax whose values weight others: one that routes does not."""
+    every = [network.get_layer(k) for k in range(network.num_layers)]
+    readers: dict[str, list[Any]] = {}
+    for layer in every:
+        for k in range(layer.num_inputs):
+            if layer.get_input(k) is not None:
+                readers.setdefault(layer.get_input(k).name, []).append(layer)
+
+    def weights(layer: Any) -> bool:
+        passing = (trt.LayerType.SHUFFLE, trt.LayerType.CAST, trt.LayerType.IDENTITY)
+        return any(
+            reader.type == trt.LayerType.MATRIX_MULTIPLY or (reader.type in passing and weights(reader))
+            for reader in readers.get(layer.get_output(0).name, [])
+        )
+
+    return [layer.metadata for layer in every if layer.type == trt.LayerType.SOFTMAX and weights(layer)]
+
+
 def built(trt: Any, log: Any, made: Any, cut: Any, path: Path) -> dict[str, Any]:
     """What came of one graph, by the package's own way to the builder."""
     from taylorseer_export.compile.tensorrt import add_profile, check_network, configure, parse
@@ -156,11 +175,7 @@ def built(trt: Any, log: Any, made: Any, cut: Any, path: Path) -> dict[str, Any]
     builder, log.layers = trt.Builder(log), ""
     network, parser = parse(trt, builder, log, path)
     check_network(trt, made, cut, network)
-    softmaxes = [
-        layer.metadata
-        for layer in map(network.get_layer, range(network.num_layers))
-        if layer.type == trt.LayerType.SOFTMAX
-    ]
+    softmaxes = attentions(trt, network)
     config = configure(trt, builder, made.options)
     add_profile(builder, config, cut, made.dimensions())
     plan = builder.build_serialized_network(network, config)

@@ -54,6 +54,13 @@ def test_a_missed_goal_is_a_fault(changes, fault):
     assert faults({**RECORD, **found(**changes)}) == [f"flux residual any for 8.9: {fault}"]
 
 
+def test_a_full_graph_without_attention_is_a_fault():
+    it = read(layers(LOG.format(**GOOD)), [], [])
+    assert faults({**RECORD, **it, "graph": "full"}) == [
+        "flux residual full for 8.9: no attention is seen, expected that of every block; mend `attentions`"
+    ]
+
+
 def test_a_move_beside_attention_is_counted_and_no_fault():
     it = found(before="__myl_ReshMove_myl0_0")
     assert (it["moves_beside_attention"], it["casts_beside_attention"]) == (1, 0)

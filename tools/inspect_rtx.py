@@ -118,6 +118,8 @@ def faults(record: Mapping[str, Any]) -> list[str]:
     if "error" in record:
         return [f"{where}: {record['error']}"]
     found = []
+    if record["graph"] == "full" and not record["attention"]:
+        found.append(f"{where}: no attention is seen, expected that of every block; mend `attentions`")
     if record["attention_fused"] < record["attention"]:
         found.append(f"{where}: {record['attention_fused']} of {record['attention']} attentions are one kernel")
     if record["casts_beside_attention"]:
@@ -158,7 +160,8 @@ def attentions(trt: Any, network: Any) -> list[str]:
                 readers.setdefault(layer.get_input(k).name, []).append(layer)
 
     def weights(layer: Any) -> bool:
-        passing = (trt.LayerType.SHUFFLE, trt.LayerType.CAST, trt.LayerType.IDENTITY)
+        # A mask brings a choice between values and zeros for rows that it leaves nothing of.
+        passing = (trt.LayerType.SHUFFLE, trt.LayerType.CAST, trt.LayerType.IDENTITY, trt.LayerType.SELECT)
         return any(
             reader.type == trt.LayerType.MATRIX_MULTIPLY or (reader.type in passing and weights(reader))
             for reader in readers.get(layer.get_output(0).name, [])

@@ -291,13 +291,14 @@ def _watch(pretence: Pretence, link: bool) -> None:
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner, NoTritonConfigsError
     from torch._inductor.scheduler import ExternKernelSchedulerNode
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._python_dispatch import _disable_current_modes
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
     graph.is_same_tensor = lambda one, other: one is other  # it would compare addresses
     config.compile_threads = 1
     config.always_keep_tensor_constants = True  # a weight of few numbers would be read, and written into the kernel
     config.shape_padding = False  # what it pays is timed
     config.use_static_triton_launcher = False  # it loads the kernel onto the GPU
+    deduce = joint_graph.UniformValueConstantFolder._deduce_value
     save, compile_forms, tune, codegen, compile_graph = (
         CachingAutotuner.save_gpu_kernel,
         CachingAutotuner._precompile_worker,
@@ -354,6 +355,18 @@ def _watch(pretence: Pretence, link: bool) -> None:
             named["options"] |= {"aot_inductor.package_cpp_only": not link, "aot_inductor.precompile_headers": link}
             return compile_graph(module, inputs, **named)
 
+    class Here(TorchDispatchMode):
+        """What is made, is made on the device that is there."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = dict(kwargs or {})
+            return func(*args, **({**given, "device": torch.device("cpu")} if given.get("device") else given))
+
+    def deducing(self: Any, node: Any) -> Any:
+        """A tensor of one value is made and read, to be written into the graph as that value."""
+        with Here():
+            return deduce(self, node)
+
     def on_the_cpu(make: Any) -> Any:
         """The examples of patterns are on a device that does not count: they are on the one that is there."""
         return lambda device=None: make(torch.device("cpu"))
@@ -363,6 +376,7 @@ def _watch(pretence: Pretence, link: bool) -> None:
     cpu_vec_isa.valid_vec_isa_list()
     joint_graph.lazy_init()
     post_grad.lazy_init()
+    joint_graph.UniformValueConstantFolder._deduce_value = deducing
     CachingAutotuner.bench = bench
     CachingAutotuner._precompile_worker = compiling_forms
     torch._inductor.aot_compile = compiling

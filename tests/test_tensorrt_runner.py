@@ -204,8 +204,8 @@ def test_a_slot_that_is_bound_waits_for_a_step_on_another_stream(bundle_of, tiny
     open_slot(denoiser, inputs).memory.calls["full"][0]()
     cuda.here = one
     open_slot(denoiser, inputs)
-    assert made._stream is one
-    made._stream = None  # as if nothing were under way
+    assert made._order.last is one
+    made._order.last = None  # as if nothing were under way
     cuda.here = other
     with pytest.raises(AssertionError, match="memory is used while another stream may still use it"):
         open_slot(denoiser, inputs)
@@ -217,6 +217,19 @@ def test_a_call_out_of_order_is_refused_by_the_double(opened):
     with pytest.raises(AssertionError, match="the size of scratch is asked for before shapes are set"):
         context.update_device_memory_size_for_shapes()
     assert context.set_tensor_address("noise_pred", 0) is False
+
+
+def test_scratch_that_the_library_cannot_use_is_refused_by_the_double(opened):
+    _, denoiser = opened("dit", aligned=256)
+    context, tensors = denoiser.runner._context("full"), denoiser.manifest.graphs["full"].inputs
+    for tensor in tensors:
+        assert context.set_input_shape(tensor.name, context.engine.get_tensor_profile_shape(tensor.name, 0)[0])
+    with pytest.raises(AssertionError, match="scratch is not aligned"):
+        context.set_device_memory(256 + 16, 1000)
+    with pytest.raises(AssertionError, match="scratch is too small"):
+        context.set_device_memory(256, 999)
+    context.set_device_memory(256, 1000)
+    assert context.memory == 256
 
 
 def test_what_was_not_compiled_is_not_kept(opened, tiny, tmp_path, monkeypatch):

@@ -79,7 +79,7 @@ class Watch(TorchDispatchMode):
         for value in tree_leaves((arguments, options, made)):
             block = isinstance(value, torch.Tensor) and self.cuda.blocks.get(value.untyped_storage().data_ptr())
             if block:
-                self.cuda.use(block, self.cuda.current_stream())
+                self.cuda.use(block, self.cuda.current_stream(block.home.gpu))
         return made
 
 
@@ -171,7 +171,10 @@ class FakeCuda:
         return self._stream(self.gpu if device is None else torch.device(device).index)
 
     def current_stream(self, gpu=None):
-        return self.here or self._defaults[self.gpu if gpu is None else gpu]
+        gpu = self.gpu if gpu is None else gpu
+        if self.here is None or getattr(self.here, "gpu", gpu) != gpu:  # a test's own is one of any GPU
+            return self._defaults[gpu]
+        return self.here
 
     def default_stream(self):
         return self._defaults[self.gpu]

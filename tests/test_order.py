@@ -11,7 +11,7 @@ from cuda_double import FakeCuda
 
 from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import Graph, Tensor
-from taylorseer_export.runtime.order import Order
+from taylorseer_export.runtime.order import Order, empty_after
 from taylorseer_export.runtime.torch_runner import TorchRunner
 
 GPU = Device("cuda", 0)
@@ -124,7 +124,7 @@ def test_tensors_that_others_hold_on_to_are_emptied(cuda):
 
     order, owner, kept = Order(GPU), Owner(), torch.ones(5)
     kept.record_stream = [].append
-    order.outlast(owner, [kept], empty=True)
+    empty_after(owner, [kept], order)
     gc.collect()
     assert kept.numel() == 5
     del owner

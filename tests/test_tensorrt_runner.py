@@ -204,8 +204,8 @@ def test_a_slot_that_is_bound_waits_for_a_step_on_another_stream(bundle_of, tiny
     open_slot(denoiser, inputs).memory.calls["full"][0]()
     cuda.here = one
     open_slot(denoiser, inputs)
-    assert made._order.last is one
-    made._order.last = None  # as if nothing were under way
+    assert made.order.last is one
+    made.order.last = None  # as if nothing were under way
     cuda.here = other
     with pytest.raises(AssertionError, match="memory is used while another stream may still use it"):
         open_slot(denoiser, inputs)

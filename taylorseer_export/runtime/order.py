@@ -58,21 +58,21 @@ class Order(AbstractContextManager[None]):
             if self.last is not None:
                 self.last.synchronize()
 
-    def outlast(self, owner: object, tensors: Iterable[torch.Tensor], empty: bool = False) -> None:
-        """When `owner` goes, let what is under way end before the memory of its tensors is used again.
+    def outlast(self, owner: object, tensors: Iterable[torch.Tensor]) -> None:
+        """When `owner` goes, which users of its tensors keep, let what is queued end before their memory is used."""
+        weakref.finalize(owner, _let_go, tuple(tensors), self).atexit = False
 
-        Args:
-            owner: Whoever uses the tensors keeps it.
-            tensors: They.
-            empty: Whether to take the memory from the tensors themselves, where others hold on to them.
-        """
-        weakref.finalize(owner, self._let_go, tuple(tensors), empty).atexit = False
 
-    def _let_go(self, tensors: tuple[torch.Tensor, ...], empty: bool) -> None:
-        """Called by the garbage collector, at any moment in any thread: it takes no lock and waits for nothing."""
-        last = self.last
-        for tensor in tensors:
-            if last is not None:
-                tensor.record_stream(last)
-            if empty:
-                tensor.data = tensor.new_empty(0)
+def empty_after(owner: object, tensors: Iterable[torch.Tensor], order: Order | None) -> None:
+    """When `owner` goes, take the memory from its tensors, which others hold on to; on a GPU after what is queued."""
+    weakref.finalize(owner, _let_go, tuple(tensors), order, empty=True).atexit = False
+
+
+def _let_go(tensors: tuple[torch.Tensor, ...], order: Order | None, empty: bool = False) -> None:
+    """Called by the garbage collector, at any moment in any thread: it takes no lock and waits for nothing."""
+    last = None if order is None else order.last
+    for tensor in tensors:
+        if last is not None:
+            tensor.record_stream(last)
+        if empty:
+            tensor.data = tensor.new_empty(0)

@@ -42,6 +42,7 @@ class TorchRunner:
         device: Where it runs; a GPU has its number.
         captures: CUDA graphs captured so far.
         fallbacks: Calls on a GPU that ran without a CUDA graph, because that was asked for.
+        order: That of all that is done on a GPU; None on the CPU.
     """
 
     alignment = 16  # bytes; compiled kernels read that much at once and assume that every tensor starts at a multiple
@@ -57,7 +58,7 @@ class TorchRunner:
         self.captures = self.fallbacks = 0
         self._functions = dict(functions)
         self._record: Callable[[str, Call], Call] | None = None
-        self._order = Order(self.device) if device.is_gpu else None
+        self.order = Order(self.device) if device.is_gpu else None
         if device.is_gpu and cuda_graphs:
             with current(self.device):
                 self._record = Recorder(self.device).record
@@ -65,7 +66,7 @@ class TorchRunner:
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         import torch
 
-        order = self._order
+        order = self.order
         with order or nullcontext():
             buffer = TorchBuffer(torch.zeros(shape, dtype=getattr(torch, dtype), device=str(self.device)), order)
         if order is not None:
@@ -88,7 +89,7 @@ class TorchRunner:
         Raises:
             StepError: A tensor does not start where the engine can read it, or the call cannot be captured.
         """
-        order = self._order
+        order = self.order
         if order is None:
             return call
         for name, buffer in buffers.items():
@@ -104,8 +105,8 @@ class TorchRunner:
             return partial(self._in_order, order, self._record(graph, call))
 
     def close(self) -> None:
-        if self._order is not None:
-            self._order.wait()  # what is under way uses engines that are about to go
+        if self.order is not None:
+            self.order.wait()  # what is under way uses engines that are about to go
         self._functions.clear()
         self._record = None
 

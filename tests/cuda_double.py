@@ -120,7 +120,11 @@ class FakeCuda:
         self.where.append(self.gpu)
 
     def use(self, memory, stream):
-        """Queue work that uses memory; `stream` or its handle. Within a capture it is queued at each replay."""
+        """Queue work that uses memory, or what lies at an address; `stream` or its handle.
+
+        Within a capture it is queued at each replay.
+        """
+        memory = self.blocks.get(memory, memory) if isinstance(memory, int) else memory
         stream = self.streams[stream] if isinstance(stream, int) else stream
         if self.capturing is not None:
             assert stream is self.here, "work on another stream than that of the capture"

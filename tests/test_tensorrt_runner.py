@@ -3,6 +3,7 @@
 On a GPU the real one is held to the contract of `test_runtime`; see `tensorrt_double` for what the double cannot show.
 """
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from taylorseer_export.compile.export import describe
 from taylorseer_export.errors import BundleError, StepError
 from taylorseer_export.runtime import tensorrt as runner
 from taylorseer_export.runtime.denoiser import Denoiser, load
+from taylorseer_export.runtime.order import Order
 
 real = pytest.importorskip("tensorrt_rtx")
 import tensorrt_double as double  # noqa: E402
@@ -185,6 +187,22 @@ def test_scratch_that_two_streams_would_use_at_once_is_refused_by_the_double():
         cuda.use("scratch", other)
     other.wait_stream(one)
     assert cuda.use("scratch", other.cuda_stream) is None
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_scratch_that_goes_back_outlasts_the_step_that_uses_it(bundle_of, monkeypatch, told):
+    bundle, modules = bundle_of("dit")
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    if not told:
+        monkeypatch.setattr(Order, "outlast", lambda *arguments: None)
+    made = runner.TensorRTRunner(double.library(modules, bundle.manifest), bundle, SECOND)
+    address = made._scratch_of(1000).address
+    cuda.here = FakeCuda.Stream(cuda, "cuda:1")
+    made.call_on_device("full", {}, lambda: cuda.use(address, cuda.current_stream(1)))()
+    cuda.here = made._scratch = None
+    gc.collect()
+    assert bool(cuda.torn) is not told and not cuda.blocks
 
 
 def test_a_slot_that_is_bound_waits_for_a_step_on_another_stream(bundle_of, tiny, monkeypatch):

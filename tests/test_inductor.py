@@ -198,7 +198,11 @@ def test_one_package_and_weights_that_are_stored_once(packages, drafts, name):
     assert {p.name for p in folder.iterdir()} == {building.PACKAGE, "weights.safetensors", MANIFEST}
     package = zipfile.ZipFile(folder / building.PACKAGE)
     inside = package.namelist()
-    assert not [path for path in inside if path.endswith((".cpp", ".blob"))]
+    assert not [path for path in inside if path.endswith(".blob")]
+    # torch 2.11 takes the name of the metadata from that of the wrapper's source, of which nothing else is kept.
+    sources = {path: package.read(path).decode() for path in inside if path.endswith(".cpp")}
+    assert set(sources.values()) == {building.EMPTIED} and len(sources) == len(draft.split.graphs)
+    assert {path.replace(".cpp", "_metadata.json") for path in sources} < set(inside)
     assert {path.split("/")[-2] for path in inside if path.endswith(".so")} == {cut.name for cut in draft.split.graphs}
     assert not held(package, load_file(folder / "weights.safetensors"))
     engine = Manifest.from_bytes((folder / MANIFEST).read_bytes(), folder).engine
@@ -676,24 +680,3 @@ def test_a_step_on_a_gpu_allocates_nothing(on_gpu, tiny, kind):
     assert len({buffer.address for buffer in buffers}) == 1
     assert torch.equal(torch.from_numpy(buffers[-1].read()), expected[-1])
     assert denoiser.runner.fallbacks == 0 and denoiser.runner.captures >= 2
-
-
-def test_the_trial_of_the_gpu_bench_runs_through(tmp_path):
-    """Every contestant of `tools/bench_gpu.py` on tiny models, without compiling: the code that a GPU will run."""
-    import subprocess
-    import sys
-
-    tool = Path(__file__).resolve().parents[1] / "tools" / "bench_gpu.py"
-    trial = ["--device", "cpu", "--tiny", "--no-compile", "--steps", "8", "--order", "1", "--loops", "1"]
-    done = subprocess.run([sys.executable, str(tool), *trial, "--out", str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr + done.stdout[-2000:]
-    record = json.loads(done.stdout.strip().splitlines()[-1])
-    for model in record["models"]:
-        results = model["results"]
-        assert not [label for label, result in results.items() if "failed" in result or "left_out" in result]
-        for granularity in ("residual", "module"):
-            ours = results[f"ours {granularity} order 1"]
-            assert ours["plan"] == "FFF....." and ours["fallbacks"] == 0
-            assert ours["efficiency"] == pytest.approx(ours["speedup"] / ours["ideal_speedup"])
-            assert 0 < max(ours["parity"]["FFF..F."]["over_bound_of_each_step"]) <= 1
-        assert results["eager"]["flops"] > 0

@@ -65,10 +65,11 @@ $(OLDEST)/.installed: pyproject.toml tools/constraints-oldest.txt
 		-c tools/constraints-oldest.txt -e '.[onnxruntime,export,sample]' filelock hypothesis pytest
 	@touch $@
 
-# Every family traced, split and compared with the oracle, and ONNX Runtime's bundles of two.
+# Every family traced, split and compared with the oracle, ONNX Runtime's bundles of two, and AOTInductor's of two.
 oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -q tests/test_ensures.py tests/test_split.py tests/test_onnx.py tests/test_weights.py
 	$(OLDEST)/bin/python -m pytest -q tests/test_families.py -k 'parity_with_the_oracle or onnx_runtime_equals'
+	$(OLDEST)/bin/python -m pytest -q tests/test_runtime.py -k 'inductor and all_full'
 
 GPU_COMPILER := .venv-gpu-compiler
 

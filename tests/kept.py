@@ -36,7 +36,7 @@ def sources(root: Path = ROOT) -> Iterator[Path]:
     package = root / "taylorseer_export"
     for path in sorted(package.rglob("*")):
         inside = path.relative_to(package)
-        if path.is_file() and inside.parts[0] not in RUN_SIDE and path.suffix != ".pyc":
+        if path.is_file() and inside.parts[0] not in RUN_SIDE and path.suffix not in (".pyc", ".md"):
             yield path
     yield from (root / name for name in MAKERS)
 

@@ -62,8 +62,8 @@ HEAVY: dict[str, frozenset[str]] = {
             "checkpoint/lora_names.py",
             "checkpoint/original.py",
             "checkpoint/weights.py",
-            "runtime/clock.py",
             "runtime/dropin.py",
+            "runtime/schedulers.py",
         }
     ),
     "accelerate": frozenset({"checkpoint/weights.py"}),

@@ -1,11 +1,16 @@
 """The scheduler of a bundle: its loop is the one that a pipeline of diffusers runs, or one sentence says why not."""
 
 import copy
+import subprocess
+import sys
+import warnings
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from taylorseer_export.bundle.schedulers import SCHEDULERS
 from taylorseer_export.errors import BundleError, ConfigError, StepError, TaylorSeerError
@@ -13,6 +18,7 @@ from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request, sample
+from taylorseer_export.runtime.schedulers import FlowEuler
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.tensors import check_guidance, tensor_request
 
@@ -108,6 +114,63 @@ def test_a_look_ahead_draws_nothing(sampled_by, name):
     np.testing.assert_array_equal(plain.latents, asked.latents)
 
 
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "num_train_timesteps": st.sampled_from([1, 3, 1000]),
+            "shift": st.floats(0.1, 20) | st.integers(1, 7),
+            "use_dynamic_shifting": st.booleans(),
+            "shift_terminal": st.sampled_from([None, 0.02, 0.5]),
+            "invert_sigmas": st.booleans(),
+            "time_shift_type": st.sampled_from(["exponential", "linear"]),
+        },
+    ),
+    st.integers(1, 60),
+    st.booleans(),
+    st.floats(0.1, 3),
+)
+def test_euler_s_rule_is_diffusers_own_bit_for_bit(config, steps, spaced, mu):
+    ours, theirs = FlowEuler.of(config), diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    assert ours is not None
+    sigmas, mu = (
+        np.linspace(1.0, 1.0 / steps, steps) if spaced else None,
+        mu if ours._known.use_dynamic_shifting else None,
+    )
+    ours.set(steps, sigmas, mu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a schedule that ends at once
+        theirs.set_timesteps(None if spaced else steps, sigmas=sigmas, mu=mu)
+    theirs.set_begin_index(0)  # as pipelines do: of equal timesteps the first is meant
+    np.testing.assert_array_equal(ours.timesteps, theirs.timesteps.numpy())
+    draw = np.random.default_rng(steps)
+    noise, *answers = draw.standard_normal((steps + 1, 2, 3)).astype(np.float32)
+    latents, expected = ours.start(noise), torch.from_numpy(noise)
+    for step, answer in enumerate(answers):
+        clean = expected - theirs.sigmas[step] * torch.from_numpy(answer)
+        expected = theirs.step(torch.from_numpy(answer), theirs.timesteps[step], expected).prev_sample
+        latents = ours.advance(answer, step, latents)
+        np.testing.assert_array_equal(latents, expected.numpy())
+        np.testing.assert_array_equal(ours.estimate(), clean.numpy())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_karras_sigmas": True}, {"stochastic_sampling": True}, {"use_beta_sigmas": "x"}, {"shift": "x"},
+        {"shift": True}, {"time_shift_type": "x"}, {"num_train_timesteps": 0}, {"base_shift": None},
+    ],
+)  # fmt: skip
+def test_what_is_not_here_is_left_to_diffusers(config):
+    assert FlowEuler.of(config) is None
+
+
+def test_euler_s_rule_needs_neither_torch_nor_diffusers():
+    code = "from taylorseer_export.runtime.schedulers import FlowEuler as F; import sys; F.of({}).set(4); "
+    code += "print(sorted({'torch', 'diffusers'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
 HOSTILE = (None, "x", -1, 0, 1e308, -1e308, 10**40, [], ["x"], {}, True)
 
 
@@ -158,9 +221,7 @@ def test_latents_that_a_scheduler_breaks(sampled_by, monkeypatch):
     loop = Loop(denoiser, request(), PLAN)
     loop.accept(np.full(request().latents.shape, 0.5, np.float32))
     before = loop.latents.copy()
-    monkeypatch.setattr(
-        loop._scheduler, "step", lambda *a, **k: type("Out", (), {"prev_sample": torch.full((2, 4, 8, 8), np.nan)})()
-    )
+    monkeypatch.setattr(loop._scheduler, "advance", lambda *_: np.full((2, 4, 8, 8), np.nan, np.float32))
     with pytest.raises(StepError, match=r"latents after step 1 of DDIMScheduler are NaN or infinite, expected finite"):
         loop.accept(np.full(request().latents.shape, 0.5, np.float32))
     assert loop.step == 1 and (loop.latents == before).all()

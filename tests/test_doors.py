@@ -30,9 +30,9 @@ from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime import inductor as inductor_runner
 from taylorseer_export.runtime import onnxruntime as onnxruntime_runner
 from taylorseer_export.runtime.check import random_constants
-from taylorseer_export.runtime.clock import scheduler_of
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.engines import open_runner
+from taylorseer_export.runtime.schedulers import scheduler_of
 
 
 def linked(source: Path, target: Path, place) -> Path:

@@ -38,8 +38,8 @@ from taylorseer_export.compile import export
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.runtime.calls import host_array
-from taylorseer_export.runtime.clock import scheduler_of
 from taylorseer_export.runtime.sampling import sample
+from taylorseer_export.runtime.schedulers import diffusers_scheduler
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
 from taylorseer_export.serve import contract
 
@@ -297,7 +297,7 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     name, build, options, _ = CASES[case]
     model, denoiser = denoisers(name)
     pipe = build(model)
-    pipe.scheduler = scheduler_of(denoiser.manifest)
+    pipe.scheduler = diffusers_scheduler(denoiser.manifest)
     pipe.transformer = denoiser.as_transformer(interval=1)
     form, calls = pipe.transformer._form, []
     pipe.transformer._form = lambda latents, inputs: calls.append(form(latents, inputs)) or calls[-1]

@@ -1,6 +1,7 @@
 """The kinds of engine: their options and checks, and one contract for every engine that runs on this machine."""
 
 import argparse
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,33 @@ def test_onnxruntime_computes_in_float32_on_the_cpu(precision):
 def test_a_missing_library_is_named():
     with pytest.raises(BuildError, match=r"no-such-library is not installed, .* --engine one; pip install"):
         engines.library_versions("one", "no-such-library")
+
+
+def installed(monkeypatch, **versions):
+    """Let these distributions be installed, and no others."""
+
+    def version(name):
+        try:
+            return versions[name.replace("-", "_")]
+        except KeyError:
+            raise PackageNotFoundError(name) from None
+
+    monkeypatch.setattr(engines, "version", version)
+
+
+def test_the_cuda_build_of_onnx_runtime_is_onnx_runtime(monkeypatch):
+    installed(monkeypatch, onnxruntime_gpu="1.31.1", onnx="1.23.1", torch="2.11.0", diffusers="0.38.0")
+    assert engines.builder("onnxruntime").engine(options(device="cuda")).versions["onnxruntime"] == "1.31.1"
+    installed(monkeypatch, onnx="1.23.1", torch="2.11.0", diffusers="0.38.0")
+    with pytest.raises(BuildError, match=r"^onnxruntime is not installed, expected it for --engine onnxruntime; pip"):
+        engines.builder("onnxruntime").engine(options())
+
+
+def test_a_package_names_torch_as_torch_names_itself(monkeypatch):
+    """Of a wheel from the package index, pip says 2.11.0 where torch says 2.11.0+cu130, and a load asks torch."""
+    installed(monkeypatch, torch=torch.__version__.partition("+")[0], diffusers="0.38.0")
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    assert engines.builder("inductor").engine(options()).versions["torch"] == "2.11.0+cu130"
 
 
 # bfloat16 on the host

@@ -9,9 +9,9 @@ def found(eager):
     return host_work.measure(eager("plain", "residual").manifest, 1)
 
 
-def test_a_step_of_a_slot_brings_nothing_back(found):
-    """A forecast step is sent its weights; latents are on the device already, and so are the rows of its tables."""
-    assert found["slot"]["forecast"]["per_step"] == {"launches": 1, "on the device": 2, "to the device": 1}
+def test_a_step_of_a_slot_stays_on_the_device(found):
+    """Nothing is sent either: latents are on the device, and so are the rows of the tables and the weights."""
+    assert found["slot"]["forecast"]["per_step"] == {"launches": 1, "on the device": 3}
     assert found["slot"]["full"]["per_step"] == {"launches": 1, "on the device": 3}
 
 
@@ -32,4 +32,11 @@ def test_every_time_is_one_of_a_step(found):
     assert {name: sorted(kinds) for name, kinds in found.items()} == {
         name: ["forecast", "full"] for name in host_work.WAYS
     }
-    assert all(it["microseconds"] > 0 and it["goal"] > 0 for kinds in found.values() for it in kinds.values())
+    assert all(it["microseconds"] > 0 for kinds in found.values() for it in kinds.values())
+
+
+def test_a_sampled_step_sends_the_latents_and_takes_the_prediction(found):
+    for kind, of_it in found["sampled"].items():
+        on_the_device = found["slot"][kind]["per_step"]["on the device"] - 1
+        crossing = {"to the device": 1, "to the host": 1}
+        assert of_it["per_step"] == {"launches": 1, "on the device": on_the_device, **crossing}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.errors import StepError
-from taylorseer_export.runtime.values import array_for
+from taylorseer_export.runtime.values import array_for, number_for
 
 
 def contract(dtype, **options):
@@ -27,6 +27,18 @@ def test_a_mask_of_any_kind_is_what_the_contract_asks_for(seen, wanted):
 def test_whole_numbers_of_any_width_are_taken(seen, wanted):
     array = array_for(contract(wanted), np.array([1, 0, 1], seen))
     assert array.tolist() == [1, 0, 1] and array.dtype == wanted
+
+
+@given(st.sampled_from(["float16", "float32", "bfloat16", "float64", "int64"]), st.floats(width=64) | st.integers())
+def test_one_number_is_taken_and_refused_as_many_are(wanted, number):
+    answers = []
+    for taken in (lambda: number_for(contract(wanted), number), lambda: array_for(contract(wanted), [number])):
+        try:
+            array = taken()
+            answers.append((array.tolist(), array.dtype))
+        except StepError as error:
+            answers.append(str(error))
+    assert answers[0] == answers[1]
 
 
 INTEGERS = [np.int8, np.uint8, np.int32, np.uint32, np.int64, np.uint64]

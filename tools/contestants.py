@@ -206,56 +206,12 @@ class Case:
         return Loop(self.args.steps, start, step, warm), computed
 
     def cache_dit(self, plan: Plan, order: int) -> tuple[Loop, list[int]]:
-        """The diffusers model in eager mode under cache-dit; and the numbers of the steps that it computed in full.
-
-        The most that it can save on a plan: a static mask, so that it need not compare residuals; on the other steps
-        the first block alone, fewer than one it does not take, and the TaylorSeer forecast of all that follows.
-
-        Raises:
-            SystemExit: The library is missing, or a step ran other blocks than the plan says (at that step).
-        """
-        library = cache_dit_library()
+        """The diffusers model in eager mode under cache-dit; and the numbers of the steps that it computed in full."""
         model = self._copied()
-        blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-        ran, computed = [0], []
-
-        def count(*_: Any) -> None:
-            ran[0] += 1
-
-        for block in blocks:
-            block.register_forward_hook(count)
-        library.enable_cache(
-            model,
-            cache_config=library.DBCacheConfig(
-                Fn_compute_blocks=1,
-                Bn_compute_blocks=0,
-                num_inference_steps=len(plan),
-                steps_computation_mask=[int(kind == "F") for kind in str(plan)],
-                steps_computation_policy="static",
-                enable_separate_cfg=False,
-            ),
-            calibrator_config=library.TaylorSeerCalibratorConfig(taylorseer_order=order),
-        )
-
-        def start() -> None:
-            computed.clear()
-            library.refresh_context(model)  # by itself it begins a new loop one step late
-
-        def step(k: int) -> np.ndarray:
-            ran[0] = 0
-            prediction = self._predicted(model, k)
-            expected = len(blocks) if str(plan)[k] == "F" else 1
-            if ran[0] != expected:
-                raise SystemExit(
-                    f"cache-dit ran {ran[0]} of {len(blocks)} blocks in step {k}, expected {expected} under plan "
-                    f"{plan}; install the version that tools/constraints.txt names, {INSTALL_CACHE_DIT}"
-                )
-            if ran[0] == len(blocks):
-                computed.append(k)
-            return prediction
-
+        cached = CacheDit(model, plan, order)
         warm = str(plan).find(".") + 2 if "." in str(plan) else 2
-        return Loop(len(plan), start, step, warm), computed
+        loop = Loop(len(plan), cached.begin, lambda k: cached.step(k, lambda: self._predicted(model, k)), warm)
+        return loop, cached.computed
 
     def _copied(self) -> Any:
         """A second diffusers model on the same memory."""
@@ -268,6 +224,80 @@ class Case:
         inputs = {"hidden_states": self.latents[k], "timestep": self.timesteps[k].expand(self.args.batch)}
         with torch.inference_mode():
             return model(**inputs, **self.conditioning, return_dict=False)[0].numpy()
+
+
+class CacheDit:
+    """A diffusers model under cache-dit, on a plan of ours.
+
+    The most that it can save on a plan: a static mask, so that it need not compare residuals; on the other steps the
+    first block alone, fewer than one it does not take, and the TaylorSeer forecast of all that follows.
+
+    Args:
+        model: With double and single blocks; it is changed in place.
+        plan: Which steps are computed.
+        order: Of the forecasts.
+        counts: Whether the blocks that ran are counted, by hooks that `torch.compile` would not take well.
+
+    Attributes:
+        computed: The steps of the latest loop that were computed in full, where they are counted.
+
+    Raises:
+        SystemExit: The library is missing.
+    """
+
+    def __init__(self, model: Any, plan: Plan, order: int, counts: bool = True) -> None:
+        self._library, self._model, self._plan = cache_dit_library(), model, str(plan)
+        self._ran, self.computed = 0, []
+        blocks = [*model.transformer_blocks, *model.single_transformer_blocks] if counts else []
+        self._blocks = len(blocks)
+
+        def count(*_: Any) -> None:
+            self._ran += 1
+
+        self._hooks = [block.register_forward_hook(count) for block in blocks]
+        self._library.enable_cache(
+            model,
+            cache_config=self._library.DBCacheConfig(
+                Fn_compute_blocks=1,
+                Bn_compute_blocks=0,
+                num_inference_steps=len(plan),
+                steps_computation_mask=[int(kind == "F") for kind in self._plan],
+                steps_computation_policy="static",
+                enable_separate_cfg=False,
+            ),
+            calibrator_config=self._library.TaylorSeerCalibratorConfig(taylorseer_order=order),
+        )
+
+    def begin(self) -> None:
+        """Begin a loop; by itself it begins a new one a step late."""
+        self.computed.clear()
+        self._library.refresh_context(self._model)
+
+    def step(self, k: int, call: Callable[[], Any]) -> Any:
+        """What `call` of the model returns at step `k`.
+
+        Raises:
+            SystemExit: The step ran other blocks than the plan says.
+        """
+        self._ran = 0
+        prediction = call()
+        if not self._blocks:
+            return prediction
+        expected = self._blocks if self._plan[k] == "F" else 1
+        if self._ran != expected:
+            raise SystemExit(
+                f"cache-dit ran {self._ran} of {self._blocks} blocks in step {k}, expected {expected} under plan "
+                f"{self._plan}; install the version that tools/constraints.txt names, {INSTALL_CACHE_DIT}"
+            )
+        if self._ran == self._blocks:
+            self.computed.append(k)
+        return prediction
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._library.disable_cache(self._model)
 
 
 def cache_dit_library() -> Any:

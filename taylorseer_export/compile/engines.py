@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], object]
 
+# Library -> what else pip may know it as: its CUDA build is another distribution of the same module.
+ALIASES = {"onnxruntime": ("onnxruntime-gpu",)}
+
 
 class Builder(Protocol):
     """What the module of one kind of engine offers."""
@@ -211,9 +214,19 @@ def library_versions(kind: str, *names: str) -> dict[str, str]:
         BuildError: One is not installed.
     """
     try:
-        return {name: version(name) for name in names}
+        return {name: _version(name) for name in names}
     except PackageNotFoundError as error:
         raise BuildError(
             f"{error.name} is not installed, expected it for --engine {kind}; "
             f"pip install 'taylorseer-export[export,{kind}]'"
         ) from error
+
+
+def _version(name: str) -> str:
+    """The version of a library, under the first of its names that it is installed by."""
+    for known in (name, *ALIASES.get(name, ())):
+        try:
+            return version(known)
+        except PackageNotFoundError:
+            continue
+    raise PackageNotFoundError(name)

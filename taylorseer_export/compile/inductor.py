@@ -26,6 +26,8 @@ from taylorseer_export.errors import BuildError, first_line
 from taylorseer_export.graph.cut import Cut
 
 PACKAGE = "graphs.pt2"
+# Sources stay behind. The wrapper's name does not: from it torch 2.11 works out where a graph's metadata lies.
+EMPTIED = "// the library beside this file was built from it\n"
 
 
 def check(options: Options) -> None:
@@ -56,7 +58,9 @@ def engine(options: Options) -> Engine:
         device["cuda"] = str(torch.version.cuda)
     else:
         device["instructions"] = torch.backends.cpu.get_cpu_capability()
-    return Engine(kind="inductor", versions=library_versions("inductor", "torch", "diffusers"), device=device)
+    # Of a wheel from the package index, pip's version leaves out the build (`+cu130`) that torch itself names at load.
+    versions = {**library_versions("inductor", "torch", "diffusers"), "torch": str(torch.__version__)}
+    return Engine(kind="inductor", versions=versions, device=device)
 
 
 def graph_file(graph: str) -> str:
@@ -84,12 +88,15 @@ def build(draft: Draft, folder: Path, progress: Progress) -> None:
             place = Path(scratch, cut.name)
             place.mkdir()
             files[cut.name] = compile_graph(draft, cut, weights, device, place)
+            for source in files[cut.name]:
+                if source.endswith(".cpp"):
+                    Path(source).write_text(EMPTIED, encoding="utf-8")
         package_aoti(str(folder / PACKAGE), files)
     progress("graphs", len(cuts), len(cuts))
 
 
 def compile_graph(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device: str, place: Path) -> list[str]:
-    """The files of one graph in `place`: its library, and what AOTInductor says of it; the sources stay behind.
+    """The files of one graph in `place`: its library, what AOTInductor says of it, and the source of its wrapper.
 
     Raises:
         BuildError: It does not compile.
@@ -132,7 +139,7 @@ def compile_program(
             f"torch says: {first_line(error)}"
         ) from error
     assert isinstance(files, list), "bug in taylorseer-export: AOTInductor was not asked for a package"
-    return [str(file) for file in files if not str(file).endswith(".cpp")]
+    return [str(file) for file in files if str(file).endswith(".wrapper.cpp") or not str(file).endswith(".cpp")]
 
 
 def _sizes(draft: Draft) -> dict[str, int | None]:

@@ -20,6 +20,14 @@ def form_of(manifest: Manifest) -> Form:
     return _FORMS[manifest.pipeline.arguments]
 
 
+def latent_of(latents: Any, shape: tuple[int, ...]) -> Any:
+    """The latent of a bundle, of a shape that a form once gave, within what a pipeline passes at a later step.
+
+    Every form takes all rows or the first ones, and which it is stays the same with the conditioning.
+    """
+    return latents if latents.shape == shape else latents[:, : shape[1]]
+
+
 def _declared(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return latents, inputs
 

@@ -13,7 +13,7 @@ call of every kind, size and count is made both ways and compared, and a combina
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -37,13 +37,20 @@ _Parts = list[list[Buffer]]
 _Place = Callable[[Memory, Tensor, FullStep | ForecastStep], Buffer]
 
 
+_Pair = tuple[Buffer, Buffer]
+
+
 class _Bound(NamedTuple):
-    """One graph bound for a number of samples: per tensor its buffer, and its parts by sample."""
+    """One graph bound for a number of samples: per tensor its buffer, and its parts by sample.
+
+    `pairs` are those parts beside the parts of a slot's memory, by way, place in the call, and entry of Taylor buffers.
+    """
 
     call: Call
     inputs: dict[str, Buffer]
     outputs: dict[str, Buffer]
     parts: dict[str, _Parts]
+    pairs: WeakKeyDictionary[Memory, dict[tuple[_Place, int, int], list[_Pair]]]
 
 
 class SharedCalls:
@@ -62,8 +69,6 @@ class SharedCalls:
         self._equal: set[Hashable] = set()
         self._bound: dict[Hashable, _Bound] = {}
         self._pays: dict[Hashable, bool] = {}
-        # Of each slot's memory by tensor and address: to make them takes longer than to copy them.
-        self._parts: WeakKeyDictionary[Memory, dict[tuple[str, int], _Parts]] = WeakKeyDictionary()
         graphs = denoiser.manifest.graphs
         tensors = [t for name in _SHARED & graphs.keys() for t in (*graphs[name].inputs, *graphs[name].outputs)]
         fixed = BATCH not in denoiser.manifest.dimensions
@@ -88,8 +93,7 @@ class SharedCalls:
         if not self._pays[kind]:
             return None
         # The numbers go to all samples of a call; full steps of the snapshots layout have none.
-        values = step.weights if isinstance(step, ForecastStep) else step.scales
-        numbers = values.tobytes() if any(tensor.role == "weights" for tensor in graph.inputs) else b""
+        numbers = step.numbers.tobytes() if any(tensor.role == "weights" for tensor in graph.inputs) else b""
         return name, frozenset(slot.sizes.items() - {(BATCH, slot.sizes[BATCH])}), numbers, ids
 
     def run(self, slots: Sequence[Slot]) -> bool:
@@ -128,7 +132,7 @@ class SharedCalls:
         outputs = {t.name: runner.buffer(resolve(t.shape, sizes), t.dtype) for t in contract.outputs}
         buffers = {**inputs, **outputs}
         parts = {t.name: _parts(t, buffers[t.name]) for t in (*contract.inputs, *contract.outputs) if BATCH in t.shape}
-        return _Bound(runner.bind(graph, inputs, outputs), inputs, outputs, parts)
+        return _Bound(runner.bind(graph, inputs, outputs), inputs, outputs, parts, WeakKeyDictionary())
 
     def _gather(self, graph: GraphName, slots: Sequence[Slot], bound: _Bound) -> None:
         inputs, first = self.denoiser.manifest.graphs[graph].inputs, slots[0]
@@ -148,27 +152,31 @@ class SharedCalls:
         pairs = self._pairs(outputs, slots, bound, Memory.target)
         return all(shared.read().tobytes() == own.read().tobytes() for shared, own in pairs)
 
-    def _pairs(
-        self, tensors: Sequence[Tensor], slots: Sequence[Slot], bound: _Bound, place: _Place
-    ) -> Iterator[tuple[Buffer, Buffer]]:
-        """Part by part of the tensors with samples: where the shared call has it, and where its slot does."""
-        apart = [tensor for tensor in tensors if BATCH in tensor.shape]
+    def _pairs(self, tensors: Sequence[Tensor], slots: Sequence[Slot], bound: _Bound, place: _Place) -> list[_Pair]:
+        """Part by part of the tensors with samples: where the shared call has it, and where its slot does.
+
+        What belongs to a slot at one place of the call is found once: that takes longer than to copy it.
+        """
+        found: list[_Pair] = []
         first = 0
         for slot in slots:
-            memory, step, samples = slot.memory, slot.upcoming, slot.sizes[BATCH]
-            for tensor in apart:
-                shared = bound.parts[tensor.name][first : first + samples]
-                for ours, own in zip(shared, self._parts_of(memory, tensor, place(memory, tensor, step)), strict=True):
-                    yield from zip(ours, own, strict=True)
+            step, samples = slot.upcoming, slot.sizes[BATCH]
+            known, where = bound.pairs.setdefault(slot.memory, {}), (place, first, step.entry)
+            if where not in known:
+                known[where] = [
+                    pair
+                    for tensor in tensors
+                    if BATCH in tensor.shape
+                    for ours, own in zip(
+                        bound.parts[tensor.name][first : first + samples],
+                        _parts(tensor, place(slot.memory, tensor, step)),
+                        strict=True,
+                    )
+                    for pair in zip(ours, own, strict=True)
+                ]
+            found += known[where]
             first += samples
-
-    def _parts_of(self, memory: Memory, tensor: Tensor, buffer: Buffer) -> _Parts:
-        """The parts of a tensor of a slot, made once."""
-        known = self._parts.setdefault(memory, {})
-        place = tensor.name, buffer.address
-        if place not in known:
-            known[place] = _parts(tensor, buffer)
-        return known[place]
+        return found
 
 
 def ids_of(denoiser: Denoiser, conditioning: Mapping[str, np.ndarray]) -> Hashable:

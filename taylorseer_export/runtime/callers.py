@@ -120,6 +120,8 @@ class Callers:
         Raises:
             StepError: It is clearly closer to another loop over the same conditioning.
         """
+        if loop is not None and not loop.earlier and len(self._loops) == 1:  # its own, and so with every step of most
+            return
         with self._lock:
             others = [other for other in self._loops if other is not loop and other.resumes(call)]
         rivals = [other.latents for other in others] + (loop.earlier if loop is not None else [])

@@ -45,8 +45,8 @@ class Seen(NamedTuple):
     @classmethod
     def of(cls, value: Any, renewed: bool = False) -> Seen:
         """The value now; inference tensors count no versions."""
-        counted = hasattr(value, "is_inference") and not value.is_inference()
-        return cls(value, value._version if counted else 0, renewed)
+        asked = getattr(value, "is_inference", None)
+        return cls(value, 0 if asked is None or asked() else value._version, renewed)
 
     def same(self, other: Seen) -> bool:
         if self.value is not other.value and (self.renewed or not hasattr(self.value, "detach")):
@@ -82,9 +82,13 @@ class TransformerCall(NamedTuple):
 
 @dataclass
 class Branch:
-    """A branch of guidance: begun at step `begun`, the `next` step it runs, and what ran `before` that."""
+    """A branch of guidance: begun at step `begun`, the `next` step it runs, and what ran `before` that.
+
+    The pipeline's latents have the `latent` of the bundle, of that shape, in front.
+    """
 
     conditioning: dict[str, Seen]
+    latent: tuple[int, ...]
     begun: int
     next: int
     before: str = ""
@@ -146,15 +150,15 @@ class LoopState:
         name, said = call.context
         return name, self.step < 0 or call.timestep != self.last or said != self.said or name in self.ran
 
-    def continues(self, call: TransformerCall) -> bool:
-        """Whether a call belongs to this request.
+    def continues(self, call: TransformerCall, name: str, begins: bool) -> bool:
+        """Whether a call, of which `branch_of` says this, belongs to this request.
 
         Raises:
             StepError: The conditioning changed in a declared request, or is new at every call of one that is not.
         """
-        if self.over or not (self.declared or self._fits(call)):
+        if self.over or not (self.declared or self._fits(call, begins)):
             return False
-        branch = self.branches.get(self.branch_of(call)[0])
+        branch = self.branches.get(name)
         if branch is None or branch.same(call.conditioning):
             return True
         equal = branch.equal(call.conditioning)
@@ -175,16 +179,17 @@ class LoopState:
 
     def renews(self, call: TransformerCall) -> bool:
         """Whether nothing but the identity of its conditioning tells a call from one of this request."""
-        if self.over or not self._fits(call):
+        name, begins = self.branch_of(call)
+        if self.over or not self._fits(call, begins):
             return False
-        branch = self.branches.get(self.branch_of(call)[0])
+        branch = self.branches.get(name)
         return branch is not None and branch.equal(call.conditioning)
 
     def resumes(self, call: TransformerCall) -> bool:
         """Whether a call may be a later step of this loop, had it not been left: the same tensors, time gone on."""
-        if self.over or self.step < 0 or call.timestep == self.first or not self._fits(call):
+        if self.over or self.step < 0 or call.timestep == self.first:
             return False
-        return self.alike(call)
+        return self._fits(call, self.branch_of(call)[1]) and self.alike(call)
 
     def alike(self, call: TransformerCall) -> bool:
         """Whether a call has the very conditioning of this request, so that only inference tells them apart."""
@@ -201,7 +206,7 @@ class LoopState:
         elif self.latents is not None and (self.earlier or not moved):
             self.earlier.append(self.latents)
         if moved:
-            self.direction = float(np.sign(call.timestep - self.last))
+            self.direction = 1.0 if call.timestep > self.last else -1.0
         self.step += 1
         self.last = call.timestep
         self.said = call.context.step_index if call.context is not None else None
@@ -230,16 +235,16 @@ class LoopState:
         """The rest of the forecasts for a branch that starts at `step`: the first is full, whatever was planned."""
         return replace(self.forecasts, plan=Plan("F" + str(self.plan)[step + 1 :]))
 
-    def _fits(self, call: TransformerCall) -> bool:
-        """Whether latents and timestep of a call may be those of this loop."""
-        if self.latents is None or call.shape != tuple(self.latents.value.shape):
+    def _fits(self, call: TransformerCall, begins: bool) -> bool:
+        """Whether latents and timestep of a call, which `begins` a step or not, may be those of this loop."""
+        if self.latents is None or call.shape != self.latents.value.shape:
             return False
-        if not self.branch_of(call)[1]:
+        if not begins:
             return True
         said = call.context.step_index if call.context is not None else None
         if said is not None and self.said is not None:
             return said >= max(self.said, 1)
-        move = np.sign(call.timestep - self.last)
+        move = (call.timestep > self.last) - (call.timestep < self.last)
         if call.timestep == self.first:  # timesteps that have not moved may be rounded; equal latents are a loop anew
             done = self.fixed and self.step + 1 >= len(self.plan)
             return self.direction == 0 and not done and not self.latents.equal(call.latents)

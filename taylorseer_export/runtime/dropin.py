@@ -28,7 +28,7 @@ from taylorseer_export.method import (
     RequestOptions,
     forecasts_from_options,
 )
-from taylorseer_export.runtime.arguments import form_of
+from taylorseer_export.runtime.arguments import form_of, latent_of
 from taylorseer_export.runtime.callers import Callers
 from taylorseer_export.runtime.calls import Branch, Context, LoopState, Seen, TransformerCall, host_array
 from taylorseer_export.runtime.engine_module import EngineModule
@@ -248,21 +248,19 @@ class DropIn(EngineModule):
     # One call --------------------------------------------------------------------------------------------------------
 
     def _predict(self, latents: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        call = self._call(latents, inputs)
-        request = self._request_of(call)
-        name, begins = request.branch_of(call)
+        here = self._callers.here
+        call = self._call(here.context, latents, inputs)
+        request, name, begins = self._request_of(here.loop, call)
         if begins:
             request.advance(call)
             if request.step >= len(request.plan):
                 self._lengthen(request)
         request.latents = call.latents
         request.ran.add(name)
-        taken, inputs = self._form(latents, {n: seen.value for n, seen in call.conditioning.items()})
-        branch = self._branch(request, name, call, tuple(taken.shape), inputs)
-        slot = request.slots[name]
+        branch, slot = self._branch(request, name, call)
+        taken = latent_of(latents, branch.latent)
         stays = self._tensors and latents.is_cuda  # a GPU's values never come to the host
-        values = taken if stays else host_array(taken)
-        prediction = slot.advance(values, call.timestep, request.decided)
+        prediction = slot.advance(taken if stays else host_array(taken), call.timestep, request.decided)
         if request.forecasts.guard is not None:
             request.decided = slot.executed[-1]
         request.executed[name] = branch.before + slot.executed
@@ -273,17 +271,22 @@ class DropIn(EngineModule):
             return torch.from_numpy(read).to(latents)
         kept: torch.Tensor = prediction.tensor  # type: ignore[attr-defined]
         if not kept.is_cuda:
-            check_prediction(bool(kept.isfinite().all()), request.step, request.plan)
-        return kept.to(latents.device, latents.dtype, copy=True)  # the next step overwrites it
+            check_prediction(bool(np.isfinite(host_array(kept)).all()), request.step, request.plan)
+        # A copy in any case, since the next step overwrites it.
+        return kept.clone() if kept.dtype == latents.dtype else kept.to(latents.dtype)
 
-    def _call(self, latents: torch.Tensor, inputs: dict[str, Any]) -> TransformerCall:
+    def _call(self, context: Context | None, latents: torch.Tensor, inputs: dict[str, Any]) -> TransformerCall:
         """The call, its arguments checked by name."""
-        clock = self.denoiser.timestep.name
+        clock, constants = self.denoiser.timestep.name, self.denoiser.constants
+        conditioning = {}
         for name, value in inputs.items():
-            if name not in self._known and not _is_nothing(value):
+            if name in constants:
+                if value is not None:
+                    conditioning[name] = Seen.of(value, name in self._renewed)
+            elif name not in self._known and not _is_nothing(value):
                 raise StepError(
-                    f"argument `{name}` is given, expected only {clock}, {', '.join(self.denoiser.constants)}, which "
-                    "the bundle was traced with; leave it out"
+                    f"argument `{name}` is given, expected only {clock}, {', '.join(constants)}, which the bundle was "
+                    "traced with; leave it out"
                 )
         if not isinstance(latents, torch.Tensor) or not self.is_on(latents.device):
             seen = f"on `{latents.device}`" if isinstance(latents, torch.Tensor) else type(latents).__name__
@@ -292,10 +295,7 @@ class DropIn(EngineModule):
                 "engines were loaded; move the pipeline there or load the bundle with another device"
             )
         timestep = self._timestep(inputs.get(clock))
-        given = {n: v for n, v in inputs.items() if n in self.denoiser.constants and v is not None}
-        conditioning = {n: Seen.of(v, n in self._renewed) for n, v in given.items()}
-        context, seen_latents = self._callers.here.context, Seen.of(latents)
-        return TransformerCall(context, seen_latents, tuple(latents.shape), timestep, conditioning)
+        return TransformerCall(context, Seen.of(latents), latents.shape, timestep, conditioning)
 
     def _timestep(self, given: Any) -> float:
         """The timestep of a call, whatever its shape."""
@@ -309,28 +309,29 @@ class DropIn(EngineModule):
             )
         return float(values[0])
 
-    def _request_of(self, call: TransformerCall) -> LoopState:
-        """The request under way if the call belongs to it, else a new one."""
-        running = self._callers.here.loop
-        if running is not None and running.continues(call):
-            if running.branch_of(call)[1]:
-                self._callers.check_turns(call, running)
-            return running
+    def _request_of(self, running: LoopState | None, call: TransformerCall) -> tuple[LoopState, str, bool]:
+        """The request that a call belongs to, a new one if not the one under way; its branch; whether it is a step."""
+        if running is not None:
+            name, begins = running.branch_of(call)
+            if running.continues(call, name, begins):
+                if begins:
+                    self._callers.check_turns(call, running)
+                return running, name, begins
         self._callers.check_turns(call, None)
         renewed = running is not None and running.renews(call)
         if running is not None and running.alike(call):  # else it may have been left by an error elsewhere
             running.warn_if_short()
         loop = LoopState(self.forecasts, self._options.fixes_length, renewed=renewed)
         self._callers.begin(loop)
-        return loop
+        return loop, *loop.branch_of(call)
 
-    def _branch(
-        self, request: LoopState, name: str, call: TransformerCall, shape: tuple[int, ...], inputs: dict[str, Any]
-    ) -> Branch:
-        """The branch of a call; one that is new or missed a step starts with a full step."""
+    def _branch(self, request: LoopState, name: str, call: TransformerCall) -> tuple[Branch, Slot]:
+        """The branch of a call and its slot; one that is new or missed a step starts with a full step."""
         branch = request.branches.get(name)
         slot = request.slots.get(name)
         if branch is None or slot is None or branch.next != request.step:
+            taken, inputs = self._form(call.latents.value, {n: seen.value for n, seen in call.conditioning.items()})
+            shape = tuple(taken.shape)
             conditioning = {n: host_array(value) for n, value in inputs.items()}
             sizes = self.denoiser.sizes(shape, conditioning)
             slot = self._callers.slot(request, name, sizes, shape, self.denoiser.slot)
@@ -342,10 +343,10 @@ class DropIn(EngineModule):
                 )
             before = request.executed.get(name, "")
             slot.start(conditioning, request.forecasts_from(request.step), timesteps)
-            branch = request.branches[name] = Branch(call.conditioning, request.step, request.step, before)
+            branch = request.branches[name] = Branch(call.conditioning, shape, request.step, request.step, before)
         elif len(request.plan) > branch.begun + len(slot.plan or ()):
             slot.extend(request.forecasts_from(branch.begun).plan)
-        return branch
+        return branch, slot
 
     # Plans -----------------------------------------------------------------------------------------------------------
 

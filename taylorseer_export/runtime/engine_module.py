@@ -129,6 +129,8 @@ class EngineModule(torch.nn.Module):
 
     def is_on(self, device: torch.device) -> bool:
         """Whether that is where the engines are; of the CPU `cpu` and `cpu:0` are two names."""
+        if device == self.device:
+            return True
         if device.type != self.device.type:
             return False
         return device.type == "cpu" or device.index is None or device.index == self.device.index

@@ -72,6 +72,7 @@ class Memory:
             self.calls["rest"] = self._bind_full("rest")
             self.probe = Probe(contract.manifest, runner, self.buffers, self._new)
         self._prepared: _Prepared | None = None
+        self._number_tables: dict[GraphName, Buffer] = {}
 
     def call(self, graph: GraphName, step: FullStep | ForecastStep) -> Call:
         """The bound call of a graph of the loop that reads and writes what a step does."""
@@ -110,6 +111,23 @@ class Memory:
         self._prepared.clock.write(timesteps)
         self._prepared.call()
         return self._prepared.tables
+
+    def number_tables(self, steps: Sequence[FullStep | ForecastStep]) -> dict[GraphName, Buffer]:
+        """Send what the schedule gives the graphs at every step, all at once.
+
+        Returns:
+            Graph -> `[S, N]`, the numbers of each step that runs it, in the rows of the others zeros.
+        """
+        for graph, buffer in self.numbers.items():
+            shape = (len(steps), *buffer.shape)
+            rows = np.zeros(shape, np.float32)
+            for row, step in zip(rows, steps, strict=True):
+                if isinstance(step, ForecastStep) == (graph == "forecast"):
+                    row[:] = step.numbers
+            if graph not in self._number_tables or self._number_tables[graph].shape != shape:
+                self._number_tables[graph] = self._runner.buffer(shape, "float32")
+            self._number_tables[graph].write(rows)
+        return self._number_tables
 
     # Binding -------------------------------------------------------------------------------------------------------
 

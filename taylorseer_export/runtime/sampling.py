@@ -1,4 +1,4 @@
-"""Sampling: a whole denoising loop over a slot, with diffusers' own schedulers.
+"""Sampling: a whole denoising loop over a slot, by the scheduler of the bundle.
 
 What a pipeline does around the transformer is here and nowhere else: how noise becomes its input, and how guidance
 combines two halves of a batch or two branches. `clock.py` knows what it calls a timestep, and `tensors.py`
@@ -7,21 +7,18 @@ makes requests of any family from tensors.
 
 from __future__ import annotations
 
-import copy
-import inspect
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from taylorseer_export.errors import BundleError, StepError, first_line
+from taylorseer_export.errors import StepError
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.branches import Branches
-from taylorseer_export.runtime.clock import clock, scheduler_of
+from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.schedulers import scheduler_of
 from taylorseer_export.runtime.values import check_prediction
 
 
@@ -179,7 +176,9 @@ class Loop:
         denoiser, request, forecasts: As in `sample`.
 
     Attributes:
+        latents: `[N, ...]` float32, after the steps accepted so far.
         step: Steps accepted so far.
+        model_timesteps: `[S]`, what the transformer takes at each step.
         branches: Sizes of the slot that each branch of guidance needs.
         sizes: Those of the first.
 
@@ -188,19 +187,13 @@ class Loop:
     """
 
     def __init__(self, denoiser: Denoiser, request: Request, forecasts: Forecasts) -> None:
-        import torch
-
         self.request, self.forecasts = request, forecasts
         self._pipeline = denoiser.manifest.pipeline
         self._scheduler = scheduler_of(denoiser.manifest)
-        self._ticks = clock(denoiser.manifest, request.latents.shape, len(forecasts), request.sigmas, self._scheduler)
-        self._latents = torch.from_numpy(request.latents * float(getattr(self._scheduler, "init_noise_sigma", 1.0)))
-        # Noise that a scheduler adds on the way is this request's own, whatever else runs in the process.
-        self._draws: dict[str, torch.Generator] = {}
-        if "generator" in inspect.signature(self._scheduler.step).parameters:
-            seed = zlib.crc32(np.ascontiguousarray(request.latents).tobytes())
-            self._draws["generator"] = torch.Generator("cpu").manual_seed(seed)
-        self._last: list[Any] = []
+        self.model_timesteps = clock(
+            denoiser.manifest, request.latents.shape, len(forecasts), request.sigmas, self._scheduler
+        )
+        self.latents = self._scheduler.start(request.latents)
         self.step = 0
         shape = self.model_input().shape
         self.branches = [denoiser.sizes(shape, conditioning) for conditioning in request.branches]
@@ -210,11 +203,6 @@ class Loop:
     def plan(self) -> Plan:
         """Which steps are full, as planned."""
         return self.forecasts.plan
-
-    @property
-    def latents(self) -> np.ndarray:
-        """`[N, ...]` float32, after the steps accepted so far."""
-        return np.asarray(self._latents.numpy())
 
     def open(self, denoiser: Denoiser) -> Branches:
         """New slots for it."""
@@ -230,11 +218,6 @@ class Loop:
         same = all(ran == kind or (self.forecasts.guard and ran == "F") for kind, ran in pairs)
         assert same, "bug in taylorseer-export: the steps that ran are not those planned"
 
-    @property
-    def model_timesteps(self) -> np.ndarray:
-        """`[S]`, what the transformer takes at each step."""
-        return self._ticks.model_timesteps
-
     def model_input(self, latents: np.ndarray | None = None) -> np.ndarray:
         """What the transformer takes of the latents, the loop's own if left out."""
         latents = self.latents if latents is None else latents
@@ -242,17 +225,9 @@ class Loop:
             behind = joined.axis == 1
             own = latents if behind else latents[:, :, joined.value.shape[2] :]
             latents = np.concatenate([own, joined.value] if behind else [joined.value, own], joined.axis)
-        latents = self._scaled(latents)
+        if self.step < len(self.plan):
+            latents = self._scheduler.model_input(latents, self.step)
         return _doubled(latents) if self.request.guided and self.request.negative is None else latents
-
-    def _scaled(self, latents: np.ndarray) -> np.ndarray:
-        """As the scheduler scales what the transformer is given; most leave it as it is."""
-        import torch
-
-        scale = getattr(self._scheduler, "scale_model_input", None)
-        if scale is None or self.step == len(self.plan):
-            return latents
-        return np.asarray(scale(torch.from_numpy(latents), self._ticks.timesteps[self.step]).numpy())
 
     def prediction(self, noise_pred: np.ndarray) -> np.ndarray:
         """What the scheduler takes of the transformer's answer: both guided ones combined, a learned sigma dropped."""
@@ -260,13 +235,11 @@ class Loop:
             noise_pred = -noise_pred
         if self.request.guided:
             noise_pred = _guide(noise_pred, self.request.guidance_scale, self._pipeline.guidance_keeps_norm)
-        return noise_pred[:, : self._latents.shape[1]] if noise_pred.ndim == 4 else noise_pred
+        return noise_pred[:, : self.latents.shape[1]] if noise_pred.ndim == 4 else noise_pred
 
     def preview(self, prediction: np.ndarray) -> np.ndarray:
         """The latents that this prediction would lead to; the loop does not advance."""
-        draws = {name: generator.clone_state() for name, generator in self._draws.items()}
-        *_, latents = self._advanced(copy.deepcopy(self._scheduler), draws, prediction)
-        return np.asarray(latents.numpy())
+        return self._following(self._scheduler.ahead, prediction)
 
     def accept(self, prediction: np.ndarray) -> None:
         """Advance the latents by the transformer's answer.
@@ -276,41 +249,27 @@ class Loop:
             BundleError: The scheduler does not step.
         """
         check_prediction(bool(np.isfinite(prediction).all()), self.step, self.plan)
-        *last, latents = self._advanced(self._scheduler, self._draws, self.prediction(prediction))
-        if not latents.isfinite().all():
+        latents = self._following(self._scheduler.advance, self.prediction(prediction))
+        if not np.isfinite(latents).all():
             raise StepError(
-                f"latents after step {self.step} of {type(self._scheduler).__name__} are NaN or infinite, expected "
-                "finite numbers; check its config, and --guidance-scale"
+                f"latents after step {self.step} of {self._scheduler.name} are NaN or infinite, expected finite "
+                "numbers; check its config, and --guidance-scale"
             )
-        self._last, self._latents = last, latents
+        self.latents = latents
         self.step += 1
 
-    def _advanced(self, scheduler: Any, draws: Mapping[str, Any], prediction: np.ndarray) -> tuple[Any, Any, Any, Any]:
-        """(latents, prediction, the scheduler's answer to both, the next latents) of the step under way."""
-        import torch
-
-        answer, latents, joined = torch.from_numpy(prediction), self._latents, self.request.joined
-        given = None if joined is None or joined.axis != 2 else torch.from_numpy(joined.value)
-        if given is not None:  # frames that are no part of what is sampled
-            answer, latents = (value[:, :, given.shape[2] :] for value in (answer, latents))
-        try:
-            advanced = scheduler.step(answer, self._ticks.timesteps[self.step], latents, **draws)
-        except Exception as error:  # whatever a class makes of values that it was not written for
-            raise BundleError(
-                f"{type(scheduler).__name__} does not step by its config ({first_line(error)}), expected a scheduler "
-                "that makes the next latents of a prediction; export with another one, or drive the denoiser step by "
-                "step"
-            ) from error
-        following = advanced.prev_sample
-        return latents, answer, advanced, following if given is None else torch.cat([given, following], 2)
+    def _following(self, step: Callable[[np.ndarray, int, np.ndarray], np.ndarray], answer: np.ndarray) -> np.ndarray:
+        """The next latents, by a step of the scheduler; frames that are no part of what is sampled stay."""
+        latents, joined = self.latents, self.request.joined
+        if joined is None or joined.axis != 2:
+            return step(answer, self.step, latents)
+        frames = joined.value.shape[2]
+        following = step(answer[:, :, frames:], self.step, latents[:, :, frames:])
+        return np.concatenate([joined.value, following], 2)
 
     def estimate(self) -> np.ndarray:
         """`[N, ...]` float32: where the last step thinks the loop will end, for previews."""
-        latents, answer, advanced = self._last
-        clean = getattr(advanced, "pred_original_sample", None)
-        if clean is None:  # flow matching: the answer is the velocity away from the picture
-            clean = latents - self._scheduler.sigmas[self.step - 1] * answer
-        return np.asarray(clean.numpy())
+        return self._scheduler.estimate()
 
 
 class Pool:

@@ -30,6 +30,11 @@ class FullStep:
     entry: int
     scales: np.ndarray
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """What the graph is given."""
+        return self.scales
+
 
 @dataclass(frozen=True)
 class ForecastStep:
@@ -38,6 +43,11 @@ class ForecastStep:
     entry: int
     weights: np.ndarray
     gain: float
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """What the graph is given."""
+        return self.weights
 
 
 def schedule(forecasts: Forecasts, capacity: Capacity) -> tuple[FullStep | ForecastStep, ...]:

@@ -1,6 +1,6 @@
 """A slot: one request at a time, in memory of its own.
 
-Starting a request runs `prepare` for all its timesteps; each step then copies in a latent and two table rows and
+Starting a request runs `prepare` for all its timesteps; each step then copies in a latent and its rows of tables and
 replays one bound call. Under a guard the probe is called before it, and a full step is the rest of what the probe
 began. `memory.py` holds the buffers and the calls, which one request after another uses.
 
@@ -23,7 +23,7 @@ from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.memory import Memory
 from taylorseer_export.runtime.runner import Buffer, Runner
 from taylorseer_export.runtime.schedule import ForecastStep, FullStep, forecast_step, full_step, schedule
-from taylorseer_export.runtime.values import array_for
+from taylorseer_export.runtime.values import array_for, number_for
 
 
 class Slot:
@@ -50,6 +50,8 @@ class Slot:
         self._steps: list[FullStep | ForecastStep] = []
         self._forecasts = Forecasts(Plan("F"), 0)
         self._tables: dict[str, Buffer] = {}
+        self._sent: Sequence[FullStep | ForecastStep] = ()  # the steps whose numbers are in these tables
+        self._number_tables: dict[GraphName, Buffer] = {}
         self._timesteps: np.ndarray | None = None
         self.plan: Plan | None = None
         self.executed = ""
@@ -91,6 +93,7 @@ class Slot:
             self.memory.buffers[name].write(array)
         self.memory.clear()
         self._steps, self.executed, self._timesteps = steps, "", timesteps
+        self._send_numbers()
         self._forecasts, self._guard = forecasts, forecasts.guard
         if forecasts.guard is not None:
             assert self.memory.probe is not None
@@ -105,7 +108,13 @@ class Slot:
         self._forecasts = replace(self._forecasts, plan=plan)
         if self._guard is None:
             self._steps = self._steps_of(self._forecasts)
+            self._send_numbers()
         self.plan = plan
+
+    def _send_numbers(self) -> None:
+        """Put the numbers of all steps on the device, where they are known ahead."""
+        self._sent = tuple(self._steps)
+        self._number_tables = self.memory.number_tables(self._sent) if self._sent else {}
 
     def _steps_of(self, forecasts: Forecasts) -> list[FullStep | ForecastStep]:
         """What the steps of a plan do; under a guard that is known step by step."""
@@ -157,9 +166,18 @@ class Slot:
         self.memory.buffers[self.contract.latent.name].write(array)
         if self._guard is not None:
             self._decide(number, decided)
-        current, numbers = self.upcoming, self.memory.numbers.get(self.graph)
-        if numbers is not None:
-            numbers.write(current.weights if isinstance(current, ForecastStep) else current.scales)
+        self._write_numbers(number)
+
+    def _write_numbers(self, number: int) -> None:
+        """Give the graph the numbers of its step: a row of what was sent, unless they were settled since."""
+        step, graph = self.upcoming, self.graph
+        numbers = self.memory.numbers.get(graph)
+        if numbers is None:
+            return
+        if number < len(self._sent) and self._sent[number] is step:
+            numbers.copy(self._number_tables[graph].entry(number))
+        else:
+            numbers.write(step.numbers)
 
     def _decide(self, number: int, decided: str | None) -> None:
         """Run the probe, and fix what the step does by its error, unless the plan or another branch has done so."""
@@ -201,8 +219,9 @@ class Slot:
     @property
     def upcoming(self) -> FullStep | ForecastStep:
         """The step that comes next; raises `StepError` where there is none, or a guard has yet to settle it."""
-        number = self._number()
-        if number >= len(self._steps):
+        number = len(self.executed)
+        if self.plan is None or number >= len(self._steps):
+            number = self._number()
             raise StepError(f"step {number} is not settled, expected it staged under a guard; call stage() first")
         return self._steps[number]
 
@@ -245,7 +264,7 @@ class Slot:
                 raise StepError(
                     f"the timestep of step {number} is unknown, expected it from start() or step(); pass timestep="
                 )
-            tables, row = self.memory.prepare(array_for(self.contract.timestep, [timestep])), 0
+            tables, row = self.memory.prepare(number_for(self.contract.timestep, timestep)), 0
         else:
             known = self._timesteps[number]
             if timestep is not None and not abs(known - timestep) <= 1e-8 + 1e-5 * abs(timestep):

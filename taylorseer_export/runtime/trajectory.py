@@ -54,7 +54,7 @@ def random_trajectory(
     start, end = generator.standard_normal((2, *shape)).astype(np.float32)
     angle = np.linspace(0, np.pi / 2, steps, dtype=np.float32).reshape(-1, *[1] * len(shape))
     latents = np.cos(angle) * start + np.sin(angle) * end
-    return Trajectory(latents, clock(manifest, shape, steps).model_timesteps, conditioning)
+    return Trajectory(latents, clock(manifest, shape, steps), conditioning)
 
 
 def random_conditioning(

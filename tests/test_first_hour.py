@@ -433,6 +433,14 @@ def test_runs_of_one_commit_are_filed_as_one(tmp_path):
         first_hour.filed([first, other], tmp_path / "out", False)
 
 
+def test_a_filed_record_names_no_folder_of_the_machine():
+    said = ["File /opt/x/site-packages/torch/a.py", "see https://a.org/b/c and tests/test_a.py, 5 GB/s", 3]
+    assert first_hour.impersonal({"why": said, "platform": "a kernel", "n": None}) == {
+        "why": ["File a.py", "see https://a.org/b/c and tests/test_a.py, 5 GB/s", 3],
+        "n": None,
+    }
+
+
 def test_a_trial_without_a_gpu_needs_tiny_models(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["first_hour.py", "--device", "cpu"])
     with pytest.raises(SystemExit):

@@ -20,6 +20,7 @@ import argparse
 import faulthandler
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -233,8 +234,17 @@ def filed(paths: list[Path], folder: Path, allow_dirty: bool) -> Path:
         for stage in record["stages"]:
             if stage["stage"] not in stages or stage["status"] != "not run":
                 stages[stage["stage"]] = stage
-    whole = records[-1] | {"stages": [stages[name] for name in NAMES if name in stages]}
+    whole = records[-1] | {"stages": [impersonal(stages[name]) for name in NAMES if name in stages]}
     return write_record(NAME if not whole["trial"] else f"{NAME}-trial", whole, folder, allow_dirty)
+
+
+def impersonal(content: Any) -> Any:
+    """What is filed of a stage: files by their names, since the folders of the machine say nothing to a reader."""
+    if isinstance(content, dict):
+        return {key: impersonal(value) for key, value in content.items() if key != "platform"}
+    if isinstance(content, list):
+        return [impersonal(value) for value in content]
+    return re.sub(r"(?<![\w.:/])(?:/[\w.+-]+)+/", "", content) if isinstance(content, str) else content
 
 
 def options() -> argparse.ArgumentParser:

@@ -11,12 +11,18 @@ it keeps what that stream waits for, so that it refuses memory that two streams 
 | no capture on a default stream; no wait of the host for a stream within a capture | NVIDIA, "CUDA Graph constraints" |
 | other threads may allocate and copy during a capture in mode `thread_local` | torch 2.14 docs, torch.cuda.graph |
 | a wait for the device ends captures of every mode | NVIDIA/TensorRT issue 2888 |
+| freed memory is given out again on its own stream at once, but for streams that were recorded | Tensor.record_stream |
 """
 
 import contextlib
+import math
+import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 NAMES = (
     "is_available",
@@ -54,6 +60,29 @@ class FakeStream:
             stream.wait_stream(self)
 
 
+class Block:
+    """Memory that the allocator has given out: for work on `home`, and for that on the streams that are recorded."""
+
+    def __init__(self, home):
+        self.home, self.used, self.recorded = home, {}, []
+
+
+class Watch(TorchDispatchMode):
+    """Takes every operator on memory of the GPU for work on the current stream."""
+
+    def __init__(self, cuda):
+        super().__init__()
+        self.cuda = cuda
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        for value in tree_leaves((arguments, options, made)):
+            block = isinstance(value, torch.Tensor) and self.cuda.blocks.get(value.untyped_storage().data_ptr())
+            if block:
+                self.cuda.use(block, self.cuda.current_stream(block.home.gpu))
+        return made
+
+
 class FakeCuda:
     """A machine of GPUs of the capabilities given.
 
@@ -65,6 +94,8 @@ class FakeCuda:
         allocated: Devices that tensors were asked for on.
         capturing: The graph that is being captured; None if none is.
         free: Bytes that are free on every GPU.
+        blocks: Address -> what was allocated there and is not free again.
+        torn: Streams whose work went on in memory that had been given back.
     """
 
     def __init__(self, fails=False, capabilities=((8, 0), (9, 0))):
@@ -72,6 +103,7 @@ class FakeCuda:
         self.capabilities, self.allocated, self.streams = capabilities, [], {}
         self.capturing, self.free = None, 1 << 30
         self._pools, self._last, self._last_in_pool = 0, {}, {}
+        self.blocks, self.torn = {}, []
         self._defaults = [self._stream(gpu) for gpu in range(len(capabilities))]
         for stream in self._defaults:
             stream.name = "default"
@@ -88,7 +120,11 @@ class FakeCuda:
         self.where.append(self.gpu)
 
     def use(self, memory, stream):
-        """Queue work that uses memory; `stream` or its handle. Within a capture it is queued at each replay."""
+        """Queue work that uses memory, or what lies at an address; `stream` or its handle.
+
+        Within a capture it is queued at each replay.
+        """
+        memory = self.blocks.get(memory, memory) if isinstance(memory, int) else memory
         stream = self.streams[stream] if isinstance(stream, int) else stream
         if self.capturing is not None:
             assert stream is self.here, "work on another stream than that of the capture"
@@ -100,6 +136,16 @@ class FakeCuda:
         assert stream.after.get(number, 0) >= count, "memory is used while another stream may still use it"
         stream.after[stream.cuda_stream] = stream.after.get(stream.cuda_stream, 0) + 1
         self._last[memory] = stream.cuda_stream, stream.after[stream.cuda_stream]
+        if isinstance(memory, Block):
+            memory.used[stream.cuda_stream] = stream.after[stream.cuda_stream]
+
+    def watched(self):
+        """Within it every operator is work on its tensors; see `use`."""
+        return Watch(self)
+
+    def check(self):
+        """Refuse what a finaliser cannot: memory that was given out again while a stream used it."""
+        assert not self.torn, f"memory is given out again that {', '.join(self.torn)} may still use"
 
     def is_available(self):
         return True
@@ -128,8 +174,11 @@ class FakeCuda:
     def Stream(self, device=None):
         return self._stream(self.gpu if device is None else torch.device(device).index)
 
-    def current_stream(self):
-        return self.here or self._defaults[self.gpu]
+    def current_stream(self, gpu=None):
+        gpu = self.gpu if gpu is None else gpu
+        if self.here is None or getattr(self.here, "gpu", gpu) != gpu:  # a test's own is one of any GPU
+            return self._defaults[gpu]
+        return self.here
 
     def default_stream(self):
         return self._defaults[self.gpu]
@@ -164,7 +213,7 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
-        assert capture_error_mode == "thread_local"
+        assert capture_error_mode == "thread_local", "a capture that other threads may end"
         assert stream.gpu == self.gpu, "a stream of another GPU than the current one"
         assert stream not in self._defaults, "a capture on a default stream"
         assert self.capturing is None, "a second capture in this process: the wait before it ends the first"
@@ -189,10 +238,26 @@ class FakeCuda:
         return stream
 
     def _allocator(self, real):
-        def allocate(*arguments, device=None, **options):
-            if device is not None and torch.device(device).type == "cuda":
-                self.allocated.append(str(device))
-                device = "cpu"
-            return real(*arguments, device=device, **options)
+        def allocate(shape, *more, device=None, dtype=torch.float32, **options):
+            if device is None or torch.device(device).type != "cuda":
+                return real(shape, *more, device=device, dtype=dtype, **options)
+            self.check()
+            self.allocated.append(str(device))
+            block, sizes = Block(self.current_stream(torch.device(device).index)), torch.Size(np.atleast_1d(shape))
+            memory = np.zeros(max(1, math.prod(sizes) * dtype.itemsize), np.uint8)
+            tensor = torch.from_numpy(memory)[: math.prod(sizes) * dtype.itemsize].view(dtype).reshape(sizes)
+            self.blocks[memory.ctypes.data] = block
+            weakref.finalize(memory, self._free, memory.ctypes.data, block).atexit = False
+            self.use(block, block.home)
+            tensor.record_stream = block.recorded.append
+            return tensor
 
         return allocate
+
+    def _free(self, address, block):
+        """Whatever is allocated next on its home stream may get this memory, once what is queued there is done."""
+        del self.blocks[address]
+        for number, count in block.used.items():
+            streams = [block.home, *block.recorded]
+            if number != block.home.cuda_stream and all(s.after.get(number, 0) < count for s in streams):
+                self.torn.append(f"stream {number}")

@@ -17,8 +17,8 @@ kernel, stream or CUDA graph of it ever runs here.
 
 1: docstrings of tensorrt_rtx 1.7.1. 2: the Python bindings of TensorRT 10, where they bind `ICudaEngine`.
 3: the comments of NvInferRuntime.h on `setTensorAddress` and `setDeviceMemoryV2`, as other projects copy that header.
-Not looked at here: that a launch off the default stream is advised, that scratch outlives the work, and that nobody
-captures around a context of RTX that captures by itself.
+Not looked at here: that a launch off the default stream is advised, and that nobody captures around a context of RTX
+that captures by itself. That scratch outlives the work is looked at by the double of `torch.cuda`, whose memory it is.
 """
 
 import ctypes

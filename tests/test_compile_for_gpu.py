@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
-from compile_for_gpu import TINY, faults, read
-from pretended_gpu import GPUS, Kernel, usage, why_not
+from compile_for_gpu import faults, read
+from pretended_gpu import GPUS, Kernel, in_a_fork, usage, why_not
+from tiny_models import of_families
 
 from taylorseer_export.families import FAMILIES
 
@@ -77,16 +79,39 @@ def test_resources_of_a_kernel_are_read():
 
 
 def test_every_family_and_generation_is_there():
-    assert TINY.keys() == FAMILIES.keys()
+    assert of_families().keys() == FAMILIES.keys()
     assert all(name == "{}.{}".format(*gpu.capability) for name, gpu in GPUS.items())
 
 
+def test_a_fork_answers_and_one_that_ends_early_is_an_error(capfd):
+    assert in_a_fork(lambda: {"a": 1}) == {"a": 1}
+    assert in_a_fork(lambda: {"a": 1 / 0}) == {"error": "its process ended with 1"}
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def records():
+    """Arguments of the tool -> the records that one process of it prints; made once for all GPUs."""
+
+    @cache
+    def make(*arguments):
+        command = [sys.executable, "tools/compile_for_gpu.py", "--here", "--model", "flux", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+    return make
+
+
 @pytest.mark.parametrize("capability", [pytest.param(name, marks=NEEDS_COMPILER) for name in GPUS])
-def test_flux_compiles_for_a_gpu_that_is_not_there(capability):
-    command = [sys.executable, "tools/compile_for_gpu.py", "--here", "--model", "flux", "--gpu", capability]
-    command += ["--graph", "full", "forecast", *(["--link"] if capability == "9.0" else [])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def test_flux_compiles_for_a_gpu_that_is_not_there(records, capability):
+    found = [r for r in records("--graph", "full", "forecast", "--gpu", *GPUS) if r["capability"] == capability]
     assert [record["graph"] for record in found] == ["full", "forecast"]
     assert [fault for record in found for fault in faults(record)] == []
+    assert all(record["bytes"] >= record["floor_bytes"] for record in found)
+
+
+@pytest.mark.parametrize("capability", [pytest.param("9.0", marks=NEEDS_COMPILER)])
+def test_a_library_links_for_a_gpu_that_is_not_there(records, capability):
+    (found,) = records("--graph", "forecast", "--gpu", capability, "--link")
+    assert found["linked"] and faults(found) == []

@@ -1,9 +1,12 @@
 """AOTInductor packages, the torch runner, and what GPUs add; the contract of all runners is in `test_runtime`."""
 
+import gc
 import json
+import os
 import platform
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +16,12 @@ import pytest
 import torch
 from cuda_double import FakeCuda
 from harness import FLOAT32, NEEDS_GPU, allowed, eager_denoiser, open_slot, representable, run, toy_trace
+from inductor_double import Package
 from oracle import assert_close
 from safetensors.torch import load_file
 from tiny_bundles import PACKAGES
 
 from taylorseer_export import cli
-from taylorseer_export.bundle.contract import NOTE, signature
 from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import MANIFEST, Graph, Manifest, Tensor
 from taylorseer_export.bundle.shapes import resolve
@@ -40,7 +43,7 @@ from taylorseer_export.runtime.torch_runner import Recorder, TorchBuffer, TorchR
 
 pytestmark = pytest.mark.slow
 
-GPU = Device("cuda")
+GPU, SECOND = Device("cuda"), Device("cuda", 1)
 SIZES = {"batch": 2, "image_tokens": 6, "text_tokens": 5, "steps": 3}
 
 
@@ -236,6 +239,55 @@ def test_graphs_share_one_copy_of_the_weights(inductor):
         assert len({tensors[name].data_ptr() for tensors in used if name in tensors}) == 1
 
 
+def test_weights_go_with_the_last_call(packages):
+    """The package itself holds on to them for ever: on a GPU that would be all of its memory."""
+    with load(packages("plain"), threads=1) as denoiser:
+        function = denoiser.runner._functions["full"]
+        kept = list(function.args[1].values())
+    del denoiser
+    gc.collect()
+    assert all(tensor.numel() for tensor in kept)  # the function may still be called
+    del function
+    gc.collect()
+    assert {tensor.untyped_storage().nbytes() for tensor in kept} == {0}
+
+
+def test_a_package_lets_go_of_no_weights_by_itself(packages, monkeypatch):
+    """Why they are emptied; when a release of torch fails this, that can go."""
+    monkeypatch.setattr("taylorseer_export.runtime.inductor.empty_after", lambda *arguments: None)
+    with load(packages("plain"), threads=1) as denoiser:
+        kept = max(denoiser.runner._functions["full"].args[1].values(), key=torch.numel)
+    address, uses = kept.untyped_storage()._cdata, torch._C._storage_Use_Count
+    del denoiser
+    gc.collect()
+    held = kept.untyped_storage()
+    del kept
+    gc.collect()
+    assert uses(address) > 1 and held.nbytes()
+
+
+def test_slots_of_several_threads_run_at_one_time(inductor, tiny):
+    """As a server's workers do on the CPU: models made for one run at a time would not allow it."""
+    denoiser, inputs = inductor("plain"), tiny("plain").inputs(6, batch=2)
+    expected = run(denoiser, inputs, "FF.F..", 1)
+    with ThreadPoolExecutor(4) as threads:
+        for seen in threads.map(lambda _: run(denoiser, inputs, "FF.F..", 1), range(8)):
+            assert torch.equal(seen, expected)
+
+
+def test_a_package_for_the_cpu_is_opened_for_several_runs(packages, monkeypatch):
+    given = {}
+
+    def refuse(path, name, **options):
+        given.update(options)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("torch._inductor.package.load_package", refuse)
+    with pytest.raises(BundleError, match="enough"):
+        load(packages("plain"))
+    assert given == {"device_index": -1, "num_runners": os.cpu_count()}
+
+
 @pytest.fixture
 def rewritten(packages, tmp_path):
     """A bundle of links to the package's files, with another entry in its manifest's engine."""
@@ -417,59 +469,128 @@ def test_a_gpu_without_a_number_is_the_one_that_is_current_at_the_load(captured)
     assert calls == [0]
 
 
-class Package(SimpleNamespace):
-    """What torch makes of a package of `CONTRACT`, with one weight."""
-
-    loader = None
-
-    def get_metadata(self):
-        return {NOTE: signature(CONTRACT)}
-
-    def get_constant_fqns(self):
-        return ["weight"]
-
-    def load_constants(self, tensors, **options):
-        self.loaded(tensors)
-
-
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """(the double, what was loaded, a bundle for the second of its GPUs)."""
-    fake, seen = FakeCuda(), []
+    """(the double of torch.cuda, that of a package, a bundle of it for the second of two GPUs)."""
+    fake = FakeCuda()
     fake.install(monkeypatch)
-
-    def load_package(path, name, run_single_threaded, device_index):
-        seen.append(("package", device_index, fake.gpu))
-        fake.gpu = device_index  # as AOTInductor's own constructor leaves it
-        return Package(loaded=lambda tensors: seen.append(("constants", *tensors.values(), fake.gpu)))
-
-    def load_file(path, device):
-        seen.append(("weights", device, fake.gpu))
-        return {"weight": device}
-
-    monkeypatch.setattr("torch._inductor.package.load_package", load_package)
-    monkeypatch.setattr("safetensors.torch.load_file", load_file)
+    package = Package(fake, {"full": CONTRACT}, {"full": scaled}, {"full": ["weight"]})
+    monkeypatch.setattr("torch._inductor.package.load_package", package.load_package)
+    monkeypatch.setattr("safetensors.torch.load_file", package.load_file)
     limits = {"machine": platform.machine(), "compute_capability": "9.0"}
     engine = SimpleNamespace(versions={"torch": torch.__version__}, device=limits)
     manifest = SimpleNamespace(engine=engine, graphs={"full": CONTRACT}, command=lambda: "the command")
-    return fake, seen, SimpleNamespace(manifest=manifest, folder="it", path=Path)
+    return fake, package, SimpleNamespace(manifest=manifest, folder="it", path=Path)
+
+
+def scaled(weights, x, y):
+    """What the one graph of the double does."""
+    y.copy_(weights["weight"] * x)
 
 
 def test_a_package_is_loaded_on_its_gpu(two_gpus):
-    fake, seen, bundle = two_gpus
+    fake, package, bundle = two_gpus
     runner = open_runner(bundle, Device("cuda", 1), threads=0, cuda_graphs=False)
     assert runner.device == Device("cuda", 1)
-    assert seen == [("weights", "cuda:1", 1), ("package", 1, 1), ("constants", "cuda:1", 1)]
+    assert package.events == [("weights", "cuda:1", 1), ("package", 1, 1), ("constants", "cuda:1", 1)]
     assert fake.gpu == 0
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_package_is_run_as_the_library_asks(two_gpus, cuda_graphs):
+    """On its GPU, one run at a time, warm before it is captured, its weights in place until the last call goes."""
+    fake, package, bundle = two_gpus
+    runner = open_runner(bundle, SECOND, threads=0, cuda_graphs=cuda_graphs)
+    with fake.watched():
+        x, y = (runner.buffer((4,), "float32") for _ in range(2))
+        x.write(np.arange(4, dtype=np.float32))
+        call = runner.bind("full", {"x": x}, {"y": y})
+        call()
+        fake.here = FakeCuda.Stream(fake, "cuda:1")
+        call()
+        assert y.read().tolist() == [0, 2, 4, 6]
+    runner.close()
+    gc.collect()
+    (weight,) = package.kept
+    assert weight.numel() == 1  # the call may still be made
+    del call, runner
+    gc.collect()
+    assert weight.numel() == 0 and package.recorded == [fake.here]  # after what is queued there
+    fake.check()
+
+
+def model_of(two_gpus, **options):
+    """A model of the double, warm."""
+    fake, package, _ = two_gpus
+    model = package.load_package("graphs.pt2", "full", device_index=0, **options)
+    model.load_constants(package.load_file("it", "cuda:0"), check_full_update=True, user_managed=True)
+    return fake, package, model
+
+
+def capturing(fake):
+    return fake.graph(fake.CUDAGraph(), fake.graph_pool_handle(), fake.Stream(), "thread_local")
+
+
+def test_the_double_of_a_package_refuses_what_spoils_a_capture(two_gpus):
+    for options, problem in (
+        ({"run_single_threaded": True}, "constants are folded within a capture"),
+        ({}, "a run asks for an event within a capture"),
+    ):
+        fake, package, model = model_of(two_gpus, **options)
+        tensors = [torch.zeros(4) for _ in range(2)]
+        with capturing(fake), pytest.raises(AssertionError, match=problem):
+            model.boxed_run(list(tensors))
+    fake, package, model = model_of(two_gpus, run_single_threaded=True)
+    model.boxed_run(list(tensors))
+    with capturing(fake):
+        model.boxed_run(list(tensors))
+    with pytest.raises(AssertionError, match="weights are loaded after a capture"):
+        model.load_constants(package.load_file("it", "cuda:0"), check_full_update=True)
+
+
+def test_the_double_of_a_package_refuses_a_wrong_run(two_gpus):
+    fake, package, model = model_of(two_gpus, run_single_threaded=True)
+    memory = torch.zeros(64)
+    good = [memory[0:4], memory[16:20]]
+    given = list(good)
+    assert model.boxed_run(given) == given == []
+    with pytest.raises(AssertionError, match="an input is copied, and what is written there is lost"):
+        model.boxed_run([memory[0:4], memory[17:21]])
+    with model.busy, pytest.raises(AssertionError, match="two runs at one time of a model for one"):
+        model.boxed_run(list(good))
+    fake.gpu = 1
+    with pytest.raises(AssertionError, match="a run where another GPU is current"):
+        model.boxed_run(list(good))
+    fake.gpu = 0
+    package.kept[-1].data = torch.empty(0)
+    with pytest.raises(AssertionError, match="a run reads weights whose memory was given back"):
+        model.boxed_run(list(good))
+    with pytest.raises(AssertionError, match="a run without weights"):
+        package.load_package("graphs.pt2", "full", device_index=0).boxed_run(list(good))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda tensors: {}, "Cannot find constants weight"),
+        (lambda tensors: {"other": tensors["weight"]}, "Constant not found: other"),
+    ],
+)
+def test_the_double_of_a_package_refuses_wrong_weights(two_gpus, change, problem):
+    _, package, model = model_of(two_gpus)
+    with pytest.raises(RuntimeError, match=problem):
+        model.load_constants(change(package.load_file("it", "cuda:0")), check_full_update=True)
+    with pytest.raises(RuntimeError, match="is on another device than expected"):
+        model.load_constants(package.load_file("it", "cuda:1"), check_full_update=True)
 
 
 def test_the_gpu_that_was_chosen_is_compared_with_the_bundle(two_gpus):
     """Two GPUs of a machine may be of two kinds."""
-    fake, seen, bundle = two_gpus
+    fake, package, bundle = two_gpus
     for asked in (Device("cuda", 0), Device("cuda")):
         with pytest.raises(BundleError, match=r"compute capability is 8.0, expected 9.0, for which it was built"):
             open_runner(bundle, asked, threads=0)
-    assert not seen
+    assert not package.events
     fake.gpu = 1
     assert open_runner(bundle, Device("cuda"), threads=0, cuda_graphs=False).device == Device("cuda", 1)
 

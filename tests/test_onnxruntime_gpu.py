@@ -1,6 +1,9 @@
 """ONNX Runtime on a GPU: what its sessions are asked for, on a double of the library."""
 
+import gc
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -199,22 +202,24 @@ def test_a_loop_on_the_second_gpu_is_that_on_the_cpu(second_gpu, onnx, tiny, nam
 
 
 def check_step(double, slot, latents):
-    """A step moves its latents, its numbers and its prediction between host and GPU; its rows stay there."""
+    """A step moves its latents and its prediction between host and GPU; its numbers and its rows are there already."""
     memory, graph = slot.memory, slot.graph
     rows = [t.name for t in slot.contract.manifest.graphs[graph].inputs if t.role == "step"]
-    given = [memory.buffers[slot.contract.latent.name], *([memory.numbers[graph]] if graph in memory.numbers else [])]
+    numbers = [memory.numbers[graph]] if graph in memory.numbers else []
     double.events.clear()
     slot.step(latents.numpy())
-    assert [size for event, size in double.events if event == "to device"] == [b.nbytes for b in given]
-    assert [size for event, size in double.events if event == "copy"] == [memory.buffers[n].nbytes for n in rows]
+    latent, copied = memory.buffers[slot.contract.latent.name], [*(memory.buffers[n] for n in rows), *numbers]
+    assert [size for event, size in double.events if event == "to device"] == [latent.nbytes]
+    assert [size for event, size in double.events if event == "copy"] == [b.nbytes for b in copied]
     assert [size for event, size in double.events if event == "to host"] == [memory.prediction.nbytes]
-    assert [what for event, what in double.events if event == "run"] == [graph]
+    assert [what for event, what in double.events if event == "replay"] == [graph]
+    assert not any(event in ("run", "capture") for event, _ in double.events)
     assert rows and all(memory.buffers[n].nbytes < slot._tables[n].nbytes for n in rows)
     return graph
 
 
 @pytest.mark.parametrize("name", ["dit", "flux"])
-def test_a_step_takes_nothing_but_its_latents_numbers_and_prediction_through_the_host(second_gpu, tiny, name):
+def test_a_step_takes_nothing_but_its_latents_and_its_prediction_through_the_host(second_gpu, tiny, name):
     double, denoiser = second_gpu(name)
     inputs = tiny(name).inputs(8, batch=2)
     slot = open_slot(denoiser, inputs)
@@ -308,6 +313,213 @@ def test_the_graph_that_copies_is_one():
     model = onnx.load_from_string(IDENTITY)
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node] == ["Identity"]
+
+
+# What the library promises, and what it does not forgive
+
+
+@pytest.fixture
+def doubled(monkeypatch, tmp_path):
+    """(the double, options -> a runner over it on the second GPU whose one graph doubles its input)."""
+    import onnx
+    from onnx import helper
+
+    double, places = Double(), {name: helper.make_tensor_value_info(name, 1, ["batch", 4]) for name in "xy"}
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "full", [places["x"]], [places["y"]])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "full.onnx")
+    monkeypatch.setattr(runner, "_library", lambda: double)
+
+    def make(**options):
+        return runner.OnnxRuntimeRunner(
+            {"full": tmp_path / "full.onnx"}, GRAPHS, SECOND, 1, dimensions=DIMENSIONS, **options
+        )
+
+    return double, make
+
+
+def bound_on(made):
+    """(call, its input, its output) of a runner on the double."""
+    buffers = [made.buffer((2, 4), "float32") for _ in range(2)]
+    return made.bind("full", {"x": buffers[0]}, {"y": buffers[1]}), *buffers
+
+
+def in_a_thread(do):
+    """What a thread of its own returns, or raises."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(do).result(60)
+
+
+def graphs_of(double):
+    return [(event, graph) for event, graph in double.events if event in ("capture", "replay", "run")]
+
+
+def test_a_call_has_one_cuda_graph_for_all_threads(doubled):
+    """The library keeps it for the thread that captured it, and would capture again in the midst of a loop."""
+    double, make = doubled
+    made = make()
+    call, x, y = in_a_thread(lambda: bound_on(made))
+    other, *_ = bound_on(made)
+    for value in (1, 2, 3):
+        x.write(np.full((2, 4), value, np.float32))
+        in_a_thread(call)
+        assert (y.read() == 2 * value).all()
+    other()
+    call()
+    assert graphs_of(double) == [("capture", "full")] * 2 + [("replay", "full")] * 5
+
+
+def test_the_double_refuses_what_spoils_a_cuda_graph(doubled):
+    double, make = doubled
+    session = make()._sessions["full"]
+    memory = [double.OrtValue.ortvalue_from_numpy(np.zeros((2, 4), np.float32), "cuda", 1) for _ in range(3)]
+
+    def binding_of(one, other):
+        binding = session.io_binding()
+        binding.bind_input("x", "cuda", 1, np.float32, (2, 4), one.data_ptr())
+        binding.bind_output("y", "cuda", 1, np.float32, (2, 4), other.data_ptr())
+        return binding
+
+    options = double.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", "7")
+    binding = binding_of(*memory[:2])
+    for _ in range(2):
+        session.run_with_iobinding(binding, options)
+    with pytest.raises(AssertionError, match="another thread than captured a CUDA graph asks for it"):
+        in_a_thread(lambda: session.run_with_iobinding(binding, options))
+    with pytest.raises(AssertionError, match="is replayed on other addresses than those of its capture"):
+        session.run_with_iobinding(binding_of(*memory[1:]), options)
+    with pytest.raises(AssertionError, match="a binding is run by another session than made it"):
+        make()._sessions["full"].run_with_iobinding(binding, options)
+    for number in ("0", "-1"):
+        with pytest.raises(AssertionError, match="gpu_graph_id is"):
+            double.RunOptions().add_run_config_entry("gpu_graph_id", number)
+    with session.busy, pytest.raises(AssertionError, match="a session with CUDA graphs runs twice at one time"):
+        session.run_with_iobinding(binding, options)
+    memory.clear()
+    with pytest.raises(AssertionError, match="which is no memory of GPU 1"):
+        session.run_with_iobinding(binding, options)
+
+
+def test_a_call_keeps_its_memory(doubled):
+    double, make = doubled
+    call = bound_on(make())[0]  # nobody else holds the buffers
+    gc.collect()
+    assert len(double.memory) == 2
+    call()
+    del call
+    gc.collect()
+    assert not double.memory
+
+
+def test_a_copy_onto_itself_is_refused_by_the_double(doubled):
+    made = doubled[1]()
+    buffer = made.buffer((4,), "float32")
+    with pytest.raises(AssertionError, match="memory is copied onto itself"):
+        made._copies.copy(buffer.address, buffer.address + 4, 8)
+
+
+def test_a_graph_with_nodes_for_the_cpu_is_not_captured(doubled):
+    double, make = doubled
+    double.on_the_cpu = ("full",)
+    with pytest.raises(BundleError, match=r"full.onnx cannot be captured \(This session cannot.*\(--no-cuda-graphs\)"):
+        make()
+    made = make(cuda_graphs=False)
+    bound_on(made)[0]()
+    assert made.fallbacks == 1
+
+
+def test_a_capture_that_fails_says_how_to_go_on(doubled):
+    double, make = doubled
+    made = make()
+
+    def fail(graph):
+        raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing\nmore")
+
+    double.during = fail
+    with pytest.raises(StepError, match=r"`full` cannot be captured \(CUDA failure 900.*ing\), .*\(--no-cuda-graphs\)"):
+        bound_on(made)
+
+
+@pytest.mark.parametrize("what", ["load", "buffer", "write", "call", "capture", "close"])
+def test_a_capture_has_the_process_to_itself(doubled, what):
+    """Mode global: what any thread does by any session, on any GPU, ends it."""
+    double, make = doubled
+    capturing, go_on = threading.Event(), threading.Event()
+    one, other = make(), make()
+    call, x, _ = bound_on(other)
+
+    def wait(graph):
+        double.during = lambda graph: None
+        capturing.set()
+        assert go_on.wait(60)
+
+    double.during = wait
+    do = {
+        "load": make,
+        "buffer": lambda: other.buffer((1,), "float32"),
+        "write": lambda: x.write(np.ones((2, 4), np.float32)),
+        "call": call,
+        "capture": lambda: bound_on(other),
+        "close": other.close,
+    }[what]
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(bound_on, one)
+        assert capturing.wait(60)
+        second = threads.submit(do)
+        assert wait_for([second], timeout=0.2).not_done  # it waits for the capture
+        go_on.set()
+        assert first.result(60) and (second.result(60), True)[1]
+    double.touch()
+
+
+def test_a_capture_waits_for_what_is_under_way(doubled):
+    double, make = doubled
+    one, other = make(), make()
+    with ThreadPoolExecutor(1) as thread:
+        with other._turn:
+            captured = thread.submit(bound_on, one)
+            assert wait_for([captured], timeout=0.2).not_done and graphs_of(double) == []
+        assert captured.result(60)
+
+
+def test_a_session_that_ends_beside_a_capture_is_refused_by_the_double(doubled):
+    double, make = doubled
+    session = make()._sessions.pop("full")
+    double.capturing = True
+    with pytest.raises(BundleError, match="memory of a GPU is allocated or copied while a thread captures"):
+        make()
+    del session
+    gc.collect()
+    double.capturing = False
+    with pytest.raises(AssertionError, match="a session has ended while a thread captured"):
+        double.touch()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"trt_cuda_graph_enable": "1"}, "one CUDA graph for all bindings of a session"),
+        ({"trt_profile_opt_shapes": "z:2x4"}, "which are dropped without a word"),
+    ],
+)
+def test_what_the_tensorrt_provider_would_get_wrong_is_refused_by_the_double(doubled, monkeypatch, options, problem):
+    _, make = doubled
+    assert make(provider="tensorrt")
+    given = runner._profile
+    monkeypatch.setattr(runner, "_profile", lambda *arguments: {**given(*arguments), **options})
+    with pytest.raises(BundleError, match=problem):
+        make(provider="tensorrt")
+
+
+def test_an_unaligned_address_for_tensorrt_is_refused_by_the_double(doubled):
+    made = doubled[1](provider="tensorrt")
+    made._alignment = 1  # as if it were not looked at
+    memory = made.buffer((2, 2, 100), "uint8")
+    odd = memory.entry(0) if memory.address % 256 else memory.entry(1)
+    binding = made._sessions["full"].io_binding()
+    with pytest.raises(AssertionError, match="an address that is no multiple of 256 bytes"):
+        binding.bind_input("x", "cuda", 1, np.float32, (2, 4), odd.address)
 
 
 # On a GPU

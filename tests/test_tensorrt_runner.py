@@ -3,6 +3,7 @@
 On a GPU the real one is held to the contract of `test_runtime`; see `tensorrt_double` for what the double cannot show.
 """
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from taylorseer_export.compile.export import describe
 from taylorseer_export.errors import BundleError, StepError
 from taylorseer_export.runtime import tensorrt as runner
 from taylorseer_export.runtime.denoiser import Denoiser, load
+from taylorseer_export.runtime.order import Order
 
 real = pytest.importorskip("tensorrt_rtx")
 import tensorrt_double as double  # noqa: E402
@@ -187,6 +189,22 @@ def test_scratch_that_two_streams_would_use_at_once_is_refused_by_the_double():
     assert cuda.use("scratch", other.cuda_stream) is None
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_scratch_that_goes_back_outlasts_the_step_that_uses_it(bundle_of, monkeypatch, told):
+    bundle, modules = bundle_of("dit")
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    if not told:
+        monkeypatch.setattr(Order, "outlast", lambda *arguments: None)
+    made = runner.TensorRTRunner(double.library(modules, bundle.manifest), bundle, SECOND)
+    address = made._scratch_of(1000).address
+    cuda.here = FakeCuda.Stream(cuda, "cuda:1")
+    made.call_on_device("full", {}, lambda: cuda.use(address, cuda.current_stream(1)))()
+    cuda.here = made._scratch = None
+    gc.collect()
+    assert bool(cuda.torn) is not told and not cuda.blocks
+
+
 def test_a_slot_that_is_bound_waits_for_a_step_on_another_stream(bundle_of, tiny, monkeypatch):
     """Its warm runs write the scratch that the step may still be using."""
     bundle, modules = bundle_of("dit")
@@ -204,8 +222,8 @@ def test_a_slot_that_is_bound_waits_for_a_step_on_another_stream(bundle_of, tiny
     open_slot(denoiser, inputs).memory.calls["full"][0]()
     cuda.here = one
     open_slot(denoiser, inputs)
-    assert made._stream is one
-    made._stream = None  # as if nothing were under way
+    assert made.order.last is one
+    made.order.last = None  # as if nothing were under way
     cuda.here = other
     with pytest.raises(AssertionError, match="memory is used while another stream may still use it"):
         open_slot(denoiser, inputs)
@@ -217,6 +235,19 @@ def test_a_call_out_of_order_is_refused_by_the_double(opened):
     with pytest.raises(AssertionError, match="the size of scratch is asked for before shapes are set"):
         context.update_device_memory_size_for_shapes()
     assert context.set_tensor_address("noise_pred", 0) is False
+
+
+def test_scratch_that_the_library_cannot_use_is_refused_by_the_double(opened):
+    _, denoiser = opened("dit", aligned=256)
+    context, tensors = denoiser.runner._context("full"), denoiser.manifest.graphs["full"].inputs
+    for tensor in tensors:
+        assert context.set_input_shape(tensor.name, context.engine.get_tensor_profile_shape(tensor.name, 0)[0])
+    with pytest.raises(AssertionError, match="scratch is not aligned"):
+        context.set_device_memory(256 + 16, 1000)
+    with pytest.raises(AssertionError, match="scratch is too small"):
+        context.set_device_memory(256, 999)
+    context.set_device_memory(256, 1000)
+    assert context.memory == 256
 
 
 def test_what_was_not_compiled_is_not_kept(opened, tiny, tmp_path, monkeypatch):

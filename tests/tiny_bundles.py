@@ -6,7 +6,7 @@ Whatever decides the bytes of a kept bundle stands here or in `tools/tiny_models
 from pathlib import Path
 from typing import Any
 
-import tiny_models as tm
+from tiny_models import MODELS, of_families
 
 from taylorseer_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from taylorseer_export.compile.export import Options, Traced, draft, trace_model, write_bundle
@@ -47,23 +47,6 @@ EMBEDDED: dict[str, tuple[str, dict[str, Any]]] = {
     "videos": ("wan", {}),
 }
 
-# Name -> (family, how its tiny model is built, inputs for it).
-MODELS = {
-    "flux": ("flux", tm.tiny_flux, tm.flux_inputs),
-    "plain": ("flux", lambda: tm.tiny_flux(seed=1, guidance=False, double=1, single=1), tm.flux_inputs),
-    "kontext": ("flux-kontext", lambda: tm.tiny_flux(seed=2, double=1), tm.kontext_inputs),
-    "qwen-image": ("qwen-image", tm.tiny_qwen_image, tm.qwen_image_inputs),
-    "sd3": ("sd3", tm.tiny_sd3, tm.sd3_inputs),
-    "hidream": ("hidream", tm.tiny_hidream, tm.hidream_inputs),
-    "dit": ("dit", tm.tiny_dit, tm.dit_inputs),
-    "framepack": ("framepack", tm.tiny_framepack, tm.framepack_inputs),
-    "hunyuan": ("hunyuan-video", tm.tiny_hunyuan, tm.hunyuan_inputs),
-    "hunyuan-channels": ("hunyuan-video", lambda: tm.tiny_hunyuan(1, "latent_concat", 9, False), tm.hunyuan_inputs),
-    "hunyuan-replace": ("hunyuan-video", lambda: tm.tiny_hunyuan(2, "token_replace"), tm.hunyuan_inputs),
-    "wan": ("wan", tm.tiny_wan, tm.wan_inputs),
-    "wan-image": ("wan", lambda: tm.tiny_wan(seed=1, in_channels=9, image_dim=10), tm.wan_inputs),
-}
-
 
 def _tensorrt_rtx() -> dict[tuple[str, str], dict[str, Any]]:
     """(name, precision) -> what TensorRT-RTX builds: every family's smallest model.
@@ -75,7 +58,7 @@ def _tensorrt_rtx() -> dict[tuple[str, str], dict[str, Any]]:
     Each is built for one generation of GPU and without a search for the fastest kernels, but for one that is built as
     the command line does by itself: what is parsed, typed and named is the same, and the builder's time falls.
     """
-    names = {family: name for name, (family, *_) in reversed(MODELS.items())} | {"flux": "plain"}
+    names = of_families() | {"flux": "plain"}
     made: dict[tuple[str, str], dict[str, Any]] = {("plain", "fp16"): {}, ("dit", "fp16"): {}}
     for family, name in names.items():
         latent = {"latent_size": (16, 16) if len(FAMILIES[family].latent_size) == 2 else (5, 16, 16)}

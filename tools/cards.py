@@ -94,12 +94,17 @@ def card(name: str) -> str:
 
 def digest(name: str) -> str:
     """SHA-256 of the card of the same model with few layers."""
-    entries = config(name)
-    twin = {k: min(v, TWIN_LAYERS) if k.startswith("num_") and k.endswith("_layers") else v for k, v in entries.items()}
-    if "llama_layers" in twin:  # HiDream: one entry for each block, of both kinds
-        twin["llama_layers"] = twin["llama_layers"][: 2 * TWIN_LAYERS]
+    twin = shallow(config(name), TWIN_LAYERS)
     # The card quotes the config in full, so that every entry of the real one counts.
     return hashlib.sha256((text(name, twin) + json.dumps(config(name), sort_keys=True)).encode()).hexdigest()
+
+
+def shallow(entries: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """A config with at most so many layers of each kind."""
+    twin = {k: min(v, layers) if k.startswith("num_") and k.endswith("_layers") else v for k, v in entries.items()}
+    if "llama_layers" in twin:  # HiDream: one entry for each block, of both kinds
+        twin["llama_layers"] = twin["llama_layers"][: 2 * layers]
+    return twin
 
 
 def stale(name: str) -> bool:

@@ -9,14 +9,17 @@ our own export down to machine code, see `pretended_gpu.py`; nothing runs, so no
 of a kernel the one that spills least is taken, where a GPU would take the fastest. The wrapper that AOTInductor writes
 is then read: its launches, where a call of a library counts as one, its allocations, and what it does on the host.
 
-The bytes of a graph are those that its scheduled kernels read and write; the floor is its weights, inputs and outputs,
-each once. A tiny model keeps its sizes symbolic, and its bytes are those of the sizes that it is exported with; a
-published one has its family's usual size. Exits with 1 where a graph does not compile or a goal is missed.
+The bytes of a graph are those that its scheduled kernels read and write, with those of libraries apart; the floor is
+its weights, inputs and outputs, each once. What passes from kernel to kernel is not in it, which is most of a tiny
+model's full graph, whose weights weigh nothing beside it. A tiny model keeps its sizes symbolic, and its bytes are
+those of the sizes that it is exported with; a published one has its family's usual size. Exits with 1 where a graph
+does not compile or a goal is missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
 import subprocess
@@ -24,30 +27,21 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from pretended_gpu import GPUS, Seen, pretend, why_not
+from pretended_gpu import GPUS, Pretence, in_a_fork, pretend, why_not
 from record import RESULTS, circumstances, dirty_option, write_record
+from weightless import GRAPHS, MODELS, depth, draft_of, together
 
-# Family -> the function of `tiny_models` that makes its model.
-TINY = {
-    "dit": "tiny_dit",
-    "flux": "tiny_flux",
-    "flux-kontext": "tiny_flux",
-    "framepack": "tiny_framepack",
-    "hidream": "tiny_hidream",
-    "hunyuan-video": "tiny_hunyuan",
-    "qwen-image": "tiny_qwen_image",
-    "sd3": "tiny_sd3",
-    "wan": "tiny_wan",
-}
-PUBLISHED = ("flux.1-dev", "wan2.1-t2v-14b", "hunyuanvideo")  # of `cards.py`
+from taylorseer_export.families import FAMILIES
+
+OF_EACH = ("most_registers", "seconds")  # what differs from GPU to GPU where all else is the same
 ON_THE_WAY = ("full", "forecast")  # the graphs of every step: nothing there may wait for the host
 MOST_LAUNCHES = {("flux", "residual", "forecast"): 6, ("flux.1-dev", "residual", "forecast"): 6}
-GRAPHS = ("prepare", "full", "forecast", "probe", "rest")
 
 # What a wrapper says. A library is one of torch's own kernels: cuBLAS, attention, whatever has no Triton form.
 _BODY = re.compile(r"inputs\.clear\(\);(.*)\} // AOTInductorModel::run_impl", re.DOTALL)
@@ -92,92 +86,94 @@ def faults(record: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def draft_of(model: str, granularity: str) -> Any:
-    """The draft of a tiny or a published model for a GPU, in bfloat16 and with a guard, which brings probe and rest."""
-    from dataclasses import replace
-
-    from cards import config, traced_model
-
-    from taylorseer_export.checkpoint.checkpoint import Checkpoint
-    from taylorseer_export.compile.export import Options, draft, trace_model
-    from taylorseer_export.families import FAMILIES
-
-    how: dict[str, Any] = {"engine": "inductor", "device": "cuda", "granularity": granularity, "guards": ("cg",)}
-    if model in TINY:
-        import tiny_models
-
-        entries = {k: v for k, v in dict(getattr(tiny_models, TINY[model])().config).items() if not k.startswith("_")}
-        checkpoint = Checkpoint(model, FAMILIES[model], Path(model), entries, {}, weightless=True)
-        options = Options(order=2, interval=5, warmup=3, precision="bf16", **how)
-        return draft(trace_model(checkpoint, options), options)
-    traced, options = traced_model(model, config(model))
-    batch = draft(traced, replace(options, **how)).typical["batch"]
-    return draft(traced, replace(options, latent_size=traced.checkpoint.latent_size, batch=batch, **how))
-
-
-def compiled(made: Any, cut: Any, seen: Seen, place: Path) -> dict[str, Any]:
+def compiled(made: Any, cut: Any, program: Any, pretence: Pretence, place: Path) -> dict[str, Any]:
     """What came of one graph, by the package's own way to AOTInductor; its weights and inputs are fake."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from taylorseer_export.compile.inductor import compile_program
 
-    from taylorseer_export.compile.inductor import compile_graph
-    from taylorseer_export.compile.program import example_inputs
-
-    seen.kernels.clear()
-    seen.bytes = 0
     place.mkdir()
-    with FakeTensorMode():
-        weights = {n: torch.empty(shape, dtype=dtype, device="cuda") for n, (dtype, shape) in made.stored.items()}
-        tensors = example_inputs((*cut.inputs, *cut.outputs), {**made.sizes, "steps": None}, made.ranges(), "cuda")
-        floor = sum(t.numel() * t.itemsize for t in tensors) + made.weights_bytes(cut)
-        compile_graph(made, cut, weights, "cuda", place)
+    compile_program(made, cut, program, "cuda", place)
     (wrapper,) = place.glob("*.wrapper.cpp")
     return {
         **read(wrapper.read_text(encoding="utf-8")),
-        "spilled_words": {name: kernel.spilled for name, kernel in seen.kernels.items() if kernel.spilled},
-        "most_registers": max((kernel.registers for kernel in seen.kernels.values()), default=0),
-        "bytes": seen.bytes,
-        "floor_bytes": floor,
+        "spilled_words": {name: kernel.spilled for name, kernel in pretence.kernels.items() if kernel.spilled},
+        "most_registers": max((kernel.registers for kernel in pretence.kernels.values()), default=0),
+        "bytes": pretence.bytes.total(),
+        "bytes_libraries": pretence.bytes["libraries"],
     }
 
 
-def one_model(model: str, capability: str, granularity: str, graphs: Sequence[str], link: bool) -> list[dict[str, Any]]:
-    """The records of one model's graphs for one GPU, in a process of its own."""
+def floor(made: Any, cut: Any) -> int:
+    """Bytes of its weights, inputs and outputs, each once, at the sizes that it is exported with."""
+    from taylorseer_export.compile.program import example_inputs
+
+    tensors = example_inputs((*cut.inputs, *cut.outputs), {**made.sizes, "steps": None}, made.ranges(), "cuda")
+    return sum(t.numel() * t.itemsize for t in tensors) + int(made.weights_bytes(cut))
+
+
+def one_model(given: argparse.Namespace) -> None:
+    """Print the records of one model's graphs: each is exported once, and compiled in a fork for one GPU after the
+    other."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from taylorseer_export.compile.inductor import program_of
     from taylorseer_export.errors import TaylorSeerError, first_line
 
+    gc.set_threshold(50_000, 20, 50)  # an export makes millions of small objects that live
+    torch.set_num_threads(1)  # a fork of a process with threads may wait for those that it has not
+    (model,) = given.model
     with tempfile.TemporaryDirectory() as scratch:
-        seen = pretend(GPUS[capability], Path(scratch), link)
-        made = draft_of(model, granularity)
-        found = []
+        pretence = pretend(GPUS[given.gpu[0]], Path(scratch), given.link)
+        made = draft_of(model, given.layers, engine="inductor", device="cuda", granularity=given.granularity)
         for cut in made.split.graphs:
-            if cut.name not in graphs:
+            if cut.name not in given.graph:
                 continue
+            name = {"model": model, **depth(model, given.layers), "granularity": given.granularity, "graph": cut.name}
             began = time.perf_counter()
-            record = {"model": model, "capability": capability, "granularity": granularity, "graph": cut.name}
             try:
-                record |= compiled(made, cut, seen, Path(scratch, cut.name))
+                with FakeTensorMode():
+                    weights = {
+                        n: torch.empty(shape, dtype=dtype, device="cuda") for n, (dtype, shape) in made.stored.items()
+                    }
+                    program = program_of(made, cut, weights, "cuda")
+                    known = {"floor_bytes": floor(made, cut)}
             except TaylorSeerError as error:
-                record["error"] = first_line(error)
-            found.append(record | {"linked": link, "seconds": round(time.perf_counter() - began, 1)})
-            print(json.dumps(found[-1]), flush=True)
-    return found
+                for capability in given.gpu:
+                    print(json.dumps({**name, "capability": capability, "error": first_line(error)}), flush=True)
+                continue
+            known["export_seconds"] = round(time.perf_counter() - began, 1)
+            for capability in given.gpu:
+                began = time.perf_counter()
+
+                def work(capability: str = capability, cut: Any = cut, program: Any = program) -> dict[str, Any]:
+                    pretence.gpu = GPUS[capability]
+                    try:
+                        with FakeTensorMode():
+                            return compiled(made, cut, program, pretence, Path(scratch, f"{cut.name}-{capability}"))
+                    except TaylorSeerError as error:
+                        return {"error": first_line(error)}
+
+                record = {**name, "capability": capability, **in_a_fork(work), **known, "linked": given.link}
+                record["seconds"] = round(time.perf_counter() - began, 1)
+                print(json.dumps(record), flush=True)
 
 
-def in_a_process(model: str, capability: str, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """`one_model` in a process that believes in one GPU; one that ends early has an error in place of what it lacks."""
-    command = [sys.executable, __file__, "--here", "--model", model, "--gpu", capability]
+def in_a_process(model: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The records of `one_model` in a process of its own; one that ends early has an error for all that it lacks."""
+    command = [sys.executable, __file__, "--here", "--model", model, "--gpu", *given.gpu]
     command += ["--granularity", given.granularity, "--graph", *given.graph, *(["--link"] if given.link else [])]
+    command += [] if given.layers is None else ["--layers", str(given.layers)]
     with tempfile.TemporaryFile("w+") as errors:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        errors.seek(0)
-        said = errors.read().strip().splitlines()
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode:
-        name = {"model": model, "capability": capability, "granularity": given.granularity}
-        found.append({**name, "graph": "all others", "error": said[-1] if said else f"exit {done.returncode}"})
-    for record in found:
-        print(line(record), flush=True)
-    return found
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            for said in process.stdout:
+                if said.startswith("{"):
+                    yield json.loads(said)
+        if process.returncode:
+            errors.seek(0)
+            reasons = [*filter(None, errors.read().strip().splitlines())]
+            name = {"model": model, "capability": "any", "granularity": given.granularity, "graph": "all others"}
+            yield {**name, "error": reasons[-1] if reasons else f"exit {process.returncode}"}
 
 
 def line(record: Mapping[str, Any]) -> str:
@@ -195,12 +191,13 @@ def line(record: Mapping[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=[*TINY, *PUBLISHED], default=list(TINY), metavar="NAME")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(FAMILIES), metavar="NAME")
+    parser.add_argument("--layers", type=int, help="keep so many layers of each kind of a published model")
     parser.add_argument("--gpu", nargs="+", choices=list(GPUS), default=list(GPUS), metavar="CAPABILITY")
     parser.add_argument("--graph", nargs="+", choices=GRAPHS, default=list(GRAPHS))
     parser.add_argument("--granularity", choices=["module", "residual", "last"], default="residual")
     parser.add_argument("--link", action="store_true", help="compile the C++ of the wrapper too, a quarter minute each")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, 3 GB each (default: 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time, 3 GB each (default: 2)")
     parser.add_argument("--file", metavar="NAME", nargs="?", const="gpu-compiler", help="write a record of this name")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     dirty_option(parser)
@@ -209,19 +206,30 @@ def main() -> int:
     if reason is not None:
         raise SystemExit(reason)
     if given.here:
-        one_model(given.model[0], given.gpu[0], given.granularity, given.graph, given.link)
+        one_model(given)
         return 0
     record = circumstances(RESULTS if given.file else None, given.allow_dirty)
     record["gpus"] = {capability: GPUS[capability].name for capability in given.gpu}
-    cases = [(model, capability) for model in given.model for capability in given.gpu]
     found: list[dict[str, Any]] = []
     missed: list[str] = []
+    filing = Lock()
+
+    def one(model: str) -> None:
+        for entry in in_a_process(model, given):
+            with filing:
+                print(line(entry), flush=True)
+                found.append(entry)
+                missed.extend(faults(entry))
+                if given.file:  # hours of work: what is there is filed
+                    write_record(
+                        given.file,
+                        {**record, "faults": missed, "graphs": together(found, OF_EACH)},
+                        RESULTS,
+                        given.allow_dirty,
+                    )
+
     with ThreadPoolExecutor(given.jobs) as pool:
-        for many in pool.map(lambda case: in_a_process(*case, given), cases):
-            found += many
-            missed += [fault for entry in many for fault in faults(entry)]
-            if given.file:  # hours of work: what is there is filed
-                write_record(given.file, {**record, "faults": missed, "graphs": found}, RESULTS, given.allow_dirty)
+        list(pool.map(one, given.model))
     print("\n".join(missed) or "every goal is met")
     return 1 if missed else 0
 

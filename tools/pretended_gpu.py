@@ -2,17 +2,23 @@
 
 Needs torch's CUDA build, which installs and imports without a driver, and the headers of the CUDA toolkit. Kernels are
 compiled down to machine code by the real compilers and never run; tensors on it are fake. Whoever pretends cannot take
-it back: torch keeps what it was told, so one process compiles for one GPU.
+it back: torch keeps what it asked while it compiles, so one process compiles for one GPU. What it does before that, a
+trace or an export, is the same for all: `in_a_fork` compiles it for one after the other.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,11 +100,18 @@ class Kernel:
 
 
 @dataclass
-class Seen:
-    """What one compilation left: name -> kernel, and the bytes that each scheduled node reads and writes."""
+class Pretence:
+    """The GPU that this process believes in, and what one compilation for it left.
 
+    Attributes:
+        gpu: May be changed until the first compilation.
+        kernels: Name -> kernel.
+        bytes: What scheduled kernels read and write, by whose they are: `triton`, or those of `libraries`.
+    """
+
+    gpu: Gpu
     kernels: dict[str, Kernel] = field(default_factory=dict)
-    bytes: int = 0
+    bytes: Counter[str] = field(default_factory=Counter)
 
 
 def why_not() -> str | None:
@@ -121,8 +134,8 @@ def _toolkit() -> Path | None:
     return next((home for home in candidates if (home / "include" / "nv" / "target").is_file()), None)
 
 
-def pretend(gpu: Gpu, scratch: Path, link: bool = True) -> Seen:
-    """Make torch and Triton believe in `gpu`, for the rest of this process; returns what will be seen of each kernel.
+def pretend(gpu: Gpu, scratch: Path, link: bool = True) -> Pretence:
+    """Make torch and Triton believe in `gpu`, for the rest of this process; returns where all that will be seen.
 
     Args:
         gpu: The GPU.
@@ -131,25 +144,44 @@ def pretend(gpu: Gpu, scratch: Path, link: bool = True) -> Seen:
     """
     late = {"torch._inductor", "torch._dynamo.device_interface"} & sys.modules.keys()
     assert not late, f"{late} is loaded already, expected to pretend first; torch keeps what it asked of the machine"
-    _answer_for_torch(gpu)
-    _answer_for_triton(gpu)
+    pretence = Pretence(gpu)
+    _answer_for_torch(pretence)
+    _answer_for_triton(pretence)
     _toolkit_paths(scratch)
-    return _watch(link)
+    _watch(pretence, link)
+    return pretence
 
 
-def _answer_for_torch(gpu: Gpu) -> None:
+def in_a_fork(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` returns in a copy of this process, which torch can tell what it likes; an error if it ends early."""
+    with tempfile.TemporaryFile("w+") as answer:
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            try:
+                json.dump(work(), answer)
+                answer.flush()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        answer.seek(0)
+        return json.load(answer) if status == 0 else {"error": f"its process ended with {status}"}
+
+
+def _answer_for_torch(pretence: Pretence) -> None:
     from torch._subclasses import fake_tensor
 
-    properties = gpu.properties()
     answers: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
-        "get_device_properties": lambda device=None: properties,
-        "get_device_capability": lambda device=None: gpu.capability,
-        "get_device_name": lambda device=None: gpu.name,
+        "get_device_properties": lambda device=None: pretence.gpu.properties(),
+        "get_device_capability": lambda device=None: pretence.gpu.capability,
+        "get_device_name": lambda device=None: pretence.gpu.name,
         "is_bf16_supported": lambda including_emulation=True: True,
         "_exchange_device": lambda device: 0,
         "_maybe_exchange_device": lambda device: 0,
@@ -198,7 +230,7 @@ def _attention(
     )[0]
 
 
-def _answer_for_triton(gpu: Gpu) -> None:
+def _answer_for_triton(pretence: Pretence) -> None:
     from torch._inductor.runtime import triton_helpers
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -210,9 +242,9 @@ def _answer_for_triton(gpu: Gpu) -> None:
 
         def get_device_properties(self, device: int) -> dict[str, int]:
             return {
-                "max_shared_mem": gpu.shared,
+                "max_shared_mem": pretence.gpu.shared,
                 "max_num_regs": 1 << 16,
-                "multiprocessor_count": gpu.multiprocessors,
+                "multiprocessor_count": pretence.gpu.multiprocessors,
                 "warpSize": _WARP,
             }
 
@@ -223,7 +255,7 @@ def _answer_for_triton(gpu: Gpu) -> None:
             return lambda *given, **named: None
 
         def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", gpu.number, _WARP)
+            return GPUTarget("cuda", pretence.gpu.number, _WARP)
 
         def get_current_device(self) -> int:
             return 0
@@ -249,24 +281,27 @@ def _toolkit_paths(scratch: Path) -> None:
         os.environ[variable] = os.pathsep.join([*map(str, folders), *known])
 
 
-def _watch(link: bool) -> Seen:
+def _watch(pretence: Pretence, link: bool) -> None:
     """Let kernels be compiled and not timed, and note what came of them."""
-    from torch._inductor import config, graph
+    import torch.utils.cpp_extension  # with what it reads of the machine
+    from torch._inductor import config, cpu_vec_isa, graph
     from torch._inductor.codegen.wrapper import PythonWrapperCodegen
     from torch._inductor.fx_passes import joint_graph, post_grad
     from torch._inductor.graph import GraphLowering
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner, NoTritonConfigsError
+    from torch._inductor.scheduler import ExternKernelSchedulerNode
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._python_dispatch import _disable_current_modes
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-    seen = Seen()
     graph.is_same_tensor = lambda one, other: one is other  # it would compare addresses
     config.compile_threads = 1
     config.always_keep_tensor_constants = True  # a weight of few numbers would be read, and written into the kernel
     config.shape_padding = False  # what it pays is timed
     config.use_static_triton_launcher = False  # it loads the kernel onto the GPU
-    save, tune, codegen, compile_graph = (
+    deduce = joint_graph.UniformValueConstantFolder._deduce_value
+    save, compile_forms, tune, codegen, compile_graph = (
         CachingAutotuner.save_gpu_kernel,
+        CachingAutotuner._precompile_worker,
         PythonWrapperCodegen.generate_and_run_autotune_block,
         GraphLowering.codegen,
         torch._inductor.aot_compile,
@@ -276,9 +311,28 @@ def _watch(link: bool) -> Seen:
         """Instead of a time: of several forms of a kernel the first that spills least is taken."""
         return float(launcher.n_spills)
 
+    def compiling_forms(self: Any) -> None:
+        """One form after the other until one spills nothing, which is the one that would be taken."""
+        forms, done = list(self.configs or ()), []
+        if self.compile_results or len(forms) < 2:
+            return compile_forms(self)
+        for form in forms:
+            self.configs = [form]
+            try:
+                compile_forms(self)
+            except NoTritonConfigsError:  # too large for this GPU
+                continue
+            done, self.compile_results = [*done, *self.compile_results], []
+            if not resources(done[-1].kernel.asm["cubin"]).spilled:
+                break
+        if not done:
+            self.configs = forms
+            return compile_forms(self)
+        self.compile_results, self.configs = done, None
+
     def saving(self: Any, stream: object, launcher: Any) -> None:
         found = Kernel(launcher.n_regs, launcher.n_spills, launcher.shared)
-        seen.kernels[self.inductor_meta["kernel_name"]] = found
+        pretence.kernels[self.inductor_meta["kernel_name"]] = found
         save(self, stream, launcher)
 
     def tuning(self: Any) -> None:
@@ -286,27 +340,49 @@ def _watch(link: bool) -> Seen:
             tune(self)
 
     def counting(self: Any) -> Any:
+        """Bytes that its own count has, and those of the weights, which it leaves out."""
         made = codegen(self)
-        seen.bytes += int(self.count_bytes()[0])
+        for node in self.scheduler.nodes:
+            whose = "libraries" if isinstance(node, ExternKernelSchedulerNode) else "triton"
+            weights = {read.name for read in node.read_writes.reads} & self.constants.keys()
+            held = sum(self.constants[name].numel() * self.constants[name].itemsize for name in weights)
+            pretence.bytes[whose] += int(node.get_read_write_buffers_sizes()) + held
         return made
 
     def compiling(module: Any, inputs: Any, **named: Any) -> Any:
         with _disable_current_modes():
             _adopt(module)
-            named["options"]["aot_inductor.package_cpp_only"] = not link
+            named["options"] |= {"aot_inductor.package_cpp_only": not link, "aot_inductor.precompile_headers": link}
             return compile_graph(module, inputs, **named)
+
+    class Here(TorchDispatchMode):
+        """What is made, is made on the device that is there."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = dict(kwargs or {})
+            return func(*args, **({**given, "device": torch.device("cpu")} if given.get("device") else given))
+
+    def deducing(self: Any, node: Any) -> Any:
+        """A tensor of one value is made and read, to be written into the graph as that value."""
+        with Here():
+            return deduce(self, node)
 
     def on_the_cpu(make: Any) -> Any:
         """The examples of patterns are on a device that does not count: they are on the one that is there."""
         return lambda device=None: make(torch.device("cpu"))
 
     joint_graph.lazy_init, post_grad.lazy_init = on_the_cpu(joint_graph.lazy_init), on_the_cpu(post_grad.lazy_init)
+    # What torch makes once in a process, whatever it compiles for, so that forks need not make it again.
+    cpu_vec_isa.valid_vec_isa_list()
+    joint_graph.lazy_init()
+    post_grad.lazy_init()
+    joint_graph.UniformValueConstantFolder._deduce_value = deducing
     CachingAutotuner.bench = bench
+    CachingAutotuner._precompile_worker = compiling_forms
     torch._inductor.aot_compile = compiling
     CachingAutotuner.save_gpu_kernel = saving
     PythonWrapperCodegen.generate_and_run_autotune_block = tuning
     GraphLowering.codegen = counting
-    return seen
 
 
 def _adopt(module: torch.fx.GraphModule) -> None:
@@ -319,6 +395,7 @@ def _adopt(module: torch.fx.GraphModule) -> None:
         setattr(module.get_submodule(owner), name, made)
 
 
+@lru_cache(256)
 def resources(binary: bytes) -> Kernel:
     """Registers, spills and shared memory of machine code, as NVIDIA's own tool reads them."""
     import triton

@@ -320,6 +320,29 @@ def hunyuan_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_toke
     return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
 
 
+# Name -> (family, how its tiny model is built, inputs for it).
+MODELS = {
+    "flux": ("flux", tiny_flux, flux_inputs),
+    "plain": ("flux", lambda: tiny_flux(seed=1, guidance=False, double=1, single=1), flux_inputs),
+    "kontext": ("flux-kontext", lambda: tiny_flux(seed=2, double=1), kontext_inputs),
+    "qwen-image": ("qwen-image", tiny_qwen_image, qwen_image_inputs),
+    "sd3": ("sd3", tiny_sd3, sd3_inputs),
+    "hidream": ("hidream", tiny_hidream, hidream_inputs),
+    "dit": ("dit", tiny_dit, dit_inputs),
+    "framepack": ("framepack", tiny_framepack, framepack_inputs),
+    "hunyuan": ("hunyuan-video", tiny_hunyuan, hunyuan_inputs),
+    "hunyuan-channels": ("hunyuan-video", lambda: tiny_hunyuan(1, "latent_concat", 9, False), hunyuan_inputs),
+    "hunyuan-replace": ("hunyuan-video", lambda: tiny_hunyuan(2, "token_replace"), hunyuan_inputs),
+    "wan": ("wan", tiny_wan, wan_inputs),
+    "wan-image": ("wan", lambda: tiny_wan(seed=1, in_channels=9, image_dim=10), wan_inputs),
+}
+
+
+def of_families():
+    """Family -> the name of its first model."""
+    return {family: name for name, (family, *_) in reversed(MODELS.items())}
+
+
 def _trajectory(level, shape, rng):
     """Latents [S, *shape] of unit variance that turn from noise (level 1) to data (level 0)."""
     noise, data = (torch.randn(shape, generator=rng) for _ in range(2))

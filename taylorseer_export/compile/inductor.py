@@ -101,9 +101,27 @@ def compile_graph(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], devi
     Raises:
         BuildError: It does not compile.
     """
-    sizes = {**draft.sizes, "steps": None}
+    return compile_program(draft, cut, program_of(draft, cut, weights, device), device, place)
+
+
+def program_of(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device: str) -> torch.export.ExportedProgram:
+    """One graph in the form that is compiled: it writes its outputs, and its forecasts are pointwise.
+
+    Raises:
+        BuildError: It does not export.
+    """
     module = writing(pointwise_sums(weighted(cut, weights, device)), cut)
-    program = exported_program(cut, sizes, draft.ranges(), module, device)
+    return exported_program(cut, _sizes(draft), draft.ranges(), module, device)
+
+
+def compile_program(
+    draft: Draft, cut: Cut, program: torch.export.ExportedProgram, device: str, place: Path
+) -> list[str]:
+    """The files of an exported graph in `place`, as `compile_graph` returns them.
+
+    Raises:
+        BuildError: It does not compile.
+    """
     settings = {
         "aot_inductor.package": True,
         "aot_inductor.package_constants_in_so": False,
@@ -113,7 +131,7 @@ def compile_graph(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], devi
     }
     try:
         with torch.no_grad(), quiet_libraries():
-            inputs = example_inputs((*cut.inputs, *cut.outputs), sizes, draft.ranges(), device)
+            inputs = example_inputs((*cut.inputs, *cut.outputs), _sizes(draft), draft.ranges(), device)
             files = torch._inductor.aot_compile(program.module(check_guards=False), inputs, options=settings)
     except Exception as error:
         raise BuildError(
@@ -122,3 +140,7 @@ def compile_graph(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], devi
         ) from error
     assert isinstance(files, list), "bug in taylorseer-export: AOTInductor was not asked for a package"
     return [str(file) for file in files if str(file).endswith(".wrapper.cpp") or not str(file).endswith(".cpp")]
+
+
+def _sizes(draft: Draft) -> dict[str, int | None]:
+    return {**draft.sizes, "steps": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,6 +15,7 @@ from taylorseer_export.bundle.manifest import Graph
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.errors import BundleError, first_line
 from taylorseer_export.runtime.engines import check_version
+from taylorseer_export.runtime.order import empty_after
 from taylorseer_export.runtime.torch_runner import TorchRunner, current, located
 
 WEIGHTS = "weights.safetensors"
@@ -40,13 +42,16 @@ def open_runner(bundle: Bundle, device: Device, threads: int, cuda_graphs: bool 
     package = bundle.path(graphs["full"].file)
     try:
         with current(device):
-            functions = _functions(package, bundle.path(WEIGHTS), graphs, device)
+            weights = _Weights(bundle.path(WEIGHTS), device)
+            functions = _functions(package, weights, graphs, device)
     except (RuntimeError, KeyError) as error:
         raise BundleError(
             f"{package} is refused by torch {torch.__version__} ({first_line(error)}), expected a "
             f"package it can load; build it again with `{bundle.manifest.command()}`"
         ) from error
-    return TorchRunner(functions, graphs, device, cuda_graphs)
+    runner = TorchRunner(functions, graphs, device, cuda_graphs)
+    empty_after(weights, weights.tensors.values(), runner.order)  # a package keeps them when it goes itself
+    return runner
 
 
 def _library() -> Any:
@@ -81,28 +86,40 @@ def _checked_device(bundle: Bundle, torch: Any, asked: Device) -> Device:
     return device
 
 
+class _Weights:
+    """The tensors of all graphs; every function holds them.
+
+    On the CPU they are mapped: the pages are shared with every other process.
+    """
+
+    def __init__(self, path: Path, device: Device) -> None:
+        from safetensors.torch import load_file
+
+        self.tensors: dict[str, Any] = load_file(path, str(device))
+
+
 def _functions(
-    package: Path, weights: Path, graphs: Mapping[str, Graph], device: Device
+    package: Path, weights: _Weights, graphs: Mapping[str, Graph], device: Device
 ) -> dict[str, Callable[..., object]]:
     """Each graph of the package as a function, all of them over the same tensors."""
-    from safetensors.torch import load_file
     from torch._inductor.package import load_package
 
-    tensors = load_file(weights, str(device))  # mapped on the CPU: the pages are shared with every other process
+    # On a GPU one run at a time, by our own order: a CUDA graph cannot hold the events by which models know of theirs.
+    # On the CPU as many at one time as there are threads to make them.
+    runs = {"run_single_threaded": True} if device.is_gpu else {"num_runners": os.cpu_count() or 1}
     functions: dict[str, Callable[..., object]] = {}
     for name in graphs:
-        # Without its own threads' locks and events, which a CUDA graph cannot hold.
-        model = load_package(str(package), name, run_single_threaded=True, device_index=_index(device))
+        model = load_package(str(package), name, device_index=_index(device), **runs)
         noted, expected = model.get_metadata().get(NOTE, "none"), signature(graphs[name])
         if noted != expected:
             raise BundleError(
                 f"tensors of graph `{name}` in {package} are {noted}, expected {expected}, as in the manifest; export "
                 "the bundle again"
             )
-        used = {fqn: tensors[fqn] for fqn in model.get_constant_fqns()}
+        used = {fqn: weights.tensors[fqn] for fqn in model.get_constant_fqns()}
         if used:
             model.load_constants(used, check_full_update=True, user_managed=True)
-        functions[name] = partial(_boxed, model.loader, used)
+        functions[name] = partial(_boxed, model.loader, used, weights)
     return functions
 
 
@@ -111,6 +128,6 @@ def _index(device: Device) -> int:
     return device.number if device.is_gpu else -1
 
 
-def _boxed(loader: Any, weights: Mapping[str, Any], *tensors: Any) -> None:
-    """Run a graph past the wrapper that reads its call signature every time; `weights` stay alive with it."""
+def _boxed(loader: Any, used: Mapping[str, Any], weights: _Weights, *tensors: Any) -> None:
+    """Run a graph past the wrapper that reads its call signature every time; the weights stay alive with it."""
     loader.boxed_run(list(tensors))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from taylorseer_export.errors import BundleError, StepError, first_line
 from taylorseer_export.runtime.engines import check_version
 from taylorseer_export.runtime.identity import IDENTITY
 from taylorseer_export.runtime.runner import Buffer, Call, check_binding, from_bits, host_dtype, to_bits
+from taylorseer_export.runtime.turns import Turn
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # On the CPU this fusion puts the last residual add and the final norm into one kernel that is slower than both.
@@ -81,6 +81,7 @@ class OnnxRuntimeRunner:
         provider: `cpu`, `cuda` or `tensorrt`; the kind of device if left out.
         cuda_graphs: Whether the CUDA provider captures each bound call. The TensorRT provider has one CUDA graph for a
             session, which would replay the first call for all, so it has none here and its calls count as fallbacks.
+            Other libraries must keep off the GPUs of this process while a call is bound: they end the capture.
         dimensions: Ranges of the sizes, which the TensorRT provider builds for.
 
     Raises:
@@ -99,9 +100,9 @@ class OnnxRuntimeRunner:
     ) -> None:
         onnxruntime = _library()
         self.graphs, self.device, self.fallbacks = graphs, device.at(0), 0
-        # Sessions on the CPU run on several threads at once. While the CUDA provider captures, no thread may call what
-        # allocates or copies at once (cudaStreamCaptureModeGlobal), so all that reaches the GPU takes turns there.
-        self._turn: AbstractContextManager[object] = threading.Lock() if device.is_gpu else nullcontext()
+        # Sessions on the CPU run on several threads at once; all that reaches a GPU takes turns there.
+        self._captured = Turn() if device.is_gpu else None
+        self._turn: AbstractContextManager[None] = self._captured or nullcontext()
         kind = provider or device.kind
         first = _PROVIDERS.get(kind, kind)
         if first not in onnxruntime.get_available_providers():
@@ -128,10 +129,16 @@ class OnnxRuntimeRunner:
                 source, folder = _source(path)
                 if folder is not None:
                     options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
-                self._sessions[name] = onnxruntime.InferenceSession(
-                    source, options, providers=providers, disabled_optimizers=_SLOW_FUSIONS
-                )
+                with self._turn:
+                    self._sessions[name] = onnxruntime.InferenceSession(
+                        source, options, providers=providers, disabled_optimizers=_SLOW_FUSIONS
+                    )
             except Exception as error:
+                if self._numbers is not None and "graph capture" in str(error):
+                    raise BundleError(
+                        f"{path} cannot be captured ({first_line(error)}), expected nodes that the GPU runs, all of "
+                        "them; run without CUDA graphs (--no-cuda-graphs), which is slower"
+                    ) from error
                 raise BundleError(
                     f"{path} is refused by onnxruntime {onnxruntime.__version__} ({error}), expected a graph it can "
                     "load; rebuild the bundle with this version"
@@ -174,24 +181,39 @@ class OnnxRuntimeRunner:
             options.add_run_config_entry("gpu_graph_id", str(next(self._numbers)))
         falls_back = int(options is None and self.device.is_gpu)
 
-        def call() -> None:
+        def run() -> None:
             assert keep
+            session.run_with_iobinding(binding, options)
+
+        captured = self._captured if options is not None else None
+        if captured is not None:
             try:
-                with self._turn:
-                    self.fallbacks += falls_back
-                    session.run_with_iobinding(binding, options)
+                captured.capture(run)  # the first step finds everything warm
+            except Exception as error:
+                raise StepError(
+                    f"graph `{graph}` cannot be captured ({first_line(error)}), expected a CUDA graph; check that the "
+                    "sizes lie in the bundle's ranges, or run without CUDA graphs (--no-cuda-graphs), which is slower"
+                ) from error
+
+        def call() -> None:
+            try:
+                if captured is not None:
+                    captured.launch(run)
+                else:
+                    with self._turn:
+                        self.fallbacks += falls_back
+                        run()
             except Exception as error:
                 raise StepError(
                     f"graph `{graph}` failed ({first_line(error)}), expected it to run; "
                     "check that the sizes lie in the bundle's ranges"
                 ) from error
 
-        if options is not None:
-            call()  # captures: the first step finds everything warm
         return call
 
     def close(self) -> None:
-        self._sessions.clear()
+        with self._turn:  # a session that ends while one of this process captures takes the process with it
+            self._sessions.clear()
 
 
 def _options(onnxruntime: Any, threads: int) -> Any:
@@ -324,13 +346,14 @@ class _Copies:
         turn: Held while anything is done on the GPU.
     """
 
-    def __init__(self, onnxruntime: Any, device: Device, turn: AbstractContextManager[object]) -> None:
+    def __init__(self, onnxruntime: Any, device: Device, turn: AbstractContextManager[None]) -> None:
         self.device, self.turn = device, turn
         self.value: Any = onnxruntime.OrtValue
         self._place = (device.kind, device.number)
         options: dict[str, str] = {"device_id": str(device.number)} if device.is_gpu else {}
         providers = [(_PROVIDERS[device.kind], options)]
-        self._session = onnxruntime.InferenceSession(IDENTITY, _options(onnxruntime, 1), providers=providers)
+        with turn:
+            self._session = onnxruntime.InferenceSession(IDENTITY, _options(onnxruntime, 1), providers=providers)
         self._bound: dict[tuple[int, int, int], Any] = {}  # to bind takes longer than to copy, and a loop's rows recur
 
     def copy(self, source: int, target: int, size: int) -> None:

@@ -119,7 +119,7 @@ class TensorRTRunner(TorchRunner):
             self._runtime = trt.Runtime(self._log)
             self._engines = {name: self._loaded(name) for name in graphs}
         self._caches: dict[str, Any] = {}
-        self._scratch: Any = None
+        self._scratch: Buffer | None = None
         self._lane: Any = None
 
     def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
@@ -158,7 +158,7 @@ class TensorRTRunner(TorchRunner):
             ) from error
         assert not missing, f"bug in taylorseer-export: {missing} are not bound"
         scratch = self._scratch_of(context.update_device_memory_size_for_shapes())
-        context.set_device_memory(scratch.data_ptr(), scratch.nbytes)
+        context.set_device_memory(scratch.address, scratch.nbytes)
         return partial(self._run, graph, context, (scratch, buffers))
 
     def close(self) -> None:
@@ -198,12 +198,10 @@ class TensorRTRunner(TorchRunner):
         here.wait_stream(self._lane)
         return done
 
-    def _scratch_of(self, size: int) -> Any:
+    def _scratch_of(self, size: int) -> Buffer:
         """The block that contexts share. A larger one is only for calls bound from now on: captures keep addresses."""
-        import torch
-
         if self._scratch is None or self._scratch.nbytes < size:
-            self._scratch = torch.empty(max(size, 1), dtype=torch.uint8, device=str(self.device))
+            self._scratch = self.buffer((max(size, 1),), "uint8")
         return self._scratch
 
     def _context(self, graph: str) -> Any:

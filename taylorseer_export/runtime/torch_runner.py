@@ -3,7 +3,7 @@
 It serves whatever takes its inputs and outputs as tensors and writes the outputs in place: modules run operator by
 operator, compiled ones, and AOTInductor packages. On a GPU each bound call, that is each graph, shape and phase of the
 ring, is captured once when it is bound; the captures share one pool of memory, because they never run at one time:
-threads take turns, and a call waits on the device for one that another stream has queued.
+calls, and what is done to buffers, are in one order over all threads and streams (`order.py`).
 
 Of several GPUs the runner's own is made torch's current one around all that it does there: streams, captures and
 launches of libraries go to the current GPU, whatever the tensors lie on.
@@ -22,6 +22,7 @@ import numpy as np
 from taylorseer_export.bundle.device import CPU, Device
 from taylorseer_export.bundle.manifest import Graph
 from taylorseer_export.errors import StepError, first_line
+from taylorseer_export.runtime.order import Order
 from taylorseer_export.runtime.runner import Buffer, Call, check_binding
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class TorchRunner:
         device: Where it runs; a GPU has its number.
         captures: CUDA graphs captured so far.
         fallbacks: Calls on a GPU that ran without a CUDA graph, because that was asked for.
+        order: That of all that is done on a GPU; None on the CPU.
     """
 
     alignment = 16  # bytes; compiled kernels read that much at once and assume that every tensor starts at a multiple
@@ -56,8 +58,7 @@ class TorchRunner:
         self.captures = self.fallbacks = 0
         self._functions = dict(functions)
         self._record: Callable[[str, Call], Call] | None = None
-        self._turn = threading.Lock()
-        self._stream: Any = None  # where the last work went
+        self.order = Order(self.device) if device.is_gpu else None
         if device.is_gpu and cuda_graphs:
             with current(self.device):
                 self._record = Recorder(self.device).record
@@ -65,7 +66,12 @@ class TorchRunner:
     def buffer(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         import torch
 
-        return TorchBuffer(torch.zeros(shape, dtype=getattr(torch, dtype), device=str(self.device)))
+        order = self.order
+        with order or nullcontext():
+            buffer = TorchBuffer(torch.zeros(shape, dtype=getattr(torch, dtype), device=str(self.device)), order)
+        if order is not None:
+            order.outlast(buffer, [buffer.tensor])
+        return buffer
 
     def bind(self, graph: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         contract, function = self.graphs[graph], self._functions[graph]
@@ -83,7 +89,8 @@ class TorchRunner:
         Raises:
             StepError: A tensor does not start where the engine can read it, or the call cannot be captured.
         """
-        if not self.device.is_gpu:
+        order = self.order
+        if order is None:
             return call
         for name, buffer in buffers.items():
             if buffer.address % self.alignment:
@@ -92,33 +99,21 @@ class TorchRunner:
                     f"multiple of {self.alignment}, expected a multiple (bytes); use a size whose rows fill it"
                 )
         if self._record is None:
-            return partial(self._in_turn, partial(self._fall_back, call))
-        with self._turn, current(self.device):
-            self._after_the_last()  # warm runs write the memory that all calls share
+            return partial(self._in_order, order, partial(self._fall_back, call))
+        with order, current(self.device):  # warm runs write the memory that all calls share
             self.captures += 1
-            return partial(self._in_turn, self._record(graph, call))
+            return partial(self._in_order, order, self._record(graph, call))
 
     def close(self) -> None:
-        with self._turn:
-            if self._stream is not None:  # what is under way reads weights and scratch that are about to go
-                self._stream.synchronize()
+        if self.order is not None:
+            self.order.wait()  # what is under way uses engines that are about to go
         self._functions.clear()
         self._record = None
 
-    def _in_turn(self, call: Call) -> None:
+    def _in_order(self, order: Order, call: Call) -> None:
         """Make a call on a GPU after those of other threads and streams, whose scratch memory is its own too."""
-        with self._turn, current(self.device):
-            self._after_the_last()
+        with order, current(self.device):
             call()
-
-    def _after_the_last(self) -> None:
-        """Let the current stream wait for the one that the last work went to."""
-        import torch
-
-        here: Any = torch.cuda.current_stream()
-        if self._stream is not None and self._stream != here:
-            here.wait_stream(self._stream)
-        self._stream = here
 
     def _fall_back(self, call: Call) -> None:
         self.fallbacks += 1
@@ -144,10 +139,17 @@ def current(device: Device) -> AbstractContextManager[object]:
 
 
 class TorchBuffer:
-    """A tensor as a buffer. Copies are queued in the order of the calls; only `read` waits."""
+    """A tensor as a buffer. Copies are queued in the order of the calls; only `read` waits.
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+    Args:
+        tensor: On the device.
+        order: That of its runner, on a GPU.
+        whole: The buffer that this one is an entry of; it goes after its entries.
+    """
+
+    def __init__(self, tensor: torch.Tensor, order: Order | None = None, whole: TorchBuffer | None = None) -> None:
+        self.tensor, self._order, self._whole = tensor, order, whole
+        self._queued: AbstractContextManager[None] = order or nullcontext()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -162,7 +164,7 @@ class TorchBuffer:
         return self.tensor.nbytes
 
     def entry(self, index: int) -> TorchBuffer:
-        return TorchBuffer(self.tensor[index])
+        return TorchBuffer(self.tensor[index], self._order, self._whole or self)
 
     def write(self, values: Any) -> None:
         """Copy values from the host, or a tensor from anywhere."""
@@ -171,17 +173,22 @@ class TorchBuffer:
         if not isinstance(values, torch.Tensor):
             values = torch.from_numpy(np.require(values, requirements=["C", "W"]))
         # From memory that is not pinned the driver takes its copy before it returns: nothing waits, nothing is torn.
-        self.tensor.copy_(values, non_blocking=True)
+        with self._queued:
+            self.tensor.copy_(values, non_blocking=True)
 
     def copy(self, source: Buffer) -> None:
-        self.tensor.copy_(_tensor(source))
+        with self._queued:
+            self.tensor.copy_(_tensor(source))
 
     def clear(self) -> None:
-        self.tensor.zero_()
+        with self._queued:
+            self.tensor.zero_()
 
     def read(self) -> np.ndarray:
         import torch
 
+        with self._queued:
+            pass  # the copy comes after the last work; others need not wait until the host has it
         tensor = self.tensor.float() if self.tensor.dtype == torch.bfloat16 else self.tensor
         result: np.ndarray = tensor.to("cpu", copy=True).numpy()
         return result

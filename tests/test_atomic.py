@@ -22,12 +22,15 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="folders are not locked 
 
 PATIENCE = 120  # seconds, after which a process that says nothing is a failure
 AT_WORK = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from taylorseer_export import cli
 from taylorseer_export.bundle import store
 from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.commands import export
+# As from a terminal: what nohup or a background job ignores, a child would go on ignoring.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 target, ready, go = map(Path, sys.argv[1:4])
 def pause():
     ready.touch()

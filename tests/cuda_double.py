@@ -24,6 +24,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from taylorseer_export.bundle.manifest import Graph, Tensor
+
+# Of the one graph that its tests run: `y` of `x`.
+CONTRACT = Graph(
+    file="graphs.pt2",
+    inputs=(Tensor(name="x", dtype="float32", shape=(4,), role="latent"),),
+    outputs=(Tensor(name="y", dtype="float32", shape=(4,), role="noise_pred"),),
+    weights_bytes=0,
+)
+
 NAMES = (
     "is_available",
     "device",

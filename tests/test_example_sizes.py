@@ -70,6 +70,6 @@ def test_a_small_table_exports(family, limit, tmp_path):
     type(model).from_config({**model.config, LIMITS[family]: bound}).save_pretrained(tmp_path)
     made = draft(open_checkpoint(str(tmp_path), FAMILIES[family]), Options(order=1, interval=4, warmup=2))
     for cut in made.split.graphs:
-        exported_program(cut, {**made.sizes, "steps": None}, made.ranges())
+        exported_program(cut, made.graph_sizes, made.ranges())
     sides = {"side", "rows", "columns"} & made.ranges().keys()
     assert sides and all(made.ranges()[side] == (2, limit) for side in sides)

@@ -14,7 +14,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cuda_double import FakeCuda
+from cuda_double import CONTRACT, FakeCuda
 from harness import FLOAT32, NEEDS_GPU, allowed, eager_denoiser, open_slot, representable, run, toy_trace
 from inductor_double import Package
 from oracle import assert_close
@@ -23,7 +23,7 @@ from tiny_bundles import PACKAGES
 
 from taylorseer_export import cli
 from taylorseer_export.bundle.device import Device
-from taylorseer_export.bundle.manifest import MANIFEST, Graph, Manifest, Tensor
+from taylorseer_export.bundle.manifest import MANIFEST, Manifest
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.compile import inductor as building
 from taylorseer_export.compile.eager import eager_modules, pointwise_sums, weighted, writing
@@ -74,7 +74,7 @@ def held(package, weights):
 def test_no_operator_mixes_float_types(drafts, name, precision):
     draft = drafts(name, precision=precision, device="cuda")
     for cut in draft.split.graphs:
-        assert mixed_types(exported_program(cut, {**draft.sizes, "steps": None}, draft.ranges())) == []
+        assert mixed_types(exported_program(cut, draft.graph_sizes, draft.ranges())) == []
 
 
 def test_a_mixed_type_is_seen_and_a_cast_mends_it():
@@ -396,14 +396,6 @@ def test_a_tensor_as_a_buffer():
     assert buffer.read().tolist() == [[4, 4]] * 3
     buffer.clear()
     assert not buffer.read().any()
-
-
-CONTRACT = Graph(
-    file="graphs.pt2",
-    inputs=(Tensor(name="x", dtype="float32", shape=(4,), role="latent"),),
-    outputs=(Tensor(name="y", dtype="float32", shape=(4,), role="noise_pred"),),
-    weights_bytes=0,
-)
 
 
 @pytest.fixture

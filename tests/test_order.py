@@ -7,20 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cuda_double import FakeCuda
+from cuda_double import CONTRACT, FakeCuda
 
 from taylorseer_export.bundle.device import Device
-from taylorseer_export.bundle.manifest import Graph, Tensor
 from taylorseer_export.runtime.order import Order, empty_after
 from taylorseer_export.runtime.torch_runner import TorchRunner
 
 GPU = Device("cuda", 0)
-CONTRACT = Graph(
-    file="graphs.pt2",
-    inputs=(Tensor(name="x", dtype="float32", shape=(4,), role="latent"),),
-    outputs=(Tensor(name="y", dtype="float32", shape=(4,), role="noise_pred"),),
-    weights_bytes=0,
-)
 
 
 @pytest.fixture

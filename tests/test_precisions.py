@@ -40,7 +40,7 @@ def test_forecasts_export_again(traced, name):
         made = export.draft(traced(name, chosen), chosen)
         for cut in made.split.graphs:
             if cut.name == "forecast" or (name == "wan" and cut.name == "full" and granularity != "module"):
-                program = exported_program(cut, {**made.sizes, "steps": None}, made.ranges())
+                program = exported_program(cut, made.graph_sizes, made.ranges())
                 assert mixed_types(program) == []
 
 

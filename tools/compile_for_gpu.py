@@ -34,10 +34,8 @@ from threading import Lock
 from typing import Any
 
 from pretended_gpu import GPUS, Pretence, in_a_fork, pretend, why_not
-from record import RESULTS, circumstances, dirty_option, write_record
-from weightless import GRAPHS, MODELS, depth, draft_of, together
-
-from taylorseer_export.families import FAMILIES
+from record import RESULTS, circumstances, write_record
+from weightless import add_choices, depth, draft_of, together
 
 OF_EACH = ("most_registers", "seconds")  # what differs from GPU to GPU where all else is the same
 ON_THE_WAY = ("full", "forecast")  # the graphs of every step: nothing there may wait for the host
@@ -106,7 +104,7 @@ def floor(made: Any, cut: Any) -> int:
     """Bytes of its weights, inputs and outputs, each once, at the sizes that it is exported with."""
     from taylorseer_export.compile.program import example_inputs
 
-    tensors = example_inputs((*cut.inputs, *cut.outputs), {**made.sizes, "steps": None}, made.ranges(), "cuda")
+    tensors = example_inputs((*cut.inputs, *cut.outputs), made.graph_sizes, made.ranges(), "cuda")
     return sum(t.numel() * t.itemsize for t in tensors) + int(made.weights_bytes(cut))
 
 
@@ -191,16 +189,10 @@ def line(record: Mapping[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(FAMILIES), metavar="NAME")
-    parser.add_argument("--layers", type=int, help="keep so many layers of each kind of a published model")
-    parser.add_argument("--gpu", nargs="+", choices=list(GPUS), default=list(GPUS), metavar="CAPABILITY")
-    parser.add_argument("--graph", nargs="+", choices=GRAPHS, default=list(GRAPHS))
-    parser.add_argument("--granularity", choices=["module", "residual", "last"], default="residual")
+    add_choices(parser, list(GPUS), "gpu-compiler")
     parser.add_argument("--link", action="store_true", help="compile the C++ of the wrapper too, a quarter minute each")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, 3 GB each (default: 2)")
-    parser.add_argument("--file", metavar="NAME", nargs="?", const="gpu-compiler", help="write a record of this name")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    dirty_option(parser)
     given = parser.parse_args()
     reason = why_not()
     if reason is not None:

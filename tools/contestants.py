@@ -326,7 +326,7 @@ def _plain(model: torch.nn.Module, inputs: tuple[Tensor, ...]) -> torch.fx.Graph
 
 def _typed(module: torch.fx.GraphModule, inputs: tuple[Tensor, ...], made: Draft) -> torch.fx.GraphModule:
     """`module` traced, with every cast between float types in the graph, as an engine wants it."""
-    sizes = {**made.sizes, "steps": None}
+    sizes = made.graph_sizes
     free = tuple({k: torch.export.Dim.AUTO for k, entry in enumerate(t.shape) if isinstance(size_of(entry, sizes), str)}
                  for t in inputs)  # fmt: skip
     example = example_inputs(inputs, sizes, made.ranges())

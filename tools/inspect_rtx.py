@@ -26,8 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, circumstances, dirty_option, write_record
-from weightless import GRAPHS, MODELS, depth, draft_of, together
+from record import RESULTS, circumstances, write_record
+from weightless import add_choices, depth, draft_of, together
 
 from taylorseer_export.families import FAMILIES
 
@@ -253,13 +253,7 @@ def line(record: Mapping[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(FAMILIES), metavar="NAME")
-    parser.add_argument("--layers", type=int, help="keep so many layers of each kind of a published model")
-    parser.add_argument("--gpu", nargs="+", choices=GPUS, default=list(GPUS), metavar="CAPABILITY")
-    parser.add_argument("--graph", nargs="+", choices=GRAPHS, default=list(GRAPHS))
-    parser.add_argument("--granularity", choices=["module", "residual", "last"], default="residual")
-    parser.add_argument("--file", metavar="NAME", nargs="?", const="rtx-layers", help="write a record of this name")
-    dirty_option(parser)
+    add_choices(parser, GPUS, "rtx-layers")
     given = parser.parse_args()
     record = circumstances(RESULTS if given.file else None, given.allow_dirty)
     found: list[dict[str, Any]] = []

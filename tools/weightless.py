@@ -7,10 +7,13 @@ alike, so that few of them show every kernel that all of them launch.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from argparse import ArgumentParser
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from record import dirty_option
 
 from taylorseer_export.families import FAMILIES
 
@@ -56,6 +59,17 @@ def depth(model: str, layers: int | None) -> dict[str, str]:
     whole: Mapping[str, Any] = config(model)
     kept = shallow(whole, layers)
     return {key: f"{kept[key]} of {n}" for key, n in whole.items() if isinstance(n, int) and kept[key] != n}
+
+
+def add_choices(parser: ArgumentParser, gpus: Sequence[str], record: str) -> None:
+    """The options of a tool that compiles such drafts: which models, for which GPUs, which graphs, what is filed."""
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(FAMILIES), metavar="NAME")
+    parser.add_argument("--layers", type=int, help="keep so many layers of each kind of a published model")
+    parser.add_argument("--gpu", nargs="+", choices=gpus, default=list(gpus), metavar="CAPABILITY")
+    parser.add_argument("--graph", nargs="+", choices=GRAPHS, default=list(GRAPHS))
+    parser.add_argument("--granularity", choices=["module", "residual", "last"], default="residual")
+    parser.add_argument("--file", metavar="NAME", nargs="?", const=record, help="write a record of this name")
+    dirty_option(parser)
 
 
 def together(records: Iterable[Mapping[str, Any]], of_each: Collection[str]) -> list[dict[str, Any]]:

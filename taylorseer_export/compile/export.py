@@ -129,6 +129,11 @@ class Draft:
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     buffers: dict[str, torch.Tensor]
 
+    @property
+    def graph_sizes(self) -> dict[str, int | None]:
+        """Dimension -> size of the graphs: as `sizes`, and the number of steps is open in every bundle."""
+        return {**self.sizes, "steps": None}
+
     def contract(self, cut: Cut) -> Graph:
         """The I/O contract of one graph, as the manifest holds it."""
         return Graph(
@@ -172,9 +177,7 @@ class Draft:
     def ranges(self) -> dict[str, tuple[int, int]]:
         """(smallest, largest) of every size, the number of steps included."""
         ranges = self.checkpoint.family.dimensions(self.checkpoint.config) | {"steps": (1, _MOST_STEPS)}
-        return {
-            name: (self.sizes.get(name) or low, self.sizes.get(name) or high) for name, (low, high) in ranges.items()
-        }
+        return {n: (self.sizes.get(n) or low, self.sizes.get(n) or high) for n, (low, high) in ranges.items()}
 
     def dimensions(self) -> dict[str, Dimension]:
         """The same as the manifest holds it, with the size that estimates are quoted at."""

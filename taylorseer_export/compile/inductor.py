@@ -111,7 +111,7 @@ def program_of(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device:
         BuildError: It does not export.
     """
     module = writing(pointwise_sums(weighted(cut, weights, device)), cut)
-    return exported_program(cut, _sizes(draft), draft.ranges(), module, device)
+    return exported_program(cut, draft.graph_sizes, draft.ranges(), module, device)
 
 
 def compile_program(
@@ -131,7 +131,7 @@ def compile_program(
     }
     try:
         with torch.no_grad(), quiet_libraries():
-            inputs = example_inputs((*cut.inputs, *cut.outputs), _sizes(draft), draft.ranges(), device)
+            inputs = example_inputs((*cut.inputs, *cut.outputs), draft.graph_sizes, draft.ranges(), device)
             files = torch._inductor.aot_compile(program.module(check_guards=False), inputs, options=settings)
     except Exception as error:
         raise BuildError(
@@ -140,7 +140,3 @@ def compile_program(
         ) from error
     assert isinstance(files, list), "bug in taylorseer-export: AOTInductor was not asked for a package"
     return [str(file) for file in files if str(file).endswith(".wrapper.cpp") or not str(file).endswith(".cpp")]
-
-
-def _sizes(draft: Draft) -> dict[str, int | None]:
-    return {**draft.sizes, "steps": None}

@@ -46,7 +46,7 @@ def write_onnx(draft: Draft, cut: Cut, weights: Mapping[str, Stored], path: Path
     import onnx_ir as ir
     from onnxscript import optimizer
 
-    sizes = {**draft.sizes, "steps": None}
+    sizes = draft.graph_sizes
     program = exported_program(cut, sizes, draft.ranges())
     try:
         with torch.no_grad(), quiet_libraries():

@@ -80,7 +80,7 @@ def build(draft: Draft, folder: Path, progress: Progress) -> None:
 def _converted(library: Any, draft: Draft, cut: Cut, weights: dict[str, torch.Tensor]) -> bytes:
     given = draft.options.engine_options
     own = replace(cut, module=weighted(cut, weights, DEVICE))
-    program = exported_program(own, {**draft.sizes, "steps": None}, draft.ranges(), device=DEVICE)
+    program = exported_program(own, draft.graph_sizes, draft.ranges(), device=DEVICE)
     ranges = [
         dict(zip(("min_shape", "opt_shape", "max_shape"), extents(t, draft.dimensions()), strict=True))
         for t in cut.inputs

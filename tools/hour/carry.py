@@ -22,6 +22,7 @@ from record import ROOT, commit_of
 MOST_BYTES = 64_000_000
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+FOR_THERE = ("--python-version", PYTHON, "--only-binary=:all:", *(f"--platform={p}" for p in PLATFORMS))
 # Without their dependencies, so each that the machine lacks is here by name.
 CARRIED = (
     "diffusers",
@@ -71,8 +72,7 @@ def carry(folder: Path) -> int:
     known = pins()
     wanted = [f"{name}=={known[name]}" for name in CARRIED]
     with tempfile.TemporaryDirectory() as fresh:
-        target = ["--python-version", PYTHON, "--only-binary=:all:", *(f"--platform={p}" for p in PLATFORMS)]
-        done = _pip("download", "--no-deps", "--dest", fresh, *target, *wanted)
+        done = _pip("download", "--no-deps", "--dest", fresh, *FOR_THERE, *wanted)
         if done.returncode:
             raise SystemExit(f"pip answers {done.stderr.strip().splitlines()[-1]}, expected {', '.join(wanted)}; "
                              "correct the pins in tools/constraints-oldest.txt")  # fmt: skip
@@ -126,7 +126,6 @@ def heavy() -> list[tuple[Wheel, str]]:
 def _at_the_index(wanted: str) -> Wheel:
     """Version and size of a wheel that is not fetched; 0 bytes where the index does not say."""
     name = wanted.split("==")[0]
-    target = ["--python-version", PYTHON, "--only-binary=:all:", *(f"--platform={p}" for p in PLATFORMS)]
     with tempfile.TemporaryDirectory() as nowhere:
         asked = (
             "--dry-run",
@@ -134,7 +133,7 @@ def _at_the_index(wanted: str) -> Wheel:
             "--ignore-installed",
             "--target",
             nowhere,
-            *target,
+            *FOR_THERE,
             "--report",
             "-",
             "--quiet",

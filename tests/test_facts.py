@@ -165,7 +165,9 @@ def test_a_request_from_tensors_is_what_the_pipeline_makes(eager, sides):
         shape = (1, width // 4, 2 * rows, 2 * columns)
         noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
         expected = FluxPipeline._pack_latents(noise, *shape)
-        assert torch.equal(torch.from_numpy(made.latents[k : k + 1]), expected)
+        # Torch's normal numbers are within a bound of ours, see `runtime/noise.py`; none is longer than by 2^-24.
+        bound = (4 * np.pi + 6) * 2.0**-24 * np.sqrt(48 * np.log(2))
+        assert abs(made.latents[k : k + 1] - expected.numpy()).max() <= bound
     ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, torch.device("cpu"), torch.float32)
     assert np.array_equal(made.conditioning["img_ids"], ids.numpy())
     assert not made.conditioning["txt_ids"].any() and made.conditioning["txt_ids"].shape == (5, 3)

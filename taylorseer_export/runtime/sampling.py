@@ -7,6 +7,7 @@ makes requests of any family from tensors.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.noise import normals
 from taylorseer_export.runtime.schedulers import scheduler_of
 from taylorseer_export.runtime.values import check_prediction
 
@@ -295,11 +297,8 @@ class Pool:
 
 
 def noise_of(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Noise as diffusers' pipelines draw it: on the CPU, in float32."""
-    import torch
-
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float32).numpy()
+    """Noise as diffusers' pipelines draw it on the CPU, in float32; within the bound of `normals`, without torch."""
+    return normals(math.prod(shape), seed).reshape(shape)
 
 
 def tokens_of(latents: np.ndarray, side: int = 2) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Schedulers: what turns a prediction into the next latents.
 
-The Euler step of flow matching, which most families use, is one product and one sum, and is taken here in numpy. Every
-other class is diffusers' own, and so is that one under a config of which `FlowEuler` lacks a part.
+The Euler step of flow matching, which most families use, is one product and one sum, and is taken here in numpy;
+`solvers.py` has the two classes that the other families use. Every other class is diffusers' own, and so are these
+under a config of which they lack a part.
 
 Shapes: S steps.
 """
@@ -20,8 +21,7 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.errors import BundleError, first_line
-
-FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
+from taylorseer_export.runtime.solvers import DDIM, UniPC
 
 
 class Scheduler(Protocol):
@@ -66,10 +66,14 @@ def scheduler_of(manifest: Manifest) -> Scheduler:
     Raises:
         BundleError: diffusers is needed and not installed, lacks the class, or refuses the config.
     """
+    return own_scheduler(manifest) or FromDiffusers(manifest.sampling.scheduler, diffusers_scheduler(manifest))
+
+
+def own_scheduler(manifest: Manifest) -> Scheduler | None:
+    """A new scheduler of a bundle, not set yet, where it needs neither torch nor diffusers; None where it does."""
     name, config = manifest.sampling.scheduler, manifest.sampling.config
-    if name == FLOW_EULER and (ours := FlowEuler.of(config)) is not None:
-        return ours
-    return FromDiffusers(name, diffusers_scheduler(manifest))
+    found = {kind.name: kind for kind in (FlowEuler, UniPC, DDIM)}.get(name)
+    return None if found is None else found.of(config)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class FlowEuler:
     Source: Esser et al. 2024 (arXiv 2403.03206), section 3; `FlowMatchEulerDiscreteScheduler` of diffusers.
     """
 
-    name = FLOW_EULER
+    name = "FlowMatchEulerDiscreteScheduler"
 
     def __init__(self, config: FlowConfig) -> None:
         self._known = config

@@ -58,19 +58,23 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
-    require_extra("sample", "torch", "diffusers", "PIL")
     import numpy as np
 
     from taylorseer_export.embedded import requests
     from taylorseer_export.embedded.picture import grid, write_picture
     from taylorseer_export.runtime import sampling
+    from taylorseer_export.runtime.schedulers import own_scheduler
 
     if given.out:
+        if given.out.suffix != ".safetensors":
+            require_extra("sample", "PIL")
         check_out(given.out, picture=given.out.suffix != ".safetensors")
     denoiser = open_denoiser(given)
     forecasts = forecasts_of(denoiser, given)
     plan, guard = forecasts.plan, forecasts.guard
     manifest = denoiser.manifest
+    require_extra("sample", *([] if own_scheduler(manifest) else ["torch", "diffusers"]))
+    require_extra("sample", *(["PIL"] if not given.out and manifest.sampling.pictures else []))
     request, names = _request(denoiser, given)
     with progress("sampling", len(plan)) as advance:
         result = sampling.sample(denoiser, request, forecasts, on_step=lambda k: advance(k + 1, len(plan)))

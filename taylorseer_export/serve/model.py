@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
@@ -43,9 +44,10 @@ class TritonPythonModel:
         self._role: contract.Role = options["role"]
         self._streams = config["model_transaction_policy"]["decoupled"]
         try:
-            import torch
+            if find_spec("torch") is not None:  # most bundles are served without
+                import torch
 
-            torch.set_num_threads(1)  # it runs the scheduler alone, whose sums are small
+                torch.set_num_threads(1)  # outside of engines it runs some schedulers, whose sums are small
             bundle = Path(args["model_repository"], args["model_version"], "bundle")
             # Of several GPUs the server says which one this instance has.
             device = Device.parse(options["device"]).at(int(args["model_instance_device_id"]))

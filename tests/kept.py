@@ -26,7 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # Parts of the package that no export runs: `tests/test_architecture.py` refuses the making side an import of them.
 RUN_SIDE = frozenset({"runtime", "embedded", "report", "serve", "commands", "cli.py", "__init__.py", "__main__.py"})
 # What makes and exports the models of the tests.
-MAKERS = ("tests/kept.py", "tests/tiny_bundles.py", "tools/tiny_models.py", "tools/randomised.py")
+MAKERS = (
+    "tests/kept.py",
+    "tests/tiny_bundles.py",
+    "tests/tiny_pipelines.py",
+    "tools/tiny_models.py",
+    "tools/randomised.py",
+)
 
 MOST = 3  # keys that are kept: a branch, the main branch, and the one before
 

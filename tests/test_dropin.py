@@ -25,8 +25,9 @@ from diffusers import (
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from harness import FLOAT32, Tiny, allowed, eager_denoiser
+from recorder import Recorder
 from tiny_models import dit_inputs, flux_inputs, tiny_dit
-from tiny_pipelines import Recorder, dit_pipeline, flux_pipeline
+from tiny_pipelines import dit_pipeline, flux_pipeline
 
 from taylorseer_export.bundle.device import Device
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint

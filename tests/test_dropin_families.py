@@ -18,9 +18,9 @@ import torch
 from harness import allowed, eager_denoiser
 from oracle import assert_close
 from PIL import Image
+from recorder import Recorder
 from tiny_models import tiny_hunyuan, tiny_wan
 from tiny_pipelines import (
-    Recorder,
     framepack_pipeline,
     hidream_pipeline,
     hunyuan_image_pipeline,

@@ -1,16 +1,12 @@
-"""Unmodified diffusers pipelines around tiny transformers, and a recorder of what passes through these.
+"""Unmodified diffusers pipelines around tiny transformers.
 
 Text encoders and VAE are random, the tokenizer knows letters.
 
 Nothing is downloaded and nothing is trained: what matters is that a pipeline runs whole, from prompt to picture.
 """
 
-# Shapes: S steps
-
 import string
-from contextlib import contextmanager
 
-import oracle
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -32,17 +28,20 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
 )
-from harness import allowed
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -112,13 +111,13 @@ def wan_image_pipeline(transformer):
     )
 
 
-def hunyuan_pipeline(transformer):
+def hunyuan_pipeline(transformer, tokenizer=None):
     """Videos of 4 n + 1 frames and a multiple of 16 pixels."""
     config = transformer.config
     return _quiet(
         HunyuanVideoPipeline(
             text_encoder=tiny_llama(config.text_embed_dim),
-            tokenizer=letters(77),
+            tokenizer=tokenizer or letters(77),
             transformer=transformer,
             vae=tiny_hunyuan_vae(config.in_channels),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
@@ -126,6 +125,11 @@ def hunyuan_pipeline(transformer):
             tokenizer_2=letters(77),
         )
     )
+
+
+def whole_hunyuan(transformer):
+    """The same with a tokenizer that leaves room for the prompt behind the pipeline's template."""
+    return hunyuan_pipeline(transformer, words(77))
 
 
 def hunyuan_image_pipeline(transformer):
@@ -161,35 +165,66 @@ def framepack_pipeline(transformer):
     )
 
 
-def qwen_image_pipeline(transformer):
-    """Pictures of a multiple of 16 pixels; the prompt is given as embeddings."""
+def qwen_image_pipeline(transformer, text_encoder=None, tokenizer=None):
+    """Pictures of a multiple of 16 pixels; the prompt is given as embeddings where it has no encoder."""
     return _quiet(
         QwenImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             vae=tiny_qwen_image_vae(transformer.config.in_channels // 4),
-            text_encoder=None,
-            tokenizer=None,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
             transformer=transformer,
         )
     )
 
 
-def sd3_pipeline(transformer):
-    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings."""
-    encoders = dict.fromkeys(f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3"))
+def whole_qwen_image(transformer):
+    """The same from a prompt."""
+    return qwen_image_pipeline(transformer, tiny_qwen(transformer.config.joint_attention_dim), letters(2048))
+
+
+def sd3_pipeline(transformer, encoders=None):
+    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings where it has no encoders."""
+    names = [f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3")]
+    encoders = encoders or dict.fromkeys(names)
     vae = tiny_vae(transformer.config.in_channels)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return _quiet(StableDiffusion3Pipeline(transformer=transformer, scheduler=scheduler, vae=vae, **encoders))
 
 
-def hidream_pipeline(transformer):
-    """Pictures of 16 pixels a side; the prompt is given as embeddings."""
-    encoders = dict.fromkeys(f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3", "_4"))
+def whole_sd3(transformer):
+    """The same from a prompt."""
+    pooled, width = transformer.config.pooled_projection_dim, transformer.config.joint_attention_dim
+    encoders = {
+        "text_encoder": tiny_projected_clip(8, pooled // 2, 77),
+        "text_encoder_2": tiny_projected_clip(12, pooled - pooled // 2, 77),
+        "text_encoder_3": tiny_t5(width),
+    }
+    return sd3_pipeline(transformer, encoders | {f"tokenizer{k}": letters(77) for k in ("", "_2", "_3")})
+
+
+def hidream_pipeline(transformer, encoders=None):
+    """Pictures of 16 pixels a side; the prompt is given as embeddings where it has no encoders."""
+    names = [f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3", "_4")]
+    encoders = encoders or dict.fromkeys(names)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     vae = tiny_vae(transformer.config.in_channels)
     pipe = HiDreamImagePipeline(transformer=transformer, scheduler=scheduler, vae=vae, **encoders)
     pipe.default_sample_size = 8  # it scales every picture to this many latent pixels a side
     return _quiet(pipe)
+
+
+def whole_hidream(transformer):
+    """The same from a prompt."""
+    config = transformer.config
+    t5, llama = config.caption_channels
+    encoders = {
+        "text_encoder": tiny_projected_clip(8, config.text_emb_dim // 2, 128),
+        "text_encoder_2": tiny_projected_clip(12, config.text_emb_dim // 2, 128),
+        "text_encoder_3": tiny_t5(t5),
+        "text_encoder_4": tiny_llama(llama, LlamaForCausalLM),
+    }
+    return hidream_pipeline(transformer, encoders | {f"tokenizer{k}": letters(128) for k in ("", "_2", "_3", "_4")})
 
 
 def tiny_vae(channels):
@@ -260,6 +295,40 @@ def tiny_clip(width):
     return _seeded(lambda: CLIPTextModel(config))
 
 
+def tiny_projected_clip(width, projected, longest):
+    config = CLIPTextConfig(
+        vocab_size=len(WORDS),
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=projected,
+        max_position_embeddings=longest,
+        pad_token_id=WORDS["<pad>"],
+        bos_token_id=WORDS["</s>"],
+        eos_token_id=WORDS["</s>"],
+    )
+    return _seeded(lambda: CLIPTextModelWithProjection(config))
+
+
+def tiny_qwen(width):
+    """The text side of Qwen2.5-VL; its eyes are there and see nothing."""
+    text = {
+        "vocab_size": len(WORDS),
+        "hidden_size": width,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
+        "bos_token_id": WORDS["</s>"],
+        "eos_token_id": WORDS["</s>"],
+    }
+    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": width}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=eyes)
+    return _seeded(lambda: Qwen2_5_VLForConditionalGeneration(config))
+
+
 def tiny_vision(width):
     """257 tokens of a picture of 32 pixels a side."""
     config = CLIPVisionConfig(
@@ -286,17 +355,22 @@ def tiny_umt5(width):
     return _seeded(lambda: UMT5EncoderModel(config))
 
 
-def tiny_llama(width):
+def tiny_llama(width, kind=LlamaModel):
     config = LlamaConfig(
         vocab_size=len(WORDS), hidden_size=width, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2
     )
-    return _seeded(lambda: LlamaModel(config))
+    return _seeded(lambda: kind(config))
 
 
-def letters(longest):
+def words(longest):
+    """One token per word, all the same but for words of one letter; the long templates of some pipelines fit."""
+    return letters(longest, pre_tokenizers.Whitespace())
+
+
+def letters(longest, parts=None):
     """A tokenizer with one token per letter and one for the end."""
     tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.pre_tokenizer = parts or pre_tokenizers.Split("", "isolated")
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", WORDS["</s>"])])
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **names)
@@ -311,64 +385,3 @@ def _seeded(build):
 def _quiet(pipeline):
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-class Recorder:
-    """What passes through a transformer: per branch the latents [S, ...], timesteps [S], predictions [S, ...]."""
-
-    def __init__(self, transformer):
-        self.calls = {}
-        self.told = []  # (latents, prediction) of every call, in turn
-        self.transformer = transformer
-        transformer.register_forward_hook(self._note, with_kwargs=True)
-
-    def _note(self, module, args, inputs, output):
-        latents = args[0] if args else inputs["hidden_states"]
-        conditioning = {
-            n: v if isinstance(v, torch.Tensor) else torch.tensor(v)
-            for n, v in inputs.items()
-            if n in module.denoiser.constants and v is not None
-        }
-        sample = output[0] if isinstance(output, tuple) else output.sample
-        timestep = inputs[module.denoiser.timestep.name]
-        # Two nameless calls on the same latents are two branches.
-        nameless = str(int(any(latents is c[0] for c in self.calls.get("0", []))))
-        context = module._callers.here.context
-        self.calls.setdefault(context.name if context else nameless, []).append(
-            (latents, timestep, conditioning, sample)
-        )
-        self.told.append((latents, sample))
-
-    @contextmanager
-    def retold_by(self, model):
-        """The untouched model answers every call with the prediction noted for it, which is refused for other latents.
-
-        A pipeline around it is then told what one around the transformer was, to the bit: bits of a product of two
-        matrices are the processor's choice, and everything else that a pipeline does must be the same.
-        """
-        told = iter(self.told)
-
-        def answer(module, args, inputs, output):
-            latents, sample = next(told)
-            given = args[0] if args else inputs["hidden_states"]
-            assert torch.equal(given, latents), "the untouched pipeline asks about other latents"
-            return (sample,) if isinstance(output, tuple) else type(output)(sample=sample)
-
-        handle = model.register_forward_hook(answer, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-        assert next(told, None) is None, "the untouched pipeline makes fewer calls"
-
-    def assert_plan(self, model, plan, order):
-        """Every branch ran `plan` and agrees with the oracle on the latents that it was given."""
-        assert set(self.transformer.executed.values()) == {plan}
-        for name, calls in self.calls.items():
-            latents, timestep, conditioning, seen = zip(*calls, strict=True)
-            timestep = torch.stack([t[0] for t in timestep])
-            seen = torch.stack(seen)
-            expected = oracle.replay(model, torch.stack(latents), timestep, conditioning[0], plan, order)
-            expected = expected[:, :, : seen.shape[2]]  # of rows that only condition, a model predicts nothing of use
-            limit = allowed(model, expected, plan, order)
-            oracle.assert_close(f"branch {name}", seen, expected, limit)

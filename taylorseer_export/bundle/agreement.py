@@ -16,7 +16,7 @@ from taylorseer_export.bundle.shapes import match, names, resolve
 from taylorseer_export.errors import ConfigError, StepError
 
 if TYPE_CHECKING:
-    from taylorseer_export.bundle.manifest import Graph, GraphName, Manifest, Tensor
+    from taylorseer_export.bundle.manifest import Graph, GraphName, Manifest, PartName, Tensor
 
 STEPS = "steps"
 _MOST_BYTES = 1 << 40  # of all tensors at the smallest sizes; what is checked at load must fit a machine
@@ -42,12 +42,15 @@ _ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
 }
 
+# Part -> (role of its inputs, role of its outputs).
+_PART_ROLES: Mapping[str, tuple[str, str]] = {"text": ("tokens", "constant"), "decode": ("latent", "picture")}
+
 
 def contradiction(manifest: Manifest) -> str | None:
     """The first thing that a manifest says twice and not alike, or that cannot be; None where it agrees with itself."""
     checks: tuple[Callable[[Manifest], str | None], ...] = (
         _of_files, _of_graphs, _of_roles, _of_dimensions, _of_one_name, _of_tables, _of_state, _of_guards, _of_sizes,
-        _of_plan,
+        _of_plan, _of_parts,
     )  # fmt: skip
     try:
         return next((problem for check in checks if (problem := check(manifest))), None)
@@ -305,6 +308,78 @@ def _of_plan(manifest: Manifest) -> str | None:
         return f"plan order {plan.order} exceeds state order {manifest.state.order}"
     if not steps.minimum <= plan.steps <= steps.maximum:
         return f"plan has {plan.steps} steps, dimension `{STEPS}` is {steps.minimum} to {steps.maximum}"
+    return None
+
+
+def _of_parts(manifest: Manifest) -> str | None:
+    """Parts of the pipeline: their files lie in folders of their own, and what they make is what the denoiser takes."""
+    wanted: tuple[tuple[str, str, PartName], ...] = (("source", "prompts", "text"), ("pictures", "decoder", "decode"))
+    for field, value, needed in wanted:
+        seen = getattr(manifest.sampling, field)
+        if (seen == value) != (needed in manifest.parts):
+            return f"{field} is {seen}, which is {value} with a part `{needed}` and only then"
+    for name, part in manifest.parts.items():
+        graph, roles = part.graph, _PART_ROLES[name]
+        files = [graph.file, *(tokens.file for tokens in part.tokens)]
+        for file in files:
+            if file not in manifest.files or not file.startswith(f"{name}/"):
+                return f"file {file} of part {name} is not listed in files, in the folder {name}"
+        if twice := _twice(tensor.name for tensor in (*graph.inputs, *graph.outputs)):
+            return f"part {name} has `{twice}` twice"
+        for role, tensors in zip(roles, (graph.inputs, graph.outputs), strict=True):
+            for tensor in tensors:
+                if tensor.role != role:
+                    return f"`{tensor.name}` of part {name} has role {tensor.role}, which it cannot have there"
+        shapes = [entry for tensor in (*graph.inputs, *graph.outputs) for entry in tensor.shape]
+        if (used := frozenset().union(*map(names, shapes))) != part.dimensions.keys():
+            return f"dimensions of part {name} are {_listed(part.dimensions)}, its shapes use {_listed(used)}"
+        for end in ("minimum", "typical", "maximum"):
+            sizes = {key: getattr(dimension, end) for key, dimension in part.dimensions.items()}
+            for tensor in (*graph.inputs, *graph.outputs):
+                resolve(tensor.shape, sizes)
+    return _of_text(manifest) or _of_decode(manifest)
+
+
+def _of_text(manifest: Manifest) -> str | None:
+    part = manifest.parts.get("text")
+    if part is None:
+        return None
+    constants = {t.name: t for graph in manifest.graphs.values() for t in graph.inputs if t.role == "constant"}
+    for made in part.graph.outputs:
+        taken = constants.get(made.name)
+        if taken is None:
+            return f"`{made.name}` is made by part text, and no graph takes it"
+        pairs = list(zip(made.shape, taken.shape, strict=False))
+        same = all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+        if len(made.shape) != len(taken.shape) or not same or [a for a, b in pairs if b == "batch"] not in ([], [1]):
+            return f"`{made.name}` is {_text(made.shape)} for one prompt, the graphs take {_text(taken.shape)}"
+    inputs = {tensor.name: tensor for tensor in part.graph.inputs}
+    named = [name for tokens in part.tokens for name in (tokens.input, tokens.mask) if name is not None]
+    if sorted(named) != sorted(inputs):
+        return f"inputs of part text are {_listed(inputs)}, its tokenizers make {_listed(named)}"
+    for tokens in part.tokens:
+        if "{}" not in tokens.template:
+            return f"template of `{tokens.input}` has no {{}}"
+        if tokens.size is not None and part.dimensions.get(tokens.size) is None:
+            return f"size of `{tokens.input}` is {tokens.size}, which is no dimension of part text"
+        extent = {tokens.size: tokens.length} if tokens.size else {}
+        shape = (1, tokens.length + tokens.dropped)
+        for name in (tokens.input, tokens.mask):
+            if name is not None and (resolve(inputs[name].shape, extent) != shape or inputs[name].dtype != "int64"):
+                seen = inputs[name]
+                return f"`{name}` is {seen.dtype} {_text(seen.shape)}, its tokenizer makes int64 {_text(shape)}"
+    return None
+
+
+def _of_decode(manifest: Manifest) -> str | None:
+    part = manifest.parts.get("decode")
+    if part is None:
+        return None
+    given, made = part.graph.inputs, part.graph.outputs
+    if [t.name for t in given] != ["latents"] or [t.name for t in made] != ["picture"]:
+        return "part decode makes a `picture` of `latents` and nothing else"
+    if len(given[0].shape) != 4 or given[0].shape[0] != 1 or len(made[0].shape) != 4 or made[0].shape[:2] != (1, 3):
+        return f"`latents` and `picture` of part decode are {_text(given[0].shape)} and {_text(made[0].shape)}"
     return None
 
 

@@ -30,12 +30,13 @@ from taylorseer_export.method.plan import Dialect, Plan
 
 MANIFEST = "manifest.json"
 BUNDLE_NAME = "[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"  # regular expression; a name is part of a folder's
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 GraphName = Literal["prepare", "full", "forecast", "probe", "rest"]
+PartName = Literal["text", "decode"]
 Role = Literal[
     "latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred",
-    "probe_in", "probe_out", "error", "carried",
+    "probe_in", "probe_out", "error", "carried", "tokens", "picture",
 ]  # fmt: skip
 Fill = Literal["ones", "zeros", "grid", "sides", "frames", "guidance"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
@@ -79,6 +80,7 @@ def _scheduler(name: str) -> str:
 Text = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
 FamilyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 BundleName = Annotated[str, Field(pattern=f"^{BUNDLE_NAME}$")]
+Template = Annotated[str, Field(min_length=2, max_length=4000)]
 SizeName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,63}$")]
 ClassName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$")]
 Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
@@ -103,7 +105,8 @@ class Tensor(Part):
         "constant: fixed for the request. weights: the forecast weights. taylor_in, taylor_out: "
         "the Taylor buffers read and written. noise_pred: the prediction of the denoiser. probe_in, "
         "probe_out: what the probe keeps, read and written. error: how far the probe's quantity is from what was "
-        "expected. carried: from the probe to the rest of a full step."
+        "expected. carried: from the probe to the rest of a full step. tokens: what a tokenizer makes of a prompt. "
+        "picture: from 0 to 1."
     )
     values: tuple[Whole, Whole] | None = Field(
         default=None, description="Smallest and largest value accepted, where it is an index into a table."
@@ -218,13 +221,16 @@ class Sampling(Part):
     timestep_divisor: float = Field(
         default=1.0, gt=0, le=1e6, description="What the scheduler's timestep is divided by for the transformer."
     )
-    source: Literal["labels", "captions", "tensors"] = Field(
+    source: Literal["labels", "captions", "prompts", "tensors"] = Field(
         default="tensors",
         description="What a request is made from. labels: classes of the model. captions: text, by the encoder that "
-        "the bundle brings. tensors: the constant inputs, as the pipeline's own encoders make them.",
+        "the bundle brings. prompts: any text, by the part `text`. "
+        "tensors: the constant inputs, as the pipeline's own encoders make them.",
     )
-    pictures: Literal["digits", "shapes"] | None = Field(
-        default=None, description="Which of the package's decoders makes pictures of the latents, if any does."
+    pictures: Literal["digits", "shapes", "decoder"] | None = Field(
+        default=None,
+        description="What makes pictures of the latents, if anything does: a decoder of this package, or the part "
+        "`decode`.",
     )
     latent_scale: int = Field(default=8, ge=1, description="Pixels per latent pixel along each side.")
     time_scale: int = Field(default=4, ge=1, description="Frames per latent frame; the first is one frame.")
@@ -278,6 +284,38 @@ class Pipeline(Part):
     )
 
 
+class Tokens(Part):
+    """What one tokenizer makes of a prompt: an input of the graph `text`, and its mask."""
+
+    input: Text = Field(description="Name of the input.")
+    mask: Text | None = Field(default=None, description="Name of the input that is 1 where a token is no padding.")
+    file: RelativePath = Field(description="The tokenizer, as the `tokenizers` library stores it.")
+    length: Size = Field(description="Tokens that a prompt may have, without those that are dropped.")
+    size: SizeName | None = Field(default=None, description="Dimension that this number is; null where it is fixed.")
+    padding: Count | None = Field(
+        default=None, description="Token that fills a prompt up to its length; null for none."
+    )
+    side: Literal["left", "right"] = Field(default="right", description="Where it is filled up.")
+    template: Template = Field(default="{}", description="What the prompt is put into, in the place of {}.")
+    dropped: Count = Field(default=0, description="Leading tokens that the encoders leave out of what they return.")
+    cleaned: bool = Field(default=False, description="Whether HTML entities and runs of spaces are resolved first.")
+
+
+class PipelinePart(Part):
+    """A part of the pipeline besides the transformer: a graph in a folder of its own, with its own weights."""
+
+    graph: Graph = Field(
+        description="Its contract. text: tokens in, constant inputs of the transformer out. decode: the latents of one "
+        "sample in, its picture out."
+    )
+    dimensions: dict[SizeName, Dimension] = Field(description="Range of every symbolic size of its own, by name.")
+    tokens: tuple[Tokens, ...] = Field(default=(), description="Of text: how a prompt becomes its inputs.")
+    negative: Text | None = Field(
+        default=None,
+        description="Of text: the negative prompt of a request that brings none; null where guidance is off without.",
+    )
+
+
 class Engine(Part):
     """What the engines were built with, and what they are tied to."""
 
@@ -321,6 +359,9 @@ class Manifest(Sealed):
     sampling: Sampling = Field(description="How the denoiser is meant to be sampled.")
     pipeline: Pipeline = Field(
         default_factory=Pipeline, description="What the family's pipeline does around the transformer."
+    )
+    parts: dict[PartName, PipelinePart] = Field(
+        default_factory=dict, description="What of the pipeline is here besides the transformer, by name."
     )
     engine: Engine = Field(description="What the engines were built with and are tied to.")
     files: dict[RelativePath, File] = Field(
@@ -381,6 +422,7 @@ class Manifest(Sealed):
             **{name.replace("_", "-"): value for name, value in changes.items()},
         }
         words = [f"--{name} {value}".rstrip() for name, value in given.items() if value is not None]
+        words += ["--whole"] * bool(self.parts)
         return " ".join(["taylorseer-export", self.family, *words])
 
 

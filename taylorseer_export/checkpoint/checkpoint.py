@@ -33,6 +33,7 @@ def open_checkpoint(
     loras: Sequence[str] = (),
     weightless: bool = False,
     lora_skip: Sequence[str] = (),
+    whole: bool = False,
 ) -> Checkpoint:
     """Find a checkpoint, whatever its layout.
 
@@ -45,6 +46,7 @@ def open_checkpoint(
         loras: Files to be added to the weights, each as `file` or `file:scale`.
         weightless: Whether a config alone will do, a config.json or a folder with one, to be described and not written.
         lora_skip: What of those files is left out on purpose: `text-encoder`.
+        whole: Whether the rest of the pipeline is fetched too, where the reference is a hub id.
 
     Raises:
         CheckpointError: Nothing is there, a file is missing or damaged, or it is another family's.
@@ -69,7 +71,7 @@ def open_checkpoint(
                 "download the weights"
             )
         if alone is None:
-            checkpoint = _open_named(reference, family, variant, config)
+            checkpoint = _open_named(reference, family, variant, config, whole)
         else:
             checkpoint = Checkpoint(reference, family, alone.parent, _config(alone, family), {}, weightless=True)
     known = checkpoint.shapes if loras else {}
@@ -108,7 +110,9 @@ def open_config(reference: str) -> Checkpoint:
     return Checkpoint(reference, unknown(name), path.parent, config, {}, weightless=True)
 
 
-def _open_named(reference: str, family: Family, variant: str | None, config: str | None) -> Checkpoint:
+def _open_named(
+    reference: str, family: Family, variant: str | None, config: str | None, whole: bool = False
+) -> Checkpoint:
     path = Path(reference).expanduser()
     if path.is_file():
         return _open_file(reference, family, path, config, variant)
@@ -119,14 +123,16 @@ def _open_named(reference: str, family: Family, variant: str | None, config: str
             f"--model is {reference}, expected an existing diffusers folder or a hub id like {family.reference}; "
             "check the path"
         )
-    return _open_folder(reference, family, _download(reference, family), variant, config)
+    return _open_folder(reference, family, _download(reference, family, whole), variant, config)
 
 
-def _download(reference: str, family: Family) -> Path:
+def _download(reference: str, family: Family, whole: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         patterns = ["transformer/*", "scheduler/*", "model_index.json", "vae/config.json"]
+        if whole:
+            patterns += ["vae/*", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*"]
         return Path(snapshot_download(reference, allow_patterns=patterns))
     except Exception as error:
         raise CheckpointError(

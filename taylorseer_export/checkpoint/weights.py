@@ -84,8 +84,15 @@ class Checkpoint:
 
     @property
     def latent_scale(self) -> int:
-        """Pixels per latent pixel along each side."""
-        return int(self.card.get("latent_scale", self.family.latent_scale))
+        """Pixels per latent pixel along each side: what the VAE beside it makes, else what the published models' do."""
+        return int(self.card.get("latent_scale") or self._scale_of_vae() or self.family.latent_scale)
+
+    def _scale_of_vae(self) -> int | None:
+        """Where its config says it, by the rule of diffusers' pipelines: each level but the last halves the sides."""
+        path = self.root / "vae" / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        levels, ratio = config.get("block_out_channels"), config.get("spatial_compression_ratio")
+        return ratio or (2 ** (len(levels) - 1) if isinstance(levels, list) and levels else None)
 
     @property
     def latent_size(self) -> tuple[int, ...]:

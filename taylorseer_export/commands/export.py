@@ -147,6 +147,19 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     engine.add_argument(
         "--polygraphy", action="store_true", help="add example inputs and profiles for Polygraphy's command line"
     )
+    engine.add_argument(
+        "--whole",
+        action="store_true",
+        help="export the pipeline around the transformer too: text encoders, tokenizers and decoder of the folder that "
+        "--model names (default: the transformer alone)",
+    )
+    engine.add_argument(
+        "--without",
+        action="append",
+        choices=("text", "decode"),
+        default=[],
+        help="a part that --whole leaves out; may be repeated (default: none)",
+    )
     engine.add_argument("--dry-run", action="store_true", help="print the card and the memory table, write nothing")
     engine_options(parser)
 
@@ -173,13 +186,18 @@ def _export(family: Family, given: argparse.Namespace) -> int:
     from taylorseer_export.checkpoint.checkpoint import open_checkpoint
     from taylorseer_export.compile import export
     from taylorseer_export.compile.api import bundle_name
+    from taylorseer_export.compile.parts import parts_of, refuse_missing
     from taylorseer_export.report import memory_table
     from taylorseer_export.report.card import card
 
     if given.lora_skip and not given.lora:
         raise ConfigError("--lora-skip is given without --lora, expected it too; add it, or leave --lora-skip out")
+    if given.without and not given.whole:
+        raise ConfigError("--without is given without --whole, expected it too; add it, or leave --without out")
     skip = tuple(dict.fromkeys(given.lora_skip))
-    checkpoint = open_checkpoint(given.model, family, given.variant, given.config, given.lora, given.dry_run, skip)
+    checkpoint = open_checkpoint(
+        given.model, family, given.variant, given.config, given.lora, given.dry_run, skip, given.whole
+    )
     if given.model is None:
         print(
             f"no --model: exporting the tiny {family.name} embedded in this package; "
@@ -215,8 +233,11 @@ def _export(family: Family, given: argparse.Namespace) -> int:
         batch=given.batch,
         polygraphy=given.polygraphy,
         guards=tuple(dict.fromkeys(given.guard)),
+        parts=parts_of(checkpoint, given.without) if given.whole else (),
     )
     export.check_options(options)
+    if not given.dry_run:
+        refuse_missing(checkpoint, options.parts)
     if given.slots > 1 and not (given.memory_budget or given.dry_run):
         raise ConfigError(f"--slots is {given.slots} without a budget, expected --memory-budget too; add it")
     name = bundle_name(given.model, given.name)
@@ -231,6 +252,8 @@ def _export(family: Family, given: argparse.Namespace) -> int:
         print(memory_table.reason(best, rows, given.memory_budget, given.slots, given.state, given.layout))
         options = replace(options, granularity=best.granularity, layout=best.layout)
     plan = export.draft(traced, options)
+    if options.parts:
+        print(f"whole: beside the transformer, the parts {' and '.join(options.parts)} of {checkpoint.root}")
     print(card(export.describe(plan, name)))
     if given.dry_run:
         print(memory_table.table(rows, given.slots))

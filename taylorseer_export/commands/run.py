@@ -1,6 +1,6 @@
 """`run`: sample with a bundle.
 
-What a request is made from stands in the manifest: class labels, captions that the bundle's own encoder reads, or the
+What a request is made from stands in the manifest: class labels, prompts that the bundle's own encoders read, or the
 tensors that a pipeline passes to the transformer, under their diffusers names; `negative_NAME` beside NAME turns
 guidance on. A bundle with a decoder makes pictures, any other one latents.
 """
@@ -8,6 +8,7 @@ guidance on. A bundle with a decoder makes pictures, any other one latents.
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from taylorseer_export.errors import ConfigError
 from taylorseer_export.values import finite, seed, size, whole
 
 if TYPE_CHECKING:
+    from taylorseer_export.bundle.manifest import Manifest
     from taylorseer_export.runtime.denoiser import Denoiser
     from taylorseer_export.runtime.sampling import Request
 
@@ -38,7 +40,17 @@ def options(parser: argparse.ArgumentParser) -> None:
     bundle_options(parser)
     plan_options(parser)
     parser.add_argument("--label", type=whole(0), nargs="+", help="classes to draw (models of classes)")
-    parser.add_argument("--prompt", nargs="+", help="captions to draw (models with captions)")
+    parser.add_argument("--prompt", nargs="+", help="what to draw (bundles with text encoders)")
+    parser.add_argument("--negative-prompt", help="what guidance leads away from (default: as the family's pipeline)")
+    parser.add_argument(
+        "--prompt-tokens",
+        type=whole(1),
+        metavar="N",
+        help="most tokens of a prompt, diffusers' max_sequence_length (default: the pipeline's)",
+    )
+    parser.add_argument(
+        "--n", type=whole(1), help="pictures of each prompt or label, of seeds that follow (default: 1)"
+    )
     parser.add_argument(
         "--inputs",
         type=Path,
@@ -61,7 +73,7 @@ def run(given: argparse.Namespace) -> int:
     import numpy as np
 
     from taylorseer_export.embedded import requests
-    from taylorseer_export.embedded.picture import grid, write_picture
+    from taylorseer_export.embedded.picture import grid, plain, write_picture
     from taylorseer_export.runtime import sampling
     from taylorseer_export.runtime.schedulers import own_scheduler
 
@@ -75,19 +87,30 @@ def run(given: argparse.Namespace) -> int:
     manifest = denoiser.manifest
     require_extra("sample", *([] if own_scheduler(manifest) else ["torch", "diffusers"]))
     require_extra("sample", *(["PIL"] if not given.out and manifest.sampling.pictures else []))
+    denoiser.open_parts()  # before the work, and not in its times
+    began = time.perf_counter()
     request, names = _request(denoiser, given)
+    encode_ms, decode_ms = 1e3 * (time.perf_counter() - began), 0.0
     with progress("sampling", len(plan)) as advance:
         result = sampling.sample(denoiser, request, forecasts, on_step=lambda k: advance(k + 1, len(plan)))
     out = given.out or Path(
         f"{manifest.family}-{manifest.name}.png" if manifest.sampling.pictures else "latents.safetensors"
     )
-    check_out(out)
+    for path in _files(out, manifest, len(request.latents)):
+        check_out(path)
     if out.suffix == ".safetensors":
         write_tensors(out, {"latents": result.latents}, {"plan": result.executed})
     else:
+        began = time.perf_counter()
         made = requests.pictures(denoiser, request, result)
-        scale = max(1, 256 // made.shape[1])
-        write_picture(out, grid([list(made)], scale, (), names if len(names) > 1 else ()))
+        decode_ms = 1e3 * (time.perf_counter() - began)
+        files = _files(out, manifest, len(made))
+        if manifest.sampling.pictures == "decoder":
+            for path, one in zip(files, made, strict=True):
+                write_picture(path, plain(one))
+        else:  # one table of pictures as small as those of the embedded models
+            scale = max(1, 256 // made.shape[1])
+            write_picture(out, grid([list(made)], scale, (), names if len(names) > 1 else ()))
     kinds = np.array(list(result.executed))
     times = np.array(result.milliseconds)
     forecast = times[kinds == "."]
@@ -99,35 +122,61 @@ def run(given: argparse.Namespace) -> int:
         f"times     prepare {result.prepare_ms:.1f} ms, full {np.median(times[kinds == 'F']):.2f} ms"
         + (f", forecast {np.median(forecast):.2f} ms" if len(forecast) else "")
         + f", loop {times.sum():.0f} ms"
+        + (f"; encode {encode_ms:.1f} ms" if "text" in manifest.parts else "")
+        + (f", decode {decode_ms:.1f} ms" if "decode" in manifest.parts else "")
     )
-    print(f"wrote     {out}")
+    print(f"wrote     {' '.join(map(str, _files(out, manifest, len(request.latents))))}")
     return 0
 
 
+def _files(out: Path, manifest: Manifest, count: int) -> list[Path]:
+    """What is written: a file for each picture of a decoder, `name-1.png` and so on; one file of anything else."""
+    if count == 1 or out.suffix == ".safetensors" or manifest.sampling.pictures != "decoder":
+        return [out]
+    return [out.with_name(f"{out.stem}-{k + 1}{out.suffix}") for k in range(count)]
+
+
 # What a request is made from -> the options that say it.
-_OPTIONS = {"labels": ("label",), "captions": ("prompt", "inputs"), "tensors": ("inputs",)}
+_OPTIONS = {
+    "labels": ("label",),
+    "captions": ("prompt", "inputs"),
+    "prompts": ("prompt", "inputs", "negative_prompt", "prompt_tokens"),
+    "tensors": ("inputs",),
+}
 
 
 def _request(denoiser: Denoiser, given: argparse.Namespace) -> tuple[Request, list[str]]:
     """The request, and a name for each picture of it where it has one."""
     manifest = denoiser.manifest
     source = manifest.sampling.source
-    for option in ("label", "prompt", "inputs"):
+    for option in ("label", "prompt", "inputs", "negative_prompt", "prompt_tokens"):
         if getattr(given, option) is not None and option not in _OPTIONS[source]:
-            known = " or ".join(f"--{name}" for name in _OPTIONS[source])
+            known = " or ".join(f"--{name}" for name in _OPTIONS[source][:2])
             raise ConfigError(
-                f"--{option} is given for family {manifest.family}, expected {known}, since this bundle draws from "
-                f"{source}; leave it out"
+                f"--{option.replace('_', '-')} is given for family {manifest.family}, expected {known}, since this "
+                f"bundle draws from {source}; leave it out"
             )
     if given.out and given.out.suffix != ".safetensors" and manifest.sampling.pictures is None:
         raise ConfigError(
             f"--out is {given.out} for family {manifest.family}, expected NAME.safetensors, since only its own VAE "
             "makes a picture of its latents; change it"
         )
+    if given.n is not None:
+        _repeat(given)
     count = max(len(given.label or ()), len(given.prompt or ()), len(given.seed))
-    return {"labels": _of_labels, "captions": _of_captions, "tensors": _of_tensors}[source](
-        denoiser, given, values_per_picture("--seed", given.seed, count)
-    )
+    makers = {"labels": _of_labels, "captions": _of_prompts, "prompts": _of_prompts, "tensors": _of_tensors}
+    return makers[source](denoiser, given, values_per_picture("--seed", given.seed, count))
+
+
+def _repeat(given: argparse.Namespace) -> None:
+    """Ask for `--n` pictures of each prompt or label: with the seeds that follow the one given."""
+    if len(given.seed) > 1:
+        raise ConfigError(f"--n is {given.n} with {len(given.seed)} seeds, expected one seed; leave --n out")
+    for option in ("label", "prompt"):
+        if values := getattr(given, option):
+            setattr(given, option, [value for value in values for _ in range(given.n)])
+    count = max(len(given.label or ()), len(given.prompt or ()), given.n)
+    given.seed = [given.seed[0] + k % given.n for k in range(count)]
 
 
 def _of_labels(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) -> tuple[Request, list[str]]:
@@ -139,7 +188,7 @@ def _of_labels(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) 
     return label_request(denoiser, labels, seeds, given.guidance_scale), [f"label {label}" for label in labels]
 
 
-def _of_captions(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) -> tuple[Request, list[str]]:
+def _of_prompts(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) -> tuple[Request, list[str]]:
     from taylorseer_export.embedded.requests import caption_request
 
     if given.prompt and given.inputs:
@@ -149,7 +198,8 @@ def _of_captions(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]
         names = [f"seed {seed}" for seed in seeds]
         return caption_request(denoiser, tensors, seeds, given.size, given.guidance_scale), names
     prompts = values_per_picture("--prompt", given.prompt or ["a red circle left of a blue square"], len(seeds))
-    return caption_request(denoiser, prompts, seeds, given.size, given.guidance_scale), list(prompts)
+    more = (given.guidance_scale, given.negative_prompt, given.prompt_tokens)
+    return caption_request(denoiser, prompts, seeds, given.size, *more), list(prompts)
 
 
 def _of_tensors(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) -> tuple[Request, list[str]]:

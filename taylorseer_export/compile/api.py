@@ -16,6 +16,7 @@ from taylorseer_export.checkpoint.recognise import family_of
 from taylorseer_export.compile.engines import Progress
 from taylorseer_export.compile.export import Options, check_options, draft, folder_name, write_bundle
 from taylorseer_export.compile.gpu import building_on
+from taylorseer_export.compile.parts import parts_of, refuse_missing
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import family_named
 
@@ -29,6 +30,7 @@ def export(
     variant: str | None = None,
     config: str | None = None,
     loras: Sequence[str] = (),
+    whole: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Path:
@@ -43,6 +45,8 @@ def export(
         out: Folder that gets `<family>-<name>/`.
         name: Name of the bundle; the model's if left out.
         variant, config, loras: Which weights, their config, and what is added to them, as on the command line.
+        whole: Whether to export the pipeline around the transformer too, every part that its family has; fewer by
+            `parts=("decode",)`.
         progress: Called with (stage, done, total); bytes for weights, a count for graphs.
         options: Fields of `Options` by name (`order`, `interval`, `warmup`, `steps`, `granularity`, `layout`, `engine`,
             `precision`, `latent_size`, `batch`, `guards`, ...); the family's defaults where left out. A `device` with a
@@ -63,7 +67,9 @@ def export(
         raise ConfigError("neither model nor family is given, expected one; pass a checkpoint, or the name of a family")
     reference = None if model is None else str(model)
     declared = family_named(family) if family is not None else family_of(str(reference))
-    checkpoint = open_checkpoint(reference, declared, variant, config, loras)
+    checkpoint = open_checkpoint(reference, declared, variant, config, loras, whole=whole or bool(options.get("parts")))
+    if whole:
+        options = {"parts": parts_of(checkpoint), **options}
     default = checkpoint.family.defaults
     device = None if options.get("device") is None else Device.parse(options["device"])
     asked = Options(
@@ -79,6 +85,7 @@ def export(
     called = bundle_name(reference, name)
     with building_on(device):
         check_options(asked)
+        refuse_missing(checkpoint, asked.parts)
         check_place(Path(out) / folder_name(checkpoint, called))
         return write_bundle(draft(checkpoint, asked), Path(out), called, progress)
 

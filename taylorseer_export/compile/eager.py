@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from taylorseer_export.compile.export import Draft
+from taylorseer_export.compile.draft import BaseDraft
 from taylorseer_export.graph.cut import Cut, identifier
 
 aten = torch.ops.aten
 
 
-def eager_modules(plan: Draft) -> dict[str, fx.GraphModule]:
+def eager_modules(plan: BaseDraft) -> dict[str, fx.GraphModule]:
     """Graph name -> module whose parameters hold the checkpoint's weights; needs memory for all of them."""
     weights = {name: plan.read(name).to(dtype) for name, (dtype, _) in plan.stored.items()}
-    return {cut.name: weighted(cut, weights) for cut in plan.split.graphs}
+    return {cut.name: weighted(cut, weights) for cut in plan.graphs}
 
 
 def weighted(cut: Cut, weights: Mapping[str, torch.Tensor], device: str = "cpu") -> fx.GraphModule:

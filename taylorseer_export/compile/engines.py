@@ -20,7 +20,7 @@ from taylorseer_export.values import memory, whole
 
 if TYPE_CHECKING:
     from taylorseer_export.bundle.manifest import Engine
-    from taylorseer_export.compile.export import Draft, Options
+    from taylorseer_export.compile.draft import BaseDraft, Options
 
 Progress = Callable[[str, int, int], object]
 
@@ -48,7 +48,7 @@ class Builder(Protocol):
     def graph_file(self, graph: str) -> str:
         """File of the bundle that holds the graph called `graph`; graphs may share one."""
 
-    def build(self, draft: Draft, folder: Path, progress: Progress) -> None:
+    def build(self, draft: BaseDraft, folder: Path, progress: Progress) -> None:
         """Write the files of all graphs, and the weights they read, into `folder`.
 
         Raises:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ import torch
 
 from taylorseer_export.bundle.manifest import (
     MANIFEST,
-    Dimension,
     File,
-    Graph,
     Manifest,
     Model,
+    PartName,
     Pipeline,
+    PipelinePart,
     PlanDefaults,
     Sampling,
     Site,
@@ -31,66 +30,15 @@ from taylorseer_export.bundle.manifest import (
 from taylorseer_export.bundle.schedulers import SCHEDULERS
 from taylorseer_export.bundle.store import hash_files, writing
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
+from taylorseer_export.compile.draft import PRECISIONS as PRECISIONS
+from taylorseer_export.compile.draft import Draft as Draft
+from taylorseer_export.compile.draft import Options as Options
 from taylorseer_export.compile.engines import Progress, builder, check_engine
+from taylorseer_export.compile.parts import refuse_missing, write_parts
 from taylorseer_export.compile.polygraphy import check_sizes, write_examples
-from taylorseer_export.compile.weights import WEIGHTS, Stored, write_weights
 from taylorseer_export.errors import CheckpointError, ConfigError
-from taylorseer_export.graph.cut import Cut
-from taylorseer_export.graph.split import Split, split
+from taylorseer_export.graph.split import split
 from taylorseer_export.graph.trace import Trace, trace
-from taylorseer_export.method import Granularity, Layout, Plan
-from taylorseer_export.method.guard import Rule
-from taylorseer_export.method.plan import Dialect
-
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_MOST_STEPS = 1000
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to export.
-
-    Attributes:
-        order: Highest order kept in the Taylor buffers and default order of the forecasts, dimensionless.
-        interval, warmup, steps, dialect: The default plan; a request may bring its own.
-        granularity: What is forecast: `module`, `residual` or `last`.
-        layout: What the Taylor buffers hold: `snapshots` or `derivatives`.
-        engine: Kind of engine.
-        engine_options: Options that only some kinds of engine take, by their name on the command line.
-        device: Kind of device that the engines are to run on, `cpu` or `cuda`; None takes what the kind of engine
-            serves best.
-        precision: `fp32`, `fp16` or `bf16`.
-        state_dtype: The same for the Taylor buffers; None takes the precision. Arithmetic on them is float32.
-        latent_size: (height, width) or (frames, height, width) of the latent; None accepts the family's range.
-        batch: Samples per call of the transformer; None accepts the family's range.
-        polygraphy: Whether the bundle gets example inputs and profiles for Polygraphy's command line.
-        guards: The rules that a request may guard its forecasts by; each adds its part to the probe.
-    """
-
-    order: int
-    interval: int
-    warmup: int
-    steps: int = 50
-    dialect: Dialect = "original"
-    granularity: Granularity = "module"
-    layout: Layout = "snapshots"
-    engine: str = "onnxruntime"
-    engine_options: Mapping[str, Any] = field(default_factory=dict)
-    device: str | None = None
-    precision: str = "fp32"
-    state_dtype: str | None = None
-    latent_size: tuple[int, ...] | None = None
-    batch: int | None = None
-    polygraphy: bool = False
-    guards: tuple[Rule, ...] = ()
-
-    def state_type(self) -> torch.dtype:
-        """dtype of the Taylor buffers."""
-        return PRECISIONS[self.state_dtype or self.precision]
-
-    def plan(self) -> Plan:
-        """The default plan."""
-        return Plan.regular(self.steps, self.interval, self.warmup, self.dialect)
 
 
 @dataclass(frozen=True)
@@ -108,88 +56,6 @@ class Traced:
     trace: Trace
     precision: str
     buffers: dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A model traced and split, with everything known about the bundle before anything is written.
-
-    Attributes:
-        sizes: Dimension -> its one size, or None where the bundle accepts a range.
-        typical: Dimension -> the size that estimates are quoted at.
-        stored: Tensor name -> (dtype, shape) of every weight that some graph reads.
-        buffers: Tensors that are computed when the model is built and are in no checkpoint.
-    """
-
-    checkpoint: Checkpoint
-    options: Options
-    split: Split
-    sizes: dict[str, int | None]
-    typical: dict[str, int]
-    stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    buffers: dict[str, torch.Tensor]
-
-    @property
-    def graph_sizes(self) -> dict[str, int | None]:
-        """Dimension -> size of the graphs: as `sizes`, and the number of steps is open in every bundle."""
-        return {**self.sizes, "steps": None}
-
-    def contract(self, cut: Cut) -> Graph:
-        """The I/O contract of one graph, as the manifest holds it."""
-        return Graph(
-            file=builder(self.options.engine).graph_file(cut.name),
-            inputs=cut.inputs,
-            outputs=cut.outputs,
-            weights_bytes=self.weights_bytes(cut),
-        )
-
-    def read(self, name: str) -> torch.Tensor:
-        """A stored tensor as the model itself has it, or as the checkpoint does in the dtype that it is stored in.
-
-        Raises:
-            CheckpointError: It has numbers that are not finite there: damaged, or beyond the range of the precision.
-        """
-        if name in self.buffers:
-            return self.buffers[name]
-        read = self.checkpoint.tensor(name)
-        value = read.to(self.stored[name][0])
-        if value.is_floating_point() and (bad := _not_finite(value)):
-            kind, whole = str(value.dtype).removeprefix("torch."), not _not_finite(read)
-            raise CheckpointError(
-                f"`{name}` of {self.checkpoint.reference} has {bad} of {value.numel()} values that are "
-                + (f"beyond the range of {kind}" if whole else "NaN or infinite")
-                + ", expected finite numbers; "
-                + ("export with --precision bf16" if whole else "check the checkpoint, and --lora if it is given")
-            )
-        return value
-
-    def write_weights(self, folder: Path, progress: Progress) -> dict[str, Stored]:
-        """Write every weight that some graph reads into the bundle's one weights file."""
-        total, done = self.weights_bytes(), 0
-
-        def count(size: int) -> None:
-            nonlocal done
-            done += size
-            progress("weights", done, total)
-
-        return write_weights(folder / WEIGHTS, self.stored, self.read, count)
-
-    def ranges(self) -> dict[str, tuple[int, int]]:
-        """(smallest, largest) of every size, the number of steps included."""
-        ranges = self.checkpoint.family.dimensions(self.checkpoint.config) | {"steps": (1, _MOST_STEPS)}
-        return {n: (self.sizes.get(n) or low, self.sizes.get(n) or high) for n, (low, high) in ranges.items()}
-
-    def dimensions(self) -> dict[str, Dimension]:
-        """The same as the manifest holds it, with the size that estimates are quoted at."""
-        return {
-            name: Dimension(minimum=low, maximum=high, typical=self.typical[name])
-            for name, (low, high) in self.ranges().items()
-        }
-
-    def weights_bytes(self, cut: Cut | None = None) -> int:
-        """Bytes of the weights of one graph, or of the bundle."""
-        names = self.stored if cut is None else cut.parameters()
-        return sum(self.stored[n][0].itemsize * math.prod(self.stored[n][1]) for n in names)
 
 
 def check_options(options: Options) -> None:
@@ -301,20 +167,27 @@ def write_bundle(plan: Draft, out: Path, name: str, progress: Progress | None = 
     graphs = {cut.name: plan.contract(cut) for cut in plan.split.graphs}
     if plan.options.polygraphy:
         check_sizes(graphs, plan.dimensions())
+    report = progress or (lambda *_: None)
+    refuse_missing(checkpoint, plan.options.parts)
     with writing(target, plan.weights_bytes() + (32 << 20)) as folder:
-        builder(plan.options.engine).build(plan, folder, progress or (lambda *_: None))
+        builder(plan.options.engine).build(plan, folder, report)
+        parts = write_parts(checkpoint, plan.options, folder, report)
         text = checkpoint.root / "text"
         if checkpoint.embedded and text.is_dir():
             shutil.copytree(text, folder / "text")
         if plan.options.polygraphy:
             write_examples(folder, graphs, plan.dimensions())
-        manifest = describe(plan, name, checkpoint.sha256(), hash_files(folder))
+        manifest = describe(plan, name, checkpoint.sha256(), hash_files(folder), parts)
         (folder / MANIFEST).write_bytes(manifest.to_json())
     return target
 
 
 def describe(
-    plan: Draft, name: str, weights_sha256: str = "0" * 64, files: Mapping[str, File] | None = None
+    plan: Draft,
+    name: str,
+    weights_sha256: str = "0" * 64,
+    files: Mapping[str, File] | None = None,
+    parts: Mapping[PartName, PipelinePart] | None = None,
 ) -> Manifest:
     """The manifest of a draft: everything about the bundle, before or after its files are written.
 
@@ -323,6 +196,7 @@ def describe(
         name: Name of the bundle within its family.
         weights_sha256: Hash of the checkpoint; zeros while it is not known.
         files: Hash and size of every file; empty entries for the graphs while they are not written.
+        parts: What of the pipeline was written besides the transformer.
     """
     checkpoint, options = plan.checkpoint, plan.options
     family = checkpoint.family
@@ -351,17 +225,13 @@ def describe(
             dialect=options.dialect,
             text=str(options.plan()),
         ),
-        sampling=sampling_of(checkpoint),
+        sampling=sampling_of(checkpoint, parts or {}),
         pipeline=pipeline_of(checkpoint),
+        parts=dict(parts or {}),
         engine=builder(options.engine).engine(options).model_copy(update={"options": _texts(options.engine_options)}),
         files=dict(files or {graph.file: File(sha256="0" * 64, size=0) for graph in graphs.values()}),
         cache_key=_cache_key(weights_sha256, options),
     )
-
-
-def _not_finite(value: torch.Tensor) -> int:
-    """How many numbers are NaN or infinite, read in pieces: a mask of a whole tensor would be as large as its bytes."""
-    return sum(int((~part.isfinite()).sum()) for part in value.reshape(-1).split(1 << 18))
 
 
 def _model_of(checkpoint: Checkpoint, weights_sha256: str) -> Model:
@@ -391,8 +261,12 @@ def _undescribable(what: str, error: ValueError) -> CheckpointError:
     )
 
 
-def sampling_of(checkpoint: Checkpoint) -> Sampling:
+def sampling_of(checkpoint: Checkpoint, parts: Collection[PartName] = ()) -> Sampling:
     """Scheduler and guidance: what the checkpoint says, else what the family's pipeline uses.
+
+    Args:
+        checkpoint: The model.
+        parts: What of the pipeline the bundle holds besides.
 
     Raises:
         CheckpointError: Its scheduler is none that is known here, or its config is none of a scheduler.
@@ -408,7 +282,9 @@ def sampling_of(checkpoint: Checkpoint) -> Sampling:
             f"scheduler of {checkpoint.reference} is `{scheduler}`, expected one of diffusers that this version knows "
             f"({', '.join(sorted(SCHEDULERS))}); name one in scheduler/scheduler_config.json"
         )
-    brought = checkpoint.card if checkpoint.embedded else {}  # no other model brings an encoder or a decoder
+    brought = dict(checkpoint.card) if checkpoint.embedded else {}
+    brought |= {"source": "prompts"} if "text" in parts else {}
+    brought |= {"pictures": "decoder"} if "decode" in parts else {}
     try:
         return Sampling(
             scheduler=scheduler,

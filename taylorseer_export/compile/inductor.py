@@ -17,9 +17,9 @@ import torch
 
 from taylorseer_export.bundle.contract import NOTE, signature
 from taylorseer_export.bundle.manifest import Engine
+from taylorseer_export.compile.draft import BaseDraft, Options
 from taylorseer_export.compile.eager import pointwise_sums, weighted, writing
 from taylorseer_export.compile.engines import Progress, library_versions
-from taylorseer_export.compile.export import Draft, Options
 from taylorseer_export.compile.program import example_inputs, exported_program, quiet_libraries
 from taylorseer_export.compile.weights import WEIGHTS
 from taylorseer_export.errors import BuildError, first_line
@@ -68,7 +68,7 @@ def graph_file(graph: str) -> str:
     return PACKAGE
 
 
-def build(draft: Draft, folder: Path, progress: Progress) -> None:
+def build(draft: BaseDraft, folder: Path, progress: Progress) -> None:
     """Write the weights, compile each graph, and pack what came out.
 
     Raises:
@@ -80,7 +80,7 @@ def build(draft: Draft, folder: Path, progress: Progress) -> None:
     draft.write_weights(folder, progress)
     device = draft.options.device or "cpu"
     weights = load_file(folder / WEIGHTS, device)
-    cuts = draft.split.graphs
+    cuts = draft.graphs
     with TemporaryDirectory() as scratch:
         files: dict[str, Any] = {}
         for k, cut in enumerate(cuts):
@@ -95,7 +95,7 @@ def build(draft: Draft, folder: Path, progress: Progress) -> None:
     progress("graphs", len(cuts), len(cuts))
 
 
-def compile_graph(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device: str, place: Path) -> list[str]:
+def compile_graph(draft: BaseDraft, cut: Cut, weights: dict[str, torch.Tensor], device: str, place: Path) -> list[str]:
     """The files of one graph in `place`: its library, what AOTInductor says of it, and the source of its wrapper.
 
     Raises:
@@ -104,7 +104,9 @@ def compile_graph(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], devi
     return compile_program(draft, cut, program_of(draft, cut, weights, device), device, place)
 
 
-def program_of(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device: str) -> torch.export.ExportedProgram:
+def program_of(
+    draft: BaseDraft, cut: Cut, weights: dict[str, torch.Tensor], device: str
+) -> torch.export.ExportedProgram:
     """One graph in the form that is compiled: it writes its outputs, and its forecasts are pointwise.
 
     Raises:
@@ -115,7 +117,7 @@ def program_of(draft: Draft, cut: Cut, weights: dict[str, torch.Tensor], device:
 
 
 def compile_program(
-    draft: Draft, cut: Cut, program: torch.export.ExportedProgram, device: str, place: Path
+    draft: BaseDraft, cut: Cut, program: torch.export.ExportedProgram, device: str, place: Path
 ) -> list[str]:
     """The files of an exported graph in `place`, as `compile_graph` returns them.
 

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
+from taylorseer_export.compile.draft import BaseDraft
 from taylorseer_export.compile.engines import Progress
-from taylorseer_export.compile.export import Draft
 from taylorseer_export.compile.program import exported_program, quiet_libraries, size_of
 from taylorseer_export.compile.weights import WEIGHTS, Stored
 from taylorseer_export.errors import BuildError, first_line
 from taylorseer_export.graph.cut import Cut
 
 OPSET = 20
+_INSIDE = 1 << 13  # bytes
 
 
-def write_graphs(draft: Draft, folder: Path, progress: Progress) -> dict[str, Path]:
+def write_graphs(draft: BaseDraft, folder: Path, progress: Progress) -> dict[str, Path]:
     """Write the weights of a draft, then each of its graphs as ONNX that points into them.
 
     Returns:
@@ -27,7 +28,7 @@ def write_graphs(draft: Draft, folder: Path, progress: Progress) -> dict[str, Pa
     Raises:
         BuildError: An operator has no ONNX form.
     """
-    cuts = draft.split.graphs
+    cuts = draft.graphs
     places = draft.write_weights(folder, progress)
     files = {cut.name: folder / f"{cut.name}.onnx" for cut in cuts}
     for k, cut in enumerate(cuts):
@@ -37,7 +38,7 @@ def write_graphs(draft: Draft, folder: Path, progress: Progress) -> dict[str, Pa
     return files
 
 
-def write_onnx(draft: Draft, cut: Cut, weights: Mapping[str, Stored], path: Path) -> None:
+def write_onnx(draft: BaseDraft, cut: Cut, weights: Mapping[str, Stored], path: Path) -> None:
     """Write one graph as ONNX whose initializers point into the bundle's weights file.
 
     Raises:
@@ -59,14 +60,20 @@ def write_onnx(draft: Draft, cut: Cut, weights: Mapping[str, Stored], path: Path
     assert exported is not None
     model = exported.model
     graph = model.graph
+    # Small whole numbers stay in the graph, where ONNX Runtime looks for shapes.
+    outside = {
+        name
+        for name in weights.keys() & graph.initializers.keys()
+        if name not in draft.buffers or weights[name].dtype.is_floating_point or weights[name].length > _INSIDE
+    }
     # While the graph is simplified its weights have no value: nothing computed from them can be baked in.
-    for name in weights.keys() & graph.initializers.keys():
+    for name in outside:
         graph.initializers[name].const_value = None
     with quiet_libraries():
         optimizer.optimize(model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=1 << 16)
         _without_sequences(graph)
         graph.sort()  # simplifiers before onnxscript 0.7 leave nodes before what they read
-    for name in weights.keys() & graph.initializers.keys():
+    for name in outside & graph.initializers.keys():
         place = weights[name]
         graph.initializers[name].const_value = ir.ExternalTensor(
             WEIGHTS, place.offset, place.length, ir.DataType.from_numpy(_numpy_dtype(place.dtype))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from taylorseer_export.bundle.manifest import Engine
+from taylorseer_export.compile.draft import BaseDraft, Options
 from taylorseer_export.compile.engines import Progress, library_versions
-from taylorseer_export.compile.export import Draft, Options
 from taylorseer_export.compile.onnx import OPSET, write_graphs
 from taylorseer_export.errors import ConfigError
 
@@ -43,7 +43,7 @@ def graph_file(graph: str) -> str:
     return f"{graph}.onnx"
 
 
-def build(draft: Draft, folder: Path, progress: Progress) -> None:
+def build(draft: BaseDraft, folder: Path, progress: Progress) -> None:
     """Write the weights, then each graph as ONNX that points into them.
 
     Raises:

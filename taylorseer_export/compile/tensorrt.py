@@ -17,8 +17,8 @@ from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.bundle.contract import unlike
 from taylorseer_export.bundle.manifest import Dimension, Engine
 from taylorseer_export.bundle.tensorrt import dtype_names, extents, library, library_name, logger
+from taylorseer_export.compile.draft import BaseDraft, Options
 from taylorseer_export.compile.engines import Progress, library_versions
-from taylorseer_export.compile.export import Draft, Options
 from taylorseer_export.compile.onnx import write_graphs
 from taylorseer_export.compile.weights import WEIGHTS
 from taylorseer_export.errors import BuildError, ConfigError
@@ -86,7 +86,7 @@ def graph_file(graph: str) -> str:
     return f"{graph}.plan"
 
 
-def build(draft: Draft, folder: Path, progress: Progress) -> None:
+def build(draft: BaseDraft, folder: Path, progress: Progress) -> None:
     """Write the graphs as ONNX, build each into a plan, and keep the ONNX only where a stripped plan needs its weights.
 
     Raises:
@@ -97,7 +97,7 @@ def build(draft: Draft, folder: Path, progress: Progress) -> None:
     log = logger(trt)
     builder = trt.Builder(log)
     files = write_graphs(draft, folder, progress)
-    for cut in draft.split.graphs:
+    for cut in draft.graphs:
         network, parser = parse(trt, builder, log, files[cut.name])
         check_network(trt, draft, cut, network)
         config = configure(trt, builder, options)
@@ -178,7 +178,7 @@ def parse(trt: Any, builder: Any, log: Any, path: Path) -> tuple[Any, Any]:
     return network, parser
 
 
-def check_network(trt: Any, draft: Draft, cut: Cut, network: Any) -> None:
+def check_network(trt: Any, draft: BaseDraft, cut: Cut, network: Any) -> None:
     """Refuse a network whose inputs and outputs are not those of the contract.
 
     Raises:

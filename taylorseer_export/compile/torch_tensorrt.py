@@ -13,9 +13,9 @@ import torch
 
 from taylorseer_export.bundle.manifest import Engine
 from taylorseer_export.bundle.tensorrt import extents
+from taylorseer_export.compile.draft import BaseDraft, Options
 from taylorseer_export.compile.eager import weighted
 from taylorseer_export.compile.engines import Progress, library_versions
-from taylorseer_export.compile.export import Draft, Options
 from taylorseer_export.compile.program import exported_program
 from taylorseer_export.compile.tensorrt import engine as tensorrt_engine
 from taylorseer_export.compile.tensorrt import graph_file as graph_file
@@ -53,7 +53,7 @@ def engine(options: Options) -> Engine:
     return tied.model_copy(update={"versions": {**tied.versions, **library_versions(options.engine, "torch-tensorrt")}})
 
 
-def build(draft: Draft, folder: Path, progress: Progress) -> None:
+def build(draft: BaseDraft, folder: Path, progress: Progress) -> None:
     """Convert each graph, whole or not at all, into a plan whose tensors have the contract's names.
 
     Raises:
@@ -61,7 +61,7 @@ def build(draft: Draft, folder: Path, progress: Progress) -> None:
     """
     library = _library()
     weights = {name: draft.read(name).to(DEVICE, dtype) for name, (dtype, _) in draft.stored.items()}
-    cuts = draft.split.graphs
+    cuts = draft.graphs
     for k, cut in enumerate(cuts):
         progress("graphs", k, len(cuts))
         try:
@@ -77,7 +77,7 @@ def build(draft: Draft, folder: Path, progress: Progress) -> None:
     progress("graphs", len(cuts), len(cuts))
 
 
-def _converted(library: Any, draft: Draft, cut: Cut, weights: dict[str, torch.Tensor]) -> bytes:
+def _converted(library: Any, draft: BaseDraft, cut: Cut, weights: dict[str, torch.Tensor]) -> bytes:
     given = draft.options.engine_options
     own = replace(cut, module=weighted(cut, weights, DEVICE))
     program = exported_program(own, draft.graph_sizes, draft.ranges(), device=DEVICE)

@@ -157,6 +157,11 @@ def write_picture(path: Path, picture: Image.Image) -> None:
         picture.save(partial, format=Image.registered_extensions()[path.suffix.lower()])
 
 
+def plain(picture: np.ndarray) -> Image.Image:
+    """A picture `[height, width, 3]` uint8 as it is."""
+    return _enlarged(picture, 1)
+
+
 def grid(
     rows_of_pictures: Sequence[Sequence[np.ndarray]],
     scale: int = 1,

@@ -8,13 +8,16 @@ from dataclasses import replace
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.embedded.caption import TABLE_FILE, VOCABULARY_FILE, CaptionEncoder
 from taylorseer_export.embedded.picture import pictures_from_dit_latents, pictures_from_flux_latents
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.parts import decoded
 from taylorseer_export.runtime.places import ROWS, sides_of
-from taylorseer_export.runtime.sampling import Request, Result, noise_of
-from taylorseer_export.runtime.tensors import latent_sizes, tensor_request
+from taylorseer_export.runtime.runner import host_dtype
+from taylorseer_export.runtime.sampling import Request, Result, latents_of, noise_of
+from taylorseer_export.runtime.tensors import NEGATIVE, latent_sizes, tensor_request
 
 
 def caption_request(
@@ -23,15 +26,19 @@ def caption_request(
     seeds: Sequence[int] = (0,),
     size: tuple[int, ...] | None = None,
     guidance_scale: float | None = None,
+    negative: str | None = None,
+    length: int | None = None,
 ) -> Request:
-    """A request from captions: what the bundle's own encoder makes of them, and a picture of a size.
+    """A request from prompts: what the bundle's own encoders make of them, and a picture of a size.
 
     Args:
         denoiser: The loaded bundle.
         prompts: One caption for all pictures or one for each; or the tensors that an encoder made of them.
         seeds: One per picture; noise is drawn as diffusers' pipelines do, on the CPU in float32.
         size: (height, width) of the picture in pixels; the bundle's if left out.
-        guidance_scale: For models that take it as an input; the bundle's default if left out.
+        guidance_scale: Dimensionless; the bundle's default if left out.
+        negative: What guidance leads away from; what the family's pipeline takes if left out.
+        length: Most tokens of a prompt, where the bundle leaves that open; its own if left out.
 
     Raises:
         ConfigError: The bundle has no encoder, a caption has a word that it does not know, or the size does not divide
@@ -40,16 +47,69 @@ def caption_request(
     manifest = denoiser.manifest
     size = usual_size(manifest) if size is None else size
     sizes, sides = latent_sizes(manifest, size, "size")
-    tensors = prompts if isinstance(prompts, Mapping) else _caption_encoder(denoiser).encode(list(prompts))
+    if isinstance(prompts, Mapping):
+        tensors = dict(prompts)
+    elif manifest.sampling.source == "prompts":
+        tensors = _encoded(denoiser, prompts, guidance_scale, negative, length)
+    else:
+        for option, value in (("negative prompt", negative), ("length of the prompt", length)):
+            if value is not None:
+                raise ConfigError(
+                    f"{option} is {value} for {manifest.family}-{manifest.name}, expected none: its encoder knows "
+                    "captions alone; leave it out"
+                )
+        tensors = _caption_encoder(denoiser).encode(list(prompts))
     request = tensor_request(denoiser, tensors, seeds, sizes, sides, guidance_scale)
     return replace(request, height=size[0], width=size[1])
 
 
 def usual_size(manifest: Manifest) -> tuple[int, int]:
-    """(height, width) in pixels of the picture that a bundle with packed latents is quoted at."""
-    rows, columns = sides_of(manifest.dimensions[ROWS].typical)
+    """(height, width) in pixels of the picture that a bundle is quoted at."""
+    typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
     side = manifest.sampling.latent_scale * manifest.pipeline.packing
+    latent = resolve(manifest.graphs["full"].input_of("latent").shape, typical)
+    rows, columns = sides_of(typical[ROWS]) if manifest.pipeline.packing > 1 else latent[-2:]
     return side * rows, side * columns
+
+
+def _encoded(
+    denoiser: Denoiser, prompts: Sequence[str], guidance_scale: float | None, negative: str | None, length: int | None
+) -> dict[str, np.ndarray]:
+    """Conditioning of one prompt for all pictures or one for each, with the `negative_` twins that guidance needs."""
+    manifest = denoiser.manifest
+    described = manifest.parts["text"]
+    scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
+    guided = manifest.sampling.guidance in ("batched", "branches")
+    if negative is not None and not guided:
+        raise ConfigError(
+            f"negative prompt is given for {manifest.family}-{manifest.name}, expected none: its guidance takes no "
+            "second prompt; leave it out"
+        )
+    away = described.negative if negative is None else negative
+    made = _together(denoiser, [denoiser.encoder.encode(prompt, length) for prompt in prompts])
+    if not guided or scale == 1.0 or away is None:
+        return made
+    twins = _together(denoiser, [denoiser.encoder.encode(away, length)])
+    return {**made, **{NEGATIVE + name: value for name, value in twins.items()}}
+
+
+def _together(denoiser: Denoiser, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Conditioning of several prompts side by side: shorter ones filled up with zeros, and masks that say so."""
+    made: dict[str, np.ndarray] = {}
+    lengths: dict[str, list[int]] = {}  # dimension -> that of each prompt
+    for name in rows[0]:
+        shape, values = denoiser.constants[name].shape, [row[name] for row in rows]
+        most = np.max([value.shape for value in values], 0)
+        for axis, entry in enumerate(shape):
+            if isinstance(entry, str) and entry != "batch":
+                lengths[entry] = [value.shape[axis] for value in values]
+        filled = [np.pad(value, [(0, m - n) for m, n in zip(most, value.shape, strict=True)]) for value in values]
+        made[name] = np.concatenate(filled, shape.index("batch"))
+    for name, tensor in denoiser.constants.items():
+        counts = lengths.get(str(tensor.shape[-1]), [])
+        if name not in made and tensor.fill == "ones" and str(tensor.shape[-1]) in lengths:
+            made[name] = (np.arange(max(counts)) < np.array(counts)[:, None]).astype(host_dtype(tensor.dtype))
+    return made
 
 
 def label_request(
@@ -86,6 +146,11 @@ def pictures_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np
         ConfigError: The bundle brings no decoder; its latents go to the model's own VAE.
     """
     decoder = denoiser.manifest.sampling.pictures
+    if decoder == "decoder":
+        packing = denoiser.manifest.pipeline.packing
+        side = denoiser.manifest.sampling.latent_scale * packing
+        sides = (request.height // side, request.width // side)
+        return decoded(denoiser.decoder, latents if packing == 1 else latents_of(latents, *sides, packing))
     if decoder is None:
         raise ConfigError(
             f"bundle {denoiser.manifest.family}-{denoiser.manifest.name} has no picture decoder, expected an embedded "

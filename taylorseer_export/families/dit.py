@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from taylorseer_export.families.family import Defaults, Family, Input, fixed
+from taylorseer_export.families.whole import Whole, picture
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -39,5 +40,6 @@ DIT = Family(
     guidance="batched",
     guidance_scale=4.0,
     latent_size=(32, 32),
+    whole=Whole(decode=picture),
     source="labels",
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.whole import Whole
 
 Role = Literal["latent", "step", "constant"]
 Guidance = Literal["none", "embedded", "batched", "branches"]
@@ -209,6 +210,7 @@ class Family:
         typical: Dimension -> size that estimates are quoted at, where the size of the latent does not give it.
         timestep_divisor: What the scheduler's timestep is divided by before the transformer takes it, dimensionless.
         pipeline: What else the family's pipeline does around the transformer.
+        whole: What else of the pipeline a bundle may hold; None where that is the transformer alone.
         source: What a request is made from: class `labels`, or the `tensors` that the pipeline's encoders make.
         attributes: `config -> {name: value}` that the pipeline reads from the transformer besides its config.
         lora_loader: Class in `diffusers.loaders` that knows how the LoRAs of the pipeline are named; none if empty.
@@ -243,6 +245,7 @@ class Family:
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     timestep_divisor: float = 1.0
     pipeline: Pipeline = Pipeline()
+    whole: Whole | None = None
     source: Literal["labels", "tensors"] = "tensors"
     attributes: Callable[[Mapping[str, Any]], Mapping[str, int]] = no_entries
     lora_loader: str = ""

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -54,6 +55,13 @@ def _kontext_dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]
     return {**_dimensions(config), "condition_tokens": (4, 16384)}
 
 
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    return {
+        "encoder_hidden_states": encoders["text_encoder_2"](given["t5"])[0],
+        "pooled_projections": encoders["text_encoder"](given["clip"]).pooler_output,
+    }
+
+
 FLUX = Family(
     name="flux",
     title="FLUX.1 dev and schnell",
@@ -76,6 +84,12 @@ FLUX = Family(
     guidance_scale=3.5,
     latent_size=(128, 128),
     timestep_divisor=1000.0,
+    whole=Whole(
+        decode=picture,
+        encoders=("text_encoder", "text_encoder_2"),
+        tokens=(Tokens("clip", "tokenizer", 77), Tokens("t5", "tokenizer_2", 512, size="text_tokens")),
+        encode=_encode,
+    ),
     lora_loader="FluxLoraLoaderMixin",
     variants={"schnell": {"defaults": Defaults(steps=4, interval=6, warmup=3, order=1), "scheduler_config": {}}},
 )
@@ -90,6 +104,7 @@ FLUX_KONTEXT = replace(
     typical={"text_tokens": 512, "condition_tokens": 4096},
     forward=_kontext,
     pipeline=Pipeline(arguments="rows-behind"),
+    whole=None,
     variants={},
     defaults=Defaults(steps=50, interval=4, warmup=3, order=2),
     guidance_scale=2.5,

@@ -12,6 +12,7 @@ from typing import Any
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, patches, replaced
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -92,6 +93,22 @@ def _static(model: Any) -> Iterator[None]:
 # Distilled, so without guidance: one prompt to a batch, and the scheduler of flow matching.
 _DISTILLED = {"guidance": "none", "guidance_scale": 1.0, "scheduler": "FlowMatchEulerDiscreteScheduler"}
 
+
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    import torch
+
+    t5 = encoders["text_encoder_3"](given["t5"], attention_mask=given["t5_mask"])[0]
+    states = encoders["text_encoder_4"](
+        given["llama"], attention_mask=given["llama_mask"], output_hidden_states=True, use_cache=False
+    ).hidden_states
+    pooled = [encoders["text_encoder"](given["l"])[0], encoders["text_encoder_2"](given["g"])[0]]
+    return {
+        "encoder_hidden_states_t5": t5,
+        "encoder_hidden_states_llama3": torch.stack(states[1:]),
+        "pooled_embeds": torch.cat(pooled, 1),
+    }
+
+
 HIDREAM = Family(
     name="hidream",
     title="HiDream-I1 full, dev and fast",
@@ -110,6 +127,18 @@ HIDREAM = Family(
     guidance_scale=5.0,
     latent_size=(128, 128),
     pipeline=Pipeline(prediction_sign=-1, flow_steps="count"),
+    whole=Whole(
+        decode=picture,
+        encoders=("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
+        tokens=(
+            Tokens("l", "tokenizer", 128),
+            Tokens("g", "tokenizer_2", 128),
+            Tokens("t5", "tokenizer_3", 128, mask="t5_mask"),
+            Tokens("llama", "tokenizer_4", 128, mask="llama_mask", filled_with="end"),
+        ),
+        encode=_encode,
+        negative="",
+    ),
     attributes=_attributes,
     lora_loader="HiDreamImageLoraLoaderMixin",
     typical={"text_tokens": 128},

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, patches
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -31,6 +32,29 @@ def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: in
     return {"frames": frames, **patches(config, height, width)}
 
 
+_TEMPLATE = (
+    "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
+    "1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+)
+_LLAMA = Tokens("llama", "tokenizer", 256, size="text_tokens", template=_TEMPLATE, dropped=95, mask="mask")
+
+
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    states = encoders["text_encoder"](
+        input_ids=given["llama"], attention_mask=given["mask"], output_hidden_states=True, use_cache=False
+    ).hidden_states
+    return {
+        "encoder_hidden_states": states[-3][:, _LLAMA.dropped :],
+        "encoder_attention_mask": given["mask"][:, _LLAMA.dropped :].float(),
+        "pooled_projections": encoders["text_encoder_2"](given["clip"]).pooler_output,
+    }
+
+
 HUNYUAN_VIDEO = Family(
     name="hunyuan-video",
     title="HunyuanVideo: text to video, and image to video by channels or by a replaced first frame",
@@ -54,6 +78,11 @@ HUNYUAN_VIDEO = Family(
     latent_size=(33, 90, 160),
     # From a picture, its pipeline begins a little off the noise; it passes guidance whether or not the model takes it.
     pipeline=Pipeline(guidance_factor=1000.0, condition_share=0.001, ignored_inputs=("guidance",)),
+    whole=Whole(
+        encoders=("text_encoder", "text_encoder_2"),
+        tokens=(_LLAMA, Tokens("clip", "tokenizer_2", 77)),
+        encode=_encode,
+    ),
     lora_loader="HunyuanVideoLoraLoaderMixin",
     variants={"i2v": {"guidance_scale": 1.0}},
     patched=expanded_masks,

@@ -9,6 +9,7 @@ from typing import Any
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed, replaced
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, still
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -78,6 +79,19 @@ def _real_rotary_embedding(model: Any) -> Iterator[None]:
         yield
 
 
+_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    states = encoders["text_encoder"](given["tokens"], output_hidden_states=True, use_cache=False).hidden_states
+    return {"encoder_hidden_states": states[-1][:, _TOKENS.dropped :]}
+
+
+_TOKENS = Tokens("tokens", "tokenizer", 1024, size="text_tokens", padded=False, template=_TEMPLATE, dropped=34)
+
 QWEN_IMAGE = Family(
     name="qwen-image",
     title="Qwen-Image",
@@ -102,6 +116,7 @@ QWEN_IMAGE = Family(
     latent_size=(128, 128),
     timestep_divisor=1000.0,
     pipeline=Pipeline(guidance_keeps_norm=True, arguments="first-shape"),
+    whole=Whole(decode=still, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode),
     lora_loader="QwenImageLoraLoaderMixin",
     forward=_forward,
     patched=_real_rotary_embedding,

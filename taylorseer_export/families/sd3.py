@@ -10,6 +10,7 @@ from typing import Any
 
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families.family import Defaults, Derived, Family, Input, Pipeline, patches, replaced
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -83,6 +84,20 @@ def _from_lines(model: Any) -> Iterator[None]:
         yield
 
 
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    """CLIP's two encodings side by side, filled up to the width of T5's, and T5's behind them."""
+    import torch
+
+    clip = [encoders[name](given[name], output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]
+    t5 = encoders["text_encoder_3"](given["text_encoder_3"])[0]
+    both = torch.cat([one.hidden_states[-2] for one in clip], -1)
+    wide = torch.nn.functional.pad(both, (0, t5.shape[-1] - both.shape[-1]))
+    return {
+        "encoder_hidden_states": torch.cat([wide, t5], 1),
+        "pooled_projections": torch.cat([one[0] for one in clip], -1),
+    }
+
+
 SD3 = Family(
     name="sd3",
     title="Stable Diffusion 3 and 3.5",
@@ -101,6 +116,17 @@ SD3 = Family(
     guidance_scale=7.0,
     latent_size=(128, 128),
     pipeline=Pipeline(flow_steps="count"),
+    whole=Whole(
+        decode=picture,
+        encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
+        tokens=(
+            Tokens("text_encoder", "tokenizer", 77),
+            Tokens("text_encoder_2", "tokenizer_2", 77),
+            Tokens("text_encoder_3", "tokenizer_3", 256, size="t5_tokens"),
+        ),
+        encode=_encode,
+        negative="",
+    ),
     lora_loader="SD3LoraLoaderMixin",
     typical={"text_tokens": 333},
     derived=_tables,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from taylorseer_export.families.family import Defaults, Family, Input, patches
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole
 
 _TEXT = 512  # tokens; diffusers splits image from text tokens at this count
 _IMAGE = 257  # tokens of the image encoder
@@ -38,6 +39,11 @@ def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: in
     return {"frames": frames, **patches({"patch_size": config["patch_size"][1]}, height, width)}
 
 
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    states = encoders["text_encoder"](given["tokens"], given["mask"]).last_hidden_state
+    return {"encoder_hidden_states": states * given["mask"][..., None].to(states.dtype)}
+
+
 WAN = Family(
     name="wan",
     title="Wan 2.1 (text and image to video), 2.2 A14B (a bundle for each of its two experts), 2.2 5B from text alone",
@@ -55,6 +61,12 @@ WAN = Family(
     guidance="branches",
     guidance_scale=5.0,
     latent_size=(21, 60, 104),
+    whole=Whole(
+        encoders=("text_encoder",),
+        tokens=(Tokens("tokens", "tokenizer", _TEXT, size="text_tokens", mask="mask", cleaned=True),),
+        encode=_encode,
+        negative="",
+    ),
     lora_loader="WanLoraLoaderMixin",
     variants={
         "i2v": {"defaults": Defaults(steps=40, interval=5, warmup=1, order=1)},

@@ -107,7 +107,7 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
             ) from error
         module = program.module()
     assert isinstance(module, fx.GraphModule)
-    _drop_noise(module.graph)
+    drop_noise(module.graph)
     functional(module.graph)
     plain(module.graph)
     eliminate_dead(module.graph)
@@ -120,7 +120,7 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
         for symbol in size.node.expr.free_symbols
     }
     weights = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    return Trace(module, inputs, sites, symbols, sizes, precision, _fold_constants(module, weights))
+    return Trace(module, inputs, sites, symbols, sizes, precision, fold_constants(module, weights))
 
 
 def dimension(entry: str, dims: Mapping[str, Any]) -> Any:
@@ -166,7 +166,7 @@ def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
     return next(n for n in graph.nodes if n.op == "placeholder" and n.target == name)
 
 
-def _drop_noise(graph: fx.Graph) -> None:
+def drop_noise(graph: fx.Graph) -> None:
     """Drop shape guards, metadata checks, and casts that cast nothing."""
     for node in list(graph.nodes):
         if node.op == "call_module" or node.target is aten._assert_tensor_metadata.default:
@@ -176,7 +176,7 @@ def _drop_noise(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _fold_constants(module: fx.GraphModule, weights: set[str]) -> dict[str, torch.Tensor]:
+def fold_constants(module: fx.GraphModule, weights: set[str]) -> dict[str, torch.Tensor]:
     """Compute now what depends on no input and none of the `weights`, and put it in the graph as a buffer.
 
     An engine would compute the table of timestep frequencies with its own `exp`, and an error of one unit in the last

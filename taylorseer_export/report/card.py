@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from taylorseer_export.bundle.manifest import GraphName, Manifest, Tensor
+from taylorseer_export.bundle.manifest import GraphName, Manifest, PartName, Tensor
 from taylorseer_export.bundle.memory import probe_bytes, size, state_bytes, table_bytes
 from taylorseer_export.method import Forecasts, Plan, forecast_weights, gain
 
@@ -16,6 +16,8 @@ _WHEN: dict[GraphName, str] = {
     "probe": "every step under a guard",
     "rest": "full steps under a guard, after the probe",
 }
+
+_WHEN_PART: dict[PartName, str] = {"text": "once per prompt", "decode": "once per picture"}
 
 
 def card(manifest: Manifest) -> str:
@@ -49,6 +51,11 @@ def card(manifest: Manifest) -> str:
                 break_long_words=False,
                 break_on_hyphens=False,
             )
+    for part, described in manifest.parts.items():
+        graph = described.graph
+        lines.append(f"  {part:<10} {size(graph.weights_bytes):>9} of weights, {_WHEN_PART[part]}")
+        for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
+            lines.append(f"{' ' * 13}{kind:<7}{', '.join(_grouped(tensors))}")
     state, kept = manifest.state, size(probe_bytes(manifest, sizes))
     guards = [f"  guards     {', '.join(state.guards)}: {kept} per slot"] if state.guards else []
     lines += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from taylorseer_export.bundle.device import CPU, Device
-from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.bundle.manifest import Manifest, PartName
 from taylorseer_export.bundle.profile import Profiles
 from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
 from taylorseer_export.errors import BundleError, first_line
@@ -18,6 +19,7 @@ from taylorseer_export.method import Forecasts, RequestOptions, forecasts_from_o
 from taylorseer_export.runtime.check import check_engines
 from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.engines import open_runner
+from taylorseer_export.runtime.parts import Encoder, Part, open_part
 from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
 
@@ -32,6 +34,7 @@ def load(
     progress: Progress | None = None,
     cuda_graphs: bool = True,
     check: bool = True,
+    devices: Mapping[PartName, str | Device] | None = None,
 ) -> Denoiser:
     """Check a bundle, load its engines, and check what they compute.
 
@@ -43,6 +46,8 @@ def load(
         cuda_graphs: Whether calls on a GPU are replayed as CUDA graphs.
         check: Whether two steps on typical inputs show that the engines are sound; see `check_engines`. Left out, what
             overflows is first seen in a picture.
+        devices: Where parts of the pipeline run that are not to run where the denoiser does, by name. They are loaded
+            when they are first asked for.
 
     Raises:
         BundleError: The bundle is missing, damaged, too new, not for this machine, or its engines overflow.
@@ -51,7 +56,8 @@ def load(
     asked = Device.parse(device)
     bundle = open_bundle(Path(folder), progress)
     runner = open_runner(bundle, asked, threads, cuda_graphs)
-    denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device)
+    places = {name: Device.parse(place) for name, place in (devices or {}).items()}
+    denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places)
     if check:
         try:
             check_engines(denoiser.contract, runner, denoiser.device)
@@ -75,10 +81,21 @@ class Denoiser:
         runner: The loaded engines.
         bundle: The bundle it was opened from, if any.
         device: Where the engines are.
+        threads: CPU threads of each engine of a part; 0 leaves it to the engine.
+        devices: Where parts of the pipeline run, by name; where the denoiser does if left out.
     """
 
-    def __init__(self, manifest: Manifest, runner: Runner, bundle: Bundle | None = None, device: Device = CPU) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        runner: Runner,
+        bundle: Bundle | None = None,
+        device: Device = CPU,
+        threads: int = 0,
+        devices: Mapping[PartName, Device] | None = None,
+    ) -> None:
         self.manifest, self.runner, self.bundle, self.device = manifest, runner, bundle, device
+        self._threads, self._devices = threads, devices or {}
         self.contract = Contract(manifest)
         self.latent, self.timestep = self.contract.latent, self.contract.timestep
         self.constants, self.defaults = self.contract.constants, self.contract.defaults
@@ -120,9 +137,37 @@ class Denoiser:
 
         return DropIn(self, **options)
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What makes conditioning of prompts, loaded when it is first asked for; raises what `open_part` raises."""
+        return Encoder(self._bundle, self._part("text"))
+
+    @cached_property
+    def decoder(self) -> Part:
+        """What makes pictures of latents, loaded when it is first asked for; raises what `open_part` raises."""
+        return self._part("decode")
+
+    def open_parts(self) -> None:
+        """Load the parts that the bundle has, rather than when the first request asks for them."""
+        if "text" in self.manifest.parts:
+            self.encoder  # noqa: B018
+        if "decode" in self.manifest.parts:
+            self.decoder  # noqa: B018
+
+    @property
+    def _bundle(self) -> Bundle:
+        assert self.bundle is not None, "bug in taylorseer-export: parts of a denoiser that was opened from no bundle"
+        return self.bundle
+
+    def _part(self, name: PartName) -> Part:
+        return open_part(self._bundle, name, self._devices.get(name, self.device), self._threads)
+
     def close(self) -> None:
         """Release the engines."""
         self.runner.close()
+        for name in ("encoder", "decoder"):
+            if name in vars(self):
+                vars(self).pop(name).close()
 
     def __enter__(self) -> Denoiser:
         return self

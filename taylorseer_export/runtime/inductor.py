@@ -39,7 +39,7 @@ def open_runner(bundle: Bundle, device: Device, threads: int, cuda_graphs: bool 
     if threads:
         torch.set_num_threads(threads)
     graphs: dict[str, Graph] = dict(bundle.manifest.graphs.items())
-    package = bundle.path(graphs["full"].file)
+    package = bundle.path(next(iter(graphs.values())).file)  # one for all
     try:
         with current(device):
             weights = _Weights(bundle.path(WEIGHTS), device)

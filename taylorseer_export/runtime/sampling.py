@@ -308,6 +308,13 @@ def tokens_of(latents: np.ndarray, side: int = 2) -> np.ndarray:
     return np.ascontiguousarray(parts.reshape(count, height * width // side**2, side**2 * channels))
 
 
+def latents_of(tokens: np.ndarray, rows: int, columns: int, side: int = 2) -> np.ndarray:
+    """`[N, C, P R, P W]` of tokens `[N, R W, P P C]`: the inverse of `tokens_of`."""
+    channels = tokens.shape[2] // side**2
+    parts = tokens.reshape(len(tokens), rows, columns, channels, side, side).transpose(0, 3, 1, 4, 2, 5)
+    return np.ascontiguousarray(parts.reshape(len(tokens), channels, rows * side, columns * side))
+
+
 def _doubled(latents: np.ndarray) -> np.ndarray:
     return np.concatenate([latents, latents])
 

@@ -1,0 +1,91 @@
+"""What of a family's pipeline stands around the transformer: how a prompt becomes its inputs, and latents a picture.
+
+The functions here are traced with the modules of the pipeline folder and become graphs of their own. What cannot be in
+a graph, tokenizing and packing, is said as data and done by the run side.
+
+Shapes: T tokens, D width of an encoding, C channels, F frames, H and W latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Modules = Mapping[str, Any]
+Tensors = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one tokenizer makes of a prompt: `[1, T]` int64, an input of the text encoders.
+
+    Attributes:
+        name: Of the input.
+        tokenizer: Its folder in the pipeline.
+        length: Tokens that a prompt may have, without those of the template that are dropped.
+        size: Dimension of the family that this number is; empty where it is the same for all requests.
+        padded: Whether a prompt is filled up to its length.
+        filled_with: The token for padding, or that for the end of a text.
+        template: What the prompt is put into, in the place of `{}`.
+        dropped: Leading tokens, of the template, that the encoders leave out of what they return.
+        mask: Name of the input `[1, T]` int64 that is 1 where a token is no padding; empty where there is none.
+        cleaned: Whether HTML entities and runs of spaces are resolved first.
+    """
+
+    name: str
+    tokenizer: str
+    length: int
+    size: str = ""
+    padded: bool = True
+    filled_with: Literal["pad", "end"] = "pad"
+    template: str = "{}"
+    dropped: int = 0
+    mask: str = ""
+    cleaned: bool = False
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The parts of a pipeline besides the transformer.
+
+    Attributes:
+        decode: `(vae, latents [1, C, H, W]) -> picture [1, 3, height, width]` from 0 to 1; the latents as the scheduler
+            leaves them, unpacked. None where no graph decodes them.
+        encoders: Folders of the text encoders.
+        tokens: What the tokenizers make of a prompt.
+        encode: `(encoders, tokens and masks by name) -> inputs of the transformer by name`, each `[1, ...]`.
+        negative: The negative prompt of a request that guidance needs one for and that brings none; None where guidance
+            is off without one.
+    """
+
+    decode: Callable[[Any, Any], Any] | None = None
+    encoders: tuple[str, ...] = ()
+    tokens: tuple[Tokens, ...] = ()
+    encode: Callable[[Modules, Tensors], dict[str, Any]] | None = None
+    negative: str | None = None
+
+
+def picture(vae: Any, latents: Any) -> Any:
+    """Of latents that one factor, and for some models a shift, scales: `[1, C, H, W]` -> `[1, 3, height, width]`."""
+    config = vae.config
+    latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    return unit(vae.decode(latents, return_dict=False)[0])
+
+
+def unit(values: Any) -> Any:
+    """Pictures from -1 to 1 as pictures from 0 to 1, cut off there."""
+    return (values / 2 + 0.5).clamp(0, 1)
+
+
+def normed(vae: Any, latents: Any) -> Any:
+    """Latents `[1, C, F, H, W]` that were scaled channel by channel, as the VAE made them."""
+    config = vae.config
+    mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
+    scale = latents.new_tensor(config.latents_std).view(1, -1, 1, 1, 1)
+    return latents * scale + mean
+
+
+def still(vae: Any, latents: Any) -> Any:
+    """The one frame of a video VAE: `[1, C, H, W]` -> `[1, 3, height, width]`."""
+    return unit(vae.decode(normed(vae, latents.unsqueeze(2)), return_dict=False)[0][:, :, 0])

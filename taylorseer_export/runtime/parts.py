@@ -1,0 +1,192 @@
+"""The parts of a pipeline besides the transformer, loaded: what makes its inputs of a prompt, and pictures of latents.
+
+Shapes: N samples, C channels, H and W latent pixels.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from taylorseer_export.bundle.device import Device
+from taylorseer_export.bundle.manifest import PartName, PipelinePart, Tokens
+from taylorseer_export.bundle.shapes import match, resolve
+from taylorseer_export.bundle.store import Bundle
+from taylorseer_export.errors import BundleError, ConfigError, StepError, first_line
+from taylorseer_export.runtime.engines import open_runner
+from taylorseer_export.runtime.runner import Buffer, Call, Runner
+
+_MOST_BOUND = 4  # sizes that stay bound: prompts of one length, pictures of a few
+
+
+class Part:
+    """The graph of a part, called with arrays of the host; its calls take turns.
+
+    Args:
+        name: Of the part, and of its graph.
+        described: Its contract.
+        runner: Its engine, loaded.
+    """
+
+    def __init__(self, name: PartName, described: PipelinePart, runner: Runner) -> None:
+        self.name, self.described, self._runner = name, described, runner
+        self._turn = Lock()
+        self._bound: OrderedDict[tuple[tuple[str, int], ...], tuple[Call, dict[str, Buffer]]] = OrderedDict()
+
+    def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name.
+
+        Raises:
+            StepError: A size is out of range; nothing was allocated.
+        """
+        sizes: dict[str, int] = {}
+        for tensor in self.described.graph.inputs:
+            sizes = match(tensor.shape, given[tensor.name].shape, sizes, tensor.name)
+        for name, size in sizes.items():
+            allowed = self.described.dimensions[name]
+            if not allowed.minimum <= size <= allowed.maximum:
+                raise StepError(
+                    f"size `{name}` of part `{self.name}` is {size}, expected {allowed.minimum} to {allowed.maximum}; "
+                    "use such a size, or export again without --size"
+                )
+        with self._turn:
+            call, buffers = self._of(sizes)
+            for tensor in self.described.graph.inputs:
+                buffers[tensor.name].write(given[tensor.name])
+            call()
+            return {tensor.name: buffers[tensor.name].read() for tensor in self.described.graph.outputs}
+
+    def _of(self, sizes: Mapping[str, int]) -> tuple[Call, dict[str, Buffer]]:
+        """The bound call of these sizes and its buffers by name."""
+        key = tuple(sorted(sizes.items()))
+        if key not in self._bound:
+            while len(self._bound) >= _MOST_BOUND:
+                self._bound.popitem(last=False)
+            graph = self.described.graph
+            buffers = [
+                {t.name: self._runner.buffer(resolve(t.shape, sizes), t.dtype) for t in tensors}
+                for tensors in (graph.inputs, graph.outputs)
+            ]
+            self._bound[key] = self._runner.bind(self.name, *buffers), {**buffers[0], **buffers[1]}
+        self._bound.move_to_end(key)
+        return self._bound[key]
+
+    def close(self) -> None:
+        """Release its engine."""
+        self._bound.clear()
+        self._runner.close()
+
+
+def open_part(bundle: Bundle, name: PartName, device: Device, threads: int = 0) -> Part:
+    """Load a part of a checked bundle.
+
+    Args:
+        bundle: The bundle.
+        name: Of the part.
+        device: Where it is to run, whatever the transformer's.
+        threads: CPU threads; 0 leaves it to the engine.
+
+    Raises:
+        BundleError: The bundle has no such part, or its engine is not for this device, machine or version.
+    """
+    manifest = bundle.manifest
+    described = manifest.parts.get(name)
+    if described is None:
+        raise BundleError(
+            f"bundle {bundle.folder} has no part `{name}`, expected one exported with --whole; export again with "
+            f"`{manifest.command()} --whole`"
+        )
+    within = f"{name}/"
+    graph = described.graph.model_copy(update={"file": described.graph.file.removeprefix(within)})
+    files = {key.removeprefix(within): file for key, file in manifest.files.items() if key.startswith(within)}
+    alone = {"graphs": {name: graph}, "dimensions": described.dimensions, "files": files}
+    view = Bundle(bundle.folder / name, manifest.model_copy(update=alone))
+    return Part(name, described, open_runner(view, device, threads, cuda_graphs=False))
+
+
+class Encoder:
+    """Makes the constant inputs of the transformer of a prompt.
+
+    Args:
+        bundle: Holds the tokenizers.
+        part: The text encoders.
+
+    Raises:
+        BundleError: The tokenizers library is not installed, or does not read a file.
+    """
+
+    def __init__(self, bundle: Bundle, part: Part) -> None:
+        self.part = part
+        self._tokenizers = [(tokens, _tokenizer(bundle, tokens)) for tokens in part.described.tokens]
+        self._turn = Lock()
+
+    def encode(self, prompt: str, length: int | None = None) -> dict[str, np.ndarray]:
+        """Inputs of the transformer by name, each of one sample, float32.
+
+        Args:
+            prompt: Any text; what is longer than its length is cut off, as diffusers does.
+            length: Most tokens, where the bundle leaves that open; its own if left out.
+
+        Raises:
+            ConfigError: The length is out of range.
+        """
+        given: dict[str, np.ndarray] = {}
+        with self._turn:  # a tokenizer is set to a length
+            for tokens, tokenizer in self._tokenizers:
+                given |= _tokens_of(prompt, tokens, tokenizer, length)
+        return self.part(given)
+
+    def close(self) -> None:
+        """Release the engine."""
+        self.part.close()
+
+
+def _tokenizer(bundle: Bundle, tokens: Tokens) -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise BundleError(
+            "tokenizers is not installed, expected it for the prompts of a whole bundle; pip install "
+            "'taylorseer-export[whole]'"
+        ) from error
+    path = bundle.path(tokens.file)
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises that class alone
+        raise BundleError(
+            f"{path} is refused by tokenizers {tokenizers.__version__} ({first_line(error)}), expected a tokenizer; "
+            f"{bundle.manifest.REMEDY}"
+        ) from error
+
+
+def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, length: int | None) -> dict[str, np.ndarray]:
+    """`[1, T]` int64: the tokens of a prompt, and their mask where there is one."""
+    most = tokens.length if length is None or tokens.size is None else length
+    if not 1 <= most <= tokens.length:
+        raise ConfigError(f"length of the prompt is {most}, expected 1 to {tokens.length} (tokens); change it")
+    most += tokens.dropped
+    tokenizer.enable_truncation(most)
+    tokenizer.no_padding()
+    if tokens.padding is not None:
+        tokenizer.enable_padding(direction=tokens.side, pad_id=tokens.padding, length=most)
+    text = cleaned(prompt) if tokens.cleaned else prompt
+    made = tokenizer.encode(tokens.template.replace("{}", text))
+    given = {tokens.input: np.array([made.ids], np.int64)}
+    return given if tokens.mask is None else {**given, tokens.mask: np.array([made.attention_mask], np.int64)}
+
+
+def cleaned(prompt: str) -> str:
+    """Without HTML entities, runs of spaces, and spaces at the ends, as diffusers cleans prompts for Wan."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
+def decoded(part: Part, latents: np.ndarray) -> np.ndarray:
+    """Pictures `[N, height, width, 3]` uint8 of latents `[N, C, H, W]`, one after the other."""
+    made = [part({"latents": one[None]})["picture"][0] for one in latents]
+    return np.rint(np.stack(made).transpose(0, 2, 3, 1) * 255).astype(np.uint8)

@@ -1,0 +1,70 @@
+"""A recorder of what passes through the transformer of a pipeline."""
+
+# Shapes: S steps
+
+from contextlib import contextmanager
+
+import oracle
+import torch
+from harness import allowed
+
+
+class Recorder:
+    """What passes through a transformer: per branch the latents [S, ...], timesteps [S], predictions [S, ...]."""
+
+    def __init__(self, transformer):
+        self.calls = {}
+        self.told = []  # (latents, prediction) of every call, in turn
+        self.transformer = transformer
+        transformer.register_forward_hook(self._note, with_kwargs=True)
+
+    def _note(self, module, args, inputs, output):
+        latents = args[0] if args else inputs["hidden_states"]
+        conditioning = {
+            n: v if isinstance(v, torch.Tensor) else torch.tensor(v)
+            for n, v in inputs.items()
+            if n in module.denoiser.constants and v is not None
+        }
+        sample = output[0] if isinstance(output, tuple) else output.sample
+        timestep = inputs[module.denoiser.timestep.name]
+        # Two nameless calls on the same latents are two branches.
+        nameless = str(int(any(latents is c[0] for c in self.calls.get("0", []))))
+        context = module._callers.here.context
+        self.calls.setdefault(context.name if context else nameless, []).append(
+            (latents, timestep, conditioning, sample)
+        )
+        self.told.append((latents, sample))
+
+    @contextmanager
+    def retold_by(self, model):
+        """The untouched model answers every call with the prediction noted for it, which is refused for other latents.
+
+        A pipeline around it is then told what one around the transformer was, to the bit: bits of a product of two
+        matrices are the processor's choice, and everything else that a pipeline does must be the same.
+        """
+        told = iter(self.told)
+
+        def answer(module, args, inputs, output):
+            latents, sample = next(told)
+            given = args[0] if args else inputs["hidden_states"]
+            assert torch.equal(given, latents), "the untouched pipeline asks about other latents"
+            return (sample,) if isinstance(output, tuple) else type(output)(sample=sample)
+
+        handle = model.register_forward_hook(answer, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+        assert next(told, None) is None, "the untouched pipeline makes fewer calls"
+
+    def assert_plan(self, model, plan, order):
+        """Every branch ran `plan` and agrees with the oracle on the latents that it was given."""
+        assert set(self.transformer.executed.values()) == {plan}
+        for name, calls in self.calls.items():
+            latents, timestep, conditioning, seen = zip(*calls, strict=True)
+            timestep = torch.stack([t[0] for t in timestep])
+            seen = torch.stack(seen)
+            expected = oracle.replay(model, torch.stack(latents), timestep, conditioning[0], plan, order)
+            expected = expected[:, :, : seen.shape[2]]  # of rows that only condition, a model predicts nothing of use
+            limit = allowed(model, expected, plan, order)
+            oracle.assert_close(f"branch {name}", seen, expected, limit)

@@ -1,0 +1,371 @@
+"""Whole pipelines: what a bundle makes of a prompt, and of latents, is what the untouched diffusers pipeline makes.
+
+The parts run on ONNX Runtime. The denoiser between them is the eager graphs of a draft, which other tests hold to the
+oracle on every engine; one bundle is whole on disk, and is used through the command line.
+"""
+
+# Shapes: S steps
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from harness import eager_denoiser
+from PIL import Image
+from tiny_bundles import options_of
+from tiny_pipelines import (
+    dit_pipeline,
+    flux_pipeline,
+    wan_pipeline,
+    whole_hidream,
+    whole_hunyuan,
+    whole_qwen_image,
+    whole_sd3,
+)
+from torch import nn
+
+from taylorseer_export import cli
+from taylorseer_export.bundle.manifest import PipelinePart
+from taylorseer_export.bundle.store import Bundle, hash_files
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.compile.export import describe
+from taylorseer_export.compile.parts import parts_of, write_parts
+from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of
+from taylorseer_export.errors import ConfigError, TaylorSeerError
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.parts import cleaned
+from taylorseer_export.runtime.sampling import sample
+
+PROMPT, OTHER = "a small red circle", "x"
+NEGATIVE = {"negative_prompt": OTHER}
+STEPS, SEED = 2, 3
+
+
+class Case(NamedTuple):
+    """A pipeline and how it is asked.
+
+    Attributes:
+        model: Of the fixture `tiny`.
+        pipeline: Its transformer -> the pipeline.
+        size: (height, width) in pixels.
+        length: Most tokens of a prompt; the pipeline's own if None.
+        scale: Of guidance, with `OTHER` as the negative prompt; None where guidance is an input.
+        asked: What else the pipeline is called with.
+    """
+
+    model: str
+    pipeline: Any
+    size: tuple[int, int]
+    length: int | None = None
+    scale: float | None = None
+    asked: Mapping[str, Any] = MappingProxyType({})
+
+
+CASES = {
+    "flux": Case("flux", flux_pipeline, (32, 48), 16),
+    "sd3": Case("sd3", whole_sd3, (16, 24), 16, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
+    "qwen-image": Case(
+        "qwen-image", whole_qwen_image, (32, 48), None, 3.0, {"true_cfg_scale": 3.0, "negative_prompt": OTHER}
+    ),
+    "hidream": Case("hidream", whole_hidream, (16, 16), None, 5.0, {"guidance_scale": 5.0, "negative_prompt": OTHER}),
+}
+TEXT_ALONE = {"wan": (wan_pipeline, 32), "hunyuan": (whole_hunyuan, 200)}
+
+
+def depth_and_length(*modules: nn.Module) -> tuple[int, int]:
+    """(layers, longest contraction) for the bound of some modules."""
+    layers = [m for one in modules for m in one.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
+    return len(layers), max(m.weight[0].numel() for m in layers)
+
+
+@pytest.fixture(scope="session")
+def whole(tiny, drafts, once):
+    """Name of a case -> (the pipeline, a denoiser with its parts)."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model, build = CASES[name][:2] if name in CASES else (name, TEXT_ALONE.get(name, (dit_pipeline,))[0])
+            pipe = build(tiny(model).model)
+
+            def write(folder):
+                pipe.save_pretrained(folder / "pipeline")
+                checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES[tiny(model).family])
+                options = options_of(parts=parts_of(checkpoint))
+                parts = write_parts(checkpoint, options, folder, lambda *_: None)
+                described = {key: part.model_dump(mode="json") for key, part in parts.items()}
+                (folder / "parts.json").write_text(json.dumps(described))
+                return folder
+
+            folder = once(f"parts-{name}", write)
+            made[name] = pipe, denoiser_with_parts(drafts(model), folder)
+        return made[name]
+
+    return make
+
+
+def denoiser_with_parts(draft, folder):
+    """A denoiser over eager graphs, whose bundle holds parts alone."""
+    described = json.loads((folder / "parts.json").read_text())
+    parts = {name: PipelinePart.model_validate_json(json.dumps(part)) for name, part in described.items()}
+    denoiser = eager_denoiser(draft)
+    root = folder / "pipeline"
+    checkpoint = open_checkpoint(str(root), FAMILIES[denoiser.manifest.family])
+    own = replace(draft, checkpoint=replace(draft.checkpoint, folder=checkpoint.folder))
+    files = {f"{part}/{name}": file for part in parts for name, file in hash_files(folder / part).items()}
+    empty = describe(own, "eager").files
+    manifest = describe(own, "eager", files={**empty, **files}, parts=parts)
+    denoiser.manifest = denoiser.contract.manifest = manifest
+    denoiser.bundle = Bundle(folder, manifest)
+    return denoiser
+
+
+def encoded(pipe, name, length):
+    """What the pipeline's own `encode_prompt` makes of `PROMPT`, under the transformer's names."""
+    more = {} if length is None else {"max_sequence_length": length}
+    with torch.no_grad():
+        match name:
+            case "flux":
+                states, pooled, _ = pipe.encode_prompt(PROMPT, **more)
+                return {"encoder_hidden_states": states, "pooled_projections": pooled}
+            case "sd3":
+                states, _, pooled, _ = pipe.encode_prompt(
+                    PROMPT, PROMPT, PROMPT, do_classifier_free_guidance=False, **more
+                )
+                return {"encoder_hidden_states": states, "pooled_projections": pooled}
+            case "qwen-image":
+                return {"encoder_hidden_states": pipe.encode_prompt(PROMPT)[0]}
+            case "hidream":
+                t5, _, llama, _, pooled, _ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+                return {"encoder_hidden_states_t5": t5, "encoder_hidden_states_llama3": llama, "pooled_embeds": pooled}
+            case "wan":
+                states, _ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False, **more)
+                return {"encoder_hidden_states": states}
+            case "hunyuan":
+                states, pooled, mask = pipe.encode_prompt(PROMPT, **more)
+                return {
+                    "encoder_hidden_states": states,
+                    "pooled_projections": pooled,
+                    "encoder_attention_mask": mask.float(),
+                }
+
+
+def encoders_of(pipe):
+    return [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+
+
+@pytest.mark.parametrize("name", [*CASES, *TEXT_ALONE])
+def test_a_prompt_becomes_what_the_pipeline_makes_of_it(whole, name):
+    pipe, denoiser = whole(name)
+    length = CASES[name].length if name in CASES else TEXT_ALONE[name][1]
+    expected = encoded(pipe, name, length)
+    seen = denoiser.encoder.encode(PROMPT, length)
+    assert seen.keys() == expected.keys()
+    extent = depth_and_length(*encoders_of(pipe))
+    for key, value in expected.items():
+        limit = oracle.bound(value, 1.0, torch.float32, *extent)
+        oracle.assert_close(f"{name} {key}", torch.from_numpy(seen[key]), value, limit)
+        if value.ndim > 1 and "mask" not in key:  # another prompt is not within the bound
+            other = torch.from_numpy(denoiser.encoder.encode(OTHER, length)[key])
+            assert other.shape != value.shape or (other - value).abs().max() > limit
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_picture_is_the_pipelines(whole, name):
+    """From prompt to picture, all steps full, noise of the same seed."""
+    case, (pipe, denoiser) = CASES[name], whole(name)
+    height, width = case.size
+    more = {} if case.length is None else {"max_sequence_length": case.length}
+    with torch.no_grad():
+        expected = pipe(
+            PROMPT,
+            height=height,
+            width=width,
+            num_inference_steps=STEPS,
+            generator=torch.Generator().manual_seed(SEED),
+            output_type="pt",
+            **case.asked,
+            **more,
+        ).images[0]
+    negative = None if case.scale is None else OTHER
+    request = caption_request(denoiser, [PROMPT], [SEED], case.size, case.scale, negative, case.length)
+    result = sample(denoiser, request, denoiser.forecasts(plan="F" * STEPS))
+    seen = torch.from_numpy(pictures_of(denoiser, request, result.latents)[0]).permute(2, 0, 1) / 255
+    calls = STEPS * (1 if case.scale is None else 2)
+    depth, length = depth_and_length(*encoders_of(pipe), *[pipe.transformer] * calls, pipe.vae)
+    gain = 1.0 if case.scale is None else 2 * case.scale - 1  # sum of the weights of both predictions
+    limit = oracle.bound(expected, gain, torch.float32, depth, length) + 0.5 / 255  # a picture is rounded to bytes
+    oracle.assert_close(name, seen, expected, limit)
+    other = sample(denoiser, replace(request, latents=-request.latents), denoiser.forecasts(plan="F" * STEPS))
+    wrong = torch.from_numpy(pictures_of(denoiser, request, other.latents)[0]).permute(2, 0, 1) / 255
+    assert (wrong - expected).abs().max() > limit
+
+
+def test_a_class_becomes_the_picture_of_the_pipeline(whole):
+    pipe, denoiser = whole("dit")
+    with torch.no_grad():
+        asked = {"guidance_scale": 1.0, "num_inference_steps": STEPS, "output_type": "np"}  # its null class is 1000
+        expected = pipe([3], generator=torch.Generator().manual_seed(SEED), **asked)
+    request = label_request(denoiser, [3], [SEED], guidance_scale=1.0)
+    result = sample(denoiser, request, denoiser.forecasts(plan="F" * STEPS))
+    seen = pictures_of(denoiser, request, result.latents)[0] / 255
+    depth, length = depth_and_length(*[pipe.transformer] * STEPS, pipe.vae)
+    true = torch.from_numpy(expected.images[0])
+    gain = 2 * denoiser.manifest.sampling.guidance_scale - 1
+    oracle.assert_close(
+        "dit", torch.from_numpy(seen), true, oracle.bound(true, gain, torch.float32, depth, length) + 0.5 / 255
+    )
+
+
+def test_prompts_of_two_lengths_are_drawn_together(whole):
+    """Shorter ones are filled up and masked: each picture is the one that its prompt gets alone, within the bound."""
+    pipe, denoiser = whole("qwen-image")
+    forecasts, size = denoiser.forecasts(plan="F" * STEPS), CASES["qwen-image"].size
+    together = caption_request(denoiser, [PROMPT, "b"], [1, 2], size, 3.0, OTHER)
+    made = sample(denoiser, together, forecasts).latents
+    depth, length = depth_and_length(*[pipe.transformer] * 2 * STEPS)
+    for k, prompt in enumerate([PROMPT, "b"]):
+        alone = sample(denoiser, caption_request(denoiser, [prompt], [k + 1], size, 3.0, OTHER), forecasts).latents
+        limit = oracle.bound(torch.from_numpy(alone), 5.0, torch.float32, depth, length)
+        oracle.assert_close(prompt, torch.from_numpy(made[k : k + 1]), torch.from_numpy(alone), limit)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("  a &amp;amp; b \n c ", "a & b c"),
+        ("&lt;b&gt;", "<b>"),
+        ("plain", "plain"),
+    ],
+)
+def test_prompts_are_cleaned_as_diffusers_cleans_them(given, expected):
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    assert cleaned(given) == prompt_clean(given) == expected
+
+
+@pytest.mark.parametrize("prompt", ["", "a", "z" * 300, "a &amp; b", "ÄÖ 漢字 🙂", "{} {0} {name}"])
+def test_any_prompt_has_the_tokens_of_transformers(whole, prompt):
+    """Cut off and filled up as the library does it around the same tokenizer."""
+    pipe, denoiser = whole("flux")
+    given = {}
+    denoiser.encoder.part, part = lambda tokens: given.update(tokens), denoiser.encoder.part
+    try:
+        denoiser.encoder.encode(prompt, 16)
+    finally:
+        denoiser.encoder.part = part
+    for key, tokenizer, length in (("clip", pipe.tokenizer, 77), ("t5", pipe.tokenizer_2, 16)):
+        ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids
+        assert given[key].tolist() == [ids]
+
+
+def test_what_cannot_be_asked_is_refused(whole):
+    _, denoiser = whole("flux")
+    for change, problem in (
+        ({"negative": "x"}, "its guidance takes no second prompt"),
+        ({"length": 513}, "length of the prompt is 513, expected 1 to 512"),
+        ({"size": (30, 32)}, "size height is 30, expected a multiple of 4"),
+    ):
+        asked = {"size": (32, 32), **change}
+        with pytest.raises(ConfigError, match=problem):
+            caption_request(denoiser, [PROMPT], [0], **asked)
+
+
+# A bundle on disk ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny, once):
+    """The whole tiny FLUX as the command line exports it."""
+
+    def write(folder):
+        flux_pipeline(tiny("flux").model).save_pretrained(folder / "pipeline")
+        command = ["flux", "--model", str(folder / "pipeline"), "--whole", "--steps", "4", "--out", str(folder)]
+        assert cli.main([*command, "--name", "whole"]) == 0
+        return folder / "flux-whole"
+
+    return once("whole-flux", write)
+
+
+def test_run_draws_from_a_prompt(bundle, tiny, tmp_path, capsys):
+    out = tmp_path / "two.png"
+    asked = ["--prompt", PROMPT, "--n", "2", "--size", "32x48", "--seed", "3", "--prompt-tokens", "16"]
+    assert cli.main(["run", str(bundle), *asked, "--plan", "FF", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "encode" in said and "decode" in said
+    with load(bundle) as denoiser:
+        request = caption_request(denoiser, [PROMPT] * 2, [3, 4], (32, 48), length=16)
+        made = pictures_of(denoiser, request, sample(denoiser, request, denoiser.forecasts(plan="FF")).latents)
+    files = [tmp_path / f"two-{k}.png" for k in (1, 2)]
+    assert [str(file) in said for file in files] == [True, True] and not out.exists()
+    for file, one in zip(files, made, strict=True):
+        assert np.array_equal(np.asarray(Image.open(file)), one)
+
+
+def test_every_byte_of_a_part_is_checked(bundle, tmp_path):
+    for file in ("text/tokenizer.json", "decode/weights.safetensors"):
+        copy = tmp_path / file.replace("/", "-")
+        shutil.copytree(bundle, copy)
+        data = bytearray((copy / file).read_bytes())
+        data[-1] ^= 1
+        (copy / file).write_bytes(data)
+        with pytest.raises(TaylorSeerError, match=f"{file} has SHA-256"):
+            load(copy)
+
+
+def test_a_part_may_lie_elsewhere(bundle, tmp_path):
+    """On another disk, behind a link."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    shutil.move(copy / "text", tmp_path / "encoders")
+    (copy / "text").symlink_to(tmp_path / "encoders")
+    with load(bundle) as here, load(copy, devices={"text": "cpu"}) as there:
+        one, other = (denoiser.encoder.encode(PROMPT, 16) for denoiser in (here, there))
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (["--without", "text"], "--without is given without --whole"),
+        (["--whole", "--without", "text", "--without", "decode"], "and a part of it; leave --whole out"),
+    ],
+)
+def test_contradictions_are_refused_before_any_work(bundle, tmp_path, capsys, change, problem):
+    pipeline = bundle.parent / "pipeline"
+    assert cli.main(["flux", "--model", str(pipeline), "--out", str(tmp_path), *change]) == 2
+    assert problem in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda folder: (folder / "model_index.json").unlink(), "has no model_index.json"),
+        (lambda folder: shutil.rmtree(folder / "vae"), "has no folder `vae`"),
+        (lambda folder: _edit(folder, text_encoder=["mine", "Encoder"]), "`text_encoder` of"),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_refused_before_any_work(bundle, tmp_path, capsys, spoil, problem):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(bundle.parent / "pipeline", folder)
+    spoil(folder)
+    assert cli.main(["flux", "--model", str(folder), "--whole", "--out", str(tmp_path / "out")]) == 2
+    assert problem in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def _edit(folder, **entries):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_the_transformer_alone_says_how_to_get_the_rest(embedded):
+    with load(embedded("shapes")) as denoiser, pytest.raises(TaylorSeerError, match=r"has no part `text`.*--whole"):
+        denoiser.encoder  # noqa: B018

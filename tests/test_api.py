@@ -5,6 +5,7 @@ import http.client
 import io
 import json
 import os
+import pkgutil
 import re
 import signal
 import socket
@@ -21,6 +22,7 @@ import openai
 import pytest
 import uvicorn
 from PIL import Image
+from profiles import made as made_profile
 
 from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of
 from taylorseer_export.errors import BundleError, ConfigError, StepError, TaylorSeerError
@@ -31,8 +33,9 @@ from taylorseer_export.serve.api import prompts
 from taylorseer_export.serve.api.app import app_of
 from taylorseer_export.serve.api.models import Model, Models, load_models
 from taylorseer_export.serve.api.problems import problem_of
-from taylorseer_export.serve.api.process import bound
+from taylorseer_export.serve.api.process import bound, server_of
 from taylorseer_export.serve.api.settings import KEYS, Settings, read_keys
+from taylorseer_export.serve.refusals import Stopping
 from taylorseer_export.serve.service import Limits, Service
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +43,7 @@ SECONDS = 60  # until a test gives up waiting; nothing is measured with it
 CAPTION = "a red circle left of a blue square"
 GENERATIONS = "/v1/images/generations"
 KEY = "a-key-of-the-tests"
+LOOP = "event loop"  # name of the thread that a server runs in
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def serving(models, settings=None):
     port = listener.getsockname()[1]
     config = uvicorn.Config(app_of(models, settings), lifespan="off", log_level="error", ws="none")
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name=LOOP, daemon=True)
     thread.start()
     try:
         yield port
@@ -187,6 +191,15 @@ def test_a_model_of_classes_is_asked_with_their_numbers(client, denoisers):
     picture, executed = alone(denoisers["digits"], label_request(denoisers["digits"], [7], [3], 2.0), **options)
     assert (picture_in(made.data[0].b64_json) == picture).all()
     assert made.model_extra["taylorseer"]["pictures"][0]["executed"] == executed == "FFF..F..F"
+
+
+def test_a_profile_is_asked_for_by_its_name(denoisers):
+    with models_over(denoisers["digits"], slots=1) as models, serving(models) as port:
+        profile = made_profile(denoisers["digits"].manifest)
+        next(iter(models)).profiles["fast"] = profile
+        status, _, text = asked(port, GENERATIONS, {"prompt": "1", "profile": "fast", "seed": 0})
+        assert status == 200
+        assert json.loads(text)["taylorseer"]["pictures"][0]["executed"] == profile.plan
 
 
 def test_without_a_seed_one_is_drawn_and_told(client):
@@ -386,7 +399,7 @@ def test_every_error_has_a_status(error, status):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot(small, held, stream):
+def test_a_client_that_leaves_frees_its_slot(small, held, stream, caplog):
     port, service = small
     reached, event = held
     body = json.dumps({"prompt": CAPTION, "plan": "F" * 200, "stream": stream, "seed": 1}).encode()
@@ -403,6 +416,7 @@ def test_a_client_that_leaves_frees_its_slot(small, held, stream):
     until(lambda: service.slots_in_use == 0)
     assert service.snapshot()["steps.full"] <= 2
     assert asked(port, GENERATIONS, {"prompt": CAPTION, "steps": 2})[0] == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_a_full_queue_is_told_at_once(small, held):
@@ -421,12 +435,41 @@ def test_a_full_queue_is_told_at_once(small, held):
     assert answers[0][0] == 200 and service.snapshot()["requests.refused"] == 1
 
 
-def test_of_several_pictures_none_is_drawn_where_one_has_no_place(small):
-    port, service = small
-    status, _, text = asked(port, GENERATIONS, {"prompt": CAPTION, "n": 4, "plan": "F" * 300})
-    assert status == 429 and json.loads(text)["error"]["code"] == "rate_limit_exceeded"
-    until(lambda: service.slots_in_use == 0)
-    assert not service.snapshot().get("requests.done")
+def test_of_several_pictures_none_is_drawn_where_one_has_no_place(denoisers, held):
+    reached, event = held
+    event.set()  # while it warms up
+    with models_over(denoisers["digits"], slots=1, queue=1, batch=1, workers=1) as models, serving(models) as port:
+        service = next(iter(models)).service
+        event.clear()
+        reached.clear()
+        first = threading.Thread(target=asked, args=(port, GENERATIONS, {"prompt": "1", "steps": 2}))
+        first.start()
+        assert reached.wait(SECONDS)
+        status, _, text = asked(port, GENERATIONS, {"prompt": "1", "n": 2, "plan": "F" * 300})
+        assert status == 429 and json.loads(text)["error"]["code"] == "rate_limit_exceeded"
+        status, _, text = asked(port, GENERATIONS, {"prompt": "1", "n": 3})
+        assert status == 400 and json.loads(text)["error"]["param"] == "n"
+        event.set()
+        first.join(SECONDS)
+        until(lambda: (service.slots_in_use, service.waiting) == (0, 0))
+        counts = service.snapshot()
+        assert (counts["requests.done"], counts["requests.cancelled"], counts["requests.refused"]) == (1, 1, 1)
+
+
+def test_the_event_loop_neither_reads_prompts_nor_writes_pictures(port, monkeypatch):
+    seen = {}
+    for place in ("drawing.request_of", "images.picture_of", "images.encoded"):
+        path = f"taylorseer_export.serve.api.{place}"
+        work = pkgutil.resolve_name(path)
+
+        def watched(*given, _place=place, _work=work):
+            seen[_place] = threading.current_thread().name
+            return _work(*given)
+
+        monkeypatch.setattr(path, watched)
+    assert asked(port, GENERATIONS, {"prompt": CAPTION, "steps": 2})[0] == 200
+    assert len(seen) == 3 and LOOP not in seen.values()
+    assert LOOP in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_late_request_is_given_up(small, held):
@@ -460,6 +503,35 @@ def test_a_server_that_stops_says_so(denoisers):
         next(iter(models)).reader.close()
         status, _, text = asked(port, GENERATIONS, {"prompt": "1"})
         assert (status, json.loads(text)["error"]["code"]) == (503, "server_stopping")
+
+
+def test_a_stop_finishes_what_is_under_way(embedded, held):
+    reached, event = held
+    event.set()  # while it warms up
+    model = Model(load(embedded("digits"), threads=1), Limits(slots=1, batch=1, workers=1))
+    event.clear()
+    reached.clear()
+    listener = bound("127.0.0.1", 0)
+    server, answers = server_of(Models([model]), Settings()), []
+    port = listener.getsockname()[1]
+    listener.listen()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    body = {"prompt": "1", "steps": 3}
+    asking = threading.Thread(target=lambda: answers.append(asked(port, GENERATIONS, body)))
+    asking.start()
+    assert reached.wait(SECONDS)
+    server.should_exit = True
+    until(lambda: not any(one.is_serving() for one in server.servers))
+    with pytest.raises(OSError):
+        asked(port, GENERATIONS, body)
+    event.set()
+    thread.join(SECONDS)
+    asking.join(SECONDS)
+    assert answers[0][0] == 200 and not thread.is_alive()
+    refused = []
+    model.reader.hand_over(lambda _: None, refused.append)
+    assert [type(error) for error in refused] == [Stopping]  # the models are closed
 
 
 # Keys, ids, health, metrics
@@ -650,6 +722,21 @@ def test_the_page_needs_nothing_from_elsewhere(port):
     assert b"prefers-color-scheme: dark" in text
 
 
+def test_the_lines_of_the_page_draw(port, tmp_path, monkeypatch, capsys):
+    """Those of the client, and those of curl by what it sends."""
+    page = (ROOT / "taylorseer_export/serve/README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    monkeypatch.chdir(tmp_path)
+    exec(lines.replace(":8000/", f":{port}/"), {})
+    assert (tmp_path / "circle.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("partial_image") == 2
+    path, body = re.search(
+        r"curl -s 127\.0\.0\.1:8000(\S+) -H 'content-type: application/json' -d '(.*)'", page
+    ).groups()
+    assert asked(port, path, json.loads(body))[0] == 200
+
+
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_stop(embedded, tmp_path):
     command = [sys.executable, "-m", "taylorseer_export", "serve", embedded("digits"), "--port", "0", "--workers", "1"]
     errors = tmp_path / "errors"
@@ -670,6 +757,7 @@ def test_the_command_serves_until_it_is_told_to_stop(embedded, tmp_path):
     assert "Traceback" not in errors.read_text() and f"POST {GENERATIONS} 200" in errors.read_text()
 
 
+@pytest.mark.slow
 def test_a_command_that_cannot_serve_says_why(embedded, capsys, monkeypatch):
     from taylorseer_export.cli import main
 

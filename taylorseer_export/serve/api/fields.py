@@ -172,7 +172,7 @@ class _Fields:
                 elif name == "accumulate":
                     made[name] = self.truth(name)
                 elif name == "threshold":
-                    made[name] = self.number(name)
+                    made[name] = self.real(name)
                 else:
                     made[name] = self.whole(name, -_LARGEST, _LARGEST)
         return RequestOptions(**made)
@@ -202,14 +202,22 @@ class _Fields:
             raise self._wrong(name, f"a whole number{span}", "correct it")
         return value
 
-    def number(self, name: str, above: float = -math.inf, most: float = math.inf) -> float | None:
+    def real(self, name: str) -> float | None:
+        """A number, be it infinite or none: what is judged later is judged there."""
         value = self._values.get(name)
         if value is None:
             return None
         try:
-            found = math.nan if isinstance(value, bool if self._form else bool | str) else float(value)
+            if isinstance(value, bool if self._form else bool | str):
+                raise TypeError
+            return float(value)
         except (TypeError, ValueError, OverflowError):
-            found = math.nan
+            raise self._wrong(name, "a number", "correct it") from None
+
+    def number(self, name: str, above: float = -math.inf, most: float = math.inf) -> float | None:
+        found = self.real(name)
+        if found is None:
+            return None
         if not above < found <= most or math.isinf(found):
             span = "" if most == math.inf else f" above {above:g}, at most {most:g}"
             raise self._wrong(name, f"a finite number{span}", "correct it")

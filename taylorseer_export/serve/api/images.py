@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from taylorseer_export.errors import ServeError
 from taylorseer_export.serve.api.answers import Answer, Receive, Scope, Send, start, told, unless_gone
 from taylorseer_export.serve.api.bodies import form_of, json_of
 from taylorseer_export.serve.api.drawing import Done, Drawing, Stepped
 from taylorseer_export.serve.api.fields import PARAMS, Asked, asked_of
 from taylorseer_export.serve.api.formats import decoded, encoded
 from taylorseer_export.serve.api.models import Model, Models
-from taylorseer_export.serve.api.problems import Refusal, problem_of
+from taylorseer_export.serve.api.problems import LOG, Refusal, problem_of
 from taylorseer_export.serve.api.prompts import picture_of, takes_pictures
 from taylorseer_export.serve.api.settings import Settings
 from taylorseer_export.serve.refusals import Late, QueueFull
@@ -94,6 +95,14 @@ class Images:
 
     async def _draw(self, request: Request, kind: str, drawing: Drawing) -> Answer | Stream:
         asked = drawing.asked
+        limits = drawing.model.service.limits
+        if asked.n > limits.slots + limits.queue:
+            raise Refusal(
+                f"n is {asked.n}, expected at most {limits.slots + limits.queue}, the places of this server; ask for "
+                "fewer at a time",
+                400,
+                "n",
+            )
         request.state.notes = f"{drawing.model.name} n={asked.n} seed={asked.seeds[0]}"
         drawing.send()
         try:
@@ -171,6 +180,8 @@ class Stream:
         try:
             await send(start(200, headers | {"x-accel-buffering": "no"}))
             await unless_gone(receive, self._send_all(send))
+        except ServeError as error:  # nobody is left to be told
+            LOG.info("%s ended: %s", self._id, error)
         finally:
             self._drawing.leave()
 

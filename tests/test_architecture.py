@@ -78,9 +78,14 @@ HEAVY: dict[str, frozenset[str]] = {
     "torch_tensorrt": frozenset({"compile/torch_tensorrt.py"}),
     "transformers": frozenset({"compile/parts.py", "report/metrics.py"}),
     "tokenizers": frozenset({"runtime/parts.py"}),
-    "PIL": frozenset({"report/metrics.py", "embedded/picture.py"}),
+    "PIL": frozenset({"report/metrics.py", "embedded/picture.py", "serve/api/formats.py"}),
     "tqdm": frozenset({"commands/terminal.py"}),
     "tritonclient": frozenset({"serve/repository.py", "serve/client.py"}),
+    # The images API: routes and forms, and for its handlers the type of a request; the rest of it is plain ASGI.
+    "starlette": frozenset({"serve/api/app.py", "serve/api/bodies.py", "serve/api/images.py"}),
+    "python_multipart": frozenset({"serve/api/app.py"}),
+    "uvicorn": frozenset({"serve/api/process.py"}),
+    "prometheus_client": frozenset({"serve/api/metrics.py"}),
 }
 
 # Where torch may be imported at the top of a file; on the run side it is imported inside the function that needs it.
@@ -365,6 +370,7 @@ def test_heavy_libraries_are_imported_in_few_places() -> None:
         (f"{PACKAGE}.method", "torch numpy pydantic"),
         (f"{PACKAGE}.families", "torch numpy diffusers"),
         (f"{PACKAGE}.runtime.denoiser", "torch diffusers transformers onnx onnxscript accelerate PIL"),
+        (f"{PACKAGE}.serve.api.process", "torch diffusers transformers onnx accelerate PIL starlette uvicorn"),
     ],
 )
 def test_importing_stays_light(module: str, absent: str) -> None:

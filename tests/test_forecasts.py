@@ -1,5 +1,6 @@
 """A request's forecasts: one value, one set of rules, and doors that accept and refuse the same in the same words."""
 
+import json
 import shutil
 from dataclasses import fields, replace
 from fractions import Fraction
@@ -33,6 +34,7 @@ from taylorseer_export.method import (
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.dropin import DropIn
 from taylorseer_export.serve import contract
+from taylorseer_export.serve.api.fields import asked_of
 
 FAST = "FF..F..."
 DEFAULTS = BundleDefaults(20, 4, 2, "original", 2, 1000, Capacity(2, "snapshots", ("cg", "teacache")))
@@ -158,6 +160,12 @@ def served(denoiser, options, request):
     return contract.ask(denoiser, "denoiser", values, dict(denoiser.profiles)).forecasts
 
 
+def asked_for(denoiser, options, _):
+    """As JSON carries it, for the images API."""
+    values = json.loads(json.dumps({"prompt": "a red circle", **options}))
+    return forecasts_from_options(asked_of(values, 1, 1.0).options, denoiser.defaults, dict(denoiser.profiles))
+
+
 def sent(denoiser, options, request):
     values = client._values(typed(client, options, "model", "--out=a"))
     assert sorted(map(str, values.items())) == sorted(map(str, options.items()))  # nothing else and nothing less
@@ -171,6 +179,7 @@ DOORS = {
     "replay": replayed,
     "drop-in": dropped_in,
     "server": served,
+    "images API": asked_for,
     "client": sent,
 }
 

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from taylorseer_export.commands import bench, calibrate, client, evaluate, inspect, replay, run, taps, triton, verify
+from taylorseer_export.commands import (
+    bench,
+    calibrate,
+    client,
+    evaluate,
+    inspect,
+    replay,
+    run,
+    serve,
+    taps,
+    triton,
+    verify,
+)
 
 VERBS: dict[str, ModuleType] = {
     "run": run,
@@ -15,6 +27,7 @@ VERBS: dict[str, ModuleType] = {
     "bench": bench,
     "inspect": inspect,
     "taps": taps,
+    "serve": serve,
     "triton": triton,
     "client": client,
 }

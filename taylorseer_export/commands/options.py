@@ -11,7 +11,7 @@ from taylorseer_export.bundle.device import CPU, DEVICES, Device
 from taylorseer_export.compile.engines import ENGINES, Option
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method.guard import RULES
-from taylorseer_export.values import MOST_THREADS, real, size, whole
+from taylorseer_export.values import MOST_THREADS, memory, real, size, whole
 
 PROGRAM = "taylorseer-export"
 
@@ -114,6 +114,40 @@ def plan_options(parser: argparse.ArgumentParser, steps: bool = True) -> None:
     guard.add_argument("--guard-order", type=whole(), help="order of the expected first block (default: --order)")
     guard.add_argument("--cap", type=whole(), help="most forecast steps in a row (default: no limit)")
     guard.add_argument("--accumulate", action="store_true", help="errors add up until the next full step")
+
+
+def service_options(parser: argparse.ArgumentParser, each: str) -> None:
+    """What a server may use, for each instance or bundle."""
+    parser.add_argument(
+        "--slots", type=whole(1), default=4, help=f"requests under way at one time, per {each} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--queue", type=whole(0), default=64, help="requests that may wait for a slot (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=whole(1),
+        default=0,
+        help="requests of one engine call (default: the slots on the CPU, else 1)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=whole(0),
+        default=0,
+        help="engine calls at one time, 0: one per core (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=whole(0, MOST_THREADS),
+        default=1,
+        help="CPU threads of one engine call, 0 for all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        type=memory,
+        help=f"memory of one {each} for weights and slots, like 24GiB (default: slots of four times the typical size)",
+    )
 
 
 def engine_options(parser: argparse.ArgumentParser) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from taylorseer_export.commands.options import bundle_options, device_option
-from taylorseer_export.values import MOST_THREADS, memory, numbers, whole
+from taylorseer_export.commands.options import bundle_options, device_option, service_options
+from taylorseer_export.values import numbers, whole
 
 SUMMARY = "Write a Triton model repository that serves a bundle."
 
@@ -36,36 +36,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="processes of each model, with own engines, on each of the GPUs (default: %(default)s)",
     )
-    parser.add_argument(
-        "--slots", type=whole(1), default=4, help="requests under way at one time, per instance (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--queue", type=whole(0), default=64, help="requests that may wait for a slot (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch",
-        type=whole(1),
-        default=0,
-        help="requests of one engine call (default: the slots on the CPU, else 1)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=whole(0),
-        default=0,
-        help="engine calls at one time, 0: one per core (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=whole(0, MOST_THREADS),
-        default=1,
-        help="CPU threads of one engine call, 0 for all (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--memory-budget",
-        metavar="SIZE",
-        type=memory,
-        help="memory of one instance for weights and slots, like 24GiB (default: slots of four times the typical size)",
-    )
+    service_options(parser, "instance")
 
 
 def run(given: argparse.Namespace) -> int:

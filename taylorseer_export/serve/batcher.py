@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal, NamedTuple
 
-from taylorseer_export.errors import ServeError
+from taylorseer_export.serve.refusals import QueueFull, Stopping
 
 _PATIENCE = 16  # steps; on the smallest models that many forecast steps take about as long as a full step
 
@@ -82,15 +82,15 @@ class Batcher:
         """Put a request at the end of the queue.
 
         Raises:
-            ServeError: All slots are in use and the queue is full, or the server is stopping.
+            QueueFull: All slots are in use and so is the queue.
+            Stopping: The server ends.
         """
         if not self._open:
-            raise ServeError("the server is stopping, expected a running one; send the request again", "UNAVAILABLE")
+            raise Stopping("the server is stopping, expected a running one; send the request again")
         # Whoever will get a free slot at once does not wait.
         if len(self._waiting) - (self.slots - len(self._seated)) >= self.queue:
-            raise ServeError(
-                f"queue is full ({self.queue} requests wait for {self.slots} slots), expected room; try again later",
-                "UNAVAILABLE",
+            raise QueueFull(
+                f"queue is full ({self.queue} requests wait for {self.slots} slots), expected room; try again later"
             )
         self._waiting.append(job)
 

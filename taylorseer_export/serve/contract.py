@@ -57,7 +57,8 @@ _SCALE = Port("guidance_scale", "FP32", (1,), True)
 
 def roles(manifest: Manifest) -> tuple[Role, ...]:
     """What a bundle can be served as."""
-    return ("denoiser",) if manifest.sampling.pictures is None else ("picture", "denoiser")
+    draws = manifest.sampling.pictures is not None and manifest.sampling.source != "tensors"
+    return ("picture", "denoiser") if draws else ("denoiser",)
 
 
 def inputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
@@ -69,6 +70,9 @@ def inputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
             if manifest.sampling.source == "labels"
             else (Port("prompt", "BYTES", (1,)), *(Port(side, "INT32", (1,), True) for side in ("height", "width")))
         )
+        guided = manifest.sampling.guidance in ("batched", "branches")
+        if manifest.sampling.source == "prompts":
+            what = (*what, *((Port("negative_prompt", "BYTES", (1,), True),) if guided else (_SCALE,)))
         return (*what, Port("seed", "INT64", (1,), True), *asked)
     latents, beside = _latents(manifest)
     constants = [Port(name, _datatype(t), _dims(t)) for name, t in request_constants(manifest).items()]
@@ -118,7 +122,8 @@ def ask(
         return Ask(label_request(denoiser, [int(values["label"][0])], [seed], scale), forecasts)
     usual = usual_size(denoiser.manifest)
     size = (_whole(values, "height") or usual[0], _whole(values, "width") or usual[1])
-    return Ask(caption_request(denoiser, [_text(values, "prompt")], [seed], size), forecasts)
+    negative = _text(values, "negative_prompt") if "negative_prompt" in values else None
+    return Ask(caption_request(denoiser, [_text(values, "prompt")], [seed], size, scale, negative), forecasts)
 
 
 def _loop_request(

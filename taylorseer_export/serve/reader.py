@@ -12,7 +12,7 @@ from queue import Full, Queue
 from threading import Event, Thread
 from typing import NamedTuple
 
-from taylorseer_export.errors import ServeError
+from taylorseer_export.serve.refusals import QueueFull, Stopping
 
 Read = Callable[[float | None], object]
 Refuse = Callable[[Exception], object]
@@ -49,12 +49,11 @@ class Reader:
         until = None if timeout is None else time.monotonic() + timeout
         try:
             if self._closed.is_set():
-                raise ServeError("the server is stopping, expected a running one; send it again", "UNAVAILABLE")
+                raise Stopping("the server is stopping, expected a running one; send it again")
             self._received.put_nowait(_Received(read, refuse, until))
         except Full:
-            message = f"queue is full ({self._room} requests wait to be read), expected room; try again later"
-            refuse(ServeError(message, "UNAVAILABLE"))
-        except ServeError as error:
+            refuse(QueueFull(f"queue is full ({self._room} requests wait to be read), expected room; try again later"))
+        except Stopping as error:
             refuse(error)
 
     def close(self) -> None:

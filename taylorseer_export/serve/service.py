@@ -24,6 +24,7 @@ from taylorseer_export.runtime.sampling import Loop, Request
 from taylorseer_export.runtime.schedule import ForecastStep
 from taylorseer_export.runtime.trajectory import random_trajectory
 from taylorseer_export.serve.batcher import Batcher, Job, Turn
+from taylorseer_export.serve.refusals import Late, Stopping
 
 
 class Caller(Protocol):
@@ -169,7 +170,8 @@ class Service:
 
         Raises:
             ConfigError, StepError: The request does not fit the bundle or a slot; nothing was queued.
-            ServeError: The queue is full, or the service is closing.
+            QueueFull: As many wait as may wait.
+            Stopping: The service is closing.
         """
         loop = Loop(self.denoiser, request, forecasts)
         self._check_size(loop)
@@ -191,9 +193,7 @@ class Service:
             self._stopping = True
             self._changed.notify_all()
         for job in waiting:
-            job.work.caller.failed(
-                ServeError("the server stopped, expected it to run on; send it again", "UNAVAILABLE")
-            )
+            job.work.caller.failed(Stopping("the server stopped, expected it to run on; send it again"))
         for worker in self._workers:
             worker.join()
 
@@ -252,7 +252,7 @@ class Service:
         self._leave(job, outcome)
         if outcome == "late":
             message = f"request is late after {done} of {steps} steps, expected to end in its time; give it more"
-            job.work.caller.failed(ServeError(message, "UNAVAILABLE"))
+            job.work.caller.failed(Late(message))
         else:
             message = f"request is cancelled after {done} of {steps} steps, expected to run to its end; send it again"
             job.work.caller.failed(ServeError(message, "CANCELLED"))

@@ -1,0 +1,86 @@
+"""`serve`: the images API of OpenAI, over HTTP, for bundles that draw."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from taylorseer_export.commands.options import device_option, service_options
+from taylorseer_export.commands.terminal import require_extra
+from taylorseer_export.values import memory, real, whole
+
+SUMMARY = "Serve bundles over HTTP as the OpenAI API defines it for images."
+
+_LAST_PORT = 65535
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument(
+        "bundles", type=Path, nargs="+", metavar="BUNDLE", help="folders of bundles; requests name one as their `model`"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=whole(0, _LAST_PORT), default=8000, help="port, 0 for a free one (default: %(default)s)"
+    )
+    device_option(parser)
+    service_options(parser, "bundle")
+    parser.add_argument(
+        "--timeout",
+        type=real(0),
+        default=600.0,
+        help="most seconds of a request, from its arrival (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--most-pictures", type=whole(1), default=10, help="most pictures of one request (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--most-bytes", type=memory, metavar="SIZE", default=1 << 20, help="most bytes of a JSON body (default: 1MiB)"
+    )
+    parser.add_argument(
+        "--most-form-bytes",
+        type=memory,
+        metavar="SIZE",
+        default=64 << 20,
+        help="most bytes of a form with pictures (default: 64MiB)",
+    )
+    parser.add_argument(
+        "--stall",
+        type=real(0),
+        default=300.0,
+        help="seconds of one engine call after which /health says that it is stalled (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--api-key-file",
+        type=Path,
+        help="file of keys, one per line; others come from the variable TAYLORSEER_API_KEYS (default: open to all)",
+    )
+
+
+def run(given: argparse.Namespace) -> int:
+    """The command itself; returns the exit code."""
+    require_extra("serve", "starlette", "uvicorn", "python_multipart", "prometheus_client", "PIL")
+    from taylorseer_export.serve.api.models import load_models
+    from taylorseer_export.serve.api.process import address_of, bound, serve
+    from taylorseer_export.serve.api.settings import Settings, read_keys
+    from taylorseer_export.serve.service import Limits
+
+    settings = Settings(
+        timeout=given.timeout,
+        most_pictures=given.most_pictures,
+        body=given.most_bytes,
+        form=given.most_form_bytes,
+        stall=given.stall,
+        keys=read_keys(given.api_key_file),
+    )
+    with bound(given.host, given.port) as listener:
+        limits = Limits(given.slots, given.queue, given.batch, given.workers)
+        models = load_models(given.bundles, given.device, given.threads, limits, given.memory_budget)
+
+        def ready() -> None:
+            names = ", ".join(model.name for model in models)
+            who = f"{len(settings.keys)} keys" if settings.keys else "no key: whoever reaches it may draw"
+            print(f"serving {names} at {address_of(listener)} ({who}); Ctrl-C ends it", flush=True)
+
+        serve(models, settings, listener, ready)
+    return 0

@@ -1,0 +1,127 @@
+"""What a prompt becomes, and the picture that comes of it.
+
+This is the one place where the API asks the rest of the package for requests and pictures.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of, usual_size
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.sampling import Request
+from taylorseer_export.runtime.tensors import latent_sizes
+from taylorseer_export.serve.api.problems import Refusal
+
+
+class Wish(NamedTuple):
+    """What one picture is to be.
+
+    Attributes:
+        prompt: The caption; for a model of classes the number of one.
+        seed: Of the noise.
+        size: (height, width) in pixels; the bundle's if None.
+        negative_prompt: What it is guided away from.
+        guidance_scale: Dimensionless; the bundle's if None.
+        pictures: `[H, W, 4]` uint8 that it is to be made from.
+        mask: `[H, W, 4]` uint8, clear where the first of them is to change.
+    """
+
+    prompt: str
+    seed: int = 0
+    size: tuple[int, int] | None = None
+    negative_prompt: str | None = None
+    guidance_scale: float | None = None
+    pictures: Sequence[np.ndarray] = ()
+    mask: np.ndarray | None = None
+
+
+def check_draws(manifest: Manifest) -> None:
+    """Refuse a bundle that makes no picture of a prompt.
+
+    Raises:
+        ConfigError: It takes tensors, or has no decoder.
+    """
+    if manifest.sampling.pictures is None or manifest.sampling.source == "tensors":
+        raise ConfigError(
+            f"bundle {manifest.family}-{manifest.name} makes latents of tensors, expected one that makes a picture of "
+            "a prompt; serve it with `taylorseer-export triton`"
+        )
+
+
+def takes_pictures(manifest: Manifest) -> bool:
+    """Whether the model can be given pictures; none can today."""
+    return False
+
+
+def request_of(denoiser: Denoiser, wish: Wish) -> Request:
+    """The request of one picture; noise is drawn and the prompt encoded. Takes milliseconds.
+
+    Raises:
+        ConfigError: The prompt, the size or the guidance does not fit the model; nothing was allocated for it.
+    """
+    manifest = denoiser.manifest
+    name = f"{manifest.family}-{manifest.name}"
+    guided = manifest.sampling.source == "prompts" and manifest.sampling.guidance in ("batched", "branches")
+    if wish.negative_prompt is not None and not guided:
+        raise Refusal(
+            f"negative_prompt is given for {name}, expected none, since this model is not guided away from a text; "
+            "leave it out",
+            400,
+            "negative_prompt",
+        )
+    if wish.pictures and not takes_pictures(manifest):
+        raise Refusal(f"image is given for {name}, expected none, since it draws from text alone; leave it out")
+    if manifest.sampling.source == "labels":
+        latent_sizes(manifest, wish.size, "size")  # there is one: any other is refused
+        return label_request(denoiser, [_label(manifest, wish.prompt)], [wish.seed], wish.guidance_scale)
+    more = (wish.guidance_scale, wish.negative_prompt)
+    return caption_request(denoiser, [wish.prompt], [wish.seed], wish.size, *more)
+
+
+def picture_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np.ndarray:
+    """The picture of the latents of a request of one: `[H, W, 3]` uint8."""
+    return pictures_of(denoiser, request, latents)[0]
+
+
+def description_of(denoiser: Denoiser) -> dict[str, Any]:
+    """What a client may want to know of a model before it asks for a picture."""
+    manifest, defaults = denoiser.manifest, denoiser.defaults
+    labels = manifest.sampling.source == "labels"
+    side = manifest.sampling.latent_scale
+    if labels:
+        height, width = (side * int(extent) for extent in denoiser.latent.shape[2:])
+    else:
+        height, width = usual_size(manifest)
+    return {
+        "draws": manifest.sampling.source,
+        "classes": int(manifest.model.config["num_embeds_ada_norm"]) if labels else None,
+        "takes_pictures": takes_pictures(manifest),
+        "size": f"{width}x{height}",
+        "multiple_of": None if labels else side * manifest.pipeline.packing,
+        "steps": defaults.steps,
+        "most_steps": defaults.most_steps,
+        "plan": str(denoiser.forecasts().plan),
+        "order": defaults.order,
+        "guards": list(defaults.capacity.guards),
+        "profiles": list(denoiser.profiles),
+    }
+
+
+def _label(manifest: Manifest, prompt: str) -> int:
+    """The class that a prompt names by its number."""
+    classes = int(manifest.model.config["num_embeds_ada_norm"])
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*", prompt) or int(prompt) >= classes:
+        raise Refusal(
+            f"prompt is `{prompt[:64]}`, expected a class of {manifest.family}-{manifest.name}, 0 to {classes - 1}, "
+            "since this model draws classes; send its number",
+            400,
+            "prompt",
+        )
+    return int(prompt)

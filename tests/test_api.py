@@ -1,0 +1,792 @@
+"""The images API: asked by the unmodified client of OpenAI, by malformed requests, and by clients that leave."""
+
+import base64
+import http.client
+import io
+import json
+import os
+import pkgutil
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from PIL import Image
+from profiles import made as made_profile
+
+from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of
+from taylorseer_export.errors import BundleError, ConfigError, StepError, TaylorSeerError
+from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.sampling import sample
+from taylorseer_export.runtime.slot import Slot
+from taylorseer_export.serve.api import prompts
+from taylorseer_export.serve.api.app import app_of
+from taylorseer_export.serve.api.models import Model, Models, load_models
+from taylorseer_export.serve.api.problems import problem_of
+from taylorseer_export.serve.api.process import bound, server_of
+from taylorseer_export.serve.api.settings import KEYS, Settings, read_keys
+from taylorseer_export.serve.refusals import Stopping
+from taylorseer_export.serve.service import Limits, Service
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 60  # until a test gives up waiting; nothing is measured with it
+CAPTION = "a red circle left of a blue square"
+GENERATIONS = "/v1/images/generations"
+KEY = "a-key-of-the-tests"
+LOOP = "event loop"  # name of the thread that a server runs in
+
+
+@pytest.fixture(scope="module")
+def denoisers(embedded):
+    held = {name: load(embedded(name), threads=1) for name in ("shapes", "digits")}
+    yield held
+    for denoiser in held.values():
+        denoiser.close()
+
+
+@contextmanager
+def serving(models, settings=None):
+    """A server over models that it leaves open; gives its port."""
+    listener = bound("127.0.0.1", 0)
+    listener.listen()
+    port = listener.getsockname()[1]
+    config = uvicorn.Config(app_of(models, settings), lifespan="off", log_level="error", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name=LOOP, daemon=True)
+    thread.start()
+    try:
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def models_over(*denoisers, **limits):
+    """Models over denoisers that stay open."""
+    models = [Model(denoiser, Limits(**limits)) for denoiser in denoisers]
+    try:
+        yield Models(models)
+    finally:
+        for model in models:
+            model.reader.close()
+            model.service.close()
+
+
+@pytest.fixture(scope="module")
+def models(denoisers):
+    with models_over(denoisers["shapes"], denoisers["digits"], slots=2, queue=8, workers=2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def port(models):
+    with serving(models) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def client(port):
+    return client_of(port)
+
+
+@pytest.fixture
+def small(denoisers):
+    """A server of one slot and no queue: (port, service)."""
+    with models_over(denoisers["shapes"], slots=1, queue=0, batch=1, workers=1) as models:
+        with serving(models) as port:
+            yield port, next(iter(models)).service
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """While it is not set, no engine call ends; (reached, held): whether one was begun, and the event itself."""
+    run, reached, event = Slot.run, threading.Event(), threading.Event()
+
+    def waiting(slot):
+        reached.set()
+        assert event.wait(SECONDS)
+        run(slot)
+
+    monkeypatch.setattr(Slot, "run", waiting)
+    yield reached, event
+    event.set()
+
+
+def client_of(port, key="none"):
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=SECONDS)
+
+
+def asked(port, path, body=None, headers=None, method="POST"):
+    """(status, headers, body) of one request; a body that is no bytes goes as JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+    try:
+        if body is not None and not isinstance(body, bytes):
+            body, headers = json.dumps(body).encode(), {"content-type": "application/json", **(headers or {})}
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+    finally:
+        connection.close()
+
+
+def got(port, path, **more):
+    return asked(port, path, method="GET", **more)
+
+
+def until(true):
+    """Wait for something that comes by itself."""
+    end = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def picture_in(file):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(file))))
+
+
+def alone(denoiser, request, **options):
+    """(picture, plan) of a request that runs alone."""
+    made = sample(denoiser, request, denoiser.forecasts(**options))
+    return pictures_of(denoiser, request, made.latents)[0], made.executed
+
+
+# Pictures
+
+
+def test_the_openai_client_gets_what_a_solo_run_makes(client, denoisers):
+    made = client.images.generate(
+        prompt=CAPTION, model="flux-tiny", n=3, size="48x32", user="someone", extra_body={"seed": 7, "steps": 9}
+    )
+    assert (made.size, made.output_format, made.background) == ("48x32", "png", "opaque")
+    pictures = made.model_extra["taylorseer"]["pictures"]
+    assert [picture["seed"] for picture in pictures] == [7, 8, 9]
+    for seed, file, told in zip((7, 8, 9), made.data, pictures, strict=True):
+        request = caption_request(denoisers["shapes"], [CAPTION], [seed], (32, 48))
+        picture, executed = alone(denoisers["shapes"], request, steps=9)
+        assert (picture_in(file.b64_json) == picture).all()
+        assert told["executed"] == executed and told["planned"] == executed
+        assert {"read", "queue", "prepare", "full_step", "forecast_step", "loop", "decode"} == told["times_ms"].keys()
+        assert min(told["times_ms"].values()) >= 0
+    assert (picture_in(made.data[0].b64_json) != picture_in(made.data[1].b64_json)).any()
+
+
+def test_a_model_of_classes_is_asked_with_their_numbers(client, denoisers):
+    options = {"plan": "FFF..F..F", "order": 1}
+    made = client.images.generate(
+        prompt=" 7 ", model="dit-tiny", extra_body={"seed": 3, "guidance_scale": 2.0, **options}
+    )
+    picture, executed = alone(denoisers["digits"], label_request(denoisers["digits"], [7], [3], 2.0), **options)
+    assert (picture_in(made.data[0].b64_json) == picture).all()
+    assert made.model_extra["taylorseer"]["pictures"][0]["executed"] == executed == "FFF..F..F"
+
+
+def test_a_profile_is_asked_for_by_its_name(denoisers):
+    with models_over(denoisers["digits"], slots=1) as models, serving(models) as port:
+        profile = made_profile(denoisers["digits"].manifest)
+        next(iter(models)).profiles["fast"] = profile
+        status, _, text = asked(port, GENERATIONS, {"prompt": "1", "profile": "fast", "seed": 0})
+        assert status == 200
+        assert json.loads(text)["taylorseer"]["pictures"][0]["executed"] == profile.plan
+
+
+def test_without_a_seed_one_is_drawn_and_told(client):
+    first, second = (client.images.generate(prompt=CAPTION, extra_body={"steps": 2}) for _ in range(2))
+    seeds = [made.model_extra["taylorseer"]["pictures"][0]["seed"] for made in (first, second)]
+    assert seeds[0] != seeds[1]
+    again = client.images.generate(prompt=CAPTION, extra_body={"num_inference_steps": 2, "seed": seeds[0]})
+    assert again.data[0].b64_json == first.data[0].b64_json
+
+
+@pytest.mark.parametrize("form", ["jpeg", "webp"])
+def test_other_formats(client, form):
+    how = {"seed": 1, "steps": 3}
+    sizes = []
+    for quality in (100, 10):
+        made = client.images.generate(
+            prompt=CAPTION, output_format=form, output_compression=quality, size="64x64", extra_body=how
+        )
+        data = base64.b64decode(made.data[0].b64_json)
+        picture = Image.open(io.BytesIO(data))
+        assert (made.output_format, picture.format, picture.size) == (form, form.upper(), (64, 64))
+        sizes.append(len(data))
+    assert sizes[0] > sizes[1]
+
+
+def test_the_openai_client_streams(client, denoisers):
+    how = {"seed": 5, "steps": 12}
+    stream = client.images.generate(prompt=CAPTION, stream=True, partial_images=3, size="auto", extra_body=how)
+    *previews, last = stream
+    assert [type(event).__name__ for event in previews] == ["ImageGenPartialImageEvent"] * 3
+    assert [event.partial_image_index for event in previews] == [0, 1, 2]
+    assert type(last).__name__ == "ImageGenCompletedEvent" and last.usage.total_tokens == 0
+    whole, executed = alone(denoisers["shapes"], caption_request(denoisers["shapes"], [CAPTION], [5]), steps=12)
+    assert (picture_in(last.b64_json) == whole).all()
+    far = [np.abs(picture_in(event.b64_json).astype(float) - whole).mean() for event in previews]
+    assert far[0] > far[-1]  # previews come nearer
+    assert {(event.size, event.output_format, event.quality) for event in (*previews, last)} == {
+        ("32x32", "png", "auto")
+    }
+    assert last.model_extra["taylorseer"]["executed"] == executed
+
+
+def test_a_stream_without_previews_is_one_picture(client):
+    events = list(client.images.generate(prompt=CAPTION, stream=True, extra_body={"seed": 5, "steps": 4}))
+    assert [event.type for event in events] == ["image_generation.completed"]
+
+
+def test_a_stream_tells_of_steps_where_that_is_asked_for(port):
+    body = {"prompt": "3", "model": "dit-tiny", "n": 2, "seed": 1, "plan": "FF..F", "stream": True, "progress": True}
+    status, headers, text = asked(port, GENERATIONS, body)
+    assert status == 200 and headers["content-type"].startswith("text/event-stream")
+    blocks = [block.split("\n") for block in text.decode().strip().split("\n\n")]
+    events = [json.loads(data.removeprefix("data: ")) for _, data in blocks]
+    assert [name.removeprefix("event: ") for name, _ in blocks] == [event["type"] for event in events]
+    for number in (0, 1):
+        own = [event for event in events if event["image_index"] == number]
+        assert [event.get("step") for event in own] == [1, 2, 3, 4, None]
+        assert {event["planned"] for event in own[:-1]} == {"FF..F"}
+        assert own[-1]["type"] == "image_generation.completed" and own[-1]["taylorseer"]["seed"] == 1 + number
+
+
+# Errors
+
+
+def test_the_openai_client_raises_its_own_exceptions(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a green elephant")
+    assert (caught.value.param, caught.value.type) == ("prompt", "invalid_request_error")
+    assert "caption word is 'elephant', expected a known word" in caught.value.message
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.images.generate(prompt=CAPTION, model="dall-e-2")
+    assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("dall-e-2")
+
+
+# What is changed of a good body -> (status, param).
+MALFORMED = {
+    "no prompt": ({"prompt": None}, 400, "prompt"),
+    "an empty prompt": ({"prompt": "  "}, 400, "prompt"),
+    "a prompt that is a list": ({"prompt": ["a"]}, 400, "prompt"),
+    "a prompt that is too long": ({"prompt": "a " * 3000}, 400, "prompt"),
+    "half of a character": ({"prompt": "\ud800"}, 400, "prompt"),
+    "a model that is not there": ({"model": "sdxl"}, 404, "model"),
+    "a model that is a number": ({"model": 3}, 400, "model"),
+    "n of 0": ({"n": 0}, 400, "n"),
+    "n of a million": ({"n": 10**6}, 400, "n"),
+    "n as text": ({"n": "2"}, 400, "n"),
+    "n as a truth value": ({"n": True}, 400, "n"),
+    "a size that is none": ({"size": "big"}, 400, "size"),
+    "a size out of range": ({"size": "99996x99996"}, 400, "size"),
+    "a size that does not divide": ({"size": "33x32"}, 400, "size"),
+    "a url": ({"response_format": "url"}, 400, "response_format"),
+    "a format": ({"output_format": "gif"}, 400, "output_format"),
+    "a compression of png": ({"output_compression": 50}, 400, "output_compression"),
+    "too many previews": ({"stream": True, "partial_images": 4}, 400, "partial_images"),
+    "a stream that is text": ({"stream": "yes"}, 400, "stream"),
+    "an unknown field": ({"sampler": "euler"}, 400, "sampler"),
+    "transparency": ({"background": "transparent"}, 400, "background"),
+    "too many steps": ({"steps": 10**6}, 400, "steps"),
+    "steps twice": ({"steps": 4, "num_inference_steps": 4}, 400, "num_inference_steps"),
+    "a plan of other letters": ({"plan": "FxF"}, 400, "plan"),
+    "a plan beside an interval": ({"plan": "FF.F", "interval": 3}, 400, "interval"),
+    "an order that is too high": ({"order": 4}, 400, "order"),
+    "a profile that is not there": ({"profile": "fast"}, 400, "profile"),
+    "a guard that is not there": ({"guard": "cg", "threshold": 0.1}, 400, "guard"),
+    "a threshold alone": ({"threshold": 0.1}, 400, "threshold"),
+    "a seed below 0": ({"seed": -1}, 400, "seed"),
+    "a seed that is too high": ({"seed": 1 << 63}, 400, "seed"),
+    "a negative prompt": ({"negative_prompt": "a dog"}, 400, "negative_prompt"),
+    "guidance that is no number": ({"guidance_scale": "high"}, 400, "guidance_scale"),
+    "guidance of a model without": ({"guidance_scale": 3.0}, 400, "guidance_scale"),
+    "a class that is a word": ({"model": "dit-tiny", "prompt": "seven"}, 400, "prompt"),
+    "a class that is not there": ({"model": "dit-tiny", "prompt": "10"}, 400, "prompt"),
+    "a size of a model with one": ({"model": "dit-tiny", "prompt": "1", "size": "64x64"}, 400, "size"),
+    "no time": ({"timeout": 0}, 400, "timeout"),
+    "more time than there is": ({"timeout": 1e9}, 400, "timeout"),
+    "time that has passed": ({"timeout": 1e-9}, 504, None),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_request_is_refused_in_one_sentence(port, case):
+    change, status, param = MALFORMED[case]
+    body = {"prompt": CAPTION, "steps": 4, **change}
+    if change.keys() & {"plan", "profile"}:
+        body.pop("steps")
+    seen, headers, text = asked(port, GENERATIONS, body)
+    error = json.loads(text)["error"]
+    assert (seen, error["param"]) == (status, param), error
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    assert re.search(r"expected .*; ", error["message"]) and headers["content-type"] == "application/json"
+
+
+# What is sent -> status.
+BROKEN = {
+    "no body": (b"", {"content-type": "application/json"}, 400),
+    "no JSON": (b"{", {"content-type": "application/json"}, 400),
+    "no object": (b"[1]", {"content-type": "application/json"}, 400),
+    "no text": (b"\xff\xfe", {"content-type": "application/json"}, 400),
+    "too deep": (b"[" * 100_000, {"content-type": "application/json"}, 400),
+    "a form": (b"a=1", {"content-type": "application/x-www-form-urlencoded"}, 400),
+    "no type": (b"{}", {}, 400),
+    "too long": (b"{}" + b" " * (1 << 20), {"content-type": "application/json"}, 413),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_body_that_is_none_is_refused(port, case):
+    body, headers, status = BROKEN[case]
+    seen, _, text = asked(port, GENERATIONS, body, headers)
+    assert (seen, json.loads(text)["error"]["type"]) == (status, "invalid_request_error")
+
+
+def test_a_body_that_does_not_say_how_long_it_is(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+    parts = (b" " * (1 << 16) for _ in range(17))
+    try:
+        connection.request("POST", GENERATIONS, parts, {"content-type": "application/json"}, encode_chunked=False)
+        assert connection.getresponse().status == 413
+    finally:
+        connection.close()
+
+
+def test_the_server_goes_on_after_all_of_them(port, models):
+    assert asked(port, GENERATIONS, {"prompt": CAPTION, "steps": 2})[0] == 200
+    for model in models:
+        until(lambda service=model.service: (service.slots_in_use, service.waiting) == (0, 0))
+
+
+def test_paths_and_methods_that_are_none(port):
+    for path, method, status in (("/v1/images/variations", "POST", 404), (GENERATIONS, "GET", 405), ("/x", "GET", 404)):
+        seen, _, text = asked(port, path, method=method)
+        assert seen == status and "is not answered here, expected one of" in json.loads(text)["error"]["message"]
+
+
+def test_a_failure_of_the_server_tells_nothing_of_itself(port, monkeypatch, caplog):
+    monkeypatch.setattr("taylorseer_export.serve.api.drawing.request_of", lambda *_: 1 / 0)
+    status, _, text = asked(port, GENERATIONS, {"prompt": CAPTION})
+    assert status == 500 and b"zero" not in text and json.loads(text)["error"]["type"] == "server_error"
+    assert any(record.exc_info and record.exc_info[0] is ZeroDivisionError for record in caplog.records)
+    monkeypatch.undo()
+    assert asked(port, GENERATIONS, {"prompt": CAPTION, "steps": 2})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ConfigError("x"), 400), (StepError("x"), 400), (BundleError("x"), 500), (TimeoutError(), 504)],
+)
+def test_every_error_has_a_status(error, status):
+    problem = problem_of(error)
+    assert problem.status == status and problem.body["error"]["message"]
+
+
+# Who leaves, who waits, who is late
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(small, held, stream, caplog):
+    port, service = small
+    reached, event = held
+    body = json.dumps({"prompt": CAPTION, "plan": "F" * 200, "stream": stream, "seed": 1}).encode()
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", port)) as leaving:
+        leaving.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert reached.wait(SECONDS)
+        if stream:
+            assert leaving.recv(15) == b"HTTP/1.1 200 OK"
+    done = Metered(port)
+    until(lambda: done.of("taylorseer_http_requests_total", GENERATIONS) >= 1)  # the server has noticed
+    event.set()
+    until(lambda: service.snapshot().get("requests.cancelled"))
+    until(lambda: service.slots_in_use == 0)
+    assert service.snapshot()["steps.full"] <= 2
+    assert asked(port, GENERATIONS, {"prompt": CAPTION, "steps": 2})[0] == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_full_queue_is_told_at_once(small, held):
+    port, service = small
+    reached, event = held
+    answers = []
+    first = threading.Thread(target=lambda: answers.append(asked(port, GENERATIONS, {"prompt": CAPTION, "steps": 2})))
+    first.start()
+    assert reached.wait(SECONDS)
+    with pytest.raises(openai.RateLimitError) as caught:
+        client_of(port).images.generate(prompt=CAPTION)
+    assert caught.value.code == "rate_limit_exceeded" and "queue is full" in caught.value.message
+    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+    event.set()
+    first.join(SECONDS)
+    assert answers[0][0] == 200 and service.snapshot()["requests.refused"] == 1
+
+
+def test_of_several_pictures_none_is_drawn_where_one_has_no_place(denoisers, held):
+    reached, event = held
+    event.set()  # while it warms up
+    with models_over(denoisers["digits"], slots=1, queue=1, batch=1, workers=1) as models, serving(models) as port:
+        service = next(iter(models)).service
+        event.clear()
+        reached.clear()
+        first = threading.Thread(target=asked, args=(port, GENERATIONS, {"prompt": "1", "steps": 2}))
+        first.start()
+        assert reached.wait(SECONDS)
+        status, _, text = asked(port, GENERATIONS, {"prompt": "1", "n": 2, "plan": "F" * 300})
+        assert status == 429 and json.loads(text)["error"]["code"] == "rate_limit_exceeded"
+        status, _, text = asked(port, GENERATIONS, {"prompt": "1", "n": 3})
+        assert status == 400 and json.loads(text)["error"]["param"] == "n"
+        event.set()
+        first.join(SECONDS)
+        until(lambda: (service.slots_in_use, service.waiting) == (0, 0))
+        counts = service.snapshot()
+        assert (counts["requests.done"], counts["requests.cancelled"], counts["requests.refused"]) == (1, 1, 1)
+
+
+def test_the_event_loop_neither_reads_prompts_nor_writes_pictures(port, monkeypatch):
+    seen = {}
+    for place in ("drawing.request_of", "images.picture_of", "images.encoded"):
+        path = f"taylorseer_export.serve.api.{place}"
+        work = pkgutil.resolve_name(path)
+
+        def watched(*given, _place=place, _work=work):
+            seen[_place] = threading.current_thread().name
+            return _work(*given)
+
+        monkeypatch.setattr(path, watched)
+    assert asked(port, GENERATIONS, {"prompt": CAPTION, "steps": 2})[0] == 200
+    assert len(seen) == 3 and LOOP not in seen.values()
+    assert LOOP in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_late_request_is_given_up(small, held):
+    """Its time passes while the engine is held, however long a step takes."""
+    port, service = small
+    reached, event = held
+    answers = []
+    body = {"prompt": CAPTION, "plan": "F" * 100, "timeout": 0.5}
+    asking = threading.Thread(target=lambda: answers.append(asked(port, GENERATIONS, body)))
+    asking.start()
+    assert reached.wait(SECONDS)
+    asking.join(SECONDS)  # the API does not wait for a service that hangs
+    status, _, text = answers[0]
+    assert (status, json.loads(text)["error"]["code"]) == (504, "timeout")
+    event.set()
+    until(lambda: service.slots_in_use == 0)
+    assert service.snapshot()["steps.full"] <= 2
+
+
+def test_a_stream_that_fails_says_so(small, held):
+    port, _ = small
+    stream = client_of(port).images.generate(
+        prompt=CAPTION, stream=True, extra_body={"plan": "F" * 100, "timeout": 0.5}
+    )
+    with pytest.raises(openai.APIError, match="request is late"):
+        list(stream)
+
+
+def test_a_server_that_stops_says_so(denoisers):
+    with models_over(denoisers["digits"], slots=1) as models, serving(models) as port:
+        next(iter(models)).reader.close()
+        status, _, text = asked(port, GENERATIONS, {"prompt": "1"})
+        assert (status, json.loads(text)["error"]["code"]) == (503, "server_stopping")
+
+
+def test_a_stop_finishes_what_is_under_way(embedded, held):
+    reached, event = held
+    event.set()  # while it warms up
+    model = Model(load(embedded("digits"), threads=1), Limits(slots=1, batch=1, workers=1))
+    event.clear()
+    reached.clear()
+    listener = bound("127.0.0.1", 0)
+    server, answers = server_of(Models([model]), Settings()), []
+    port = listener.getsockname()[1]
+    listener.listen()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    body = {"prompt": "1", "steps": 3}
+    asking = threading.Thread(target=lambda: answers.append(asked(port, GENERATIONS, body)))
+    asking.start()
+    assert reached.wait(SECONDS)
+    server.should_exit = True
+    until(lambda: not any(one.is_serving() for one in server.servers))
+    with pytest.raises(OSError):
+        asked(port, GENERATIONS, body)
+    event.set()
+    thread.join(SECONDS)
+    asking.join(SECONDS)
+    assert answers[0][0] == 200 and not thread.is_alive()
+    refused = []
+    model.reader.hand_over(lambda _: None, refused.append)
+    assert [type(error) for error in refused] == [Stopping]  # the models are closed
+
+
+# Keys, ids, health, metrics
+
+
+def test_keys(models, tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text(f"# of the tests\n{KEY}\n\n")
+    monkeypatch.setenv(KEYS, "another-key, a-third-key")
+    settings = Settings(keys=read_keys(file))
+    assert len(settings.keys) == 3 and KEY.encode() not in b"".join(settings.keys)
+    with serving(models, settings) as port:
+        with pytest.raises(openai.AuthenticationError) as caught:
+            client_of(port, "a-wrong-key").images.generate(prompt=CAPTION)
+        assert caught.value.code == "invalid_api_key"
+        for key in (KEY, "another-key", "a-third-key"):
+            assert client_of(port, key).models.list().data
+        for path, status in (("/v1/models", 401), ("/metrics", 401), ("/x", 401), ("/health", 200), ("/", 200)):
+            assert got(port, path)[0] == status
+        for value in (KEY, f"Basic {KEY}", "Bearer", f"Bearer {KEY}x", "Bearer \xff"):
+            assert got(port, "/v1/models", headers={"authorization": value})[0] == 401
+
+
+@pytest.mark.parametrize(("text", "fix"), [("\n", "write one"), ("short\n", "choose another"), (None, "mend it")])
+def test_keys_that_are_none_are_refused(tmp_path, monkeypatch, text, fix):
+    monkeypatch.delenv(KEYS, raising=False)
+    file = tmp_path / "keys"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=fix):
+        read_keys(file)
+    assert read_keys(None) == ()
+
+
+def test_a_request_has_an_id(port, caplog):
+    caplog.set_level("INFO", "taylorseer_export.serve.api")
+    _, headers, text = asked(
+        port, GENERATIONS, {"prompt": "4", "model": "dit-tiny", "steps": 2}, {"x-request-id": "a-1"}
+    )
+    assert headers["x-request-id"] == "a-1" == json.loads(text)["taylorseer"]["request_id"]
+    assert [got(port, "/v1/models", headers={"x-request-id": "a\t1"})[1]["x-request-id"] == "a\t1"] == [False]
+    made = [got(port, "/x")[1]["x-request-id"] for _ in range(2)]
+    assert made[0] != made[1] and all(re.fullmatch("[0-9a-f]{32}", one) for one in made)
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(re.match(rf"a-1 POST {GENERATIONS} 200 \d+ ms dit-tiny n=1 seed=\d+$", line) for line in lines), lines
+
+
+def test_health_says_when_a_worker_stalls(port, monkeypatch):
+    status, _, text = got(port, "/health")
+    assert status == 200 and json.loads(text)["status"] == "ok"
+    assert json.loads(text)["models"]["flux-tiny"]["slots"] == 2
+    monkeypatch.setattr(Service, "stalled", 301.0)
+    status, _, text = got(port, "/health")
+    assert status == 503 and json.loads(text)["models"]["dit-tiny"]["status"] == "stalled"
+
+
+def test_models_are_listed(client, denoisers):
+    listed = client.models.list().data
+    assert [model.id for model in listed] == ["flux-tiny", "dit-tiny"]
+    assert all(model.object == "model" and model.created > 0 for model in listed)
+    shapes, digits = (model.model_extra["taylorseer"] for model in listed)
+    assert (shapes["draws"], shapes["size"], shapes["multiple_of"]) == ("captions", "32x32", 4)
+    assert (digits["draws"], digits["size"], digits["classes"]) == ("labels", "16x16", 10)
+    assert shapes["plan"] == str(denoisers["shapes"].forecasts().plan)
+    assert client.models.retrieve("dit-tiny").id == "dit-tiny"
+
+
+class Metered:
+    """The metrics of a server."""
+
+    def __init__(self, port):
+        self._port = port
+
+    def of(self, name, *labels):
+        """The sum of the samples of this name whose labels have all of these values."""
+        text = got(self._port, "/metrics")[2].decode()
+        lines = [line for line in text.splitlines() if re.match(rf"{name}[{{ ]", line)]
+        return sum(float(line.split()[-1]) for line in lines if all(f'"{label}"' in line for label in labels))
+
+
+def test_metrics_are_those_of_the_services(denoisers):
+    with models_over(denoisers["digits"], slots=3, queue=5) as models, serving(models) as port:
+        assert asked(port, GENERATIONS, {"prompt": "4", "n": 2, "plan": "FF.F.F"})[0] == 200
+        assert asked(port, GENERATIONS, {"prompt": "four"})[0] == 400
+        metered, model = Metered(port), "dit-tiny"
+        assert metered.of("taylorseer_requests_total", model, "done") == 2
+        assert metered.of("taylorseer_steps_total", model, "full") == 8
+        assert metered.of("taylorseer_steps_total", model, "forecast") == 4
+        assert metered.of("taylorseer_full_steps_total", model, "executed") == 8
+        assert metered.of("taylorseer_step_seconds_total", model) > 0
+        assert metered.of("taylorseer_slots", model) == 3
+        assert metered.of("taylorseer_slots_in_use", model) == metered.of("taylorseer_queue", model) == 0
+        assert metered.of("taylorseer_stage_seconds_count", model, "loop") == 2
+        assert metered.of("taylorseer_http_requests_total", GENERATIONS, "200") == 1
+        assert metered.of("taylorseer_http_requests_total", GENERATIONS, "400") == 1
+        asked(port, "/an/invention", method="GET")
+        assert metered.of("taylorseer_http_requests_total", "other", "404") == 1
+
+
+# Pictures that are sent
+
+
+def png_of(height, width):
+    stream = io.BytesIO()
+    Image.fromarray(np.full((height, width, 3), 200, np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_edits_are_refused_where_no_model_takes_pictures(client):
+    with pytest.raises(openai.BadRequestError, match="expected text alone, since no model here takes them") as caught:
+        client.images.edit(image=("a.png", png_of(8, 8)), prompt=CAPTION)
+    assert caught.value.param == "image"
+
+
+@pytest.fixture
+def taker(monkeypatch):
+    """Models are taken to be of those that are given pictures; the list gets what they were given."""
+    given, request_of = [], prompts.request_of
+
+    def watched(denoiser, wish):
+        given.append(wish)
+        return request_of(denoiser, wish._replace(pictures=(), mask=None))
+
+    monkeypatch.setattr("taylorseer_export.serve.api.images.takes_pictures", lambda _: True)
+    monkeypatch.setattr("taylorseer_export.serve.api.drawing.request_of", watched)
+    return given
+
+
+def test_a_model_that_takes_pictures_is_given_them(client, taker):
+    images = [("a.png", png_of(8, 12)), ("b.png", png_of(4, 4))]
+    how = {"seed": "3", "steps": "5", "timeout": "30.5"}
+    made = client.images.edit(image=images, mask=("m.png", png_of(8, 12)), prompt=CAPTION, n=2, extra_body=how)
+    assert [picture["seed"] for picture in made.model_extra["taylorseer"]["pictures"]] == [3, 4]
+    assert [one.shape for one in taker[0].pictures] == [(8, 12, 4), (4, 4, 4)] and taker[0].mask.shape == (8, 12, 4)
+    stream = client.images.edit(image=images[0], prompt=CAPTION, stream=True, partial_images=1, extra_body=how)
+    assert [event.type for event in stream] == ["image_edit.partial_image", "image_edit.completed"]
+
+
+@pytest.mark.parametrize(
+    ("images", "more", "said"),
+    [
+        ([], {}, "image is missing"),
+        ([("a.png", b"GIF89a")], {}, "image is not readable"),
+        ([("a.png", png_of(8, 8)[:40])], {}, "image is not readable"),
+        ([("a.png", png_of(8, 8))], {"mask": ("m.png", png_of(4, 8))}, "mask is 8x4, expected 8x8"),
+        ([("a.png", png_of(8, 8))] * 17, {}, "17 images|Too many files"),
+        ([("a.png", png_of(8, 8))], {"n": "many"}, "n is 'many', expected a whole number"),
+        ([("a.png", png_of(8, 8))], {"other": ("m.png", b"")}, "`other` is a file"),
+    ],
+)
+def test_a_malformed_form_is_refused(port, taker, images, more, said):
+    fields = [("prompt", CAPTION), *(("image", image) for image in images), *more.items()]
+    body = b""
+    for name, value in fields:
+        file = f'; filename="{value[0]}"' if isinstance(value, tuple) else ""
+        data = value[1] if isinstance(value, tuple) else value.encode()
+        body += f'--xx\r\ncontent-disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + data + b"\r\n"
+    headers = {"content-type": "multipart/form-data; boundary=xx"}
+    status, _, text = asked(port, "/v1/images/edits", body + b"--xx--\r\n", headers)
+    assert status == 400 and re.search(said, json.loads(text)["error"]["message"]), text
+    assert not taker
+
+
+def test_a_form_has_limits_too(models, taker):
+    with serving(models, Settings(form=1000)) as port:
+        headers = {"content-type": "multipart/form-data; boundary=xx"}
+        assert asked(port, "/v1/images/edits", b"-" * 1001, headers)[0] == 413
+        assert asked(port, "/v1/images/edits", b"nothing", headers)[0] == 400
+        assert asked(port, "/v1/images/edits", {"prompt": "x"})[0] == 400
+
+
+def test_a_picture_is_measured_before_room_for_it_is_made(monkeypatch):
+    from taylorseer_export.serve.api import formats
+
+    monkeypatch.setattr(formats, "MOST_PIXELS", 8 * 12 - 1)
+    with pytest.raises(TaylorSeerError, match="image is 12x8, expected at most 95 pixels"):
+        formats.decoded(png_of(8, 12), "image")
+
+
+# The page, the process
+
+
+def test_the_page_needs_nothing_from_elsewhere(port):
+    status, headers, text = got(port, "/")
+    assert status == 200 and headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in headers["content-security-policy"]
+    assert not re.search(rb"https?://|<link|src=", text) and b'name="viewport"' in text
+    assert b"prefers-color-scheme: dark" in text
+
+
+def test_the_lines_of_the_page_draw(port, tmp_path, monkeypatch, capsys):
+    """Those of the client, and those of curl by what it sends."""
+    page = (ROOT / "taylorseer_export/serve/README.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^```python\n(.*?)^```", page, re.S | re.M)
+    monkeypatch.chdir(tmp_path)
+    exec(lines.replace(":8000/", f":{port}/"), {})
+    assert (tmp_path / "circle.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("partial_image") == 2
+    path, body = re.search(
+        r"curl -s 127\.0\.0\.1:8000(\S+) -H 'content-type: application/json' -d '(.*)'", page
+    ).groups()
+    assert asked(port, path, json.loads(body))[0] == 200
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_stop(embedded, tmp_path):
+    command = [sys.executable, "-m", "taylorseer_export", "serve", embedded("digits"), "--port", "0", "--workers", "1"]
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        server = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True, env=os.environ | {KEYS: KEY}
+        )
+        try:
+            line = server.stdout.readline()
+            found = re.fullmatch(r"serving dit-tiny at http://127\.0\.0\.1:(\d+) \(1 keys\); Ctrl-C ends it\n", line)
+            assert found, (line, errors.read_text())
+            made = client_of(int(found[1]), KEY).images.generate(prompt="2", extra_body={"steps": 3})
+            assert picture_in(made.data[0].b64_json).shape == (16, 16, 3)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(SECONDS) == 0
+        finally:
+            server.kill()
+    assert "Traceback" not in errors.read_text() and f"POST {GENERATIONS} 200" in errors.read_text()
+
+
+@pytest.mark.slow
+def test_a_command_that_cannot_serve_says_why(embedded, capsys, monkeypatch):
+    from taylorseer_export.cli import main
+
+    monkeypatch.delenv(KEYS, raising=False)
+    with bound("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", str(embedded("digits")), "--port", str(port)]) == 2
+    said = capsys.readouterr().err
+    assert f"--port {port} is not to be had (Address already in use), expected a free address" in said
+    with pytest.raises(ConfigError, match="BUNDLE is dit-tiny twice, expected bundles of different names; leave one"):
+        load_models([embedded("digits"), embedded("digits")])
+
+
+def test_bundles_that_draw_nothing_are_refused():
+    sampling = SimpleNamespace(pictures=None, source="tensors")
+    manifest = SimpleNamespace(family="dit", name="large", sampling=sampling)
+    with pytest.raises(ConfigError, match=r"dit-large makes latents of tensors, expected one that .*; serve it with"):
+        prompts.check_draws(manifest)
+
+
+def test_the_app_needs_neither_torch_nor_diffusers_to_be_imported():
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'diffusers', 'transformers'):\n    sys.modules[name] = None\n"
+        "from taylorseer_export.serve.api.app import app_of\n"
+        "from taylorseer_export.serve.api.models import Models\n"
+        "from taylorseer_export.serve.api.process import server_of\n"
+        "assert app_of(Models([])) and server_of\nprint('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("fine\n", "")

@@ -18,7 +18,7 @@ from harness import Tiny, eager_denoiser
 from hypothesis import settings
 from kept import ROOT, Kept, key_of, sources, surroundings, sweep
 from record import commit_of
-from tiny_bundles import BUNDLES, MODELS, ON_GPU, PACKAGES, options_of, trace_of, write_embedded
+from tiny_bundles import BUNDLES, MODELS, ON_GPU, PACKAGES, options_of, trace_of, write_embedded, write_whole_flux
 
 from taylorseer_export.bundle.tensorrt import library_name
 from taylorseer_export.compile import export
@@ -239,6 +239,12 @@ def on_gpu(drafts, once):
         return load(folder, "cuda", cuda_graphs=cuda_graphs)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole_flux(once):
+    """Folder of the bundle of a tiny FLUX pipeline with its parts; `pipeline` beside it is what it was made of."""
+    return once("whole-flux", write_whole_flux)
 
 
 @pytest.fixture(scope="session")

@@ -282,26 +282,13 @@ def test_what_cannot_be_asked_is_refused(whole):
 # A bundle on disk ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny, once):
-    """The whole tiny FLUX as the command line exports it."""
-
-    def write(folder):
-        flux_pipeline(tiny("flux").model).save_pretrained(folder / "pipeline")
-        command = ["flux", "--model", str(folder / "pipeline"), "--whole", "--steps", "4", "--out", str(folder)]
-        assert cli.main([*command, "--name", "whole"]) == 0
-        return folder / "flux-whole"
-
-    return once("whole-flux", write)
-
-
-def test_run_draws_from_a_prompt(bundle, tiny, tmp_path, capsys):
+def test_run_draws_from_a_prompt(whole_flux, tmp_path, capsys):
     out = tmp_path / "two.png"
     asked = ["--prompt", PROMPT, "--n", "2", "--size", "32x48", "--seed", "3", "--prompt-tokens", "16"]
-    assert cli.main(["run", str(bundle), *asked, "--plan", "FF", "--out", str(out)]) == 0
+    assert cli.main(["run", str(whole_flux), *asked, "--plan", "FF", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "encode" in said and "decode" in said
-    with load(bundle) as denoiser:
+    with load(whole_flux) as denoiser:
         request = caption_request(denoiser, [PROMPT] * 2, [3, 4], (32, 48), length=16)
         made = pictures_of(denoiser, request, sample(denoiser, request, denoiser.forecasts(plan="FF")).latents)
     files = [tmp_path / f"two-{k}.png" for k in (1, 2)]
@@ -310,10 +297,10 @@ def test_run_draws_from_a_prompt(bundle, tiny, tmp_path, capsys):
         assert np.array_equal(np.asarray(Image.open(file)), one)
 
 
-def test_every_byte_of_a_part_is_checked(bundle, tmp_path):
+def test_every_byte_of_a_part_is_checked(whole_flux, tmp_path):
     for file in ("text/tokenizer.json", "decode/weights.safetensors"):
         copy = tmp_path / file.replace("/", "-")
-        shutil.copytree(bundle, copy)
+        shutil.copytree(whole_flux, copy)
         data = bytearray((copy / file).read_bytes())
         data[-1] ^= 1
         (copy / file).write_bytes(data)
@@ -321,13 +308,13 @@ def test_every_byte_of_a_part_is_checked(bundle, tmp_path):
             load(copy)
 
 
-def test_a_part_may_lie_elsewhere(bundle, tmp_path):
+def test_a_part_may_lie_elsewhere(whole_flux, tmp_path):
     """On another disk, behind a link."""
     copy = tmp_path / "bundle"
-    shutil.copytree(bundle, copy)
+    shutil.copytree(whole_flux, copy)
     shutil.move(copy / "text", tmp_path / "encoders")
     (copy / "text").symlink_to(tmp_path / "encoders")
-    with load(bundle) as here, load(copy, devices={"text": "cpu"}) as there:
+    with load(whole_flux) as here, load(copy, devices={"text": "cpu"}) as there:
         one, other = (denoiser.encoder.encode(PROMPT, 16) for denoiser in (here, there))
     assert all(one[name].tobytes() == other[name].tobytes() for name in one)
 
@@ -339,8 +326,8 @@ def test_a_part_may_lie_elsewhere(bundle, tmp_path):
         (["--whole", "--without", "text", "--without", "decode"], "and a part of it; leave --whole out"),
     ],
 )
-def test_contradictions_are_refused_before_any_work(bundle, tmp_path, capsys, change, problem):
-    pipeline = bundle.parent / "pipeline"
+def test_contradictions_are_refused_before_any_work(whole_flux, tmp_path, capsys, change, problem):
+    pipeline = whole_flux.parent / "pipeline"
     assert cli.main(["flux", "--model", str(pipeline), "--out", str(tmp_path), *change]) == 2
     assert problem in capsys.readouterr().err and not any(tmp_path.iterdir())
 
@@ -353,9 +340,9 @@ def test_contradictions_are_refused_before_any_work(bundle, tmp_path, capsys, ch
         (lambda folder: _edit(folder, text_encoder=["mine", "Encoder"]), "`text_encoder` of"),
     ],
 )
-def test_a_folder_that_lacks_a_part_is_refused_before_any_work(bundle, tmp_path, capsys, spoil, problem):
+def test_a_folder_that_lacks_a_part_is_refused_before_any_work(whole_flux, tmp_path, capsys, spoil, problem):
     folder = tmp_path / "pipeline"
-    shutil.copytree(bundle.parent / "pipeline", folder)
+    shutil.copytree(whole_flux.parent / "pipeline", folder)
     spoil(folder)
     assert cli.main(["flux", "--model", str(folder), "--whole", "--out", str(tmp_path / "out")]) == 2
     assert problem in capsys.readouterr().err and not (tmp_path / "out").exists()

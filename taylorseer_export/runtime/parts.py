@@ -107,7 +107,33 @@ def open_part(bundle: Bundle, name: PartName, device: Device, threads: int = 0) 
     files = {key.removeprefix(within): file for key, file in manifest.files.items() if key.startswith(within)}
     alone = {"graphs": {name: graph}, "dimensions": described.dimensions, "files": files}
     view = Bundle(bundle.folder / name, manifest.model_copy(update=alone))
-    return Part(name, described, open_runner(view, device, threads, cuda_graphs=False))
+    part = Part(name, described, open_runner(view, device, threads, cuda_graphs=False))
+    try:
+        _check(part, bundle)
+    except BaseException:
+        part.close()
+        raise
+    return part
+
+
+def _check(part: Part, bundle: Bundle) -> None:
+    """Call a part at its smallest sizes: what it makes of a token or of noise is finite, or its engine is not sound."""
+    sizes = {name: dimension.minimum for name, dimension in part.described.dimensions.items()}
+    generator = np.random.default_rng(0)
+    given = {
+        tensor.name: np.ones(resolve(tensor.shape, sizes), np.int64)
+        if tensor.role == "tokens"
+        else generator.standard_normal(resolve(tensor.shape, sizes)).astype(np.float32)
+        for tensor in part.described.graph.inputs
+    }
+    for name, values in part(given).items():
+        bad = ~np.isfinite(values)
+        if bad.any():
+            raise BundleError(
+                f"output `{name}` of part `{part.name}` has {int(bad.sum())} of {bad.size} values that are NaN or "
+                f"infinite, expected finite numbers; export again with `{bundle.manifest.command(precision='bf16')}`, "
+                "or check the weights"
+            )
 
 
 class Encoder:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -96,20 +97,22 @@ def whole(tiny, drafts, once):
             model, build = CASES[name][:2] if name in CASES else (name, TEXT_ALONE.get(name, (dit_pipeline,))[0])
             pipe = build(tiny(model).model)
 
-            def write(folder):
-                pipe.save_pretrained(folder / "pipeline")
-                checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES[tiny(model).family])
-                options = options_of(parts=parts_of(checkpoint))
-                parts = write_parts(checkpoint, options, folder, lambda *_: None)
-                described = {key: part.model_dump(mode="json") for key, part in parts.items()}
-                (folder / "parts.json").write_text(json.dumps(described))
-                return folder
-
-            folder = once(f"parts-{name}", write)
+            folder = once(f"parts-{name}", partial(write, pipe, tiny(model).family))
             made[name] = pipe, denoiser_with_parts(drafts(model), folder)
         return made[name]
 
     return make
+
+
+def write(pipe, family, folder, **changes):
+    """A pipeline, its parts, and their contracts in a folder."""
+    pipe.save_pretrained(folder / "pipeline")
+    checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES[family])
+    options = options_of(**{"parts": parts_of(checkpoint), **changes})
+    parts = write_parts(checkpoint, options, folder, lambda *_: None)
+    described = {key: part.model_dump(mode="json") for key, part in parts.items()}
+    (folder / "parts.json").write_text(json.dumps(described))
+    return folder
 
 
 def denoiser_with_parts(draft, folder):
@@ -207,6 +210,24 @@ def test_the_picture_is_the_pipelines(whole, name):
     other = sample(denoiser, replace(request, latents=-request.latents), denoiser.forecasts(plan="F" * STEPS))
     wrong = torch.from_numpy(pictures_of(denoiser, request, other.latents)[0]).permute(2, 0, 1) / 255
     assert (wrong - expected).abs().max() > limit
+
+
+def test_the_text_encoders_run_in_aotinductor(whole, tiny, drafts, once):
+    pipe, _ = whole("flux")
+    folder = once("parts-inductor", partial(write, pipe, "flux", parts=("text",), engine="inductor"))
+    denoiser = denoiser_with_parts(drafts("flux", engine="inductor"), folder)
+    expected, extent = encoded(pipe, "flux", 16), depth_and_length(*encoders_of(pipe))
+    for key, value in denoiser.encoder.encode(PROMPT, 16).items():
+        limit = oracle.bound(expected[key], 1.0, torch.float32, *extent)
+        oracle.assert_close(f"inductor {key}", torch.from_numpy(value), expected[key], limit)
+
+
+def test_tensorrt_rtx_builds_the_parts(whole, once):
+    """In bfloat16: its strong typing refuses a graph that mixes types."""
+    quick = {"gpu-arch": "8.9", "builder-optimization-level": 0}
+    asked = {"engine": "tensorrt-rtx", "device": "cuda", "precision": "bf16", "engine_options": quick}
+    folder = once("parts-rtx", partial(write, whole("flux")[0], "flux", **asked))
+    assert all((folder / part / f"{part}.plan").stat().st_size for part in ("text", "decode"))
 
 
 def test_a_class_becomes_the_picture_of_the_pipeline(whole):

@@ -41,6 +41,7 @@ from taylorseer_export.compile.parts import parts_of, write_parts
 from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of
 from taylorseer_export.errors import ConfigError, TaylorSeerError
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.parts import cleaned
 from taylorseer_export.runtime.sampling import sample
@@ -316,6 +317,18 @@ def test_run_draws_from_a_prompt(whole_flux, tmp_path, capsys):
     assert [str(file) in said for file in files] == [True, True] and not out.exists()
     for file, one in zip(files, made, strict=True):
         assert np.array_equal(np.asarray(Image.open(file)), one)
+
+
+def test_measures_draw_from_prompts(whole_flux):
+    """What `evaluate` and `calibrate` sample is what `run` draws."""
+    with load(whole_flux) as denoiser:
+        (group,) = groups(denoiser, 2, 7, [PROMPT, OTHER])
+        expected = caption_request(denoiser, [PROMPT, OTHER], [7, 8])
+        assert group.latents.tobytes() == expected.latents.tobytes()
+        for name, value in expected.conditioning.items():
+            assert group.conditioning[name].tobytes() == value.tobytes()
+        with pytest.raises(ConfigError, match="--prompts is missing for flux-whole"):
+            groups(denoiser, 2, 7)
 
 
 def test_every_byte_of_a_part_is_checked(whole_flux, tmp_path):

@@ -24,6 +24,7 @@ import uvicorn
 from PIL import Image
 from profiles import made as made_profile
 
+from taylorseer_export.embedded.caption import CaptionEncoder
 from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of
 from taylorseer_export.errors import BundleError, ConfigError, StepError, TaylorSeerError
 from taylorseer_export.runtime.denoiser import load
@@ -181,6 +182,22 @@ def test_the_openai_client_gets_what_a_solo_run_makes(client, denoisers):
         assert {"read", "queue", "prepare", "full_step", "forecast_step", "loop", "decode"} == told["times_ms"].keys()
         assert min(told["times_ms"].values()) >= 0
     assert (picture_in(made.data[0].b64_json) != picture_in(made.data[1].b64_json)).any()
+
+
+@pytest.mark.parametrize(("room", "hits", "misses"), [(1 << 20, 2, 1), (0, 0, 0)])
+def test_pictures_of_one_prompt_encode_it_once(denoisers, monkeypatch, room, hits, misses):
+    seen, encode = [], CaptionEncoder.encode
+    monkeypatch.setattr(CaptionEncoder, "encode", lambda *given: (seen.append(given[1]), encode(*given))[1])
+    with models_over(denoisers["shapes"], slots=3, conditioning_cache=room) as models, serving(models) as port:
+        status, _, text = asked(port, GENERATIONS, {"prompt": CAPTION, "n": 3, "seed": 1, "steps": 4})
+        assert status == 200 and len(seen) == (1 if room else 3)
+        for seed, file in zip((1, 2, 3), json.loads(text)["data"], strict=True):
+            request = caption_request(denoisers["shapes"], [CAPTION], [seed])
+            assert (picture_in(file["b64_json"]) == alone(denoisers["shapes"], request, steps=4)[0]).all()
+        metered = Metered(port)
+        assert metered.of("taylorseer_conditioning_total", "flux-tiny", "hit") == hits
+        assert metered.of("taylorseer_conditioning_total", "flux-tiny", "miss") == misses
+        assert (metered.of("taylorseer_conditioning_bytes", "flux-tiny") > 0) == (room > 0)
 
 
 def test_a_model_of_classes_is_asked_with_their_numbers(client, denoisers):
@@ -651,9 +668,9 @@ def taker(monkeypatch):
     """Models are taken to be of those that are given pictures; the list gets what they were given."""
     given, request_of = [], prompts.request_of
 
-    def watched(denoiser, wish):
+    def watched(denoiser, wish, cache):
         given.append(wish)
-        return request_of(denoiser, wish._replace(pictures=(), mask=None))
+        return request_of(denoiser, wish._replace(pictures=(), mask=None), cache)
 
     monkeypatch.setattr("taylorseer_export.serve.api.images.takes_pictures", lambda _: True)
     monkeypatch.setattr("taylorseer_export.serve.api.drawing.request_of", watched)

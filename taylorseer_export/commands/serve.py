@@ -74,7 +74,8 @@ def run(given: argparse.Namespace) -> int:
         keys=read_keys(given.api_key_file),
     )
     with bound(given.host, given.port) as listener:
-        limits = Limits(given.slots, given.queue, given.batch, given.workers)
+        names = ("slots", "queue", "batch", "workers", "conditioning_cache")
+        limits = Limits(**{name: getattr(given, name) for name in names})
         models = load_models(given.bundles, given.device, given.threads, limits, given.memory_budget)
 
         def ready() -> None:

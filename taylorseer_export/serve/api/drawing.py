@@ -233,7 +233,7 @@ class Drawing:
             self._pictures,
             self._mask,
         )
-        request = request_of(model.denoiser, wish)
+        request = request_of(model.denoiser, wish, model.service.conditioning)
         sender.read()
         model.service.submit(request, forecasts, sender, left)
         sender.queued()

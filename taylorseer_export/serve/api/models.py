@@ -135,7 +135,7 @@ def load_models(
                 if f"{manifest.family}-{manifest.name}" in [model.name for model in models]:
                     raise _twice([f"{manifest.family}-{manifest.name}"])
                 room = slot_bytes(manifest, asked.slots, memory_budget)
-                own = Limits(asked.slots, asked.queue, batch, asked.workers, room)
+                own = Limits(asked.slots, asked.queue, batch, asked.workers, room, asked.conditioning_cache)
                 models.append(Model(denoiser, own))
             except BaseException:
                 denoiser.close()

@@ -7,6 +7,7 @@ import json
 import os
 import pkgutil
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,15 +24,20 @@ import pytest
 import uvicorn
 from PIL import Image
 from profiles import made as made_profile
+from profiles import weights_of
 
+from taylorseer_export.bundle.profile import write_profile
+from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.embedded.caption import CaptionEncoder
 from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of
 from taylorseer_export.errors import BundleError, ConfigError, StepError, TaylorSeerError
+from taylorseer_export.method import Plan, RequestOptions
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.serve.api import prompts
 from taylorseer_export.serve.api.app import app_of
+from taylorseer_export.serve.api.busy import Busy, chosen
 from taylorseer_export.serve.api.models import Model, Models, load_models
 from taylorseer_export.serve.api.problems import problem_of
 from taylorseer_export.serve.api.process import bound, server_of
@@ -549,6 +555,114 @@ def test_a_stop_finishes_what_is_under_way(embedded, held):
     refused = []
     model.reader.hand_over(lambda _: None, refused.append)
     assert [type(error) for error in refused] == [Stopping]  # the models are closed
+
+
+# A busy server
+
+
+@pytest.fixture(scope="module")
+def with_profile(embedded, tmp_path_factory):
+    """A bundle of digits that has a profile `fast`, and one `slow` of as many full steps as its own plan."""
+    folder = tmp_path_factory.mktemp("profiled") / "dit-tiny"
+    shutil.copytree(embedded("digits"), folder)
+    bundle = open_bundle(folder)
+    write_profile(bundle, made_profile(bundle.manifest))
+    own = "F" * 50
+    write_profile(bundle, made_profile(bundle.manifest, "slow", plan=own, weights=weights_of(Plan(own), 1)))
+    return folder
+
+
+def test_a_busy_server_draws_faster_what_leaves_it_the_choice(with_profile, held):
+    """One slot, whose worker is held; what waits is counted, and no clock is read."""
+    reached, event = held
+    event.set()  # while it warms up
+    with load(with_profile, threads=1) as denoiser:
+        model = Model(denoiser, Limits(slots=1, queue=9, batch=1, workers=1), Busy(1, "fast"))
+        event.clear()
+        reached.clear()
+        answers, threads = {}, []
+
+        def send(name, **more):
+            """Send a request, and wait until it waits; the first is in the slot."""
+            before = model.service.waiting
+            given = (port, GENERATIONS, {"prompt": "1", "seed": 4, **more})
+            threads.append(threading.Thread(target=lambda: answers.update({name: asked(*given)})))
+            threads[-1].start()
+            until(reached.is_set if name == "first" else lambda: model.service.waiting > before)
+
+        try:
+            with serving(Models([model])) as port:
+                send("first")
+                send("second")
+                send("third", quality="auto")  # one waits: not more than may
+                send("fourth", quality="auto")
+                send("left out")
+                send("stream", stream=True)
+                own = {"steps": {"steps": 4}, "plan": {"plan": "FF.F"}, "interval": {"interval": 2}}
+                for name, options in own.items():
+                    send(name, quality="auto", **options)
+                event.set()
+                for thread in threads:
+                    thread.join(SECONDS)
+                status, _, text = asked(
+                    port, GENERATIONS, {"prompt": "1", "quality": "auto"}
+                )  # the queue is short again
+                answers["last"] = (status, None, text)
+                asked(port, GENERATIONS, {"prompt": "1", "profile": "fast"})
+                assert Metered(port).of("taylorseer_busy_requests_total", "dit-tiny") == model.hurried == 3
+        finally:
+            model.reader.close()
+            model.service.close()
+        assert {status for status, *_ in answers.values()} == {200}
+        lines = answers.pop("stream")[2].decode().split("\n")
+        (last,) = (line for line in lines if line.startswith("data: ") and "image_generation.completed" in line)
+        told = {name: json.loads(text)["taylorseer"] for name, (_, _, text) in answers.items()}
+        streamed = json.loads(last.removeprefix("data: "))["taylorseer"]
+        plans = {name: one["pictures"][0]["planned"] for name, one in told.items()} | {"stream": streamed["planned"]}
+        profiles = {name: one["profile"] for name, one in (told | {"stream": streamed}).items()}
+        usual, fast = str(denoiser.forecasts().plan), denoiser.profiles["fast"].plan
+        for name in ("first", "second", "third", "last"):
+            assert plans[name] == usual and profiles[name] == {"requested": None, "used": None, "why": None}
+        for number, name in enumerate(("fourth", "left out", "stream"), 2):
+            why = f"{number} pictures waited, more than 1, and quality was auto"
+            assert plans[name] == fast and profiles[name] == {"requested": None, "used": "fast", "why": why}
+        for name in own:
+            assert plans[name] != fast and profiles[name]["why"] is None
+        request = label_request(denoiser, [1], [4])
+        picture = alone(denoiser, request, profile="fast")[0]
+        assert (picture_in(json.loads(answers["fourth"][2])["data"][0]["b64_json"]) == picture).all()
+
+
+@pytest.mark.parametrize("options", [{"profile": "fast"}, {"guard": "cg"}, {"order": 1}, {"steps": 50}])
+def test_who_says_anything_of_its_plan_keeps_it(options):
+    asked_for = RequestOptions(**options)
+    assert chosen(Busy(0, "faster"), asked_for, 99) == (asked_for.profile, asked_for.profile, None)
+    assert chosen(Busy(0, "faster"), RequestOptions(), 99).used == "faster"
+    assert chosen(None, RequestOptions(), 99).used is None
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("faster", r"is faster, expected a profile of dit-tiny \(fast, slow\); make it with"),
+        (
+            "slow",
+            r"slow has 50 full steps for dit-tiny, expected fewer than the \d+ of its own plan; name a faster one",
+        ),
+    ],
+)
+def test_a_profile_that_would_not_help_is_refused_at_the_start(with_profile, name, problem):
+    with pytest.raises(ConfigError, match=f"--busy-profile {problem}"):
+        load_models([with_profile], busy=Busy(1, name))
+
+
+@pytest.mark.parametrize("options", [["--busy-queue", "3"], ["--busy-profile", "fast"]])
+def test_one_option_of_a_busy_server_needs_the_other(with_profile, monkeypatch, capsys, options):
+    from taylorseer_export.cli import main
+
+    monkeypatch.delenv(KEYS, raising=False)
+    assert main(["serve", str(with_profile), "--port", "0", *options]) == 2
+    assert re.search(r"alone, expected --busy-\w+ beside it; ", capsys.readouterr().err)
 
 
 # Keys, ids, health, metrics

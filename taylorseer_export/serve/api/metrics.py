@@ -94,7 +94,11 @@ class Metrics:
                 ("stalled_seconds", "Time of the longest turn of work under way (seconds)"),
             )
         }
+        hurried = core.CounterMetricFamily(
+            "taylorseer_busy_requests", "Requests that took the faster profile of a busy server", labels=("model",)
+        )
         for model in self._models:
+            hurried.add_metric((model.name,), model.hurried)
             service = model.service
             counts = _regrouped(service.snapshot())
             for group, names in _ALWAYS.items():
@@ -106,6 +110,7 @@ class Metrics:
             gauges["conditioning_bytes"].add_metric((model.name,), service.conditioning.counts.bytes)
             gauges["stalled_seconds"].add_metric((model.name,), service.stalled)
         yield from families.values()
+        yield hurried
         yield from gauges.values()
 
 

@@ -78,7 +78,7 @@ def test_python_blocks_run(transcript):
 
 
 def test_serving_as_the_page_says(transcript):
-    """What `make triton` runs is started, and the client's line draws the picture; only the port is the server's own."""
+    """What `make triton` runs is started, and the client draws the picture; only the port is the server's own."""
     if reason := triton_server.missing():
         pytest.skip(reason)
     folder, _ = transcript

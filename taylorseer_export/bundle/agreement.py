@@ -42,8 +42,11 @@ _ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
 }
 
-# Part -> (role of its inputs, role of its outputs).
-_PART_ROLES: Mapping[str, tuple[str, str]] = {"text": ("tokens", "constant"), "decode": ("latent", "picture")}
+# Part -> (roles its inputs may have, roles its outputs may have).
+_PART_ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
+    "text": (frozenset({"tokens"}), frozenset({"constant"})),
+    "decode": (frozenset({"latent", "cache_in"}), frozenset({"picture", "cache_out"})),
+}
 
 
 def contradiction(manifest: Manifest) -> str | None:
@@ -319,23 +322,25 @@ def _of_parts(manifest: Manifest) -> str | None:
         if (seen == value) != (needed in manifest.parts):
             return f"{field} is {seen}, which is {value} with a part `{needed}` and only then"
     for name, part in manifest.parts.items():
-        graph, roles = part.graph, _PART_ROLES[name]
-        files = [graph.file, *(tokens.file for tokens in part.tokens)]
+        graphs = [part.graph] if part.later is None else [part.graph, part.later]
+        files = [*(graph.file for graph in graphs), *(tokens.file for tokens in part.tokens)]
         for file in files:
             if file not in manifest.files or not file.startswith(f"{name}/"):
                 return f"file {file} of part {name} is not listed in files, in the folder {name}"
-        if twice := _twice(tensor.name for tensor in (*graph.inputs, *graph.outputs)):
-            return f"part {name} has `{twice}` twice"
-        for role, tensors in zip(roles, (graph.inputs, graph.outputs), strict=True):
-            for tensor in tensors:
-                if tensor.role != role:
-                    return f"`{tensor.name}` of part {name} has role {tensor.role}, which it cannot have there"
-        shapes = [entry for tensor in (*graph.inputs, *graph.outputs) for entry in tensor.shape]
-        if (used := frozenset().union(*map(names, shapes))) != part.dimensions.keys():
+        for graph in graphs:
+            if twice := _twice(tensor.name for tensor in (*graph.inputs, *graph.outputs)):
+                return f"part {name} has `{twice}` twice"
+            for allowed, tensors in zip(_PART_ROLES[name], (graph.inputs, graph.outputs), strict=True):
+                for tensor in tensors:
+                    if tensor.role not in allowed:
+                        return f"`{tensor.name}` of part {name} has role {tensor.role}, which it cannot have there"
+        every = [tensor for graph in graphs for tensor in (*graph.inputs, *graph.outputs)]
+        used = frozenset().union(*(names(entry) for tensor in every for entry in tensor.shape))
+        if used != part.dimensions.keys():
             return f"dimensions of part {name} are {_listed(part.dimensions)}, its shapes use {_listed(used)}"
         for end in ("minimum", "typical", "maximum"):
             sizes = {key: getattr(dimension, end) for key, dimension in part.dimensions.items()}
-            for tensor in (*graph.inputs, *graph.outputs):
+            for tensor in every:
                 resolve(tensor.shape, sizes)
     return _of_text(manifest) or _of_decode(manifest)
 
@@ -375,12 +380,44 @@ def _of_decode(manifest: Manifest) -> str | None:
     part = manifest.parts.get("decode")
     if part is None:
         return None
-    given, made = part.graph.inputs, part.graph.outputs
-    if [t.name for t in given] != ["latents"] or [t.name for t in made] != ["picture"]:
-        return "part decode makes a `picture` of `latents` and nothing else"
-    if len(given[0].shape) != 4 or given[0].shape[0] != 1 or len(made[0].shape) != 4 or made[0].shape[:2] != (1, 3):
-        return f"`latents` and `picture` of part decode are {_text(given[0].shape)} and {_text(made[0].shape)}"
+    if (part.later is None) != (part.frame_rate is None):
+        return f"frame_rate of part decode is {part.frame_rate}, which a graph `later` has and only that"
+    for graph in (part.graph, part.later):
+        if graph is None:
+            continue
+        given = [t for t in graph.inputs if t.role == "latent"]
+        made = [t for t in graph.outputs if t.role == "picture"]
+        if [t.name for t in given] != ["latents"] or [t.name for t in made] != ["picture"]:
+            return "part decode makes a `picture` of `latents` and nothing else"
+        latents, picture = given[0].shape, made[0].shape
+        extents = 4 if part.later is None else 5
+        if len(latents) != extents or latents[0] != 1 or len(picture) != extents or picture[:2] != (1, 3):
+            return f"`latents` and `picture` of part decode are {_text(latents)} and {_text(picture)}"
+    return _of_caches(part.graph, part.later)
+
+
+def _of_caches(first: Graph, later: Graph | None) -> str | None:
+    """Graph `later` reads what either graph writes, and the first latent frame of a video has none before it."""
+    written = {t.name.removeprefix("cache_out"): t for t in first.outputs if t.role == "cache_out"}
+    if later is None or any(t.role == "cache_in" for t in first.inputs):
+        return "part decode has caches that no call before it wrote" if later or written else None
+    for side, role in ((later.inputs, "cache_in"), (later.outputs, "cache_out")):
+        found = {t.name.removeprefix(role): t for t in side if t.role == role}
+        if found.keys() != written.keys():
+            return f"graph later has {_listed(found)} of role {role}, the first latent frame leaves {_listed(written)}"
+        for key, tensor in found.items():
+            if (tensor.dtype, tensor.shape) != (written[key].dtype, written[key].shape):
+                return (
+                    f"`{tensor.name}` is {tensor.dtype} {_text(tensor.shape)}, the first latent frame leaves "
+                    f"{written[key].dtype} {_text(written[key].shape)}"
+                )
+    if (read := _one(later.inputs, "latent")) != _one(first.inputs, "latent"):
+        return f"`{read.name}` of graph later is {_text(read.shape)}, which it is not for the first latent frame"
     return None
+
+
+def _one(tensors: Iterable[Tensor], role: str) -> Tensor:
+    return next(tensor for tensor in tensors if tensor.role == role)
 
 
 def _tensors(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:

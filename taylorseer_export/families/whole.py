@@ -8,7 +8,7 @@ Shapes: T tokens, D width of an encoding, C channels, F frames, H and W latent p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,6 +52,10 @@ class Whole:
     Attributes:
         decode: `(vae, latents [1, C, H, W]) -> picture [1, 3, height, width]` from 0 to 1; the latents as the scheduler
             leaves them, unpacked. None where no graph decodes them.
+        frames: `(vae, latents [1, C, 1, H, W], caches of the latent frame before, or None for the first) -> (pictures
+            [1, 3, F, height, width] from 0 to 1, caches)`: the decoder of a causal video VAE, one latent frame at a
+            time. None where pictures are no videos, or no graph decodes them.
+        frame_rate: Frames per second that the family's videos are usually shown at; 0 where they are none.
         encoders: Folders of the text encoders.
         tokens: What the tokenizers make of a prompt.
         encode: `(encoders, tokens and masks by name) -> inputs of the transformer by name`, each `[1, ...]`.
@@ -60,6 +64,8 @@ class Whole:
     """
 
     decode: Callable[[Any, Any], Any] | None = None
+    frames: Callable[[Any, Any, Sequence[Any] | None], tuple[Any, list[Any]]] | None = None
+    frame_rate: int = 0
     encoders: tuple[str, ...] = ()
     tokens: tuple[Tokens, ...] = ()
     encode: Callable[[Modules, Tensors], dict[str, Any]] | None = None

@@ -40,21 +40,8 @@ class Part:
         self._bound: OrderedDict[tuple[tuple[str, int], ...], tuple[Call, dict[str, Buffer]]] = OrderedDict()
 
     def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name.
-
-        Raises:
-            StepError: A size is out of range; nothing was allocated.
-        """
-        sizes: dict[str, int] = {}
-        for tensor in self.described.graph.inputs:
-            sizes = match(tensor.shape, given[tensor.name].shape, sizes, tensor.name)
-        for name, size in sizes.items():
-            allowed = self.described.dimensions[name]
-            if not allowed.minimum <= size <= allowed.maximum:
-                raise StepError(
-                    f"size `{name}` of part `{self.name}` is {size}, expected {allowed.minimum} to {allowed.maximum}; "
-                    "use such a size, or export again without --size"
-                )
+        """Outputs by name; raises what `sizes_of` raises."""
+        sizes = sizes_of(self.name, self.described, given)
         with self._turn:
             call, buffers = self._of(sizes)
             for tensor in self.described.graph.inputs:
@@ -83,8 +70,33 @@ class Part:
         self._runner.close()
 
 
+def sizes_of(name: str, described: PipelinePart, given: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Sizes by dimension that the inputs of a part's graph show.
+
+    Raises:
+        StepError: One is out of range.
+    """
+    sizes: dict[str, int] = {}
+    for tensor in described.graph.inputs:
+        sizes = match(tensor.shape, given[tensor.name].shape, sizes, tensor.name)
+    for dimension, size in sizes.items():
+        allowed = described.dimensions[dimension]
+        if not allowed.minimum <= size <= allowed.maximum:
+            raise StepError(
+                f"size `{dimension}` of part `{name}` is {size}, expected {allowed.minimum} to {allowed.maximum}; use "
+                "such a size, or export again without --size"
+            )
+    return sizes
+
+
 def open_part(bundle: Bundle, name: PartName, device: Device, threads: int = 0) -> Part:
-    """Load a part of a checked bundle.
+    """Load a part of a checked bundle; arguments and errors are those of `open_engines`."""
+    described, runner = open_engines(bundle, name, device, threads)
+    return Part(name, described, runner)
+
+
+def open_engines(bundle: Bundle, name: PartName, device: Device, threads: int = 0) -> tuple[PipelinePart, Runner]:
+    """Contract and engines of a part of a checked bundle; its own graph is of the part's name.
 
     Args:
         bundle: The bundle.
@@ -103,11 +115,15 @@ def open_part(bundle: Bundle, name: PartName, device: Device, threads: int = 0) 
             f"`{manifest.command()} --whole`"
         )
     within = f"{name}/"
-    graph = described.graph.model_copy(update={"file": described.graph.file.removeprefix(within)})
+    graphs = {
+        key: graph.model_copy(update={"file": graph.file.removeprefix(within)})
+        for key, graph in ((name, described.graph), ("later", described.later))
+        if graph is not None
+    }
     files = {key.removeprefix(within): file for key, file in manifest.files.items() if key.startswith(within)}
-    alone = {"graphs": {name: graph}, "dimensions": described.dimensions, "files": files}
+    alone = {"graphs": graphs, "dimensions": described.dimensions, "files": files}
     view = Bundle(bundle.folder / name, manifest.model_copy(update=alone))
-    return Part(name, described, open_runner(view, device, threads, cuda_graphs=False))
+    return described, open_runner(view, device, threads, cuda_graphs=False)
 
 
 class Encoder:
@@ -184,9 +200,3 @@ def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, length: int | None) 
 def cleaned(prompt: str) -> str:
     """Without HTML entities, runs of spaces, and spaces at the ends, as diffusers cleans prompts for Wan."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
-
-
-def decoded(part: Part, latents: np.ndarray) -> np.ndarray:
-    """Pictures `[N, height, width, 3]` uint8 of latents `[N, C, H, W]`, one after the other."""
-    made = [part({"latents": one[None]})["picture"][0] for one in latents]
-    return np.rint(np.stack(made).transpose(0, 2, 3, 1) * 255).astype(np.uint8)

@@ -63,9 +63,9 @@ def caption_request(
     return replace(request, height=size[-2], width=size[-1])
 
 
-def draws_videos(manifest: Manifest) -> bool:
-    """Whether what a bundle makes of latents are videos."""
-    return "decode" in manifest.parts and manifest.parts["decode"].frame_rate is not None
+def frame_rate(manifest: Manifest) -> int | None:
+    """Frames per second of the videos that a bundle makes; None where it makes pictures, or latents alone."""
+    return manifest.parts["decode"].frame_rate if "decode" in manifest.parts else None
 
 
 def usual_size(manifest: Manifest) -> tuple[int, ...]:

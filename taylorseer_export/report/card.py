@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import textwrap
 
-from taylorseer_export.bundle.manifest import GraphName, Manifest, PartName, Tensor
-from taylorseer_export.bundle.memory import probe_bytes, size, state_bytes, table_bytes
+from taylorseer_export.bundle.manifest import GraphName, Manifest, PartName, PipelinePart, Tensor
+from taylorseer_export.bundle.memory import probe_bytes, size, state_bytes, table_bytes, video_bytes
 from taylorseer_export.method import Forecasts, Plan, forecast_weights, gain
 
 _WIDTH = 118  # columns
+_MANY = ("taylor", "cache")  # how roles begin of which a graph has one tensor for each site or layer
 _WHEN: dict[GraphName, str] = {
     "prepare": "once per request",
     "full": "full steps",
@@ -52,10 +53,7 @@ def card(manifest: Manifest) -> str:
                 break_on_hyphens=False,
             )
     for part, described in manifest.parts.items():
-        graph = described.graph
-        lines.append(f"  {part:<10} {size(graph.weights_bytes):>9} of weights, {_WHEN_PART[part]}")
-        for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
-            lines.append(f"{' ' * 13}{kind:<7}{', '.join(_grouped(tensors))}")
+        lines += _of_part(part, described)
     state, kept = manifest.state, size(probe_bytes(manifest, sizes))
     guards = [f"  guards     {', '.join(state.guards)}: {kept} per slot"] if state.guards else []
     lines += [
@@ -67,6 +65,27 @@ def card(manifest: Manifest) -> str:
         "             quoted at " + ", ".join(f"{name} {value}" for name, value in sizes.items()),
     ]
     return "\n".join(lines)
+
+
+def _of_part(name: PartName, described: PipelinePart) -> list[str]:
+    """Lines of a part: each graph, and what the buffers of a video take, however long it is."""
+    video = described.later is not None
+    when = "once per video, its first latent frame" if video else _WHEN_PART[name]
+    lines = []
+    for label, graph, often in ((name, described.graph, when), ("later", described.later, "every later latent frame")):
+        if graph is None:
+            continue
+        lines.append(f"  {label:<10} {size(graph.weights_bytes):>9} of weights, {often}")
+        for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
+            lines.append(f"{' ' * 13}{kind:<7}{', '.join(_grouped(tensors))}")
+    if video:
+        sizes = {key: dimension.typical for key, dimension in described.dimensions.items()}
+        taken, quoted = size(video_bytes(described, sizes)), ", ".join(f"{k} {extent}" for k, extent in sizes.items())
+        lines.append(
+            f"{' ' * 13}{taken} of buffers for a video of any length, quoted at {quoted}; "
+            f"{described.frame_rate} frames per second"
+        )
+    return lines
 
 
 def orders(manifest: Manifest) -> str:
@@ -85,9 +104,9 @@ def highest_gain(forecasts: Forecasts) -> float:
 
 
 def _grouped(tensors: tuple[Tensor, ...]) -> list[str]:
-    """Names with shapes; the Taylor buffers, which share one shape or few, as a count."""
-    shown = [f"{t.name} [{', '.join(map(str, t.shape))}]" for t in tensors if not t.role.startswith("taylor")]
-    buffers = [t for t in tensors if t.role.startswith("taylor")]
+    """Names with shapes; Taylor buffers and caches, which share one shape or few, as a count."""
+    shown = [f"{t.name} [{', '.join(map(str, t.shape))}]" for t in tensors if not t.role.startswith(_MANY)]
+    buffers = [t for t in tensors if t.role.startswith(_MANY)]
     for shape in dict.fromkeys(t.shape for t in buffers):
         count = sum(t.shape == shape for t in buffers)
         role = buffers[0].role

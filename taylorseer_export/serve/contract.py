@@ -13,7 +13,7 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.profile import Profile
-from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of, usual_size
+from taylorseer_export.embedded.requests import caption_request, frame_rate, label_request, pictures_of, usual_size
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Forecasts, Plan, RequestOptions, forecasts_from_options
 from taylorseer_export.runtime.contract import request_constants
@@ -56,8 +56,9 @@ _SCALE = Port("guidance_scale", "FP32", (1,), True)
 
 
 def roles(manifest: Manifest) -> tuple[Role, ...]:
-    """What a bundle can be served as."""
+    """What a bundle can be served as. A video is no picture: its latents are served, and a client decodes them."""
     draws = manifest.sampling.pictures is not None and manifest.sampling.source != "tensors"
+    draws = draws and frame_rate(manifest) is None
     return ("picture", "denoiser") if draws else ("denoiser",)
 
 
@@ -121,7 +122,7 @@ def ask(
     if sampling.source == "labels":
         return Ask(label_request(denoiser, [int(values["label"][0])], [seed], scale), forecasts)
     usual = usual_size(denoiser.manifest)
-    size = (_whole(values, "height") or usual[0], _whole(values, "width") or usual[1])
+    size = (_whole(values, "height") or usual[-2], _whole(values, "width") or usual[-1])
     negative = _text(values, "negative_prompt") if "negative_prompt" in values else None
     return Ask(caption_request(denoiser, [_text(values, "prompt")], [seed], size, scale, negative), forecasts)
 

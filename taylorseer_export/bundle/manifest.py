@@ -295,20 +295,27 @@ class Tokens(Part):
     cleaned: bool = Field(default=False, description="Whether HTML entities and runs of spaces are resolved first.")
 
 
+class Tiles(Part):
+    """How the tiles of a video lie in its latents; neighbours are blended where they overlap."""
+
+    frames: Size = Field(description="Latent frames of a tile, without the one before that it begins with.")
+    frame_stride: Size = Field(description="Latent frames from one tile to the next.")
+    side: Size = Field(description="Latent pixels of a tile along each side.")
+    side_stride: Size = Field(description="Latent pixels from one tile to the next.")
+    time_scale: Size = Field(description="Frames of a latent frame; the first is one frame.")
+    scale: Size = Field(description="Pixels of a latent pixel along each side.")
+
+
 class PipelinePart(Part):
     """A part of the pipeline besides the transformer: graphs in a folder of their own, with their own weights."""
 
     graph: Graph = Field(
         description="Its contract. text: tokens in, constant inputs of the transformer out. decode: the latents of one "
-        "sample in, its picture out; of a video its first latent frame alone."
+        "sample in, its picture out; of a video its first latent frame alone, or one tile."
     )
-    later: Graph | None = Field(
-        default=None,
-        description="Of decode of videos: any later latent frame. It reads the caches that the call before wrote.",
-    )
-    frame_rate: Size | None = Field(
-        default=None, description="Of decode of videos: frames per second that they are shown at; null for pictures."
-    )
+    later: Graph | None = Field(default=None, description="Of decode of videos: any later latent frame, by caches.")
+    tiles: Tiles | None = Field(default=None, description="Of decode of videos that are decoded in tiles.")
+    frame_rate: Size | None = Field(default=None, description="Of decode of videos: frames per second.")
     dimensions: dict[SizeName, Dimension] = Field(description="Range of every symbolic size of its own, by name.")
     tokens: tuple[Tokens, ...] = Field(default=(), description="Of text: how a prompt becomes its inputs.")
     negative: Text | None = Field(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Tensor, Tokens
+from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Tensor, Tiles, Tokens
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.checkpoint.files import read_json
 from taylorseer_export.compile.draft import PRECISIONS, BaseDraft, Options
@@ -45,6 +45,7 @@ class PartDraft(BaseDraft):
         modules: Name in the pipeline -> the module, with its weights.
         tokens: How a prompt becomes its inputs.
         negative: See `Whole.negative`.
+        tiles: Of the decoder of a video in tiles; None for any other part.
         frame_rate: Frames per second of videos; None where it decodes none.
     """
 
@@ -59,6 +60,7 @@ class PartDraft(BaseDraft):
     modules: Mapping[str, nn.Module]
     tokens: tuple[Tokens, ...] = ()
     negative: str | None = None
+    tiles: Tiles | None = None
     frame_rate: int | None = None
 
     @property
@@ -86,6 +88,7 @@ class PartDraft(BaseDraft):
         return PipelinePart(
             graph=graph,
             later=later[0] if later else None,
+            tiles=self.tiles,
             frame_rate=self.frame_rate,
             dimensions=self.dimensions(),
             tokens=self.tokens,
@@ -106,7 +109,7 @@ def parts_of(checkpoint: Checkpoint, without: Sequence[str] = ()) -> tuple[PartN
     whole = checkpoint.family.whole
     known: dict[PartName, bool] = {
         "text": whole is not None and whole.encode is not None,
-        "decode": whole is not None and (whole.decode is not None or whole.frames is not None),
+        "decode": whole is not None and any((whole.decode, whole.frames, whole.tile)),
     }
     found = tuple(name for name, has in known.items() if has)
     for name in without:
@@ -210,6 +213,8 @@ def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
     vae = _component(checkpoint, DECODER, options)
     channels = int(getattr(vae.config, "latent_channels", 0) or vae.config.z_dim)
     dtype: Any = str(PRECISIONS[options.precision]).removeprefix("torch.")
+    if whole.tile is not None:
+        return _tile(checkpoint, options, whole, vae, channels)
     frame = () if whole.frames is None else (1,)
     latents = Tensor(name="latents", dtype=dtype, shape=(1, channels, *frame, "height", "width"), role="latent")
     sides = checkpoint.latent_size[-2:] if options.latent_size is None else options.latent_size[-2:]
@@ -235,6 +240,24 @@ def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
     later, more = trace_part("later", modules, decode, inputs, ranges, _role_of_decoded)
     made = _drafted(checkpoint, options, modules, (first, later), constants | more, (ranges, typical))
     return replace(made, frame_rate=whole.frame_rate)
+
+
+def _tile(checkpoint: Checkpoint, options: Options, whole: Whole, vae: Any, channels: int) -> PartDraft:
+    """Of videos that are decoded in tiles: whatever size a bundle takes, the tiles at its edges have every size."""
+    assert whole.tiling is not None, "bug in taylorseer-export: tiles without their sizes"
+    tiles = whole.tiling(vae)
+    largest = {"frames": tiles.frames + 1, "height": tiles.side, "width": tiles.side}
+    dtype: Any = str(PRECISIONS[options.precision]).removeprefix("torch.")
+    latents = Tensor(name="latents", dtype=dtype, shape=(1, channels, *largest), role="latent")
+    ranges = {name: (1, most) for name, most in largest.items()}
+
+    def decode(given: Mapping[str, Any]) -> Mapping[str, Any]:
+        assert whole.tile is not None
+        return {"picture": whole.tile(vae, given["latents"])}
+
+    cut, constants = trace_part("decode", {DECODER: vae}, decode, [latents], ranges, _role_of_decoded)
+    made = _drafted(checkpoint, options, {DECODER: vae}, (cut,), constants, (ranges, largest))
+    return replace(made, tiles=Tiles(**asdict(tiles)), frame_rate=whole.frame_rate)
 
 
 def _role_of_decoded(name: str) -> Role:

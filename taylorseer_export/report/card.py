@@ -43,15 +43,7 @@ def card(manifest: Manifest) -> str:
         graph = manifest.graphs[name]
         lines.append(f"  {name:<10} {size(graph.weights_bytes):>9} of weights, {when}")
         for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
-            text = f"{kind:<7}{', '.join(_grouped(tensors))}"
-            lines += textwrap.wrap(
-                text,
-                _WIDTH,
-                initial_indent=" " * 13,
-                subsequent_indent=" " * 20,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+            lines += _wrapped(kind, tensors)
     for part, described in manifest.parts.items():
         lines += _of_part(part, described)
     state, kept = manifest.state, size(probe_bytes(manifest, sizes))
@@ -68,21 +60,26 @@ def card(manifest: Manifest) -> str:
 
 
 def _of_part(name: PartName, described: PipelinePart) -> list[str]:
-    """Lines of a part: each graph, and what the buffers of a video take, however long it is."""
-    video = described.later is not None
-    when = "once per video, its first latent frame" if video else _WHEN_PART[name]
+    """Lines of a part: each graph, and of a video what its buffers take, however long it is."""
+    video, tiles = described.later is not None, described.tiles
+    when = "once per video, its first latent frame" if video else "once per tile" if tiles else _WHEN_PART[name]
     lines = []
     for label, graph, often in ((name, described.graph, when), ("later", described.later, "every later latent frame")):
         if graph is None:
             continue
         lines.append(f"  {label:<10} {size(graph.weights_bytes):>9} of weights, {often}")
         for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
-            lines.append(f"{' ' * 13}{kind:<7}{', '.join(_grouped(tensors))}")
+            lines += _wrapped(kind, tensors)
     if video:
         sizes = {key: dimension.typical for key, dimension in described.dimensions.items()}
         taken, quoted = size(video_bytes(described, sizes)), ", ".join(f"{k} {extent}" for k, extent in sizes.items())
         lines.append(
             f"{' ' * 13}{taken} of buffers for a video of any length, quoted at {quoted}; "
+            f"{described.frame_rate} frames per second"
+        )
+    if tiles:
+        lines.append(
+            f"{' ' * 13}tiles of {tiles.frames + 1} latent frames, {tiles.side} latent pixels a side; "
             f"{described.frame_rate} frames per second"
         )
     return lines
@@ -101,6 +98,19 @@ def highest_gain(forecasts: Forecasts) -> float:
     plan, order = forecasts.plan, forecasts.order
     steps = (step for step in range(len(plan)) if not plan.is_full(step))
     return max((gain(forecast_weights(plan.history(step, order), step, order)) for step in steps), default=1.0)
+
+
+def _wrapped(kind: str, tensors: tuple[Tensor, ...]) -> list[str]:
+    """What a graph reads or writes, as lines."""
+    text = f"{kind:<7}{', '.join(_grouped(tensors))}"
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=" " * 13,
+        subsequent_indent=" " * 20,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _grouped(tensors: tuple[Tensor, ...]) -> list[str]:

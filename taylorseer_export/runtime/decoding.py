@@ -17,6 +17,7 @@ from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.runtime.parts import Part, open_engines, sizes_of
 from taylorseer_export.runtime.runner import Buffer, Call, Runner
+from taylorseer_export.runtime.tiles import TileDecoder
 
 Take = Callable[[np.ndarray], None]
 
@@ -99,13 +100,16 @@ class FrameDecoder:
         self._runner.close()
 
 
-Decoder = Part | FrameDecoder
+Decoder = Part | FrameDecoder | TileDecoder
 
 
 def open_decoder(bundle: Bundle, device: Device, threads: int = 0) -> Decoder:
     """Load what makes pictures or videos of latents; arguments and errors are those of `open_engines`."""
     described, runner = open_engines(bundle, "decode", device, threads)
-    return Part("decode", described, runner) if described.later is None else FrameDecoder(described, runner)
+    if described.later is not None:
+        return FrameDecoder(described, runner)
+    part = Part("decode", described, runner)
+    return part if described.tiles is None else TileDecoder(part)
 
 
 def decoded(decoder: Decoder, latents: np.ndarray) -> np.ndarray:
@@ -124,8 +128,8 @@ def decoded(decoder: Decoder, latents: np.ndarray) -> np.ndarray:
     return np.stack([_video(decoder, one[None]) for one in latents])
 
 
-def _video(decoder: FrameDecoder, latents: np.ndarray) -> np.ndarray:
-    """`[frames, height, width, 3]` uint8 of `[1, C, F, H, W]`; no more than one latent frame of it is ever float."""
+def _video(decoder: FrameDecoder | TileDecoder, latents: np.ndarray) -> np.ndarray:
+    """`[frames, height, width, 3]` uint8 of `[1, C, F, H, W]`; its pictures are floats a few at a time."""
     frames: list[np.ndarray] = []
     decoder(latents, lambda pictures: frames.append(_bytes(pictures[0].transpose(1, 2, 3, 0))))
     return np.concatenate(frames)

@@ -7,11 +7,12 @@ RUN  := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo serve lint check test oldest gpu-compiler bench docs clean
+.PHONY: help .venv demo serve triton lint check test oldest gpu-compiler bench docs clean
 
 help:
 	@echo 'make demo    export the embedded tiny models, sample with and without forecasts, draw the pictures'
-	@echo 'make serve   start a real Triton server on loopback with the embedded models'
+	@echo 'make serve   the images API on loopback with the embedded FLUX, and a page to try it'
+	@echo 'make triton  start a real Triton server on loopback with the embedded models'
 	@echo 'make check   ruff, mypy and the quick tests: FLUX and DiT, no server, no compiler'
 	@echo 'make test    ruff, mypy and all tests'
 	@echo 'make oldest  a short suite on the oldest versions that the package asks for, in an environment of its own'
@@ -41,6 +42,11 @@ $(DONE): pyproject.toml tools/constraints.txt
 	@touch $(DONE)
 
 serve: $(DONE)
+	@test -d engines/flux-tiny || $(RUN) -m taylorseer_export flux --order 2
+	@echo 'the images API; `make triton` starts a real Triton server in its place'
+	@$(RUN) -m taylorseer_export serve engines/flux-tiny
+
+triton: $(DONE)
 	@$(RUN) tools/triton_server.py
 
 demo: $(DONE)

@@ -5,7 +5,6 @@ bundles, which take longest, are written once for all of them and kept for the n
 """
 
 import gc
-import json
 import os
 from functools import cache, partial
 
@@ -18,15 +17,13 @@ from _pytest.junitxml import xml_key
 from harness import Tiny, eager_denoiser
 from hypothesis import settings
 from kept import ROOT, Kept, key_of, sources, surroundings, sweep
-from pipelines_with_parts import CASES, TEXT_ALONE, denoiser_with_parts
+from pipelines_with_parts import CASES, TEXT_ALONE, denoiser_with_parts, write_pipeline
 from record import commit_of
-from tiny_bundles import BUNDLES, MODELS, ON_GPU, PACKAGES, options_of, trace_of, write_embedded
+from tiny_bundles import BUNDLES, MODELS, ON_GPU, PACKAGES, options_of, trace_of, write_embedded, write_whole_flux
 from tiny_pipelines import dit_pipeline
 
 from taylorseer_export.bundle.tensorrt import library_name
-from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile import export
-from taylorseer_export.compile.parts import parts_of, write_parts
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.runtime.denoiser import load
 
@@ -183,32 +180,6 @@ def bundles(drafts, once):
 
 
 @pytest.fixture(scope="session")
-def whole(tiny, drafts, once):
-    """Name of a case -> (the pipeline, a denoiser with its parts)."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            model, build = CASES[name][:2] if name in CASES else (name, TEXT_ALONE.get(name, (dit_pipeline,))[0])
-            pipe = build(tiny(model).model)
-
-            def write(folder):
-                pipe.save_pretrained(folder / "pipeline")
-                checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES[tiny(model).family])
-                options = options_of(parts=parts_of(checkpoint))
-                parts = write_parts(checkpoint, options, folder, lambda *_: None)
-                described = {key: part.model_dump(mode="json") for key, part in parts.items()}
-                (folder / "parts.json").write_text(json.dumps(described))
-                return folder
-
-            folder = once(f"parts-{name}", write)
-            made[name] = pipe, denoiser_with_parts(drafts(model), folder)
-        return made[name]
-
-    return make
-
-
-@pytest.fixture(scope="session")
 def embedded(once):
     """Name of `EMBEDDED` -> folder of the bundle of that embedded model."""
     return cache(lambda name: once(f"embedded-{name}", partial(write_embedded, name)))
@@ -270,6 +241,29 @@ def on_gpu(drafts, once):
         return load(folder, "cuda", cuda_graphs=cuda_graphs)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole(tiny, drafts, once):
+    """Name of a case -> (the pipeline, a denoiser with its parts)."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model, build = CASES[name][:2] if name in CASES else (name, TEXT_ALONE.get(name, (dit_pipeline,))[0])
+            pipe = build(tiny(model).model)
+
+            folder = once(f"parts-{name}", partial(write_pipeline, pipe, tiny(model).family))
+            made[name] = pipe, denoiser_with_parts(drafts(model), folder)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def whole_flux(once):
+    """Folder of the bundle of a tiny FLUX pipeline with its parts; `pipeline` beside it is what it was made of."""
+    return once("whole-flux", write_whole_flux)
 
 
 @pytest.fixture(scope="session")

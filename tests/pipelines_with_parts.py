@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from harness import eager_denoiser
+from tiny_bundles import options_of
 from tiny_pipelines import (
     flux_pipeline,
     wan_pipeline,
@@ -21,6 +22,7 @@ from taylorseer_export.bundle.manifest import PipelinePart
 from taylorseer_export.bundle.store import Bundle, hash_files
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile.export import describe
+from taylorseer_export.compile.parts import parts_of, write_parts
 from taylorseer_export.families import FAMILIES
 
 PROMPT, OTHER = "a small red circle", "x"
@@ -61,6 +63,17 @@ def depth_and_length(*modules: nn.Module) -> tuple[int, int]:
     """(layers, longest contraction) for the bound of some modules."""
     layers = [m for one in modules for m in one.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
     return len(layers), max(m.weight[0].numel() for m in layers)
+
+
+def write_pipeline(pipe, family, folder, **changes):
+    """A pipeline, its parts, and their contracts in a folder."""
+    pipe.save_pretrained(folder / "pipeline")
+    checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES[family])
+    options = options_of(**{"parts": parts_of(checkpoint), **changes})
+    parts = write_parts(checkpoint, options, folder, lambda *_: None)
+    described = {key: part.model_dump(mode="json") for key, part in parts.items()}
+    (folder / "parts.json").write_text(json.dumps(described))
+    return folder
 
 
 def denoiser_with_parts(draft, folder):

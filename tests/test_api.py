@@ -736,6 +736,20 @@ def test_the_lines_of_the_page_draw(port, tmp_path, monkeypatch, capsys):
     assert asked(port, path, json.loads(body))[0] == 200
 
 
+def test_a_whole_pipeline_draws_from_any_prompt(whole_flux):
+    with load(whole_flux, threads=1) as denoiser:
+        with models_over(denoiser, slots=2, queue=2, workers=1) as models, serving(models) as port:
+            answer = client_of(port).images.generate(
+                prompt="any words, 漢字", model="flux-whole", n=2, size="48x32", extra_body={"seed": 4, "plan": "FF.F"}
+            )
+        request = caption_request(denoiser, ["any words, 漢字"] * 2, [4, 5], (32, 48))
+        for k, image in enumerate(answer.data):
+            one = caption_request(denoiser, ["any words, 漢字"], [4 + k], (32, 48))
+            made = sample(denoiser, one, denoiser.forecasts(plan="FF.F")).latents
+            seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(image.b64_json))))
+            assert np.array_equal(seen, pictures_of(denoiser, request, made)[0])
+
+
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_stop(embedded, tmp_path):
     command = [sys.executable, "-m", "taylorseer_export", "serve", embedded("digits"), "--port", "0", "--workers", "1"]

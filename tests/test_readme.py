@@ -78,13 +78,13 @@ def test_python_blocks_run(transcript):
 
 
 def test_serving_as_the_page_says(transcript):
-    """What `make serve` runs is started, and the client's line draws the picture; only the port is the server's own."""
+    """What `make triton` runs is started, and the client's line draws the picture; the port alone is its own."""
     if reason := triton_server.missing():
         pytest.skip(reason)
     folder, _ = transcript
     assert (
-        "make serve" in README
-        and "\nserve: $(DONE)\n\t@$(RUN) tools/triton_server.py" in (ROOT / "Makefile").read_text()
+        "make triton" in README
+        and "\ntriton: $(DONE)\n\t@$(RUN) tools/triton_server.py" in (ROOT / "Makefile").read_text()
     )
     (line,) = re.findall(r"^taylorseer-export client .*$", README, re.M)
     command = shlex.split(line)[1:]

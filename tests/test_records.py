@@ -127,7 +127,7 @@ def test_the_index_names_every_tool():
     tools, text = ROOT / "tools", (ROOT / "tools/README.md").read_text(encoding="utf-8")
     scripts = {path.name for path in tools.glob("*.py")}
     named = set(re.findall(r"python tools/(\w+\.py)", text)) | set(re.findall(r"`(\w+\.py)`", text))
-    made = {"triton_server.py"}  # `make serve`
+    made = {"triton_server.py"}  # `make triton`
     assert named | made == scripts
     assert set(re.findall(r"make_asset\.py ([\w-]+)", text)) == set(make_asset.MAKERS)
     assert {path.stem.replace("_", "-") for path in (tools / "assets").glob("*.py")} == set(make_asset.MAKERS)

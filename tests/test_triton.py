@@ -42,7 +42,14 @@ pytestmark = [
 
 SECONDS = 120  # until a test gives up waiting; nothing is measured with it
 PLAN = Plan(PROFILE_PLAN)
-MODELS = ("flux-tiny", "flux-tiny-stream", "flux-tiny-denoiser", "dit-tiny", "dit-tiny-denoiser")
+MODELS = (
+    "flux-tiny",
+    "flux-tiny-stream",
+    "flux-tiny-denoiser",
+    "dit-tiny",
+    "dit-tiny-denoiser",
+    "flux-whole",
+)
 BROKEN = "dit-tiny-denoiser"  # its copy of the weights is damaged
 
 
@@ -65,8 +72,9 @@ def denoisers(engines):
 
 
 @pytest.fixture(scope="module")
-def repository(engines, tmp_path_factory):
+def repository(engines, whole_flux, tmp_path_factory):
     out = tmp_path_factory.mktemp("models")
+    write_repository(whole_flux, out, Deployment(slots=2, models=("picture",)))
     write_repository(engines["flux"], out, Deployment(slots=4, queue=64, memory_budget=100_000_000))
     write_repository(engines["dit"], out, Deployment(slots=2, queue=64))
     weights = out / BROKEN / "1/bundle/weights.safetensors"
@@ -163,6 +171,16 @@ def test_a_seed_gives_the_picture_it_gives_in_process(server, alone, protocol):
     # Previews come closer: the last one before the end is nearly the picture, the first is not.
     off = [np.abs(outputs["picture"].astype(int) - expected).mean() for _, outputs in seen]
     assert not off or (off[-2] < off[0] / 4 and off[-1] == 0)
+
+
+def test_a_whole_pipeline_draws_what_it_draws_in_process(server, whole_flux):
+    """From a prompt that no embedded encoder knows, by a server that has the run side alone to do it with."""
+    values = {"prompt": "any words, 漢字", "seed": 2, "height": 32, "width": 48, "guidance_scale": 2.0, "plan": "FF.F"}
+    made = infer(server.http, "flux-whole", values, "http")
+    with load(whole_flux, threads=1) as denoiser:
+        request = caption_request(denoiser, ["any words, 漢字"], [2], (32, 48), 2.0)
+        expected = pictures(denoiser, request, sample(denoiser, request, denoiser.forecasts(plan="FF.F")))[0]
+    assert made["picture"].tobytes() == expected.tobytes() and made["executed"].tolist() == [b"FF.F"]
 
 
 def test_defaults_are_the_bundle_s(server, alone, denoisers):

@@ -9,20 +9,28 @@ oracle on every engine; one bundle is whole on disk, and is used through the com
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import oracle
 import pytest
 import torch
 from PIL import Image
-from pipelines_with_parts import CASES, OTHER, PROMPT, TEXT_ALONE, depth_and_length, encoders_of
-from tiny_pipelines import (
-    flux_pipeline,
+from pipelines_with_parts import (
+    CASES,
+    OTHER,
+    PROMPT,
+    TEXT_ALONE,
+    denoiser_with_parts,
+    depth_and_length,
+    encoders_of,
+    write_pipeline,
 )
 
 from taylorseer_export import cli
 from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of
 from taylorseer_export.errors import ConfigError, TaylorSeerError
+from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.parts import cleaned
 from taylorseer_export.runtime.sampling import sample
@@ -108,6 +116,24 @@ def test_the_picture_is_the_pipelines(whole, name):
     assert (wrong - expected).abs().max() > limit
 
 
+def test_the_text_encoders_run_in_aotinductor(whole, tiny, drafts, once):
+    pipe, _ = whole("flux")
+    folder = once("parts-inductor", partial(write_pipeline, pipe, "flux", parts=("text",), engine="inductor"))
+    denoiser = denoiser_with_parts(drafts("flux", engine="inductor"), folder)
+    expected, extent = encoded(pipe, "flux", 16), depth_and_length(*encoders_of(pipe))
+    for key, value in denoiser.encoder.encode(PROMPT, 16).items():
+        limit = oracle.bound(expected[key], 1.0, torch.float32, *extent)
+        oracle.assert_close(f"inductor {key}", torch.from_numpy(value), expected[key], limit)
+
+
+def test_tensorrt_rtx_builds_the_parts(whole, once):
+    """In bfloat16: its strong typing refuses a graph that mixes types."""
+    quick = {"gpu-arch": "8.9", "builder-optimization-level": 0}
+    asked = {"engine": "tensorrt-rtx", "device": "cuda", "precision": "bf16", "engine_options": quick}
+    folder = once("parts-rtx", partial(write_pipeline, whole("flux")[0], "flux", **asked))
+    assert all((folder / part / f"{part}.plan").stat().st_size for part in ("text", "decode"))
+
+
 def test_a_class_becomes_the_picture_of_the_pipeline(whole):
     pipe, denoiser = whole("dit")
     with torch.no_grad():
@@ -181,26 +207,13 @@ def test_what_cannot_be_asked_is_refused(whole):
 # A bundle on disk ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny, once):
-    """The whole tiny FLUX as the command line exports it."""
-
-    def write(folder):
-        flux_pipeline(tiny("flux").model).save_pretrained(folder / "pipeline")
-        command = ["flux", "--model", str(folder / "pipeline"), "--whole", "--steps", "4", "--out", str(folder)]
-        assert cli.main([*command, "--name", "whole"]) == 0
-        return folder / "flux-whole"
-
-    return once("whole-flux", write)
-
-
-def test_run_draws_from_a_prompt(bundle, tiny, tmp_path, capsys):
+def test_run_draws_from_a_prompt(whole_flux, tmp_path, capsys):
     out = tmp_path / "two.png"
     asked = ["--prompt", PROMPT, "--n", "2", "--size", "32x48", "--seed", "3", "--prompt-tokens", "16"]
-    assert cli.main(["run", str(bundle), *asked, "--plan", "FF", "--out", str(out)]) == 0
+    assert cli.main(["run", str(whole_flux), *asked, "--plan", "FF", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "encode" in said and "decode" in said
-    with load(bundle) as denoiser:
+    with load(whole_flux) as denoiser:
         request = caption_request(denoiser, [PROMPT] * 2, [3, 4], (32, 48), length=16)
         made = pictures_of(denoiser, request, sample(denoiser, request, denoiser.forecasts(plan="FF")).latents)
     files = [tmp_path / f"two-{k}.png" for k in (1, 2)]
@@ -209,10 +222,22 @@ def test_run_draws_from_a_prompt(bundle, tiny, tmp_path, capsys):
         assert np.array_equal(np.asarray(Image.open(file)), one)
 
 
-def test_every_byte_of_a_part_is_checked(bundle, tmp_path):
+def test_measures_draw_from_prompts(whole_flux):
+    """What `evaluate` and `calibrate` sample is what `run` draws."""
+    with load(whole_flux) as denoiser:
+        (group,) = groups(denoiser, 2, 7, [PROMPT, OTHER])
+        expected = caption_request(denoiser, [PROMPT, OTHER], [7, 8])
+        assert group.latents.tobytes() == expected.latents.tobytes()
+        for name, value in expected.conditioning.items():
+            assert group.conditioning[name].tobytes() == value.tobytes()
+        with pytest.raises(ConfigError, match="--prompts is missing for flux-whole"):
+            groups(denoiser, 2, 7)
+
+
+def test_every_byte_of_a_part_is_checked(whole_flux, tmp_path):
     for file in ("text/tokenizer.json", "decode/weights.safetensors"):
         copy = tmp_path / file.replace("/", "-")
-        shutil.copytree(bundle, copy)
+        shutil.copytree(whole_flux, copy)
         data = bytearray((copy / file).read_bytes())
         data[-1] ^= 1
         (copy / file).write_bytes(data)
@@ -220,13 +245,13 @@ def test_every_byte_of_a_part_is_checked(bundle, tmp_path):
             load(copy)
 
 
-def test_a_part_may_lie_elsewhere(bundle, tmp_path):
+def test_a_part_may_lie_elsewhere(whole_flux, tmp_path):
     """On another disk, behind a link."""
     copy = tmp_path / "bundle"
-    shutil.copytree(bundle, copy)
+    shutil.copytree(whole_flux, copy)
     shutil.move(copy / "text", tmp_path / "encoders")
     (copy / "text").symlink_to(tmp_path / "encoders")
-    with load(bundle) as here, load(copy, devices={"text": "cpu"}) as there:
+    with load(whole_flux) as here, load(copy, devices={"text": "cpu"}) as there:
         one, other = (denoiser.encoder.encode(PROMPT, 16) for denoiser in (here, there))
     assert all(one[name].tobytes() == other[name].tobytes() for name in one)
 
@@ -238,8 +263,8 @@ def test_a_part_may_lie_elsewhere(bundle, tmp_path):
         (["--whole", "--without", "text", "--without", "decode"], "and a part of it; leave --whole out"),
     ],
 )
-def test_contradictions_are_refused_before_any_work(bundle, tmp_path, capsys, change, problem):
-    pipeline = bundle.parent / "pipeline"
+def test_contradictions_are_refused_before_any_work(whole_flux, tmp_path, capsys, change, problem):
+    pipeline = whole_flux.parent / "pipeline"
     assert cli.main(["flux", "--model", str(pipeline), "--out", str(tmp_path), *change]) == 2
     assert problem in capsys.readouterr().err and not any(tmp_path.iterdir())
 
@@ -252,9 +277,9 @@ def test_contradictions_are_refused_before_any_work(bundle, tmp_path, capsys, ch
         (lambda folder: _edit(folder, text_encoder=["mine", "Encoder"]), "`text_encoder` of"),
     ],
 )
-def test_a_folder_that_lacks_a_part_is_refused_before_any_work(bundle, tmp_path, capsys, spoil, problem):
+def test_a_folder_that_lacks_a_part_is_refused_before_any_work(whole_flux, tmp_path, capsys, spoil, problem):
     folder = tmp_path / "pipeline"
-    shutil.copytree(bundle.parent / "pipeline", folder)
+    shutil.copytree(whole_flux.parent / "pipeline", folder)
     spoil(folder)
     assert cli.main(["flux", "--model", str(folder), "--whole", "--out", str(tmp_path / "out")]) == 2
     assert problem in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from tiny_models import MODELS, of_families
+from tiny_pipelines import flux_pipeline
 
 from taylorseer_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from taylorseer_export.compile.export import Options, Traced, draft, trace_model, write_bundle
+from taylorseer_export.compile.parts import parts_of
 from taylorseer_export.families import FAMILIES
 
 # The only ONNX exports of the graph and engine tests; each takes many seconds.
@@ -89,6 +91,14 @@ def embedded(name: str) -> tuple[Checkpoint, Options]:
     default, of_this = FAMILIES[family].defaults, checkpoint.family.defaults
     usual = {"order": default.order, "interval": default.interval, "warmup": default.warmup, "steps": of_this.steps}
     return checkpoint, Options(**(usual | changes))
+
+
+def write_whole_flux(folder: Path) -> Path:
+    """The bundle of a tiny FLUX pipeline with all its parts, and the pipeline beside it in `folder`."""
+    flux_pipeline(MODELS["flux"][1]()).save_pretrained(folder / "pipeline")
+    checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES["flux"])
+    options = Options(order=1, interval=6, warmup=3, steps=4, parts=parts_of(checkpoint))
+    return write_bundle(draft(checkpoint, options), folder, "whole")
 
 
 def write_embedded(name: str, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A real Triton Inference Server on loopback, without Docker and without a GPU; `make serve` runs this file.
+"""A real Triton Inference Server on loopback, without Docker and without a GPU; `make triton` runs this file.
 
     python tools/triton_server.py                         the embedded models of engines/, until Ctrl-C
     python tools/triton_server.py --repository DIR        another repository

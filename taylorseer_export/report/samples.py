@@ -131,16 +131,21 @@ def _request(
             raise ConfigError(f"--prompts has the line `{wrong}`, expected a class per line (a whole number); mend it")
         labels = [chosen[number % len(chosen)] for number in numbers]
         return label_request(denoiser, [int(label) for label in labels], seeds, guidance_scale)
-    if source == "captions":
+    if source == "captions" or (source == "prompts" and prompts):
         chosen = prompts_of(denoiser, numbers, seed, prompts)
         given = rows_of(denoiser, tensors, numbers) if tensors is not None and not prompts else chosen
         side = manifest.sampling.latent_scale * manifest.pipeline.packing
         size = None if sizes[1] is None else (side * sizes[1][0], side * sizes[1][1])
         return caption_request(denoiser, given, seeds, size, guidance_scale)
-    if prompts is not None:
+    if prompts is not None and source != "prompts":
         raise ConfigError(
             f"--prompts is given for {manifest.family}, whose bundle has no text encoder, expected tensors; pass its "
             "outputs with --inputs FILE.safetensors"
+        )
+    if tensors is None and source == "prompts":
+        raise ConfigError(
+            f"--prompts is missing for {manifest.family}-{manifest.name}, expected a text file with a prompt per line; "
+            "pass --prompts FILE"
         )
     if tensors is None:
         raise ConfigError(
@@ -152,9 +157,11 @@ def _request(
 
 def prompts_of(denoiser: Denoiser, numbers: range, seed: int, prompts: Sequence[str] | None = None) -> list[str]:
     """The prompts of the samples `numbers`; none where the bundle reads no text."""
-    if denoiser.manifest.sampling.source != "captions":
+    if denoiser.manifest.sampling.source not in ("captions", "prompts"):
         return []
-    chosen = prompts or captions(numbers.stop, seed)
+    chosen = prompts or (captions(numbers.stop, seed) if denoiser.manifest.sampling.source == "captions" else [])
+    if not chosen:
+        return []
     return [chosen[number % len(chosen)] for number in numbers]
 
 

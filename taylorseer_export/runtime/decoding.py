@@ -15,7 +15,7 @@ from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import PipelinePart, Tensor
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import Bundle
-from taylorseer_export.runtime.parts import Part, open_engines, sizes_of
+from taylorseer_export.runtime.parts import Part, open_engines, open_part, refuse_unsound, sizes_of, smallest
 from taylorseer_export.runtime.runner import Buffer, Call, Runner
 from taylorseer_export.runtime.tiles import TileDecoder
 
@@ -104,12 +104,19 @@ Decoder = Part | FrameDecoder | TileDecoder
 
 
 def open_decoder(bundle: Bundle, device: Device, threads: int = 0) -> Decoder:
-    """Load what makes pictures or videos of latents; arguments and errors are those of `open_engines`."""
-    described, runner = open_engines(bundle, "decode", device, threads)
-    if described.later is not None:
-        return FrameDecoder(described, runner)
-    part = Part("decode", described, runner)
-    return part if described.tiles is None else TileDecoder(part)
+    """Load what makes pictures or videos of latents, and call it; arguments and errors are those of `open_part`."""
+    described = bundle.manifest.parts.get("decode")
+    if described is None or described.later is None:
+        part = open_part(bundle, "decode", device, threads)
+        return part if part.described.tiles is None else TileDecoder(part)
+    decoder = FrameDecoder(*open_engines(bundle, "decode", device, threads))
+    noise = smallest(described)["latents"]
+    try:
+        decoder(noise.repeat(3, 2), lambda pictures: refuse_unsound(bundle, "decode", "picture", pictures))
+    except BaseException:
+        decoder.close()
+        raise
+    return decoder
 
 
 def decoded(decoder: Decoder, latents: np.ndarray) -> np.ndarray:

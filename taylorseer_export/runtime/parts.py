@@ -90,9 +90,47 @@ def sizes_of(name: str, described: PipelinePart, given: Mapping[str, np.ndarray]
 
 
 def open_part(bundle: Bundle, name: PartName, device: Device, threads: int = 0) -> Part:
-    """Load a part of a checked bundle; arguments and errors are those of `open_engines`."""
+    """Load a part of a checked bundle, and call it once.
+
+    Raises:
+        BundleError: As `open_engines` says, or what it makes is not finite.
+    """
     described, runner = open_engines(bundle, name, device, threads)
-    return Part(name, described, runner)
+    part = Part(name, described, runner)
+    try:
+        for output, values in part(smallest(described)).items():
+            refuse_unsound(bundle, name, output, values)
+    except BaseException:
+        part.close()
+        raise
+    return part
+
+
+def smallest(described: PipelinePart) -> dict[str, np.ndarray]:
+    """Inputs of a part's graph at its smallest sizes: tokens, or noise."""
+    sizes = {name: dimension.minimum for name, dimension in described.dimensions.items()}
+    generator = np.random.default_rng(0)
+    return {
+        tensor.name: np.ones(resolve(tensor.shape, sizes), np.int64)
+        if tensor.role == "tokens"
+        else generator.standard_normal(resolve(tensor.shape, sizes)).astype(np.float32)
+        for tensor in described.graph.inputs
+    }
+
+
+def refuse_unsound(bundle: Bundle, name: PartName, output: str, values: np.ndarray) -> None:
+    """Refuse an engine that makes of a token or of noise what is not finite.
+
+    Raises:
+        BundleError: It is so.
+    """
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise BundleError(
+            f"output `{output}` of part `{name}` has {int(bad.sum())} of {bad.size} values that are NaN or infinite, "
+            f"expected finite numbers; export again with `{bundle.manifest.command(precision='bf16')}`, or check the "
+            "weights"
+        )
 
 
 def open_engines(bundle: Bundle, name: PartName, device: Device, threads: int = 0) -> tuple[PipelinePart, Runner]:

@@ -52,6 +52,8 @@ class TritonPythonModel:
             # Of several GPUs the server says which one this instance has.
             device = Device.parse(options["device"]).at(int(args["model_instance_device_id"]))
             self._denoiser = load(bundle, device, int(options["threads"]))
+            if self._role == "picture":
+                self._denoiser.open_parts()
             self._profiles = dict(self._denoiser.profiles)
             limits = {name: int(options[name]) for name in ("slots", "queue", "batch", "workers", "slot_bytes")}
             self._service = Service(self._denoiser, Limits(**limits))

@@ -132,6 +132,7 @@ def load_models(
             try:
                 manifest = denoiser.manifest
                 check_draws(manifest)
+                denoiser.open_parts()  # ready means that a prompt can be drawn
                 if f"{manifest.family}-{manifest.name}" in [model.name for model in models]:
                     raise _twice([f"{manifest.family}-{manifest.name}"])
                 room = slot_bytes(manifest, asked.slots, memory_budget)

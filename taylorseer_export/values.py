@@ -72,6 +72,11 @@ def memory(text: str) -> int:
     return value
 
 
+def memory_or_none(text: str) -> int:
+    """Bytes as `memory` reads them, or 0."""
+    return 0 if text.strip() == "0" else memory(text)
+
+
 def size(text: str) -> tuple[int, ...]:
     """(height, width) of `1024x768`, or (frames, height, width) of `81x480x832`."""
     parts = text.lower().split("x")

@@ -7,6 +7,7 @@ import json
 import os
 import pkgutil
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,14 +24,20 @@ import pytest
 import uvicorn
 from PIL import Image
 from profiles import made as made_profile
+from profiles import weights_of
 
+from taylorseer_export.bundle.profile import write_profile
+from taylorseer_export.bundle.store import open_bundle
+from taylorseer_export.embedded.caption import CaptionEncoder
 from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of
 from taylorseer_export.errors import BundleError, ConfigError, StepError, TaylorSeerError
+from taylorseer_export.method import Plan, RequestOptions
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.serve.api import prompts
 from taylorseer_export.serve.api.app import app_of
+from taylorseer_export.serve.api.busy import Busy, chosen
 from taylorseer_export.serve.api.models import Model, Models, load_models
 from taylorseer_export.serve.api.problems import problem_of
 from taylorseer_export.serve.api.process import bound, server_of
@@ -181,6 +188,22 @@ def test_the_openai_client_gets_what_a_solo_run_makes(client, denoisers):
         assert {"read", "queue", "prepare", "full_step", "forecast_step", "loop", "decode"} == told["times_ms"].keys()
         assert min(told["times_ms"].values()) >= 0
     assert (picture_in(made.data[0].b64_json) != picture_in(made.data[1].b64_json)).any()
+
+
+@pytest.mark.parametrize(("room", "hits", "misses"), [(1 << 20, 2, 1), (0, 0, 0)])
+def test_pictures_of_one_prompt_encode_it_once(denoisers, monkeypatch, room, hits, misses):
+    seen, encode = [], CaptionEncoder.encode
+    monkeypatch.setattr(CaptionEncoder, "encode", lambda *given: (seen.append(given[1]), encode(*given))[1])
+    with models_over(denoisers["shapes"], slots=3, conditioning_cache=room) as models, serving(models) as port:
+        status, _, text = asked(port, GENERATIONS, {"prompt": CAPTION, "n": 3, "seed": 1, "steps": 4})
+        assert status == 200 and len(seen) == (1 if room else 3)
+        for seed, file in zip((1, 2, 3), json.loads(text)["data"], strict=True):
+            request = caption_request(denoisers["shapes"], [CAPTION], [seed])
+            assert (picture_in(file["b64_json"]) == alone(denoisers["shapes"], request, steps=4)[0]).all()
+        metered = Metered(port)
+        assert metered.of("taylorseer_conditioning_total", "flux-tiny", "hit") == hits
+        assert metered.of("taylorseer_conditioning_total", "flux-tiny", "miss") == misses
+        assert (metered.of("taylorseer_conditioning_bytes", "flux-tiny") > 0) == (room > 0)
 
 
 def test_a_model_of_classes_is_asked_with_their_numbers(client, denoisers):
@@ -534,6 +557,114 @@ def test_a_stop_finishes_what_is_under_way(embedded, held):
     assert [type(error) for error in refused] == [Stopping]  # the models are closed
 
 
+# A busy server
+
+
+@pytest.fixture(scope="module")
+def with_profile(embedded, tmp_path_factory):
+    """A bundle of digits that has a profile `fast`, and one `slow` of as many full steps as its own plan."""
+    folder = tmp_path_factory.mktemp("profiled") / "dit-tiny"
+    shutil.copytree(embedded("digits"), folder)
+    bundle = open_bundle(folder)
+    write_profile(bundle, made_profile(bundle.manifest))
+    own = "F" * 50
+    write_profile(bundle, made_profile(bundle.manifest, "slow", plan=own, weights=weights_of(Plan(own), 1)))
+    return folder
+
+
+def test_a_busy_server_draws_faster_what_leaves_it_the_choice(with_profile, held):
+    """One slot, whose worker is held; what waits is counted, and no clock is read."""
+    reached, event = held
+    event.set()  # while it warms up
+    with load(with_profile, threads=1) as denoiser:
+        model = Model(denoiser, Limits(slots=1, queue=9, batch=1, workers=1), Busy(1, "fast"))
+        event.clear()
+        reached.clear()
+        answers, threads = {}, []
+
+        def send(name, **more):
+            """Send a request, and wait until it waits; the first is in the slot."""
+            before = model.service.waiting
+            given = (port, GENERATIONS, {"prompt": "1", "seed": 4, **more})
+            threads.append(threading.Thread(target=lambda: answers.update({name: asked(*given)})))
+            threads[-1].start()
+            until(reached.is_set if name == "first" else lambda: model.service.waiting > before)
+
+        try:
+            with serving(Models([model])) as port:
+                send("first")
+                send("second")
+                send("third", quality="auto")  # one waits: not more than may
+                send("fourth", quality="auto")
+                send("left out")
+                send("stream", stream=True)
+                own = {"steps": {"steps": 4}, "plan": {"plan": "FF.F"}, "interval": {"interval": 2}}
+                for name, options in own.items():
+                    send(name, quality="auto", **options)
+                event.set()
+                for thread in threads:
+                    thread.join(SECONDS)
+                status, _, text = asked(
+                    port, GENERATIONS, {"prompt": "1", "quality": "auto"}
+                )  # the queue is short again
+                answers["last"] = (status, None, text)
+                asked(port, GENERATIONS, {"prompt": "1", "profile": "fast"})
+                assert Metered(port).of("taylorseer_busy_requests_total", "dit-tiny") == model.hurried == 3
+        finally:
+            model.reader.close()
+            model.service.close()
+        assert {status for status, *_ in answers.values()} == {200}
+        lines = answers.pop("stream")[2].decode().split("\n")
+        (last,) = (line for line in lines if line.startswith("data: ") and "image_generation.completed" in line)
+        told = {name: json.loads(text)["taylorseer"] for name, (_, _, text) in answers.items()}
+        streamed = json.loads(last.removeprefix("data: "))["taylorseer"]
+        plans = {name: one["pictures"][0]["planned"] for name, one in told.items()} | {"stream": streamed["planned"]}
+        profiles = {name: one["profile"] for name, one in (told | {"stream": streamed}).items()}
+        usual, fast = str(denoiser.forecasts().plan), denoiser.profiles["fast"].plan
+        for name in ("first", "second", "third", "last"):
+            assert plans[name] == usual and profiles[name] == {"requested": None, "used": None, "why": None}
+        for number, name in enumerate(("fourth", "left out", "stream"), 2):
+            why = f"{number} pictures waited, more than 1, and quality was auto"
+            assert plans[name] == fast and profiles[name] == {"requested": None, "used": "fast", "why": why}
+        for name in own:
+            assert plans[name] != fast and profiles[name]["why"] is None
+        request = label_request(denoiser, [1], [4])
+        picture = alone(denoiser, request, profile="fast")[0]
+        assert (picture_in(json.loads(answers["fourth"][2])["data"][0]["b64_json"]) == picture).all()
+
+
+@pytest.mark.parametrize("options", [{"profile": "fast"}, {"guard": "cg"}, {"order": 1}, {"steps": 50}])
+def test_who_says_anything_of_its_plan_keeps_it(options):
+    asked_for = RequestOptions(**options)
+    assert chosen(Busy(0, "faster"), asked_for, 99) == (asked_for.profile, asked_for.profile, None)
+    assert chosen(Busy(0, "faster"), RequestOptions(), 99).used == "faster"
+    assert chosen(None, RequestOptions(), 99).used is None
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("faster", r"is faster, expected a profile of dit-tiny \(fast, slow\); make it with"),
+        (
+            "slow",
+            r"slow has 50 full steps for dit-tiny, expected fewer than the \d+ of its own plan; name a faster one",
+        ),
+    ],
+)
+def test_a_profile_that_would_not_help_is_refused_at_the_start(with_profile, name, problem):
+    with pytest.raises(ConfigError, match=f"--busy-profile {problem}"):
+        load_models([with_profile], busy=Busy(1, name))
+
+
+@pytest.mark.parametrize("options", [["--busy-queue", "3"], ["--busy-profile", "fast"]])
+def test_one_option_of_a_busy_server_needs_the_other(with_profile, monkeypatch, capsys, options):
+    from taylorseer_export.cli import main
+
+    monkeypatch.delenv(KEYS, raising=False)
+    assert main(["serve", str(with_profile), "--port", "0", *options]) == 2
+    assert re.search(r"alone, expected --busy-\w+ beside it; ", capsys.readouterr().err)
+
+
 # Keys, ids, health, metrics
 
 
@@ -651,9 +782,9 @@ def taker(monkeypatch):
     """Models are taken to be of those that are given pictures; the list gets what they were given."""
     given, request_of = [], prompts.request_of
 
-    def watched(denoiser, wish):
+    def watched(denoiser, wish, cache):
         given.append(wish)
-        return request_of(denoiser, wish._replace(pictures=(), mask=None))
+        return request_of(denoiser, wish._replace(pictures=(), mask=None), cache)
 
     monkeypatch.setattr("taylorseer_export.serve.api.images.takes_pictures", lambda _: True)
     monkeypatch.setattr("taylorseer_export.serve.api.drawing.request_of", watched)

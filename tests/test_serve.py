@@ -624,7 +624,8 @@ def test_instances_of_a_model_share_counts_and_no_gauge(denoiser, serve, monkeyp
         keys.append(({key for key, _ in told}, counts))
     (gauges, counts), (others, same) = keys
     assert {name for name, *_ in gauges} == {
-        f"taylorseer_{name}" for name in ("slots", "slots_in_use", "queue", probe.BEAT, probe.PROGRESS)
+        f"taylorseer_{name}"
+        for name in ("slots", "slots_in_use", "queue", "conditioning_bytes", probe.BEAT, probe.PROGRESS)
     }
     assert all(kind == "gauge" for _, kind, _ in gauges) and not gauges & others and counts == same
 
@@ -701,7 +702,7 @@ def test_the_configuration_reads_back_with_triton_s_own_protobuf(onnx):
     from tritonclient.grpc import model_config_pb2 as schema
 
     manifest = onnx("flux").manifest
-    text = config(manifest, "denoiser-stream", Deployment(instances=2, slots=3, queue=5))
+    text = config(manifest, "denoiser-stream", Deployment(instances=2, slots=3, queue=5, conditioning_cache=0))
     seen = text_format.Parse(text, schema.ModelConfig())
     assert seen.name == f"flux-{manifest.name}-denoiser-stream" and seen.backend == "python"
     assert seen.model_transaction_policy.decoupled and seen.instance_group[0].count == 2
@@ -710,7 +711,8 @@ def test_the_configuration_reads_back_with_triton_s_own_protobuf(onnx):
     )  # fmt: skip
     asked = {field.name for field in fields(RequestOptions)}
     assert {i.name for i in seen.input if i.optional} == {"sigmas", *asked}
-    assert (seen.parameters["slots"].string_value, seen.parameters["queue"].string_value) == ("3", "5")
+    told = [seen.parameters[name].string_value for name in ("slots", "queue", "conditioning_cache")]
+    assert told == ["3", "5", "0"]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from pipelines_with_parts import (
 )
 
 from taylorseer_export import cli
+from taylorseer_export.embedded.conditioning import ConditioningCache
 from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of
 from taylorseer_export.errors import ConfigError, TaylorSeerError
 from taylorseer_export.report.samples import groups
@@ -161,6 +162,25 @@ def test_prompts_of_two_lengths_are_drawn_together(whole):
         alone = sample(denoiser, caption_request(denoiser, [prompt], [k + 1], size, 3.0, OTHER), forecasts).latents
         limit = oracle.bound(torch.from_numpy(alone), 5.0, torch.float32, depth, length)
         oracle.assert_close(prompt, torch.from_numpy(made[k : k + 1]), torch.from_numpy(alone), limit)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_prompts_that_are_kept_are_the_same_bits(whole, name, monkeypatch):
+    """The prompt and, under guidance, the one that it leads away from are encoded once for all pictures."""
+    case, (_, denoiser) = CASES[name], whole(name)
+    negative = None if case.scale is None else OTHER
+    asked = (case.size, case.scale, negative, case.length)
+    alone = [caption_request(denoiser, [PROMPT], [seed], *asked) for seed in (1, 2)]
+    encode, encoded, cache = denoiser.encoder.encode, [], ConditioningCache()
+    monkeypatch.setattr(denoiser.encoder, "encode", lambda *given: (encoded.append(given), encode(*given))[1])
+    for seed, expected in zip((1, 2), alone, strict=True):
+        request = caption_request(denoiser, [PROMPT], [seed], *asked, cache=cache)
+        for branch, other in zip(request.branches, expected.branches, strict=True):
+            assert {n: v.tobytes() for n, v in branch.items()} == {n: v.tobytes() for n, v in other.items()}
+    prompts = [PROMPT] if negative is None else [PROMPT, OTHER]
+    assert encoded == [(prompt, case.length) for prompt in prompts]
+    caption_request(denoiser, [PROMPT], [1], *asked[:3], 8, cache=cache)
+    assert encoded[-1][1] == 8 and cache.counts.misses == 2 * len(prompts)  # another length is another prompt
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "tools" / "results"
 PAGES = [
     *(ROOT / page for page in ("README.md", "CONTRIBUTING.md")),
-    *(ROOT / "taylorseer_export" / part / "README.md" for part in ("report", "families")),
+    *(ROOT / "taylorseer_export" / part / "README.md" for part in ("report", "families", "serve")),
 ]
 
 
@@ -167,6 +167,26 @@ def structure_table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def run_side_table(record: Mapping[str, Any]) -> str:
+    """Numbers of `tools/run_side.py`: medians and 90th percentiles of its starts, and the first one."""
+    largest = ", ".join(f"{name} {size:.0f}" for name, size in list(record["sizes_mb"].items())[:3])
+    lines = ["| serving alone | first | median | p90 |", "|---|--:|--:|--:|"]
+    titles = {
+        "cold_start_s": ("start of the process to `/health` 200", "s", 1),
+        "first_answer_s": ("first answer after it", "s", 2),
+        "later_answer_s": ("next answer", "s", 2),
+        "resident_mb": ("memory of the process", "MB", 0),
+    }
+    for name, (title, unit, digits) in titles.items():
+        values = (record["first"][name], record["summary"][name]["p50"], record["summary"][name]["p90"])
+        lines.append(f"| {title} | {' | '.join(f'{value:.{digits}f} {unit}' for value in values)} |")
+    return (
+        f"{len(record['packages'])} packages of {record['size_mb']:.0f} MB ({largest}, ...), and a bundle of "
+        f"{record['bundle_mb']:.0f} MB. {record['pictures']} pictures over HTTP, each bit for bit that of the full "
+        f"environment; {len(record['again'])} starts after the first.\n\n" + "\n".join(lines)
+    )
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "quality": quality_table,
@@ -175,6 +195,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "calibration-dit": calibration_table,
     "families": families_table,
     "guard": guard_table,
+    "run-side": run_side_table,
     "structure": structure_table,
 }
 

@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 
 from taylorseer_export.bundle.device import CPU, DEVICES, Device
 from taylorseer_export.compile.engines import ENGINES, Option
+from taylorseer_export.embedded.conditioning import ROOM
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method.guard import RULES
-from taylorseer_export.values import MOST_THREADS, memory, real, size, whole
+from taylorseer_export.values import MOST_THREADS, memory, memory_or_none, real, size, whole
 
 PROGRAM = "taylorseer-export"
 
@@ -147,6 +148,14 @@ def service_options(parser: argparse.ArgumentParser, each: str) -> None:
         metavar="SIZE",
         type=memory,
         help=f"memory of one {each} for weights and slots, like 24GiB (default: slots of four times the typical size)",
+    )
+    parser.add_argument(
+        "--conditioning-cache",
+        metavar="SIZE",
+        type=memory_or_none,
+        default=ROOM,
+        help=f"memory of one {each} for what prompts become, so that none is encoded twice; 0 turns it off (default: "
+        "256MiB)",
     )
 
 

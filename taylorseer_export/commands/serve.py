@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from taylorseer_export.commands.options import device_option, service_options
 from taylorseer_export.commands.terminal import require_extra
+from taylorseer_export.errors import ConfigError
 from taylorseer_export.values import memory, real, whole
+
+if TYPE_CHECKING:
+    from taylorseer_export.serve.api.busy import Busy
 
 SUMMARY = "Serve bundles over HTTP as the OpenAI API defines it for images."
 
@@ -25,6 +30,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     device_option(parser)
     service_options(parser, "bundle")
+    parser.add_argument(
+        "--busy-queue",
+        type=whole(0),
+        metavar="N",
+        help="pictures that may wait for a bundle; while more do, requests without a plan of their own take "
+        "--busy-profile (default: they never do)",
+    )
+    parser.add_argument("--busy-profile", metavar="NAME", help="a faster profile, which every bundle must have")
     parser.add_argument(
         "--timeout",
         type=real(0),
@@ -73,9 +86,11 @@ def run(given: argparse.Namespace) -> int:
         stall=given.stall,
         keys=read_keys(given.api_key_file),
     )
+    busy = _busy(given)
     with bound(given.host, given.port) as listener:
-        limits = Limits(given.slots, given.queue, given.batch, given.workers)
-        models = load_models(given.bundles, given.device, given.threads, limits, given.memory_budget)
+        names = ("slots", "queue", "batch", "workers", "conditioning_cache")
+        limits = Limits(**{name: getattr(given, name) for name in names})
+        models = load_models(given.bundles, given.device, given.threads, limits, given.memory_budget, busy)
 
         def ready() -> None:
             names = ", ".join(model.name for model in models)
@@ -84,3 +99,24 @@ def run(given: argparse.Namespace) -> int:
 
         serve(models, settings, listener, ready)
     return 0
+
+
+def _busy(given: argparse.Namespace) -> Busy | None:
+    """When the server is busy and what it does then; None where it never is.
+
+    Raises:
+        ConfigError: One of the two options is given without the other.
+    """
+    from taylorseer_export.serve.api.busy import Busy
+
+    if given.busy_queue is None and given.busy_profile is None:
+        return None
+    if given.busy_profile is None:
+        raise ConfigError(
+            f"--busy-queue is {given.busy_queue} alone, expected --busy-profile beside it; name a profile"
+        )
+    if given.busy_queue is None:
+        raise ConfigError(
+            f"--busy-profile is {given.busy_profile[:64]} alone, expected --busy-queue beside it; say how many may wait"
+        )
+    return Busy(given.busy_queue, given.busy_profile)

@@ -10,6 +10,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.embedded.caption import TABLE_FILE, VOCABULARY_FILE, CaptionEncoder
+from taylorseer_export.embedded.conditioning import ConditioningCache, Encoded, Key
 from taylorseer_export.embedded.picture import pictures_from_dit_latents, pictures_from_flux_latents
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.decoding import decoded
@@ -28,6 +29,7 @@ def caption_request(
     guidance_scale: float | None = None,
     negative: str | None = None,
     length: int | None = None,
+    cache: ConditioningCache | None = None,
 ) -> Request:
     """A request from prompts: what the bundle's own encoders make of them, and a picture of a size.
 
@@ -39,6 +41,7 @@ def caption_request(
         guidance_scale: Dimensionless; the bundle's default if left out.
         negative: What guidance leads away from; what the family's pipeline takes if left out.
         length: Most tokens of a prompt, where the bundle leaves that open; its own if left out.
+        cache: Where what prompts become is kept; the encoders run for each if left out.
 
     Raises:
         ConfigError: The bundle has no encoder, a caption has a word that it does not know, or the size does not divide
@@ -50,7 +53,7 @@ def caption_request(
     if isinstance(prompts, Mapping):
         tensors = dict(prompts)
     elif manifest.sampling.source == "prompts":
-        tensors = _encoded(denoiser, prompts, guidance_scale, negative, length)
+        tensors = _encoded(denoiser, prompts, guidance_scale, negative, length, cache)
     else:
         for option, value in (("negative prompt", negative), ("length of the prompt", length)):
             if value is not None:
@@ -58,7 +61,7 @@ def caption_request(
                     f"{option} is {value} for {manifest.family}-{manifest.name}, expected none: its encoder knows "
                     "captions alone; leave it out"
                 )
-        tensors = _caption_encoder(denoiser).encode(list(prompts))
+        tensors = _captions(denoiser, prompts, cache)
     request = tensor_request(denoiser, tensors, seeds, sizes, sides, guidance_scale)
     return replace(request, height=size[-2], width=size[-1])
 
@@ -78,8 +81,25 @@ def usual_size(manifest: Manifest) -> tuple[int, ...]:
     return *frames, side * rows, side * columns
 
 
+def _captions(denoiser: Denoiser, prompts: Sequence[str], cache: ConditioningCache | None) -> dict[str, np.ndarray]:
+    """Conditioning of captions that an embedded model's own encoder knows."""
+    if cache is None:
+        return _caption_encoder(denoiser).encode(list(prompts))
+
+    def encode(prompt: str) -> Encoded:
+        return cache.of(Key(denoiser, prompt, None), lambda: _caption_encoder(denoiser).encode([prompt]))
+
+    rows = [encode(prompt) for prompt in prompts]
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
 def _encoded(
-    denoiser: Denoiser, prompts: Sequence[str], guidance_scale: float | None, negative: str | None, length: int | None
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    guidance_scale: float | None,
+    negative: str | None,
+    length: int | None,
+    cache: ConditioningCache | None,
 ) -> dict[str, np.ndarray]:
     """Conditioning of one prompt for all pictures or one for each, with the `negative_` twins that guidance needs."""
     manifest = denoiser.manifest
@@ -92,10 +112,16 @@ def _encoded(
             "second prompt; leave it out"
         )
     away = described.negative if negative is None else negative
-    made = _together(denoiser, [denoiser.encoder.encode(prompt, length) for prompt in prompts])
+
+    def encode(prompt: str) -> Encoded:
+        if cache is None:
+            return denoiser.encoder.encode(prompt, length)
+        return cache.of(Key(denoiser, prompt, length), lambda: denoiser.encoder.encode(prompt, length))
+
+    made = _together(denoiser, [encode(prompt) for prompt in prompts])
     if not guided or scale == 1.0 or away is None:
         return made
-    twins = _together(denoiser, [denoiser.encoder.encode(away, length)])
+    twins = _together(denoiser, [encode(away)])
     return {**made, **{NEGATIVE + name: value for name, value in twins.items()}}
 
 

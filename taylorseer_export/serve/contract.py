@@ -13,6 +13,7 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.profile import Profile
+from taylorseer_export.embedded.conditioning import ConditioningCache
 from taylorseer_export.embedded.requests import caption_request, frame_rate, label_request, pictures_of, usual_size
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Forecasts, Plan, RequestOptions, forecasts_from_options
@@ -92,7 +93,11 @@ def outputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
 
 
 def ask(
-    denoiser: Denoiser, role: Role, values: Mapping[str, np.ndarray], known: Mapping[str, Profile] | None = None
+    denoiser: Denoiser,
+    role: Role,
+    values: Mapping[str, np.ndarray],
+    known: Mapping[str, Profile] | None = None,
+    cache: ConditioningCache | None = None,
 ) -> Ask:
     """Read a request.
 
@@ -101,6 +106,7 @@ def ask(
         role: Of the model.
         values: By the names of `inputs`; what was left out is absent.
         known: Profiles of the bundle, by name.
+        cache: Where what prompts become is kept; they are encoded anew if left out.
 
     Raises:
         ConfigError, StepError: Something is missing, unknown, out of range or contradicts something else.
@@ -124,7 +130,8 @@ def ask(
     usual = usual_size(denoiser.manifest)
     size = (_whole(values, "height") or usual[-2], _whole(values, "width") or usual[-1])
     negative = _text(values, "negative_prompt") if "negative_prompt" in values else None
-    return Ask(caption_request(denoiser, [_text(values, "prompt")], [seed], size, scale, negative), forecasts)
+    prompts = [_text(values, "prompt")]
+    return Ask(caption_request(denoiser, prompts, [seed], size, scale, negative, cache=cache), forecasts)
 
 
 def _loop_request(

@@ -32,6 +32,7 @@ _FINAL = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 # Seconds between messages to the server, which would cost more than a small step if each step sent its own.
 _METRICS_EVERY = 0.25
 _CANCELLATIONS_EVERY = 0.02
+_LIMITS = ("slots", "queue", "batch", "workers", "slot_bytes", "conditioning_cache")
 
 
 class TritonPythonModel:
@@ -55,7 +56,7 @@ class TritonPythonModel:
             if self._role == "picture":
                 self._denoiser.open_parts()
             self._profiles = dict(self._denoiser.profiles)
-            limits = {name: int(options[name]) for name in ("slots", "queue", "batch", "workers", "slot_bytes")}
+            limits = {name: int(options[name]) for name in _LIMITS}
             self._service = Service(self._denoiser, Limits(**limits))
             self._service.warm_up()
         except TaylorSeerError as error:
@@ -83,7 +84,7 @@ class TritonPythonModel:
 
     def _read(self, sender: Any, values: dict[str, Any], timeout: float | None) -> None:
         """Make a request of the tensors and queue it."""
-        ask = contract.ask(self._denoiser, self._role, values, self._profiles)
+        ask = contract.ask(self._denoiser, self._role, values, self._profiles, self._service.conditioning)
         caller = Caller(self._denoiser, self._role, sender, self._streams, self._watch)
         self._service.submit(ask.request, ask.forecasts, caller, timeout)
 
@@ -199,6 +200,8 @@ class Metrics:
                 ("full_steps_total", "Full steps of finished requests, planned and executed", counter),
                 ("requests_total", "Requests, by outcome", counter),
                 ("fallbacks_total", "Engine calls that were not shared or no CUDA graph as asked, by kind", counter),
+                ("conditioning_total", "Prompts, by whether what they become was kept (hit, miss)", counter),
+                ("conditioning_bytes", "Memory of what is kept of prompts (bytes)", gauge),
                 ("slots", "Slots", gauge),
                 ("slots_in_use", "Slots that hold a request", gauge),
                 ("queue", "Requests that wait for a slot", gauge),
@@ -213,6 +216,8 @@ class Metrics:
                 self._metric(family, "kind", kind)
         for outcome in ("done", "failed", "cancelled", "late", "refused"):
             self._metric("requests_total", "outcome", outcome)
+        for outcome in ("hit", "miss"):
+            self._metric("conditioning_total", "outcome", outcome)
         for kind in ("shared", "cuda_graph"):
             self._metric("fallbacks_total", "kind", kind)
         self._metric("slots", *self._own).set(service.limits.slots)
@@ -236,6 +241,7 @@ class Metrics:
         now = time.time()
         self._metric(BEAT, *self._own).set(now)
         self._metric(PROGRESS, *self._own).set(now - self._service.stalled)
+        self._metric("conditioning_bytes", *self._own).set(self._service.conditioning.counts.bytes)
         self._metric("slots_in_use", *self._own).set(self._service.slots_in_use)
         self._metric("queue", *self._own).set(self._service.waiting)
         for name, count in self._service.snapshot().items():
@@ -258,4 +264,4 @@ def _place(name: str) -> tuple[str, ...]:
     if group in ("planned", "executed"):
         return ("full_steps_total", "when", group)
     family = "step_seconds_total" if group == "seconds" else f"{group}_total"
-    return (family, "outcome" if group == "requests" else "kind", value)
+    return (family, "outcome" if group in ("requests", "conditioning") else "kind", value)

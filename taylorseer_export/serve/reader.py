@@ -38,6 +38,11 @@ class Reader:
         self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait to be read; the one that is being read does not."""
+        return self._received.qsize()
+
     def hand_over(self, read: Read, refuse: Refuse, timeout: float | None = None) -> None:
         """Take a request and return at once.
 

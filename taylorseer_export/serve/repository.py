@@ -26,6 +26,7 @@ from taylorseer_export.bundle.manifest import MANIFEST, Manifest
 from taylorseer_export.bundle.memory import request_bytes, size
 from taylorseer_export.bundle.profile import PROFILES, profile_names, read_profile
 from taylorseer_export.bundle.store import Bundle, open_bundle
+from taylorseer_export.embedded.conditioning import ROOM
 from taylorseer_export.embedded.requests import frame_rate
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.serve import contract
@@ -46,6 +47,7 @@ class Deployment:
         slots, queue, batch, workers: As in `Limits`, for each instance; `batch` 0 chooses by the device.
         threads: CPU threads of one engine call; 0 is one per core.
         memory_budget: Bytes of the weights, Taylor buffers and step tables of one instance; None for the usual room.
+        conditioning_cache: As in `Limits`, for each instance.
     """
 
     device: Device = CPU
@@ -58,6 +60,7 @@ class Deployment:
     workers: int = 0
     threads: int = 1
     memory_budget: int | None = None
+    conditioning_cache: int = ROOM
 
 
 def write_repository(folder: Path, out: Path, deployment: Deployment) -> list[Path]:
@@ -198,6 +201,7 @@ def _options(manifest: Manifest, role: contract.Role, deployment: Deployment) ->
         "batch": deployment.batch or (deployment.slots if shares else 1),
         "workers": deployment.workers,
         "slot_bytes": slot_bytes(manifest, deployment.slots, deployment.memory_budget),
+        "conditioning_cache": deployment.conditioning_cache,
     }
     return {name: str(value) for name, value in values.items()}
 

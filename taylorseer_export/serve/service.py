@@ -15,6 +15,7 @@ from threading import Condition, Thread
 from typing import Protocol
 
 from taylorseer_export.bundle.memory import request_bytes, size
+from taylorseer_export.embedded.conditioning import ROOM, ConditioningCache
 from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
@@ -57,6 +58,7 @@ class Limits:
         batch: Requests that share one engine call; 1 turns sharing off.
         workers: Engine calls at one time, each with the threads the bundle was loaded with; 0 is one per core.
         slot_bytes: Taylor buffers and step tables of one request; 0 is no limit.
+        conditioning_cache: Bytes in which what prompts become is kept, so that none is encoded twice; 0 keeps nothing.
     """
 
     slots: int = 4
@@ -64,6 +66,7 @@ class Limits:
     batch: int = 4
     workers: int = 0
     slot_bytes: int = 0
+    conditioning_cache: int = ROOM
 
 
 @dataclass
@@ -85,6 +88,7 @@ class Service:
         limits: What it may use.
 
     Attributes:
+        conditioning: What prompts became, for whoever makes requests of them.
         counts: What happened since the start: `steps.<kind>`, `calls.<kind>` and `seconds.<kind>` of full and forecast
             steps; `planned.full` and `executed.full`, steps of the requests done; `requests.<outcome>` (done, failed,
             cancelled, late, refused); `fallbacks.shared`, calls meant to be shared that each request had to make alone.
@@ -92,6 +96,7 @@ class Service:
 
     def __init__(self, denoiser: Denoiser, limits: Limits) -> None:
         self.denoiser, self.limits = denoiser, limits
+        self.conditioning = ConditioningCache(limits.conditioning_cache)
         self.counts: defaultdict[str, float] = defaultdict(float)
         workers = limits.workers or len(os.sched_getaffinity(0))
         self._calls = [SharedCalls(denoiser) for _ in range(workers)]
@@ -150,9 +155,15 @@ class Service:
         return set().union(*(calls.unequal for calls in self._calls))
 
     def snapshot(self) -> dict[str, float]:
-        """The counts at this moment, with `fallbacks.cuda_graph`, calls that ran without the graph asked for."""
+        """The counts at this moment.
+
+        With `fallbacks.cuda_graph`, calls that ran without the graph asked for, and `conditioning.hit` and
+        `conditioning.miss`, prompts that had been encoded before and those that had not.
+        """
+        kept = self.conditioning.counts
+        more = {"conditioning.hit": kept.hits, "conditioning.miss": kept.misses}
         with self._changed:
-            return {**self.counts, "fallbacks.cuda_graph": self.denoiser.runner.fallbacks}
+            return {**self.counts, "fallbacks.cuda_graph": self.denoiser.runner.fallbacks, **more}
 
     def submit(
         self,

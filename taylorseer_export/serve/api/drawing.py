@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -152,6 +153,9 @@ class Drawing:
         asked: What.
         until: When it is given up, by the clock of the event loop (seconds).
         pictures, mask: As in `Wish`.
+
+    Attributes:
+        choice: The profile that all of them are drawn with.
     """
 
     def __init__(
@@ -164,6 +168,9 @@ class Drawing:
     ) -> None:
         self.model, self.asked, self.until = model, asked, until
         self._pictures, self._mask = pictures, mask
+        # Before its own pictures wait, and once for all of them.
+        self.choice = model.choose(asked.options)
+        self._options = replace(asked.options, profile=self.choice.used)
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._early: deque[Event] = deque()
         self._loop = asyncio.get_running_loop()
@@ -223,7 +230,7 @@ class Drawing:
         asked, model = self.asked, self.model
         if sender.left:
             raise ServeError("the client left, expected it to wait for its answer; send it again", "CANCELLED")
-        forecasts = forecasts_from_options(asked.options, model.denoiser.defaults, model.profiles)
+        forecasts = forecasts_from_options(self._options, model.denoiser.defaults, model.profiles)
         wish = Wish(
             asked.prompt,
             asked.seeds[sender.number],
@@ -233,7 +240,7 @@ class Drawing:
             self._pictures,
             self._mask,
         )
-        request = request_of(model.denoiser, wish)
+        request = request_of(model.denoiser, wish, model.service.conditioning)
         sender.read()
         model.service.submit(request, forecasts, sender, left)
         sender.queued()

@@ -104,9 +104,12 @@ class Images:
                 "n",
             )
         request.state.notes = f"{drawing.model.name} n={asked.n} seed={asked.seeds[0]}"
+        if drawing.choice.why:
+            request.state.notes += f" profile={drawing.choice.used}"
         drawing.send()
         try:
             await unless_gone(request.receive, drawing.queued())
+            drawing.model.hurried += drawing.choice.why is not None
             if asked.stream:
                 return Stream(drawing, kind, request.state.request_id, self)
             return told(await unless_gone(request.receive, self._whole(drawing, request.state.request_id)))
@@ -132,7 +135,7 @@ class Images:
             "output_format": drawing.asked.output.format,
             "size": size,
             "usage": _NO_USAGE,
-            "taylorseer": {"model": drawing.model.name, "request_id": request_id, "pictures": list(told_of)},
+            "taylorseer": {**_own(drawing, request_id), "pictures": list(told_of)},
         }
 
     async def finished(self, drawing: Drawing, done: Done) -> tuple[str, str, dict[str, Any]]:
@@ -201,7 +204,7 @@ class Stream:
         asked, made = self._drawing.asked, []
         if isinstance(event, Done):
             size, file, told_of = await self._images.finished(self._drawing, event)
-            own = {"model": self._drawing.model.name, "request_id": self._id, **told_of}
+            own = {**_own(self._drawing, self._id), **told_of}
             last = self._common("completed", event.number, size, file) | {"usage": _NO_USAGE, "taylorseer": own}
             return [last]
         if asked.progress:
@@ -233,6 +236,11 @@ class Stream:
             "output_format": self._drawing.asked.output.format,
             "image_index": index,
         }
+
+
+def _own(drawing: Drawing, request_id: str) -> dict[str, Any]:
+    """What an answer tells beyond the OpenAI API, of the request as a whole."""
+    return {"model": drawing.model.name, "request_id": request_id, "profile": drawing.choice._asdict()}
 
 
 def _drawn(model: Model, event: Stepped | Done, output: Any) -> tuple[str, str]:

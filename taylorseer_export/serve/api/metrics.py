@@ -17,6 +17,7 @@ _COUNTS = {
     "calls": ("taylorseer_calls", "kind", "Engine calls of denoising steps, by kind"),
     "seconds": ("taylorseer_step_seconds", "kind", "Time in engine calls, by kind (seconds)"),
     "fallbacks": ("taylorseer_fallbacks", "kind", "Engine calls not shared, or no CUDA graph, as asked"),
+    "conditioning": ("taylorseer_conditioning", "outcome", "Prompts, by whether what they become was kept (hit, miss)"),
     "full": ("taylorseer_full_steps", "when", "Full steps of finished pictures, planned and executed"),
 }
 _ALWAYS = {
@@ -25,6 +26,7 @@ _ALWAYS = {
     "calls": ("full", "forecast"),
     "seconds": ("full", "forecast"),
     "fallbacks": ("shared", "cuda_graph"),
+    "conditioning": ("hit", "miss"),
     "full": ("planned", "executed"),
 }
 
@@ -88,10 +90,15 @@ class Metrics:
                 ("slots", "Slots"),
                 ("slots_in_use", "Slots that hold a picture"),
                 ("queue", "Pictures that wait for a slot"),
+                ("conditioning_bytes", "Memory of what is kept of prompts (bytes)"),
                 ("stalled_seconds", "Time of the longest turn of work under way (seconds)"),
             )
         }
+        hurried = core.CounterMetricFamily(
+            "taylorseer_busy_requests", "Requests that took the faster profile of a busy server", labels=("model",)
+        )
         for model in self._models:
+            hurried.add_metric((model.name,), model.hurried)
             service = model.service
             counts = _regrouped(service.snapshot())
             for group, names in _ALWAYS.items():
@@ -100,8 +107,10 @@ class Metrics:
             gauges["slots"].add_metric((model.name,), service.limits.slots)
             gauges["slots_in_use"].add_metric((model.name,), service.slots_in_use)
             gauges["queue"].add_metric((model.name,), service.waiting)
+            gauges["conditioning_bytes"].add_metric((model.name,), service.conditioning.counts.bytes)
             gauges["stalled_seconds"].add_metric((model.name,), service.stalled)
         yield from families.values()
+        yield hurried
         yield from gauges.values()
 
 

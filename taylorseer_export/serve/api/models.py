@@ -9,7 +9,9 @@ from pathlib import Path
 
 from taylorseer_export.bundle.device import CPU, Device
 from taylorseer_export.errors import ConfigError
+from taylorseer_export.method import RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser, load
+from taylorseer_export.serve.api.busy import Busy, Choice, chosen
 from taylorseer_export.serve.api.problems import Refusal
 from taylorseer_export.serve.api.prompts import check_draws, description_of
 from taylorseer_export.serve.reader import Reader
@@ -25,22 +27,28 @@ class Model:
     Args:
         denoiser: The loaded bundle.
         limits: Of its service.
+        busy: When it takes a faster profile for requests that leave it the choice; never if left out.
 
     Attributes:
         name: `FAMILY-NAME` of the bundle.
         created: When it was loaded (Unix time, seconds).
         profiles: Of the bundle, by name, as they were then.
         description: For clients, see `description_of`.
+        hurried: Requests that took the faster profile and have a place; counted on the event loop.
 
     Raises:
-        ConfigError: The bundle makes no pictures of prompts.
+        ConfigError: The bundle makes no pictures of prompts, or has no such profile.
+        BundleError: A profile is damaged.
     """
 
-    def __init__(self, denoiser: Denoiser, limits: Limits) -> None:
+    def __init__(self, denoiser: Denoiser, limits: Limits, busy: Busy | None = None) -> None:
         check_draws(denoiser.manifest)
         self.name = f"{denoiser.manifest.family}-{denoiser.manifest.name}"
         self.created = int(time.time())
         self.denoiser, self.profiles = denoiser, dict(denoiser.profiles)
+        self._busy, self.hurried = busy, 0
+        if busy is not None:
+            busy.check(self.name, denoiser.forecasts().plan, self.profiles)
         self.description = description_of(denoiser)
         self.service = Service(denoiser, limits)
         self.service.warm_up()
@@ -53,6 +61,15 @@ class Model:
         spent = counts.get("seconds.full", 0.0) + counts.get("seconds.forecast", 0.0)
         each = spent / max(1.0, counts.get("requests.done", 0.0))
         return min(_MOST_RETRY, max(1, math.ceil(each)))
+
+    @property
+    def waiting(self) -> int:
+        """Pictures that wait to be read or for a slot."""
+        return self.reader.waiting + self.service.waiting
+
+    def choose(self, options: RequestOptions) -> Choice:
+        """The profile of a request that comes now."""
+        return chosen(self._busy, options, self.waiting)
 
     def close(self) -> None:
         """Finish what is under way, then release the engines."""
@@ -105,6 +122,7 @@ def load_models(
     threads: int = 1,
     limits: Limits | None = None,
     memory_budget: int | None = None,
+    busy: Busy | None = None,
 ) -> Models:
     """Load bundles and warm them up, or none of them.
 
@@ -114,10 +132,11 @@ def load_models(
         threads: CPU threads of one engine call; 0 leaves it to the engine.
         limits: Of each; their `slot_bytes` follow from the budget, and `batch` 0 chooses by the device.
         memory_budget: Bytes of the weights, Taylor buffers and step tables of one; None for the usual room.
+        busy: As in `Model`, for all of them.
 
     Raises:
         BundleError: A bundle is missing, damaged or not for this machine.
-        ConfigError: One makes no pictures, two have one name, or calls are to be shared on a GPU.
+        ConfigError: One makes no pictures or lacks the profile, two have one name, or calls are to be shared on a GPU.
     """
     asked = limits or Limits()
     if device.is_gpu and asked.batch > 1:
@@ -136,8 +155,8 @@ def load_models(
                 if f"{manifest.family}-{manifest.name}" in [model.name for model in models]:
                     raise _twice([f"{manifest.family}-{manifest.name}"])
                 room = slot_bytes(manifest, asked.slots, memory_budget)
-                own = Limits(asked.slots, asked.queue, batch, asked.workers, room)
-                models.append(Model(denoiser, own))
+                own = Limits(asked.slots, asked.queue, batch, asked.workers, room, asked.conditioning_cache)
+                models.append(Model(denoiser, own, busy))
             except BaseException:
                 denoiser.close()
                 raise

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.embedded.conditioning import ConditioningCache
 from taylorseer_export.embedded.requests import caption_request, frame_rate, label_request, pictures_of, usual_size
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser
@@ -65,8 +66,13 @@ def takes_pictures(manifest: Manifest) -> bool:
     return False
 
 
-def request_of(denoiser: Denoiser, wish: Wish) -> Request:
+def request_of(denoiser: Denoiser, wish: Wish, cache: ConditioningCache | None = None) -> Request:
     """The request of one picture; noise is drawn and the prompt encoded. Takes milliseconds.
+
+    Args:
+        denoiser: The loaded bundle.
+        wish: What it is to be.
+        cache: Where what prompts become is kept; they are encoded anew if left out.
 
     Raises:
         ConfigError: The prompt, the size or the guidance does not fit the model; nothing was allocated for it.
@@ -87,7 +93,7 @@ def request_of(denoiser: Denoiser, wish: Wish) -> Request:
         latent_sizes(manifest, wish.size, "size")  # there is one: any other is refused
         return label_request(denoiser, [_label(manifest, wish.prompt)], [wish.seed], wish.guidance_scale)
     more = (wish.guidance_scale, wish.negative_prompt)
-    return caption_request(denoiser, [wish.prompt], [wish.seed], wish.size, *more)
+    return caption_request(denoiser, [wish.prompt], [wish.seed], wish.size, *more, cache=cache)
 
 
 def picture_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np.ndarray:

@@ -17,8 +17,10 @@ from _pytest.junitxml import xml_key
 from harness import Tiny, eager_denoiser
 from hypothesis import settings
 from kept import ROOT, Kept, key_of, sources, surroundings, sweep
+from pipelines_with_parts import CASES, TEXT_ALONE, denoiser_with_parts, write_pipeline
 from record import commit_of
 from tiny_bundles import BUNDLES, MODELS, ON_GPU, PACKAGES, options_of, trace_of, write_embedded, write_whole_flux
+from tiny_pipelines import dit_pipeline
 
 from taylorseer_export.bundle.tensorrt import library_name
 from taylorseer_export.compile import export
@@ -237,6 +239,23 @@ def on_gpu(drafts, once):
         needs_of(kind)
         folder = once(f"gpu-{kind}-{name}", partial(write, kind, name))
         return load(folder, "cuda", cuda_graphs=cuda_graphs)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def whole(tiny, drafts, once):
+    """Name of a case -> (the pipeline, a denoiser with its parts)."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            model, build = CASES[name][:2] if name in CASES else (name, TEXT_ALONE.get(name, (dit_pipeline,))[0])
+            pipe = build(tiny(model).model)
+
+            folder = once(f"parts-{name}", partial(write_pipeline, pipe, tiny(model).family))
+            made[name] = pipe, denoiser_with_parts(drafts(model), folder)
+        return made[name]
 
     return make
 

@@ -8,129 +8,36 @@ oracle on every engine; one bundle is whole on disk, and is used through the com
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
-from typing import Any, NamedTuple
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from harness import eager_denoiser
 from PIL import Image
-from tiny_bundles import options_of
-from tiny_pipelines import (
-    dit_pipeline,
-    flux_pipeline,
-    wan_pipeline,
-    whole_hidream,
-    whole_hunyuan,
-    whole_qwen_image,
-    whole_sd3,
+from pipelines_with_parts import (
+    CASES,
+    OTHER,
+    PROMPT,
+    TEXT_ALONE,
+    denoiser_with_parts,
+    depth_and_length,
+    encoders_of,
+    write_pipeline,
 )
-from torch import nn
 
 from taylorseer_export import cli
-from taylorseer_export.bundle.manifest import PipelinePart
-from taylorseer_export.bundle.store import Bundle, hash_files
-from taylorseer_export.checkpoint.checkpoint import open_checkpoint
-from taylorseer_export.compile.export import describe
-from taylorseer_export.compile.parts import parts_of, write_parts
 from taylorseer_export.embedded.conditioning import ConditioningCache
 from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of
 from taylorseer_export.errors import ConfigError, TaylorSeerError
-from taylorseer_export.families import FAMILIES
 from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.parts import cleaned
 from taylorseer_export.runtime.sampling import sample
 
-PROMPT, OTHER = "a small red circle", "x"
 NEGATIVE = {"negative_prompt": OTHER}
 STEPS, SEED = 2, 3
-
-
-class Case(NamedTuple):
-    """A pipeline and how it is asked.
-
-    Attributes:
-        model: Of the fixture `tiny`.
-        pipeline: Its transformer -> the pipeline.
-        size: (height, width) in pixels.
-        length: Most tokens of a prompt; the pipeline's own if None.
-        scale: Of guidance, with `OTHER` as the negative prompt; None where guidance is an input.
-        asked: What else the pipeline is called with.
-    """
-
-    model: str
-    pipeline: Any
-    size: tuple[int, int]
-    length: int | None = None
-    scale: float | None = None
-    asked: Mapping[str, Any] = MappingProxyType({})
-
-
-CASES = {
-    "flux": Case("flux", flux_pipeline, (32, 48), 16),
-    "sd3": Case("sd3", whole_sd3, (16, 24), 16, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
-    "qwen-image": Case(
-        "qwen-image", whole_qwen_image, (32, 48), None, 3.0, {"true_cfg_scale": 3.0, "negative_prompt": OTHER}
-    ),
-    "hidream": Case("hidream", whole_hidream, (16, 16), None, 5.0, {"guidance_scale": 5.0, "negative_prompt": OTHER}),
-}
-TEXT_ALONE = {"wan": (wan_pipeline, 32), "hunyuan": (whole_hunyuan, 200)}
-
-
-def depth_and_length(*modules: nn.Module) -> tuple[int, int]:
-    """(layers, longest contraction) for the bound of some modules."""
-    layers = [m for one in modules for m in one.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
-    return len(layers), max(m.weight[0].numel() for m in layers)
-
-
-@pytest.fixture(scope="session")
-def whole(tiny, drafts, once):
-    """Name of a case -> (the pipeline, a denoiser with its parts)."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            model, build = CASES[name][:2] if name in CASES else (name, TEXT_ALONE.get(name, (dit_pipeline,))[0])
-            pipe = build(tiny(model).model)
-
-            folder = once(f"parts-{name}", partial(write, pipe, tiny(model).family))
-            made[name] = pipe, denoiser_with_parts(drafts(model), folder)
-        return made[name]
-
-    return make
-
-
-def write(pipe, family, folder, **changes):
-    """A pipeline, its parts, and their contracts in a folder."""
-    pipe.save_pretrained(folder / "pipeline")
-    checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES[family])
-    options = options_of(**{"parts": parts_of(checkpoint), **changes})
-    parts = write_parts(checkpoint, options, folder, lambda *_: None)
-    described = {key: part.model_dump(mode="json") for key, part in parts.items()}
-    (folder / "parts.json").write_text(json.dumps(described))
-    return folder
-
-
-def denoiser_with_parts(draft, folder):
-    """A denoiser over eager graphs, whose bundle holds parts alone."""
-    described = json.loads((folder / "parts.json").read_text())
-    parts = {name: PipelinePart.model_validate_json(json.dumps(part)) for name, part in described.items()}
-    denoiser = eager_denoiser(draft)
-    root = folder / "pipeline"
-    checkpoint = open_checkpoint(str(root), FAMILIES[denoiser.manifest.family])
-    own = replace(draft, checkpoint=replace(draft.checkpoint, folder=checkpoint.folder))
-    files = {f"{part}/{name}": file for part in parts for name, file in hash_files(folder / part).items()}
-    empty = describe(own, "eager").files
-    manifest = describe(own, "eager", files={**empty, **files}, parts=parts)
-    denoiser.manifest = denoiser.contract.manifest = manifest
-    denoiser.bundle = Bundle(folder, manifest)
-    return denoiser
 
 
 def encoded(pipe, name, length):
@@ -161,10 +68,6 @@ def encoded(pipe, name, length):
                     "pooled_projections": pooled,
                     "encoder_attention_mask": mask.float(),
                 }
-
-
-def encoders_of(pipe):
-    return [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
 
 
 @pytest.mark.parametrize("name", [*CASES, *TEXT_ALONE])
@@ -216,7 +119,7 @@ def test_the_picture_is_the_pipelines(whole, name):
 
 def test_the_text_encoders_run_in_aotinductor(whole, tiny, drafts, once):
     pipe, _ = whole("flux")
-    folder = once("parts-inductor", partial(write, pipe, "flux", parts=("text",), engine="inductor"))
+    folder = once("parts-inductor", partial(write_pipeline, pipe, "flux", parts=("text",), engine="inductor"))
     denoiser = denoiser_with_parts(drafts("flux", engine="inductor"), folder)
     expected, extent = encoded(pipe, "flux", 16), depth_and_length(*encoders_of(pipe))
     for key, value in denoiser.encoder.encode(PROMPT, 16).items():
@@ -228,7 +131,7 @@ def test_tensorrt_rtx_builds_the_parts(whole, once):
     """In bfloat16: its strong typing refuses a graph that mixes types."""
     quick = {"gpu-arch": "8.9", "builder-optimization-level": 0}
     asked = {"engine": "tensorrt-rtx", "device": "cuda", "precision": "bf16", "engine_options": quick}
-    folder = once("parts-rtx", partial(write, whole("flux")[0], "flux", **asked))
+    folder = once("parts-rtx", partial(write_pipeline, whole("flux")[0], "flux", **asked))
     assert all((folder / part / f"{part}.plan").stat().st_size for part in ("text", "decode"))
 
 

@@ -248,8 +248,8 @@ def tiny_wan_vae(channels):
             dim_mult=[1, 1, 1, 1],
             num_res_blocks=1,
             temperal_downsample=[False, True, True],
-            latents_mean=[0.0] * channels,
-            latents_std=[1.0] * channels,
+            latents_mean=[0.1 * k - 0.1 for k in range(channels)],
+            latents_std=[1.0 + 0.1 * k for k in range(channels)],
         )
     )
 

@@ -12,11 +12,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from taylorseer_export.bundle.part_agreement import listed, of_parts, repeated, shown
 from taylorseer_export.bundle.shapes import match, names, resolve
 from taylorseer_export.errors import ConfigError, StepError
 
 if TYPE_CHECKING:
-    from taylorseer_export.bundle.manifest import Graph, GraphName, Manifest, PartName, Tensor
+    from taylorseer_export.bundle.manifest import Graph, GraphName, Manifest, Tensor
 
 STEPS = "steps"
 _MOST_BYTES = 1 << 40  # of all tensors at the smallest sizes; what is checked at load must fit a machine
@@ -42,15 +43,12 @@ _ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
 }
 
-# Part -> (role of its inputs, role of its outputs).
-_PART_ROLES: Mapping[str, tuple[str, str]] = {"text": ("tokens", "constant"), "decode": ("latent", "picture")}
-
 
 def contradiction(manifest: Manifest) -> str | None:
     """The first thing that a manifest says twice and not alike, or that cannot be; None where it agrees with itself."""
     checks: tuple[Callable[[Manifest], str | None], ...] = (
         _of_files, _of_graphs, _of_roles, _of_dimensions, _of_one_name, _of_tables, _of_state, _of_guards, _of_sizes,
-        _of_plan, _of_parts,
+        _of_plan, of_parts,
     )  # fmt: skip
     try:
         return next((problem for check in checks if (problem := check(manifest))), None)
@@ -81,7 +79,7 @@ def _of_graphs(manifest: Manifest) -> str | None:
         return f"graphs are {', '.join(sorted(seen))}, those with {guards} are {', '.join(sorted(expected))}"
     for name, graph in manifest.graphs.items():
         for side, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
-            if twice := _twice(t.name for t in tensors):
+            if twice := repeated(t.name for t in tensors):
                 return f"{side} of graph {name} has `{twice}` twice"
         if both := {t.name for t in graph.inputs} & {t.name for t in graph.outputs}:
             return f"`{min(both)}` is an input and an output of graph {name}"
@@ -153,7 +151,7 @@ def _of_one_name(manifest: Manifest) -> str | None:
         for field in ("dtype", "shape", "role"):
             seen, expected = getattr(tensor, field), getattr(first, field)
             if seen != expected:
-                return f"{field} of `{tensor.name}` is {_text(seen)} in graph {graph} and {_text(expected)} elsewhere"
+                return f"{field} of `{tensor.name}` is {shown(seen)} in graph {graph} and {shown(expected)} elsewhere"
     probe = {t.name for t in manifest.graphs["probe"].outputs} if "probe" in manifest.graphs else set()
     for graph, tensor in _tensors(manifest):
         if tensor.role in ("carried", "probe_out") and tensor.name not in probe:
@@ -171,7 +169,7 @@ def _of_tables(manifest: Manifest) -> str | None:
     prepare = manifest.graphs["prepare"]
     (clock,) = (t for t in prepare.inputs if t.role == "step")
     if clock.shape != (STEPS,):
-        return f"shape of `{clock.name}` is {_text(clock.shape)}, one number for each step is [{STEPS}]"
+        return f"shape of `{clock.name}` is {shown(clock.shape)}, one number for each step is [{STEPS}]"
     tables = {t.name: t for t in prepare.outputs if t.role == "step"}
     read: set[str] = set()
     for graph, tensor in _tensors(manifest):
@@ -182,8 +180,8 @@ def _of_tables(manifest: Manifest) -> str | None:
             return f"`{tensor.name}` is read by graph {graph}, and no table of prepare is called so"
         if table.dtype != tensor.dtype or table.shape != (STEPS, *tensor.shape):
             return (
-                f"table `{table.name}` is {table.dtype} {_text(table.shape)}, its rows in graph {graph} are "
-                f"{tensor.dtype} {_text(tensor.shape)}"
+                f"table `{table.name}` is {table.dtype} {shown(table.shape)}, its rows in graph {graph} are "
+                f"{tensor.dtype} {shown(tensor.shape)}"
             )
         read.add(tensor.name)
     if unread := tables.keys() - read:
@@ -194,7 +192,7 @@ def _of_tables(manifest: Manifest) -> str | None:
 def _of_state(manifest: Manifest) -> str | None:
     """Taylor buffers hold `order + 1` snapshots or derivatives of every site; `full` and `rest` write them alike."""
     state, sites = manifest.state, {site.name: site.shape for site in manifest.sites}
-    if twice := _twice(site.name for site in manifest.sites):
+    if twice := repeated(site.name for site in manifest.sites):
         return f"sites has {twice} twice"
     if not sites:
         return "sites is empty, so nothing is forecast"
@@ -214,8 +212,8 @@ def _of_state(manifest: Manifest) -> str | None:
                 expected = (state.order + 1, *shape) if whole else shape
                 if (tensor.shape, tensor.dtype) != (expected, state.dtype):
                     return (
-                        f"`{tensor.name}` is {tensor.dtype} {_text(tensor.shape)}, its site, layout {state.layout} and "
-                        f"order {state.order} give {state.dtype} {_text(expected)}"
+                        f"`{tensor.name}` is {tensor.dtype} {shown(tensor.shape)}, its site, layout {state.layout} and "
+                        f"order {state.order} give {state.dtype} {shown(expected)}"
                     )
             needed = role == ("taylor_in" if name == "forecast" else "taylor_out") and name not in ("prepare", "probe")
             if needed and found.keys() != sites.keys():
@@ -235,7 +233,7 @@ def _of_weights(manifest: Manifest) -> str | None:
             name, count = f"probe_weights.{rule}", _kept(manifest, rule)
         if (tensor.name, tensor.dtype, tensor.shape) != (name, "float32", (count,)):
             return (
-                f"`{tensor.name}` of graph {graph} is {tensor.dtype} {_text(tensor.shape)}, order {order} gives "
+                f"`{tensor.name}` of graph {graph} is {tensor.dtype} {shown(tensor.shape)}, order {order} gives "
                 f"`{name}` of float32 [{count}]"
             )
     return None
@@ -248,7 +246,7 @@ def _kept(manifest: Manifest, rule: str) -> int:
 
 def _of_guards(manifest: Manifest) -> str | None:
     guards = manifest.state.guards
-    if twice := _twice(guards):
+    if twice := repeated(guards):
         return f"guards has {twice} twice"
     if not guards:
         return None
@@ -256,26 +254,24 @@ def _of_guards(manifest: Manifest) -> str | None:
     for role, tensors in (("probe_in", probe.inputs), ("probe_out", probe.outputs), ("error", probe.outputs)):
         found, expected = {t.name for t in tensors if t.role == role}, {f"{role}.{rule}" for rule in guards}
         if found != expected:
-            return (
-                f"graph probe has {_listed(found)} of role {role}, guards {', '.join(guards)} give {_listed(expected)}"
-            )
+            return f"graph probe has {listed(found)} of role {role}, guards {', '.join(guards)} give {listed(expected)}"
     for tensor in (*probe.inputs, *probe.outputs):
         own = tensor.role in ("probe_in", "probe_out", "error", "weights")
         if tensor.rule != (tensor.name.partition(".")[2] if own else None):
             return f"rule of `{tensor.name}` is {tensor.rule}, its name says another"
     weights = {t.name for t in probe.inputs if t.role == "weights"}
     if weights != (expected := {f"probe_weights.{rule}" for rule in guards}):
-        return f"graph probe has {_listed(weights)} of role weights, guards give {_listed(expected)}"
+        return f"graph probe has {listed(weights)} of role weights, guards give {listed(expected)}"
     named = {t.name: t for t in (*probe.inputs, *probe.outputs)}
     for rule in guards:
         kept, out, error = (named[f"{role}.{rule}"] for role in ("probe_in", "probe_out", "error"))
         if (kept.dtype, kept.shape) != (out.dtype, (_kept(manifest, rule), *out.shape)):
             return (
-                f"`{kept.name}` is {kept.dtype} {_text(kept.shape)}, {_kept(manifest, rule)} of `{out.name}` are "
-                f"{out.dtype} {_text((_kept(manifest, rule), *out.shape))}"
+                f"`{kept.name}` is {kept.dtype} {shown(kept.shape)}, {_kept(manifest, rule)} of `{out.name}` are "
+                f"{out.dtype} {shown((_kept(manifest, rule), *out.shape))}"
             )
         if len(error.shape) != 2 or error.shape[1] != 2:
-            return f"`{error.name}` is {_text(error.shape)}, two sums for each sample are [batch, 2]"
+            return f"`{error.name}` is {shown(error.shape)}, two sums for each sample are [batch, 2]"
     return None
 
 
@@ -311,94 +307,9 @@ def _of_plan(manifest: Manifest) -> str | None:
     return None
 
 
-def _of_parts(manifest: Manifest) -> str | None:
-    """Parts of the pipeline: their files lie in folders of their own, and what they make is what the denoiser takes."""
-    wanted: tuple[tuple[str, str, PartName], ...] = (("source", "prompts", "text"), ("pictures", "decoder", "decode"))
-    for field, value, needed in wanted:
-        seen = getattr(manifest.sampling, field)
-        if (seen == value) != (needed in manifest.parts):
-            return f"{field} is {seen}, which is {value} with a part `{needed}` and only then"
-    for name, part in manifest.parts.items():
-        graph, roles = part.graph, _PART_ROLES[name]
-        files = [graph.file, *(tokens.file for tokens in part.tokens)]
-        for file in files:
-            if file not in manifest.files or not file.startswith(f"{name}/"):
-                return f"file {file} of part {name} is not listed in files, in the folder {name}"
-        if twice := _twice(tensor.name for tensor in (*graph.inputs, *graph.outputs)):
-            return f"part {name} has `{twice}` twice"
-        for role, tensors in zip(roles, (graph.inputs, graph.outputs), strict=True):
-            for tensor in tensors:
-                if tensor.role != role:
-                    return f"`{tensor.name}` of part {name} has role {tensor.role}, which it cannot have there"
-        shapes = [entry for tensor in (*graph.inputs, *graph.outputs) for entry in tensor.shape]
-        if (used := frozenset().union(*map(names, shapes))) != part.dimensions.keys():
-            return f"dimensions of part {name} are {_listed(part.dimensions)}, its shapes use {_listed(used)}"
-        for end in ("minimum", "typical", "maximum"):
-            sizes = {key: getattr(dimension, end) for key, dimension in part.dimensions.items()}
-            for tensor in (*graph.inputs, *graph.outputs):
-                resolve(tensor.shape, sizes)
-    return _of_text(manifest) or _of_decode(manifest)
-
-
-def _of_text(manifest: Manifest) -> str | None:
-    part = manifest.parts.get("text")
-    if part is None:
-        return None
-    constants = {t.name: t for graph in manifest.graphs.values() for t in graph.inputs if t.role == "constant"}
-    for made in part.graph.outputs:
-        taken = constants.get(made.name)
-        if taken is None:
-            return f"`{made.name}` is made by part text, and no graph takes it"
-        pairs = list(zip(made.shape, taken.shape, strict=False))
-        same = all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
-        if len(made.shape) != len(taken.shape) or not same or [a for a, b in pairs if b == "batch"] not in ([], [1]):
-            return f"`{made.name}` is {_text(made.shape)} for one prompt, the graphs take {_text(taken.shape)}"
-    inputs = {tensor.name: tensor for tensor in part.graph.inputs}
-    named = [name for tokens in part.tokens for name in (tokens.input, tokens.mask) if name is not None]
-    if sorted(named) != sorted(inputs):
-        return f"inputs of part text are {_listed(inputs)}, its tokenizers make {_listed(named)}"
-    for tokens in part.tokens:
-        if "{}" not in tokens.template:
-            return f"template of `{tokens.input}` has no {{}}"
-        if tokens.size is not None and part.dimensions.get(tokens.size) is None:
-            return f"size of `{tokens.input}` is {tokens.size}, which is no dimension of part text"
-        extent = {tokens.size: tokens.length} if tokens.size else {}
-        shape = (1, tokens.length + tokens.dropped)
-        for name in (tokens.input, tokens.mask):
-            if name is not None and (resolve(inputs[name].shape, extent) != shape or inputs[name].dtype != "int64"):
-                seen = inputs[name]
-                return f"`{name}` is {seen.dtype} {_text(seen.shape)}, its tokenizer makes int64 {_text(shape)}"
-    return None
-
-
-def _of_decode(manifest: Manifest) -> str | None:
-    part = manifest.parts.get("decode")
-    if part is None:
-        return None
-    given, made = part.graph.inputs, part.graph.outputs
-    if [t.name for t in given] != ["latents"] or [t.name for t in made] != ["picture"]:
-        return "part decode makes a `picture` of `latents` and nothing else"
-    if len(given[0].shape) != 4 or given[0].shape[0] != 1 or len(made[0].shape) != 4 or made[0].shape[:2] != (1, 3):
-        return f"`latents` and `picture` of part decode are {_text(given[0].shape)} and {_text(made[0].shape)}"
-    return None
-
-
 def _tensors(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
     """(graph, tensor) of every input and output."""
     graphs: Iterable[tuple[str, Graph]] = manifest.graphs.items()
     for name, graph in graphs:
         for tensor in (*graph.inputs, *graph.outputs):
             yield name, tensor
-
-
-def _twice(given: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    return next((name for name in given if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
-
-
-def _listed(found: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in sorted(found)) or "none"
-
-
-def _text(value: object) -> str:
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

@@ -10,14 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import PureWindowsPath
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from taylorseer_export.bundle import shapes
 from taylorseer_export.bundle.agreement import contradiction
@@ -36,7 +29,7 @@ GraphName = Literal["prepare", "full", "forecast", "probe", "rest"]
 PartName = Literal["text", "decode"]
 Role = Literal[
     "latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred",
-    "probe_in", "probe_out", "error", "carried", "tokens", "picture",
+    "probe_in", "probe_out", "error", "carried", "tokens", "picture", "cache_in", "cache_out",
 ]  # fmt: skip
 Fill = Literal["ones", "zeros", "grid", "sides", "frames", "guidance"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
@@ -106,7 +99,8 @@ class Tensor(Part):
         "the Taylor buffers read and written. noise_pred: the prediction of the denoiser. probe_in, "
         "probe_out: what the probe keeps, read and written. error: how far the probe's quantity is from what was "
         "expected. carried: from the probe to the rest of a full step. tokens: what a tokenizer makes of a prompt. "
-        "picture: from 0 to 1."
+        "picture: from 0 to 1. cache_in, cache_out: what the decoder of a video keeps of the latent frames before, "
+        "read and written, in buffers of their own."
     )
     values: tuple[Whole, Whole] | None = Field(
         default=None, description="Smallest and largest value accepted, where it is an index into a table."
@@ -301,13 +295,27 @@ class Tokens(Part):
     cleaned: bool = Field(default=False, description="Whether HTML entities and runs of spaces are resolved first.")
 
 
+class Tiles(Part):
+    """How the tiles of a video lie in its latents; neighbours are blended where they overlap."""
+
+    frames: Size = Field(description="Latent frames of a tile, without the one before that it begins with.")
+    frame_stride: Size = Field(description="Latent frames from one tile to the next.")
+    side: Size = Field(description="Latent pixels of a tile along each side.")
+    side_stride: Size = Field(description="Latent pixels from one tile to the next.")
+    time_scale: Size = Field(description="Frames of a latent frame; the first is one frame.")
+    scale: Size = Field(description="Pixels of a latent pixel along each side.")
+
+
 class PipelinePart(Part):
-    """A part of the pipeline besides the transformer: a graph in a folder of its own, with its own weights."""
+    """A part of the pipeline besides the transformer: graphs in a folder of their own, with their own weights."""
 
     graph: Graph = Field(
         description="Its contract. text: tokens in, constant inputs of the transformer out. decode: the latents of one "
-        "sample in, its picture out."
+        "sample in, its picture out; of a video its first latent frame alone, or one tile."
     )
+    later: Graph | None = Field(default=None, description="Of decode of videos: any later latent frame, by caches.")
+    tiles: Tiles | None = Field(default=None, description="Of decode of videos that are decoded in tiles.")
+    frame_rate: Size | None = Field(default=None, description="Of decode of videos: frames per second.")
     dimensions: dict[SizeName, Dimension] = Field(description="Range of every symbolic size of its own, by name.")
     tokens: tuple[Tokens, ...] = Field(default=(), description="Of text: how a prompt becomes its inputs.")
     negative: Text | None = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from taylorseer_export.bundle.manifest import Manifest, Role, Tensor
+from taylorseer_export.bundle.manifest import Manifest, PipelinePart, Role, Tensor
 from taylorseer_export.bundle.shapes import resolve
 
 _BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
@@ -37,6 +37,18 @@ def kept_by_probe(inputs: Iterable[Tensor], outputs: Iterable[Tensor], sizes: Ma
 def request_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
     """Bytes of a request: Taylor buffers, step tables for `sizes["steps"]` steps, what a probe keeps."""
     return state_bytes(manifest, sizes) + table_bytes(manifest, sizes) + probe_bytes(manifest, sizes)
+
+
+def video_bytes(described: PipelinePart, sizes: Mapping[str, int]) -> int:
+    """Bytes of the buffers that decode videos, whatever their length.
+
+    They are one latent frame, the pictures of the first and of a later one, and two sets of caches: one is read while
+    the other is written.
+    """
+    later = described.later
+    assert later is not None, "bug in taylorseer-export: buffers of videos for a decoder of pictures"
+    once = role_bytes(later.inputs, "latent", sizes) + 2 * role_bytes(later.outputs, "cache_out", sizes)
+    return once + sum(role_bytes(graph.outputs, "picture", sizes) for graph in (described.graph, later))
 
 
 def role_bytes(tensors: Iterable[Tensor], role: Role, sizes: Mapping[str, int]) -> int:

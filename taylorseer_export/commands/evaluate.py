@@ -76,7 +76,7 @@ def run(given: argparse.Namespace) -> int:
     measures, missing = (
         metrics(given.metric_weights, bool(captions), manifest.sampling.pictures == "digits")
         if evaluate.draws(denoiser)
-        else ([], {"metrics of pictures": "the VAE that makes them of these latents"})
+        else ([], {"metrics of pictures": "a bundle that makes pictures of these latents, and no video"})
     )
     if manifest.state.guards:
         before = groups(

@@ -2,7 +2,7 @@
 
 What a request is made from stands in the manifest: class labels, prompts that the bundle's own encoders read, or the
 tensors that a pipeline passes to the transformer, under their diffusers names; `negative_NAME` beside NAME turns
-guidance on. A bundle with a decoder makes pictures, any other one latents.
+guidance on. A bundle with a decoder makes pictures or videos, any other one latents.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from taylorseer_export.runtime.denoiser import Denoiser
     from taylorseer_export.runtime.sampling import Request
 
-SUMMARY = "Sample with a bundle: a picture, or tensors."
+SUMMARY = "Sample with a bundle: a picture, a video, or tensors."
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,10 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="size of the picture or video in pixels (default: the bundle's)",
     )
     parser.add_argument("--guidance-scale", type=finite, help="guidance scale, dimensionless (default: the bundle's)")
-    parser.add_argument("--out", type=Path, help="picture.png or latents.safetensors")
+    parser.add_argument(
+        "--fps", type=whole(1), help="frames per second that a video is shown at (default: as the family's videos)"
+    )
+    parser.add_argument("--out", type=Path, help="picture.png, video.webp, video.gif, video.mp4 or latents.safetensors")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -74,28 +77,33 @@ def run(given: argparse.Namespace) -> int:
 
     from taylorseer_export.embedded import requests
     from taylorseer_export.embedded.picture import grid, plain, write_picture
+    from taylorseer_export.embedded.video import MP4, check_video, write_video
     from taylorseer_export.runtime import sampling
     from taylorseer_export.runtime.schedulers import own_scheduler
 
     if given.out:
+        film = given.out.suffix.lower() == MP4
         if given.out.suffix != ".safetensors":
-            require_extra("sample", "PIL")
-        check_out(given.out, picture=given.out.suffix != ".safetensors")
+            require_extra(*(("video", "av") if film else ("sample", "PIL")))
+        check_out(given.out, picture=given.out.suffix != ".safetensors" and not film)
     denoiser = open_denoiser(given)
     forecasts = forecasts_of(denoiser, given)
     plan, guard = forecasts.plan, forecasts.guard
     manifest = denoiser.manifest
     require_extra("sample", *([] if own_scheduler(manifest) else ["torch", "diffusers"]))
     require_extra("sample", *(["PIL"] if not given.out and manifest.sampling.pictures else []))
+    _check_fps(manifest, given)
     denoiser.open_parts()  # before the work, and not in its times
     began = time.perf_counter()
     request, names = _request(denoiser, given)
     encode_ms, decode_ms = 1e3 * (time.perf_counter() - began), 0.0
+    rate = requests.frame_rate(manifest)
+    drawn = f"{manifest.family}-{manifest.name}.{'png' if rate is None else 'webp'}"
+    out = given.out or Path(drawn if manifest.sampling.pictures else "latents.safetensors")
+    if rate is not None and out.suffix != ".safetensors":
+        check_video(out, manifest.sampling.time_scale * (request.latents.shape[2] - 1) + 1)
     with progress("sampling", len(plan)) as advance:
         result = sampling.sample(denoiser, request, forecasts, on_step=lambda k: advance(k + 1, len(plan)))
-    out = given.out or Path(
-        f"{manifest.family}-{manifest.name}.png" if manifest.sampling.pictures else "latents.safetensors"
-    )
     for path in _files(out, manifest, len(request.latents)):
         check_out(path)
     if out.suffix == ".safetensors":
@@ -105,7 +113,10 @@ def run(given: argparse.Namespace) -> int:
         made = requests.pictures(denoiser, request, result)
         decode_ms = 1e3 * (time.perf_counter() - began)
         files = _files(out, manifest, len(made))
-        if manifest.sampling.pictures == "decoder":
+        if rate is not None:
+            for path, one in zip(files, made, strict=True):
+                write_video(path, one, given.fps or rate)
+        elif manifest.sampling.pictures == "decoder":
             for path, one in zip(files, made, strict=True):
                 write_picture(path, plain(one))
         else:  # one table of pictures as small as those of the embedded models
@@ -127,6 +138,24 @@ def run(given: argparse.Namespace) -> int:
     )
     print(f"wrote     {' '.join(map(str, _files(out, manifest, len(request.latents))))}")
     return 0
+
+
+def _check_fps(manifest: Manifest, given: argparse.Namespace) -> None:
+    """Refuse what only a video has, for a bundle that makes none."""
+    from taylorseer_export.embedded.requests import frame_rate
+    from taylorseer_export.embedded.video import MP4
+
+    video = frame_rate(manifest) is not None
+    if given.fps is not None and not video:
+        raise ConfigError(
+            f"--fps is {given.fps} for {manifest.family}-{manifest.name}, expected a bundle that makes "
+            "videos; leave it out"
+        )
+    if given.out and given.out.suffix.lower() == MP4 and not video:
+        raise ConfigError(
+            f"--out is {given.out} for {manifest.family}-{manifest.name}, expected one for pictures or "
+            "NAME.safetensors, since this bundle makes no videos; change the extension"
+        )
 
 
 def _files(out: Path, manifest: Manifest, count: int) -> list[Path]:

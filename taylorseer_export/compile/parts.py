@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Tensor, Tokens
+from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Tensor, Tiles, Tokens
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.checkpoint.files import read_json
 from taylorseer_export.compile.draft import PRECISIONS, BaseDraft, Options
@@ -40,16 +40,18 @@ class PartDraft(BaseDraft):
 
     Attributes:
         pipeline: Folder that its modules were loaded from.
-        cut: Its graph.
+        cuts: Its graph; of the decoder of a video that of the first latent frame, then that of any later one.
         spans: Dimension -> (smallest, largest) size.
         modules: Name in the pipeline -> the module, with its weights.
         tokens: How a prompt becomes its inputs.
         negative: See `Whole.negative`.
+        tiles: Of the decoder of a video in tiles; None for any other part.
+        frame_rate: Frames per second of videos; None where it decodes none.
     """
 
     pipeline: Path
     options: Options
-    cut: Cut
+    cuts: tuple[Cut, ...]
     spans: dict[str, tuple[int, int]]
     sizes: dict[str, int | None]
     typical: dict[str, int]
@@ -58,10 +60,12 @@ class PartDraft(BaseDraft):
     modules: Mapping[str, nn.Module]
     tokens: tuple[Tokens, ...] = ()
     negative: str | None = None
+    tiles: Tiles | None = None
+    frame_rate: int | None = None
 
     @property
     def graphs(self) -> tuple[Cut, ...]:
-        return (self.cut,)
+        return self.cuts
 
     def origin(self) -> str:
         return str(self.pipeline)
@@ -78,9 +82,14 @@ class PartDraft(BaseDraft):
 
     def described(self) -> PipelinePart:
         """As the manifest holds it; its files lie in the folder of its name."""
-        graph = self.contract(self.cut)
+        within = self.graphs[0].name
+        contracts = [self.contract(cut) for cut in self.graphs]
+        graph, *later = [one.model_copy(update={"file": f"{within}/{one.file}"}) for one in contracts]
         return PipelinePart(
-            graph=graph.model_copy(update={"file": f"{self.cut.name}/{graph.file}"}),
+            graph=graph,
+            later=later[0] if later else None,
+            tiles=self.tiles,
+            frame_rate=self.frame_rate,
             dimensions=self.dimensions(),
             tokens=self.tokens,
             negative=self.negative,
@@ -100,7 +109,7 @@ def parts_of(checkpoint: Checkpoint, without: Sequence[str] = ()) -> tuple[PartN
     whole = checkpoint.family.whole
     known: dict[PartName, bool] = {
         "text": whole is not None and whole.encode is not None,
-        "decode": whole is not None and whole.decode is not None,
+        "decode": whole is not None and any((whole.decode, whole.frames, whole.tile)),
     }
     found = tuple(name for name, has in known.items() if has)
     for name in without:
@@ -195,16 +204,19 @@ def _text(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) 
         return whole.encode(encoders, given)
 
     lengths = {one.size: one.length for one in tokens if one.size}
-    made = _traced(checkpoint, options, "text", encoders, encode, (inputs, ranges, lengths), "constant")
+    cut, constants = trace_part("text", encoders, encode, inputs, ranges, lambda _: "constant")
+    made = _drafted(checkpoint, options, encoders, (cut,), constants, (ranges, lengths))
     return replace(made, tokens=tokens, negative=whole.negative)
 
 
 def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:
-    assert whole.decode is not None
     vae = _component(checkpoint, DECODER, options)
     channels = int(getattr(vae.config, "latent_channels", 0) or vae.config.z_dim)
     dtype: Any = str(PRECISIONS[options.precision]).removeprefix("torch.")
-    latents = Tensor(name="latents", dtype=dtype, shape=(1, channels, "height", "width"), role="latent")
+    if whole.tile is not None:
+        return _tile(checkpoint, options, whole, vae, channels)
+    frame = () if whole.frames is None else (1,)
+    latents = Tensor(name="latents", dtype=dtype, shape=(1, channels, *frame, "height", "width"), role="latent")
     sides = checkpoint.latent_size[-2:] if options.latent_size is None else options.latent_size[-2:]
     ranges = {
         name: (2, _LARGEST_SIDE) if options.latent_size is None else (side, side)
@@ -213,32 +225,69 @@ def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
     typical = {name: min(max(side, 2), _LARGEST_SIDE) for name, side in zip(ranges, sides, strict=True)}
 
     def decode(given: Mapping[str, Any]) -> Mapping[str, Any]:
-        assert whole.decode is not None
-        return {"picture": whole.decode(vae, given["latents"])}
+        if whole.frames is None:
+            assert whole.decode is not None
+            return {"picture": whole.decode(vae, given["latents"])}
+        before = [given[name] for name in given if name != "latents"]
+        picture, caches = whole.frames(vae, given["latents"], before or None)
+        return {"picture": picture, **{f"cache_out_{k}": cache for k, cache in enumerate(caches)}}
 
-    return _traced(checkpoint, options, "decode", {DECODER: vae}, decode, ([latents], ranges, typical), "picture")
+    modules = {DECODER: vae}
+    first, constants = trace_part("decode", modules, decode, [latents], ranges, _role_of_decoded)
+    if whole.frames is None:
+        return _drafted(checkpoint, options, modules, (first,), constants, (ranges, typical))
+    inputs = [latents, *(_read(tensor) for tensor in first.outputs if tensor.role == "cache_out")]
+    later, more = trace_part("later", modules, decode, inputs, ranges, _role_of_decoded)
+    made = _drafted(checkpoint, options, modules, (first, later), constants | more, (ranges, typical))
+    return replace(made, frame_rate=whole.frame_rate)
 
 
-def _traced(
+def _tile(checkpoint: Checkpoint, options: Options, whole: Whole, vae: Any, channels: int) -> PartDraft:
+    """Of videos that are decoded in tiles: whatever size a bundle takes, the tiles at its edges have every size."""
+    assert whole.tiling is not None, "bug in taylorseer-export: tiles without their sizes"
+    tiles = whole.tiling(vae)
+    largest = {"frames": tiles.frames + 1, "height": tiles.side, "width": tiles.side}
+    dtype: Any = str(PRECISIONS[options.precision]).removeprefix("torch.")
+    latents = Tensor(name="latents", dtype=dtype, shape=(1, channels, *largest), role="latent")
+    ranges = {name: (1, most) for name, most in largest.items()}
+
+    def decode(given: Mapping[str, Any]) -> Mapping[str, Any]:
+        assert whole.tile is not None
+        return {"picture": whole.tile(vae, given["latents"])}
+
+    cut, constants = trace_part("decode", {DECODER: vae}, decode, [latents], ranges, _role_of_decoded)
+    made = _drafted(checkpoint, options, {DECODER: vae}, (cut,), constants, (ranges, largest))
+    return replace(made, tiles=Tiles(**asdict(tiles)), frame_rate=whole.frame_rate)
+
+
+def _role_of_decoded(name: str) -> Role:
+    return "picture" if name == "picture" else "cache_out"
+
+
+def _read(written: Tensor) -> Tensor:
+    """The input of the next call that a cache of this one is."""
+    return written.model_copy(update={"name": written.name.replace("out", "in"), "role": "cache_in"})
+
+
+def _drafted(
     checkpoint: Checkpoint,
     options: Options,
-    name: PartName,
     modules: Mapping[str, nn.Module],
-    function: Any,
-    contract: tuple[list[Tensor], dict[str, tuple[int, int]], dict[str, int]],
-    role: Role,
+    graphs: tuple[Cut, ...],
+    constants: dict[str, torch.Tensor],
+    extents: tuple[dict[str, tuple[int, int]], dict[str, int]],
 ) -> PartDraft:
-    inputs, ranges, typical = contract
-    cut, constants = trace_part(name, modules, function, inputs, ranges, role)
+    ranges, typical = extents
     tensors = _tensors(modules) | constants
+    read = {name: None for cut in graphs for name in cut.parameters()}
     return PartDraft(
         pipeline=checkpoint.root,
         options=options,
-        cut=cut,
+        cuts=graphs,
         spans=ranges,
         sizes={key: low if low == high else None for key, (low, high) in ranges.items()},
         typical=typical,
-        stored={key: (tensors[key].dtype, tuple(tensors[key].shape)) for key in cut.parameters()},
+        stored={key: (tensors[key].dtype, tuple(tensors[key].shape)) for key in read},
         buffers=constants,
         modules=modules,
     )

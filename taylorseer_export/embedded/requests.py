@@ -13,8 +13,8 @@ from taylorseer_export.embedded.caption import TABLE_FILE, VOCABULARY_FILE, Capt
 from taylorseer_export.embedded.conditioning import ConditioningCache, Encoded, Key
 from taylorseer_export.embedded.picture import pictures_from_dit_latents, pictures_from_flux_latents
 from taylorseer_export.errors import ConfigError
+from taylorseer_export.runtime.decoding import decoded
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.parts import decoded
 from taylorseer_export.runtime.places import ROWS, sides_of
 from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Request, Result, latents_of, noise_of
@@ -37,7 +37,7 @@ def caption_request(
         denoiser: The loaded bundle.
         prompts: One caption for all pictures or one for each; or the tensors that an encoder made of them.
         seeds: One per picture; noise is drawn as diffusers' pipelines do, on the CPU in float32.
-        size: (height, width) of the picture in pixels; the bundle's if left out.
+        size: (height, width) of the picture in pixels, or (frames, height, width); the bundle's if left out.
         guidance_scale: Dimensionless; the bundle's default if left out.
         negative: What guidance leads away from; what the family's pipeline takes if left out.
         length: Most tokens of a prompt, where the bundle leaves that open; its own if left out.
@@ -63,16 +63,22 @@ def caption_request(
                 )
         tensors = _captions(denoiser, prompts, cache)
     request = tensor_request(denoiser, tensors, seeds, sizes, sides, guidance_scale)
-    return replace(request, height=size[0], width=size[1])
+    return replace(request, height=size[-2], width=size[-1])
 
 
-def usual_size(manifest: Manifest) -> tuple[int, int]:
-    """(height, width) in pixels of the picture that a bundle is quoted at."""
+def frame_rate(manifest: Manifest) -> int | None:
+    """Frames per second of the videos that a bundle makes; None where it makes pictures, or latents alone."""
+    return manifest.parts["decode"].frame_rate if "decode" in manifest.parts else None
+
+
+def usual_size(manifest: Manifest) -> tuple[int, ...]:
+    """(height, width) in pixels of the picture that a bundle is quoted at; (frames, height, width) of a video."""
     typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
     side = manifest.sampling.latent_scale * manifest.pipeline.packing
     latent = resolve(manifest.graphs["full"].input_of("latent").shape, typical)
     rows, columns = sides_of(typical[ROWS]) if manifest.pipeline.packing > 1 else latent[-2:]
-    return side * rows, side * columns
+    frames = [manifest.sampling.time_scale * (count - 1) + 1 for count in latent[2:-2]]
+    return *frames, side * rows, side * columns
 
 
 def _captions(denoiser: Denoiser, prompts: Sequence[str], cache: ConditioningCache | None) -> dict[str, np.ndarray]:
@@ -161,12 +167,12 @@ def label_request(
 
 
 def pictures(denoiser: Denoiser, request: Request, result: Result) -> np.ndarray:
-    """The pictures of an embedded model: `[N, H, W, 3]` uint8. Raises what `pictures_of` raises."""
+    """What the latents of a result show. Returns and raises what `pictures_of` does."""
     return pictures_of(denoiser, request, result.latents)
 
 
 def pictures_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np.ndarray:
-    """The pictures of latents of an embedded model: `[N, H, W, 3]` uint8.
+    """The pictures of latents `[N, H, W, 3]`, or videos `[N, F, H, W, 3]` of F frames, uint8.
 
     Raises:
         ConfigError: The bundle brings no decoder; its latents go to the model's own VAE.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, patches
-from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, patches, replaced
+from taylorseer_export.families.whole import Modules, Tensors, Tiling, Tokens, Whole
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -55,6 +57,51 @@ def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
     }
 
 
+def _tile(vae: Any, latents: Any) -> Any:
+    """The decoder that diffusers has, written so that one graph holds for any number of latent frames and pixels."""
+    with ExitStack() as changed:
+        # Where its class is, its attention finds the function that makes masks.
+        changed.enter_context(replaced(sys.modules[type(vae).__module__], prepare_causal_attention_mask=_mask))
+        for module in vae.decoder.modules():
+            if type(module).__name__ == "HunyuanVideoUpsampleCausal3D":
+                changed.enter_context(replaced(module, forward=_upsampled(module)))
+        return vae.decoder(vae.post_quant_conv(latents / vae.config.scaling_factor)) / 2 + 0.5
+
+
+def _mask(frames: Any, pixels: Any, dtype: Any, device: Any, batch_size: Any = None) -> Any:
+    """`[B, F P, F P]`: 0 where a pixel sees its own frame and those before, else minus infinity. diffusers repeats each
+    frame by a number that is known when it runs, for which ONNX has no sound form."""
+    import torch
+
+    frame = torch.arange(frames, device=device).unsqueeze(1).expand(frames, pixels).flatten()
+    mask = torch.where(frame.unsqueeze(0) <= frame.unsqueeze(1), 0.0, -float("inf")).to(dtype)
+    return mask.unsqueeze(0).expand(batch_size, -1, -1)
+
+
+def _upsampled(module: Any) -> Any:
+    """Its `forward`: all frames are repeated and the first copy is dropped; diffusers sets the first frame aside."""
+    from torch.nn.functional import interpolate
+
+    def forward(states: Any) -> Any:
+        factors = [float(factor) for factor in module.upsample_factor]
+        states = interpolate(states, scale_factor=factors, mode="nearest")
+        return module.conv(states[:, :, int(factors[0]) - 1 :])
+
+    return forward
+
+
+def _tiling(vae: Any) -> Tiling:
+    space, time = vae.spatial_compression_ratio, vae.temporal_compression_ratio
+    return Tiling(
+        frames=vae.tile_sample_min_num_frames // time,
+        frame_stride=vae.tile_sample_stride_num_frames // time,
+        side=vae.tile_sample_min_height // space,
+        side_stride=vae.tile_sample_stride_height // space,
+        time_scale=time,
+        scale=space,
+    )
+
+
 HUNYUAN_VIDEO = Family(
     name="hunyuan-video",
     title="HunyuanVideo: text to video, and image to video by channels or by a replaced first frame",
@@ -82,8 +129,12 @@ HUNYUAN_VIDEO = Family(
         encoders=("text_encoder", "text_encoder_2"),
         tokens=(_LLAMA, Tokens("clip", "tokenizer_2", 77)),
         encode=_encode,
+        tile=_tile,
+        tiling=_tiling,
+        frame_rate=24,
     ),
     lora_loader="HunyuanVideoLoraLoaderMixin",
-    variants={"i2v": {"guidance_scale": 1.0}},
+    # From a picture its encoder sees that too, and its pipeline cuts frames off.
+    variants={"i2v": {"guidance_scale": 1.0, "whole": None}},
     patched=expanded_masks,
 )

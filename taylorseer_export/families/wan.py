@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from taylorseer_export.families.family import Defaults, Family, Input, patches
-from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, normed, unit
 
 _TEXT = 512  # tokens; diffusers splits image from text tokens at this count
 _IMAGE = 257  # tokens of the image encoder
@@ -44,6 +44,39 @@ def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
     return {"encoder_hidden_states": states * given["mask"][..., None].to(states.dtype)}
 
 
+def _frames(vae: Any, latents: Any, caches: Sequence[Any] | None) -> tuple[Any, list[Any]]:
+    """One latent frame by the decoder that diffusers has, with the cache of each causal convolution made plain.
+
+    diffusers keeps less after the first latent frame: one frame of features where later there are two, and a mark where
+    a convolution over time was left out. Both stand for frames of zeros, which is what the convolutions pad with.
+    """
+    used = [None] * len(list(vae.decoder.modules())) if caches is None else list(caches)
+    z = vae.post_quant_conv(normed(vae, latents))
+    made = vae.decoder(z, feat_cache=used, feat_idx=[0], first_chunk=caches is None)
+    side = vae.config.patch_size or 1
+    if side > 1:  # a square of pixels is in the channels, its columns first
+        count, channels, frames, height, width = made.shape
+        made = made.view(count, channels // side**2, side, side, frames, height, width).permute(0, 1, 4, 5, 3, 6, 2)
+        made = made.reshape(count, channels // side**2, frames, side * height, side * width)
+    if caches is None:
+        used = _filled(used)
+    return unit(made), used
+
+
+def _filled(caches: Sequence[Any]) -> list[Any]:
+    """The caches after the first latent frame as those after any other: two frames of features each."""
+    from torch.nn.functional import pad
+
+    filled: list[Any] = []
+    for cache in caches:
+        if isinstance(cache, str):
+            # Of the features of the convolution before, which it reads. No constant: an engine would store it.
+            filled.append(filled[-1].clamp(0, 0))
+        elif cache is not None:  # some places are never used
+            filled.append(pad(cache, (0, 0, 0, 0, 1, 0)))
+    return filled
+
+
 WAN = Family(
     name="wan",
     title="Wan 2.1 (text and image to video), 2.2 A14B (a bundle for each of its two experts), 2.2 5B from text alone",
@@ -66,6 +99,8 @@ WAN = Family(
         tokens=(Tokens("tokens", "tokenizer", _TEXT, size="text_tokens", mask="mask", cleaned=True),),
         encode=_encode,
         negative="",
+        frames=_frames,
+        frame_rate=16,
     ),
     lora_loader="WanLoraLoaderMixin",
     variants={

@@ -8,7 +8,7 @@ Shapes: T tokens, D width of an encoding, C channels, F frames, H and W latent p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,12 +46,41 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """How the tiles of a video lie in its latents; neighbours are blended where they overlap.
+
+    Attributes:
+        frames: Latent frames of a tile, without the one before that it begins with.
+        frame_stride: Latent frames from one tile to the next.
+        side: Latent pixels of a tile along each side.
+        side_stride: Latent pixels from one tile to the next.
+        time_scale: Frames of a latent frame; the first is one frame.
+        scale: Pixels of a latent pixel along each side.
+    """
+
+    frames: int
+    frame_stride: int
+    side: int
+    side_stride: int
+    time_scale: int
+    scale: int
+
+
+@dataclass(frozen=True)
 class Whole:
     """The parts of a pipeline besides the transformer.
 
     Attributes:
         decode: `(vae, latents [1, C, H, W]) -> picture [1, 3, height, width]` from 0 to 1; the latents as the scheduler
             leaves them, unpacked. None where no graph decodes them.
+        frames: `(vae, latents [1, C, 1, H, W], caches of the latent frame before, or None for the first) -> (pictures
+            [1, 3, F, height, width] from 0 to 1, caches)`: the decoder of a causal video VAE, one latent frame at a
+            time. None where pictures are no videos, or no graph decodes them.
+        tile: `(vae, latents [1, C, F, H, W]) -> pictures [1, 3, frames, height, width]` from 0 to 1 and beyond: one
+            tile of a video VAE that decodes in tiles, of as many latent frames and pixels as `Tiling` says. None as
+            above.
+        tiling: `vae -> Tiling`, how its tiles lie.
+        frame_rate: Frames per second that the family's videos are usually shown at; 0 where they are none.
         encoders: Folders of the text encoders.
         tokens: What the tokenizers make of a prompt.
         encode: `(encoders, tokens and masks by name) -> inputs of the transformer by name`, each `[1, ...]`.
@@ -60,6 +89,10 @@ class Whole:
     """
 
     decode: Callable[[Any, Any], Any] | None = None
+    frames: Callable[[Any, Any, Sequence[Any] | None], tuple[Any, list[Any]]] | None = None
+    tile: Callable[[Any, Any], Any] | None = None
+    tiling: Callable[[Any], Tiling] | None = None
+    frame_rate: int = 0
     encoders: tuple[str, ...] = ()
     tokens: tuple[Tokens, ...] = ()
     encode: Callable[[Modules, Tensors], dict[str, Any]] | None = None

@@ -49,7 +49,7 @@ def trace_part(
     function: Function,
     inputs: Sequence[Tensor],
     ranges: Mapping[str, tuple[int, int]],
-    role: Role,
+    role: Callable[[str], Role],
 ) -> tuple[Cut, dict[str, torch.Tensor]]:
     """Trace a function of some modules.
 
@@ -59,7 +59,7 @@ def trace_part(
         function: Inputs by name -> outputs by name.
         inputs: The contract of its inputs.
         ranges: Dimension -> (smallest, largest) size; the graph keeps those that differ.
-        role: Of the outputs.
+        role: Of an output, by its name.
 
     Returns:
         The graph with its contract, and what the modules compute from nothing, under new names.
@@ -98,11 +98,11 @@ def trace_part(
     eliminate_dead(module.graph)
     explicit_casts(module.graph)
     weights = {key for key, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
-    constants = fold_constants(module, weights)
+    constants = fold_constants(module, weights, f"{name}_constant")
     symbols = _symbols(module, inputs)
     (results,) = module.graph.output_node().args
     outputs = tuple(
-        Tensor(name=key, dtype=_dtype(node), shape=_shape(node, symbols), role=role)
+        Tensor(name=key, dtype=_dtype(node), shape=_shape(node, symbols), role=role(key))
         for key, node in zip(made, results, strict=True)  # type: ignore[arg-type]
     )
     return Cut(name, module, tuple(inputs), outputs), constants

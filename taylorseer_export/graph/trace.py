@@ -176,8 +176,10 @@ def drop_noise(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def fold_constants(module: fx.GraphModule, weights: set[str]) -> dict[str, torch.Tensor]:
+def fold_constants(module: fx.GraphModule, weights: set[str], prefix: str = "constant") -> dict[str, torch.Tensor]:
     """Compute now what depends on no input and none of the `weights`, and put it in the graph as a buffer.
+
+    Its name begins with `prefix`: graphs that share a weights file have one each, unless they fold the same.
 
     An engine would compute the table of timestep frequencies with its own `exp`, and an error of one unit in the last
     place moves the angle of timestep 1000 by 6e-5. Computed here, every engine sees the numbers of the eager model.
@@ -198,7 +200,7 @@ def fold_constants(module: fx.GraphModule, weights: set[str]) -> dict[str, torch
     constants = {}
     for node, value in values.items():
         if any(user not in values for user in node.users):
-            name = f"constant_{node.name}"
+            name = f"{prefix}_{node.name}"
             module.register_buffer(name, value)
             with module.graph.inserting_before(node):
                 buffer = module.graph.get_attr(name)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import textwrap
 
-from taylorseer_export.bundle.manifest import GraphName, Manifest, PartName, Tensor
-from taylorseer_export.bundle.memory import probe_bytes, size, state_bytes, table_bytes
+from taylorseer_export.bundle.manifest import GraphName, Manifest, PartName, PipelinePart, Tensor
+from taylorseer_export.bundle.memory import probe_bytes, size, state_bytes, table_bytes, video_bytes
 from taylorseer_export.method import Forecasts, Plan, forecast_weights, gain
 
 _WIDTH = 118  # columns
+_MANY = ("taylor", "cache")  # how roles begin of which a graph has one tensor for each site or layer
 _WHEN: dict[GraphName, str] = {
     "prepare": "once per request",
     "full": "full steps",
@@ -42,20 +43,9 @@ def card(manifest: Manifest) -> str:
         graph = manifest.graphs[name]
         lines.append(f"  {name:<10} {size(graph.weights_bytes):>9} of weights, {when}")
         for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
-            text = f"{kind:<7}{', '.join(_grouped(tensors))}"
-            lines += textwrap.wrap(
-                text,
-                _WIDTH,
-                initial_indent=" " * 13,
-                subsequent_indent=" " * 20,
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
+            lines += _wrapped(kind, tensors)
     for part, described in manifest.parts.items():
-        graph = described.graph
-        lines.append(f"  {part:<10} {size(graph.weights_bytes):>9} of weights, {_WHEN_PART[part]}")
-        for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
-            lines.append(f"{' ' * 13}{kind:<7}{', '.join(_grouped(tensors))}")
+        lines += _of_part(part, described)
     state, kept = manifest.state, size(probe_bytes(manifest, sizes))
     guards = [f"  guards     {', '.join(state.guards)}: {kept} per slot"] if state.guards else []
     lines += [
@@ -67,6 +57,32 @@ def card(manifest: Manifest) -> str:
         "             quoted at " + ", ".join(f"{name} {value}" for name, value in sizes.items()),
     ]
     return "\n".join(lines)
+
+
+def _of_part(name: PartName, described: PipelinePart) -> list[str]:
+    """Lines of a part: each graph, and of a video what its buffers take, however long it is."""
+    video, tiles = described.later is not None, described.tiles
+    when = "once per video, its first latent frame" if video else "once per tile" if tiles else _WHEN_PART[name]
+    lines = []
+    for label, graph, often in ((name, described.graph, when), ("later", described.later, "every later latent frame")):
+        if graph is None:
+            continue
+        lines.append(f"  {label:<10} {size(graph.weights_bytes):>9} of weights, {often}")
+        for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
+            lines += _wrapped(kind, tensors)
+    if video:
+        sizes = {key: dimension.typical for key, dimension in described.dimensions.items()}
+        taken, quoted = size(video_bytes(described, sizes)), ", ".join(f"{k} {extent}" for k, extent in sizes.items())
+        lines.append(
+            f"{' ' * 13}{taken} of buffers for a video of any length, quoted at {quoted}; "
+            f"{described.frame_rate} frames per second"
+        )
+    if tiles:
+        lines.append(
+            f"{' ' * 13}tiles of {tiles.frames + 1} latent frames, {tiles.side} latent pixels a side; "
+            f"{described.frame_rate} frames per second"
+        )
+    return lines
 
 
 def orders(manifest: Manifest) -> str:
@@ -84,10 +100,23 @@ def highest_gain(forecasts: Forecasts) -> float:
     return max((gain(forecast_weights(plan.history(step, order), step, order)) for step in steps), default=1.0)
 
 
+def _wrapped(kind: str, tensors: tuple[Tensor, ...]) -> list[str]:
+    """What a graph reads or writes, as lines."""
+    text = f"{kind:<7}{', '.join(_grouped(tensors))}"
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=" " * 13,
+        subsequent_indent=" " * 20,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
 def _grouped(tensors: tuple[Tensor, ...]) -> list[str]:
-    """Names with shapes; the Taylor buffers, which share one shape or few, as a count."""
-    shown = [f"{t.name} [{', '.join(map(str, t.shape))}]" for t in tensors if not t.role.startswith("taylor")]
-    buffers = [t for t in tensors if t.role.startswith("taylor")]
+    """Names with shapes; Taylor buffers and caches, which share one shape or few, as a count."""
+    shown = [f"{t.name} [{', '.join(map(str, t.shape))}]" for t in tensors if not t.role.startswith(_MANY)]
+    buffers = [t for t in tensors if t.role.startswith(_MANY)]
     for shape in dict.fromkeys(t.shape for t in buffers):
         count = sum(t.shape == shape for t in buffers)
         role = buffers[0].role

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from taylorseer_export.embedded.requests import pictures_of
+from taylorseer_export.embedded.requests import frame_rate, pictures_of
 from taylorseer_export.method import Forecasts, Guard, Plan, Rule
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.metrics import Metric, Shown
@@ -204,8 +204,8 @@ def _run(denoiser: Denoiser, pool: Pool, request: Request, case: Case, on_step: 
 
 
 def draws(denoiser: Denoiser) -> bool:
-    """Whether the bundle makes pictures: the embedded models that have learned something."""
-    return denoiser.manifest.sampling.pictures is not None
+    """Whether the bundle makes pictures to compare; videos are compared by their latents, as what has no decoder."""
+    return denoiser.manifest.sampling.pictures is not None and frame_rate(denoiser.manifest) is None
 
 
 def _row(case: Case, runs: Sequence[_Run], exact: Sequence[_Run], shown: int) -> Row:

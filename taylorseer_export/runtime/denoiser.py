@@ -18,8 +18,9 @@ from taylorseer_export.errors import BundleError, first_line
 from taylorseer_export.method import Forecasts, RequestOptions, forecasts_from_options
 from taylorseer_export.runtime.check import check_engines
 from taylorseer_export.runtime.contract import Contract
+from taylorseer_export.runtime.decoding import Decoder, open_decoder
 from taylorseer_export.runtime.engines import open_runner
-from taylorseer_export.runtime.parts import Encoder, Part, open_part
+from taylorseer_export.runtime.parts import Encoder, open_part
 from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
 
@@ -140,12 +141,12 @@ class Denoiser:
     @cached_property
     def encoder(self) -> Encoder:
         """What makes conditioning of prompts, loaded when it is first asked for; raises what `open_part` raises."""
-        return Encoder(self._bundle, self._part("text"))
+        return Encoder(self._bundle, open_part(self._bundle, "text", self._place("text"), self._threads))
 
     @cached_property
-    def decoder(self) -> Part:
-        """What makes pictures of latents, loaded when it is first asked for; raises what `open_part` raises."""
-        return self._part("decode")
+    def decoder(self) -> Decoder:
+        """What makes pictures or videos of latents, loaded when first asked for; raises what `open_decoder` raises."""
+        return open_decoder(self._bundle, self._place("decode"), self._threads)
 
     def open_parts(self) -> None:
         """Load the parts that the bundle has, rather than when the first request asks for them."""
@@ -159,8 +160,8 @@ class Denoiser:
         assert self.bundle is not None, "bug in taylorseer-export: parts of a denoiser that was opened from no bundle"
         return self.bundle
 
-    def _part(self, name: PartName) -> Part:
-        return open_part(self._bundle, name, self._devices.get(name, self.device), self._threads)
+    def _place(self, name: PartName) -> Device:
+        return self._devices.get(name, self.device)
 
     def close(self) -> None:
         """Release the engines."""

@@ -40,21 +40,8 @@ class Part:
         self._bound: OrderedDict[tuple[tuple[str, int], ...], tuple[Call, dict[str, Buffer]]] = OrderedDict()
 
     def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name.
-
-        Raises:
-            StepError: A size is out of range; nothing was allocated.
-        """
-        sizes: dict[str, int] = {}
-        for tensor in self.described.graph.inputs:
-            sizes = match(tensor.shape, given[tensor.name].shape, sizes, tensor.name)
-        for name, size in sizes.items():
-            allowed = self.described.dimensions[name]
-            if not allowed.minimum <= size <= allowed.maximum:
-                raise StepError(
-                    f"size `{name}` of part `{self.name}` is {size}, expected {allowed.minimum} to {allowed.maximum}; "
-                    "use such a size, or export again without --size"
-                )
+        """Outputs by name; raises what `sizes_of` raises."""
+        sizes = sizes_of(self.name, self.described, given)
         with self._turn:
             call, buffers = self._of(sizes)
             for tensor in self.described.graph.inputs:
@@ -83,8 +70,71 @@ class Part:
         self._runner.close()
 
 
+def sizes_of(name: str, described: PipelinePart, given: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Sizes by dimension that the inputs of a part's graph show.
+
+    Raises:
+        StepError: One is out of range.
+    """
+    sizes: dict[str, int] = {}
+    for tensor in described.graph.inputs:
+        sizes = match(tensor.shape, given[tensor.name].shape, sizes, tensor.name)
+    for dimension, size in sizes.items():
+        allowed = described.dimensions[dimension]
+        if not allowed.minimum <= size <= allowed.maximum:
+            raise StepError(
+                f"size `{dimension}` of part `{name}` is {size}, expected {allowed.minimum} to {allowed.maximum}; use "
+                "such a size, or export again without --size"
+            )
+    return sizes
+
+
 def open_part(bundle: Bundle, name: PartName, device: Device, threads: int = 0) -> Part:
-    """Load a part of a checked bundle.
+    """Load a part of a checked bundle, and call it once.
+
+    Raises:
+        BundleError: As `open_engines` says, or what it makes is not finite.
+    """
+    described, runner = open_engines(bundle, name, device, threads)
+    part = Part(name, described, runner)
+    try:
+        for output, values in part(smallest(described)).items():
+            refuse_unsound(bundle, name, output, values)
+    except BaseException:
+        part.close()
+        raise
+    return part
+
+
+def smallest(described: PipelinePart) -> dict[str, np.ndarray]:
+    """Inputs of a part's graph at its smallest sizes: tokens, or noise."""
+    sizes = {name: dimension.minimum for name, dimension in described.dimensions.items()}
+    generator = np.random.default_rng(0)
+    return {
+        tensor.name: np.ones(resolve(tensor.shape, sizes), np.int64)
+        if tensor.role == "tokens"
+        else generator.standard_normal(resolve(tensor.shape, sizes)).astype(np.float32)
+        for tensor in described.graph.inputs
+    }
+
+
+def refuse_unsound(bundle: Bundle, name: PartName, output: str, values: np.ndarray) -> None:
+    """Refuse an engine that makes of a token or of noise what is not finite.
+
+    Raises:
+        BundleError: It is so.
+    """
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise BundleError(
+            f"output `{output}` of part `{name}` has {int(bad.sum())} of {bad.size} values that are NaN or infinite, "
+            f"expected finite numbers; export again with `{bundle.manifest.command(precision='bf16')}`, or check the "
+            "weights"
+        )
+
+
+def open_engines(bundle: Bundle, name: PartName, device: Device, threads: int = 0) -> tuple[PipelinePart, Runner]:
+    """Contract and engines of a part of a checked bundle; its own graph is of the part's name.
 
     Args:
         bundle: The bundle.
@@ -103,37 +153,15 @@ def open_part(bundle: Bundle, name: PartName, device: Device, threads: int = 0) 
             f"`{manifest.command()} --whole`"
         )
     within = f"{name}/"
-    graph = described.graph.model_copy(update={"file": described.graph.file.removeprefix(within)})
-    files = {key.removeprefix(within): file for key, file in manifest.files.items() if key.startswith(within)}
-    alone = {"graphs": {name: graph}, "dimensions": described.dimensions, "files": files}
-    view = Bundle(bundle.folder / name, manifest.model_copy(update=alone))
-    part = Part(name, described, open_runner(view, device, threads, cuda_graphs=False))
-    try:
-        _check(part, bundle)
-    except BaseException:
-        part.close()
-        raise
-    return part
-
-
-def _check(part: Part, bundle: Bundle) -> None:
-    """Call a part at its smallest sizes: what it makes of a token or of noise is finite, or its engine is not sound."""
-    sizes = {name: dimension.minimum for name, dimension in part.described.dimensions.items()}
-    generator = np.random.default_rng(0)
-    given = {
-        tensor.name: np.ones(resolve(tensor.shape, sizes), np.int64)
-        if tensor.role == "tokens"
-        else generator.standard_normal(resolve(tensor.shape, sizes)).astype(np.float32)
-        for tensor in part.described.graph.inputs
+    graphs = {
+        key: graph.model_copy(update={"file": graph.file.removeprefix(within)})
+        for key, graph in ((name, described.graph), ("later", described.later))
+        if graph is not None
     }
-    for name, values in part(given).items():
-        bad = ~np.isfinite(values)
-        if bad.any():
-            raise BundleError(
-                f"output `{name}` of part `{part.name}` has {int(bad.sum())} of {bad.size} values that are NaN or "
-                f"infinite, expected finite numbers; export again with `{bundle.manifest.command(precision='bf16')}`, "
-                "or check the weights"
-            )
+    files = {key.removeprefix(within): file for key, file in manifest.files.items() if key.startswith(within)}
+    alone = {"graphs": graphs, "dimensions": described.dimensions, "files": files}
+    view = Bundle(bundle.folder / name, manifest.model_copy(update=alone))
+    return described, open_runner(view, device, threads, cuda_graphs=False)
 
 
 class Encoder:
@@ -210,9 +238,3 @@ def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, length: int | None) 
 def cleaned(prompt: str) -> str:
     """Without HTML entities, runs of spaces, and spaces at the ends, as diffusers cleans prompts for Wan."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
-
-
-def decoded(part: Part, latents: np.ndarray) -> np.ndarray:
-    """Pictures `[N, height, width, 3]` uint8 of latents `[N, C, H, W]`, one after the other."""
-    made = [part({"latents": one[None]})["picture"][0] for one in latents]
-    return np.rint(np.stack(made).transpose(0, 2, 3, 1) * 255).astype(np.uint8)

@@ -14,7 +14,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.profile import Profile
 from taylorseer_export.embedded.conditioning import ConditioningCache
-from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of, usual_size
+from taylorseer_export.embedded.requests import caption_request, frame_rate, label_request, pictures_of, usual_size
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Forecasts, Plan, RequestOptions, forecasts_from_options
 from taylorseer_export.runtime.contract import request_constants
@@ -57,8 +57,9 @@ _SCALE = Port("guidance_scale", "FP32", (1,), True)
 
 
 def roles(manifest: Manifest) -> tuple[Role, ...]:
-    """What a bundle can be served as."""
+    """What a bundle can be served as. A video is no picture: its latents are served, and a client decodes them."""
     draws = manifest.sampling.pictures is not None and manifest.sampling.source != "tensors"
+    draws = draws and frame_rate(manifest) is None
     return ("picture", "denoiser") if draws else ("denoiser",)
 
 
@@ -127,7 +128,7 @@ def ask(
     if sampling.source == "labels":
         return Ask(label_request(denoiser, [int(values["label"][0])], [seed], scale), forecasts)
     usual = usual_size(denoiser.manifest)
-    size = (_whole(values, "height") or usual[0], _whole(values, "width") or usual[1])
+    size = (_whole(values, "height") or usual[-2], _whole(values, "width") or usual[-1])
     negative = _text(values, "negative_prompt") if "negative_prompt" in values else None
     prompts = [_text(values, "prompt")]
     return Ask(caption_request(denoiser, prompts, [seed], size, scale, negative, cache=cache), forecasts)

@@ -13,7 +13,7 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.embedded.conditioning import ConditioningCache
-from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of, usual_size
+from taylorseer_export.embedded.requests import caption_request, frame_rate, label_request, pictures_of, usual_size
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Request
@@ -47,8 +47,13 @@ def check_draws(manifest: Manifest) -> None:
     """Refuse a bundle that makes no picture of a prompt.
 
     Raises:
-        ConfigError: It takes tensors, or has no decoder.
+        ConfigError: It takes tensors, has no decoder, or makes videos.
     """
+    if frame_rate(manifest) is not None:
+        raise ConfigError(
+            f"bundle {manifest.family}-{manifest.name} makes videos, expected one that makes a picture of a prompt; "
+            "draw with `taylorseer-export run`, or serve its latents with `taylorseer-export triton`"
+        )
     if manifest.sampling.pictures is None or manifest.sampling.source == "tensors":
         raise ConfigError(
             f"bundle {manifest.family}-{manifest.name} makes latents of tensors, expected one that makes a picture of "
@@ -104,7 +109,7 @@ def description_of(denoiser: Denoiser) -> dict[str, Any]:
     if labels:
         height, width = (side * int(extent) for extent in denoiser.latent.shape[2:])
     else:
-        height, width = usual_size(manifest)
+        height, width = usual_size(manifest)[-2:]
     return {
         "draws": manifest.sampling.source,
         "classes": int(manifest.model.config["num_embeds_ada_norm"]) if labels else None,

@@ -1,0 +1,154 @@
+"""What the parts of a pipeline in a manifest must agree about, among themselves and with the denoiser.
+
+Each check returns the first contradiction as text, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from taylorseer_export.bundle.shapes import names, resolve
+
+if TYPE_CHECKING:
+    from taylorseer_export.bundle.manifest import Graph, Manifest, PartName, PipelinePart, Tensor
+
+# Part -> (roles its inputs may have, roles its outputs may have).
+_PART_ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
+    "text": (frozenset({"tokens"}), frozenset({"constant"})),
+    "decode": (frozenset({"latent", "cache_in"}), frozenset({"picture", "cache_out"})),
+}
+
+
+def of_parts(manifest: Manifest) -> str | None:
+    """Parts of the pipeline: their files lie in folders of their own, and what they make is what the denoiser takes."""
+    wanted: tuple[tuple[str, str, PartName], ...] = (("source", "prompts", "text"), ("pictures", "decoder", "decode"))
+    for field, value, needed in wanted:
+        seen = getattr(manifest.sampling, field)
+        if (seen == value) != (needed in manifest.parts):
+            return f"{field} is {seen}, which is {value} with a part `{needed}` and only then"
+    for name, part in manifest.parts.items():
+        graphs = [part.graph] if part.later is None else [part.graph, part.later]
+        files = [*(graph.file for graph in graphs), *(tokens.file for tokens in part.tokens)]
+        for file in files:
+            if file not in manifest.files or not file.startswith(f"{name}/"):
+                return f"file {file} of part {name} is not listed in files, in the folder {name}"
+        for graph in graphs:
+            if twice := repeated(tensor.name for tensor in (*graph.inputs, *graph.outputs)):
+                return f"part {name} has `{twice}` twice"
+            for allowed, tensors in zip(_PART_ROLES[name], (graph.inputs, graph.outputs), strict=True):
+                for tensor in tensors:
+                    if tensor.role not in allowed:
+                        return f"`{tensor.name}` of part {name} has role {tensor.role}, which it cannot have there"
+        every = [tensor for graph in graphs for tensor in (*graph.inputs, *graph.outputs)]
+        used = frozenset().union(*(names(entry) for tensor in every for entry in tensor.shape))
+        if used != part.dimensions.keys():
+            return f"dimensions of part {name} are {listed(part.dimensions)}, its shapes use {listed(used)}"
+        for end in ("minimum", "typical", "maximum"):
+            sizes = {key: getattr(dimension, end) for key, dimension in part.dimensions.items()}
+            for tensor in every:
+                resolve(tensor.shape, sizes)
+    return _of_text(manifest) or _of_decode(manifest)
+
+
+def _of_text(manifest: Manifest) -> str | None:
+    part = manifest.parts.get("text")
+    if part is None:
+        return None
+    constants = {t.name: t for graph in manifest.graphs.values() for t in graph.inputs if t.role == "constant"}
+    for made in part.graph.outputs:
+        taken = constants.get(made.name)
+        if taken is None:
+            return f"`{made.name}` is made by part text, and no graph takes it"
+        pairs = list(zip(made.shape, taken.shape, strict=False))
+        same = all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+        if len(made.shape) != len(taken.shape) or not same or [a for a, b in pairs if b == "batch"] not in ([], [1]):
+            return f"`{made.name}` is {shown(made.shape)} for one prompt, the graphs take {shown(taken.shape)}"
+    inputs = {tensor.name: tensor for tensor in part.graph.inputs}
+    named = [name for tokens in part.tokens for name in (tokens.input, tokens.mask) if name is not None]
+    if sorted(named) != sorted(inputs):
+        return f"inputs of part text are {listed(inputs)}, its tokenizers make {listed(named)}"
+    for tokens in part.tokens:
+        if "{}" not in tokens.template:
+            return f"template of `{tokens.input}` has no {{}}"
+        if tokens.size is not None and part.dimensions.get(tokens.size) is None:
+            return f"size of `{tokens.input}` is {tokens.size}, which is no dimension of part text"
+        extent = {tokens.size: tokens.length} if tokens.size else {}
+        shape = (1, tokens.length + tokens.dropped)
+        for name in (tokens.input, tokens.mask):
+            if name is not None and (resolve(inputs[name].shape, extent) != shape or inputs[name].dtype != "int64"):
+                seen = inputs[name]
+                return f"`{name}` is {seen.dtype} {shown(seen.shape)}, its tokenizer makes int64 {shown(shape)}"
+    return None
+
+
+def _of_decode(manifest: Manifest) -> str | None:
+    part = manifest.parts.get("decode")
+    if part is None:
+        return None
+    if [part.later, part.tiles, part.frame_rate].count(None) != (3 if part.frame_rate is None else 1):
+        return f"frame_rate of part decode is {part.frame_rate}, which goes with a graph `later` or with tiles"
+    for graph in (part.graph, part.later):
+        if graph is None:
+            continue
+        given = [t for t in graph.inputs if t.role == "latent"]
+        made = [t for t in graph.outputs if t.role == "picture"]
+        if [t.name for t in given] != ["latents"] or [t.name for t in made] != ["picture"]:
+            return "part decode makes a `picture` of `latents` and nothing else"
+        latents, picture = given[0].shape, made[0].shape
+        extents = 4 if part.frame_rate is None else 5
+        if len(latents) != extents or latents[0] != 1 or len(picture) != extents or picture[:2] != (1, 3):
+            return f"`latents` and `picture` of part decode are {shown(latents)} and {shown(picture)}"
+    return _of_tiles(part) or _of_caches(part.graph, part.later)
+
+
+def _of_tiles(part: PipelinePart) -> str | None:
+    """The graph takes whatever tile can come: strides leave no gap, and all sizes up to the largest are in range."""
+    tiles = part.tiles
+    if tiles is None:
+        return None
+    if tiles.frame_stride > tiles.frames or tiles.side_stride > tiles.side:
+        return f"strides of the tiles are {tiles.frame_stride} and {tiles.side_stride}, which leaves gaps between them"
+    shape = next(t.shape for t in part.graph.inputs if t.role == "latent")
+    for entry, most in zip(shape[2:], (tiles.frames + 1, tiles.side, tiles.side), strict=True):
+        allowed = part.dimensions.get(str(entry))
+        if allowed is None or (allowed.minimum, allowed.maximum) != (1, most):
+            return f"`latents` of part decode is {shown(shape)}, tiles need a dimension of 1 to {most} for `{entry}`"
+    return None
+
+
+def _of_caches(first: Graph, later: Graph | None) -> str | None:
+    """Graph `later` reads what either graph writes, and the first latent frame of a video has none before it."""
+    written = {t.name.removeprefix("cache_out"): t for t in first.outputs if t.role == "cache_out"}
+    if later is None or any(t.role == "cache_in" for t in first.inputs):
+        return "part decode has caches that no call before it wrote" if later or written else None
+    for side, role in ((later.inputs, "cache_in"), (later.outputs, "cache_out")):
+        found = {t.name.removeprefix(role): t for t in side if t.role == role}
+        if found.keys() != written.keys():
+            return f"graph later has {listed(found)} of role {role}, the first latent frame leaves {listed(written)}"
+        for key, tensor in found.items():
+            if (tensor.dtype, tensor.shape) != (written[key].dtype, written[key].shape):
+                return (
+                    f"`{tensor.name}` is {tensor.dtype} {shown(tensor.shape)}, the first latent frame leaves "
+                    f"{written[key].dtype} {shown(written[key].shape)}"
+                )
+    if (read := _one(later.inputs, "latent")) != _one(first.inputs, "latent"):
+        return f"`{read.name}` of graph later is {shown(read.shape)}, which it is not for the first latent frame"
+    return None
+
+
+def _one(tensors: Iterable[Tensor], role: str) -> Tensor:
+    return next(tensor for tensor in tensors if tensor.role == role)
+
+
+def repeated(given: Iterable[str]) -> str | None:
+    seen: set[str] = set()
+    return next((name for name in given if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+
+
+def listed(found: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(found)) or "none"
+
+
+def shown(value: object) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

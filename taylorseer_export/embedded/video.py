@@ -1,0 +1,88 @@
+"""Videos as files: GIF and WebP by Pillow, MP4 by PyAV.
+
+Shapes: F frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from taylorseer_export.bundle.atomic import replacing
+from taylorseer_export.errors import ConfigError
+
+MP4 = ".mp4"
+_ANIMATED = {".gif": 10, ".webp": 1}  # suffix -> milliseconds that its clock counts in
+_CODEC = "libx264"
+
+
+def check_video(path: Path, frames: int, option: str = "--out") -> None:
+    """Refuse a file that holds no video.
+
+    Args:
+        path: The file.
+        frames: How many it is to hold; one frame is a picture as well.
+        option: How the file was named, for the error.
+
+    Raises:
+        ConfigError: Its extension says a format of single pictures, and there are several.
+    """
+    if frames > 1 and path.suffix.lower() not in (*_ANIMATED, MP4):
+        raise ConfigError(
+            f"{option} is {path} for a video of {frames} frames, expected .gif, .webp or .mp4, or NAME.safetensors for "
+            "latents; change the extension"
+        )
+
+
+def write_video(path: Path, frames: np.ndarray, rate: int) -> None:
+    """Write a video whole or not at all, in the format that the extension says.
+
+    A GIF has 256 colours a frame and a clock of 10 ms. Where a frame equals the one before, Pillow writes that the one
+    before stays longer.
+
+    Args:
+        path: A file that `check_video` lets pass.
+        frames: `[F, height, width, 3]` uint8.
+        rate: Frames per second.
+
+    Raises:
+        ConfigError: An MP4 of an odd height or width, which its colours do not divide into.
+    """
+    suffix = path.suffix.lower()
+    if suffix == MP4:
+        _write_mp4(path, frames, rate)
+        return
+    from PIL import Image
+
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    with replacing(path) as partial:
+        if not others:
+            first.save(partial, format=Image.registered_extensions()[suffix])
+            return
+        durations = _durations(len(frames), rate, _ANIMATED[suffix])
+        # Of these only WebP has a quality.
+        first.save(partial, save_all=True, append_images=others, duration=durations, loop=0, quality=90)
+
+
+def _durations(count: int, rate: int, unit: int) -> list[int]:
+    """Milliseconds of each frame, in whole units: what rounding takes from one frame the next ones get back."""
+    ends = [unit * round(1000 * k / (rate * unit)) for k in range(count + 1)]
+    return [end - begin for begin, end in pairwise(ends)]
+
+
+def _write_mp4(path: Path, frames: Sequence[np.ndarray] | np.ndarray, rate: int) -> None:
+    import av
+
+    height, width = frames[0].shape[:2]
+    if height % 2 or width % 2:
+        raise ConfigError(f"{path} is {height}x{width}, expected even sides for MP4; write .webp")
+    with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+        stream = container.add_stream(_CODEC, rate=Fraction(rate))
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())  # what the encoder still holds back

@@ -1,0 +1,96 @@
+"""Whole pipelines and what is exported of them: which there are, and a denoiser that has their parts."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from harness import eager_denoiser
+from tiny_bundles import options_of
+from tiny_pipelines import (
+    flux_pipeline,
+    wan_pipeline,
+    whole_hidream,
+    whole_hunyuan,
+    whole_qwen_image,
+    whole_sd3,
+)
+from torch import nn
+
+from taylorseer_export.bundle.manifest import PipelinePart
+from taylorseer_export.bundle.store import Bundle, hash_files
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.compile.export import describe
+from taylorseer_export.compile.parts import parts_of, write_parts
+from taylorseer_export.families import FAMILIES
+
+PROMPT, OTHER = "a small red circle", "x"
+
+
+class Case(NamedTuple):
+    """A pipeline and how it is asked.
+
+    Attributes:
+        model: Of the fixture `tiny`.
+        pipeline: Its transformer -> the pipeline.
+        size: (height, width) in pixels.
+        length: Most tokens of a prompt; the pipeline's own if None.
+        scale: Of guidance, with `OTHER` as the negative prompt; None where guidance is an input.
+        asked: What else the pipeline is called with.
+    """
+
+    model: str
+    pipeline: Any
+    size: tuple[int, int]
+    length: int | None = None
+    scale: float | None = None
+    asked: Mapping[str, Any] = MappingProxyType({})
+
+
+CASES = {
+    "flux": Case("flux", flux_pipeline, (32, 48), 16),
+    "sd3": Case("sd3", whole_sd3, (16, 24), 16, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
+    "qwen-image": Case(
+        "qwen-image", whole_qwen_image, (32, 48), None, 3.0, {"true_cfg_scale": 3.0, "negative_prompt": OTHER}
+    ),
+    "hidream": Case("hidream", whole_hidream, (16, 16), None, 5.0, {"guidance_scale": 5.0, "negative_prompt": OTHER}),
+}
+TEXT_ALONE = {"wan": (wan_pipeline, 32), "hunyuan": (whole_hunyuan, 200)}
+
+
+def depth_and_length(*modules: nn.Module) -> tuple[int, int]:
+    """(layers, longest contraction) for the bound of some modules."""
+    layers = [m for one in modules for m in one.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)]
+    return len(layers), max(m.weight[0].numel() for m in layers)
+
+
+def write_pipeline(pipe, family, folder, **changes):
+    """A pipeline, its parts, and their contracts in a folder."""
+    pipe.save_pretrained(folder / "pipeline")
+    checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES[family])
+    options = options_of(**{"parts": parts_of(checkpoint), **changes})
+    parts = write_parts(checkpoint, options, folder, lambda *_: None)
+    described = {key: part.model_dump(mode="json") for key, part in parts.items()}
+    (folder / "parts.json").write_text(json.dumps(described))
+    return folder
+
+
+def denoiser_with_parts(draft, folder):
+    """A denoiser over eager graphs, whose bundle holds parts alone."""
+    described = json.loads((folder / "parts.json").read_text())
+    parts = {name: PipelinePart.model_validate_json(json.dumps(part)) for name, part in described.items()}
+    denoiser = eager_denoiser(draft)
+    root = folder / "pipeline"
+    checkpoint = open_checkpoint(str(root), FAMILIES[denoiser.manifest.family])
+    own = replace(draft, checkpoint=replace(draft.checkpoint, folder=checkpoint.folder))
+    files = {f"{part}/{name}": file for part in parts for name, file in hash_files(folder / part).items()}
+    empty = describe(own, "eager").files
+    manifest = describe(own, "eager", files={**empty, **files}, parts=parts)
+    denoiser.manifest = denoiser.contract.manifest = manifest
+    denoiser.bundle = Bundle(folder, manifest)
+    return denoiser
+
+
+def encoders_of(pipe):
+    return [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]

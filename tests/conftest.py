@@ -42,6 +42,8 @@ LONG = (
     "test_triton.py",
     "test_inductor.py",
     "test_readme.py",
+    "test_whole.py",
+    "test_videos.py",
 )
 
 

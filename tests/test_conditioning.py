@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 
+from taylorseer_export.commands.options import Parser, service_options
 from taylorseer_export.embedded.caption import CaptionEncoder
 from taylorseer_export.embedded.conditioning import ConditioningCache, Key
 from taylorseer_export.embedded.requests import caption_request
@@ -116,6 +117,15 @@ def test_threads_that_ask_for_one_prompt_make_it_once_and_others_do_not_wait():
         thread.join(SECONDS)
     assert make.made == 1 and len(found) == 8 and all(one is found[0] for one in found)
     assert cache.counts[:2] == (7, 2)
+
+
+@pytest.mark.parametrize(("given", "room"), [([], 256 << 20), (["0"], 0), (["1.5MiB"], 3 << 19)])
+def test_the_option_is_a_size_or_0(given, room):
+    parser = Parser("serve", "")
+    service_options(parser, "bundle")
+    assert parser.parse_args(["--conditioning-cache", *given] if given else []).conditioning_cache == room
+    with pytest.raises(ConfigError, match=r"--conditioning-cache is -1, expected a size"):
+        parser.parse_args(["--conditioning-cache=-1"])
 
 
 # The embedded captions; whole bundles are in test_whole.py, the images API in test_api.py

@@ -183,6 +183,17 @@ def test_a_whole_pipeline_draws_what_it_draws_in_process(server, whole_flux):
     assert made["picture"].tobytes() == expected.tobytes() and made["executed"].tolist() == [b"FF.F"]
 
 
+def test_a_prompt_that_comes_again_is_not_encoded_again(server, alone):
+    caption, name = "a white cross above a red circle", "taylorseer_conditioning_total"
+    hits, misses = (f'{name}{{model="flux-tiny",outcome="{outcome}"}}' for outcome in ("hit", "miss"))
+    before = metrics(server)
+    for seed in (1, 2, 3):
+        made = infer(server.http, "flux-tiny", {"prompt": caption, "seed": seed, "plan": "FF.F", "order": 1}, "http")
+        assert made["picture"].tobytes() == alone("flux", caption, seed, (32, 32), "FF.F", 1).tobytes()
+    wait_until(server, hits, before[hits] + 2)
+    assert metrics(server)[misses] == before[misses] + 1
+
+
 def test_defaults_are_the_bundle_s(server, alone, denoisers):
     made = infer(server.http, "dit-tiny", {"label": 3}, "http")
     default = denoisers["dit"].manifest.plan

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEPLOY = ROOT / "tools/deploy"
 MODEL = ROOT / "taylorseer_export/serve/model.py"
 MANIFESTS = {doc["kind"]: doc for doc in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8"))}
+KSERVE = {doc["kind"]: doc for doc in yaml.safe_load_all((DEPLOY / "kserve.yaml").read_text(encoding="utf-8"))}
 VERSION = "1.30"
 
 
@@ -87,6 +88,33 @@ def test_the_server_s_arguments_are_those_of_the_package():
     assert {"model-repository", "shared-memory", "trace", "logging"} <= set(RESTRICTED) and HEADER
 
 
+def kserve_pod():
+    """The pod that KServe makes: what the service says of it, around the runtime's containers and volumes."""
+    runtime, predictor = KSERVE["ServingRuntime"]["spec"], KSERVE["InferenceService"]["spec"]["predictor"]
+    own = ("terminationGracePeriodSeconds", "automountServiceAccountToken", "securityContext")
+    return {**{key: predictor[key] for key in own}, "containers": runtime["containers"], "volumes": runtime["volumes"]}
+
+
+def test_kserve_runs_the_same_server():
+    """Its own kinds are no part of the Kubernetes API; the pod that comes of them is."""
+    spec, service = KSERVE["ServingRuntime"]["spec"], KSERVE["InferenceService"]["spec"]["predictor"]
+    pod = kserve_pod()
+    whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "taylorseer"}, "spec": pod}
+    assert kubernetes_validate.validate(whole, VERSION, strict=True) is not None
+    (one,) = pod["containers"]
+    own = server_arguments("/mnt/models", f"$({SECRET})")  # where KServe mounts what `storageUri` names
+    assert tuple(one["args"]) == (*own, "--http-port=8080", "--grpc-port=9000")
+    for key in ("command", "env", "livenessProbe", "resources", "image", "securityContext"):
+        assert json.dumps(one[key]).replace('"1"', "1") == json.dumps(container()[key]).replace('"1"', "1"), key
+    assert {port["containerPort"] for port in one["ports"]} == {8080} == {one["readinessProbe"]["httpGet"]["port"]}
+    assert service["model"]["runtime"] == KSERVE["ServingRuntime"]["metadata"]["name"]
+    assert service["model"]["modelFormat"]["name"] in {known["name"] for known in spec["supportedModelFormats"]}
+    claims = MANIFESTS["Deployment"]["spec"]["template"]["spec"]["volumes"]
+    (claim,) = (v["persistentVolumeClaim"]["claimName"] for v in claims if "persistentVolumeClaim" in v)
+    assert service["model"]["storageUri"] == f"pvc://{claim}"
+    assert {mount["name"] for mount in one["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
 def weaknesses(pod):
     """What a pod's specification leaves open: (key, where)."""
     found = [] if pod.get("automountServiceAccountToken") is False else ["automountServiceAccountToken"]
@@ -110,8 +138,9 @@ def weaknesses(pod):
     return found
 
 
-def test_the_pod_leaves_nothing_open():
+def test_the_pods_leave_nothing_open():
     assert weaknesses(MANIFESTS["Deployment"]["spec"]["template"]["spec"]) == []
+    assert weaknesses(kserve_pod()) == []
 
 
 @pytest.mark.parametrize("name", ["readOnlyRootFilesystem", "capabilities", "cpu", "image", "livenessProbe"])

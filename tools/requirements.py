@@ -29,9 +29,10 @@ HEADER = """\
 
 
 def wanted() -> list[str]:
-    """What the container asks for itself: the base, `sample`, ONNX Runtime for GPUs, and what builds our package."""
+    """What the container asks for itself: the base, two extras, ONNX Runtime for GPUs, and what builds our package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [*project["dependencies"], *project["optional-dependencies"]["sample"], ONNXRUNTIME, *BUILD]
+    extras = project["optional-dependencies"]
+    return [*project["dependencies"], *extras["whole"], *extras["sample"], ONNXRUNTIME, *BUILD]
 
 
 def text_of(report: dict[str, object]) -> str:

@@ -919,7 +919,7 @@ def test_a_command_that_cannot_serve_says_why(embedded, capsys, monkeypatch):
 
 def test_bundles_that_draw_nothing_are_refused():
     sampling = SimpleNamespace(pictures=None, source="tensors")
-    manifest = SimpleNamespace(family="dit", name="large", sampling=sampling)
+    manifest = SimpleNamespace(family="dit", name="large", sampling=sampling, parts={})
     with pytest.raises(ConfigError, match=r"dit-large makes latents of tensors, expected one that .*; serve it with"):
         prompts.check_draws(manifest)
 

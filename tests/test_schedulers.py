@@ -1,5 +1,6 @@
 """Schedulers and noise without torch: against diffusers and torch, within what their float32 may be off."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -459,3 +460,43 @@ def test_an_embedded_model_is_sampled_without_torch_and_diffusers(embedded, tmp_
         assert done.returncode == 0, done.stderr
         made.append(out.read_bytes())
     assert made[0] == made[1]
+
+
+BITS = """
+import sys, hashlib
+import numpy as np
+from taylorseer_export.runtime.noise import normals
+from taylorseer_export.runtime.schedulers import FlowEuler
+from taylorseer_export.runtime.solvers import DDIM, UniPC
+
+flow = {"use_dynamic_shifting": True}
+unipc = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+print(np.__version__)
+for made, more in ((FlowEuler.of(flow), {"mu": 0.7}), (UniPC.of(unipc), {}), (DDIM.of({"clip_sample": False}), {})):
+    total = hashlib.sha256()
+    for steps in (7, 35, 50):
+        made.set(steps, np.linspace(1, 1 / steps, steps) if more else None, **more)
+        latents = made.start(normals(4096, 3).reshape(1, 4, 32, 32))
+        for step in range(steps):
+            latents = made.advance(normals(4096, step).reshape(latents.shape), step, latents)
+            total.update(latents.tobytes())
+    print(made.name, made.timesteps.dtype, latents.dtype, total.hexdigest())
+"""
+
+
+def test_numpy_1_makes_the_same_bits():
+    """Triton's Python backend of 2024 runs numpy 1.26, where a number of Python makes float64 of a float32."""
+    older = Path(sys.prefix) / "triton"
+    if not (older / "numpy").is_dir():
+        pytest.skip(f"{older} has no numpy 1.26; `make .venv` puts it there beside the Triton server")
+    root = Path(__file__).resolve().parents[1]
+    said = []
+    for path in (f"{root}", f"{older}:{root}"):
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(
+            [sys.executable, "-c", BITS], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.splitlines())
+    (newer, *bits), (old, *same) = said
+    assert newer.startswith("2.") and old.startswith("1.26") and bits == same

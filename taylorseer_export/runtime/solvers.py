@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+_ONE = np.float32(1)  # before numpy 2 a plain 1 less a float32 is a float64
 # Entries of a config -> the only values under which a class here is diffusers'. Those in the first table are to be
 # there, since diffusers' defaults are others.
 _UNIPC_ASKED = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -227,12 +228,12 @@ class DDIM:
 
     def _end_of(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
         product = self._products[step]
-        end: np.ndarray = (latents - np.sqrt(1 - product) * answer) / np.sqrt(product)
+        end: np.ndarray = (latents - np.sqrt(_ONE - product) * answer) / np.sqrt(product)
         return end
 
     def _following(self, answer: np.ndarray, step: int, end: np.ndarray) -> np.ndarray:
         after = self._after[step]
-        following: np.ndarray = np.sqrt(after) * end + np.sqrt(1 - after) * answer
+        following: np.ndarray = np.sqrt(after) * end + np.sqrt(_ONE - after) * answer
         return following
 
 

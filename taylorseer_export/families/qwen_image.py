@@ -86,7 +86,8 @@ _TEMPLATE = (
 
 
 def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
-    states = encoders["text_encoder"](given["tokens"], output_hidden_states=True, use_cache=False).hidden_states
+    encoder = encoders["text_encoder"]
+    states = encoder(given["tokens"], output_hidden_states=True, use_cache=False).hidden_states
     return {"encoder_hidden_states": states[-1][:, _TOKENS.dropped :]}
 
 

@@ -578,3 +578,10 @@ def test_a_stranger_at_the_top_is_seen(tmp_path: Path) -> None:
     for name in ("README.md", "notes.txt", ".venv", "demo", "x.egg-info"):
         (tmp_path / name).mkdir()
     assert strangers(top_level_entries(tmp_path)) == {"notes.txt"}
+
+
+def test_the_command_line_starts_without_numpy() -> None:
+    """`--help` and what is mistyped are answered at once: numpy alone takes longer than all of the rest."""
+    code = "import sys, taylorseer_export.cli; print(*(n for n in ('numpy', 'torch', 'PIL') if n in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from taylorseer_export.bundle.manifest import Manifest, PipelinePart, Role, Tensor
 from taylorseer_export.bundle.shapes import resolve
 
+CONDITIONING_ROOM = 256 << 20  # bytes of a server's cache of conditioning, where nobody says otherwise
+
 _BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from taylorseer_export.bundle.device import CPU, DEVICES, Device
+from taylorseer_export.bundle.memory import CONDITIONING_ROOM
 from taylorseer_export.compile.engines import ENGINES, Option
-from taylorseer_export.embedded.conditioning import ROOM
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method.guard import RULES
 from taylorseer_export.values import MOST_THREADS, memory, memory_or_none, real, size, whole
@@ -153,7 +153,7 @@ def service_options(parser: argparse.ArgumentParser, each: str) -> None:
         "--conditioning-cache",
         metavar="SIZE",
         type=memory_or_none,
-        default=ROOM,
+        default=CONDITIONING_ROOM,
         help=f"memory of one {each} for what prompts become, so that none is encoded twice; 0 turns it off (default: "
         "256MiB)",
     )

@@ -28,7 +28,7 @@ from taylorseer_export.errors import ConfigError
 from taylorseer_export.values import finite, seed, size, whole
 
 if TYPE_CHECKING:
-    from taylorseer_export.bundle.manifest import Manifest
+    from taylorseer_export.bundle.manifest import Manifest, PartName
     from taylorseer_export.runtime.denoiser import Denoiser
     from taylorseer_export.runtime.sampling import Request
 
@@ -93,7 +93,9 @@ def run(given: argparse.Namespace) -> int:
     require_extra("sample", *([] if own_scheduler(manifest) else ["torch", "diffusers"]))
     require_extra("sample", *(["PIL"] if not given.out and manifest.sampling.pictures else []))
     _check_fps(manifest, given)
-    denoiser.open_parts()  # before the work, and not in its times
+    needed: list[PartName] = [] if given.inputs else ["text"]
+    needed += [] if given.out and given.out.suffix == ".safetensors" else ["decode"]
+    denoiser.open_parts(needed)  # before the work, and not in its times
     began = time.perf_counter()
     request, names = _request(denoiser, given)
     encode_ms, decode_ms = 1e3 * (time.perf_counter() - began), 0.0

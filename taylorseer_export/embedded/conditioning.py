@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from taylorseer_export.bundle.memory import CONDITIONING_ROOM
 from taylorseer_export.runtime.denoiser import Denoiser
 
 Encoded = Mapping[str, np.ndarray]
-ROOM = 256 << 20  # bytes of a cache where nobody says otherwise
 
 
 class Key(NamedTuple):
@@ -50,7 +50,7 @@ class ConditioningCache:
         room: Most bytes of the arrays and texts that are kept; 0 keeps nothing and counts nothing.
     """
 
-    def __init__(self, room: int = ROOM) -> None:
+    def __init__(self, room: int = CONDITIONING_ROOM) -> None:
         self._room = room
         self._kept: OrderedDict[Key, Encoded] = OrderedDict()
         self._making: set[Key] = set()

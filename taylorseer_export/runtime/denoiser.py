@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -148,11 +148,12 @@ class Denoiser:
         """What makes pictures or videos of latents, loaded when first asked for; raises what `open_decoder` raises."""
         return open_decoder(self._bundle, self._place("decode"), self._threads)
 
-    def open_parts(self) -> None:
-        """Load the parts that the bundle has, rather than when the first request asks for them."""
-        if "text" in self.manifest.parts:
+    def open_parts(self, names: Collection[PartName] = ("text", "decode")) -> None:
+        """Load these parts, as far as the bundle has them, rather than when the first request asks for them."""
+        wanted = self.manifest.parts.keys() & set(names)
+        if "text" in wanted:
             self.encoder  # noqa: B018
-        if "decode" in self.manifest.parts:
+        if "decode" in wanted:
             self.decoder  # noqa: B018
 
     @property

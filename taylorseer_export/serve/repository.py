@@ -23,10 +23,9 @@ from typing import Any
 from taylorseer_export.bundle.atomic import aside, flush, sweep
 from taylorseer_export.bundle.device import CPU, Device
 from taylorseer_export.bundle.manifest import MANIFEST, Manifest
-from taylorseer_export.bundle.memory import request_bytes, size
+from taylorseer_export.bundle.memory import CONDITIONING_ROOM, request_bytes, size
 from taylorseer_export.bundle.profile import PROFILES, profile_names, read_profile
 from taylorseer_export.bundle.store import Bundle, open_bundle
-from taylorseer_export.embedded.conditioning import ROOM
 from taylorseer_export.embedded.requests import frame_rate
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.serve import contract
@@ -60,7 +59,7 @@ class Deployment:
     workers: int = 0
     threads: int = 1
     memory_budget: int | None = None
-    conditioning_cache: int = ROOM
+    conditioning_cache: int = CONDITIONING_ROOM
 
 
 def write_repository(folder: Path, out: Path, deployment: Deployment) -> list[Path]:

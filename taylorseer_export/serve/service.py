@@ -14,8 +14,8 @@ from math import inf
 from threading import Condition, Thread
 from typing import Protocol
 
-from taylorseer_export.bundle.memory import request_bytes, size
-from taylorseer_export.embedded.conditioning import ROOM, ConditioningCache
+from taylorseer_export.bundle.memory import CONDITIONING_ROOM, request_bytes, size
+from taylorseer_export.embedded.conditioning import ConditioningCache
 from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
@@ -66,7 +66,7 @@ class Limits:
     batch: int = 4
     workers: int = 0
     slot_bytes: int = 0
-    conditioning_cache: int = ROOM
+    conditioning_cache: int = CONDITIONING_ROOM
 
 
 @dataclass

@@ -19,7 +19,17 @@ from hypothesis import settings
 from kept import ROOT, Kept, key_of, sources, surroundings, sweep
 from pipelines_with_parts import CASES, TEXT_ALONE, denoiser_with_parts, write_pipeline
 from record import commit_of
-from tiny_bundles import BUNDLES, MODELS, ON_GPU, PACKAGES, options_of, trace_of, write_embedded, write_whole_flux
+from tiny_bundles import (
+    BUNDLES,
+    MODELS,
+    ON_GPU,
+    PACKAGES,
+    options_of,
+    trace_of,
+    write_embedded,
+    write_whole_flux,
+    write_whole_kontext,
+)
 from tiny_pipelines import dit_pipeline
 
 from taylorseer_export.bundle.tensorrt import library_name
@@ -266,6 +276,12 @@ def whole(tiny, drafts, once):
 def whole_flux(once):
     """Folder of the bundle of a tiny FLUX pipeline with its parts; `pipeline` beside it is what it was made of."""
     return once("whole-flux", write_whole_flux)
+
+
+@pytest.fixture(scope="session")
+def whole_kontext(once):
+    """The same of a tiny FLUX Kontext, which edits pictures."""
+    return once("whole-kontext", write_whole_kontext)
 
 
 @pytest.fixture(scope="session")

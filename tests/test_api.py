@@ -13,30 +13,29 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import openai
 import pytest
-import uvicorn
+from images_api import LOOP, SECONDS, alone, asked, client_of, got, models_over, picture_in, serving, until
 from PIL import Image
 from profiles import made as made_profile
 from profiles import weights_of
 
 from taylorseer_export.bundle.profile import write_profile
 from taylorseer_export.bundle.store import open_bundle
-from taylorseer_export.embedded.caption import CaptionEncoder
-from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of
+from taylorseer_export.embedded.edits import Given
+from taylorseer_export.embedded.picture import opaque
+from taylorseer_export.embedded.requests import label_request, pictures_of, prompt_request
 from taylorseer_export.errors import BundleError, ConfigError, StepError, TaylorSeerError
 from taylorseer_export.method import Plan, RequestOptions
 from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.parts import Encoder
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.serve.api import prompts
-from taylorseer_export.serve.api.app import app_of
 from taylorseer_export.serve.api.busy import Busy, chosen
 from taylorseer_export.serve.api.models import Model, Models, load_models
 from taylorseer_export.serve.api.problems import problem_of
@@ -46,11 +45,9 @@ from taylorseer_export.serve.refusals import Stopping
 from taylorseer_export.serve.service import Limits, Service
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 60  # until a test gives up waiting; nothing is measured with it
 CAPTION = "a red circle left of a blue square"
 GENERATIONS = "/v1/images/generations"
 KEY = "a-key-of-the-tests"
-LOOP = "event loop"  # name of the thread that a server runs in
 
 
 @pytest.fixture(scope="module")
@@ -59,36 +56,6 @@ def denoisers(embedded):
     yield held
     for denoiser in held.values():
         denoiser.close()
-
-
-@contextmanager
-def serving(models, settings=None):
-    """A server over models that it leaves open; gives its port."""
-    listener = bound("127.0.0.1", 0)
-    listener.listen()
-    port = listener.getsockname()[1]
-    config = uvicorn.Config(app_of(models, settings), lifespan="off", log_level="error", ws="none")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name=LOOP, daemon=True)
-    thread.start()
-    try:
-        yield port
-    finally:
-        server.should_exit = True
-        thread.join(SECONDS)
-        assert not thread.is_alive()
-
-
-@contextmanager
-def models_over(*denoisers, **limits):
-    """Models over denoisers that stay open."""
-    models = [Model(denoiser, Limits(**limits)) for denoiser in denoisers]
-    try:
-        yield Models(models)
-    finally:
-        for model in models:
-            model.reader.close()
-            model.service.close()
 
 
 @pytest.fixture(scope="module")
@@ -131,45 +98,6 @@ def held(monkeypatch):
     event.set()
 
 
-def client_of(port, key="none"):
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=SECONDS)
-
-
-def asked(port, path, body=None, headers=None, method="POST"):
-    """(status, headers, body) of one request; a body that is no bytes goes as JSON."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
-    try:
-        if body is not None and not isinstance(body, bytes):
-            body, headers = json.dumps(body).encode(), {"content-type": "application/json", **(headers or {})}
-        connection.request(method, path, body, headers or {})
-        answer = connection.getresponse()
-        return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
-    finally:
-        connection.close()
-
-
-def got(port, path, **more):
-    return asked(port, path, method="GET", **more)
-
-
-def until(true):
-    """Wait for something that comes by itself."""
-    end = time.monotonic() + SECONDS
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def picture_in(file):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(file))))
-
-
-def alone(denoiser, request, **options):
-    """(picture, plan) of a request that runs alone."""
-    made = sample(denoiser, request, denoiser.forecasts(**options))
-    return pictures_of(denoiser, request, made.latents)[0], made.executed
-
-
 # Pictures
 
 
@@ -181,7 +109,7 @@ def test_the_openai_client_gets_what_a_solo_run_makes(client, denoisers):
     pictures = made.model_extra["taylorseer"]["pictures"]
     assert [picture["seed"] for picture in pictures] == [7, 8, 9]
     for seed, file, told in zip((7, 8, 9), made.data, pictures, strict=True):
-        request = caption_request(denoisers["shapes"], [CAPTION], [seed], (32, 48))
+        request = prompt_request(denoisers["shapes"], [CAPTION], [seed], (32, 48))
         picture, executed = alone(denoisers["shapes"], request, steps=9)
         assert (picture_in(file.b64_json) == picture).all()
         assert told["executed"] == executed and told["planned"] == executed
@@ -192,13 +120,13 @@ def test_the_openai_client_gets_what_a_solo_run_makes(client, denoisers):
 
 @pytest.mark.parametrize(("room", "hits", "misses"), [(1 << 20, 2, 1), (0, 0, 0)])
 def test_pictures_of_one_prompt_encode_it_once(denoisers, monkeypatch, room, hits, misses):
-    seen, encode = [], CaptionEncoder.encode
-    monkeypatch.setattr(CaptionEncoder, "encode", lambda *given: (seen.append(given[1]), encode(*given))[1])
+    seen, encode = [], Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda *given: (seen.append(given[1]), encode(*given))[1])
     with models_over(denoisers["shapes"], slots=3, conditioning_cache=room) as models, serving(models) as port:
         status, _, text = asked(port, GENERATIONS, {"prompt": CAPTION, "n": 3, "seed": 1, "steps": 4})
         assert status == 200 and len(seen) == (1 if room else 3)
         for seed, file in zip((1, 2, 3), json.loads(text)["data"], strict=True):
-            request = caption_request(denoisers["shapes"], [CAPTION], [seed])
+            request = prompt_request(denoisers["shapes"], [CAPTION], [seed])
             assert (picture_in(file["b64_json"]) == alone(denoisers["shapes"], request, steps=4)[0]).all()
         metered = Metered(port)
         assert metered.of("taylorseer_conditioning_total", "flux-tiny", "hit") == hits
@@ -255,12 +183,12 @@ def test_the_openai_client_streams(client, denoisers):
     assert [type(event).__name__ for event in previews] == ["ImageGenPartialImageEvent"] * 3
     assert [event.partial_image_index for event in previews] == [0, 1, 2]
     assert type(last).__name__ == "ImageGenCompletedEvent" and last.usage.total_tokens == 0
-    whole, executed = alone(denoisers["shapes"], caption_request(denoisers["shapes"], [CAPTION], [5]), steps=12)
+    whole, executed = alone(denoisers["shapes"], prompt_request(denoisers["shapes"], [CAPTION], [5]), steps=12)
     assert (picture_in(last.b64_json) == whole).all()
     far = [np.abs(picture_in(event.b64_json).astype(float) - whole).mean() for event in previews]
     assert far[0] > far[-1]  # previews come nearer
     assert {(event.size, event.output_format, event.quality) for event in (*previews, last)} == {
-        ("32x32", "png", "auto")
+        ("64x64", "png", "auto")
     }
     assert last.model_extra["taylorseer"]["executed"] == executed
 
@@ -289,9 +217,9 @@ def test_a_stream_tells_of_steps_where_that_is_asked_for(port):
 
 def test_the_openai_client_raises_its_own_exceptions(client):
     with pytest.raises(openai.BadRequestError) as caught:
-        client.images.generate(prompt="a green elephant")
+        client.images.generate(prompt="a green elephant", model="dit-tiny")
     assert (caught.value.param, caught.value.type) == ("prompt", "invalid_request_error")
-    assert "caption word is 'elephant', expected a known word" in caught.value.message
+    assert "prompt is `a green elephant`, expected a class of dit-tiny" in caught.value.message
     with pytest.raises(openai.NotFoundError) as missing:
         client.images.generate(prompt=CAPTION, model="dall-e-2")
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
@@ -724,7 +652,7 @@ def test_models_are_listed(client, denoisers):
     assert [model.id for model in listed] == ["flux-tiny", "dit-tiny"]
     assert all(model.object == "model" and model.created > 0 for model in listed)
     shapes, digits = (model.model_extra["taylorseer"] for model in listed)
-    assert (shapes["draws"], shapes["size"], shapes["multiple_of"]) == ("captions", "32x32", 4)
+    assert (shapes["draws"], shapes["size"], shapes["multiple_of"]) == ("prompts", "64x64", 8)
     assert (digits["draws"], digits["size"], digits["classes"]) == ("labels", "16x16", 10)
     assert shapes["plan"] == str(denoisers["shapes"].forecasts().plan)
     assert client.models.retrieve("dit-tiny").id == "dit-tiny"
@@ -771,10 +699,31 @@ def png_of(height, width):
     return stream.getvalue()
 
 
-def test_edits_are_refused_where_no_model_takes_pictures(client):
-    with pytest.raises(openai.BadRequestError, match="expected text alone, since no model here takes them") as caught:
-        client.images.edit(image=("a.png", png_of(8, 8)), prompt=CAPTION)
+def test_edits_are_refused_where_no_model_takes_pictures(client, denoisers):
+    with pytest.raises(openai.BadRequestError, match="expected flux-tiny, which takes them; ask for") as caught:
+        client.images.edit(image=("a.png", png_of(8, 8)), prompt=CAPTION, model="dit-tiny")
     assert caught.value.param == "image"
+    with models_over(denoisers["digits"], slots=1) as models, serving(models) as port:
+        with pytest.raises(openai.BadRequestError, match="expected text alone, since no model here takes them"):
+            client_of(port).images.edit(image=("a.png", png_of(8, 8)), prompt="3")
+
+
+def test_a_picture_begins_a_loop(client, denoisers):
+    """Of twelve steps the last six run, by their own plan."""
+    picture = np.random.default_rng(2).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    how = {"seed": "3", "steps": "12", "strength": "0.5", "interval": "3", "warmup": "2"}
+    made = client.images.edit(image=("a.png", stream.getvalue()), prompt=CAPTION, model="flux-tiny", extra_body=how)
+    told = made.model_extra["taylorseer"]["pictures"][0]
+    assert (made.size, told["executed"]) == ("48x32", "FF..F.")
+    request = prompt_request(denoisers["shapes"], [CAPTION], [3], given=Given(picture, 0.5, 12))
+    expected, _ = alone(denoisers["shapes"], request, plan="FF..F.")
+    assert (picture_in(made.data[0].b64_json) == expected).all()
+    for more, param in (({"strength": 2}, "strength"), ({"strength": 0.5}, "strength")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.generate(prompt=CAPTION, extra_body=more)
+        assert caught.value.param == param
 
 
 @pytest.fixture
@@ -782,12 +731,15 @@ def taker(monkeypatch):
     """Models are taken to be of those that are given pictures; the list gets what they were given."""
     given, request_of = [], prompts.request_of
 
-    def watched(denoiser, wish, cache):
-        given.append(wish)
-        return request_of(denoiser, wish._replace(pictures=(), mask=None), cache)
+    def watched(denoiser, wish, cache, _):
+        return request_of(denoiser, wish, cache)
 
     monkeypatch.setattr("taylorseer_export.serve.api.images.takes_pictures", lambda _: True)
     monkeypatch.setattr("taylorseer_export.serve.api.drawing.request_of", watched)
+    monkeypatch.setattr(
+        "taylorseer_export.serve.api.drawing.picture_for",
+        lambda denoiser, wish, options: (given.append(wish), (options, None))[1],
+    )
     return given
 
 
@@ -873,12 +825,44 @@ def test_a_whole_pipeline_draws_from_any_prompt(whole_flux):
             answer = client_of(port).images.generate(
                 prompt="any words, 漢字", model="flux-whole", n=2, size="48x32", extra_body={"seed": 4, "plan": "FF.F"}
             )
-        request = caption_request(denoiser, ["any words, 漢字"] * 2, [4, 5], (32, 48))
+        request = prompt_request(denoiser, ["any words, 漢字"] * 2, [4, 5], (32, 48))
         for k, image in enumerate(answer.data):
-            one = caption_request(denoiser, ["any words, 漢字"], [4 + k], (32, 48))
+            one = prompt_request(denoiser, ["any words, 漢字"], [4 + k], (32, 48))
             made = sample(denoiser, one, denoiser.forecasts(plan="FF.F")).latents
             seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(image.b64_json))))
             assert np.array_equal(seen, pictures_of(denoiser, request, made)[0])
+
+
+def test_the_openai_client_edits(whole_kontext):
+    """A picture with transparency, which is on white; in a size of its own and in that of the picture."""
+    given = np.random.default_rng(5).integers(0, 256, (26, 38, 4), np.uint8)
+    given[:9, :9, 3] = 0
+    stream = io.BytesIO()
+    Image.fromarray(given).save(stream, "PNG")
+    asked_for = {"image": ("a.png", stream.getvalue()), "prompt": "blue", "model": "flux-kontext-whole"}
+    picture = opaque(given)
+    assert (picture[:9, :9] == 255).all()
+    with load(whole_kontext, threads=1) as denoiser:
+        with models_over(denoiser, slots=2, queue=2, workers=1) as models, serving(models) as port:
+            client = client_of(port)
+            for size, shape in (("48x32", (32, 48)), ("auto", None)):
+                made = client.images.edit(**asked_for, size=size, extra_body={"seed": "4", "plan": "FF.F"})
+                request = prompt_request(denoiser, ["blue"], [4], shape, given=Given(picture))
+                expected = pictures_of(
+                    denoiser, request, sample(denoiser, request, denoiser.forecasts(plan="FF.F")).latents
+                )[0]
+                assert (picture_in(made.data[0].b64_json) == expected).all()
+                assert expected.shape == (*(shape or (24, 36)), 3)
+            assert client.models.retrieve("flux-kontext-whole").model_extra["taylorseer"]["takes_pictures"] is True
+            for more, call, param in (
+                ({}, client.images.generate, "image"),
+                ({"image": [asked_for["image"]] * 2}, client.images.edit, "image"),
+                ({"mask": ("m.png", stream.getvalue())}, client.images.edit, "mask"),
+            ):
+                values = {"prompt": "blue", "model": "flux-kontext-whole"} if not more else {**asked_for, **more}
+                with pytest.raises(openai.BadRequestError, match="expected") as caught:
+                    call(**values)
+                assert caught.value.param == param
 
 
 @pytest.mark.slow

@@ -379,6 +379,14 @@ def test_a_bundle_of_the_first_schema_names_the_command_that_rebuilds_it():
     )
 
 
+def test_a_whole_bundle_of_an_older_schema_is_rebuilt_whole():
+    raw = json.loads(OLD.read_bytes()) | {"schema_version": 3, "parts": {"text": {}}}
+    del raw["digest"]
+    raw["digest"] = hashlib.sha256(canonical(raw)).hexdigest()
+    with pytest.raises(BundleError, match=r"is of schema version 3, expected 4: .* --device cpu --whole`$"):
+        Manifest.from_bytes(canonical(raw), OLD)
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -13,7 +13,6 @@ import pytest
 from taylorseer_export import cli
 from taylorseer_export.bundle.profile import read_profile
 from taylorseer_export.bundle.store import open_bundle
-from taylorseer_export.embedded.caption import captions
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Forecasts, Guard, Plan, forecast_weights
 from taylorseer_export.report import calibrate
@@ -214,17 +213,6 @@ def test_a_psnr_is_reached_with_the_fewest_full_steps(calibrator):
     assert found.calibrated.held_out >= target and len(found.calibrated.forecasts.plan.full_steps) <= 4
     with pytest.raises(ConfigError, match="--psnr is 300, expected at most"):
         calibrator.calibrate_to(300, 2)
-
-
-def test_captions_are_words_that_the_model_knows():
-    from pathlib import Path
-
-    import taylorseer_export
-    from taylorseer_export.embedded.caption import CaptionEncoder
-
-    encoder = CaptionEncoder.load(Path(taylorseer_export.__file__).parent / "assets" / "flux" / "text")
-    made = captions(32, 5)
-    assert len(set(made)) > 24 and encoder.token_ids(made).any()
 
 
 def test_command_line(digits, tmp_path, capsys):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from taylorseer_export.commands.options import Parser, service_options
-from taylorseer_export.embedded.caption import CaptionEncoder
 from taylorseer_export.embedded.conditioning import ConditioningCache, Key
-from taylorseer_export.embedded.requests import caption_request
+from taylorseer_export.embedded.requests import prompt_request
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.parts import Encoder
 from taylorseer_export.serve import contract
 from taylorseer_export.serve.service import Limits, Service
 
@@ -128,7 +128,7 @@ def test_the_option_is_a_size_or_0(given, room):
         parser.parse_args(["--conditioning-cache=-1"])
 
 
-# The embedded captions; whole bundles are in test_whole.py, the images API in test_api.py
+# The embedded FLUX; other whole bundles are in test_whole.py, the images API in test_api.py
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +139,14 @@ def denoiser(embedded):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The captions that were encoded since."""
-    seen, encode = [], CaptionEncoder.encode
+    """The prompts that were encoded since."""
+    seen, encode = [], Encoder.encode
 
-    def watched(encoder, captions):
-        seen.extend(captions)
-        return encode(encoder, captions)
+    def watched(encoder, prompt, length=None):
+        seen.append(prompt)
+        return encode(encoder, prompt, length)
 
-    monkeypatch.setattr(CaptionEncoder, "encode", watched)
+    monkeypatch.setattr(Encoder, "encode", watched)
     return seen
 
 
@@ -159,21 +159,21 @@ def check_same(one, other):
 def test_a_request_is_the_same_bits_with_and_without(denoiser, encoded):
     cache = ConditioningCache()
     for captions, seeds in (([CAPTION], [1]), ([CAPTION], [2]), ([CAPTION, "a white cross"], [1, 2])):
-        with_it = caption_request(denoiser, captions, seeds, cache=cache)
-        check_same(with_it, caption_request(denoiser, captions, seeds))
+        with_it = prompt_request(denoiser, captions, seeds, cache=cache)
+        check_same(with_it, prompt_request(denoiser, captions, seeds))
     assert cache.counts[:2] == (2, 2)
     encoded.clear()
     with_it.conditioning["encoder_hidden_states"][:] = 0  # what a request does to its own is nobody else's
-    again = caption_request(denoiser, [CAPTION], [1], cache=cache)
-    check_same(again, caption_request(denoiser, [CAPTION], [1]))
+    again = prompt_request(denoiser, [CAPTION], [1], cache=cache)
+    check_same(again, prompt_request(denoiser, [CAPTION], [1]))
     assert encoded == [CAPTION]  # that of the request without
 
 
-def test_a_caption_that_is_refused_is_refused_again(denoiser):
+def test_a_prompt_that_is_refused_is_refused_again(denoiser):
     cache = ConditioningCache()
     for _ in range(2):
-        with pytest.raises(ConfigError, match="caption word is 'elephant'"):
-            caption_request(denoiser, ["an elephant"], cache=cache)
+        with pytest.raises(ConfigError, match="length of the prompt is 513, expected 1 to 512"):
+            prompt_request(denoiser, ["an elephant"], length=513, cache=cache)
     assert cache.counts.bytes == 0
 
 
@@ -185,7 +185,7 @@ def test_pictures_of_one_prompt_through_triton_s_model_encode_once(denoiser, enc
             values = {"prompt": np.array([CAPTION.encode()], object), "seed": np.array([seed])}
             asked = contract.ask(denoiser, "picture", values, cache=service.conditioning)
             before = len(encoded)
-            check_same(asked.request, caption_request(denoiser, [CAPTION], [seed]))
+            check_same(asked.request, prompt_request(denoiser, [CAPTION], [seed]))
             del encoded[before:]
         counts = service.snapshot()
     finally:

@@ -16,13 +16,13 @@ from taylorseer_export.bundle import manifest as manifest_module
 from taylorseer_export.bundle.manifest import Dimension, Graph, Manifest, Tensor
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile.export import describe, pipeline_of, sampling_of
-from taylorseer_export.embedded.requests import caption_request
+from taylorseer_export.embedded.requests import prompt_request
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES, family
 from taylorseer_export.runtime.tensors import latent_sizes, tensor_request
 
 # Embedded models: (what a request is made from, who makes pictures of the latents).
-EMBEDDED = {"dit": ("labels", "digits"), "flux": ("captions", "shapes")}
+EMBEDDED = {"dit": ("labels", "digits")}
 
 
 def described(name):
@@ -77,9 +77,9 @@ def test_an_input_is_not_ignored_where_the_model_takes_it():
 
 def test_a_card_of_someone_else_promises_nothing(tmp_path):
     """Only the models of this package bring an encoder and a decoder, whatever a card says."""
-    shutil.copytree(open_checkpoint(None, FAMILIES["flux"]).root, tmp_path / "copy")
-    made = sampling_of(open_checkpoint(str(tmp_path / "copy"), FAMILIES["flux"]))
-    assert (made.source, made.pictures) == ("tensors", None)
+    shutil.copytree(open_checkpoint(None, FAMILIES["dit"]).root, tmp_path / "copy")
+    made = sampling_of(open_checkpoint(str(tmp_path / "copy"), FAMILIES["dit"]))
+    assert (made.source, made.pictures) == ("labels", None)
 
 
 @pytest.mark.parametrize("model", ["kontext", "hunyuan"])
@@ -130,9 +130,9 @@ def test_pixels_give_the_sizes_that_the_declaration_gives(name):
 @pytest.mark.parametrize(
     ("name", "pixels", "sentence"),
     [
-        ("flux", (32, 34), r"--size width is 34, expected a multiple of 4 \(pixels\); change it"),
-        ("flux", (0, 32), r"--size height is 0, expected a multiple of 4"),
-        ("flux", (1000000, 1000000), r"of `image_tokens` 62500000000, expected 4 to 16384; change it, or export"),
+        ("flux", (32, 36), r"--size width is 36, expected a multiple of 8 \(pixels\); change it"),
+        ("flux", (0, 32), r"--size height is 0, expected a multiple of 8"),
+        ("flux", (1000000, 1000000), r"of `image_tokens` 15625000000, expected 4 to 16384; change it, or export"),
         ("flux", (5, 32, 32), r"--size is 5x32x32, expected HxW for family flux; write it so"),
         ("wan", (32, 48), r"--size is 32x48, expected FxHxW \(frames first\) for family wan"),
         ("wan", (6, 32, 48), r"frames is 6, expected a multiple of 4 and 1, like 81"),
@@ -150,7 +150,7 @@ def test_pixels_that_no_latent_has(name, pixels, sentence):
 
 @pytest.mark.parametrize("sides", [(4, 6), (6, 4), (3, 3)])
 def test_a_request_from_tensors_is_what_the_pipeline_makes(eager, sides):
-    """Noise and ids of a FLUX request against diffusers' own functions: the same from a bundle with captions or not."""
+    """Noise and ids of a FLUX request against diffusers' own functions: the same whoever encoded the text."""
     rows, columns = sides
     denoiser = eager("flux")
     width = int(denoiser.latent.shape[-1])
@@ -174,7 +174,7 @@ def test_a_request_from_tensors_is_what_the_pipeline_makes(eager, sides):
     assert made.conditioning["guidance"].tolist() == [2.5, 2.5]
     assert not np.array_equal(made.latents[0], made.latents[1])
     assert np.array_equal(made.conditioning["encoder_hidden_states"], values["encoder_hidden_states"])
-    drawn = caption_request(denoiser, values, (3, 4), (16 * rows, 16 * columns), 2.5)
+    drawn = prompt_request(denoiser, values, (3, 4), (16 * rows, 16 * columns), 2.5)
     assert np.array_equal(drawn.latents, made.latents) and (drawn.height, drawn.width) == (16 * rows, 16 * columns)
     assert drawn.conditioning.keys() == made.conditioning.keys()
     assert all(np.array_equal(value, made.conditioning[name]) for name, value in drawn.conditioning.items())

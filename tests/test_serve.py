@@ -25,11 +25,12 @@ from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.cli import main
 from taylorseer_export.errors import BundleError, ConfigError, ServeError, StepError
 from taylorseer_export.method import Forecasts, Plan, RequestOptions
+from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request, sample
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
-from taylorseer_export.runtime.trajectory import random_conditioning
+from taylorseer_export.runtime.trajectory import random_conditioning, random_trajectory
 from taylorseer_export.serve import contract, probe, repository, server
 from taylorseer_export.serve.batcher import _PATIENCE, Batcher, Job
 from taylorseer_export.serve.reader import Reader
@@ -93,6 +94,43 @@ def test_a_call_has_its_limits(limits, groups):
     batcher = Batcher(slots=4, queue=9, **limits)
     seated(batcher, *(Job(key="x", samples=2) for _ in range(4)))
     assert [len(batcher.take(0.0).jobs) for _ in groups] == groups
+
+
+def started(batcher, *jobs):
+    """Offer jobs and let each have the only slot in turn; returns the order they are begun in."""
+    for job in jobs:
+        batcher.offer(job)
+    order = []
+    while batcher.waiting:
+        turn = batcher.take(0.0)
+        assert turn.kind == "start"
+        order += turn.jobs
+        batcher.leave(turn.jobs[0])
+    return order
+
+
+def test_a_short_request_does_not_wait_for_long_ones():
+    long, longer, short, shorter, other = (Job(cost=cost) for cost in (10.0, 30.0, 4.0, 1.5, 4.9))
+    assert started(Batcher(slots=1, queue=9), long, longer, short, shorter, other) == [
+        shorter, short, other, long, longer,
+    ]  # fmt: skip
+    alike = [Job(cost=cost) for cost in (10.0, 6.0, 5.0, 10.0)]  # none has less than half of the work of another
+    assert started(Batcher(slots=1, queue=9), *alike) == alike
+
+
+def test_nobody_is_overtaken_for_ever():
+    batcher, long = Batcher(slots=1, queue=99), Job(cost=100.0)
+    batcher.offer(long)
+    begun, count = None, 0
+    while begun is not long:  # a short one comes whenever one was begun
+        batcher.offer(Job(cost=1.0))
+        (begun,) = batcher.take(0.0).jobs
+        batcher.leave(begun)
+        count += 1
+    assert count == 5 and long.overtaken == 4
+    jobs = [Job(cost=100.0 / 3**k) for k in range(12)]
+    order = started(Batcher(slots=1, queue=99), *jobs)
+    assert {job.overtaken for job in jobs} <= set(range(5)) and len(order) == 12
 
 
 def test_the_queue_is_bounded_and_a_free_slot_counts():
@@ -252,6 +290,78 @@ def test_every_answer_is_the_one_it_gets_alone(denoiser, serve, tiny):
     assert counts["steps.full"] == counts["planned.full"] == counts["executed.full"] == full
     assert counts["steps.forecast"] == sum(map(len, plans)) - full
     assert counts["requests.done"] == len(asked) and not service.unequal
+
+
+def test_a_slot_that_is_prepared_for_a_request_is_not_prepared_again(denoiser, serve, tiny):
+    """Three prompts over two slots: the bits are those of fresh slots, and slots are an LRU of what prepared them."""
+    service, forecasts = serve(slots=2), Forecasts(Plan("FF.F"), 1)
+    first, second, third = (request_of(denoiser, tiny, seed) for seed in range(3))
+    sizes = Loop(denoiser, first, forecasts).sizes
+    service._idle = [Branches([denoiser.slot(sizes)]) for _ in range(2)]
+    for branches in service._idle:
+        branches.slots[0].reuses = True
+    noisy = replace(first, latents=second.latents)
+    shorter = Forecasts(Plan("FF."), 1)
+    hits = []
+    for request, asked in (
+        (first, forecasts),
+        (second, forecasts),
+        (noisy, forecasts),  # other noise, the same conditioning
+        (first, shorter),  # other timesteps
+        (second, forecasts),
+        (third, forecasts),
+        (second, forecasts),
+        (third, forecasts),
+    ):
+        caller, before = Caller(), service.counts["prepared.hit"]
+        service.submit(request, asked, caller)
+        assert caller.wait().error is None
+        hits.append(service.counts["prepared.hit"] > before)
+        assert caller.latents.tobytes() == sample(denoiser, request, asked).latents.tobytes()
+    assert hits == [False, False, True, False, False, False, True, True]
+    assert service.snapshot()["prepared.miss"] == 5
+
+
+def test_slots_of_no_server_are_prepared_for_every_request(denoiser, tiny):
+    request = request_of(denoiser, tiny, 0)
+    slot = denoiser.slot(Loop(denoiser, request, Forecasts(Plan("F."), 0)).sizes)
+    for reuses, reused in ((False, False), (False, False), (True, False), (True, True)):
+        slot.reuses = reuses
+        slot.start(request.conditioning, Forecasts(Plan("F."), 0), np.array([0.5, 0.25], np.float32))
+        assert slot.reused == reused
+    changed = {name: np.array(value) for name, value in request.conditioning.items()}
+    next(iter(changed.values()))[...] += 1  # what was kept is a copy
+    assert slot.holds(request.conditioning, np.array([0.5, 0.25], np.float32))
+    assert not slot.holds(changed, np.array([0.5, 0.25], np.float32))
+    with pytest.raises(StepError):
+        slot.start({}, Forecasts(Plan("F."), 0), np.array([0.5, 0.25], np.float32))
+
+
+def test_sizes_are_warm_before_the_first_request(denoiser, serve):
+    """A slot of each size waits, as far as there is room, and a request of such a size takes it."""
+    service, scale = serve(slots=2), denoiser.manifest.sampling.latent_scale * denoiser.manifest.pipeline.packing
+    if denoiser.manifest.family == "dit":  # which knows one size alone
+        service.limits.warm = ((3 * scale, 6 * scale),)
+        with pytest.raises(ConfigError, match=r"--warm is .*, which the bundle takes; change it"):
+            service.warm_up()
+        return
+    service.limits.warm = ((4 * scale, 6 * scale), (2 * scale, 2 * scale))
+    opened, slot = [], denoiser.slot
+    denoiser.slot = lambda sizes: opened.append(sizes["image_tokens"]) or slot(sizes)
+    try:
+        service.warm_up()
+        assert opened[2:] == [24, 24, 4, 4]
+        check_empty(service)
+        opened.clear()
+        asked = random_trajectory(denoiser, 1, {"image_tokens": 24})
+        for _ in range(2):
+            caller = Caller()
+            request = Request(asked.latents[0], asked.conditioning, False, 1.0, 0, 0)
+            service.submit(request, Forecasts(Plan("F."), 0), caller)
+            assert caller.wait().error is None
+        assert opened == []
+    finally:
+        del denoiser.slot
 
 
 def test_a_profile_s_weights_are_those_that_run(denoiser, serve, tiny):
@@ -702,7 +812,9 @@ def test_the_configuration_reads_back_with_triton_s_own_protobuf(onnx):
     from tritonclient.grpc import model_config_pb2 as schema
 
     manifest = onnx("flux").manifest
-    text = config(manifest, "denoiser-stream", Deployment(instances=2, slots=3, queue=5, conditioning_cache=0))
+    text = config(
+        manifest, "denoiser-stream", Deployment(instances=2, slots=3, queue=5, conditioning_cache=0, warm=((32, 48),))
+    )
     seen = text_format.Parse(text, schema.ModelConfig())
     assert seen.name == f"flux-{manifest.name}-denoiser-stream" and seen.backend == "python"
     assert seen.model_transaction_policy.decoupled and seen.instance_group[0].count == 2
@@ -711,8 +823,10 @@ def test_the_configuration_reads_back_with_triton_s_own_protobuf(onnx):
     )  # fmt: skip
     asked = {field.name for field in fields(RequestOptions)}
     assert {i.name for i in seen.input if i.optional} == {"sigmas", *asked}
-    told = [seen.parameters[name].string_value for name in ("slots", "queue", "conditioning_cache")]
-    assert told == ["3", "5", "0"]
+    told = [seen.parameters[name].string_value for name in ("slots", "queue", "conditioning_cache", "warm")]
+    assert told == ["3", "5", "0", "32x48"]
+    with pytest.raises(ConfigError, match="--warm height is 33, expected a multiple of"):
+        config(manifest, "denoiser", Deployment(warm=((33, 48),)))
 
 
 @pytest.mark.parametrize(

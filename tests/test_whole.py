@@ -6,18 +6,28 @@ oracle on every engine; one bundle is whole on disk, and is used through the com
 
 # Shapes: S steps
 
+import inspect
 import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    QwenImageImg2ImgPipeline,
+    StableDiffusion3Img2ImgPipeline,
+)
 from PIL import Image
 from pipelines_with_parts import (
     CASES,
+    EDITED,
     OTHER,
     PROMPT,
     TEXT_ALONE,
@@ -29,12 +39,18 @@ from pipelines_with_parts import (
 
 from taylorseer_export import cli
 from taylorseer_export.embedded.conditioning import ConditioningCache
-from taylorseer_export.embedded.requests import caption_request, label_request, pictures_of
+from taylorseer_export.embedded.edits import Given, given_picture, size_to_see, steps_that_run
+from taylorseer_export.embedded.requests import label_request, pictures_of, prompt_request
 from taylorseer_export.errors import ConfigError, TaylorSeerError
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.method import RequestOptions
 from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.noise import normals
 from taylorseer_export.runtime.parts import cleaned
-from taylorseer_export.runtime.sampling import sample
+from taylorseer_export.runtime.sampling import Beginning, sample, steps_at
+from taylorseer_export.runtime.schedulers import begun, scheduler_of
+from taylorseer_export.serve import contract
 
 NEGATIVE = {"negative_prompt": OTHER}
 STEPS, SEED = 2, 3
@@ -45,7 +61,7 @@ def encoded(pipe, name, length):
     more = {} if length is None else {"max_sequence_length": length}
     with torch.no_grad():
         match name:
-            case "flux":
+            case "flux" | "kontext":
                 states, pooled, _ = pipe.encode_prompt(PROMPT, **more)
                 return {"encoder_hidden_states": states, "pooled_projections": pooled}
             case "sd3":
@@ -94,7 +110,7 @@ def test_the_picture_is_the_pipelines(whole, name):
     more = {} if case.length is None else {"max_sequence_length": case.length}
     with torch.no_grad():
         expected = pipe(
-            PROMPT,
+            prompt=PROMPT,
             height=height,
             width=width,
             num_inference_steps=STEPS,
@@ -104,7 +120,8 @@ def test_the_picture_is_the_pipelines(whole, name):
             **more,
         ).images[0]
     negative = None if case.scale is None else OTHER
-    request = caption_request(denoiser, [PROMPT], [SEED], case.size, case.scale, negative, case.length)
+    given = None if case.picture is None else Given(case.picture)
+    request = prompt_request(denoiser, [PROMPT], [SEED], case.size, case.scale, negative, case.length, given=given)
     result = sample(denoiser, request, denoiser.forecasts(plan="F" * STEPS))
     seen = torch.from_numpy(pictures_of(denoiser, request, result.latents)[0]).permute(2, 0, 1) / 255
     calls = STEPS * (1 if case.scale is None else 2)
@@ -151,15 +168,156 @@ def test_a_class_becomes_the_picture_of_the_pipeline(whole):
     )
 
 
+def test_a_picture_becomes_what_the_pipeline_makes_of_it(whole):
+    """Brought to whole tokens, encoded, packed and put in its places."""
+    pipe, denoiser = whole("kontext")
+    case = CASES["kontext"]
+    request = prompt_request(denoiser, [PROMPT], [SEED], case.size, None, None, 16, given=Given(case.picture))
+    processor = pipe.image_processor
+    shown = processor.preprocess(processor.resize(Image.fromarray(case.picture), 24, 36), 24, 36)
+    with torch.no_grad():
+        _, expected, _, ids = pipe.prepare_latents(
+            shown, 1, pipe.transformer.config.in_channels // 4, *case.size, torch.float32, "cpu"
+        )
+    limit = oracle.bound(expected, 1.0, torch.float32, *depth_and_length(pipe.vae.encoder))
+    seen = torch.from_numpy(request.conditioning["image_latents"])
+    oracle.assert_close("kontext", seen, expected, limit)
+    assert np.array_equal(request.conditioning["image_ids"], ids.numpy())
+    other = prompt_request(denoiser, [PROMPT], [SEED], case.size, None, None, 16, given=Given(255 - case.picture))
+    assert (torch.from_numpy(other.conditioning["image_latents"]) - expected).abs().max() > limit
+    as_seen = prompt_request(denoiser, [PROMPT], [SEED], length=16, given=Given(case.picture))
+    assert (as_seen.height, as_seen.width) == (24, 36)  # a size that nobody asks for is that of the picture
+    brought = prompt_request(denoiser, request.conditioning, [SEED], case.size)
+    assert np.array_equal(brought.latents, request.latents)  # whoever brings what it becomes needs none
+
+
+def test_published_sizes_are_those_of_diffusers():
+    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+    part = SimpleNamespace(sizes=FAMILIES["flux-kontext"].whole.seen_at)
+    assert sorted((w, h) for h, w in part.sizes) == sorted(PREFERRED_KONTEXT_RESOLUTIONS)
+    for height, width in ((512, 512), (300, 900), (1024, 1000), (1, 7), (777, 333), (1080, 1920)):
+        _, w, h = min((abs(width / height - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        assert size_to_see(part, (height, width), 16) == (h, w)
+    assert size_to_see(SimpleNamespace(sizes=()), (50, 15), 16) == (48, 16)
+
+
+def test_a_picture_is_wanted_where_it_is_edited(whole):
+    with pytest.raises(
+        ConfigError, match=r"picture is missing for flux-kontext-.*, expected the one that it is to edit"
+    ):
+        prompt_request(whole("kontext")[1], [PROMPT], [SEED])
+    for name, picture, strength, problem in (
+        ("kontext", EDITED, 0.5, r"strength is 0.5, expected none, since flux-kontext-\w+ begins with noise"),
+        ("hidream", EDITED, None, "picture is given for hidream-.*, expected none, since it draws from text alone"),
+        ("flux", None, 0.5, "strength is 0.5, expected a picture that the loop begins with"),
+        ("flux", EDITED, 0.0, "strength is 0, expected above 0 and at most 1"),
+        ("flux", EDITED, 1.5, "strength is 1.5, expected above 0 and at most 1"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            given_picture(whole(name)[1].manifest, picture, strength)
+
+
+IMAGE_TO_IMAGE = {
+    "flux": FluxImg2ImgPipeline,
+    "sd3": StableDiffusion3Img2ImgPipeline,
+    "qwen-image": QwenImageImg2ImgPipeline,
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_TO_IMAGE)
+def test_a_loop_begins_with_a_picture_as_the_pipelines(whole, name):
+    """What the encoder leaves open and the noise are drawn from one generator; of five steps the last three run."""
+    case, (pipe, denoiser), steps, strength = CASES[name], whole(name), 5, 0.5
+    height, width = case.size
+    picture = np.random.default_rng(7).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    kind = IMAGE_TO_IMAGE[name]
+    wanted = inspect.signature(kind.__init__).parameters
+    other = kind(**{key: value for key, value in pipe.components.items() if key in wanted})
+    other.set_progress_bar_config(disable=True)
+    more = {} if case.length is None else {"max_sequence_length": case.length}
+    more |= {"guidance_scale": denoiser.manifest.sampling.guidance_scale} if name == "flux" else {}
+    with torch.no_grad():
+        expected = other(
+            prompt=PROMPT,
+            image=Image.fromarray(picture),
+            strength=strength,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(SEED),
+            output_type="pt",
+            **case.asked,
+            **more,
+        ).images[0]
+    given = given_picture(denoiser.manifest, picture, strength)
+    options, given = steps_that_run(RequestOptions(steps=steps, interval=1), denoiser, given)
+    assert options.steps == 3 and given.steps == steps
+    negative = None if case.scale is None else OTHER
+    asked = (denoiser, [PROMPT], [SEED], case.size, case.scale, negative, case.length)
+    request = prompt_request(*asked, given=given)
+    result = sample(denoiser, request, denoiser.forecasts(plan="FFF"))
+    seen = torch.from_numpy(pictures_of(denoiser, request, result.latents)[0]).permute(2, 0, 1) / 255
+    calls = 3 * (1 if case.scale is None else 2)
+    depth, length = depth_and_length(*encoders_of(pipe), *[pipe.transformer] * calls, pipe.vae)
+    gain = 1.0 if case.scale is None else 2 * case.scale - 1
+    limit = oracle.bound(expected, gain, torch.float32, depth, length) + 0.5 / 255
+    oracle.assert_close(name, seen, expected, limit)
+    for wrong in (
+        prompt_request(*asked, given=given._replace(picture=255 - picture)),
+        replace(request, beginning=replace(request.beginning, steps=6)),
+    ):
+        made = sample(denoiser, wrong, denoiser.forecasts(plan="FFF"))
+        shown = torch.from_numpy(pictures_of(denoiser, request, made.latents)[0]).permute(2, 0, 1) / 255
+        assert (shown - expected).abs().max() > limit
+
+
+def test_steps_run_as_the_pipelines_reckon():
+    for steps, strength in product((1, 2, 3, 7, 20, 28, 50), (0.05, 0.3, 0.5, 0.6, 0.99, 1.0)):
+        scheduler = SimpleNamespace(timesteps=np.arange(steps), order=1)
+        _, run = FluxImg2ImgPipeline.get_timesteps(SimpleNamespace(scheduler=scheduler), steps, strength, "cpu")
+        assert steps_at(strength, steps) == run
+        known, free = Beginning(np.zeros(1), strength, steps), Beginning(np.zeros(1), strength)
+        if run:  # a plan alone says how many run, and so about how many there are
+            assert known.of(run) == steps <= free.of(run) and steps_at(strength, free.of(run)) == run
+        with pytest.raises(ConfigError, match=f"plan is {run + 1} steps long, expected {run}, which run of {steps} at"):
+            known.of(run + 1)
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dynamic_shifting": True}, {"shift": 3.0, "use_karras_sigmas": True}])
+def test_loops_begin_as_the_scheduler_of_diffusers_has_them(config):
+    """Ours and, under a config that it does not know, that of diffusers: both beside diffusers' own, driven alone."""
+    sampling = SimpleNamespace(scheduler="FlowMatchEulerDiscreteScheduler", config=config)
+    made, true = scheduler_of(SimpleNamespace(sampling=sampling)), FlowMatchEulerDiscreteScheduler.from_config(config)
+    clean, noise, answer = (normals(64, seed).reshape(1, 4, 4, 4) for seed in range(3))
+    mu = 0.7 if config.get("use_dynamic_shifting") else None
+    levels = np.linspace(1.0, 0.1, 10)
+    made.set(10, levels, mu)
+    true.set_timesteps(sigmas=levels, mu=mu)
+    true.set_begin_index(6)
+    expected = true.scale_noise(torch.from_numpy(clean), true.timesteps[6:7], torch.from_numpy(noise))
+    latents = begun(made, noise, clean, 6)
+    assert np.array_equal(latents, expected.numpy()) and np.array_equal(made.timesteps, true.timesteps[6:].numpy())
+    for step in range(4):
+        expected = true.step(torch.from_numpy(answer), true.timesteps[6 + step], expected).prev_sample
+        latents = made.advance(answer, step, latents)
+        assert np.array_equal(latents, expected.numpy())
+
+
+def test_other_schedulers_begin_with_noise_alone():
+    with pytest.raises(ConfigError, match="DDIMScheduler begins no loop with a picture here, expected a scheduler of"):
+        begun(SimpleNamespace(name="DDIMScheduler"), np.zeros(1), np.zeros(1), 0)
+
+
 def test_prompts_of_two_lengths_are_drawn_together(whole):
     """Shorter ones are filled up and masked: each picture is the one that its prompt gets alone, within the bound."""
     pipe, denoiser = whole("qwen-image")
     forecasts, size = denoiser.forecasts(plan="F" * STEPS), CASES["qwen-image"].size
-    together = caption_request(denoiser, [PROMPT, "b"], [1, 2], size, 3.0, OTHER)
+    together = prompt_request(denoiser, [PROMPT, "b"], [1, 2], size, 3.0, OTHER)
     made = sample(denoiser, together, forecasts).latents
     depth, length = depth_and_length(*[pipe.transformer] * 2 * STEPS)
     for k, prompt in enumerate([PROMPT, "b"]):
-        alone = sample(denoiser, caption_request(denoiser, [prompt], [k + 1], size, 3.0, OTHER), forecasts).latents
+        alone = sample(denoiser, prompt_request(denoiser, [prompt], [k + 1], size, 3.0, OTHER), forecasts).latents
         limit = oracle.bound(torch.from_numpy(alone), 5.0, torch.float32, depth, length)
         oracle.assert_close(prompt, torch.from_numpy(made[k : k + 1]), torch.from_numpy(alone), limit)
 
@@ -170,16 +328,16 @@ def test_prompts_that_are_kept_are_the_same_bits(whole, name, monkeypatch):
     case, (_, denoiser) = CASES[name], whole(name)
     negative = None if case.scale is None else OTHER
     asked = (case.size, case.scale, negative, case.length)
-    alone = [caption_request(denoiser, [PROMPT], [seed], *asked) for seed in (1, 2)]
+    alone = [prompt_request(denoiser, [PROMPT], [seed], *asked) for seed in (1, 2)]
     encode, encoded, cache = denoiser.encoder.encode, [], ConditioningCache()
     monkeypatch.setattr(denoiser.encoder, "encode", lambda *given: (encoded.append(given), encode(*given))[1])
     for seed, expected in zip((1, 2), alone, strict=True):
-        request = caption_request(denoiser, [PROMPT], [seed], *asked, cache=cache)
+        request = prompt_request(denoiser, [PROMPT], [seed], *asked, cache=cache)
         for branch, other in zip(request.branches, expected.branches, strict=True):
             assert {n: v.tobytes() for n, v in branch.items()} == {n: v.tobytes() for n, v in other.items()}
     prompts = [PROMPT] if negative is None else [PROMPT, OTHER]
     assert encoded == [(prompt, case.length) for prompt in prompts]
-    caption_request(denoiser, [PROMPT], [1], *asked[:3], 8, cache=cache)
+    prompt_request(denoiser, [PROMPT], [1], *asked[:3], 8, cache=cache)
     assert encoded[-1][1] == 8 and cache.counts.misses == 2 * len(prompts)  # another length is another prompt
 
 
@@ -221,7 +379,7 @@ def test_what_cannot_be_asked_is_refused(whole):
     ):
         asked = {"size": (32, 32), **change}
         with pytest.raises(ConfigError, match=problem):
-            caption_request(denoiser, [PROMPT], [0], **asked)
+            prompt_request(denoiser, [PROMPT], [0], **asked)
 
 
 # A bundle on disk ---------------------------------------------------------------------------------------------------
@@ -234,7 +392,7 @@ def test_run_draws_from_a_prompt(whole_flux, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "encode" in said and "decode" in said
     with load(whole_flux) as denoiser:
-        request = caption_request(denoiser, [PROMPT] * 2, [3, 4], (32, 48), length=16)
+        request = prompt_request(denoiser, [PROMPT] * 2, [3, 4], (32, 48), length=16)
         made = pictures_of(denoiser, request, sample(denoiser, request, denoiser.forecasts(plan="FF")).latents)
     files = [tmp_path / f"two-{k}.png" for k in (1, 2)]
     assert [str(file) in said for file in files] == [True, True] and not out.exists()
@@ -242,11 +400,46 @@ def test_run_draws_from_a_prompt(whole_flux, tmp_path, capsys):
         assert np.array_equal(np.asarray(Image.open(file)), one)
 
 
+def test_run_edits_a_picture(whole_kontext, tmp_path, capsys):
+    Image.fromarray(CASES["kontext"].picture).save(tmp_path / "given.png")
+    run = ["run", str(whole_kontext), "--prompt", PROMPT, "--seed", "3", "--plan", "FF.F", "--threads", "1"]
+    out = tmp_path / "edited.png"
+    assert cli.main([*run, "--image", str(tmp_path / "given.png"), "--out", str(out)]) == 0
+    with load(whole_kontext, threads=1) as denoiser:
+        request = prompt_request(denoiser, [PROMPT], [3], given=Given(CASES["kontext"].picture))
+        made = pictures_of(denoiser, request, sample(denoiser, request, denoiser.forecasts(plan="FF.F")).latents)
+    assert np.array_equal(np.asarray(Image.open(out)), made[0])
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    for more, problem in (
+        ([], "picture is missing for flux-kontext-whole"),
+        (["--image", str(tmp_path / "broken.png")], "expected a picture that Pillow reads"),
+        (["--image", str(tmp_path / "none.png")], "expected a picture that Pillow reads"),
+    ):
+        capsys.readouterr()
+        assert cli.main([*run, *more, "--out", str(tmp_path / "other.png")]) == 2
+        assert problem in capsys.readouterr().err and not (tmp_path / "other.png").exists()
+
+
+def test_triton_s_model_takes_a_picture(whole_kontext):
+    picture = CASES["kontext"].picture
+    with load(whole_kontext, threads=1) as denoiser:
+        assert contract.Port("image", "UINT8", (-1, -1, 3)) in contract.inputs(denoiser.manifest, "picture")
+        values = {"prompt": np.array([PROMPT.encode()], object), "seed": np.array([3]), "image": picture}
+        for size, more in (((32, 48), {"height": np.array([32]), "width": np.array([48])}), (None, {})):
+            asked = contract.ask(denoiser, "picture", {**values, **more}).request
+            expected = prompt_request(denoiser, [PROMPT], [3], size, given=Given(picture))
+            assert (asked.height, asked.width) == (expected.height, expected.width)
+            for name, value in expected.conditioning.items():
+                assert asked.conditioning[name].tobytes() == value.tobytes()
+        with pytest.raises(ConfigError, match="input `image` is missing, expected UINT8"):
+            contract.ask(denoiser, "picture", {name: value for name, value in values.items() if name != "image"})
+
+
 def test_measures_draw_from_prompts(whole_flux):
     """What `evaluate` and `calibrate` sample is what `run` draws."""
     with load(whole_flux) as denoiser:
         (group,) = groups(denoiser, 2, 7, [PROMPT, OTHER])
-        expected = caption_request(denoiser, [PROMPT, OTHER], [7, 8])
+        expected = prompt_request(denoiser, [PROMPT, OTHER], [7, 8])
         assert group.latents.tobytes() == expected.latents.tobytes()
         for name, value in expected.conditioning.items():
             assert group.conditioning[name].tobytes() == value.tobytes()
@@ -280,7 +473,10 @@ def test_a_part_may_lie_elsewhere(whole_flux, tmp_path):
     ("change", "problem"),
     [
         (["--without", "text"], "--without is given without --whole"),
-        (["--whole", "--without", "text", "--without", "decode"], "and a part of it; leave --whole out"),
+        (
+            ["--whole", "--without", "text", "--without", "encode", "--without", "decode"],
+            "and a part of it; leave --whole out",
+        ),
     ],
 )
 def test_contradictions_are_refused_before_any_work(whole_flux, tmp_path, capsys, change, problem):
@@ -311,5 +507,5 @@ def _edit(folder, **entries):
 
 
 def test_the_transformer_alone_says_how_to_get_the_rest(embedded):
-    with load(embedded("shapes")) as denoiser, pytest.raises(TaylorSeerError, match=r"has no part `text`.*--whole"):
+    with load(embedded("videos")) as denoiser, pytest.raises(TaylorSeerError, match=r"has no part `text`.*--whole"):
         denoiser.encoder  # noqa: B018

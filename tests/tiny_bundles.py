@@ -3,15 +3,16 @@
 Whatever decides the bytes of a kept bundle stands here or in `tools/tiny_models.py`, since both are part of its key.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tiny_models import MODELS, of_families
-from tiny_pipelines import flux_pipeline
+from tiny_pipelines import flux_pipeline, kontext_pipeline
 
 from taylorseer_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from taylorseer_export.compile.export import Options, Traced, draft, trace_model, write_bundle
-from taylorseer_export.compile.parts import parts_of
+from taylorseer_export.compile.parts import parts_asked, parts_of
 from taylorseer_export.families import FAMILIES
 
 # The only ONNX exports of the graph and engine tests; each takes many seconds.
@@ -90,6 +91,7 @@ def embedded(name: str) -> tuple[Checkpoint, Options]:
     checkpoint = open_checkpoint(None, FAMILIES[family])
     default, of_this = FAMILIES[family].defaults, checkpoint.family.defaults
     usual = {"order": default.order, "interval": default.interval, "warmup": default.warmup, "steps": of_this.steps}
+    usual["parts"] = parts_asked(checkpoint, whole=False)
     return checkpoint, Options(**(usual | changes))
 
 
@@ -98,6 +100,17 @@ def write_whole_flux(folder: Path) -> Path:
     flux_pipeline(MODELS["flux"][1]()).save_pretrained(folder / "pipeline")
     checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES["flux"])
     options = Options(order=1, interval=6, warmup=3, steps=4, parts=parts_of(checkpoint))
+    return write_bundle(draft(checkpoint, options), folder, "whole")
+
+
+def write_whole_kontext(folder: Path) -> Path:
+    """The same of a tiny Kontext; it sees pictures at their own size, since those of published models take minutes."""
+    kontext_pipeline(MODELS["kontext"][1]()).save_pretrained(folder / "pipeline")
+    checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES["flux-kontext"])
+    whole = checkpoint.family.whole
+    assert whole is not None
+    checkpoint = replace(checkpoint, family=replace(checkpoint.family, whole=replace(whole, seen_at=())))
+    options = Options(order=1, interval=4, warmup=3, steps=4, parts=parts_of(checkpoint))
     return write_bundle(draft(checkpoint, options), folder, "whole")
 
 

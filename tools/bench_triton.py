@@ -32,7 +32,7 @@ from record import RESULTS, circumstances, dirty_option, write_record
 from tqdm import tqdm
 from triton_server import Server, embedded_repository, missing
 
-from taylorseer_export.embedded.requests import caption_request, pictures
+from taylorseer_export.embedded.requests import pictures, prompt_request
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.serve.client import Client
@@ -104,7 +104,7 @@ def lone(server: Server, folder: Path, threads: int, count: int) -> dict[str, fl
         request(client, 0)
         for seed in range(count):
             began = time.perf_counter()
-            asked = caption_request(denoiser, [CAPTION], [seed])
+            asked = prompt_request(denoiser, [CAPTION], [seed])
             pictures(denoiser, asked, sample(denoiser, asked, denoiser.forecasts()))
             alone.append(1e3 * (time.perf_counter() - began))
             served.append(request(client, seed))

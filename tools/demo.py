@@ -41,7 +41,7 @@ CAPTIONS = (
     "an orange square below a green circle",
 )
 LABELS = tuple(range(10))
-SCALE = {"flux": 3, "dit": 4}
+SCALE = {"flux": 2, "dit": 4}
 
 
 def main() -> int:
@@ -92,7 +92,7 @@ def _latency(row: Row) -> float:
 
 def _request(denoiser: Denoiser) -> sampling.Request:
     if denoiser.manifest.family == "flux":
-        return requests.caption_request(denoiser, CAPTIONS, range(len(CAPTIONS)))
+        return requests.prompt_request(denoiser, CAPTIONS, range(len(CAPTIONS)))
     return requests.label_request(denoiser, LABELS, range(len(LABELS)))
 
 

@@ -1,7 +1,8 @@
 """Make what the package ships, and checkpoints to measure with; each maker is a module of `tools/assets/`.
 
 python tools/make_asset.py random-tiny --help          the random embedded models
-python tools/make_asset.py train-tiny --help           the two that are trained, about an hour
+python tools/make_asset.py train-flux --help           the FLUX pipeline of coloured shapes, about two hours
+python tools/make_asset.py train-dit --help            the DiT of digits, about 15 minutes
 python tools/make_asset.py train-reader --help         the digit reader of `evaluate`
 python tools/make_asset.py random-checkpoint --help    a FLUX-shaped checkpoint of any size
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-MAKERS = ("random-tiny", "train-tiny", "train-reader", "random-checkpoint")
+MAKERS = ("random-tiny", "train-flux", "train-dit", "train-reader", "random-checkpoint")
 
 
 def main() -> int:

@@ -86,7 +86,7 @@ def request_for(denoiser: Denoiser) -> sampling.Request:
     """FLUX: the demo's captions in turn, a seed each. DiT: every label with every seed."""
     if denoiser.manifest.family == "flux":
         captions = [CAPTIONS[k % len(CAPTIONS)] for k in range(FLUX_SAMPLES)]
-        return requests.caption_request(denoiser, captions, range(FLUX_SAMPLES))
+        return requests.prompt_request(denoiser, captions, range(FLUX_SAMPLES))
     seeds = [seed for seed in range(SEEDS) for _ in LABELS]
     return requests.label_request(denoiser, LABELS * SEEDS, seeds)
 

@@ -43,7 +43,7 @@ from packaging.utils import canonicalize_name
 from record import RESULTS, ROOT, circumstances, dirty_option, write_record
 
 from taylorseer_export import cli
-from taylorseer_export.embedded.requests import caption_request, pictures
+from taylorseer_export.embedded.requests import pictures, prompt_request
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
 
@@ -220,7 +220,7 @@ def _resident(process: int) -> float:
 def drawn_here(bundle: Path) -> np.ndarray:
     """The picture of `BODY` as this environment draws it, `[height, width, 3]` uint8."""
     with load(bundle, threads=1) as denoiser:
-        request = caption_request(denoiser, [str(BODY["prompt"])], [int(BODY["seed"])])
+        request = prompt_request(denoiser, [str(BODY["prompt"])], [int(BODY["seed"])])
         made: np.ndarray = pictures(denoiser, request, sample(denoiser, request, denoiser.forecasts()))[0]
     return made
 

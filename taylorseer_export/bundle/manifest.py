@@ -23,10 +23,10 @@ from taylorseer_export.method.plan import Dialect, Plan
 
 MANIFEST = "manifest.json"
 BUNDLE_NAME = "[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"  # regular expression; a name is part of a folder's
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 GraphName = Literal["prepare", "full", "forecast", "probe", "rest"]
-PartName = Literal["text", "decode"]
+PartName = Literal["text", "encode", "decode"]
 Role = Literal[
     "latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred",
     "probe_in", "probe_out", "error", "carried", "tokens", "picture", "cache_in", "cache_out",
@@ -215,13 +215,12 @@ class Sampling(Part):
     timestep_divisor: float = Field(
         default=1.0, gt=0, le=1e6, description="What the scheduler's timestep is divided by for the transformer."
     )
-    source: Literal["labels", "captions", "prompts", "tensors"] = Field(
+    source: Literal["labels", "prompts", "tensors"] = Field(
         default="tensors",
-        description="What a request is made from. labels: classes of the model. captions: text, by the encoder that "
-        "the bundle brings. prompts: any text, by the part `text`. "
-        "tensors: the constant inputs, as the pipeline's own encoders make them.",
+        description="What a request is made from. labels: classes. prompts: text, by the part `text`. tensors: the "
+        "constant inputs, as the pipeline's own encoders make them.",
     )
-    pictures: Literal["digits", "shapes", "decoder"] | None = Field(
+    pictures: Literal["digits", "decoder"] | None = Field(
         default=None,
         description="What makes pictures of the latents, if anything does: a decoder of this package, or the part "
         "`decode`.",
@@ -286,9 +285,7 @@ class Tokens(Part):
     file: RelativePath = Field(description="The tokenizer, as the `tokenizers` library stores it.")
     length: Size = Field(description="Tokens that a prompt may have, without those that are dropped.")
     size: SizeName | None = Field(default=None, description="Dimension that this number is; null where it is fixed.")
-    padding: Count | None = Field(
-        default=None, description="Token that fills a prompt up to its length; null for none."
-    )
+    padding: Count | None = Field(default=None, description="Token that fills a prompt up to its length; or null.")
     side: Literal["left", "right"] = Field(default="right", description="Where it is filled up.")
     template: Template = Field(default="{}", description="What the prompt is put into, in the place of {}.")
     dropped: Count = Field(default=0, description="Leading tokens that the encoders leave out of what they return.")
@@ -310,17 +307,22 @@ class PipelinePart(Part):
     """A part of the pipeline besides the transformer: graphs in a folder of their own, with their own weights."""
 
     graph: Graph = Field(
-        description="Its contract. text: tokens in, constant inputs of the transformer out. decode: the latents of one "
-        "sample in, its picture out; of a video its first latent frame alone, or one tile."
+        description="Its contract. text: tokens in, constant inputs of the transformer out. encode: a picture in, the "
+        "same, or mean and deviation of latents that a loop begins with. decode: latents of a sample in, its picture "
+        "out; of a video its first latent frame alone, or one tile."
     )
     later: Graph | None = Field(default=None, description="Of decode of videos: any later latent frame, by caches.")
     tiles: Tiles | None = Field(default=None, description="Of decode of videos that are decoded in tiles.")
     frame_rate: Size | None = Field(default=None, description="Of decode of videos: frames per second.")
     dimensions: dict[SizeName, Dimension] = Field(description="Range of every symbolic size of its own, by name.")
     tokens: tuple[Tokens, ...] = Field(default=(), description="Of text: how a prompt becomes its inputs.")
+    sizes: tuple[tuple[Size, Size], ...] = Field(
+        default=(),
+        description="Of encode: (height, width) that a picture is brought to, the nearest shape; its own if none.",
+    )
     negative: Text | None = Field(
         default=None,
-        description="Of text: the negative prompt of a request that brings none; null where guidance is off without.",
+        description="Of text: the negative prompt where a request brings none; null: guidance is off without.",
     )
 
 
@@ -391,6 +393,7 @@ class Manifest(Sealed):
         """The command that builds a bundle of an older schema again, as far as that is in its manifest."""
         try:
             parts: dict[str, Any] = {name: cls._part(name, raw[name]) for name in ("model", "state", "plan", "engine")}
+            parts["parts"] = raw.get("parts") or {}
             command = cls.model_construct(**parts, family=raw["family"], precision=raw["precision"]).command()
         except (KeyError, TypeError, ValidationError):
             return cls.REMEDY

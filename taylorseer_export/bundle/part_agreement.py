@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 # Part -> (roles its inputs may have, roles its outputs may have).
 _PART_ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "text": (frozenset({"tokens"}), frozenset({"constant"})),
+    "encode": (frozenset({"picture"}), frozenset({"constant", "latent"})),
     "decode": (frozenset({"latent", "cache_in"}), frozenset({"picture", "cache_out"})),
 }
+
+BEGINNING = ("mean", "deviation")  # of the latents that a loop may begin with: what part `encode` makes of a picture
 
 
 def of_parts(manifest: Manifest) -> str | None:
@@ -48,22 +51,51 @@ def of_parts(manifest: Manifest) -> str | None:
             sizes = {key: getattr(dimension, end) for key, dimension in part.dimensions.items()}
             for tensor in every:
                 resolve(tensor.shape, sizes)
-    return _of_text(manifest) or _of_decode(manifest)
+    return _of_constants(manifest) or _of_text(manifest) or _of_encode(manifest) or _of_decode(manifest)
+
+
+def _of_constants(manifest: Manifest) -> str | None:
+    """What parts make of a prompt or a picture is what the denoiser takes, and no two make the same."""
+    constants = {t.name: t for graph in manifest.graphs.values() for t in graph.inputs if t.role == "constant"}
+    makers: dict[str, str] = {}
+    for name, part in manifest.parts.items():
+        for made in part.graph.outputs:
+            if made.role != "constant":
+                continue
+            taken = constants.get(made.name)
+            if taken is None:
+                return f"`{made.name}` is made by part {name}, and no graph takes it"
+            if other := makers.get(made.name):
+                return f"`{made.name}` is made by part {other} and by part {name}"
+            makers[made.name] = name
+            pairs = list(zip(made.shape, taken.shape, strict=False))
+            same = all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+            one = [a for a, b in pairs if b == "batch"] in ([], [1])
+            if len(made.shape) != len(taken.shape) or not same or not one:
+                what = "prompt" if name == "text" else "picture"
+                return f"`{made.name}` is {shown(made.shape)} for one {what}, the graphs take {shown(taken.shape)}"
+    return None
+
+
+def _of_encode(manifest: Manifest) -> str | None:
+    part = manifest.parts.get("encode")
+    if part is None:
+        return None
+    if [t.name for t in part.graph.inputs] != ["picture"]:
+        return "part encode takes a `picture` and nothing else"
+    shape = part.graph.inputs[0].shape
+    if len(shape) != 4 or shape[:2] != (1, 3):
+        return f"`picture` of part encode is {shown(shape)}"
+    made = [t for t in part.graph.outputs if t.role == "latent"]
+    if made and (tuple(t.name for t in part.graph.outputs) != BEGINNING or made[0].shape != made[1].shape):
+        return f"part encode makes {listed(t.name for t in part.graph.outputs)}, a loop begins with mean and deviation"
+    return None
 
 
 def _of_text(manifest: Manifest) -> str | None:
     part = manifest.parts.get("text")
     if part is None:
         return None
-    constants = {t.name: t for graph in manifest.graphs.values() for t in graph.inputs if t.role == "constant"}
-    for made in part.graph.outputs:
-        taken = constants.get(made.name)
-        if taken is None:
-            return f"`{made.name}` is made by part text, and no graph takes it"
-        pairs = list(zip(made.shape, taken.shape, strict=False))
-        same = all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
-        if len(made.shape) != len(taken.shape) or not same or [a for a, b in pairs if b == "batch"] not in ([], [1]):
-            return f"`{made.name}` is {shown(made.shape)} for one prompt, the graphs take {shown(taken.shape)}"
     inputs = {tensor.name: tensor for tensor in part.graph.inputs}
     named = [name for tokens in part.tokens for name in (tokens.input, tokens.mask) if name is not None]
     if sorted(named) != sorted(inputs):

@@ -67,7 +67,7 @@ class Checkpoint:
 
     @property
     def root(self) -> Path:
-        """The pipeline folder: beside `transformer/` lie `scheduler/` and, for embedded models, `text/`."""
+        """The pipeline folder: beside `transformer/` lie `scheduler/` and the other components."""
         return self.folder.parent if self.folder.name == "transformer" else self.folder
 
     @cached_property

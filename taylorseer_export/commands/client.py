@@ -28,11 +28,15 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol", choices=("http", "grpc", "stream"), help="protocol (default: stream for MODEL-stream, else grpc)"
     )
-    parser.add_argument("--prompt", help="caption to draw (models with captions)")
+    parser.add_argument("--prompt", help="what to draw (models with text encoders)")
+    parser.add_argument("--image", type=Path, help="picture to edit, or to begin with (models that take one)")
+    parser.add_argument("--strength", type=real(0), help="share of the steps that run after beginning with --image")
     parser.add_argument("--label", type=whole(0), help="class to draw (models of classes)")
     parser.add_argument("--inputs", type=Path, help="safetensors with the inputs of a denoiser model")
     parser.add_argument("--seed", type=seed, help="seed of the noise (default: 0)")
-    parser.add_argument("--size", type=size, metavar="HxW", help="size of the picture in pixels (default: 32x32)")
+    parser.add_argument(
+        "--size", type=size, metavar="HxW", help="size of the picture in pixels (default: the bundle's)"
+    )
     plan_options(parser)
     parser.add_argument("--guidance-scale", type=finite, help="guidance scale, dimensionless (default: the bundle's)")
     parser.add_argument(
@@ -75,11 +79,16 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _values(given: argparse.Namespace) -> dict[str, Any]:
-    what = ("prompt", "label", "seed", "guidance_scale")
+    what = ("prompt", "label", "seed", "guidance_scale", "strength")
     values = {name: getattr(given, name) for name in what} | vars(request_options(given))
     values = {name: value for name, value in values.items() if value is not None and value is not False}
     if given.size:
         if len(given.size) != 2:
             raise ConfigError(f"--size is {'x'.join(map(str, given.size))}, expected HxW for a picture; write it so")
         values["height"], values["width"] = given.size
+    if given.image is not None:
+        require_extra("whole", "PIL")
+        from taylorseer_export.embedded.picture import read_picture
+
+        values["image"] = read_picture(given.image)
     return values | (read_tensors(given.inputs) if given.inputs else {})

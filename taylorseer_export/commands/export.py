@@ -150,13 +150,13 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     engine.add_argument(
         "--whole",
         action="store_true",
-        help="export the pipeline around the transformer too: text encoders, tokenizers and decoder of the folder that "
-        "--model names (default: the transformer alone)",
+        help="export the pipeline around the transformer too: text encoders, tokenizers and VAE of the folder that "
+        "--model names (default: the transformer alone; without --model all that comes with it)",
     )
     engine.add_argument(
         "--without",
         action="append",
-        choices=("text", "decode"),
+        choices=("text", "encode", "decode"),
         default=[],
         help="a part that --whole leaves out; may be repeated (default: none)",
     )
@@ -186,13 +186,13 @@ def _export(family: Family, given: argparse.Namespace) -> int:
     from taylorseer_export.checkpoint.checkpoint import open_checkpoint
     from taylorseer_export.compile import export
     from taylorseer_export.compile.api import bundle_name
-    from taylorseer_export.compile.parts import parts_of, refuse_missing
+    from taylorseer_export.compile.parts import parts_asked, refuse_missing
     from taylorseer_export.report import memory_table
     from taylorseer_export.report.card import card
 
     if given.lora_skip and not given.lora:
         raise ConfigError("--lora-skip is given without --lora, expected it too; add it, or leave --lora-skip out")
-    if given.without and not given.whole:
+    if given.without and given.model and not given.whole:
         raise ConfigError("--without is given without --whole, expected it too; add it, or leave --without out")
     skip = tuple(dict.fromkeys(given.lora_skip))
     checkpoint = open_checkpoint(
@@ -233,7 +233,7 @@ def _export(family: Family, given: argparse.Namespace) -> int:
         batch=given.batch,
         polygraphy=given.polygraphy,
         guards=tuple(dict.fromkeys(given.guard)),
-        parts=parts_of(checkpoint, given.without) if given.whole else (),
+        parts=parts_asked(checkpoint, given.whole, given.without),
     )
     export.check_options(options)
     if not given.dry_run:

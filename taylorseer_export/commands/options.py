@@ -157,6 +157,14 @@ def service_options(parser: argparse.ArgumentParser, each: str) -> None:
         help=f"memory of one {each} for what prompts become, so that none is encoded twice; 0 turns it off (default: "
         "256MiB)",
     )
+    parser.add_argument(
+        "--warm",
+        metavar="HxW",
+        type=size,
+        nargs="+",
+        default=(),
+        help="sizes in pixels that are warmed up before the first request, besides the usual one (default: none)",
+    )
 
 
 def engine_options(parser: argparse.ArgumentParser) -> None:

@@ -15,20 +15,21 @@ from typing import TYPE_CHECKING
 from taylorseer_export.commands.options import bundle_options, plan_options
 from taylorseer_export.commands.terminal import (
     check_out,
-    forecasts_of,
     open_denoiser,
     progress,
     read_tensors,
     report_guard,
+    request_options,
     require_extra,
     values_per_picture,
     write_tensors,
 )
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.values import finite, seed, size, whole
+from taylorseer_export.values import finite, real, seed, size, whole
 
 if TYPE_CHECKING:
     from taylorseer_export.bundle.manifest import Manifest, PartName
+    from taylorseer_export.embedded.edits import Given
     from taylorseer_export.runtime.denoiser import Denoiser
     from taylorseer_export.runtime.sampling import Request
 
@@ -41,6 +42,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     plan_options(parser)
     parser.add_argument("--label", type=whole(0), nargs="+", help="classes to draw (models of classes)")
     parser.add_argument("--prompt", nargs="+", help="what to draw (bundles with text encoders)")
+    parser.add_argument("--image", type=Path, help="picture to edit, or to begin with (whole bundles that take one)")
+    parser.add_argument(
+        "--strength",
+        type=real(0),
+        help="share of the steps that run after beginning with --image (default: 0.6, as diffusers)",
+    )
     parser.add_argument("--negative-prompt", help="what guidance leads away from (default: as the family's pipeline)")
     parser.add_argument(
         "--prompt-tokens",
@@ -76,8 +83,10 @@ def run(given: argparse.Namespace) -> int:
     import numpy as np
 
     from taylorseer_export.embedded import requests
-    from taylorseer_export.embedded.picture import grid, plain, write_picture
+    from taylorseer_export.embedded.edits import given_picture, steps_that_run
+    from taylorseer_export.embedded.picture import grid, plain, read_picture, write_picture
     from taylorseer_export.embedded.video import MP4, check_video, write_video
+    from taylorseer_export.method import forecasts_from_options
     from taylorseer_export.runtime import sampling
     from taylorseer_export.runtime.schedulers import own_scheduler
 
@@ -87,17 +96,22 @@ def run(given: argparse.Namespace) -> int:
             require_extra(*(("video", "av") if film else ("sample", "PIL")))
         check_out(given.out, picture=given.out.suffix != ".safetensors" and not film)
     denoiser = open_denoiser(given)
-    forecasts = forecasts_of(denoiser, given)
+    if given.image:
+        require_extra("whole", "PIL")
+    picture = given_picture(denoiser.manifest, given.image and read_picture(given.image), given.strength)
+    options, picture = steps_that_run(request_options(given), denoiser, picture)
+    forecasts = forecasts_from_options(options, denoiser.defaults, denoiser.profiles)
     plan, guard = forecasts.plan, forecasts.guard
     manifest = denoiser.manifest
     require_extra("sample", *([] if own_scheduler(manifest) else ["torch", "diffusers"]))
     require_extra("sample", *(["PIL"] if not given.out and manifest.sampling.pictures else []))
     _check_fps(manifest, given)
     needed: list[PartName] = [] if given.inputs else ["text"]
+    needed += ["encode"] if given.image else []
     needed += [] if given.out and given.out.suffix == ".safetensors" else ["decode"]
     denoiser.open_parts(needed)  # before the work, and not in its times
     began = time.perf_counter()
-    request, names = _request(denoiser, given)
+    request, names = _request(denoiser, given, picture)
     encode_ms, decode_ms = 1e3 * (time.perf_counter() - began), 0.0
     rate = requests.frame_rate(manifest)
     drawn = f"{manifest.family}-{manifest.name}.{'png' if rate is None else 'webp'}"
@@ -170,17 +184,16 @@ def _files(out: Path, manifest: Manifest, count: int) -> list[Path]:
 # What a request is made from -> the options that say it.
 _OPTIONS = {
     "labels": ("label",),
-    "captions": ("prompt", "inputs"),
-    "prompts": ("prompt", "inputs", "negative_prompt", "prompt_tokens"),
+    "prompts": ("prompt", "inputs", "image", "strength", "negative_prompt", "prompt_tokens"),
     "tensors": ("inputs",),
 }
 
 
-def _request(denoiser: Denoiser, given: argparse.Namespace) -> tuple[Request, list[str]]:
+def _request(denoiser: Denoiser, given: argparse.Namespace, picture: Given | None) -> tuple[Request, list[str]]:
     """The request, and a name for each picture of it where it has one."""
     manifest = denoiser.manifest
     source = manifest.sampling.source
-    for option in ("label", "prompt", "inputs", "negative_prompt", "prompt_tokens"):
+    for option in ("label", "prompt", "inputs", "image", "strength", "negative_prompt", "prompt_tokens"):
         if getattr(given, option) is not None and option not in _OPTIONS[source]:
             known = " or ".join(f"--{name}" for name in _OPTIONS[source][:2])
             raise ConfigError(
@@ -195,8 +208,10 @@ def _request(denoiser: Denoiser, given: argparse.Namespace) -> tuple[Request, li
     if given.n is not None:
         _repeat(given)
     count = max(len(given.label or ()), len(given.prompt or ()), len(given.seed))
-    makers = {"labels": _of_labels, "captions": _of_prompts, "prompts": _of_prompts, "tensors": _of_tensors}
-    return makers[source](denoiser, given, values_per_picture("--seed", given.seed, count))
+    seeds = values_per_picture("--seed", given.seed, count)
+    if source == "prompts":
+        return _of_prompts(denoiser, given, seeds, picture)
+    return (_of_labels if source == "labels" else _of_tensors)(denoiser, given, seeds)
 
 
 def _repeat(given: argparse.Namespace) -> None:
@@ -219,18 +234,22 @@ def _of_labels(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) 
     return label_request(denoiser, labels, seeds, given.guidance_scale), [f"label {label}" for label in labels]
 
 
-def _of_prompts(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) -> tuple[Request, list[str]]:
-    from taylorseer_export.embedded.requests import caption_request
+def _of_prompts(
+    denoiser: Denoiser, given: argparse.Namespace, seeds: list[int], picture: Given | None
+) -> tuple[Request, list[str]]:
+    from taylorseer_export.embedded.requests import prompt_request
 
     if given.prompt and given.inputs:
         raise ConfigError("--prompt and --inputs are both given, expected one of them; leave one out")
     if given.inputs:
         tensors = read_tensors(given.inputs)
         names = [f"seed {seed}" for seed in seeds]
-        return caption_request(denoiser, tensors, seeds, given.size, given.guidance_scale), names
+        more = (given.size, given.guidance_scale)
+        return prompt_request(denoiser, tensors, seeds, *more, given=picture), names
     prompts = values_per_picture("--prompt", given.prompt or ["a red circle left of a blue square"], len(seeds))
-    more = (given.guidance_scale, given.negative_prompt, given.prompt_tokens)
-    return caption_request(denoiser, prompts, seeds, given.size, *more), list(prompts)
+    how = (given.size, given.guidance_scale, given.negative_prompt, given.prompt_tokens)
+    request = prompt_request(denoiser, prompts, seeds, *how, given=picture)
+    return request, list(prompts)
 
 
 def _of_tensors(denoiser: Denoiser, given: argparse.Namespace, seeds: list[int]) -> tuple[Request, list[str]]:

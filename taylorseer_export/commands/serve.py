@@ -76,6 +76,7 @@ def run(given: argparse.Namespace) -> int:
     from taylorseer_export.serve.api.models import load_models
     from taylorseer_export.serve.api.process import address_of, bound, serve
     from taylorseer_export.serve.api.settings import Settings, read_keys
+    from taylorseer_export.serve.api.traces import traces_of
     from taylorseer_export.serve.service import Limits
 
     settings = Settings(
@@ -86,9 +87,9 @@ def run(given: argparse.Namespace) -> int:
         stall=given.stall,
         keys=read_keys(given.api_key_file),
     )
-    busy = _busy(given)
+    busy, traces = _busy(given), traces_of()
     with bound(given.host, given.port) as listener:
-        names = ("slots", "queue", "batch", "workers", "conditioning_cache")
+        names = ("slots", "queue", "batch", "workers", "conditioning_cache", "warm")
         limits = Limits(**{name: getattr(given, name) for name in names})
         models = load_models(given.bundles, given.device, given.threads, limits, given.memory_budget, busy)
 
@@ -97,7 +98,7 @@ def run(given: argparse.Namespace) -> int:
             who = f"{len(settings.keys)} keys" if settings.keys else "no key: whoever reaches it may draw"
             print(f"serving {names} at {address_of(listener)} ({who}); Ctrl-C ends it", flush=True)
 
-        serve(models, settings, listener, ready)
+        serve(models, settings, listener, ready, traces)
     return 0
 
 

@@ -16,7 +16,7 @@ from taylorseer_export.checkpoint.recognise import family_of
 from taylorseer_export.compile.engines import Progress
 from taylorseer_export.compile.export import Options, check_options, draft, folder_name, write_bundle
 from taylorseer_export.compile.gpu import building_on
-from taylorseer_export.compile.parts import parts_of, refuse_missing
+from taylorseer_export.compile.parts import parts_asked, refuse_missing
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import family_named
 
@@ -46,7 +46,7 @@ def export(
         name: Name of the bundle; the model's if left out.
         variant, config, loras: Which weights, their config, and what is added to them, as on the command line.
         whole: Whether to export the pipeline around the transformer too, every part that its family has; fewer by
-            `parts=("decode",)`.
+            `parts=("decode",)`. The embedded FLUX is exported whole if neither is given.
         progress: Called with (stage, done, total); bytes for weights, a count for graphs.
         options: Fields of `Options` by name (`order`, `interval`, `warmup`, `steps`, `granularity`, `layout`, `engine`,
             `precision`, `latent_size`, `batch`, `guards`, ...); the family's defaults where left out. A `device` with a
@@ -68,8 +68,7 @@ def export(
     reference = None if model is None else str(model)
     declared = family_named(family) if family is not None else family_of(str(reference))
     checkpoint = open_checkpoint(reference, declared, variant, config, loras, whole=whole or bool(options.get("parts")))
-    if whole:
-        options = {"parts": parts_of(checkpoint), **options}
+    options = {"parts": parts_asked(checkpoint, whole), **options}
     default = checkpoint.family.defaults
     device = None if options.get("device") is None else Device.parse(options["device"])
     asked = Options(

@@ -45,7 +45,7 @@ class Options:
         batch: Samples per call of the transformer; None accepts the family's range.
         polygraphy: Whether the bundle gets example inputs and profiles for Polygraphy's command line.
         guards: The rules that a request may guard its forecasts by; each adds its part to the probe.
-        parts: What of the pipeline the bundle holds besides the transformer, by name: see `PARTS`.
+        parts: What of the pipeline the bundle holds besides the transformer, by name: see `PartName`.
     """
 
     order: int

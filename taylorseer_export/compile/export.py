@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
@@ -172,9 +171,6 @@ def write_bundle(plan: Draft, out: Path, name: str, progress: Progress | None = 
     with writing(target, plan.weights_bytes() + (32 << 20)) as folder:
         builder(plan.options.engine).build(plan, folder, report)
         parts = write_parts(checkpoint, plan.options, folder, report)
-        text = checkpoint.root / "text"
-        if checkpoint.embedded and text.is_dir():
-            shutil.copytree(text, folder / "text")
         if plan.options.polygraphy:
             write_examples(folder, graphs, plan.dimensions())
         manifest = describe(plan, name, checkpoint.sha256(), hash_files(folder), parts)

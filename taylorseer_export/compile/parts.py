@@ -1,4 +1,4 @@
-"""The parts of a pipeline besides the transformer, as drafts of their own: text encoders and the decoder.
+"""The parts of a pipeline besides the transformer, as drafts of their own: text encoders, and both ways of the VAE.
 
 They are loaded by the library that each is a class of, one part at a time and from safetensors alone; no Python of the
 checkpoint is run. Their graphs are traced whole, for one prompt and for one picture.
@@ -6,11 +6,9 @@ checkpoint is run. Their graphs are traced whole, for one prompt and for one pic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,19 @@ import torch
 from torch import nn
 
 from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Tensor, Tiles, Tokens
+from taylorseer_export.bundle.part_agreement import BEGINNING
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
-from taylorseer_export.checkpoint.files import read_json
+from taylorseer_export.compile.components import INDEX, class_of, component, tokenizer
 from taylorseer_export.compile.draft import PRECISIONS, BaseDraft, Options
 from taylorseer_export.compile.engines import Progress, builder
-from taylorseer_export.errors import CheckpointError, ConfigError, first_line
-from taylorseer_export.families.whole import Tokens as Declared
+from taylorseer_export.errors import CheckpointError, ConfigError
 from taylorseer_export.families.whole import Whole
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.part import trace_part
 
-DECODER = "vae"
-_INDEX = "model_index.json"
-_TOKENIZER = "{}.json"
+VAE = "vae"
 _LARGEST_SIDE = 256  # latent pixels
+_SIDES = ("rows", "columns")  # of a picture that is encoded, in tokens
 
 
 @dataclass(frozen=True)
@@ -47,6 +44,7 @@ class PartDraft(BaseDraft):
         negative: See `Whole.negative`.
         tiles: Of the decoder of a video in tiles; None for any other part.
         frame_rate: Frames per second of videos; None where it decodes none.
+        shown_at: See `Whole.seen_at`.
     """
 
     pipeline: Path
@@ -62,6 +60,7 @@ class PartDraft(BaseDraft):
     negative: str | None = None
     tiles: Tiles | None = None
     frame_rate: int | None = None
+    shown_at: tuple[tuple[int, int], ...] = ()
 
     @property
     def graphs(self) -> tuple[Cut, ...]:
@@ -92,8 +91,39 @@ class PartDraft(BaseDraft):
             frame_rate=self.frame_rate,
             dimensions=self.dimensions(),
             tokens=self.tokens,
+            sizes=self.shown_at,
             negative=self.negative,
         )
+
+
+def parts_asked(checkpoint: Checkpoint, whole: bool, without: Sequence[str] = ()) -> tuple[PartName, ...]:
+    """Names of the parts that a bundle gets: those asked for; of an embedded pipeline all, unless they are left out.
+
+    Args:
+        checkpoint: The transformer, in its pipeline folder.
+        whole: Whether its parts are asked for.
+        without: Parts to be left out.
+
+    Raises:
+        ConfigError: What `parts_of` raises, or parts are left out where none are asked for.
+    """
+    comes_whole = checkpoint.embedded and (checkpoint.root / INDEX).is_file()
+    if without and not (whole or comes_whole):
+        raise ConfigError("--without is given without --whole, expected it too; add it, or leave --without out")
+    if whole or (comes_whole and set(_declared(checkpoint.family.whole)) - set(without)):
+        return parts_of(checkpoint, without)
+    return ()
+
+
+def _declared(whole: Whole | None) -> tuple[PartName, ...]:
+    if whole is None:
+        return ()
+    known: dict[PartName, bool] = {
+        "text": whole.encode is not None,
+        "encode": whole.see is not None or whole.begin is not None,
+        "decode": any((whole.decode, whole.frames, whole.tile)),
+    }
+    return tuple(name for name, has in known.items() if has)
 
 
 def parts_of(checkpoint: Checkpoint, without: Sequence[str] = ()) -> tuple[PartName, ...]:
@@ -106,12 +136,7 @@ def parts_of(checkpoint: Checkpoint, without: Sequence[str] = ()) -> tuple[PartN
     Raises:
         ConfigError: The family declares none, or all are left out.
     """
-    whole = checkpoint.family.whole
-    known: dict[PartName, bool] = {
-        "text": whole is not None and whole.encode is not None,
-        "decode": whole is not None and any((whole.decode, whole.frames, whole.tile)),
-    }
-    found = tuple(name for name, has in known.items() if has)
+    found = _declared(checkpoint.family.whole)
     for name in without:
         if name not in found:
             raise ConfigError(
@@ -137,15 +162,16 @@ def refuse_missing(checkpoint: Checkpoint, parts: Sequence[PartName]) -> None:
     if not parts:
         return
     assert whole is not None, "bug in taylorseer-export: parts of a family that declares none"
-    names = [DECODER] if "decode" in parts else []
+    names = [VAE] if {"encode", "decode"} & set(parts) else []
     if "text" in parts:
         names += [*whole.encoders, *(tokens.tokenizer for tokens in whole.tokens)]
     for name in names:
-        _class_of(checkpoint, name)
+        class_of(checkpoint, name)
         if not (checkpoint.root / name).is_dir():
+            of = [part for part in parts if (part == "text") == (name != VAE)]
             raise CheckpointError(
                 f"{checkpoint.root} has no folder `{name}`, expected a whole diffusers pipeline; download it, or leave "
-                f"the part out with --without {'decode' if name == DECODER else 'text'}"
+                f"{' and '.join(of)} out with --without {' --without '.join(of)}"
             )
 
 
@@ -182,13 +208,14 @@ def open_part(checkpoint: Checkpoint, options: Options, name: PartName, folder: 
     whole = checkpoint.family.whole
     assert whole is not None, "bug in taylorseer-export: a part of a family that declares none"
     folder.mkdir()
-    return (_text if name == "text" else _decode)(checkpoint, options, whole, folder)
+    make = {"text": _text, "encode": _encode, "decode": _decode}[name]
+    return make(checkpoint, options, whole, folder)
 
 
 def _text(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:
     assert whole.encode is not None
-    encoders = {name: _component(checkpoint, name, options) for name in whole.encoders}
-    tokens = tuple(_tokenizer(checkpoint, declared, folder) for declared in whole.tokens)
+    encoders = {name: component(checkpoint, name, options) for name in whole.encoders}
+    tokens = tuple(tokenizer(checkpoint, declared, folder) for declared in whole.tokens)
     inputs, ranges = [], {}
     for one in tokens:
         extent: int | str = one.length + one.dropped
@@ -203,14 +230,43 @@ def _text(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) 
         assert whole.encode is not None
         return whole.encode(encoders, given)
 
-    lengths = {one.size: one.length for one in tokens if one.size}
+    card = checkpoint.card
+    lengths = {one.size: min(int(card.get(one.size, one.length)), one.length) for one in tokens if one.size}
     cut, constants = trace_part("text", encoders, encode, inputs, ranges, lambda _: "constant")
     made = _drafted(checkpoint, options, encoders, (cut,), constants, (ranges, lengths))
     return replace(made, tokens=tokens, negative=whole.negative)
 
 
+def _encode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:
+    vae = component(checkpoint, VAE, options)
+    packing = checkpoint.family.packing
+    side, ranges = checkpoint.latent_scale * packing, dict.fromkeys(_SIDES, (2, _LARGEST_SIDE // packing))
+    if whole.see is None and options.latent_size is not None:  # the picture is of the size that is drawn
+        ranges = {name: (extent // packing,) * 2 for name, extent in zip(_SIDES, options.latent_size, strict=True)}
+    dtype: Any = str(PRECISIONS[options.precision]).removeprefix("torch.")
+    shape: tuple[int | str, ...] = (1, 3, *(f"{side}*{name}" for name in ranges))
+    picture = Tensor(name="picture", dtype=dtype, shape=shape, role="picture")
+
+    def encode(given: Mapping[str, Any]) -> Mapping[str, Any]:
+        if whole.see is not None:
+            return whole.see(vae, given["picture"])
+        assert whole.begin is not None
+        return dict(zip(BEGINNING, whole.begin(vae, given["picture"]), strict=True))
+
+    def role(name: str) -> Role:
+        return "latent" if name in BEGINNING else "constant"
+
+    cut, constants = trace_part("encode", {VAE: vae}, encode, [picture], ranges, role)
+    sides = [extent // packing for extent in checkpoint.latent_size[-2:]]
+    typical = {
+        name: min(max(extent, low), high) for extent, (name, (low, high)) in zip(sides, ranges.items(), strict=True)
+    }
+    made = _drafted(checkpoint, options, {VAE: vae}, (cut,), constants, (ranges, typical))
+    return replace(made, shown_at=whole.seen_at)
+
+
 def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:
-    vae = _component(checkpoint, DECODER, options)
+    vae = component(checkpoint, VAE, options)
     channels = int(getattr(vae.config, "latent_channels", 0) or vae.config.z_dim)
     dtype: Any = str(PRECISIONS[options.precision]).removeprefix("torch.")
     if whole.tile is not None:
@@ -232,7 +288,7 @@ def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
         picture, caches = whole.frames(vae, given["latents"], before or None)
         return {"picture": picture, **{f"cache_out_{k}": cache for k, cache in enumerate(caches)}}
 
-    modules = {DECODER: vae}
+    modules = {VAE: vae}
     first, constants = trace_part("decode", modules, decode, [latents], ranges, _role_of_decoded)
     if whole.frames is None:
         return _drafted(checkpoint, options, modules, (first,), constants, (ranges, typical))
@@ -255,8 +311,8 @@ def _tile(checkpoint: Checkpoint, options: Options, whole: Whole, vae: Any, chan
         assert whole.tile is not None
         return {"picture": whole.tile(vae, given["latents"])}
 
-    cut, constants = trace_part("decode", {DECODER: vae}, decode, [latents], ranges, _role_of_decoded)
-    made = _drafted(checkpoint, options, {DECODER: vae}, (cut,), constants, (ranges, largest))
+    cut, constants = trace_part("decode", {VAE: vae}, decode, [latents], ranges, _role_of_decoded)
+    made = _drafted(checkpoint, options, {VAE: vae}, (cut,), constants, (ranges, largest))
     return replace(made, tiles=Tiles(**asdict(tiles)), frame_rate=whole.frame_rate)
 
 
@@ -300,96 +356,3 @@ def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
         for part, module in modules.items()
         for name, value in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())
     }
-
-
-def _class_of(checkpoint: Checkpoint, name: str) -> tuple[str, str]:
-    """(library, class) of a component, by the index of the pipeline."""
-    path = checkpoint.root / _INDEX
-    if not path.is_file():
-        raise CheckpointError(
-            f"{checkpoint.root} has no {_INDEX}, expected a whole diffusers pipeline for --whole; pass its folder, or "
-            "leave --whole out"
-        )
-    entry = read_json(path).get(name)
-    if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in ("diffusers", "transformers"):
-        raise CheckpointError(
-            f"`{name}` of {path} is {entry}, expected a class of diffusers or transformers; download the pipeline again"
-        )
-    return entry[0], str(entry[1])
-
-
-def _component(checkpoint: Checkpoint, name: str, options: Options) -> Any:
-    """A component of the pipeline in eval mode, in the precision of the export.
-
-    Raises:
-        CheckpointError: It does not load.
-    """
-    library, kind = _class_of(checkpoint, name)
-    dtype = {"torch_dtype" if library == "diffusers" else "dtype": PRECISIONS[options.precision]}
-    try:
-        with _quiet():
-            made = getattr(import_module(library), kind).from_pretrained(
-                checkpoint.root / name, use_safetensors=True, local_files_only=True, **dtype
-            )
-    except Exception as error:  # whatever a class makes of a folder that is not its own
-        raise CheckpointError(
-            f"{checkpoint.root / name} does not load as {kind} of {library} ({first_line(error)}), expected a "
-            "component of a diffusers pipeline with its safetensors; download it again"
-        ) from error
-    return made.eval().requires_grad_(False)
-
-
-def _tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Tokens:
-    """A tokenizer written as data, and what is to be made with it."""
-    import transformers
-
-    where = checkpoint.root / declared.tokenizer
-    try:
-        with _quiet():
-            found = transformers.AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
-            backend = found.backend_tokenizer
-            backend.no_padding()
-            backend.no_truncation()
-            path = folder / _TOKENIZER.format(declared.tokenizer)
-            backend.save(str(path))
-    except Exception as error:
-        raise CheckpointError(
-            f"{where} does not load as a tokenizer ({first_line(error)}), expected one that the tokenizers library "
-            "has; download it again"
-        ) from error
-    fill = found.eos_token_id if declared.filled_with == "end" else found.pad_token_id
-    if declared.padded and fill is None:
-        raise CheckpointError(f"{where} has no token for padding, expected one; download it again")
-    return Tokens(
-        input=declared.name,
-        mask=declared.mask or None,
-        file=f"text/{path.name}",
-        length=declared.length,
-        size=declared.size or None,
-        padding=fill if declared.padded else None,
-        side="left" if found.padding_side == "left" else "right",
-        template=declared.template,
-        dropped=declared.dropped,
-        cleaned=declared.cleaned,
-    )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what transformers and diffusers note while they load; their errors come as exceptions."""
-    import diffusers
-    import transformers
-
-    logs = (transformers.utils.logging, diffusers.utils.logging)
-    levels = [log.get_verbosity() for log in logs]
-    bars = [log.is_progress_bar_enabled() for log in logs]
-    try:
-        for log in logs:
-            log.set_verbosity_error()
-            log.disable_progress_bar()
-        yield
-    finally:
-        for log, level, bar in zip(logs, levels, bars, strict=True):
-            log.set_verbosity(level)
-            if bar:
-                log.enable_progress_bar()

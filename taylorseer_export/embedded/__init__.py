@@ -1,1 +1,2 @@
-"""The small models that come with this package: what turns their captions and labels into pictures."""
+"""What lies between people and latents: requests of prompts and labels, pictures and videos; and what the package's own
+small models need for it."""

@@ -1,4 +1,4 @@
-"""Latents to pictures for the embedded models: no VAE, only reshapes, computed with numpy alone.
+"""Pictures: of the embedded DiT's latents, as files, and side by side with labels; computed with numpy alone.
 
 Pillow is imported only by the functions that draw or write.
 """
@@ -13,15 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from taylorseer_export.bundle.atomic import replacing
-from taylorseer_export.errors import ConfigError
+from taylorseer_export.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from PIL import Image
     from PIL.ImageFont import FreeTypeFont
     from PIL.ImageFont import ImageFont as BitmapFont
-
-FLUX_TOKEN_PIXELS = 4
-"""Edge of the square one FLUX token covers: unshuffle by 2, then packing by 2 (pixels)."""
 
 GRID_GAP = 4
 """Space between and around the pictures of a grid (output pixels)."""
@@ -29,62 +26,6 @@ GRID_GAP = 4
 _FONT_PIXELS = 14
 _BACKGROUND = (255, 255, 255)
 _INK = (20, 20, 20)
-
-
-def pictures_from_flux_latents(latents: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pictures of packed FLUX latents, the exact inverse of `flux_latents_from_pictures`.
-
-    Unpack 2x2 (as `FluxPipeline._unpack_latents`), pixel-shuffle by 2, then
-    `round(clip((x + 1) / 2, 0, 1) * 255)`.
-
-    Args:
-        latents: [B, T, 48] of any float dtype, nominally in [-1, 1], T = (height/4) * (width/4).
-        height: Height of the pictures, a multiple of 4 (pixels).
-        width: Width of the pictures, a multiple of 4 (pixels).
-
-    Returns:
-        [B, height, width, 3] uint8, RGB.
-
-    Raises:
-        ConfigError: The size is not a multiple of 4, or the latents do not have that size.
-    """
-    rows, columns = _flux_token_grid(height, width)
-    latents = np.asarray(latents)
-    if latents.ndim != 3 or latents.shape[1:] != (rows * columns, 48):
-        raise ConfigError(
-            f"FLUX latents shape is {list(latents.shape)}, expected [B, {rows * columns}, 48] "
-            f"(packed latents of {height}x{width} pixels); pass the height and width they were "
-            "drawn for"
-        )
-    # A token's 48 channels are (colour, unshuffle row, unshuffle column, pack row, pack column);
-    # packing covers the coarser step, so a pixel row is 4 * token row + 2 * pack + unshuffle.
-    split = latents.reshape(-1, rows, columns, 3, 2, 2, 2, 2)
-    pictures = split.transpose(0, 1, 6, 4, 2, 7, 5, 3).reshape(-1, height, width, 3)
-    return _to_uint8(pictures)
-
-
-def flux_latents_from_pictures(pictures: np.ndarray) -> np.ndarray:
-    """Packed FLUX latents of pictures: `x / 127.5 - 1`, pixel-unshuffle by 2, then pack 2x2.
-
-    Args:
-        pictures: [B, height, width, 3], RGB in [0, 255], height and width multiples of 4 (pixels).
-
-    Returns:
-        [B, (height/4) * (width/4), 48] float32 in [-1, 1].
-
-    Raises:
-        ConfigError: The array is not [B, height, width, 3], or a side is not a multiple of 4.
-    """
-    pictures = np.asarray(pictures)
-    if pictures.ndim != 4 or pictures.shape[3] != 3:
-        raise ConfigError(
-            f"pictures shape is {list(pictures.shape)}, expected [B, height, width, 3] (RGB "
-            "pixels); add the batch axis or drop the alpha channel"
-        )
-    rows, columns = _flux_token_grid(*pictures.shape[1:3])
-    values = pictures.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
-    split = values.reshape(-1, rows, 2, 2, columns, 2, 2, 3)
-    return split.transpose(0, 1, 4, 7, 3, 6, 2, 5).reshape(-1, rows * columns, 48)
 
 
 def pictures_from_dit_latents(latents: np.ndarray) -> np.ndarray:
@@ -160,6 +101,38 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 def plain(picture: np.ndarray) -> Image.Image:
     """A picture `[height, width, 3]` uint8 as it is."""
     return _enlarged(picture, 1)
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """The picture in a file, `[height, width, 3]` uint8; on white where it is transparent.
+
+    Raises:
+        ConfigError: There is no such file, or it holds no picture.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return opaque(np.asarray(image.convert("RGBA")))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ConfigError(
+            f"--image is {path}, expected a picture that Pillow reads ({first_line(error)}); check the file"
+        ) from error
+
+
+def opaque(picture: np.ndarray) -> np.ndarray:
+    """`[height, width, 4]` uint8 with alpha, on white: `[height, width, 3]`."""
+    share = picture[..., 3:].astype(np.float32) / 255
+    return np.rint(picture[..., :3] * share + 255 * (1 - share)).astype(np.uint8)
+
+
+def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture `[..., ..., 3]` uint8 at another size, by Pillow's Lanczos filter as diffusers resizes."""
+    from PIL import Image
+
+    if picture.shape[:2] == (height, width):
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def grid(
@@ -241,17 +214,6 @@ def grid(
     return table
 
 
-def _flux_token_grid(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of FLUX tokens of a picture, or ConfigError."""
-    for what, size in (("height", height), ("width", width)):
-        if size < FLUX_TOKEN_PIXELS or size % FLUX_TOKEN_PIXELS:
-            raise ConfigError(
-                f"picture {what} is {size}, expected a positive multiple of {FLUX_TOKEN_PIXELS} "
-                "(pixels); round it to one"
-            )
-    return height // FLUX_TOKEN_PIXELS, width // FLUX_TOKEN_PIXELS
-
-
 def _to_uint8(values: np.ndarray) -> np.ndarray:
     """Map [-1, 1] to [0, 255], clipping what lies outside."""
     unit = np.clip((values.astype(np.float32) + 1.0) / 2.0, 0.0, 1.0)
@@ -266,8 +228,7 @@ def _enlarged(picture: np.ndarray, scale: int) -> Image.Image:
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
         raise ConfigError(
             f"picture is {list(picture.shape)} {picture.dtype}, expected [height, width, 3] uint8 "
-            "(RGB pixels); convert latents with pictures_from_flux_latents or "
-            "pictures_from_dit_latents"
+            "(RGB pixels); convert latents with pictures_from_dit_latents"
         )
     if scale < 1:
         raise ConfigError(f"scale is {scale}, expected a whole number of at least 1 (times); use 1 for no enlargement")

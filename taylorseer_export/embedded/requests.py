@@ -1,4 +1,4 @@
-"""Requests from captions and labels, and the pictures that come of them."""
+"""Requests from prompts and labels, and the pictures that come of them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.shapes import resolve
-from taylorseer_export.embedded.caption import TABLE_FILE, VOCABULARY_FILE, CaptionEncoder
 from taylorseer_export.embedded.conditioning import ConditioningCache, Encoded, Key
-from taylorseer_export.embedded.picture import pictures_from_dit_latents, pictures_from_flux_latents
+from taylorseer_export.embedded.edits import Given, begun_with, seen, size_to_see, use_of
+from taylorseer_export.embedded.picture import pictures_from_dit_latents
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.decoding import decoded
 from taylorseer_export.runtime.denoiser import Denoiser
@@ -21,7 +21,7 @@ from taylorseer_export.runtime.sampling import Request, Result, latents_of, nois
 from taylorseer_export.runtime.tensors import NEGATIVE, latent_sizes, tensor_request
 
 
-def caption_request(
+def prompt_request(
     denoiser: Denoiser,
     prompts: Sequence[str] | Mapping[str, np.ndarray],
     seeds: Sequence[int] = (0,),
@@ -30,40 +30,77 @@ def caption_request(
     negative: str | None = None,
     length: int | None = None,
     cache: ConditioningCache | None = None,
+    given: Given | None = None,
 ) -> Request:
     """A request from prompts: what the bundle's own encoders make of them, and a picture of a size.
 
     Args:
         denoiser: The loaded bundle.
-        prompts: One caption for all pictures or one for each; or the tensors that an encoder made of them.
+        prompts: One for all pictures or one for each; or the tensors that an encoder made of them.
         seeds: One per picture; noise is drawn as diffusers' pipelines do, on the CPU in float32.
-        size: (height, width) of the picture in pixels, or (frames, height, width); the bundle's if left out.
+        size: (height, width) of the picture in pixels, or (frames, height, width); if left out that of the picture
+            given, as it is encoded, or the bundle's.
         guidance_scale: Dimensionless; the bundle's default if left out.
         negative: What guidance leads away from; what the family's pipeline takes if left out.
         length: Most tokens of a prompt, where the bundle leaves that open; its own if left out.
         cache: Where what prompts become is kept; the encoders run for each if left out.
+        given: The picture that a model that edits is to edit, or that the loop of another begins with.
 
     Raises:
-        ConfigError: The bundle has no encoder, a caption has a word that it does not know, or the size does not divide
-            into tokens or is out of the bundle's range; nothing was allocated for it.
+        ConfigError: The size does not divide into tokens or is out of the bundle's range, or a negative prompt is given
+            where guidance takes none; nothing was allocated for it.
+        BundleError: The bundle has no text encoders.
     """
     manifest = denoiser.manifest
-    size = usual_size(manifest) if size is None else size
+    use = use_of(manifest)
+    if given is None and use == "edits" and not (isinstance(prompts, Mapping) and _holds_a_picture(manifest, prompts)):
+        name = f"{manifest.family}-{manifest.name}"
+        raise ConfigError(f"picture is missing for {name}, expected the one that it is to edit; pass it")
+    edited = seen(denoiser, given.picture) if given is not None and use == "edits" else None
+    if size is None and edited is not None:
+        size = edited.size
+    elif size is None and given is not None:
+        side = manifest.sampling.latent_scale * manifest.pipeline.packing
+        size = size_to_see(manifest.parts["encode"], given.picture.shape, side)
+    elif size is None:
+        size = usual_size(manifest)
     sizes, sides = latent_sizes(manifest, size, "size")
     if isinstance(prompts, Mapping):
         tensors = dict(prompts)
-    elif manifest.sampling.source == "prompts":
-        tensors = _encoded(denoiser, prompts, guidance_scale, negative, length, cache)
     else:
-        for option, value in (("negative prompt", negative), ("length of the prompt", length)):
-            if value is not None:
-                raise ConfigError(
-                    f"{option} is {value} for {manifest.family}-{manifest.name}, expected none: its encoder knows "
-                    "captions alone; leave it out"
-                )
-        tensors = _captions(denoiser, prompts, cache)
+        tensors = _encoded(denoiser, prompts, guidance_scale, negative, length, cache)
+    if edited is not None:
+        tensors |= edited.tensors
     request = tensor_request(denoiser, tensors, seeds, sizes, sides, guidance_scale)
-    return replace(request, height=size[-2], width=size[-1])
+    request = replace(request, height=size[-2], width=size[-1])
+    return request if given is None or edited is not None else begun_with(denoiser, request, given, seeds)
+
+
+def _holds_a_picture(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether tensors have all that the picture for a model that edits becomes."""
+    return all(tensor.name in tensors for tensor in manifest.parts["encode"].graph.outputs)
+
+
+def warm_parts(denoiser: Denoiser, size: tuple[int, ...] | None = None) -> None:
+    """Load the parts of a bundle, encode a prompt and decode noise, so that no request waits for first calls.
+
+    Args:
+        denoiser: The loaded bundle.
+        size: As in `prompt_request`.
+    """
+    denoiser.open_parts()
+    manifest = denoiser.manifest
+    if manifest.sampling.source != "prompts" or manifest.sampling.pictures != "decoder":
+        return
+    size = usual_size(manifest) if size is None else size
+    given = Given(np.zeros((*size[-2:], 3), np.uint8)) if use_of(manifest) is not None else None
+    request = prompt_request(denoiser, ["a picture"], size=size, guidance_scale=_unguided(manifest), given=given)
+    pictures_of(denoiser, request, request.latents)
+
+
+def _unguided(manifest: Manifest) -> float | None:
+    """The scale that turns guidance off where it needs a second prompt."""
+    return 1.0 if manifest.sampling.guidance in ("batched", "branches") else None
 
 
 def frame_rate(manifest: Manifest) -> int | None:
@@ -79,18 +116,6 @@ def usual_size(manifest: Manifest) -> tuple[int, ...]:
     rows, columns = sides_of(typical[ROWS]) if manifest.pipeline.packing > 1 else latent[-2:]
     frames = [manifest.sampling.time_scale * (count - 1) + 1 for count in latent[2:-2]]
     return *frames, side * rows, side * columns
-
-
-def _captions(denoiser: Denoiser, prompts: Sequence[str], cache: ConditioningCache | None) -> dict[str, np.ndarray]:
-    """Conditioning of captions that an embedded model's own encoder knows."""
-    if cache is None:
-        return _caption_encoder(denoiser).encode(list(prompts))
-
-    def encode(prompt: str) -> Encoded:
-        return cache.of(Key(denoiser, prompt, None), lambda: _caption_encoder(denoiser).encode([prompt]))
-
-    rows = [encode(prompt) for prompt in prompts]
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
 def _encoded(
@@ -185,20 +210,7 @@ def pictures_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np
         return decoded(denoiser.decoder, latents if packing == 1 else latents_of(latents, *sides, packing))
     if decoder is None:
         raise ConfigError(
-            f"bundle {denoiser.manifest.family}-{denoiser.manifest.name} has no picture decoder, expected an embedded "
-            "model; write latents with --out latents.safetensors and decode them with the model's VAE"
+            f"bundle {denoiser.manifest.family}-{denoiser.manifest.name} has no picture decoder, expected one "
+            "exported with --whole; write latents with --out latents.safetensors and decode them with the model's VAE"
         )
-    if decoder == "digits":
-        return pictures_from_dit_latents(latents)
-    return pictures_from_flux_latents(latents, request.height, request.width)
-
-
-def _caption_encoder(denoiser: Denoiser) -> CaptionEncoder:
-    if denoiser.bundle is None or not (denoiser.bundle.folder / "text").is_dir():
-        raise ConfigError(
-            "--prompt is given, but the bundle has no text encoder, expected tensors; "
-            "pass encoder_hidden_states and pooled_projections with --inputs FILE.safetensors"
-        )
-    for name in (VOCABULARY_FILE, TABLE_FILE):
-        denoiser.bundle.path(f"text/{name}")  # what the manifest does not list was never checked
-    return CaptionEncoder.load(denoiser.bundle.folder / "text")
+    return pictures_from_dit_latents(latents)

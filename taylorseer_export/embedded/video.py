@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def _write_mp4(path: Path, frames: Sequence[np.ndarray] | np.ndarray, rate: int)
     if height % 2 or width % 2:
         raise ConfigError(f"{path} is {height}x{width}, expected even sides for MP4; write .webp")
     with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
-        stream = container.add_stream(_CODEC, rate=Fraction(rate))
+        stream: Any = container.add_stream(_CODEC, rate=Fraction(rate))
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))

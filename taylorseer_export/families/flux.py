@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed
-from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, latents, picture, spread
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -62,6 +62,29 @@ def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
     }
 
 
+def _see(vae: Any, picture: Any) -> dict[str, Any]:
+    """Latents packed as `FluxKontextPipeline._pack_latents` does: a token is 2 x 2 latent pixels."""
+    made = latents(vae, picture)
+    _, channels, height, width = made.shape
+    blocks = made.view(1, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return {"image_latents": blocks.reshape(1, (height // 2) * (width // 2), 4 * channels)}
+
+
+_WHOLE = Whole(
+    decode=picture,
+    begin=spread,
+    encoders=("text_encoder", "text_encoder_2"),
+    tokens=(Tokens("clip", "tokenizer", 77), Tokens("t5", "tokenizer_2", 512, size="text_tokens")),
+    encode=_encode,
+)
+
+# About a megapixel each, in steps of 16 pixels: what Kontext was trained on.
+_SEEN_AT = (
+    (1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944),
+    (1024, 1024),
+    (944, 1104), (880, 1184), (832, 1248), (800, 1328), (752, 1392), (720, 1456), (688, 1504), (672, 1568),
+)  # fmt: skip
+
 FLUX = Family(
     name="flux",
     title="FLUX.1 dev and schnell",
@@ -84,12 +107,7 @@ FLUX = Family(
     guidance_scale=3.5,
     latent_size=(128, 128),
     timestep_divisor=1000.0,
-    whole=Whole(
-        decode=picture,
-        encoders=("text_encoder", "text_encoder_2"),
-        tokens=(Tokens("clip", "tokenizer", 77), Tokens("t5", "tokenizer_2", 512, size="text_tokens")),
-        encode=_encode,
-    ),
+    whole=_WHOLE,
     lora_loader="FluxLoraLoaderMixin",
     variants={"schnell": {"defaults": Defaults(steps=4, interval=6, warmup=3, order=1), "scheduler_config": {}}},
 )
@@ -104,7 +122,7 @@ FLUX_KONTEXT = replace(
     typical={"text_tokens": 512, "condition_tokens": 4096},
     forward=_kontext,
     pipeline=Pipeline(arguments="rows-behind"),
-    whole=None,
+    whole=replace(_WHOLE, begin=None, see=_see, seen_at=_SEEN_AT),
     variants={},
     defaults=Defaults(steps=50, interval=4, warmup=3, order=2),
     guidance_scale=2.5,

@@ -9,7 +9,7 @@ from typing import Any
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed, replaced
-from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, still
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, still, still_spread
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -117,7 +117,7 @@ QWEN_IMAGE = Family(
     latent_size=(128, 128),
     timestep_divisor=1000.0,
     pipeline=Pipeline(guidance_keeps_norm=True, arguments="first-shape"),
-    whole=Whole(decode=still, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode),
+    whole=Whole(decode=still, begin=still_spread, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode),
     lora_loader="QwenImageLoraLoaderMixin",
     forward=_forward,
     patched=_real_rotary_embedding,

@@ -10,7 +10,7 @@ from typing import Any
 
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families.family import Defaults, Derived, Family, Input, Pipeline, patches, replaced
-from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture, spread
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -118,6 +118,7 @@ SD3 = Family(
     pipeline=Pipeline(flow_steps="count"),
     whole=Whole(
         decode=picture,
+        begin=spread,
         encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
         tokens=(
             Tokens("text_encoder", "tokenizer", 77),

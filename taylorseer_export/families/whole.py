@@ -81,6 +81,12 @@ class Whole:
             above.
         tiling: `vae -> Tiling`, how its tiles lie.
         frame_rate: Frames per second that the family's videos are usually shown at; 0 where they are none.
+        see: `(vae, picture [1, 3, height, width] from 0 to 1) -> inputs of the transformer by name`, each `[1, ...]`:
+            what a picture that is to be edited becomes. None where the pipeline takes none, or no graph encodes it.
+        begin: `(vae, picture as above) -> (mean, deviation)` of the latents `[1, C, H, W]` that a loop may begin with,
+            with noise upon them, as the scheduler has latents. None where `see` is one, or where there is noise alone.
+        seen_at: (height, width) in pixels that such a picture is brought to: that of the nearest shape. Where there are
+            none, its own, cut to whole tokens.
         encoders: Folders of the text encoders.
         tokens: What the tokenizers make of a prompt.
         encode: `(encoders, tokens and masks by name) -> inputs of the transformer by name`, each `[1, ...]`.
@@ -93,6 +99,9 @@ class Whole:
     tile: Callable[[Any, Any], Any] | None = None
     tiling: Callable[[Any], Tiling] | None = None
     frame_rate: int = 0
+    see: Callable[[Any, Any], dict[str, Any]] | None = None
+    begin: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    seen_at: tuple[tuple[int, int], ...] = ()
     encoders: tuple[str, ...] = ()
     tokens: tuple[Tokens, ...] = ()
     encode: Callable[[Modules, Tensors], dict[str, Any]] | None = None
@@ -104,6 +113,30 @@ def picture(vae: Any, latents: Any) -> Any:
     config = vae.config
     latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
     return unit(vae.decode(latents, return_dict=False)[0])
+
+
+def latents(vae: Any, picture: Any) -> Any:
+    """The other way round, the middle of what the encoder leaves open: `[1, 3, height, width]` -> `[1, C, H, W]`."""
+    config = vae.config
+    made = vae.encode(2 * picture - 1).latent_dist.mode()
+    return (made - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+
+def spread(vae: Any, picture: Any) -> tuple[Any, Any]:
+    """The same with what it leaves open: (mean, deviation), each `[1, C, H, W]`."""
+    config = vae.config
+    made = vae.encode(2 * picture - 1).latent_dist
+    shift, scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+    return (made.mean - shift) * scale, made.std * scale
+
+
+def still_spread(vae: Any, picture: Any) -> tuple[Any, Any]:
+    """The same of a video VAE, as its one frame."""
+    config = vae.config
+    made = vae.encode((2 * picture - 1).unsqueeze(2)).latent_dist
+    mean = picture.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
+    scale = picture.new_tensor(config.latents_std).view(1, -1, 1, 1, 1)
+    return ((made.mean - mean) / scale).squeeze(2), (made.std / scale).squeeze(2)
 
 
 def unit(values: Any) -> Any:

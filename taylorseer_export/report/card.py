@@ -18,7 +18,11 @@ _WHEN: dict[GraphName, str] = {
     "rest": "full steps under a guard, after the probe",
 }
 
-_WHEN_PART: dict[PartName, str] = {"text": "once per prompt", "decode": "once per picture"}
+_WHEN_PART: dict[PartName, str] = {
+    "text": "once per prompt",
+    "encode": "once per picture given",
+    "decode": "once per picture",
+}
 
 
 def card(manifest: Manifest) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from taylorseer_export.embedded.caption import captions
-from taylorseer_export.embedded.requests import caption_request, label_request
+from taylorseer_export.embedded.requests import label_request, prompt_request
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Request
@@ -131,12 +131,11 @@ def _request(
             raise ConfigError(f"--prompts has the line `{wrong}`, expected a class per line (a whole number); mend it")
         labels = [chosen[number % len(chosen)] for number in numbers]
         return label_request(denoiser, [int(label) for label in labels], seeds, guidance_scale)
-    if source == "captions" or (source == "prompts" and prompts):
-        chosen = prompts_of(denoiser, numbers, seed, prompts)
+    if chosen := prompts_of(denoiser, numbers, seed, prompts):
         given = rows_of(denoiser, tensors, numbers) if tensors is not None and not prompts else chosen
         side = manifest.sampling.latent_scale * manifest.pipeline.packing
         size = None if sizes[1] is None else (side * sizes[1][0], side * sizes[1][1])
-        return caption_request(denoiser, given, seeds, size, guidance_scale)
+        return prompt_request(denoiser, given, seeds, size, guidance_scale)
     if prompts is not None and source != "prompts":
         raise ConfigError(
             f"--prompts is given for {manifest.family}, whose bundle has no text encoder, expected tensors; pass its "
@@ -157,9 +156,10 @@ def _request(
 
 def prompts_of(denoiser: Denoiser, numbers: range, seed: int, prompts: Sequence[str] | None = None) -> list[str]:
     """The prompts of the samples `numbers`; none where the bundle reads no text."""
-    if denoiser.manifest.sampling.source not in ("captions", "prompts"):
+    manifest = denoiser.manifest
+    if manifest.sampling.source != "prompts":
         return []
-    chosen = prompts or (captions(numbers.stop, seed) if denoiser.manifest.sampling.source == "captions" else [])
+    chosen = prompts or (captions(numbers.stop, seed) if manifest.model.embedded else [])
     if not chosen:
         return []
     return [chosen[number % len(chosen)] for number in numbers]

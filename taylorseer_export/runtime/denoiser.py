@@ -20,7 +20,7 @@ from taylorseer_export.runtime.check import check_engines
 from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.decoding import Decoder, open_decoder
 from taylorseer_export.runtime.engines import open_runner
-from taylorseer_export.runtime.parts import Encoder, open_part
+from taylorseer_export.runtime.parts import Encoder, Part, open_part
 from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
 
@@ -144,15 +144,22 @@ class Denoiser:
         return Encoder(self._bundle, open_part(self._bundle, "text", self._place("text"), self._threads))
 
     @cached_property
+    def picture_encoder(self) -> Part:
+        """What makes conditioning of a picture, loaded when it is first asked for; raises what `open_part` raises."""
+        return open_part(self._bundle, "encode", self._place("encode"), self._threads)
+
+    @cached_property
     def decoder(self) -> Decoder:
         """What makes pictures or videos of latents, loaded when first asked for; raises what `open_decoder` raises."""
         return open_decoder(self._bundle, self._place("decode"), self._threads)
 
-    def open_parts(self, names: Collection[PartName] = ("text", "decode")) -> None:
+    def open_parts(self, names: Collection[PartName] = ("text", "encode", "decode")) -> None:
         """Load these parts, as far as the bundle has them, rather than when the first request asks for them."""
         wanted = self.manifest.parts.keys() & set(names)
         if "text" in wanted:
             self.encoder  # noqa: B018
+        if "encode" in wanted:
+            self.picture_encoder  # noqa: B018
         if "decode" in wanted:
             self.decoder  # noqa: B018
 
@@ -167,7 +174,7 @@ class Denoiser:
     def close(self) -> None:
         """Release the engines."""
         self.runner.close()
-        for name in ("encoder", "decoder"):
+        for name in ("encoder", "picture_encoder", "decoder"):
             if name in vars(self):
                 vars(self).pop(name).close()
 

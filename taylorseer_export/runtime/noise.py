@@ -25,25 +25,41 @@ PART = 512  # blocks at a time, which a CPU keeps in its cache
 LOWEST_SEED, HIGHEST_SEED = -(1 << 63), (1 << 64) - 1
 
 
-def normals(count: int, seed: int) -> np.ndarray:
-    """`[count]` float32: what `torch.randn` draws from a new generator of this seed, within the bound above.
+class Generator:
+    """Draws what a new generator of torch draws, within the bound above, one draw after the other.
 
     Args:
-        count: How many, at least 0.
         seed: As `torch.Generator.manual_seed` takes it; its low 32 bits count.
 
     Raises:
         ConfigError: The seed has more than 64 bits.
     """
-    if not LOWEST_SEED <= seed <= HIGHEST_SEED:
-        raise ConfigError(f"seed has {seed.bit_length()} bits, expected at most 64; choose a smaller one")
-    twister = np.random.RandomState(seed & 0xFFFFFFFF)
-    if count < BLOCK:
-        return _few(twister, count)
-    made = _blocks(_words(twister, count)[: count - count % BLOCK])
-    if count % BLOCK:  # the last numbers are a block of their own, which torch draws after all others
-        made = np.concatenate([made[: count - BLOCK], _blocks(_words(twister, BLOCK))])
-    return made
+
+    def __init__(self, seed: int) -> None:
+        if not LOWEST_SEED <= seed <= HIGHEST_SEED:
+            raise ConfigError(f"seed has {seed.bit_length()} bits, expected at most 64; choose a smaller one")
+        self._twister = np.random.RandomState(seed & 0xFFFFFFFF)
+        self._half = False  # whether torch holds back one of a pair
+
+    def normals(self, count: int) -> np.ndarray:
+        """`[count]` float32, what `torch.randn` draws next.
+
+        Args:
+            count: How many, at least 0. An odd number below 16 can be the last draw alone.
+        """
+        assert not self._half, "bug in taylorseer-export: a draw after one that left half a pair"
+        if count < BLOCK:
+            self._half = count % 2 > 0
+            return _few(self._twister, count)
+        made = _blocks(_words(self._twister, count)[: count - count % BLOCK])
+        if count % BLOCK:  # the last numbers are a block of their own, which torch draws after all others
+            made = np.concatenate([made[: count - BLOCK], _blocks(_words(self._twister, BLOCK))])
+        return made
+
+
+def normals(count: int, seed: int) -> np.ndarray:
+    """`[count]` float32: the first draw of a new generator; arguments and errors are those of `Generator`."""
+    return Generator(seed).normals(count)
 
 
 def _words(twister: np.random.RandomState, count: int) -> np.ndarray:

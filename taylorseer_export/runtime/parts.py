@@ -193,7 +193,10 @@ class Encoder:
         given: dict[str, np.ndarray] = {}
         with self._turn:  # a tokenizer is set to a length
             for tokens, tokenizer in self._tokenizers:
-                given |= _tokens_of(prompt, tokens, tokenizer, length)
+                most = tokens.length
+                if tokens.size is not None:
+                    most = self.part.described.dimensions[tokens.size].typical if length is None else length
+                given |= _tokens_of(prompt, tokens, tokenizer, most)
         return self.part(given)
 
     def close(self) -> None:
@@ -219,9 +222,8 @@ def _tokenizer(bundle: Bundle, tokens: Tokens) -> Any:
         ) from error
 
 
-def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, length: int | None) -> dict[str, np.ndarray]:
-    """`[1, T]` int64: the tokens of a prompt, and their mask where there is one."""
-    most = tokens.length if length is None or tokens.size is None else length
+def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int) -> dict[str, np.ndarray]:
+    """`[1, T]` int64: the tokens of a prompt, at most as many, and their mask where there is one."""
     if not 1 <= most <= tokens.length:
         raise ConfigError(f"length of the prompt is {most}, expected 1 to {tokens.length} (tokens); change it")
     most += tokens.dropped

@@ -35,11 +35,16 @@ def value_from_fill(
         case "sides":
             return np.broadcast_to([1, *(sides or sides_of(sizes[ROWS]))], shape).astype(dtype)
         case "grid":
-            _, width = sides if sides is not None and tensor.shape[0] == ROWS else sides_of(shape[0])
-            ids = np.full(shape, tensor.first, dtype)
-            ids[:, 1], ids[:, 2] = np.divmod(np.arange(shape[0]), width)
-            return ids
+            rows, columns = sides if sides is not None and tensor.shape[0] == ROWS else sides_of(shape[0])
+            return grid(tensor.first, rows, columns).astype(dtype)
     return None
+
+
+def grid(first: int, rows: int, columns: int) -> np.ndarray:
+    """(first, row, column) of every token of a picture, `[rows * columns, 3]` float32."""
+    ids = np.full((rows * columns, 3), first, np.float32)
+    ids[:, 1], ids[:, 2] = np.divmod(np.arange(rows * columns), columns)
+    return ids
 
 
 def sides_of(count: int) -> tuple[int, int]:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taylorseer_export.errors import StepError
+from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.noise import normals
-from taylorseer_export.runtime.schedulers import scheduler_of
+from taylorseer_export.runtime.schedulers import begun, scheduler_of
 from taylorseer_export.runtime.values import check_prediction
 
 
@@ -38,6 +38,45 @@ class Joined:
 
 
 @dataclass(frozen=True)
+class Beginning:
+    """What a loop begins with in the place of noise alone.
+
+    Of all steps, as evenly spaced as ever, the last ones run: as many as `steps_at` says. The first of them begins with
+    the picture's latents and as much noise as belongs there.
+
+    Attributes:
+        latents: Of the picture, as the request's.
+        strength: Share of the steps that run, above 0 and at most 1.
+        steps: All of them; the most that leave as many as run if None.
+    """
+
+    latents: np.ndarray
+    strength: float
+    steps: int | None = None
+
+    def of(self, run: int) -> int:
+        """Of how many steps `run` are the last ones.
+
+        Raises:
+            ConfigError: So many do not run of all steps.
+        """
+        if self.steps is None:
+            about = math.floor(run / self.strength)
+            return max(n for n in range(max(run, about - 1), about + 2) if steps_at(self.strength, n) <= run)
+        if (expected := steps_at(self.strength, self.steps)) != run:
+            raise ConfigError(
+                f"plan is {run} steps long, expected {expected}, which run of {self.steps} at a strength of "
+                f"{self.strength:g}; change one of them"
+            )
+        return self.steps
+
+
+def steps_at(strength: float, steps: int) -> int:
+    """How many of `steps` run at a strength, as diffusers' pipelines reckon."""
+    return steps - int(max(steps - min(steps * strength, steps), 0))
+
+
+@dataclass(frozen=True)
 class Request:
     """What one sampling loop starts from.
 
@@ -51,6 +90,7 @@ class Request:
         sigmas: `[S]` noise levels of the steps, for flow-matching schedulers; evenly spaced if left out.
         negative: Constant inputs of the second branch, where guidance calls the transformer twice.
         joined: What the transformer is given beside the latents.
+        beginning: What the loop begins with beside the noise; noise alone if left out.
     """
 
     latents: np.ndarray
@@ -62,6 +102,7 @@ class Request:
     sigmas: np.ndarray | None = None
     negative: dict[str, np.ndarray] | None = None
     joined: Joined | None = None
+    beginning: Beginning | None = None
 
     @property
     def branches(self) -> list[dict[str, np.ndarray]]:
@@ -100,7 +141,7 @@ def sample(
 
     Args:
         denoiser: The loaded bundle.
-        request: From `label_request`, `caption_request` or `tensor_request`.
+        request: From `label_request`, `prompt_request` or `tensor_request`.
         forecasts: From `Denoiser.forecasts`; the length of their plan is the number of steps.
         branches: Slots to reuse, from a `Pool`; new ones are opened if left out.
         on_step: Called with each finished step.
@@ -192,10 +233,13 @@ class Loop:
         self.request, self.forecasts = request, forecasts
         self._pipeline = denoiser.manifest.pipeline
         self._scheduler = scheduler_of(denoiser.manifest)
-        self.model_timesteps = clock(
-            denoiser.manifest, request.latents.shape, len(forecasts), request.sigmas, self._scheduler
-        )
+        run, beginning = len(forecasts), request.beginning
+        steps = run if beginning is None else beginning.of(run)
+        timesteps = clock(denoiser.manifest, request.latents.shape, steps, request.sigmas, self._scheduler)
+        self.model_timesteps = timesteps[steps - run :]
         self.latents = self._scheduler.start(request.latents)
+        if beginning is not None:
+            self.latents = begun(self._scheduler, request.latents, beginning.latents, steps - run)
         self.step = 0
         shape = self.model_input().shape
         self.branches = [denoiser.sizes(shape, conditioning) for conditioning in request.branches]

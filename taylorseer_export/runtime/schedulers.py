@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
-from taylorseer_export.errors import BundleError, first_line
+from taylorseer_export.errors import BundleError, ConfigError, first_line
 from taylorseer_export.runtime.solvers import DDIM, UniPC
 
 
@@ -67,6 +67,25 @@ def scheduler_of(manifest: Manifest) -> Scheduler:
         BundleError: diffusers is needed and not installed, lacks the class, or refuses the config.
     """
     return own_scheduler(manifest) or FromDiffusers(manifest.sampling.scheduler, diffusers_scheduler(manifest))
+
+
+def begun(scheduler: Scheduler, noise: np.ndarray, clean: np.ndarray, skipped: int) -> np.ndarray:
+    """The latents before the first step of a loop that begins with a picture's: `sigma noise + (1 - sigma) clean`.
+
+    Args:
+        scheduler: Set; its step 0 is now the first that runs.
+        noise, clean: `[N, ...]` float32.
+        skipped: Steps before those that run.
+
+    Raises:
+        ConfigError: It is none of flow matching.
+    """
+    if "FlowMatch" in scheduler.name and isinstance(scheduler, FlowEuler | FromDiffusers):
+        return scheduler.begin(noise, clean, skipped)
+    raise ConfigError(
+        f"{scheduler.name} begins no loop with a picture here, expected a scheduler of flow matching; leave the "
+        "picture out, or export with another scheduler"
+    )
 
 
 def own_scheduler(manifest: Manifest) -> Scheduler | None:
@@ -163,6 +182,13 @@ class FlowEuler:
     def start(self, noise: np.ndarray) -> np.ndarray:
         return noise.copy()
 
+    def begin(self, noise: np.ndarray, clean: np.ndarray, skipped: int) -> np.ndarray:
+        """As `begun` says."""
+        self.timesteps, self._sigmas = self.timesteps[skipped:], self._sigmas[skipped:]
+        level = self._sigmas[0]
+        mixed: np.ndarray = level * noise + (np.float32(1) - level) * clean
+        return mixed
+
     def model_input(self, latents: np.ndarray, step: int) -> np.ndarray:
         return latents
 
@@ -189,6 +215,7 @@ class FromDiffusers:
         self.timesteps = np.empty(0, np.float32)
         self._draws: dict[str, Any] = {}
         self._last: tuple[Any, ...] = ()
+        self._skipped = 0
 
     def set(self, steps: int, sigmas: np.ndarray | None = None, mu: float | None = None) -> None:
         if "FlowMatch" in self.name:
@@ -206,20 +233,32 @@ class FromDiffusers:
             self._draws["generator"] = torch.Generator("cpu").manual_seed(seed)
         return noise * float(getattr(self._scheduler, "init_noise_sigma", 1.0))
 
+    def begin(self, noise: np.ndarray, clean: np.ndarray, skipped: int) -> np.ndarray:
+        """As `begun` says, for schedulers of flow matching."""
+        import torch
+
+        self._skipped, self.timesteps = skipped, self.timesteps[skipped:]
+        self._scheduler.set_begin_index(skipped)
+        first = self._scheduler.timesteps[skipped : skipped + 1]
+        mixed = self._scheduler.scale_noise(torch.from_numpy(clean), first, torch.from_numpy(noise))
+        return np.asarray(mixed.numpy())
+
     def model_input(self, latents: np.ndarray, step: int) -> np.ndarray:
         import torch
 
         scale = getattr(self._scheduler, "scale_model_input", None)
         if scale is None:
             return latents
-        return np.asarray(scale(torch.from_numpy(latents), self._scheduler.timesteps[step]).numpy())
+        return np.asarray(scale(torch.from_numpy(latents), self._scheduler.timesteps[self._skipped + step]).numpy())
 
     def advance(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
         import torch
 
         given, before = torch.from_numpy(answer), torch.from_numpy(latents)
         try:
-            advanced = self._scheduler.step(given, self._scheduler.timesteps[step], before, **self._draws)
+            advanced = self._scheduler.step(
+                given, self._scheduler.timesteps[self._skipped + step], before, **self._draws
+            )
             following = np.asarray(advanced.prev_sample.numpy())
         except Exception as error:  # whatever a class makes of values that it was not written for
             raise BundleError(
@@ -231,6 +270,7 @@ class FromDiffusers:
 
     def ahead(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
         other = FromDiffusers(self.name, copy.deepcopy(self._scheduler))
+        other._skipped = self._skipped
         other._draws = {name: generator.clone_state() for name, generator in self._draws.items()}
         return other.advance(answer, step, latents)
 
@@ -238,7 +278,7 @@ class FromDiffusers:
         latents, answer, advanced, step = self._last
         clean = getattr(advanced, "pred_original_sample", None)
         if clean is None:  # flow matching: the answer is the velocity away from the picture
-            clean = latents - self._scheduler.sigmas[step] * answer
+            clean = latents - self._scheduler.sigmas[self._skipped + step] * answer
         return np.asarray(clean.numpy())
 
 

@@ -35,6 +35,8 @@ class Slot:
         sizes: Of every dimension but the steps.
 
     Attributes:
+        reuses: Whether a request that is prepared like the one before is not prepared again; False at first.
+        reused: Whether the request under way was not.
         memory: Its buffers and bound calls.
         plan: Of the request under way; None before the first.
         executed: The steps that ran, `F` full and `.` forecast.
@@ -53,6 +55,8 @@ class Slot:
         self._sent: Sequence[FullStep | ForecastStep] = ()  # the steps whose numbers are in these tables
         self._number_tables: dict[GraphName, Buffer] = {}
         self._timesteps: np.ndarray | None = None
+        self.reuses = self.reused = False
+        self._prepared: tuple[dict[str, np.ndarray], np.ndarray] | None = None  # constants and timesteps, copies
         self.plan: Plan | None = None
         self.executed = ""
 
@@ -74,9 +78,7 @@ class Slot:
             StepError: An input is missing, of another shape or dtype, or not finite.
         """
         steps, plan = self._steps_of(forecasts), forecasts.plan
-        arrays = {
-            n: array_for(self.contract.constants[n], v) for n, v in conditioning.items() if n in self.contract.constants
-        }
+        arrays = self._constants(conditioning)
         sizes = self.contract.sizes(self._latent_shape, {**conditioning, **arrays})
         if sizes != self.sizes:
             raise StepError(f"sizes are {sizes}, expected {self.sizes}, those of the slot; open a slot of that size")
@@ -89,8 +91,11 @@ class Slot:
                 )
             plan.check_length(len(timesteps))
         self.plan = None  # until all is in place: a request that could not be prepared must not run
-        for name, array in arrays.items():
-            self.memory.buffers[name].write(array)
+        self.reused = self._holds(arrays, timesteps)
+        if not self.reused:
+            self._prepared = None
+            for name, array in arrays.items():
+                self.memory.buffers[name].write(array)
         self.memory.clear()
         self._steps, self.executed, self._timesteps = steps, "", timesteps
         self._send_numbers()
@@ -98,8 +103,27 @@ class Slot:
         if forecasts.guard is not None:
             assert self.memory.probe is not None
             self.memory.probe.start(forecasts)
-        self._tables = {} if timesteps is None else self.memory.prepare(timesteps)
+        if not self.reused:
+            self._tables = {} if timesteps is None else self.memory.prepare(timesteps)
+            if self.reuses and timesteps is not None:
+                self._prepared = {name: array.copy() for name, array in arrays.items()}, timesteps.copy()
         self.plan = plan
+
+    def holds(self, conditioning: Mapping[str, Any], timesteps: np.ndarray) -> bool:
+        """Whether the slot is prepared for just this, value by value; never where it does not reuse."""
+        return self._prepared is not None and self._holds(self._constants(conditioning), timesteps)
+
+    def _holds(self, arrays: Mapping[str, np.ndarray], timesteps: np.ndarray | None) -> bool:
+        if self._prepared is None or timesteps is None or not self.reuses:
+            return False
+        constants, known = self._prepared
+        same = np.array_equal(known, timesteps) and constants.keys() == arrays.keys()
+        return same and all(np.array_equal(constants[name], value) for name, value in arrays.items())
+
+    def _constants(self, conditioning: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Those that the graphs take, as they take them; raises what `array_for` raises."""
+        known = self.contract.constants
+        return {name: array_for(known[name], value) for name, value in conditioning.items() if name in known}
 
     def extend(self, plan: Plan) -> None:
         """Go on with a longer plan, where the length of the loop is not known ahead; it begins as the one under way."""

@@ -6,7 +6,9 @@ and hands each job back with `give_back` or `leave`.
     offer ─▶ waiting ─▶ start ─▶ ready ⇄ step ─▶ leave
                           └ needs a slot     └ with all that are ready and share its key
 
-A job joins at the step after its start, and leaves at its last one: nobody waits for a batch to fill or to end.
+A job joins at the step after its start, and leaves at its last one: nobody waits for a batch to fill or to end. Of
+those that wait, one that asks for less than half the work of all before it goes first, and nobody is overtaken more
+than a few times: a short request does not wait for long ones, and these do not wait for ever.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Any, Literal, NamedTuple
 
 from taylorseer_export.serve.refusals import QueueFull, Stopping
 
+_SHORTER = 0.5  # of the work of those that it overtakes
+_OVERTAKEN = 4  # times, at most
 _PATIENCE = 16  # steps; on the smallest models that many forecast steps take about as long as a full step
 
 
@@ -30,17 +34,21 @@ class Job:
         work: Whatever the workers need; not looked at here.
         samples: Of the batch dimension, those this request fills.
         deadline: When it is given up, in the time that `take` is told (seconds).
+        cost: Work that it asks for, in any unit that all jobs share.
         cancelled: Whether its sender has left. It may be slow, so it is asked once per step.
         key: Jobs with equal keys share the engine call of their next step; None runs alone.
         passed: How often another was preferred since its last step; at most `_PATIENCE` times.
+        overtaken: How often one that came later was given a slot; at most `_OVERTAKEN` times.
     """
 
     work: Any = None
     samples: int = 1
     deadline: float = inf
+    cost: float = 1.0
     cancelled: Callable[[], bool] = field(default=lambda: False)
     key: Hashable = None
     passed: int = field(default=0, init=False)
+    overtaken: int = field(default=0, init=False)
 
 
 class Turn(NamedTuple):
@@ -106,7 +114,7 @@ class Batcher:
                 self._waiting.remove(job)
                 return Turn("drop", [job])
         if self._waiting and len(self._seated) < self.slots:
-            job = self._waiting.popleft()
+            job = self._from_queue()
             if job.cancelled():
                 return Turn("drop", [job])
             self._seated.add(job)
@@ -127,6 +135,21 @@ class Batcher:
                 jobs.append(job)
                 samples += job.samples
         return Turn("step", jobs)
+
+    def _from_queue(self) -> Job:
+        """Who gets the free slot: the one that waits longest, or the shortest that may overtake all before it."""
+        chosen, least = 0, inf
+        for place, job in enumerate(self._waiting):
+            if job.cost < _SHORTER * least:
+                chosen = place
+            least = min(least, job.cost)
+            if job.overtaken >= _OVERTAKEN:
+                break
+        for job in [self._waiting[place] for place in range(chosen)]:
+            job.overtaken += 1
+        job = self._waiting[chosen]
+        del self._waiting[chosen]
+        return job
 
     def _first(self) -> Job:
         """Who is next: the one ready longest, or one that runs alone if the other has not been passed too often."""

@@ -14,7 +14,8 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.profile import Profile
 from taylorseer_export.embedded.conditioning import ConditioningCache
-from taylorseer_export.embedded.requests import caption_request, frame_rate, label_request, pictures_of, usual_size
+from taylorseer_export.embedded.edits import given_picture, steps_that_run, use_of
+from taylorseer_export.embedded.requests import frame_rate, label_request, pictures_of, prompt_request, usual_size
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Forecasts, Plan, RequestOptions, forecasts_from_options
 from taylorseer_export.runtime.contract import request_constants
@@ -75,6 +76,10 @@ def inputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
         guided = manifest.sampling.guidance in ("batched", "branches")
         if manifest.sampling.source == "prompts":
             what = (*what, *((Port("negative_prompt", "BYTES", (1,), True),) if guided else (_SCALE,)))
+        if (use := use_of(manifest)) is not None:
+            begins = use == "begins"
+            what = (*what, Port("image", "UINT8", (-1, -1, 3), begins))
+            what = (*what, Port("strength", "FP32", (1,), True)) if begins else what
         return (*what, Port("seed", "INT64", (1,), True), *asked)
     latents, beside = _latents(manifest)
     constants = [Port(name, _datatype(t), _dims(t)) for name, t in request_constants(manifest).items()]
@@ -115,7 +120,10 @@ def ask(
     for port in inputs(denoiser.manifest, role):
         if port.name not in values and not port.optional:
             raise ConfigError(f"input `{port.name}` is missing, expected {port.datatype} {list(port.dims)}; send it")
-    forecasts = forecasts_from_options(_options(values), denoiser.defaults, known)
+    strength = float(values["strength"][0]) if "strength" in values else None
+    given = given_picture(denoiser.manifest, values.get("image"), strength)
+    options, given = steps_that_run(_options(values), denoiser, given)
+    forecasts = forecasts_from_options(options, denoiser.defaults, known)
     scale = float(values["guidance_scale"][0]) if "guidance_scale" in values else None
     if scale is not None and not np.isfinite(scale):
         raise ConfigError(f"guidance_scale is {scale}, expected a finite number; correct it")
@@ -127,11 +135,23 @@ def ask(
         raise ConfigError(f"seed is {seed}, expected a whole number, at least 0; correct it")
     if sampling.source == "labels":
         return Ask(label_request(denoiser, [int(values["label"][0])], [seed], scale), forecasts)
-    usual = usual_size(denoiser.manifest)
-    size = (_whole(values, "height") or usual[-2], _whole(values, "width") or usual[-1])
+    size = None
+    if "height" in values or "width" in values or "image" not in values:
+        usual = usual_size(denoiser.manifest)
+        size = (_whole(values, "height") or usual[-2], _whole(values, "width") or usual[-1])
     negative = _text(values, "negative_prompt") if "negative_prompt" in values else None
     prompts = [_text(values, "prompt")]
-    return Ask(caption_request(denoiser, prompts, [seed], size, scale, negative, cache=cache), forecasts)
+    request = prompt_request(
+        denoiser,
+        prompts,
+        [seed],
+        size,
+        scale,
+        negative,
+        cache=cache,
+        given=given,
+    )
+    return Ask(request, forecasts)
 
 
 def _loop_request(

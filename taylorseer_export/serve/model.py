@@ -20,6 +20,7 @@ from typing import Any
 import triton_python_backend_utils as triton
 
 from taylorseer_export.bundle.device import Device
+from taylorseer_export.embedded.requests import warm_parts
 from taylorseer_export.errors import ServeError, TaylorSeerError
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import Loop
@@ -27,6 +28,7 @@ from taylorseer_export.serve import contract
 from taylorseer_export.serve.probe import BEAT, PROGRESS
 from taylorseer_export.serve.reader import Reader
 from taylorseer_export.serve.service import Limits, Service
+from taylorseer_export.values import size
 
 _FINAL = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 # Seconds between messages to the server, which would cost more than a small step if each step sent its own.
@@ -53,11 +55,12 @@ class TritonPythonModel:
             # Of several GPUs the server says which one this instance has.
             device = Device.parse(options["device"]).at(int(args["model_instance_device_id"]))
             self._denoiser = load(bundle, device, int(options["threads"]))
-            if self._role == "picture":
-                self._denoiser.open_parts()
+            warm = tuple(size(text) for text in options.get("warm", "").split())
+            for pixels in (None, *warm) if self._role == "picture" else ():
+                warm_parts(self._denoiser, pixels)
             self._profiles = dict(self._denoiser.profiles)
             limits = {name: int(options[name]) for name in _LIMITS}
-            self._service = Service(self._denoiser, Limits(**limits))
+            self._service = Service(self._denoiser, Limits(**limits, warm=warm))
             self._service.warm_up()
         except TaylorSeerError as error:
             raise triton.TritonModelException(str(error)) from error
@@ -201,6 +204,11 @@ class Metrics:
                 ("requests_total", "Requests, by outcome", counter),
                 ("fallbacks_total", "Engine calls that were not shared or no CUDA graph as asked, by kind", counter),
                 ("conditioning_total", "Prompts, by whether what they become was kept (hit, miss)", counter),
+                (
+                    "prepared_total",
+                    "Requests, by whether their slot was prepared for the same (hit, miss)",
+                    counter,
+                ),
                 ("conditioning_bytes", "Memory of what is kept of prompts (bytes)", gauge),
                 ("slots", "Slots", gauge),
                 ("slots_in_use", "Slots that hold a request", gauge),
@@ -218,6 +226,7 @@ class Metrics:
             self._metric("requests_total", "outcome", outcome)
         for outcome in ("hit", "miss"):
             self._metric("conditioning_total", "outcome", outcome)
+            self._metric("prepared_total", "outcome", outcome)
         for kind in ("shared", "cuda_graph"):
             self._metric("fallbacks_total", "kind", kind)
         self._metric("slots", *self._own).set(service.limits.slots)
@@ -264,4 +273,4 @@ def _place(name: str) -> tuple[str, ...]:
     if group in ("planned", "executed"):
         return ("full_steps_total", "when", group)
     family = "step_seconds_total" if group == "seconds" else f"{group}_total"
-    return (family, "outcome" if group in ("requests", "conditioning") else "kind", value)
+    return (family, "outcome" if group in ("requests", "conditioning", "prepared") else "kind", value)

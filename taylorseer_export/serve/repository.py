@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from taylorseer_export.bundle.profile import PROFILES, profile_names, read_profi
 from taylorseer_export.bundle.store import Bundle, open_bundle
 from taylorseer_export.embedded.requests import frame_rate
 from taylorseer_export.errors import ConfigError
+from taylorseer_export.runtime.tensors import latent_sizes
 from taylorseer_export.serve import contract
 
 MODELS = ("picture", "picture-stream", "denoiser", "denoiser-stream")
@@ -46,7 +48,7 @@ class Deployment:
         slots, queue, batch, workers: As in `Limits`, for each instance; `batch` 0 chooses by the device.
         threads: CPU threads of one engine call; 0 is one per core.
         memory_budget: Bytes of the weights, Taylor buffers and step tables of one instance; None for the usual room.
-        conditioning_cache: As in `Limits`, for each instance.
+        conditioning_cache, warm: As in `Limits`, for each instance.
     """
 
     device: Device = CPU
@@ -60,6 +62,7 @@ class Deployment:
     threads: int = 1
     memory_budget: int | None = None
     conditioning_cache: int = CONDITIONING_ROOM
+    warm: Sequence[tuple[int, ...]] = ()
 
 
 def write_repository(folder: Path, out: Path, deployment: Deployment) -> list[Path]:
@@ -191,6 +194,8 @@ def _options(manifest: Manifest, role: contract.Role, deployment: Deployment) ->
             f"--batch is {deployment.batch} on {deployment.device}, expected 1: engine calls are shared on the CPU "
             "alone; leave it out"
         )
+    for pixels in deployment.warm:
+        latent_sizes(manifest, pixels, "--warm")
     values: dict[str, Any] = {
         "role": role,
         "device": deployment.device.kind,
@@ -201,6 +206,7 @@ def _options(manifest: Manifest, role: contract.Role, deployment: Deployment) ->
         "workers": deployment.workers,
         "slot_bytes": slot_bytes(manifest, deployment.slots, deployment.memory_budget),
         "conditioning_cache": deployment.conditioning_cache,
+        "warm": " ".join("x".join(map(str, pixels)) for pixels in deployment.warm),
     }
     return {name: str(value) for name, value in values.items()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from threading import Condition, Thread
@@ -23,6 +23,8 @@ from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Request
 from taylorseer_export.runtime.schedule import ForecastStep
+from taylorseer_export.runtime.slot import Slot
+from taylorseer_export.runtime.tensors import latent_sizes
 from taylorseer_export.runtime.trajectory import random_trajectory
 from taylorseer_export.serve.batcher import Batcher, Job, Turn
 from taylorseer_export.serve.refusals import Late, Stopping
@@ -59,6 +61,7 @@ class Limits:
         workers: Engine calls at one time, each with the threads the bundle was loaded with; 0 is one per core.
         slot_bytes: Taylor buffers and step tables of one request; 0 is no limit.
         conditioning_cache: Bytes in which what prompts become is kept, so that none is encoded twice; 0 keeps nothing.
+        warm: Sizes in pixels, (height, width) or (frames, height, width), that are warmed up besides the typical ones.
     """
 
     slots: int = 4
@@ -67,6 +70,7 @@ class Limits:
     workers: int = 0
     slot_bytes: int = 0
     conditioning_cache: int = CONDITIONING_ROOM
+    warm: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass
@@ -80,6 +84,11 @@ class _Ticket:
     staged: bool = False
 
 
+def _cost(loop: Loop) -> float:
+    """Work of a request, to be compared with others of one model: values of its latents, at every full step."""
+    return float(str(loop.plan).count("F") * loop.request.latents.size)
+
+
 class Service:
     """Serves requests over one denoiser until it is closed.
 
@@ -91,7 +100,8 @@ class Service:
         conditioning: What prompts became, for whoever makes requests of them.
         counts: What happened since the start: `steps.<kind>`, `calls.<kind>` and `seconds.<kind>` of full and forecast
             steps; `planned.full` and `executed.full`, steps of the requests done; `requests.<outcome>` (done, failed,
-            cancelled, late, refused); `fallbacks.shared`, calls meant to be shared that each request had to make alone.
+            cancelled, late, refused); `prepared.hit` and `prepared.miss`, requests whose slot was prepared for the same
+            before, and others; `fallbacks.shared`, calls meant to be shared that each request had to make alone.
     """
 
     def __init__(self, denoiser: Denoiser, limits: Limits) -> None:
@@ -110,13 +120,27 @@ class Service:
             worker.start()
 
     def warm_up(self) -> None:
-        """Run both kinds of step, alone and shared, at the bundle's typical sizes.
+        """Run both kinds of step, alone and shared, at the bundle's typical sizes and at those of the limits.
 
-        Shared calls are compared with calls alone while this runs, so the first requests need not do it.
+        Shared calls are compared with calls alone while this runs, so the first requests need not do it. Slots stay for
+        the first requests: of the sizes named as long as there is room, and of the typical ones.
+
+        Raises:
+            ConfigError: The bundle takes no such size; none is warmed up.
         """
-        trajectory = random_trajectory(self.denoiser, 2)
+        manifest = self.denoiser.manifest
+        named = [latent_sizes(manifest, pixels, "--warm")[0] for pixels in self.limits.warm]
+        kept = [self._warm_up(sizes) for sizes in ({}, *named)]
+        self._idle = [Branches([slots[0]]) for slots in kept[1:]][: self.limits.slots - 1]
+        self._idle += [Branches([slot]) for slot in kept[0]][: self.limits.slots - len(self._idle)]
+
+    def _warm_up(self, named: Mapping[str, int]) -> list[Slot]:
+        """At sizes of which some are named; returns the slots."""
+        trajectory = random_trajectory(self.denoiser, 2, named)
         sizes = self.denoiser.sizes(trajectory.latents.shape[1:], trajectory.conditioning)
         slots = [self.denoiser.slot(sizes) for _ in range(min(self.limits.batch, self.limits.slots))]
+        for slot in slots:
+            slot.reuses = True
         for calls in self._calls:
             for count in range(1, len(slots) + 1):
                 for slot in slots[:count]:
@@ -130,7 +154,7 @@ class Service:
                             slot.run()
                     for slot in slots[:count]:
                         slot.finish()
-        self._idle = [Branches([slot]) for slot in slots]
+        return slots
 
     @property
     def slots_in_use(self) -> int:
@@ -188,7 +212,7 @@ class Service:
         self._check_size(loop)
         ticket = _Ticket(loop, caller, ids_of(self.denoiser, request.conditioning))
         deadline = inf if timeout is None else time.monotonic() + timeout
-        job = Job(ticket, loop.sizes["batch"], deadline, caller.cancelled)
+        job = Job(ticket, loop.sizes["batch"], deadline, _cost(loop), caller.cancelled)
         with self._changed:
             try:
                 self._batcher.offer(job)
@@ -272,6 +296,9 @@ class Service:
         loop = job.work.loop
         job.work.branches = self._seat(loop)
         loop.begin(job.work.branches)
+        reused = all(slot.reused for slot in job.work.branches.slots)
+        with self._changed:
+            self.counts["prepared.hit" if reused else "prepared.miss"] += 1
 
     def _stage(self, job: Job) -> None:
         ticket = job.work
@@ -300,14 +327,23 @@ class Service:
         return None if others else calls.key(first, ticket.ids)
 
     def _seat(self, loop: Loop) -> Branches:
-        """Slots of its sizes: idle ones, or new ones, which take the place of idle ones of other sizes."""
+        """Slots of its sizes: idle ones, or new ones, which take the place of idle ones of other sizes.
+
+        Of idle ones those that are prepared for such a request, else those that were used longest ago: so slots are an
+        LRU of what prepared them.
+        """
         with self._changed:
-            for branches in self._idle:
-                if branches.sizes == loop.branches:
-                    self._idle.remove(branches)
-                    return branches
+            fitting = [branches for branches in self._idle if branches.sizes == loop.branches]
+            if fitting:
+                asked = loop.request.branches, loop.model_timesteps
+                chosen = next((branches for branches in fitting if branches.holds(*asked)), fitting[0])
+                self._idle.remove(chosen)
+                return chosen
             del self._idle[: max(0, len(self._idle) + self._batcher.in_use - self.limits.slots)]
-        return loop.open(self.denoiser)
+        opened = loop.open(self.denoiser)
+        for slot in opened.slots:
+            slot.reuses = True
+        return opened
 
     def _step(self, jobs: list[Job], calls: SharedCalls) -> list[Job]:
         """One step of every job, in one engine call if it can be; returns those that did not fail."""

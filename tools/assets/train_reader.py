@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from assets.train_tiny import augmented, load_digits
+from assets.train_dit import augmented, load_digits
 from record import ROOT
 from safetensors.torch import save_file
 from torch.nn import functional

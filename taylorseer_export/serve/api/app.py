@@ -18,12 +18,14 @@ from taylorseer_export.serve.api.metrics import Metrics
 from taylorseer_export.serve.api.models import Model, Models
 from taylorseer_export.serve.api.problems import Refusal
 from taylorseer_export.serve.api.settings import Settings
+from taylorseer_export.serve.api.traces import Traces
+from taylorseer_export.serve.api.videos import Videos
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
 _PAINTERS = 2  # threads that decode and write pictures
-_PATHS = ("/v1/images/generations", "/v1/images/edits", "/v1/models", "/health", "/metrics")
+_PATHS = ("/v1/images/generations", "/v1/images/edits", "/v1/videos", "/v1/models", "/health", "/metrics")
 # The page has its script and its style within, shows pictures that it was sent, and talks to this server alone.
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
@@ -33,12 +35,13 @@ _POLICY = (
 Handler = Callable[[Any], Awaitable[Any]]
 
 
-def app_of(models: Models, settings: Settings | None = None) -> Front:
-    """The app over models that are loaded and warm. It closes them when its server ends.
+def app_of(models: Models, settings: Settings | None = None, traces: Traces | None = None) -> Front:
+    """The app over models that are loaded and warm. It closes them and the traces when its server ends.
 
     Args:
         models: Who draws.
         settings: Limits and keys.
+        traces: Who has spans of requests and pictures, if anyone.
 
     Raises:
         ConfigError: starlette, python-multipart or prometheus-client is not installed.
@@ -47,14 +50,24 @@ def app_of(models: Models, settings: Settings | None = None) -> Front:
     settings = settings or Settings()
     metrics = Metrics(models)
     pool = ThreadPoolExecutor(_PAINTERS, "painter")
-    images = Images(models, settings, pool, metrics.drawn)
+
+    def drawn(model: str, times: dict[str, float | None]) -> None:
+        metrics.drawn(model, times)
+        if traces is not None:
+            traces.drawn(model, times)
+
+    images = Images(models, settings, pool, drawn)
+    videos = Videos(models, settings, pool, drawn)
     page = files("taylorseer_export.serve.api").joinpath("page.html").read_bytes()
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         yield
+        await videos.close()
         await asyncio.to_thread(models.close)
         pool.shutdown(wait=False, cancel_futures=True)
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
     async def listed(request: Request) -> Answer:
         return told({"object": "list", "data": [_entry(model) for model in models]})
@@ -75,13 +88,18 @@ def app_of(models: Models, settings: Settings | None = None) -> Front:
     routes = [
         starlette.route("/v1/images/generations", _answering(images.generations), "POST"),
         starlette.route("/v1/images/edits", _answering(images.edits), "POST"),
+        starlette.route("/v1/videos", _answering(videos.create), "POST"),
+        starlette.route("/v1/videos", _answering(videos.listed), "GET"),
+        starlette.route("/v1/videos/{id}", _answering(videos.one), "GET"),
+        starlette.route("/v1/videos/{id}", _answering(videos.delete), "DELETE"),
+        starlette.route("/v1/videos/{id}/content", _answering(videos.content), "GET"),
         starlette.route("/v1/models", _answering(listed), "GET"),
         starlette.route("/v1/models/{name:path}", _answering(one), "GET"),
         starlette.route("/health", _answering(health), "GET"),
         starlette.route("/metrics", _answering(metered), "GET"),
         starlette.route("/", _answering(shown), "GET"),
     ]
-    return Front(starlette.app(routes, lifespan), settings, _PATHS, metrics.answered)
+    return Front(starlette.app(routes, lifespan), settings, _PATHS, metrics.answered, traces)
 
 
 def _answering(handler: Handler) -> Handler:

@@ -56,7 +56,18 @@ async def json_of(request: Request, most: int) -> Mapping[str, Any]:
     return value
 
 
-async def form_of(request: Request, most: int) -> Form:
+async def fields_of(request: Request, most: int) -> tuple[Mapping[str, Any], bool]:
+    """The fields of a body of at most `most` bytes, JSON or a form without files, and whether it is a form.
+
+    Raises:
+        Refusal, ServeError: As of `json_of` and `form_of`.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        return await json_of(request, most), False
+    return (await form_of(request, most, files=False)).values, True
+
+
+async def form_of(request: Request, most: int, files: bool = True) -> Form:
     """The form that a body of at most `most` bytes holds; its files lie on disk while they come.
 
     Raises:
@@ -79,16 +90,17 @@ async def form_of(request: Request, most: int) -> Form:
                     if name in values:
                         raise Refusal(f"`{name[:64]}` is given twice, expected it once; leave one out", 400, name[:64])
                     values[name] = value
-                elif name in _IMAGES:
+                elif name in _IMAGES and files:
                     images.append(await value.read())
-                elif name == "mask":
+                elif name == "mask" and files:
                     masks.append(await value.read())
                 else:
-                    raise Refusal(f"`{name[:64]}` is a file, expected image or mask; leave it out", 400, name[:64])
+                    wanted = "image or mask" if files else "text alone"
+                    raise Refusal(f"`{name[:64]}` is a file, expected {wanted}; leave it out", 400, name[:64])
     except (HTTPException, ValueError) as error:  # the latter of what is no form at all
         why = re.sub(r"\s+", " ", str(getattr(error, "detail", error)))[:200]
         raise Refusal(f"body is no form ({why}), expected multipart/form-data; correct it") from error
-    if not images:
+    if files and not images:
         raise Refusal("image is missing, expected a picture file; send it", 400, "image", "missing_required_parameter")
     if len(images) > MOST_PICTURES or len(masks) > 1:
         raise Refusal(

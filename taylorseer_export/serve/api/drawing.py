@@ -22,7 +22,7 @@ from taylorseer_export.method import forecasts_from_options
 from taylorseer_export.runtime.sampling import Loop, Request
 from taylorseer_export.serve.api.fields import Asked
 from taylorseer_export.serve.api.models import Model
-from taylorseer_export.serve.api.prompts import Wish, request_of
+from taylorseer_export.serve.api.prompts import Wish, picture_for, request_of
 from taylorseer_export.serve.refusals import Late
 
 _GRACE = 1.0  # seconds beyond the deadline for the service to say how far a request came
@@ -91,10 +91,11 @@ class Sender:
         number: Of the picture.
         post: Takes what happens, from any thread.
         previews: How many are due, spread evenly over the loop.
+        progress: Whether every step is told of; where it is not, the event loop sleeps but for previews.
     """
 
-    def __init__(self, number: int, post: Callable[[Event], None], previews: int) -> None:
-        self.number, self._post, self._previews = number, post, previews
+    def __init__(self, number: int, post: Callable[[Event], None], previews: int, progress: bool) -> None:
+        self.number, self._post, self._previews, self._progress = number, post, previews, progress
         self.left = False
         self._received = self._read = time.perf_counter()
         self._turns: list[float] = []  # when the service asked: as it gave a slot, then before every step
@@ -117,6 +118,8 @@ class Sender:
         steps = len(loop.plan)
         due = {steps * (k + 1) // (self._previews + 1) for k in range(self._previews)}
         latents = loop.estimate() if loop.step in due else None
+        if latents is None and not self._progress:
+            return
         self._post(Stepped(self.number, loop.step, steps, str(loop.plan), self._steps[-1], loop.request, latents))
 
     def finished(self, loop: Loop, executed: str) -> None:
@@ -175,7 +178,7 @@ class Drawing:
         self._early: deque[Event] = deque()
         self._loop = asyncio.get_running_loop()
         previews = asked.partial_images if asked.stream else 0
-        self._senders = [Sender(number, self._post, previews) for number in range(asked.n)]
+        self._senders = [Sender(number, self._post, previews, asked.progress) for number in range(asked.n)]
 
     def send(self) -> None:
         """Hand all of them to the model's reader."""
@@ -230,7 +233,6 @@ class Drawing:
         asked, model = self.asked, self.model
         if sender.left:
             raise ServeError("the client left, expected it to wait for its answer; send it again", "CANCELLED")
-        forecasts = forecasts_from_options(self._options, model.denoiser.defaults, model.profiles)
         wish = Wish(
             asked.prompt,
             asked.seeds[sender.number],
@@ -239,8 +241,11 @@ class Drawing:
             asked.guidance_scale,
             self._pictures,
             self._mask,
+            asked.strength,
         )
-        request = request_of(model.denoiser, wish, model.service.conditioning)
+        options, given = picture_for(model.denoiser, wish, self._options)
+        forecasts = forecasts_from_options(options, model.denoiser.defaults, model.profiles)
+        request = request_of(model.denoiser, wish, model.service.conditioning, given)
         sender.read()
         model.service.submit(request, forecasts, sender, left)
         sender.queued()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -32,12 +32,19 @@ _WHY = {
 }
 _OWN = (
     "prompt model n size output_format output_compression stream partial_images seed negative_prompt guidance_scale"
-    " timeout progress"
+    " strength timeout progress"
 ).split()
 _OPTIONS = tuple(field.name for field in fields(RequestOptions))
 NAMES = (*_OWN, *_OPTIONS, *_ALIASES, *_FIXED, *_LET_PASS)
+_OF_VIDEOS = "prompt model size seconds frames seed negative_prompt guidance_scale timeout".split()
+_LONGEST_VIDEO = 3600.0  # seconds
+VIDEO_NAMES = (*_OF_VIDEOS, *_OPTIONS, *_ALIASES, *_LET_PASS)
 # First word of a sentence of the rules that all doors share -> the field that it is about.
-PARAMS = {name: name for name in NAMES} | {"caption": "prompt", "label": "prompt", "guidance": "guidance_scale"}
+PARAMS = {name: name for name in (*NAMES, *VIDEO_NAMES)} | {
+    "caption": "prompt",
+    "label": "prompt",
+    "guidance": "guidance_scale",
+}
 _TEXTS = ("plan", "dialect", "form", "profile", "guard")
 
 
@@ -49,13 +56,13 @@ class Asked:
         prompt: What they show.
         model: Who draws; the first of the server if None.
         n: How many.
-        size: (height, width) in pixels; the model's if None.
+        size: (height, width) in pixels, of a video (frames, height, width); the model's if None.
         output: How they are written.
         stream: Whether previews are sent while they are drawn.
         partial_images: How many previews of each.
-        progress: Whether a stream tells of every step.
+        progress: Whether a stream, or the job of a video, tells of every step.
         seeds: One for each picture.
-        negative_prompt, guidance_scale: As in `Wish`.
+        negative_prompt, guidance_scale, strength: As in `Wish`.
         timeout: Seconds from the arrival; the server's if None.
         options: Of the forecasts.
     """
@@ -63,7 +70,7 @@ class Asked:
     prompt: str
     model: str | None
     n: int
-    size: tuple[int, int] | None
+    size: tuple[int, ...] | None
     output: Output
     stream: bool
     partial_images: int
@@ -73,6 +80,20 @@ class Asked:
     guidance_scale: float | None
     timeout: float | None
     options: RequestOptions
+    strength: float | None = None
+
+
+@dataclass(frozen=True)
+class AskedVideo(Asked):
+    """A request for a video.
+
+    Attributes:
+        seconds: How long it is to be; the model's length if None.
+        frames: The same, as a number of frames.
+    """
+
+    seconds: float | None = None
+    frames: int | None = None
 
 
 def asked_of(values: Mapping[str, Any], most_pictures: int, longest: float, form: bool = False) -> Asked:
@@ -88,7 +109,7 @@ def asked_of(values: Mapping[str, Any], most_pictures: int, longest: float, form
         Refusal: A field is unknown, missing, of another type or out of range.
     """
     given = _Fields(values, form)
-    given.check_known()
+    given.check_known(NAMES, _FIXED)
     count = given.whole("n", 1, most_pictures, 1)
     seed = given.whole("seed", 0, HIGHEST_SEED - count)
     seed = secrets.randbelow(_LARGEST) if seed is None else seed
@@ -106,6 +127,40 @@ def asked_of(values: Mapping[str, Any], most_pictures: int, longest: float, form
         guidance_scale=given.number("guidance_scale"),
         timeout=given.number("timeout", 0.0, longest),
         options=given.options(),
+        strength=given.number("strength", 0.0, 1.0),
+    )
+
+
+def video_of(values: Mapping[str, Any], longest: float, form: bool = False) -> AskedVideo:
+    """The request for a video that a body holds; arguments and errors are those of `asked_of`."""
+    given = _Fields(values, form)
+    if given.has("input_reference"):
+        raise Refusal(
+            "input_reference is given, expected none, since no model here begins with a picture; leave it out",
+            400,
+            "input_reference",
+            "unsupported_parameter",
+        )
+    given.check_known(VIDEO_NAMES, {})
+    if given.has("seconds") and given.has("frames"):
+        raise Refusal("seconds is given beside frames, expected one of them; leave one out", 400, "seconds")
+    seed = given.whole("seed", 0, HIGHEST_SEED)
+    return AskedVideo(
+        prompt=given.prompt(),
+        model=given.text("model"),
+        n=1,
+        size=given.size(),
+        output=Output("webp", 100),
+        stream=False,
+        partial_images=0,
+        progress=True,
+        seeds=(secrets.randbelow(_LARGEST) if seed is None else seed,),
+        negative_prompt=given.text("negative_prompt"),
+        guidance_scale=given.number("guidance_scale"),
+        timeout=given.number("timeout", 0.0, longest),
+        options=given.options(),
+        seconds=given.number("seconds", 0.0, _LONGEST_VIDEO, text=True),
+        frames=given.whole("frames", 1, _LARGEST),
     )
 
 
@@ -116,19 +171,23 @@ class _Fields:
         self._values = {name: value for name, value in values.items() if value is not None}
         self._form = form
 
-    def check_known(self) -> None:
+    def has(self, name: str) -> bool:
+        """Whether it is given."""
+        return name in self._values
+
+    def check_known(self, names: Sequence[str], fixed: Mapping[str, tuple[str, ...]]) -> None:
         """Refuse what is unknown, said twice, or of a value that is not to be had."""
         for name in self._values:
-            if name not in NAMES:
+            if name not in names:
                 shown = name[:64]
-                known = ", ".join(NAMES)
+                known = ", ".join(names)
                 raise Refusal(f"`{shown}` is given, expected {known}; leave it out", 400, shown, "unknown_parameter")
         for name, other in _ALIASES.items():
             if name in self._values and other in self._values:
                 raise Refusal(f"{name} is given beside {other}, expected one of them; leave one out", 400, name)
             if name in self._values:
                 self._values[other] = self._values.pop(name)
-        for name, possible in _FIXED.items():
+        for name, possible in fixed.items():
             if self._values.get(name, possible[0]) not in possible:
                 raise self._wrong(name, f"{' or '.join(possible)}, since {_WHY[name]}", "leave it out")
 
@@ -202,20 +261,20 @@ class _Fields:
             raise self._wrong(name, f"a whole number{span}", "correct it")
         return value
 
-    def real(self, name: str) -> float | None:
-        """A number, be it infinite or none: what is judged later is judged there."""
+    def real(self, name: str, text: bool = False) -> float | None:
+        """A number, be it infinite or none: what is judged later is judged there. `text`: it may be text in JSON."""
         value = self._values.get(name)
         if value is None:
             return None
         try:
-            if isinstance(value, bool if self._form else bool | str):
+            if isinstance(value, bool if self._form or text else bool | str):
                 raise TypeError
             return float(value)
         except (TypeError, ValueError, OverflowError):
             raise self._wrong(name, "a number", "correct it") from None
 
-    def number(self, name: str, above: float = -math.inf, most: float = math.inf) -> float | None:
-        found = self.real(name)
+    def number(self, name: str, above: float = -math.inf, most: float = math.inf, text: bool = False) -> float | None:
+        found = self.real(name, text)
         if found is None:
             return None
         if not above < found <= most or math.isinf(found):

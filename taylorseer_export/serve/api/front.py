@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from taylorseer_export.serve.api.answers import Message, Receive, Scope, Send, refused
 from taylorseer_export.serve.api.problems import LOG, Refusal
 from taylorseer_export.serve.api.settings import OPEN, Settings
+from taylorseer_export.serve.api.traces import Traces
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -24,12 +25,19 @@ class Front:
         settings: Whose keys are asked for.
         paths: That are counted by their names; all others are one.
         answered: Told the path and the status of every answer.
+        traces: Who has a span of every request, if anyone.
     """
 
     def __init__(
-        self, app: App, settings: Settings, paths: tuple[str, ...], answered: Callable[[str, int], object]
+        self,
+        app: App,
+        settings: Settings,
+        paths: tuple[str, ...],
+        answered: Callable[[str, int], object],
+        traces: Traces | None = None,
     ) -> None:
         self._app, self._settings, self._paths, self._answered = app, settings, paths, answered
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,13 +57,18 @@ class Front:
                 message["headers"] = [*message["headers"], (_ID.encode(), request_id.encode())]
             await send(message)
 
+        known = next((one for one in self._paths if path == one or path.startswith(f"{one}/")), "other")
+        answer = self._app if path in OPEN or self._settings.allows(headers.get("authorization", "")) else _stranger
         try:
-            if path in OPEN or self._settings.allows(headers.get("authorization", "")):
-                await self._app(scope, receive, told)
+            if self._traces is None:
+                await answer(scope, receive, told)
             else:
-                await _stranger(scope, receive, told)
+                with self._traces.answer(scope["method"], known, request_id, headers) as span:
+                    try:
+                        await answer(scope, receive, told)
+                    finally:
+                        self._traces.answered(span, status)
         finally:
-            known = next((one for one in self._paths if path == one or path.startswith(f"{one}/")), "other")
             self._answered(known, status)
             took = 1e3 * (time.perf_counter() - began)
             shown = path[:128] if path.isascii() and path.isprintable() else known

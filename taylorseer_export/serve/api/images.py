@@ -62,7 +62,7 @@ class Images:
         async with asyncio.timeout_at(began + self._settings.timeout):
             values = await json_of(request, self._settings.body)
         asked = asked_of(values, self._settings.most_pictures, self._settings.timeout)
-        model = self._models.named(asked.model)
+        model = self._models.named(asked.model, video=False)
         return await self._draw(request, "image_generation", Drawing(model, asked, self._until(began, asked)))
 
     async def edits(self, request: Request) -> Answer | Stream:
@@ -71,7 +71,7 @@ class Images:
         async with asyncio.timeout_at(began + self._settings.timeout):
             form = await form_of(request, self._settings.form)
         asked = asked_of(form.values, self._settings.most_pictures, self._settings.timeout, form=True)
-        model = self._models.named(asked.model)
+        model = self._models.named(asked.model, video=False)
         able = [other.name for other in self._models if takes_pictures(other.denoiser.manifest)]
         if model.name not in able:
             expected = (

@@ -18,6 +18,11 @@ _COUNTS = {
     "seconds": ("taylorseer_step_seconds", "kind", "Time in engine calls, by kind (seconds)"),
     "fallbacks": ("taylorseer_fallbacks", "kind", "Engine calls not shared, or no CUDA graph, as asked"),
     "conditioning": ("taylorseer_conditioning", "outcome", "Prompts, by whether what they become was kept (hit, miss)"),
+    "prepared": (
+        "taylorseer_prepared",
+        "outcome",
+        "Pictures, by whether their slot was prepared for it (hit, miss)",
+    ),
     "full": ("taylorseer_full_steps", "when", "Full steps of finished pictures, planned and executed"),
 }
 _ALWAYS = {
@@ -27,6 +32,7 @@ _ALWAYS = {
     "seconds": ("full", "forecast"),
     "fallbacks": ("shared", "cuda_graph"),
     "conditioning": ("hit", "miss"),
+    "prepared": ("hit", "miss"),
     "full": ("planned", "executed"),
 }
 

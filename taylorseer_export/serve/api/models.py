@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from taylorseer_export.bundle.device import CPU, Device
+from taylorseer_export.embedded.requests import frame_rate, warm_parts
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser, load
@@ -31,19 +33,22 @@ class Model:
 
     Attributes:
         name: `FAMILY-NAME` of the bundle.
+        video: Whether it makes videos.
         created: When it was loaded (Unix time, seconds).
         profiles: Of the bundle, by name, as they were then.
         description: For clients, see `description_of`.
         hurried: Requests that took the faster profile and have a place; counted on the event loop.
 
     Raises:
-        ConfigError: The bundle makes no pictures of prompts, or has no such profile.
+        ConfigError: The bundle makes no pictures or videos of prompts, PyAV is missing for these, or it has no such
+            profile.
         BundleError: A profile is damaged.
     """
 
     def __init__(self, denoiser: Denoiser, limits: Limits, busy: Busy | None = None) -> None:
         check_draws(denoiser.manifest)
         self.name = f"{denoiser.manifest.family}-{denoiser.manifest.name}"
+        self.video = frame_rate(denoiser.manifest) is not None
         self.created = int(time.time())
         self.denoiser, self.profiles = denoiser, dict(denoiser.profiles)
         self._busy, self.hurried = busy, 0
@@ -93,14 +98,28 @@ class Models:
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
 
-    def named(self, name: str | None) -> Model:
+    def named(self, name: str | None, video: bool | None = None) -> Model:
         """The model of that name, or the first.
+
+        Args:
+            name: As asked for.
+            video: Whether it makes videos; either will do if None.
 
         Raises:
             Refusal: There is none.
         """
+        able = [model for model in self if video in (None, model.video)]
+        what, other = ("videos", "/v1/images/generations") if video else ("pictures", "/v1/videos")
+        if not able:
+            raise Refusal(
+                f"model is {'missing' if name is None else f'`{name[:64]}`'}, expected one that makes {what}, and none "
+                f"here does; ask {other}",
+                404,
+                "model",
+                "model_not_found",
+            )
         if name is None:
-            return next(iter(self))
+            return able[0]
         if name not in self._models:
             raise Refusal(
                 f"model is `{name[:64]}`, expected {' or '.join(self._models)}; choose one of those",
@@ -108,7 +127,15 @@ class Models:
                 "model",
                 "model_not_found",
             )
-        return self._models[name]
+        found = self._models[name]
+        if found not in able:
+            raise Refusal(
+                f"model is `{name}`, expected {' or '.join(model.name for model in able)}, which makes {what}; choose "
+                f"one of those, or ask {other}",
+                400,
+                "model",
+            )
+        return found
 
     def close(self) -> None:
         """Close all of them."""
@@ -151,11 +178,12 @@ def load_models(
             try:
                 manifest = denoiser.manifest
                 check_draws(manifest)
-                denoiser.open_parts()  # ready means that a prompt can be drawn
+                for size in (None, *asked.warm):  # ready means that a prompt can be drawn
+                    warm_parts(denoiser, size)
                 if f"{manifest.family}-{manifest.name}" in [model.name for model in models]:
                     raise _twice([f"{manifest.family}-{manifest.name}"])
                 room = slot_bytes(manifest, asked.slots, memory_budget)
-                own = Limits(asked.slots, asked.queue, batch, asked.workers, room, asked.conditioning_cache)
+                own = replace(asked, batch=batch, slot_bytes=room)
                 models.append(Model(denoiser, own, busy))
             except BaseException:
                 denoiser.close()

@@ -13,6 +13,7 @@ from taylorseer_export.serve.api.app import app_of
 from taylorseer_export.serve.api.models import Models
 from taylorseer_export.serve.api.problems import LOG
 from taylorseer_export.serve.api.settings import Settings
+from taylorseer_export.serve.api.traces import Traces
 
 _STOP = 60  # seconds in which requests under way are finished
 _BACKLOG = 2048
@@ -51,14 +52,14 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def server_of(models: Models, settings: Settings) -> Any:
-    """A uvicorn server of the API that has not started; it closes the models when it ends.
+def server_of(models: Models, settings: Settings, traces: Traces | None = None) -> Any:
+    """A uvicorn server of the API that has not started; it closes models and traces when it ends.
 
     Raises:
         ConfigError: A library of the extra `serve` is not installed.
     """
     uvicorn = _uvicorn()
-    app = app_of(models, settings)
+    app = app_of(models, settings, traces)
     return uvicorn.Server(
         uvicorn.Config(
             app,
@@ -73,7 +74,13 @@ def server_of(models: Models, settings: Settings) -> Any:
     )
 
 
-def serve(models: Models, settings: Settings, listener: socket.socket, ready: Callable[[], object]) -> None:
+def serve(
+    models: Models,
+    settings: Settings,
+    listener: socket.socket,
+    ready: Callable[[], object],
+    traces: Traces | None = None,
+) -> None:
     """Serve until SIGINT or SIGTERM; then take nothing more and finish what is under way. A second one cuts that short.
 
     Args:
@@ -81,11 +88,12 @@ def serve(models: Models, settings: Settings, listener: socket.socket, ready: Ca
         settings: Limits and keys.
         listener: From `bound`.
         ready: Called before the first request is taken.
+        traces: As in `app_of`.
 
     Raises:
         ConfigError: A library of the extra `serve` is not installed.
     """
-    server = server_of(models, settings)
+    server = server_of(models, settings, traces)
     _log_to_stderr()
     gc.collect()
     gc.freeze()  # what is loaded now lives as long as the process: no collection of a request need look at it

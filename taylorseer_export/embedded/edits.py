@@ -1,0 +1,155 @@
+"""Pictures that are given: what a model that edits makes of one, or what a loop begins with in the place of noise.
+
+Which of the two a bundle does follows from what its part `encode` makes: constant inputs of the transformer, as Kontext
+has them, or mean and deviation of latents, for all that draw from text alone.
+
+Shapes: N samples, C channels, H and W latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from taylorseer_export.bundle.manifest import Manifest, PipelinePart
+from taylorseer_export.embedded.picture import resized
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.method import RequestOptions
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.noise import Generator
+from taylorseer_export.runtime.places import grid
+from taylorseer_export.runtime.sampling import Beginning, Request, steps_at, tokens_of
+
+STRENGTH = 0.6  # as diffusers' pipelines
+
+Use = Literal["edits", "begins"]
+
+
+class Given(NamedTuple):
+    """A picture that comes with a request.
+
+    Attributes:
+        picture: `[height, width, 3]` uint8.
+        strength: Of a loop that begins with it, the share of its steps that run; the usual one if None.
+        steps: Those in all; as many as leave those of the plan if None. See `steps_that_run`.
+    """
+
+    picture: np.ndarray
+    strength: float | None = None
+    steps: int | None = None
+
+
+class Seen(NamedTuple):
+    """A picture that is to be edited, encoded: its (height, width) in pixels, and constant inputs by name."""
+
+    size: tuple[int, int]
+    tensors: dict[str, np.ndarray]
+
+
+def use_of(manifest: Manifest) -> Use | None:
+    """What a bundle does with a picture: it `edits` it and needs one, it `begins` with one if given, or None."""
+    part = manifest.parts.get("encode")
+    if part is None:
+        return None
+    return "edits" if part.graph.outputs[0].role == "constant" else "begins"
+
+
+def given_picture(manifest: Manifest, picture: np.ndarray | None, strength: float | None = None) -> Given | None:
+    """What comes with a request, checked against what a bundle does with it; None where no picture does.
+
+    Args:
+        manifest: Of the bundle.
+        picture: `[height, width, 3]` uint8.
+        strength: As asked; None where nothing was.
+
+    Raises:
+        ConfigError: The bundle takes no picture, or there is nothing that the strength is of.
+    """
+    use, name = use_of(manifest), f"{manifest.family}-{manifest.name}"
+    if picture is not None and use is None:
+        raise ConfigError(f"picture is given for {name}, expected none, since it draws from text alone; leave it out")
+    if strength is not None and (use != "begins" or picture is None):
+        what = "a picture that the loop begins with" if use == "begins" else f"none, since {name} begins with noise"
+        raise ConfigError(f"strength is {strength:g}, expected {what}; leave it out")
+    if strength is not None and not 0 < strength <= 1:
+        raise ConfigError(f"strength is {strength:g}, expected above 0 and at most 1 (share of the steps); change it")
+    return None if picture is None else Given(picture, strength)
+
+
+def steps_that_run(
+    options: RequestOptions, denoiser: Denoiser, given: Given | None
+) -> tuple[RequestOptions, Given | None]:
+    """The options of a loop that begins with a picture: `steps` are those in all, a plan is of those that run.
+
+    Args:
+        options: As asked.
+        denoiser: The loaded bundle.
+        given: The picture; nothing changes without one, or for a model that edits it.
+    """
+    if given is None or use_of(denoiser.manifest) != "begins" or (options.steps is None and options.fixes_length):
+        return options, given
+    steps = denoiser.defaults.steps if options.steps is None else options.steps
+    strength = STRENGTH if given.strength is None else given.strength
+    return replace(options, steps=steps_at(strength, steps)), given._replace(steps=steps)
+
+
+def seen(denoiser: Denoiser, picture: np.ndarray) -> Seen:
+    """What a model that edits makes of a picture `[height, width, 3]` uint8: it is brought to a size and encoded."""
+    manifest = denoiser.manifest
+    side = manifest.sampling.latent_scale * manifest.pipeline.packing
+    size = size_to_see(manifest.parts["encode"], picture.shape[:2], side)
+    tensors = denoiser.picture_encoder({"picture": _unit(picture, size)})
+    counts = {entry for made in tensors for entry in denoiser.constants[made].shape if isinstance(entry, str)}
+    for key, tensor in denoiser.constants.items():
+        if tensor.fill == "grid" and tensor.shape[0] in counts:
+            tensors[key] = grid(tensor.first, size[0] // side, size[1] // side)
+    return Seen(size, tensors)
+
+
+def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequence[int]) -> Request:
+    """A request that begins with a picture: its latents are drawn as the encoder leaves them open, then the noise.
+
+    Args:
+        denoiser: The loaded bundle.
+        request: From noise alone; of a size.
+        given: The picture, which is brought to that size.
+        seeds: One per sample; both are drawn from one generator, as diffusers' pipelines do.
+    """
+    made = denoiser.picture_encoder({"picture": _unit(given.picture, (request.height, request.width))})
+    packing = denoiser.manifest.pipeline.packing
+    clean, noise = [], []
+    for seed in seeds:
+        generator = Generator(seed)
+        left_open, drawn = (generator.normals(made["mean"].size).reshape(made["mean"].shape) for _ in range(2))
+        clean.append(made["mean"] + made["deviation"] * left_open)
+        noise.append(drawn)
+    both = [np.concatenate(values).astype(np.float32) for values in (clean, noise)]
+    latents, noisy = [values if packing == 1 else tokens_of(values, packing) for values in both]
+    strength = STRENGTH if given.strength is None else given.strength
+    return replace(request, latents=noisy, beginning=Beginning(latents, strength, given.steps))
+
+
+def size_to_see(described: PipelinePart, shape: tuple[int, ...], side: int) -> tuple[int, int]:
+    """The (height, width) in pixels that a picture is brought to before it is encoded.
+
+    Of the sizes that the part lists the one whose width to height is nearest, and of several the narrowest, as
+    diffusers chooses; where none is listed its own, cut to multiples of a token's side.
+
+    Args:
+        described: The part `encode`.
+        shape: (height, width) in pixels.
+        side: Pixels of a token.
+    """
+    height, width = shape[:2]
+    if not described.sizes:
+        return max(height // side, 1) * side, max(width // side, 1) * side
+    return min(described.sizes, key=lambda size: (abs(width / height - size[1] / size[0]), size[1], size[0]))
+
+
+def _unit(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`[1, 3, height, width]` float32 from 0 to 1, of that size."""
+    values: np.ndarray = resized(picture, *size).astype(np.float32) / 255
+    return np.ascontiguousarray(values.transpose(2, 0, 1)[None])

@@ -288,7 +288,7 @@ def test_a_malformed_request_is_the_caller_s_fault(server, what):
     with pytest.raises(InferenceServerException) as caught:
         send_raw(server, "flux-tiny", change)
     assert "INVALID_ARGUMENT" in str(caught.value.status()) and words in str(caught.value)
-    assert infer(server.grpc, "flux-tiny", {"prompt": "a red circle", "steps": 3})["picture"].shape == (32, 32, 3)
+    assert infer(server.grpc, "flux-tiny", {"prompt": "a red circle", "steps": 3})["picture"].shape == (64, 64, 3)
 
 
 def test_numbers_that_are_not_finite_are_refused(server, denoisers):
@@ -353,8 +353,8 @@ def test_the_client_command_writes_the_picture(server, alone, tmp_path, capsys):
     assert main([*arguments, "--out", str(out)]) == 0
     assert f"plan      {plan} (4 of 12 steps full)" in capsys.readouterr().out
     drawn = np.asarray(Image.open(out))
-    expected = alone("flux", CAPTION, 2, (32, 32), plan, None)
-    scale = 256 // 32
+    expected = alone("flux", CAPTION, 2, (64, 64), plan, None)
+    scale = 256 // 64
     gap = (drawn.shape[0] - 256) // 2
     assert (drawn[gap : gap + 256 : scale, gap : gap + 256 : scale, :3] == expected).all()
     assert main([*arguments, "--label", "3", "--out", str(out)]) == 2  # not an input of this model
@@ -550,7 +550,7 @@ def attacks():
 
 def still_serves(server):
     made = infer(server.http, "flux-tiny", {"prompt": "a red circle", "steps": 3}, "http")
-    return over_http(server, "/v2/health/ready")[0] == 200 and made["picture"].shape == (32, 32, 3)
+    return over_http(server, "/v2/health/ready")[0] == 200 and made["picture"].shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize("what", attacks())

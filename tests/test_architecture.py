@@ -62,7 +62,7 @@ HEAVY: dict[str, frozenset[str]] = {
             "checkpoint/lora_names.py",
             "checkpoint/original.py",
             "checkpoint/weights.py",
-            "compile/parts.py",
+            "compile/components.py",
             "runtime/dropin.py",
             "runtime/schedulers.py",
         }
@@ -76,17 +76,18 @@ HEAVY: dict[str, frozenset[str]] = {
     "tensorrt": frozenset({"bundle/tensorrt.py"}),
     "tensorrt_rtx": frozenset({"bundle/tensorrt.py"}),
     "torch_tensorrt": frozenset({"compile/torch_tensorrt.py"}),
-    "transformers": frozenset({"compile/parts.py", "report/metrics.py"}),
+    "transformers": frozenset({"compile/components.py", "report/metrics.py"}),
     "tokenizers": frozenset({"runtime/parts.py"}),
     "PIL": frozenset({"report/metrics.py", "embedded/picture.py", "embedded/video.py", "serve/api/formats.py"}),
     "av": frozenset({"embedded/video.py"}),
     "tqdm": frozenset({"commands/terminal.py"}),
     "tritonclient": frozenset({"serve/repository.py", "serve/client.py"}),
     # The images API: routes and forms, and for its handlers the type of a request; the rest of it is plain ASGI.
-    "starlette": frozenset({"serve/api/app.py", "serve/api/bodies.py", "serve/api/images.py"}),
+    "starlette": frozenset({"serve/api/app.py", "serve/api/bodies.py", "serve/api/images.py", "serve/api/videos.py"}),
     "python_multipart": frozenset({"serve/api/app.py"}),
     "uvicorn": frozenset({"serve/api/process.py"}),
     "prometheus_client": frozenset({"serve/api/metrics.py"}),
+    "opentelemetry": frozenset({"serve/api/traces.py"}),
 }
 
 # Where torch may be imported at the top of a file; on the run side it is imported inside the function that needs it.

@@ -28,7 +28,6 @@ from taylorseer_export.serve import contract
 from taylorseer_export.serve.probe import BEAT, PROGRESS
 from taylorseer_export.serve.reader import Reader
 from taylorseer_export.serve.service import Limits, Service
-from taylorseer_export.values import size
 
 _FINAL = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 # Seconds between messages to the server, which would cost more than a small step if each step sent its own.
@@ -55,7 +54,7 @@ class TritonPythonModel:
             # Of several GPUs the server says which one this instance has.
             device = Device.parse(options["device"]).at(int(args["model_instance_device_id"]))
             self._denoiser = load(bundle, device, int(options["threads"]))
-            warm = tuple(size(text) for text in options.get("warm", "").split())
+            warm = tuple(tuple(map(int, text.split("x"))) for text in options["warm"].split())
             for pixels in (None, *warm) if self._role == "picture" else ():
                 warm_parts(self._denoiser, pixels)
             self._profiles = dict(self._denoiser.profiles)

@@ -281,8 +281,7 @@ def train_text(seed: int, folder: Path, recipe: Recipe, _: bool) -> None:
         return loss + entropies(of_pictures, [one.whole for one in said], _OF_PICTURES)
 
     def save(average: nn.Module, training: dict) -> None:
-        write_component(average.clip, folder / "text_encoder")
-        write_component(average.t5, folder / "text_encoder_2")
+        write_text_encoders(average, folder)
         write_json(folder / "text.json", {**training, "tool": TOOL})
 
     train(model, loss_of_step, recipe, save, seed, compiled=False)
@@ -456,6 +455,12 @@ def vocabulary_files(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
+def write_text_encoders(model: Any, folder: Path) -> None:
+    """Both in float32: transformers loads weights in the dtype that they are stored in, diffusers in float32."""
+    write_component(model.clip, folder / "text_encoder", torch.float32)
+    write_component(model.t5, folder / "text_encoder_2", torch.float32)
+
+
 def write_tokenizers(first: Any, second: Any, folder: Path) -> None:
     """Both tokenizers, as all releases of transformers read them."""
     first.save_pretrained(folder / "tokenizer")
@@ -471,8 +476,8 @@ def write_pipeline(painter: Any, vae: AutoencoderKL, first: Any, second: Any, fo
     renamed(folder / "model_index.json", tokenizer_2=["transformers", SHARED_TOKENIZER])
     scheduler().save_pretrained(folder / "scheduler")
     write_tokenizers(first, second, folder)
-    for name, module in (("clip", "text_encoder"), ("t5", "text_encoder_2"), ("transformer", "transformer")):
-        write_component(getattr(painter, name), folder / module)
+    write_text_encoders(painter, folder)
+    write_component(painter.transformer, folder / "transformer")
 
 
 # ---------------------------------------------------------------------------------- measured

@@ -117,11 +117,11 @@ def how_trained(seed: int, recipe: Recipe, steps: int, minutes: float, compiled:
     }
 
 
-def write_component(model: Any, folder: Path) -> None:
-    """Write a model of diffusers or transformers with float16 weights, file by file whole or not at all."""
+def write_component(model: Any, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a model of diffusers or transformers, its weights in `dtype`, file by file whole or not at all."""
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
-    copy.deepcopy(model).half().save_pretrained(aside, safe_serialization=True)
+    copy.deepcopy(model).to(dtype).save_pretrained(aside, safe_serialization=True)
     folder.mkdir(parents=True, exist_ok=True)
     for file in aside.iterdir():
         file.chmod(0o644)

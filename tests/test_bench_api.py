@@ -26,10 +26,10 @@ def bundle(embedded, tmp_path_factory):
 
 
 def test_a_mix_of_requests_is_what_runs_alone_give(bundle):
-    options = ("--queue", "100", *bench_api.BUSY)
-    with bench_api.Server(bundle, *options) as server:
+    with bench_api.Server(bundle, "--queue", "100") as server:
         seen = asyncio.run(bench_api._mixed(server, bundle, Namespace(requests=20, flight=4)))
         alone = asyncio.run(bench_api.closed(server, 3))
+    with bench_api.Server(bundle, "--queue", "100", *bench_api.BUSY) as server:
         point = asyncio.run(bench_api.opened(server, 1000.0, 12))  # at once: more than may wait before it hurries
     assert seen["equal"] + seen["left"] == 20 and seen["equal"] >= 16
     assert (seen["slots_in_use"], seen["queue"]) == (0, 0) and seen["files_after"] <= seen["files_before"]

@@ -130,7 +130,8 @@ def test_the_index_names_every_tool():
     made = {"triton_server.py"}  # `make triton`
     assert named | made == scripts
     assert set(re.findall(r"make_asset\.py ([\w-]+)", text)) == set(make_asset.MAKERS)
-    assert {path.stem.replace("_", "-") for path in (tools / "assets").glob("*.py")} == set(make_asset.MAKERS)
+    makers = [path for path in (tools / "assets").glob("*.py") if "def main(" in path.read_text(encoding="utf-8")]
+    assert {path.stem.replace("_", "-") for path in makers} == set(make_asset.MAKERS)
 
 
 def test_no_tool_imports_from_the_tests_or_edits_the_path():

@@ -47,7 +47,7 @@ MODEL, PROFILE = "flux-tiny", "fast"
 SIZES = ((64, 64), (64, 96), (96, 64))
 PROFILES = (None, PROFILE)
 PROMPTS = captions(20, 3)
-SHARES = (0.5, 0.8, 1.1)  # of what one client after the other managed
+SHARES = (0.8, 1.5, 3.0)  # of what one client after the other managed
 BUSY = ("--busy-queue", "2", "--busy-profile", PROFILE)
 SETTINGS: dict[str, tuple[str, ...]] = {
     "kept": (),

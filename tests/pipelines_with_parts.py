@@ -7,6 +7,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import oracle
+import torch
 from harness import eager_denoiser
 from PIL import Image
 from tiny_bundles import options_of
@@ -26,7 +28,9 @@ from taylorseer_export.bundle.store import Bundle, hash_files
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile.export import describe
 from taylorseer_export.compile.parts import parts_of, write_parts
+from taylorseer_export.embedded.requests import pictures_of
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.runtime.sampling import sample
 
 PROMPT, OTHER = "a small red circle", "x"
 
@@ -109,6 +113,19 @@ def denoiser_with_parts(draft, folder):
     denoiser.manifest = denoiser.contract.manifest = manifest
     denoiser.bundle = Bundle(folder, manifest)
     return denoiser
+
+
+def drawn(denoiser, request, plan):
+    """What a loop of this plan draws of the one sample, channels before rows, from 0 to 1."""
+    made = sample(denoiser, request, denoiser.forecasts(plan=plan))
+    return torch.from_numpy(pictures_of(denoiser, request, made.latents)[0].copy()).movedim(-1, -3) / 255
+
+
+def bound_of_picture(expected, pipe, calls, scale=None):
+    """What a picture or video may be away from that of the pipeline, in which the transformer was called so often."""
+    depth, length = depth_and_length(*encoders_of(pipe), *[pipe.transformer] * calls, pipe.vae)
+    gain = 1.0 if scale is None else 2 * scale - 1  # sum of the weights of both predictions
+    return oracle.bound(expected, gain, torch.float32, depth, length) + 0.5 / 255  # a picture is rounded to bytes
 
 
 def encoders_of(pipe):

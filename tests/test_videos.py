@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from PIL import Image
-from pipelines_with_parts import OTHER, PROMPT, depth_and_length, encoders_of
+from pipelines_with_parts import OTHER, PROMPT, bound_of_picture, depth_and_length, drawn
 
 from taylorseer_export import cli
 from taylorseer_export.bundle.manifest import Manifest, PipelinePart
@@ -161,12 +161,10 @@ def test_the_video_is_the_pipelines(whole):
     request = request_of(denoiser)
     made = pictures_of(denoiser, request, sample(denoiser, request, denoiser.forecasts(plan="F" * STEPS)).latents)
     assert made.shape == (1, *SIZE, 3) and made.dtype == np.uint8
-    seen = torch.from_numpy(made[0]).permute(0, 3, 1, 2) / 255
-    depth, length = depth_and_length(*encoders_of(pipe), *[pipe.transformer] * 2 * STEPS, pipe.vae)
-    limit = oracle.bound(expected, 2 * SCALE - 1, torch.float32, depth, length) + 0.5 / 255
+    seen = drawn(denoiser, request, "F" * STEPS)
+    limit = bound_of_picture(expected, pipe, 2 * STEPS, SCALE)
     oracle.assert_close("video", seen, expected, limit)
-    wrong = torch.from_numpy(made[0, ::-1].copy()).permute(0, 3, 1, 2) / 255
-    assert (wrong - expected).abs().max() > limit
+    assert (seen.flip(0) - expected).abs().max() > limit
 
 
 @pytest.fixture
@@ -296,10 +294,6 @@ def test_the_video_of_hunyuan_is_the_pipelines(whole):
             max_sequence_length=200,
         ).frames[0]
     request = prompt_request(denoiser, [PROMPT], [SEED], size, SCALE, None, 200)
-    made = pictures_of(denoiser, request, sample(denoiser, request, denoiser.forecasts(plan="F" * STEPS)).latents)
-    seen = torch.from_numpy(made[0]).permute(0, 3, 1, 2) / 255
-    depth, length = depth_and_length(*encoders_of(pipe), *[pipe.transformer] * STEPS, pipe.vae)
-    limit = oracle.bound(expected, 1.0, torch.float32, depth, length) + 0.5 / 255
+    seen, limit = drawn(denoiser, request, "F" * STEPS), bound_of_picture(expected, pipe, STEPS)
     oracle.assert_close("video", seen, expected, limit)
-    wrong = torch.from_numpy(made[0, ::-1].copy()).permute(0, 3, 1, 2) / 255
-    assert (wrong - expected).abs().max() > limit
+    assert (seen.flip(0) - expected).abs().max() > limit

@@ -31,8 +31,10 @@ from pipelines_with_parts import (
     OTHER,
     PROMPT,
     TEXT_ALONE,
+    bound_of_picture,
     denoiser_with_parts,
     depth_and_length,
+    drawn,
     encoders_of,
     write_pipeline,
 )
@@ -122,15 +124,9 @@ def test_the_picture_is_the_pipelines(whole, name):
     negative = None if case.scale is None else OTHER
     given = None if case.picture is None else Given(case.picture)
     request = prompt_request(denoiser, [PROMPT], [SEED], case.size, case.scale, negative, case.length, given=given)
-    result = sample(denoiser, request, denoiser.forecasts(plan="F" * STEPS))
-    seen = torch.from_numpy(pictures_of(denoiser, request, result.latents)[0]).permute(2, 0, 1) / 255
-    calls = STEPS * (1 if case.scale is None else 2)
-    depth, length = depth_and_length(*encoders_of(pipe), *[pipe.transformer] * calls, pipe.vae)
-    gain = 1.0 if case.scale is None else 2 * case.scale - 1  # sum of the weights of both predictions
-    limit = oracle.bound(expected, gain, torch.float32, depth, length) + 0.5 / 255  # a picture is rounded to bytes
-    oracle.assert_close(name, seen, expected, limit)
-    other = sample(denoiser, replace(request, latents=-request.latents), denoiser.forecasts(plan="F" * STEPS))
-    wrong = torch.from_numpy(pictures_of(denoiser, request, other.latents)[0]).permute(2, 0, 1) / 255
+    limit = bound_of_picture(expected, pipe, STEPS * (1 if case.scale is None else 2), case.scale)
+    oracle.assert_close(name, drawn(denoiser, request, "F" * STEPS), expected, limit)
+    wrong = drawn(denoiser, replace(request, latents=-request.latents), "F" * STEPS)
     assert (wrong - expected).abs().max() > limit
 
 
@@ -256,20 +252,13 @@ def test_a_loop_begins_with_a_picture_as_the_pipelines(whole, name):
     negative = None if case.scale is None else OTHER
     asked = (denoiser, [PROMPT], [SEED], case.size, case.scale, negative, case.length)
     request = prompt_request(*asked, given=given)
-    result = sample(denoiser, request, denoiser.forecasts(plan="FFF"))
-    seen = torch.from_numpy(pictures_of(denoiser, request, result.latents)[0]).permute(2, 0, 1) / 255
-    calls = 3 * (1 if case.scale is None else 2)
-    depth, length = depth_and_length(*encoders_of(pipe), *[pipe.transformer] * calls, pipe.vae)
-    gain = 1.0 if case.scale is None else 2 * case.scale - 1
-    limit = oracle.bound(expected, gain, torch.float32, depth, length) + 0.5 / 255
-    oracle.assert_close(name, seen, expected, limit)
+    limit = bound_of_picture(expected, pipe, 3 * (1 if case.scale is None else 2), case.scale)
+    oracle.assert_close(name, drawn(denoiser, request, "FFF"), expected, limit)
     for wrong in (
         prompt_request(*asked, given=given._replace(picture=255 - picture)),
         replace(request, beginning=replace(request.beginning, steps=6)),
     ):
-        made = sample(denoiser, wrong, denoiser.forecasts(plan="FFF"))
-        shown = torch.from_numpy(pictures_of(denoiser, request, made.latents)[0]).permute(2, 0, 1) / 255
-        assert (shown - expected).abs().max() > limit
+        assert (drawn(denoiser, wrong, "FFF") - expected).abs().max() > limit
 
 
 def test_steps_run_as_the_pipelines_reckon():

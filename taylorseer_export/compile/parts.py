@@ -243,9 +243,8 @@ def _encode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
     side, ranges = checkpoint.latent_scale * packing, dict.fromkeys(_SIDES, (2, _LARGEST_SIDE // packing))
     if whole.see is None and options.latent_size is not None:  # the picture is of the size that is drawn
         ranges = {name: (extent // packing,) * 2 for name, extent in zip(_SIDES, options.latent_size, strict=True)}
-    dtype: Any = str(PRECISIONS[options.precision]).removeprefix("torch.")
     shape: tuple[int | str, ...] = (1, 3, *(f"{side}*{name}" for name in ranges))
-    picture = Tensor(name="picture", dtype=dtype, shape=shape, role="picture")
+    picture = Tensor(name="picture", dtype=_dtype(options), shape=shape, role="picture")
 
     def encode(given: Mapping[str, Any]) -> Mapping[str, Any]:
         if whole.see is not None:
@@ -268,11 +267,12 @@ def _encode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
 def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:
     vae = component(checkpoint, VAE, options)
     channels = int(getattr(vae.config, "latent_channels", 0) or vae.config.z_dim)
-    dtype: Any = str(PRECISIONS[options.precision]).removeprefix("torch.")
     if whole.tile is not None:
         return _tile(checkpoint, options, whole, vae, channels)
     frame = () if whole.frames is None else (1,)
-    latents = Tensor(name="latents", dtype=dtype, shape=(1, channels, *frame, "height", "width"), role="latent")
+    latents = Tensor(
+        name="latents", dtype=_dtype(options), shape=(1, channels, *frame, "height", "width"), role="latent"
+    )
     sides = checkpoint.latent_size[-2:] if options.latent_size is None else options.latent_size[-2:]
     ranges = {
         name: (2, _LARGEST_SIDE) if options.latent_size is None else (side, side)
@@ -303,8 +303,7 @@ def _tile(checkpoint: Checkpoint, options: Options, whole: Whole, vae: Any, chan
     assert whole.tiling is not None, "bug in taylorseer-export: tiles without their sizes"
     tiles = whole.tiling(vae)
     largest = {"frames": tiles.frames + 1, "height": tiles.side, "width": tiles.side}
-    dtype: Any = str(PRECISIONS[options.precision]).removeprefix("torch.")
-    latents = Tensor(name="latents", dtype=dtype, shape=(1, channels, *largest), role="latent")
+    latents = Tensor(name="latents", dtype=_dtype(options), shape=(1, channels, *largest), role="latent")
     ranges = {name: (1, most) for name, most in largest.items()}
 
     def decode(given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -314,6 +313,11 @@ def _tile(checkpoint: Checkpoint, options: Options, whole: Whole, vae: Any, chan
     cut, constants = trace_part("decode", {VAE: vae}, decode, [latents], ranges, _role_of_decoded)
     made = _drafted(checkpoint, options, {VAE: vae}, (cut,), constants, (ranges, largest))
     return replace(made, tiles=Tiles(**asdict(tiles)), frame_rate=whole.frame_rate)
+
+
+def _dtype(options: Options) -> Any:
+    """Of pictures and latents, as a manifest names it."""
+    return str(PRECISIONS[options.precision]).removeprefix("torch.")
 
 
 def _role_of_decoded(name: str) -> Role:

@@ -33,20 +33,13 @@ class Given(NamedTuple):
 
     Attributes:
         picture: `[height, width, 3]` uint8.
-        strength: Of a loop that begins with it, the share of its steps that run; the usual one if None.
+        strength: Of a loop that begins with it, the share of its steps that run.
         steps: Those in all; as many as leave those of the plan if None. See `steps_that_run`.
     """
 
     picture: np.ndarray
-    strength: float | None = None
+    strength: float = STRENGTH
     steps: int | None = None
-
-
-class Seen(NamedTuple):
-    """A picture that is to be edited, encoded: its (height, width) in pixels, and constant inputs by name."""
-
-    size: tuple[int, int]
-    tensors: dict[str, np.ndarray]
 
 
 def use_of(manifest: Manifest) -> Use | None:
@@ -76,7 +69,7 @@ def given_picture(manifest: Manifest, picture: np.ndarray | None, strength: floa
         raise ConfigError(f"strength is {strength:g}, expected {what}; leave it out")
     if strength is not None and not 0 < strength <= 1:
         raise ConfigError(f"strength is {strength:g}, expected above 0 and at most 1 (share of the steps); change it")
-    return None if picture is None else Given(picture, strength)
+    return None if picture is None else Given(picture, STRENGTH if strength is None else strength)
 
 
 def steps_that_run(
@@ -92,21 +85,19 @@ def steps_that_run(
     if given is None or use_of(denoiser.manifest) != "begins" or (options.steps is None and options.fixes_length):
         return options, given
     steps = denoiser.defaults.steps if options.steps is None else options.steps
-    strength = STRENGTH if given.strength is None else given.strength
-    return replace(options, steps=steps_at(strength, steps)), given._replace(steps=steps)
+    return replace(options, steps=steps_at(given.strength, steps)), given._replace(steps=steps)
 
 
-def seen(denoiser: Denoiser, picture: np.ndarray) -> Seen:
-    """What a model that edits makes of a picture `[height, width, 3]` uint8: it is brought to a size and encoded."""
-    manifest = denoiser.manifest
-    side = manifest.sampling.latent_scale * manifest.pipeline.packing
-    size = size_to_see(manifest.parts["encode"], picture.shape[:2], side)
+def seen(denoiser: Denoiser, picture: np.ndarray) -> dict[str, np.ndarray]:
+    """The constant inputs that a model that edits makes of a picture `[height, width, 3]` uint8, by their names."""
+    size = brought_to(denoiser.manifest, picture)
     tensors = denoiser.picture_encoder({"picture": _unit(picture, size)})
     counts = {entry for made in tensors for entry in denoiser.constants[made].shape if isinstance(entry, str)}
+    rows, columns = (extent // _side(denoiser.manifest) for extent in size)
     for key, tensor in denoiser.constants.items():
         if tensor.fill == "grid" and tensor.shape[0] in counts:
-            tensors[key] = grid(tensor.first, size[0] // side, size[1] // side)
-    return Seen(size, tensors)
+            tensors[key] = grid(tensor.first, rows, columns)
+    return tensors
 
 
 def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequence[int]) -> Request:
@@ -128,8 +119,12 @@ def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequen
         noise.append(drawn)
     both = [np.concatenate(values).astype(np.float32) for values in (clean, noise)]
     latents, noisy = [values if packing == 1 else tokens_of(values, packing) for values in both]
-    strength = STRENGTH if given.strength is None else given.strength
-    return replace(request, latents=noisy, beginning=Beginning(latents, strength, given.steps))
+    return replace(request, latents=noisy, beginning=Beginning(latents, given.strength, given.steps))
+
+
+def brought_to(manifest: Manifest, picture: np.ndarray) -> tuple[int, int]:
+    """The (height, width) in pixels of a picture as a bundle takes it, where nobody asks for another; see below."""
+    return size_to_see(manifest.parts["encode"], picture.shape, _side(manifest))
 
 
 def size_to_see(described: PipelinePart, shape: tuple[int, ...], side: int) -> tuple[int, int]:
@@ -147,6 +142,11 @@ def size_to_see(described: PipelinePart, shape: tuple[int, ...], side: int) -> t
     if not described.sizes:
         return max(height // side, 1) * side, max(width // side, 1) * side
     return min(described.sizes, key=lambda size: (abs(width / height - size[1] / size[0]), size[1], size[0]))
+
+
+def _side(manifest: Manifest) -> int:
+    """Pixels of a token along each side."""
+    return manifest.sampling.latent_scale * manifest.pipeline.packing
 
 
 def _unit(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:

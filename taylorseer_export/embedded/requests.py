@@ -10,7 +10,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.embedded.conditioning import ConditioningCache, Encoded, Key
-from taylorseer_export.embedded.edits import Given, begun_with, seen, size_to_see, use_of
+from taylorseer_export.embedded.edits import Given, begun_with, brought_to, seen, use_of
 from taylorseer_export.embedded.picture import pictures_from_dit_latents
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.decoding import decoded
@@ -56,24 +56,18 @@ def prompt_request(
     if given is None and use == "edits" and not (isinstance(prompts, Mapping) and _holds_a_picture(manifest, prompts)):
         name = f"{manifest.family}-{manifest.name}"
         raise ConfigError(f"picture is missing for {name}, expected the one that it is to edit; pass it")
-    edited = seen(denoiser, given.picture) if given is not None and use == "edits" else None
-    if size is None and edited is not None:
-        size = edited.size
-    elif size is None and given is not None:
-        side = manifest.sampling.latent_scale * manifest.pipeline.packing
-        size = size_to_see(manifest.parts["encode"], given.picture.shape, side)
-    elif size is None:
-        size = usual_size(manifest)
+    if size is None:
+        size = usual_size(manifest) if given is None else brought_to(manifest, given.picture)
     sizes, sides = latent_sizes(manifest, size, "size")
     if isinstance(prompts, Mapping):
         tensors = dict(prompts)
     else:
         tensors = _encoded(denoiser, prompts, guidance_scale, negative, length, cache)
-    if edited is not None:
-        tensors |= edited.tensors
+    if given is not None and use == "edits":
+        tensors |= seen(denoiser, given.picture)
     request = tensor_request(denoiser, tensors, seeds, sizes, sides, guidance_scale)
     request = replace(request, height=size[-2], width=size[-1])
-    return request if given is None or edited is not None else begun_with(denoiser, request, given, seeds)
+    return request if given is None or use == "edits" else begun_with(denoiser, request, given, seeds)
 
 
 def _holds_a_picture(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> bool:
@@ -94,13 +88,9 @@ def warm_parts(denoiser: Denoiser, size: tuple[int, ...] | None = None) -> None:
         return
     size = usual_size(manifest) if size is None else size
     given = Given(np.zeros((*size[-2:], 3), np.uint8)) if use_of(manifest) is not None else None
-    request = prompt_request(denoiser, ["a picture"], size=size, guidance_scale=_unguided(manifest), given=given)
+    guided = manifest.sampling.guidance in ("batched", "branches")  # by a second prompt, which is as long
+    request = prompt_request(denoiser, ["a picture"], size=size, guidance_scale=1.0 if guided else None, given=given)
     pictures_of(denoiser, request, request.latents)
-
-
-def _unguided(manifest: Manifest) -> float | None:
-    """The scale that turns guidance off where it needs a second prompt."""
-    return 1.0 if manifest.sampling.guidance in ("batched", "branches") else None
 
 
 def frame_rate(manifest: Manifest) -> int | None:

@@ -32,9 +32,9 @@ class Branches:
         for slot, own in zip(self.slots, conditioning, strict=True):
             slot.start(own, forecasts, timesteps)
 
-    def holds(self, conditioning: Sequence[Mapping[str, Any]], timesteps: np.ndarray) -> bool:
+    def holds(self, arrays: Sequence[Mapping[str, np.ndarray]], timesteps: np.ndarray) -> bool:
         """Whether all slots are prepared for just this, as `Slot.holds` says."""
-        return all(slot.holds(own, timesteps) for slot, own in zip(self.slots, conditioning, strict=True))
+        return all(slot.holds(own, timesteps) for slot, own in zip(self.slots, arrays, strict=True))
 
     def step(self, latents: Any) -> np.ndarray:
         """`noise_pred` of all slots, one after the other along the batch."""

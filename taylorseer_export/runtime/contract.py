@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.shapes import match
 from taylorseer_export.errors import StepError
 from taylorseer_export.method import BundleDefaults, Capacity
+from taylorseer_export.runtime.values import array_for
 
 
 class Contract:
@@ -32,6 +34,10 @@ class Contract:
         self.constants = request_constants(manifest)
         self.inputs = {name: frozenset(t.name for t in graph.inputs) for name, graph in manifest.graphs.items()}
         self.defaults = defaults_of(manifest)
+
+    def arrays(self, conditioning: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The constant inputs among these, as the graphs take them; raises what `array_for` raises."""
+        return {n: array_for(self.constants[n], value) for n, value in conditioning.items() if n in self.constants}
 
     def sizes(self, latents: tuple[int, ...], conditioning: Mapping[str, np.ndarray]) -> dict[str, int]:
         """Dimension sizes that a request's shapes imply, checked against the bundle's ranges.

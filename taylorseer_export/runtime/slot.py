@@ -78,7 +78,7 @@ class Slot:
             StepError: An input is missing, of another shape or dtype, or not finite.
         """
         steps, plan = self._steps_of(forecasts), forecasts.plan
-        arrays = self._constants(conditioning)
+        arrays = self.contract.arrays(conditioning)
         sizes = self.contract.sizes(self._latent_shape, {**conditioning, **arrays})
         if sizes != self.sizes:
             raise StepError(f"sizes are {sizes}, expected {self.sizes}, those of the slot; open a slot of that size")
@@ -91,7 +91,7 @@ class Slot:
                 )
             plan.check_length(len(timesteps))
         self.plan = None  # until all is in place: a request that could not be prepared must not run
-        self.reused = self._holds(arrays, timesteps)
+        self.reused = self.holds(arrays, timesteps)
         if not self.reused:
             self._prepared = None
             for name, array in arrays.items():
@@ -109,21 +109,18 @@ class Slot:
                 self._prepared = {name: array.copy() for name, array in arrays.items()}, timesteps.copy()
         self.plan = plan
 
-    def holds(self, conditioning: Mapping[str, Any], timesteps: np.ndarray) -> bool:
-        """Whether the slot is prepared for just this, value by value; never where it does not reuse."""
-        return self._prepared is not None and self._holds(self._constants(conditioning), timesteps)
+    def holds(self, arrays: Mapping[str, np.ndarray], timesteps: np.ndarray | None) -> bool:
+        """Whether the slot is prepared for just this, value by value; never where it does not reuse.
 
-    def _holds(self, arrays: Mapping[str, np.ndarray], timesteps: np.ndarray | None) -> bool:
+        Args:
+            arrays: Constant inputs, from `Contract.arrays`.
+            timesteps: `[S]`; None where they come one by one.
+        """
         if self._prepared is None or timesteps is None or not self.reuses:
             return False
         constants, known = self._prepared
         same = np.array_equal(known, timesteps) and constants.keys() == arrays.keys()
         return same and all(np.array_equal(constants[name], value) for name, value in arrays.items())
-
-    def _constants(self, conditioning: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Those that the graphs take, as they take them; raises what `array_for` raises."""
-        known = self.contract.constants
-        return {name: array_for(known[name], value) for name, value in conditioning.items() if name in known}
 
     def extend(self, plan: Plan) -> None:
         """Go on with a longer plan, where the length of the loop is not known ahead; it begins as the one under way."""

@@ -332,11 +332,12 @@ class Service:
         Of idle ones those that are prepared for such a request, else those that were used longest ago: so slots are an
         LRU of what prepared them.
         """
+        asked = [self.denoiser.contract.arrays(own) for own in loop.request.branches]
         with self._changed:
             fitting = [branches for branches in self._idle if branches.sizes == loop.branches]
             if fitting:
-                asked = loop.request.branches, loop.model_timesteps
-                chosen = next((branches for branches in fitting if branches.holds(*asked)), fitting[0])
+                prepared = (branches for branches in fitting if branches.holds(asked, loop.model_timesteps))
+                chosen = next(prepared, fitting[0])
                 self._idle.remove(chosen)
                 return chosen
             del self._idle[: max(0, len(self._idle) + self._batcher.in_use - self.limits.slots)]

@@ -20,10 +20,12 @@ import numpy as np
 from taylorseer_export.errors import ServeError, TaylorSeerError
 from taylorseer_export.method import forecasts_from_options
 from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.serve.api.answers import Receive, unless_gone
 from taylorseer_export.serve.api.fields import Asked
 from taylorseer_export.serve.api.models import Model
+from taylorseer_export.serve.api.problems import Refusal
 from taylorseer_export.serve.api.prompts import Wish, picture_for, request_of
-from taylorseer_export.serve.refusals import Late
+from taylorseer_export.serve.refusals import Late, QueueFull
 
 _GRACE = 1.0  # seconds beyond the deadline for the service to say how far a request came
 
@@ -185,6 +187,28 @@ class Drawing:
         left = max(0.0, self.until - self._loop.time())
         for sender in self._senders:
             self.model.reader.hand_over(partial(self._read, sender), sender.refused, left)
+
+    async def take_places(self, receive: Receive) -> None:
+        """Send all of them and wait until each has a place; where one has none or the client leaves, all are left.
+
+        Args:
+            receive: Of the client.
+
+        Raises:
+            Refusal: The queue is full.
+            TaylorSeerError: One of them is refused, or the client left.
+        """
+        self.send()
+        try:
+            await unless_gone(receive, self.queued())
+        except QueueFull as error:
+            self.leave()
+            wait = {"retry-after": str(self.model.retry_after)}
+            raise Refusal(str(error), 429, None, "rate_limit_exceeded", wait) from error
+        except BaseException:
+            self.leave()
+            raise
+        self.model.hurried += self.choice.why is not None
 
     def leave(self) -> None:
         """Nobody waits for them any more: each frees its slot within a step. Those that are done are not touched."""

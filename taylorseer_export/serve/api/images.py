@@ -15,13 +15,13 @@ from taylorseer_export.errors import ServeError
 from taylorseer_export.serve.api.answers import Answer, Receive, Scope, Send, start, told, unless_gone
 from taylorseer_export.serve.api.bodies import form_of, json_of
 from taylorseer_export.serve.api.drawing import Done, Drawing, Stepped
-from taylorseer_export.serve.api.fields import PARAMS, Asked, asked_of
+from taylorseer_export.serve.api.fields import PARAMS, asked_of
 from taylorseer_export.serve.api.formats import decoded, encoded
 from taylorseer_export.serve.api.models import Model, Models
 from taylorseer_export.serve.api.problems import LOG, Refusal, problem_of
 from taylorseer_export.serve.api.prompts import picture_of, takes_pictures
 from taylorseer_export.serve.api.settings import Settings
-from taylorseer_export.serve.refusals import Late, QueueFull
+from taylorseer_export.serve.refusals import Late
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -63,7 +63,9 @@ class Images:
             values = await json_of(request, self._settings.body)
         asked = asked_of(values, self._settings.most_pictures, self._settings.timeout)
         model = self._models.named(asked.model, video=False)
-        return await self._draw(request, "image_generation", Drawing(model, asked, self._until(began, asked)))
+        return await self._draw(
+            request, "image_generation", Drawing(model, asked, self._settings.until(began, asked.timeout))
+        )
 
     async def edits(self, request: Request) -> Answer | Stream:
         """Pictures of a prompt and of pictures."""
@@ -87,11 +89,8 @@ class Images:
                 400,
                 "mask",
             )
-        drawing = Drawing(model, asked, self._until(began, asked), images, mask)
+        drawing = Drawing(model, asked, self._settings.until(began, asked.timeout), images, mask)
         return await self._draw(request, "image_edit", drawing)
-
-    def _until(self, began: float, asked: Asked) -> float:
-        return began + (self._settings.timeout if asked.timeout is None else asked.timeout)
 
     async def _draw(self, request: Request, kind: str, drawing: Drawing) -> Answer | Stream:
         asked = drawing.asked
@@ -106,17 +105,11 @@ class Images:
         request.state.notes = f"{drawing.model.name} n={asked.n} seed={asked.seeds[0]}"
         if drawing.choice.why:
             request.state.notes += f" profile={drawing.choice.used}"
-        drawing.send()
+        await drawing.take_places(request.receive)
+        if asked.stream:
+            return Stream(drawing, kind, request.state.request_id, self)
         try:
-            await unless_gone(request.receive, drawing.queued())
-            drawing.model.hurried += drawing.choice.why is not None
-            if asked.stream:
-                return Stream(drawing, kind, request.state.request_id, self)
             return told(await unless_gone(request.receive, self._whole(drawing, request.state.request_id)))
-        except QueueFull as error:
-            drawing.leave()
-            wait = {"retry-after": str(drawing.model.retry_after)}
-            raise Refusal(str(error), 429, None, "rate_limit_exceeded", wait) from error
         except BaseException:
             drawing.leave()
             raise

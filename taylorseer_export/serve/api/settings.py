@@ -35,6 +35,10 @@ class Settings:
     stall: float = 300.0
     keys: tuple[bytes, ...] = ()
 
+    def until(self, began: float, timeout: float | None) -> float:
+        """When a request that began then is given up, by the same clock: after its own time, or the most there is."""
+        return began + (self.timeout if timeout is None else timeout)
+
     def allows(self, authorization: str) -> bool:
         """Whether an `Authorization` header has a key of these; takes as long for a wrong one as for a right one."""
         scheme, _, key = authorization.partition(" ")

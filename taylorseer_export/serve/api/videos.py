@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from taylorseer_export.embedded.requests import frame_rate, usual_size
 from taylorseer_export.embedded.video import MP4, write_video
 from taylorseer_export.errors import TaylorSeerError
-from taylorseer_export.serve.api.answers import Answer, told, unless_gone
+from taylorseer_export.serve.api.answers import Answer, told
 from taylorseer_export.serve.api.bodies import fields_of
 from taylorseer_export.serve.api.drawing import Done, Drawing
 from taylorseer_export.serve.api.fields import PARAMS, AskedVideo, video_of
@@ -28,7 +28,6 @@ from taylorseer_export.serve.api.models import Model, Models
 from taylorseer_export.serve.api.problems import Refusal, problem_of
 from taylorseer_export.serve.api.prompts import picture_of
 from taylorseer_export.serve.api.settings import Settings
-from taylorseer_export.serve.refusals import QueueFull
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -124,19 +123,9 @@ class Videos:
         asked = video_of(values, self._settings.timeout, form)
         model = self._models.named(asked.model, video=True)
         size = _size_of(model, asked)
-        until = began + (self._settings.timeout if asked.timeout is None else asked.timeout)
-        drawing = Drawing(model, replace(asked, size=size), until)
+        drawing = Drawing(model, replace(asked, size=size), self._settings.until(began, asked.timeout))
         request.state.notes = f"{model.name} seed={asked.seeds[0]}"
-        drawing.send()
-        try:
-            await unless_gone(request.receive, drawing.queued())
-        except QueueFull as error:
-            drawing.leave()
-            wait = {"retry-after": str(model.retry_after)}
-            raise Refusal(str(error), 429, None, "rate_limit_exceeded", wait) from error
-        except BaseException:
-            drawing.leave()
-            raise
+        await drawing.take_places(request.receive)
         rate = frame_rate(model.denoiser.manifest)
         assert rate is not None, "bug in taylorseer-export: a model of pictures among those of videos"
         name = f"video_{secrets.token_hex(16)}"

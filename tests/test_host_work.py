@@ -3,6 +3,8 @@
 import host_work
 import pytest
 
+from taylorseer_export.errors import ServeError
+
 
 @pytest.fixture(scope="module")
 def found(eager):
@@ -29,10 +31,21 @@ def test_requests_that_share_a_call_launch_one(found):
 
 
 def test_every_time_is_one_of_a_step(found):
-    assert {name: sorted(kinds) for name, kinds in found.items()} == {
-        name: ["forecast", "full"] for name in host_work.WAYS
-    }
+    kinds = {name: ["forecast", "full"] for name in host_work.WAYS} | {"served": ["any"]}
+    assert {name: sorted(of_it) for name, of_it in found.items()} == kinds
     assert all(it["microseconds"] > 0 for kinds in found.values() for it in kinds.values())
+
+
+def test_requests_of_the_service_share_calls(found):
+    """How many meet depends on which worker is first; alone each step would launch one, and `prepare` one more."""
+    assert 1 / host_work.SLOTS <= found["served"]["any"]["per_step"]["launches"] < 1
+
+
+def test_a_sender_learns_that_its_request_failed():
+    waiting = host_work.Waiting()
+    waiting.failed(ServeError("slot is gone, expected it to stay; send again", "INTERNAL"))
+    with pytest.raises(ServeError, match="slot is gone"):
+        waiting.wait()
 
 
 def test_a_sampled_step_sends_the_latents_and_takes_the_prediction(found):

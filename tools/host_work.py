@@ -5,9 +5,10 @@
 On a GPU a forecast step takes well under a millisecond, so the host must have launched the next one by then. Engines
 and buffers here are empty, latents are few, and what is left is the runtime: µs of every step, and how often it copies
 between host and device and within the device. A slot is given latents that are on the device; eight slots share the
-calls that pay, as in a server; the drop-in is called as a pipeline calls its transformer. The last way is a whole loop
-over the latent of a picture of 1024 x 1024 pixels: prediction and latents pass through the host, where the scheduler
-takes its step, which is what a sampler on the device would save.
+calls that pay, as in a server; the drop-in is called as a pipeline calls its transformer. Then a whole loop over the
+latent of a picture of 1024 x 1024 pixels: prediction and latents pass through the host, where the scheduler takes its
+step, which is what a sampler on the device would save. The last way is the service with eight requests at a time, its
+queue, locks and scheduler included: µs of processor time of all threads for a step of one request, of either kind.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from taylorseer_export.bundle.manifest import Graph, Manifest
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile.export import Options, describe, draft
+from taylorseer_export.errors import TaylorSeerError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
@@ -40,9 +43,10 @@ from taylorseer_export.runtime.runner import Call
 from taylorseer_export.runtime.sampling import Loop, denoise
 from taylorseer_export.runtime.tensors import tensor_request
 from taylorseer_export.runtime.trajectory import random_conditioning
+from taylorseer_export.serve.service import Limits, Service
 
 STEPS, INTERVAL, WARMUP, ORDER, SLOTS = 50, 6, 3, 2, 8
-GOALS = {"slot": 60.0, "shared": 60.0, "drop-in": 150.0}  # µs of a step of one request
+GOALS = {"slot": 60.0, "shared": 60.0, "drop-in": 150.0, "served": 300.0}  # µs of a step of one request
 TOKENS, TOKENS_OF_A_PICTURE = 8, 4096
 
 
@@ -196,7 +200,52 @@ def sampled(bench: Bench) -> None:
         bench.timed(step, 1, lambda: next(steps))
 
 
-WAYS = {"slot": alone, "shared": shared, "drop-in": through_the_drop_in, "sampled": sampled}
+class Waiting:
+    """The sender of a request, who waits for its answer."""
+
+    def __init__(self) -> None:
+        self._answered = Event()
+        self._error: TaylorSeerError | None = None
+
+    def cancelled(self) -> bool:
+        return False
+
+    def advanced(self, loop: Loop) -> None:
+        pass
+
+    def finished(self, loop: Loop, executed: str) -> None:
+        self._answered.set()
+
+    def failed(self, error: TaylorSeerError) -> None:
+        self._error = error
+        self._answered.set()
+
+    def wait(self) -> None:
+        self._answered.wait()
+        if self._error is not None:
+            raise self._error
+
+
+def served(bench: Bench) -> None:
+    """Twice as many requests as there are slots, sent to a service with one worker."""
+    runner = bench.denoiser.runner
+    assert isinstance(runner, NothingRunner)
+    request = tensor_request(bench.denoiser, bench.conditioning, sizes=bench.sizes)
+    service = Service(bench.denoiser, Limits(slots=SLOTS, batch=SLOTS, workers=1))
+    runner.counts.clear()
+    senders = [Waiting() for _ in range(2 * SLOTS)]
+    began = time.process_time_ns()
+    for sender in senders:
+        service.submit(request, bench.forecasts, sender)
+    for sender in senders:
+        sender.wait()
+    steps = len(senders) * STEPS
+    bench.times["any"].append((time.process_time_ns() - began) / 1e3 / steps)
+    bench.counts["any"] = Counter({what: n / steps for what, n in runner.counts.items()})  # type: ignore[misc]
+    service.close()
+
+
+WAYS = {"slot": alone, "shared": shared, "drop-in": through_the_drop_in, "sampled": sampled, "served": served}
 
 
 def manifest_of(family: str) -> Manifest:

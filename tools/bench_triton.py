@@ -47,6 +47,7 @@ SETTINGS = {
         models=("picture",), instances=len(os.sched_getaffinity(0)), slots=4, workers=1, threads=1, queue=1000
     ),
 }
+STAGES = ("encode", "loop", "decode")
 SHARES = (0.5, 0.8, 1.0, 1.3)  # of the serial throughput, for open load
 
 
@@ -98,15 +99,20 @@ def summary(times: list[float], throughput: float) -> dict[str, Any]:
 
 
 def lone(server: Server, folder: Path, threads: int, count: int) -> dict[str, float]:
-    """One client in turns with the same picture in this process. Medians, in milliseconds."""
-    alone, served = [], []
+    """One client in turns with the same picture in this process, whose stages add up. Medians, in milliseconds."""
+    alone, served, stages = [], [], []
     with load(folder, threads=threads) as denoiser, Client(server.grpc) as client:
         request(client, 0)
         for seed in range(count):
             began = time.perf_counter()
             asked = prompt_request(denoiser, [CAPTION], [seed])
-            pictures(denoiser, asked, sample(denoiser, asked, denoiser.forecasts()))
-            alone.append(1e3 * (time.perf_counter() - began))
+            encoded = time.perf_counter()
+            result = sample(denoiser, asked, denoiser.forecasts())
+            looped = time.perf_counter()
+            pictures(denoiser, asked, result)
+            ended = time.perf_counter()
+            alone.append(1e3 * (ended - began))
+            stages.append((1e3 * (encoded - began), 1e3 * (looped - encoded), 1e3 * (ended - looped)))
             served.append(request(client, seed))
     in_process = statistics.median(alone)
     return {
@@ -114,6 +120,7 @@ def lone(server: Server, folder: Path, threads: int, count: int) -> dict[str, fl
         "served_ms": statistics.median(served),
         "overhead_ms": statistics.median(s - a for s, a in zip(served, alone, strict=True)),
         "overhead_allowed_ms": 0.03 * in_process + 5,
+        **{f"{stage}_ms": statistics.median(times[k] for times in stages) for k, stage in enumerate(STAGES)},
     }
 
 

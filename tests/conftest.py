@@ -17,7 +17,7 @@ from _pytest.junitxml import xml_key
 from harness import Tiny, eager_denoiser
 from hypothesis import settings
 from kept import ROOT, Kept, key_of, sources, surroundings, sweep
-from pipelines_with_parts import CASES, TEXT_ALONE, denoiser_with_parts, write_pipeline
+from pipelines_with_parts import ANIMATED, CASES, TEXT_ALONE, denoiser_with_parts, write_pipeline
 from record import commit_of
 from tiny_bundles import (
     BUNDLES,
@@ -262,7 +262,8 @@ def whole(tiny, drafts, once):
 
     def make(name):
         if name not in made:
-            model, build = CASES[name][:2] if name in CASES else (name, TEXT_ALONE.get(name, (dit_pipeline,))[0])
+            others = {**TEXT_ALONE, **ANIMATED, "dit": (dit_pipeline, None)}
+            model, build = CASES[name][:2] if name in CASES else (name, others[name][0])
             pipe = build(tiny(model).model)
 
             folder = once(f"parts-{name}", partial(write_pipeline, pipe, tiny(model).family))

@@ -15,6 +15,7 @@ from tiny_bundles import options_of
 from tiny_pipelines import (
     flux_pipeline,
     kontext_pipeline,
+    wan_image_pipeline,
     wan_pipeline,
     whole_hidream,
     whole_hunyuan,
@@ -77,6 +78,7 @@ CASES = {
     "hidream": Case("hidream", whole_hidream, (16, 16), None, 5.0, {"guidance_scale": 5.0, "negative_prompt": OTHER}),
 }
 TEXT_ALONE = {"wan": (wan_pipeline, 32), "hunyuan": (whole_hunyuan, 200)}
+ANIMATED = {"wan-image": (wan_image_pipeline, 512)}
 
 
 def depth_and_length(*modules: nn.Module) -> tuple[int, int]:
@@ -129,4 +131,5 @@ def bound_of_picture(expected, pipe, calls, scale=None):
 
 
 def encoders_of(pipe):
-    return [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+    seers = ("text_encoder", "image_encoder")
+    return [part for name, part in pipe.components.items() if name.startswith(seers) and part is not None]

@@ -19,7 +19,7 @@ from harness import allowed, eager_denoiser
 from oracle import assert_close
 from PIL import Image
 from recorder import Recorder
-from tiny_models import tiny_hunyuan, tiny_wan
+from tiny_models import tiny_hunyuan
 from tiny_pipelines import (
     framepack_pipeline,
     hidream_pipeline,
@@ -117,7 +117,7 @@ CASES = {
     "wan": ("wan", wan_pipeline, VIDEO | GUIDED, {"cond", "uncond"}),
     "wan-picture": ("wan", wan_pipeline, VIDEO | {"num_frames": 1, "guidance_scale": 1.0}, {"cond"}),
     "wan-image": (
-        "wan-image-channels",
+        "wan-image",
         wan_image_pipeline,
         VIDEO
         | {"image": PICTURE, "prompt": None, "prompt_embeds": text(512, 20), "guidance_scale": 4.0}
@@ -160,7 +160,6 @@ CASES = {
 
 # Models that the pipelines want otherwise than the tests of graphs do.
 MODELS = {
-    "wan-image-channels": ("wan", lambda: tiny_wan(seed=1, in_channels=12, image_dim=10)),
     "unguided": ("hunyuan-video", lambda: tiny_hunyuan(guidance=False, single=1)),
 }
 

@@ -119,7 +119,7 @@ def tiled(vae, latents):
 def test_memory_does_not_grow_with_the_number_of_frames(whole, monkeypatch):
     pipe, denoiser = whole("wan")
     decoder, sizes = denoiser.decoder, []
-    runner = decoder._runner
+    runner = decoder._frames._runner
     made, bound = runner.buffer, runner.bind
     monkeypatch.setattr(runner, "buffer", lambda shape, dtype: sizes.append(4 * math.prod(shape)) or made(shape, dtype))
     monkeypatch.setattr(runner, "bind", lambda *given: sizes.append(0) or bound(*given))

@@ -334,7 +334,7 @@ MODELS = {
     "hunyuan-channels": ("hunyuan-video", lambda: tiny_hunyuan(1, "latent_concat", 9, False), hunyuan_inputs),
     "hunyuan-replace": ("hunyuan-video", lambda: tiny_hunyuan(2, "token_replace"), hunyuan_inputs),
     "wan": ("wan", tiny_wan, wan_inputs),
-    "wan-image": ("wan", lambda: tiny_wan(seed=1, in_channels=9, image_dim=10), wan_inputs),
+    "wan-image": ("wan", lambda: tiny_wan(seed=1, in_channels=12, image_dim=10), wan_inputs),
 }
 
 

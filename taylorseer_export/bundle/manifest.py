@@ -99,7 +99,7 @@ class Tensor(Part):
         "the Taylor buffers read and written. noise_pred: the prediction of the denoiser. probe_in, "
         "probe_out: what the probe keeps, read and written. error: how far the probe's quantity is from what was "
         "expected. carried: from the probe to the rest of a full step. tokens: what a tokenizer makes of a prompt. "
-        "picture: from 0 to 1. cache_in, cache_out: what the decoder of a video keeps of the latent frames before, "
+        "picture: from 0 to 1. cache_in, cache_out: what the VAE of a video keeps of the latent frames before, "
         "read and written, in buffers of their own."
     )
     values: tuple[Whole, Whole] | None = Field(
@@ -303,19 +303,34 @@ class Tiles(Part):
     scale: Size = Field(description="Pixels of a latent pixel along each side.")
 
 
+class Shown(Part):
+    """How an image encoder is shown the picture that is given, as an input of the graph `encode`."""
+
+    input: Text = Field(description="Name of the input; its shape is the size that the picture is brought to.")
+    edge: Size | None = Field(
+        default=None,
+        description="Pixels that the shorter side is brought to before the middle is cut out; null: nothing is cut.",
+    )
+    filter: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = Field(
+        description="Of Pillow, that it is resized by."
+    )
+
+
 class PipelinePart(Part):
     """A part of the pipeline besides the transformer: graphs in a folder of their own, with their own weights."""
 
     graph: Graph = Field(
         description="Its contract. text: tokens in, constant inputs of the transformer out. encode: a picture in, the "
-        "same, or mean and deviation of latents that a loop begins with. decode: latents of a sample in, its picture "
-        "out; of a video its first latent frame alone, or one tile."
+        "same, or mean and deviation of latents that a loop begins with; of a video the first latent frame of what it "
+        "has beside the noise. decode: latents of a sample in, its picture out; of a video its first latent frame "
+        "alone, or one tile."
     )
-    later: Graph | None = Field(default=None, description="Of decode of videos: any later latent frame, by caches.")
+    later: Graph | None = Field(default=None, description="Of videos: any later latent frame, by caches.")
     tiles: Tiles | None = Field(default=None, description="Of decode of videos that are decoded in tiles.")
     frame_rate: Size | None = Field(default=None, description="Of decode of videos: frames per second.")
     dimensions: dict[SizeName, Dimension] = Field(description="Range of every symbolic size of its own, by name.")
     tokens: tuple[Tokens, ...] = Field(default=(), description="Of text: how a prompt becomes its inputs.")
+    shown: Shown | None = Field(default=None, description="Of encode, where an image encoder sees the picture too.")
     sizes: tuple[tuple[Size, Size], ...] = Field(
         default=(),
         description="Of encode: (height, width) that a picture is brought to, the nearest shape; its own if none.",

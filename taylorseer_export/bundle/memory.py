@@ -42,15 +42,16 @@ def request_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
 
 
 def video_bytes(described: PipelinePart, sizes: Mapping[str, int]) -> int:
-    """Bytes of the buffers that decode videos, whatever their length.
+    """Bytes of the buffers that decode videos, or encode what one has beside its noise, whatever their length.
 
-    They are one latent frame, the pictures of the first and of a later one, and two sets of caches: one is read while
-    the other is written.
+    They are what is read and written of the first latent frame and of a later one, of which both share what they read,
+    and two sets of caches: one is read while the other is written.
     """
-    later = described.later
-    assert later is not None, "bug in taylorseer-export: buffers of videos for a decoder of pictures"
-    once = role_bytes(later.inputs, "latent", sizes) + 2 * role_bytes(later.outputs, "cache_out", sizes)
-    return once + sum(role_bytes(graph.outputs, "picture", sizes) for graph in (described.graph, later))
+    first, later = described.graph, described.later
+    assert later is not None, "bug in taylorseer-export: buffers of videos for a part of pictures"
+    caches = role_bytes(later.outputs, "cache_out", sizes)
+    others = [t for t in (*first.inputs, *first.outputs, *later.outputs) if t.role != "cache_out"]
+    return 2 * caches + sum(role_bytes(others, role, sizes) for role in {t.role for t in others})
 
 
 def role_bytes(tensors: Iterable[Tensor], role: Role, sizes: Mapping[str, int]) -> int:

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 # Part -> (roles its inputs may have, roles its outputs may have).
 _PART_ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "text": (frozenset({"tokens"}), frozenset({"constant"})),
-    "encode": (frozenset({"picture"}), frozenset({"constant", "latent"})),
+    "encode": (frozenset({"picture", "cache_in"}), frozenset({"constant", "latent", "cache_out"})),
     "decode": (frozenset({"latent", "cache_in"}), frozenset({"picture", "cache_out"})),
 }
 
-BEGINNING = ("mean", "deviation")  # of the latents that a loop may begin with: what part `encode` makes of a picture
+# What part `encode` makes of a picture: of latents that a loop may begin with, or what a video has beside the noise.
+BEGINNING = ("mean", "deviation")
+CONDITION = "condition"
 
 
 def of_parts(manifest: Manifest) -> str | None:
@@ -81,15 +83,38 @@ def _of_encode(manifest: Manifest) -> str | None:
     part = manifest.parts.get("encode")
     if part is None:
         return None
-    if [t.name for t in part.graph.inputs] != ["picture"]:
-        return "part encode takes a `picture` and nothing else"
-    shape = part.graph.inputs[0].shape
-    if len(shape) != 4 or shape[:2] != (1, 3):
-        return f"`picture` of part encode is {shown(shape)}"
+    expected = ["picture"] if part.shown is None else ["picture", part.shown.input]
+    if [t.name for t in part.graph.inputs] != expected:
+        return f"part encode takes {listed(t.name for t in part.graph.inputs)}, expected {listed(expected)}"
+    for tensor in part.graph.inputs:
+        if len(tensor.shape) != 4 or tensor.shape[:2] != (1, 3):
+            return f"`{tensor.name}` of part encode is {shown(tensor.shape)}"
+    if part.shown is not None and not all(isinstance(extent, int) for extent in part.graph.inputs[1].shape):
+        return f"`{part.shown.input}` of part encode is {shown(part.graph.inputs[1].shape)}, expected one size"
     made = [t for t in part.graph.outputs if t.role == "latent"]
+    if part.later is not None or [t.name for t in made] == [CONDITION]:
+        return _of_condition(manifest, part)
     if made and (tuple(t.name for t in part.graph.outputs) != BEGINNING or made[0].shape != made[1].shape):
         return f"part encode makes {listed(t.name for t in part.graph.outputs)}, a loop begins with mean and deviation"
     return None
+
+
+def _of_condition(manifest: Manifest, part: PipelinePart) -> str | None:
+    """What a video has beside the noise is made one latent frame at a time, as channels that the denoiser takes."""
+    latent = manifest.graphs["full"].input_of("latent").shape
+    for name, graph in (("encode", part.graph), ("later", part.later)):
+        made = () if graph is None else tuple(t for t in graph.outputs if t.role == "latent")
+        if [t.name for t in made] != [CONDITION]:
+            return f"part encode makes {listed(t.name for t in made)} in graph {name}, expected `{CONDITION}`"
+        shape = made[0].shape
+        if len(latent) != 5 or len(shape) != 5 or (shape[0], shape[2]) != (1, 1):
+            return f"`{CONDITION}` of graph {name} is {shown(shape)}, the graphs take {shown(latent)}"
+        if any(isinstance(n, str) for n in (shape[1], latent[1])) or int(shape[1]) >= int(latent[1]):
+            return f"`{CONDITION}` of graph {name} is {shown(shape)}, the graphs take {shown(latent)}"
+    assert part.later is not None
+    if given := [t.name for t in part.later.inputs if t.role != "cache_in"]:
+        return f"graph later of part encode takes {listed(given)}, expected caches alone"
+    return _of_caches("encode", part.graph, part.later)
 
 
 def _of_text(manifest: Manifest) -> str | None:
@@ -131,7 +156,11 @@ def _of_decode(manifest: Manifest) -> str | None:
         extents = 4 if part.frame_rate is None else 5
         if len(latents) != extents or latents[0] != 1 or len(picture) != extents or picture[:2] != (1, 3):
             return f"`latents` and `picture` of part decode are {shown(latents)} and {shown(picture)}"
-    return _of_tiles(part) or _of_caches(part.graph, part.later)
+    if (problem := _of_tiles(part) or _of_caches("decode", part.graph, part.later)) or part.later is None:
+        return problem
+    if (read := _one(part.later.inputs, "latent")) != _one(part.graph.inputs, "latent"):
+        return f"`{read.name}` of graph later is {shown(read.shape)}, which it is not for the first latent frame"
+    return None
 
 
 def _of_tiles(part: PipelinePart) -> str | None:
@@ -149,11 +178,11 @@ def _of_tiles(part: PipelinePart) -> str | None:
     return None
 
 
-def _of_caches(first: Graph, later: Graph | None) -> str | None:
+def _of_caches(name: str, first: Graph, later: Graph | None) -> str | None:
     """Graph `later` reads what either graph writes, and the first latent frame of a video has none before it."""
     written = {t.name.removeprefix("cache_out"): t for t in first.outputs if t.role == "cache_out"}
     if later is None or any(t.role == "cache_in" for t in first.inputs):
-        return "part decode has caches that no call before it wrote" if later or written else None
+        return f"part {name} has caches that no call before it wrote" if later or written else None
     for side, role in ((later.inputs, "cache_in"), (later.outputs, "cache_out")):
         found = {t.name.removeprefix(role): t for t in side if t.role == role}
         if found.keys() != written.keys():
@@ -164,8 +193,6 @@ def _of_caches(first: Graph, later: Graph | None) -> str | None:
                     f"`{tensor.name}` is {tensor.dtype} {shown(tensor.shape)}, the first latent frame leaves "
                     f"{written[key].dtype} {shown(written[key].shape)}"
                 )
-    if (read := _one(later.inputs, "latent")) != _one(first.inputs, "latent"):
-        return f"`{read.name}` of graph later is {shown(read.shape)}, which it is not for the first latent frame"
     return None
 
 

@@ -76,6 +76,7 @@ def open_checkpoint(
             checkpoint = Checkpoint(reference, family, alone.parent, _config(alone, family), {}, weightless=True)
     known = checkpoint.shapes if loras else {}
     family = family if checkpoint.embedded else family.variant(checkpoint.reference)
+    family = replace(family, **family.by_config(checkpoint.config))
     added = tuple(open_lora(lora, family.model_class, family.lora_loader, known, lora_skip) for lora in loras)
     return replace(checkpoint, family=family, loras=added, lora_skip=tuple(lora_skip))
 
@@ -133,6 +134,7 @@ def _download(reference: str, family: Family, whole: bool = False) -> Path:
         patterns = ["transformer/*", "scheduler/*", "model_index.json", "vae/config.json"]
         if whole:
             patterns += ["vae/*", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*"]
+            patterns += ["image_encoder/*.json", "image_encoder/*.safetensors", "image_processor/*"]
         return Path(snapshot_download(reference, allow_patterns=patterns))
     except Exception as error:
         raise CheckpointError(

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from taylorseer_export.bundle.manifest import Tokens
+from taylorseer_export.bundle.manifest import Shown, Tokens
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.checkpoint.files import read_json
 from taylorseer_export.compile.draft import PRECISIONS, Options
 from taylorseer_export.errors import CheckpointError, first_line
+from taylorseer_export.families.whole import Shown as DeclaredShown
 from taylorseer_export.families.whole import Tokens as Declared
 
 INDEX = "model_index.json"
@@ -88,6 +89,59 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
         dropped=declared.dropped,
         cleaned=declared.cleaned,
     )
+
+
+class Look(NamedTuple):
+    """How an image encoder is shown a picture.
+
+    Attributes:
+        shown: What the run side does.
+        size: (height, width) in pixels.
+        mean, deviation: Of each colour, from 0 to 1: what the graph normalises it by.
+    """
+
+    shown: Shown
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+def look(checkpoint: Checkpoint, declared: DeclaredShown) -> Look:
+    """What an image processor does to a picture.
+
+    Raises:
+        CheckpointError: It does not load, or does anything but resize, cut out the middle, and normalise.
+    """
+    from PIL import Image
+
+    _, kind = class_of(checkpoint, declared.processor)
+    where = checkpoint.root / declared.processor
+    try:
+        with _quiet():
+            found = getattr(import_module("transformers"), kind).from_pretrained(where, local_files_only=True)
+        said = found.to_dict()
+        cut, size = said.get("do_center_crop"), said["size"]
+        sides = said["crop_size"] if cut else size
+        made = Look(
+            Shown(
+                input=declared.name,
+                edge=size["shortest_edge"] if cut else None,
+                filter=Image.Resampling(int(said["resample"])).name.lower(),  # type: ignore[arg-type]
+            ),
+            (sides["height"], sides["width"]),
+            tuple(said["image_mean"]),
+            tuple(said["image_std"]),
+        )
+        usual = all(said[f"do_{what}"] for what in ("resize", "rescale", "normalize"))
+        inside = made.shown.edge is None or made.shown.edge >= max(made.size)
+        if not usual or not inside or round(1 / said["rescale_factor"]) != 255:
+            raise ValueError("it does more, or less, than resize, cut out the middle and normalise")
+    except Exception as error:  # whatever a class makes of a folder that is not its own
+        raise CheckpointError(
+            f"{where} does not load as {kind} of transformers ({first_line(error)}), expected an image processor of a "
+            "diffusers pipeline; download it again"
+        ) from error
+    return made
 
 
 @contextmanager

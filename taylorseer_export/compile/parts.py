@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Tensor, Tiles, Tokens
-from taylorseer_export.bundle.part_agreement import BEGINNING
+from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Shown, Tensor, Tiles, Tokens
+from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
-from taylorseer_export.compile.components import INDEX, class_of, component, tokenizer
+from taylorseer_export.compile.components import INDEX, class_of, component, look, tokenizer
 from taylorseer_export.compile.draft import PRECISIONS, BaseDraft, Options
 from taylorseer_export.compile.engines import Progress, builder
 from taylorseer_export.errors import CheckpointError, ConfigError
@@ -37,7 +37,7 @@ class PartDraft(BaseDraft):
 
     Attributes:
         pipeline: Folder that its modules were loaded from.
-        cuts: Its graph; of the decoder of a video that of the first latent frame, then that of any later one.
+        cuts: Its graph; where a video goes frame by frame that of the first latent frame, then that of any later one.
         spans: Dimension -> (smallest, largest) size.
         modules: Name in the pipeline -> the module, with its weights.
         tokens: How a prompt becomes its inputs.
@@ -45,6 +45,7 @@ class PartDraft(BaseDraft):
         tiles: Of the decoder of a video in tiles; None for any other part.
         frame_rate: Frames per second of videos; None where it decodes none.
         shown_at: See `Whole.seen_at`.
+        shown: How an image encoder is shown a picture; None where there is none.
     """
 
     pipeline: Path
@@ -61,6 +62,7 @@ class PartDraft(BaseDraft):
     tiles: Tiles | None = None
     frame_rate: int | None = None
     shown_at: tuple[tuple[int, int], ...] = ()
+    shown: Shown | None = None
 
     @property
     def graphs(self) -> tuple[Cut, ...]:
@@ -91,6 +93,7 @@ class PartDraft(BaseDraft):
             frame_rate=self.frame_rate,
             dimensions=self.dimensions(),
             tokens=self.tokens,
+            shown=self.shown,
             sizes=self.shown_at,
             negative=self.negative,
         )
@@ -120,7 +123,7 @@ def _declared(whole: Whole | None) -> tuple[PartName, ...]:
         return ()
     known: dict[PartName, bool] = {
         "text": whole.encode is not None,
-        "encode": whole.see is not None or whole.begin is not None,
+        "encode": any((whole.see, whole.begin, whole.animate)),
         "decode": any((whole.decode, whole.frames, whole.tile)),
     }
     return tuple(name for name, has in known.items() if has)
@@ -162,13 +165,15 @@ def refuse_missing(checkpoint: Checkpoint, parts: Sequence[PartName]) -> None:
     if not parts:
         return
     assert whole is not None, "bug in taylorseer-export: parts of a family that declares none"
-    names = [VAE] if {"encode", "decode"} & set(parts) else []
-    if "text" in parts:
-        names += [*whole.encoders, *(tokens.tokenizer for tokens in whole.tokens)]
-    for name in names:
+    needed: dict[PartName, list[str]] = {
+        "text": [*whole.encoders, *(tokens.tokenizer for tokens in whole.tokens)],
+        "encode": [VAE, *whole.seers, *([whole.shown.processor] if whole.shown else [])],
+        "decode": [VAE],
+    }
+    for name in dict.fromkeys(name for part in parts for name in needed[part]):
         class_of(checkpoint, name)
         if not (checkpoint.root / name).is_dir():
-            of = [part for part in parts if (part == "text") == (name != VAE)]
+            of = [part for part in parts if name in needed[part]]
             raise CheckpointError(
                 f"{checkpoint.root} has no folder `{name}`, expected a whole diffusers pipeline; download it, or leave "
                 f"{' and '.join(of)} out with --without {' --without '.join(of)}"
@@ -242,9 +247,16 @@ def _encode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
     packing = checkpoint.family.packing
     side, ranges = checkpoint.latent_scale * packing, dict.fromkeys(_SIDES, (2, _LARGEST_SIDE // packing))
     if whole.see is None and options.latent_size is not None:  # the picture is of the size that is drawn
-        ranges = {name: (extent // packing,) * 2 for name, extent in zip(_SIDES, options.latent_size, strict=True)}
+        own = zip(_SIDES, options.latent_size[-2:], strict=True)
+        ranges = {name: (extent // packing,) * 2 for name, extent in own}
     shape: tuple[int | str, ...] = (1, 3, *(f"{side}*{name}" for name in ranges))
     picture = Tensor(name="picture", dtype=_dtype(options), shape=shape, role="picture")
+    sides = [extent // packing for extent in checkpoint.latent_size[-2:]]
+    typical = {
+        name: min(max(extent, low), high) for extent, (name, (low, high)) in zip(sides, ranges.items(), strict=True)
+    }
+    if whole.animate is not None:
+        return _animate(checkpoint, options, whole, {VAE: vae}, picture, (ranges, typical))
 
     def encode(given: Mapping[str, Any]) -> Mapping[str, Any]:
         if whole.see is not None:
@@ -256,12 +268,45 @@ def _encode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
         return "latent" if name in BEGINNING else "constant"
 
     cut, constants = trace_part("encode", {VAE: vae}, encode, [picture], ranges, role)
-    sides = [extent // packing for extent in checkpoint.latent_size[-2:]]
-    typical = {
-        name: min(max(extent, low), high) for extent, (name, (low, high)) in zip(sides, ranges.items(), strict=True)
-    }
     made = _drafted(checkpoint, options, {VAE: vae}, (cut,), constants, (ranges, typical))
     return replace(made, shown_at=whole.seen_at)
+
+
+def _animate(
+    checkpoint: Checkpoint,
+    options: Options,
+    whole: Whole,
+    modules: dict[str, nn.Module],
+    picture: Tensor,
+    extents: tuple[dict[str, tuple[int, int]], dict[str, int]],
+) -> PartDraft:
+    """Of what a video is made from: the first latent frame, of which the picture is one, and any later one."""
+    modules = {**modules, **{name: component(checkpoint, name, options) for name in whole.seers}}
+    seen = None if whole.shown is None else look(checkpoint, whole.shown)
+    inputs = [picture]
+    if seen is not None:
+        shape = (1, 3, *seen.size)
+        inputs.append(Tensor(name=seen.shown.input, dtype=_dtype(options), shape=shape, role="picture"))
+
+    def animate(given: Mapping[str, Any]) -> Mapping[str, Any]:
+        assert whole.animate is not None
+        pictures = {name: value for name, value in given.items() if not name.startswith("cache")}
+        if seen is not None and seen.shown.input in pictures:
+            pixels = pictures[seen.shown.input]
+            mean, deviation = (pixels.new_tensor(of).view(1, 3, 1, 1) for of in (seen.mean, seen.deviation))
+            pictures[seen.shown.input] = (pixels - mean) / deviation
+        caches = [value for name, value in given.items() if name.startswith("cache")]
+        made, caches = whole.animate(modules, pictures, caches or None)
+        return {**made, **{f"cache_out_{k}": cache for k, cache in enumerate(caches)}}
+
+    def role(name: str) -> Role:
+        return "latent" if name == CONDITION else "cache_out" if name.startswith("cache") else "constant"
+
+    first, constants = trace_part("encode", modules, animate, inputs, extents[0], role)
+    caches = [_read(tensor) for tensor in first.outputs if tensor.role == "cache_out"]
+    later, more = trace_part("later", {VAE: modules[VAE]}, animate, caches, extents[0], role)
+    made = _drafted(checkpoint, options, modules, (first, later), constants | more, extents)
+    return made if seen is None else replace(made, shown=seen.shown)
 
 
 def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:

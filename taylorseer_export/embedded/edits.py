@@ -1,7 +1,7 @@
-"""Pictures that are given: what a model that edits makes of one, or what a loop begins with in the place of noise.
+"""Pictures that are given: what a model makes of one that it edits or animates, or what a loop begins with.
 
-Which of the two a bundle does follows from what its part `encode` makes: constant inputs of the transformer, as Kontext
-has them, or mean and deviation of latents, for all that draw from text alone.
+Which of these a bundle does follows from what its part `encode` makes: constant inputs of the transformer, as Kontext
+has them; what a video has beside the noise; or mean and deviation of latents, for all that draw from text alone.
 
 Shapes: N samples, C channels, H and W latent pixels.
 """
@@ -15,17 +15,19 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, PipelinePart
-from taylorseer_export.embedded.picture import resized
+from taylorseer_export.embedded.picture import resized, seen_by_encoder
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.frames import FrameEncoder
 from taylorseer_export.runtime.noise import Generator
+from taylorseer_export.runtime.parts import Part
 from taylorseer_export.runtime.places import grid
 from taylorseer_export.runtime.sampling import Beginning, Request, steps_at, tokens_of
 
 STRENGTH = 0.6  # as diffusers' pipelines
 
-Use = Literal["edits", "begins"]
+Use = Literal["edits", "animates", "begins"]
 
 
 class Given(NamedTuple):
@@ -43,10 +45,12 @@ class Given(NamedTuple):
 
 
 def use_of(manifest: Manifest) -> Use | None:
-    """What a bundle does with a picture: it `edits` it and needs one, it `begins` with one if given, or None."""
+    """What a bundle does with a picture: it `edits` or `animates` it and needs one, `begins` with one, or None."""
     part = manifest.parts.get("encode")
     if part is None:
         return None
+    if part.later is not None:
+        return "animates"
     return "edits" if part.graph.outputs[0].role == "constant" else "begins"
 
 
@@ -91,13 +95,31 @@ def steps_that_run(
 def seen(denoiser: Denoiser, picture: np.ndarray) -> dict[str, np.ndarray]:
     """The constant inputs that a model that edits makes of a picture `[height, width, 3]` uint8, by their names."""
     size = brought_to(denoiser.manifest, picture)
-    tensors = denoiser.picture_encoder({"picture": _unit(picture, size)})
+    tensors = _encoded(denoiser, picture, size)
     counts = {entry for made in tensors for entry in denoiser.constants[made].shape if isinstance(entry, str)}
     rows, columns = (extent // _side(denoiser.manifest) for extent in size)
     for key, tensor in denoiser.constants.items():
         if tensor.fill == "grid" and tensor.shape[0] in counts:
             tensors[key] = grid(tensor.first, rows, columns)
     return tensors
+
+
+def animated(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """What a video of a size has of a picture `[height, width, 3]` uint8, by name: constant inputs, and `condition`.
+
+    Args:
+        denoiser: The loaded bundle.
+        picture: It is brought to the size of the video, and to that of the image encoder if there is one.
+        size: (frames, height, width) in pixels.
+    """
+    encoder, sampling = denoiser.picture_encoder, denoiser.manifest.sampling
+    assert isinstance(encoder, FrameEncoder), "bug in taylorseer-export: an encoder of pictures animates one"
+    given = {"picture": _unit(picture, size[-2:])}
+    if (shown := encoder.described.shown) is not None:
+        extents = next(t.shape for t in encoder.described.graph.inputs if t.name == shown.input)
+        own = (int(extents[2]), int(extents[3]))
+        given[shown.input] = _as_input(seen_by_encoder(picture, own, shown.edge, shown.filter))
+    return encoder(given, (size[0] - 1) // sampling.time_scale + 1)
 
 
 def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequence[int]) -> Request:
@@ -109,7 +131,7 @@ def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequen
         given: The picture, which is brought to that size.
         seeds: One per sample; both are drawn from one generator, as diffusers' pipelines do.
     """
-    made = denoiser.picture_encoder({"picture": _unit(given.picture, (request.height, request.width))})
+    made = _encoded(denoiser, given.picture, (request.height, request.width))
     packing = denoiser.manifest.pipeline.packing
     clean, noise = [], []
     for seed in seeds:
@@ -120,6 +142,12 @@ def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequen
     both = [np.concatenate(values).astype(np.float32) for values in (clean, noise)]
     latents, noisy = [values if packing == 1 else tokens_of(values, packing) for values in both]
     return replace(request, latents=noisy, beginning=Beginning(latents, given.strength, given.steps))
+
+
+def _encoded(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    encoder = denoiser.picture_encoder
+    assert isinstance(encoder, Part), "bug in taylorseer-export: an encoder of videos edits a picture"
+    return encoder({"picture": _unit(picture, size)})
 
 
 def brought_to(manifest: Manifest, picture: np.ndarray) -> tuple[int, int]:
@@ -149,7 +177,12 @@ def _side(manifest: Manifest) -> int:
     return manifest.sampling.latent_scale * manifest.pipeline.packing
 
 
-def _unit(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _unit(picture: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """`[1, 3, height, width]` float32 from 0 to 1, of that size."""
-    values: np.ndarray = resized(picture, *size).astype(np.float32) / 255
+    return _as_input(resized(picture, *size))
+
+
+def _as_input(picture: np.ndarray) -> np.ndarray:
+    """`[1, 3, height, width]` float32 from 0 to 1."""
+    values: np.ndarray = picture.astype(np.float32) / 255
     return np.ascontiguousarray(values.transpose(2, 0, 1)[None])

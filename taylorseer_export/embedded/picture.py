@@ -135,6 +135,27 @@ def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
+def seen_by_encoder(picture: np.ndarray, size: tuple[int, int], edge: int | None, name: str) -> np.ndarray:
+    """A picture `[..., ..., 3]` uint8 as an image encoder sees it, `[height, width, 3]` uint8.
+
+    As transformers does it with Pillow: brought to the size; or until its shorter side is `edge`, and then cut to the
+    size about its middle. Both round down.
+
+    Args:
+        picture: It.
+        size: (height, width) in pixels.
+        edge: Pixels; None cuts nothing.
+        name: Of Pillow's filter, like `bicubic`.
+    """
+    from PIL import Image
+
+    sides = picture.shape[:2]
+    height, width = size if edge is None else (edge * side // min(sides) for side in sides)
+    image = Image.fromarray(picture).resize((width, height), Image.Resampling[name.upper()])
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return np.asarray(image)[top : top + size[0], left : left + size[1]]
+
+
 def grid(
     rows_of_pictures: Sequence[Sequence[np.ndarray]],
     scale: int = 1,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import sqrt
 
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
-from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.bundle.shapes import linear, resolve
 from taylorseer_export.embedded.conditioning import ConditioningCache, Encoded, Key
-from taylorseer_export.embedded.edits import Given, begun_with, brought_to, seen, use_of
+from taylorseer_export.embedded.edits import Given, animated, begun_with, brought_to, seen, use_of
 from taylorseer_export.embedded.picture import pictures_from_dit_latents
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.decoding import decoded
@@ -38,13 +39,12 @@ def prompt_request(
         denoiser: The loaded bundle.
         prompts: One for all pictures or one for each; or the tensors that an encoder made of them.
         seeds: One per picture; noise is drawn as diffusers' pipelines do, on the CPU in float32.
-        size: (height, width) of the picture in pixels, or (frames, height, width); if left out that of the picture
-            given, as it is encoded, or the bundle's.
+        size: (height, width) of the picture in pixels, or (frames, height, width); see `size_of` if left out.
         guidance_scale: Dimensionless; the bundle's default if left out.
         negative: What guidance leads away from; what the family's pipeline takes if left out.
         length: Most tokens of a prompt, where the bundle leaves that open; its own if left out.
         cache: Where what prompts become is kept; the encoders run for each if left out.
-        given: The picture that a model that edits is to edit, or that the loop of another begins with.
+        given: The picture that a model is to edit or to animate, or that the loop of another begins with.
 
     Raises:
         ConfigError: The size does not divide into tokens or is out of the bundle's range, or a negative prompt is given
@@ -53,26 +53,27 @@ def prompt_request(
     """
     manifest = denoiser.manifest
     use = use_of(manifest)
-    if given is None and use == "edits" and not (isinstance(prompts, Mapping) and _holds_a_picture(manifest, prompts)):
-        name = f"{manifest.family}-{manifest.name}"
-        raise ConfigError(f"picture is missing for {name}, expected the one that it is to edit; pass it")
-    if size is None:
-        size = usual_size(manifest) if given is None else brought_to(manifest, given.picture)
+    needed = use in ("edits", "animates")
+    if given is None and needed and not (isinstance(prompts, Mapping) and _holds_a_picture(manifest, prompts)):
+        name, what = f"{manifest.family}-{manifest.name}", "edit" if use == "edits" else "animate"
+        raise ConfigError(f"picture is missing for {name}, expected the one that it is to {what}; pass it")
+    size = size_of(manifest, given) if size is None else size
     sizes, sides = latent_sizes(manifest, size, "size")
     if isinstance(prompts, Mapping):
         tensors = dict(prompts)
     else:
         tensors = _encoded(denoiser, prompts, guidance_scale, negative, length, cache)
-    if given is not None and use == "edits":
-        tensors |= seen(denoiser, given.picture)
+    if given is not None and needed:
+        tensors |= seen(denoiser, given.picture) if use == "edits" else animated(denoiser, given.picture, size)
     request = tensor_request(denoiser, tensors, seeds, sizes, sides, guidance_scale)
     request = replace(request, height=size[-2], width=size[-1])
-    return request if given is None or use == "edits" else begun_with(denoiser, request, given, seeds)
+    return request if given is None or needed else begun_with(denoiser, request, given, seeds)
 
 
 def _holds_a_picture(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether tensors have all that the picture for a model that edits becomes."""
-    return all(tensor.name in tensors for tensor in manifest.parts["encode"].graph.outputs)
+    """Whether tensors have all that the picture for a model that edits or animates one becomes."""
+    made = manifest.parts["encode"].graph.outputs
+    return all(tensor.name in tensors for tensor in made if tensor.role != "cache_out")
 
 
 def warm_parts(denoiser: Denoiser, size: tuple[int, ...] | None = None) -> None:
@@ -96,6 +97,28 @@ def warm_parts(denoiser: Denoiser, size: tuple[int, ...] | None = None) -> None:
 def frame_rate(manifest: Manifest) -> int | None:
     """Frames per second of the videos that a bundle makes; None where it makes pictures, or latents alone."""
     return manifest.parts["decode"].frame_rate if "decode" in manifest.parts else None
+
+
+def size_of(manifest: Manifest, given: Given | None) -> tuple[int, ...]:
+    """(height, width) in pixels of what is made where nobody asks for another; (frames, height, width) of a video.
+
+    Without a picture the bundle's usual one. With one that of the picture, as it is encoded; of a video made from it
+    the usual area in the shape of the picture, as the published models have it, each side rounded down to tokens and
+    kept in the bundle's range.
+    """
+    usual = usual_size(manifest)
+    if given is None:
+        return usual
+    if use_of(manifest) != "animates":
+        return brought_to(manifest, given.picture)
+    latent, made = manifest.graphs["full"].input_of("latent").shape, [*usual]
+    high, wide = given.picture.shape[:2]
+    for axis, ratio in ((-2, high / wide), (-1, wide / high)):
+        name, factor, _ = linear(latent[axis])
+        side, allowed = factor * manifest.sampling.latent_scale, manifest.dimensions[name]
+        tokens = round(sqrt(usual[-2] * usual[-1] * ratio)) // side
+        made[axis] = side * min(max(tokens, allowed.minimum), allowed.maximum)
+    return tuple(made)
 
 
 def usual_size(manifest: Manifest) -> tuple[int, ...]:

@@ -217,6 +217,7 @@ class Family:
         forward: `(model, inputs) -> noise_pred`: how the declared inputs become a call of the model, where they are
             not its arguments one by one. The trace and the eager reference of `verify` both call it this way.
         variants: Word of a model's name -> what of this declaration is different for it.
+        by_config: `config -> what of this declaration is different for it`.
         derived: `config -> {name: tensor}` that the model gets for the length of the trace, to be used by `patched`.
         built: `model class -> context manager` in which a model is built that only is to be traced, without tables
             that would cost memory.
@@ -251,6 +252,7 @@ class Family:
     lora_loader: str = ""
     forward: Callable[[Any, dict[str, Any]], Any] = call
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    by_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = no_entries
     derived: Callable[[Mapping[str, Any]], Mapping[str, Derived]] = no_entries
     built: Callable[[Any], AbstractContextManager[object]] = as_it_is
     patched: Callable[[Any], AbstractContextManager[object]] = as_it_is

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, patches
-from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, normed, unit
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, patches
+from taylorseer_export.families.whole import Modules, Shown, Tensors, Tokens, Whole, normed, scaled, unit
 
 _TEXT = 512  # tokens; diffusers splits image from text tokens at this count
 _IMAGE = 257  # tokens of the image encoder
@@ -63,8 +64,33 @@ def _frames(vae: Any, latents: Any, caches: Sequence[Any] | None) -> tuple[Any, 
     return unit(made), used
 
 
+def _animate(modules: Modules, given: Tensors, caches: Sequence[Any] | None) -> tuple[dict[str, Any], list[Any]]:
+    """One latent frame of the condition: a mask, then the latents of a video that is the picture and grey from then on.
+
+    The encoder is diffusers' with the cache of each causal convolution made plain, as in `_frames`. What the image
+    encoder makes of the picture comes with the first.
+    """
+    import torch
+
+    vae, made = modules["vae"], {}
+    scale = vae.config.scale_factor_temporal
+    if caches is None:
+        video = (2 * given["picture"] - 1).unsqueeze(2)
+        used: list[Any] = [None] * len(list(vae.encoder.modules()))
+    else:
+        used = list(caches)
+        video = used[0].clamp(0, 0).repeat(1, 1, scale // 2, 1, 1)  # of the frames before it, as in `_filled`
+    mean = vae.quant_conv(vae.encoder(video, feat_cache=used, feat_idx=[0])).chunk(2, 1)[0]
+    mark = 1 if caches is None else 0
+    mask = mean[:, :1].clamp(mark, mark).repeat(1, scale, 1, 1, 1)
+    if caches is None and "image_encoder" in modules:
+        states = modules["image_encoder"](given["pixels"], output_hidden_states=True).hidden_states
+        made["encoder_hidden_states_image"] = states[-2]
+    return {**made, "condition": torch.cat([mask, scaled(vae, mean)], 1)}, _filled(used)
+
+
 def _filled(caches: Sequence[Any]) -> list[Any]:
-    """The caches after the first latent frame as those after any other: two frames of features each."""
+    """Caches as they are after any latent frame but the first: two frames of features each."""
     from torch.nn.functional import pad
 
     filled: list[Any] = []
@@ -73,8 +99,32 @@ def _filled(caches: Sequence[Any]) -> list[Any]:
             # Of the features of the convolution before, which it reads. No constant: an engine would store it.
             filled.append(filled[-1].clamp(0, 0))
         elif cache is not None:  # some places are never used
-            filled.append(pad(cache, (0, 0, 0, 0, 1, 0)))
+            filled.append(cache if cache.shape[2] == 2 else pad(cache, (0, 0, 0, 0, 1, 0)))
     return filled
+
+
+_TOKENS = Tokens("tokens", "tokenizer", _TEXT, size="text_tokens", mask="mask", cleaned=True)
+_WHOLE = Whole(
+    encoders=("text_encoder",),
+    tokens=(_TOKENS,),
+    encode=_encode,
+    negative="",
+    frames=_frames,
+    frame_rate=16,
+)
+
+
+def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What follows the noise along the channels comes from a picture; Wan 2.2 shows it to no image encoder."""
+    channels = config.get("in_channels")
+    if channels == (config.get("out_channels") or channels):
+        return {}
+    from_picture = replace(_WHOLE, animate=_animate)
+    if config.get("image_dim") is None:
+        return {"whole": from_picture}
+    shown = Shown("pixels", "image_processor")
+    tokens = (replace(_TOKENS, size=""),)  # the transformer tells text and picture apart by this number
+    return {"whole": replace(from_picture, tokens=tokens, seers=("image_encoder",), shown=shown)}
 
 
 WAN = Family(
@@ -94,14 +144,9 @@ WAN = Family(
     guidance="branches",
     guidance_scale=5.0,
     latent_size=(21, 60, 104),
-    whole=Whole(
-        encoders=("text_encoder",),
-        tokens=(Tokens("tokens", "tokenizer", _TEXT, size="text_tokens", mask="mask", cleaned=True),),
-        encode=_encode,
-        negative="",
-        frames=_frames,
-        frame_rate=16,
-    ),
+    pipeline=Pipeline(flow_steps="count"),
+    whole=_WHOLE,
+    by_config=_by_config,
     lora_loader="WanLoraLoaderMixin",
     variants={
         "i2v": {"defaults": Defaults(steps=40, interval=5, warmup=1, order=1)},

@@ -46,6 +46,19 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A picture as an image encoder is shown it: an input `[1, 3, height, width]` beside the one that the VAE sees.
+
+    Attributes:
+        name: Of the input.
+        processor: Its folder in the pipeline, which says to what size a picture is brought and how it is normalised.
+    """
+
+    name: str
+    processor: str
+
+
+@dataclass(frozen=True)
 class Tiling:
     """How the tiles of a video lie in its latents; neighbours are blended where they overlap.
 
@@ -83,6 +96,13 @@ class Whole:
         frame_rate: Frames per second that the family's videos are usually shown at; 0 where they are none.
         see: `(vae, picture [1, 3, height, width] from 0 to 1) -> inputs of the transformer by name`, each `[1, ...]`:
             what a picture that is to be edited becomes. None where the pipeline takes none, or no graph encodes it.
+        animate: `(modules, pictures by name, caches of the latent frame before, or None for the first) -> (made by
+            name, caches)`: what a video that is made from a picture has of it, one latent frame at a time. The first
+            one gets `picture`, as above, and what `shown` names, and makes inputs of the transformer by name, each
+            `[1, ...]`; any later one, whose frames are grey, gets nothing. Each makes `condition`, `[1, C, 1, H, W]`,
+            the channels that follow those of the noise. None where videos are made of text alone.
+        seers: Folders of the image encoders that `animate` has besides the VAE.
+        shown: What they are shown; None where there are none.
         begin: `(vae, picture as above) -> (mean, deviation)` of the latents `[1, C, H, W]` that a loop may begin with,
             with noise upon them, as the scheduler has latents. None where `see` is one, or where there is noise alone.
         seen_at: (height, width) in pixels that such a picture is brought to: that of the nearest shape. Where there are
@@ -100,6 +120,9 @@ class Whole:
     tiling: Callable[[Any], Tiling] | None = None
     frame_rate: int = 0
     see: Callable[[Any, Any], dict[str, Any]] | None = None
+    animate: Callable[[Modules, Tensors, Sequence[Any] | None], tuple[dict[str, Any], list[Any]]] | None = None
+    seers: tuple[str, ...] = ()
+    shown: Shown | None = None
     begin: Callable[[Any, Any], tuple[Any, Any]] | None = None
     seen_at: tuple[tuple[int, int], ...] = ()
     encoders: tuple[str, ...] = ()
@@ -134,9 +157,8 @@ def still_spread(vae: Any, picture: Any) -> tuple[Any, Any]:
     """The same of a video VAE, as its one frame."""
     config = vae.config
     made = vae.encode((2 * picture - 1).unsqueeze(2)).latent_dist
-    mean = picture.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
     scale = picture.new_tensor(config.latents_std).view(1, -1, 1, 1, 1)
-    return ((made.mean - mean) / scale).squeeze(2), (made.std / scale).squeeze(2)
+    return scaled(vae, made.mean).squeeze(2), (made.std / scale).squeeze(2)
 
 
 def unit(values: Any) -> Any:
@@ -150,6 +172,14 @@ def normed(vae: Any, latents: Any) -> Any:
     mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
     scale = latents.new_tensor(config.latents_std).view(1, -1, 1, 1, 1)
     return latents * scale + mean
+
+
+def scaled(vae: Any, latents: Any) -> Any:
+    """The other way round: latents `[1, C, F, H, W]` of the VAE as the scheduler has them."""
+    config = vae.config
+    mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
+    scale = latents.new_tensor(config.latents_std).view(1, -1, 1, 1, 1)
+    return (latents - mean) / scale
 
 
 def still(vae: Any, latents: Any) -> Any:

@@ -66,6 +66,7 @@ def card(manifest: Manifest) -> str:
 def _of_part(name: PartName, described: PipelinePart) -> list[str]:
     """Lines of a part: each graph, and of a video what its buffers take, however long it is."""
     video, tiles = described.later is not None, described.tiles
+    rate = "" if described.frame_rate is None else f"; {described.frame_rate} frames per second"
     when = "once per video, its first latent frame" if video else "once per tile" if tiles else _WHEN_PART[name]
     lines = []
     for label, graph, often in ((name, described.graph, when), ("later", described.later, "every later latent frame")):
@@ -77,15 +78,9 @@ def _of_part(name: PartName, described: PipelinePart) -> list[str]:
     if video:
         sizes = {key: dimension.typical for key, dimension in described.dimensions.items()}
         taken, quoted = size(video_bytes(described, sizes)), ", ".join(f"{k} {extent}" for k, extent in sizes.items())
-        lines.append(
-            f"{' ' * 13}{taken} of buffers for a video of any length, quoted at {quoted}; "
-            f"{described.frame_rate} frames per second"
-        )
+        lines.append(f"{' ' * 13}{taken} of buffers for a video of any length, quoted at {quoted}{rate}")
     if tiles:
-        lines.append(
-            f"{' ' * 13}tiles of {tiles.frames + 1} latent frames, {tiles.side} latent pixels a side; "
-            f"{described.frame_rate} frames per second"
-        )
+        lines.append(f"{' ' * 13}tiles of {tiles.frames + 1} latent frames, {tiles.side} latent pixels a side{rate}")
     return lines
 
 

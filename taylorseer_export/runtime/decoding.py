@@ -5,53 +5,28 @@ Shapes: N samples, C channels, F latent frames, H and W latent pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from threading import Lock
+from collections.abc import Callable
 
 import numpy as np
 
 from taylorseer_export.bundle.device import Device
-from taylorseer_export.bundle.manifest import PipelinePart, Tensor
-from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import Bundle
-from taylorseer_export.runtime.parts import Part, open_engines, open_part, refuse_unsound, sizes_of, smallest
-from taylorseer_export.runtime.runner import Buffer, Call, Runner
+from taylorseer_export.runtime.frames import Frames
+from taylorseer_export.runtime.parts import Part, open_engines, open_part, refuse_unsound, smallest
 from taylorseer_export.runtime.tiles import TileDecoder
 
 Take = Callable[[np.ndarray], None]
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """Calls for one size of videos, and their buffers.
-
-    Attributes:
-        latents: Of one latent frame; every call reads it.
-        calls: That of the first latent frame, and the two of later ones in turn, each with the pictures it writes.
-    """
-
-    latents: Buffer
-    calls: tuple[tuple[Call, Buffer], ...]
-
-
 class FrameDecoder:
     """The decoder of videos, one latent frame at a time, called with arrays of the host; its calls take turns.
 
-    It holds what one latent frame needs, however long a video is: the latent frame, the pictures of the first one and
-    of a later one, and two sets of caches. A call reads one set and writes the other, and the next call the other way
-    round, so nothing is copied between them. Buffers of one size are kept at a time.
-
     Args:
-        described: Its contract.
-        runner: Its engines, loaded.
+        frames: Its graphs.
     """
 
-    def __init__(self, described: PipelinePart, runner: Runner) -> None:
-        self.described, self._runner = described, runner
-        self._turn = Lock()
-        self._sizes: dict[str, int] = {}
-        self._bound: _Bound | None = None
+    def __init__(self, frames: Frames) -> None:
+        self.described, self._frames = frames.described, frames
 
     def __call__(self, latents: np.ndarray, take: Take) -> None:
         """Decode one video.
@@ -63,41 +38,12 @@ class FrameDecoder:
         Raises:
             StepError: A size is out of range; nothing was allocated.
         """
-        sizes = sizes_of("decode", self.described, {"latents": latents[:, :, :1]})
-        with self._turn:
-            if self._bound is None or sizes != self._sizes:
-                self._bound = None  # gone before the others are allocated
-                self._bound, self._sizes = self._bind(sizes), sizes
-            for k in range(latents.shape[2]):
-                self._bound.latents.write(latents[:, :, k : k + 1])
-                call, picture = self._bound.calls[0 if k == 0 else 1 + k % 2]
-                call()
-                take(picture.read())
-
-    def _bind(self, sizes: Mapping[str, int]) -> _Bound:
-        first, later = self.described.graph, self.described.later
-        assert later is not None, "bug in taylorseer-export: a decoder of pictures opened for videos"
-
-        def buffers(tensors: tuple[Tensor, ...], role: str) -> dict[str, Buffer]:
-            return {t.name: self._runner.buffer(resolve(t.shape, sizes), t.dtype) for t in tensors if t.role == role}
-
-        latents, alone = buffers(first.inputs, "latent"), buffers(first.outputs, "picture")
-        several = buffers(later.outputs, "picture")
-        # Names as they are written; what reads them is called the same but for the role.
-        even, odd = (buffers(first.outputs, "cache_out") for _ in range(2))
-
-        def bound(before: Mapping[str, Buffer], after: Mapping[str, Buffer]) -> tuple[Call, Buffer]:
-            read = {name.replace("cache_out", "cache_in"): buffer for name, buffer in before.items()}
-            call = self._runner.bind("later", {**latents, **read}, {**several, **after})
-            return call, several["picture"]
-
-        begin = self._runner.bind("decode", latents, {**alone, **even})
-        return _Bound(latents["latents"], ((begin, alone["picture"]), bound(odd, even), bound(even, odd)))
+        given = ({"latents": latents[:, :, k : k + 1]} for k in range(latents.shape[2]))
+        self._frames(given, lambda made: take(made["picture"]))
 
     def close(self) -> None:
         """Release its engines."""
-        self._bound = None
-        self._runner.close()
+        self._frames.close()
 
 
 Decoder = Part | FrameDecoder | TileDecoder
@@ -109,7 +55,7 @@ def open_decoder(bundle: Bundle, device: Device, threads: int = 0) -> Decoder:
     if described is None or described.later is None:
         part = open_part(bundle, "decode", device, threads)
         return part if part.described.tiles is None else TileDecoder(part)
-    decoder = FrameDecoder(*open_engines(bundle, "decode", device, threads))
+    decoder = FrameDecoder(Frames("decode", *open_engines(bundle, "decode", device, threads)))
     noise = smallest(described)["latents"]
     try:
         decoder(noise.repeat(3, 2), lambda pictures: refuse_unsound(bundle, "decode", "picture", pictures))

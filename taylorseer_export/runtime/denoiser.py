@@ -20,6 +20,7 @@ from taylorseer_export.runtime.check import check_engines
 from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.decoding import Decoder, open_decoder
 from taylorseer_export.runtime.engines import open_runner
+from taylorseer_export.runtime.frames import FrameEncoder, open_picture_encoder
 from taylorseer_export.runtime.parts import Encoder, Part, open_part
 from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
@@ -144,9 +145,9 @@ class Denoiser:
         return Encoder(self._bundle, open_part(self._bundle, "text", self._place("text"), self._threads))
 
     @cached_property
-    def picture_encoder(self) -> Part:
+    def picture_encoder(self) -> Part | FrameEncoder:
         """What makes conditioning of a picture, loaded when it is first asked for; raises what `open_part` raises."""
-        return open_part(self._bundle, "encode", self._place("encode"), self._threads)
+        return open_picture_encoder(self._bundle, self._place("encode"), self._threads)
 
     @cached_property
     def decoder(self) -> Decoder:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.bundle.part_agreement import CONDITION as CONDITION
 from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.runtime.denoiser import Denoiser
@@ -20,7 +21,6 @@ from taylorseer_export.runtime.places import sides_of, value_from_fill
 from taylorseer_export.runtime.sampling import Joined, Request, noise_of, tokens_of
 
 NEGATIVE = "negative_"  # before the name of an input: its value for the unconditional half or branch
-CONDITION = "condition"  # what an image-to-video model has beside the noise
 
 
 def tensor_request(

@@ -150,7 +150,7 @@ def test_what_is_no_request_for_a_video_is_refused(port):
         ({"prompt": "a", "seconds": True}, "seconds is True, expected a number"),
         ({"prompt": "a", "frames": 8}, "frames is 8, expected a multiple of 4 and 1"),
         ({"prompt": "a", "size": "48x31"}, "height is 31, expected a multiple of 8"),
-        ({"prompt": "a", "input_reference": {"image_url": "x"}}, "input_reference is given"),
+        ({"prompt": "a", "input_reference": {"image_url": "x"}}, "since nothing is fetched here"),
         ({"prompt": "a", "model": "sora-2"}, "model is `sora-2`"),
     ):
         status, _, text = asked(port, "/v1/videos", body)
@@ -167,7 +167,7 @@ def test_what_is_no_request_for_a_video_is_refused(port):
         assert status in (400, 404) and said in json.loads(text)["error"]["message"]
     form = b'--xx\r\ncontent-disposition: form-data; name="input_reference"; filename="a.png"\r\n\r\nx\r\n--xx--\r\n'
     status, _, text = asked(port, "/v1/videos", form, {"content-type": "multipart/form-data; boundary=xx"})
-    assert status == 400 and "`input_reference` is a file" in json.loads(text)["error"]["message"]
+    assert status == 400 and "prompt is missing" in json.loads(text)["error"]["message"]
 
 
 @pytest.mark.parametrize(("seconds", "frames"), [("0.5", 9), (0.1, 1), (1, 17), ("0.3", 5)])

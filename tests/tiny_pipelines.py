@@ -96,16 +96,17 @@ def wan_pipeline(transformer, second=None, boundary=None):
 
 
 def wan_image_pipeline(transformer):
-    """The same from a picture."""
+    """The same from a picture; without an image encoder where the transformer takes nothing of one, as in Wan 2.2."""
     config = transformer.config
+    seen = config.image_dim is not None
     return _quiet(
         WanImageToVideoPipeline(
             tokenizer=letters(512),
             text_encoder=tiny_umt5(config.text_dim),
             vae=tiny_wan_vae(config.out_channels),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32),
-            image_encoder=tiny_vision(config.image_dim),
+            image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32) if seen else None,
+            image_encoder=tiny_vision(config.image_dim) if seen else None,
             transformer=transformer,
         )
     )

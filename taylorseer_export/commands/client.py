@@ -29,7 +29,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--protocol", choices=("http", "grpc", "stream"), help="protocol (default: stream for MODEL-stream, else grpc)"
     )
     parser.add_argument("--prompt", help="what to draw (models with text encoders)")
-    parser.add_argument("--image", type=Path, help="picture to edit, or to begin with (models that take one)")
+    parser.add_argument(
+        "--image", type=Path, help="picture to edit, to animate or to begin with (models that take one)"
+    )
     parser.add_argument("--strength", type=real(0), help="share of the steps that run after beginning with --image")
     parser.add_argument("--label", type=whole(0), help="class to draw (models of classes)")
     parser.add_argument("--inputs", type=Path, help="safetensors with the inputs of a denoiser model")

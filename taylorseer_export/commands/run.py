@@ -45,7 +45,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     plan_options(parser)
     parser.add_argument("--label", type=whole(0), nargs="+", help="classes to draw (models of classes)")
     parser.add_argument("--prompt", nargs="+", help="what to draw (bundles with text encoders)")
-    parser.add_argument("--image", type=Path, help="picture to edit, or to begin with (whole bundles that take one)")
+    parser.add_argument(
+        "--image", type=Path, help="picture to edit, to animate or to begin with (whole bundles that take one)"
+    )
     parser.add_argument(
         "--strength",
         type=real(0),

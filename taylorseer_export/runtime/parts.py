@@ -188,9 +188,14 @@ class Encoder:
             length: Most tokens, where the bundle leaves that open; its own if left out.
 
         Raises:
-            ConfigError: The length is out of range.
+            ConfigError: The length is out of range, or there is but one.
         """
         given: dict[str, np.ndarray] = {}
+        if length is not None and all(tokens.size is None for tokens, _ in self._tokenizers):
+            most = max(tokens.length for tokens, _ in self._tokenizers)
+            raise ConfigError(
+                f"length of the prompt is {length}, expected {most} (tokens), the only one of this bundle; leave it out"
+            )
         with self._turn:  # a tokenizer is set to a length
             for tokens, tokenizer in self._tokenizers:
                 most = tokens.length

@@ -14,7 +14,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.profile import Profile
 from taylorseer_export.embedded.conditioning import ConditioningCache
-from taylorseer_export.embedded.edits import given_picture, steps_that_run, use_of
+from taylorseer_export.embedded.edits import animated, given_picture, steps_that_run, use_of
 from taylorseer_export.embedded.requests import frame_rate, label_request, pictures_of, prompt_request, usual_size
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Forecasts, Plan, RequestOptions, forecasts_from_options
@@ -22,7 +22,7 @@ from taylorseer_export.runtime.contract import request_constants
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Loop, Request
-from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, joined_to
+from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, joined_to, latent_sizes
 
 Role = Literal["picture", "denoiser"]
 LONGEST_TEXT = 4096  # characters of a caption or a plan; what is longer is refused before it is read
@@ -82,8 +82,12 @@ def inputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
             what = (*what, Port("strength", "FP32", (1,), True)) if begins else what
         return (*what, Port("seed", "INT64", (1,), True), *asked)
     latents, beside = _latents(manifest)
-    constants = [Port(name, _datatype(t), _dims(t)) for name, t in request_constants(manifest).items()]
-    joined = () if beside is None else (Port(CONDITION, "FP32", beside),)
+    pictured = _pictured(manifest)
+    constants = [
+        Port(name, _datatype(t), _dims(t), name in pictured) for name, t in request_constants(manifest).items()
+    ]
+    joined = () if beside is None else (Port(CONDITION, "FP32", beside, CONDITION in pictured),)
+    joined = (*joined, Port("image", "UINT8", (-1, -1, 3), True)) if pictured else joined
     sigmas = (Port("sigmas", "FP32", (-1,), True),) if "FlowMatch" in manifest.sampling.scheduler else ()
     negative = [Port(NEGATIVE + c.name, c.datatype, c.dims, True) for c in constants]
     twins = negative if manifest.sampling.guidance == "branches" else ()
@@ -128,6 +132,7 @@ def ask(
     if scale is not None and not np.isfinite(scale):
         raise ConfigError(f"guidance_scale is {scale}, expected a finite number; correct it")
     if role == "denoiser":
+        values = _with_picture(denoiser, values)
         scale = sampling.guidance_scale if scale is None else scale
         return Ask(_loop_request(denoiser, values, scale, _sigmas(forecasts.plan, values)), forecasts)
     seed = _whole(values, "seed") or 0
@@ -152,6 +157,40 @@ def ask(
         given=given,
     )
     return Ask(request, forecasts)
+
+
+def _pictured(manifest: Manifest) -> frozenset[str]:
+    """Inputs of the role `denoiser` that may be made of `image`: of a video all that it has of a picture."""
+    if use_of(manifest) != "animates":
+        return frozenset()
+    return frozenset(t.name for t in manifest.parts["encode"].graph.outputs if t.role != "cache_out")
+
+
+def _with_picture(denoiser: Denoiser, values: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The values with what `image` becomes in its place, for latents of their size."""
+    manifest, pictured = denoiser.manifest, _pictured(denoiser.manifest)
+    if not pictured:
+        return values
+    given = sorted(pictured & values.keys())
+    if "image" not in values:
+        if missing := sorted(pictured - values.keys()):
+            raise ConfigError(
+                f"input `{missing[0]}` is missing, expected it, or as `image` the picture that it is made of; send one"
+            )
+        return values
+    if given:
+        raise ConfigError(
+            f"input `{given[0]}` is given beside `image`, expected one of them, since it is made of that; leave one out"
+        )
+    shape, sampling = values["latents"].shape, manifest.sampling
+    if len(shape) != 5:
+        raise ConfigError(f"input `latents` is {list(shape)}, expected {list(_latents(manifest)[0])}; send them so")
+    count, _, frames, height, width = shape
+    size = (sampling.time_scale * (frames - 1) + 1, sampling.latent_scale * height, sampling.latent_scale * width)
+    latent_sizes(manifest, size, "size of `latents`")
+    made = animated(denoiser, values["image"], size)
+    rows = {name: value if name == CONDITION else np.repeat(value, count, 0) for name, value in made.items()}
+    return {**{name: value for name, value in values.items() if name != "image"}, **rows}
 
 
 def _loop_request(

@@ -57,6 +57,8 @@ class TritonPythonModel:
             warm = tuple(tuple(map(int, text.split("x"))) for text in options["warm"].split())
             for pixels in (None, *warm) if self._role == "picture" else ():
                 warm_parts(self._denoiser, pixels)
+            if any(port.name == "image" for port in contract.inputs(self._denoiser.manifest, self._role)):
+                self._denoiser.open_parts(["encode"])
             self._profiles = dict(self._denoiser.profiles)
             limits = {name: int(options[name]) for name in _LIMITS}
             self._service = Service(self._denoiser, Limits(**limits, warm=warm))

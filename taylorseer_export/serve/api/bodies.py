@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taylorseer_export.errors import ServeError
@@ -18,18 +18,19 @@ MOST_PICTURES = 16  # that one form may bring
 _MOST_FIELDS = 64
 _LONGEST_FIELD = 1 << 16  # bytes
 _IMAGES = ("image", "image[]")
+_MASK = "mask"
 
 
 class Form(NamedTuple):
     """A form as it came.
 
     Attributes:
-        values: Its fields of text.
+        values: Its fields; of a form they are text.
         images: Its picture files.
         mask: A picture file, if there is one.
     """
 
-    values: dict[str, str]
+    values: Mapping[str, Any]
     images: list[bytes]
     mask: bytes | None
 
@@ -56,22 +57,33 @@ async def json_of(request: Request, most: int) -> Mapping[str, Any]:
     return value
 
 
-async def fields_of(request: Request, most: int) -> tuple[Mapping[str, Any], bool]:
-    """The fields of a body of at most `most` bytes, JSON or a form without files, and whether it is a form.
+async def fields_of(request: Request, most: int, most_of_form: int, picture: str) -> tuple[Form, bool]:
+    """The fields of a body, JSON of at most `most` bytes or a form, and whether it is a form.
+
+    Args:
+        request: Whose body it is.
+        most: Bytes of JSON.
+        most_of_form: Bytes of a form.
+        picture: Name of the picture file that a form may have.
 
     Raises:
         Refusal, ServeError: As of `json_of` and `form_of`.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        return await json_of(request, most), False
-    return (await form_of(request, most, files=False)).values, True
+        return Form(await json_of(request, most), [], None), False
+    return await form_of(request, most_of_form, (picture,)), True
 
 
-async def form_of(request: Request, most: int, files: bool = True) -> Form:
+async def form_of(request: Request, most: int, files: Sequence[str] = (*_IMAGES, _MASK)) -> Form:
     """The form that a body of at most `most` bytes holds; its files lie on disk while they come.
 
+    Args:
+        request: Whose body it is.
+        most: Its bytes.
+        files: Names that picture files may have; where `image` is one of them, it is needed.
+
     Raises:
-        Refusal: It is longer, of another type, no form, or has a file where there is none to be.
+        Refusal: It is longer, of another type, no form, has a file where there is none to be, or lacks one.
         ServeError: The client left.
     """
     from starlette.exceptions import HTTPException
@@ -90,17 +102,15 @@ async def form_of(request: Request, most: int, files: bool = True) -> Form:
                     if name in values:
                         raise Refusal(f"`{name[:64]}` is given twice, expected it once; leave one out", 400, name[:64])
                     values[name] = value
-                elif name in _IMAGES and files:
-                    images.append(await value.read())
-                elif name == "mask" and files:
-                    masks.append(await value.read())
+                elif name in files:
+                    (masks if name == _MASK else images).append(await value.read())
                 else:
-                    wanted = "image or mask" if files else "text alone"
+                    wanted = " or ".join(known for known in files if known.isidentifier())
                     raise Refusal(f"`{name[:64]}` is a file, expected {wanted}; leave it out", 400, name[:64])
     except (HTTPException, ValueError) as error:  # the latter of what is no form at all
         why = re.sub(r"\s+", " ", str(getattr(error, "detail", error)))[:200]
         raise Refusal(f"body is no form ({why}), expected multipart/form-data; correct it") from error
-    if files and not images:
+    if "image" in files and not images:
         raise Refusal("image is missing, expected a picture file; send it", 400, "image", "missing_required_parameter")
     if len(images) > MOST_PICTURES or len(masks) > 1:
         raise Refusal(

@@ -6,6 +6,7 @@ known is refused, but for those that the OpenAI API itself lets pass (`user`, `s
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 import secrets
@@ -36,9 +37,11 @@ _OWN = (
 ).split()
 _OPTIONS = tuple(field.name for field in fields(RequestOptions))
 NAMES = (*_OWN, *_OPTIONS, *_ALIASES, *_FIXED, *_LET_PASS)
-_OF_VIDEOS = "prompt model size seconds frames seed negative_prompt guidance_scale timeout".split()
+REFERENCE = "input_reference"  # the picture that a video is made from
+_OF_VIDEOS = ["prompt", "model", "size", "seconds", "frames", "seed", "negative_prompt", "guidance_scale", "timeout"]
+_DATA = re.compile(r"data:image/[a-z.+-]{1,32};base64")
 _LONGEST_VIDEO = 3600.0  # seconds
-VIDEO_NAMES = (*_OF_VIDEOS, *_OPTIONS, *_ALIASES, *_LET_PASS)
+VIDEO_NAMES = (*_OF_VIDEOS, REFERENCE, *_OPTIONS, *_ALIASES, *_LET_PASS)
 # First word of a sentence of the rules that all doors share -> the field that it is about.
 PARAMS = {name: name for name in (*NAMES, *VIDEO_NAMES)} | {
     "caption": "prompt",
@@ -90,10 +93,12 @@ class AskedVideo(Asked):
     Attributes:
         seconds: How long it is to be; the model's length if None.
         frames: The same, as a number of frames.
+        reference: The file of the picture that it is to be made from, where that is among the fields.
     """
 
     seconds: float | None = None
     frames: int | None = None
+    reference: bytes | None = None
 
 
 def asked_of(values: Mapping[str, Any], most_pictures: int, longest: float, form: bool = False) -> Asked:
@@ -134,13 +139,6 @@ def asked_of(values: Mapping[str, Any], most_pictures: int, longest: float, form
 def video_of(values: Mapping[str, Any], longest: float, form: bool = False) -> AskedVideo:
     """The request for a video that a body holds; arguments and errors are those of `asked_of`."""
     given = _Fields(values, form)
-    if given.has("input_reference"):
-        raise Refusal(
-            "input_reference is given, expected none, since no model here begins with a picture; leave it out",
-            400,
-            "input_reference",
-            "unsupported_parameter",
-        )
     given.check_known(VIDEO_NAMES, {})
     if given.has("seconds") and given.has("frames"):
         raise Refusal("seconds is given beside frames, expected one of them; leave one out", 400, "seconds")
@@ -161,6 +159,7 @@ def video_of(values: Mapping[str, Any], longest: float, form: bool = False) -> A
         options=given.options(),
         seconds=given.number("seconds", 0.0, _LONGEST_VIDEO, text=True),
         frames=given.whole("frames", 1, _LARGEST),
+        reference=given.reference(),
     )
 
 
@@ -220,6 +219,21 @@ class _Fields:
         if written == "png" and quality != 100:
             raise self._wrong("output_compression", "100 for png, which loses nothing", "ask for jpeg or webp")
         return Output(written, quality)
+
+    def reference(self) -> bytes | None:
+        """The file in a URL that holds it; nothing is fetched."""
+        value = self._values.get(REFERENCE)
+        if value is None:
+            return None
+        url = value.get("image_url") if isinstance(value, Mapping) and len(value) == 1 else None
+        kind, _, data = url.partition(",") if isinstance(url, str) else ("", "", "")
+        try:
+            if not _DATA.fullmatch(kind):
+                raise ValueError(kind)
+            return base64.b64decode(data, validate=True)
+        except ValueError as error:
+            expected = "a file of a form, or {image_url: data:image/png;base64,...}, since nothing is fetched here"
+            raise self._wrong(REFERENCE, expected, "send it so") from error
 
     def options(self) -> RequestOptions:
         """What it says of its forecasts."""

@@ -22,6 +22,7 @@ from taylorseer_export.method import RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Request
 from taylorseer_export.runtime.tensors import latent_sizes
+from taylorseer_export.serve.api.fields import REFERENCE
 from taylorseer_export.serve.api.problems import Refusal
 
 
@@ -65,7 +66,7 @@ def check_draws(manifest: Manifest) -> None:
 
 
 def takes_pictures(manifest: Manifest) -> bool:
-    """Whether the model edits pictures, or begins with them."""
+    """Whether the model edits or animates pictures, or begins with them."""
     return use_of(manifest) is not None
 
 
@@ -77,15 +78,17 @@ def picture_for(denoiser: Denoiser, wish: Wish, options: RequestOptions) -> tupl
         ConfigError: There is nothing that a strength is of.
     """
     manifest = denoiser.manifest
-    name = f"{manifest.family}-{manifest.name}"
+    name, use = f"{manifest.family}-{manifest.name}", use_of(manifest)
+    field = "image" if frame_rate(manifest) is None else REFERENCE
     if wish.pictures and not takes_pictures(manifest):
-        message = f"image is given for {name}, expected none, since it draws from text alone; leave it out"
-        raise Refusal(message, 400, "image")
-    if not wish.pictures and use_of(manifest) == "edits":
-        message = f"image is missing for {name}, expected the picture that it is to edit; send it to /v1/images/edits"
-        raise Refusal(message, 400, "image")
+        message = f"{field} is given for {name}, expected none, since it draws from text alone; leave it out"
+        raise Refusal(message, 400, field)
+    if not wish.pictures and use in ("edits", "animates"):
+        what, where = ("edit", " to /v1/images/edits") if use == "edits" else ("animate", "")
+        message = f"{field} is missing for {name}, expected the picture that it is to {what}; send it{where}"
+        raise Refusal(message, 400, field)
     if len(wish.pictures) > 1 or wish.mask is not None:
-        what, seen = ("mask", "given") if len(wish.pictures) == 1 else ("image", f"{len(wish.pictures)} pictures")
+        what, seen = ("mask", "given") if len(wish.pictures) == 1 else (field, f"{len(wish.pictures)} pictures")
         raise Refusal(
             f"{what} is {seen} for {name}, expected one picture, which changes as a whole; leave the rest out",
             400,

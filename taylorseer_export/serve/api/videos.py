@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,16 +17,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from taylorseer_export.embedded.requests import frame_rate, usual_size
+import numpy as np
+
+from taylorseer_export.embedded.edits import Given
+from taylorseer_export.embedded.requests import frame_rate, size_of
 from taylorseer_export.embedded.video import MP4, write_video
 from taylorseer_export.errors import TaylorSeerError
 from taylorseer_export.serve.api.answers import Answer, told
 from taylorseer_export.serve.api.bodies import fields_of
 from taylorseer_export.serve.api.drawing import Done, Drawing
-from taylorseer_export.serve.api.fields import PARAMS, AskedVideo, video_of
+from taylorseer_export.serve.api.fields import PARAMS, REFERENCE, AskedVideo, video_of
+from taylorseer_export.serve.api.formats import decoded
 from taylorseer_export.serve.api.models import Model, Models
 from taylorseer_export.serve.api.problems import Refusal, problem_of
-from taylorseer_export.serve.api.prompts import picture_of
+from taylorseer_export.serve.api.prompts import picture_of, takes_pictures
 from taylorseer_export.serve.api.settings import Settings
 
 if TYPE_CHECKING:
@@ -119,11 +123,13 @@ class Videos:
         """A new job, once it has a place."""
         began = asyncio.get_running_loop().time()
         async with asyncio.timeout_at(began + self._settings.timeout):
-            values, form = await fields_of(request, self._settings.body)
-        asked = video_of(values, self._settings.timeout, form)
+            body, form = await fields_of(request, self._settings.body, self._settings.form, REFERENCE)
+        asked = video_of(body.values, self._settings.timeout, form)
         model = self._models.named(asked.model, video=True)
-        size = _size_of(model, asked)
-        drawing = Drawing(model, replace(asked, size=size), self._settings.until(began, asked.timeout))
+        files = body.images if asked.reference is None else [asked.reference, *body.images]
+        pictures = await self._pictures(model, files)
+        size = _size_of(model, asked, pictures)
+        drawing = Drawing(model, replace(asked, size=size), self._settings.until(began, asked.timeout), pictures)
         request.state.notes = f"{model.name} seed={asked.seeds[0]}"
         await drawing.take_places(request.receive)
         rate = frame_rate(model.denoiser.manifest)
@@ -180,6 +186,18 @@ class Videos:
         for job in list(self._jobs.values()):
             await self._drop(job)
         self._folder.cleanup()
+
+    async def _pictures(self, model: Model, files: Sequence[bytes]) -> list[np.ndarray]:
+        """The pictures that a model is given, `[H, W, 4]` uint8."""
+        able = [other.name for other in self._models if takes_pictures(other.denoiser.manifest)]
+        if files and model.name not in able:
+            expected = (
+                f"{' or '.join(able)}, which takes it" if able else "text alone, since no model here takes a picture"
+            )
+            message = f"{REFERENCE} is given to {model.name}, expected {expected}; leave it out"
+            raise Refusal(message, 400, REFERENCE)
+        run = asyncio.get_running_loop().run_in_executor
+        return [await run(self._pool, decoded, data, REFERENCE) for data in files]
 
     async def _follow(self, job: Job) -> None:
         """From its place in the queue to its file."""
@@ -247,10 +265,11 @@ def _owner(request: Request) -> str:
     return str(request.headers.get("authorization", ""))
 
 
-def _size_of(model: Model, asked: AskedVideo) -> tuple[int, int, int]:
-    """(frames, height, width): as asked, or as the bundle's. So many seconds are the nearest number of frames."""
+def _size_of(model: Model, asked: AskedVideo, pictures: Sequence[np.ndarray]) -> tuple[int, int, int]:
+    """(frames, height, width): as asked, or as of `size_of`. So many seconds are the nearest number of frames."""
     manifest = model.denoiser.manifest
-    usual, step, rate = usual_size(manifest), manifest.sampling.time_scale, frame_rate(manifest)
+    usual = size_of(manifest, Given(pictures[0]) if pictures else None)
+    step, rate = manifest.sampling.time_scale, frame_rate(manifest)
     assert rate is not None, "bug in taylorseer-export: a model of pictures among those of videos"
     frames = usual[0] if asked.frames is None else asked.frames
     if asked.seconds is not None:

@@ -31,18 +31,22 @@ from test_video_jobs import frames_of
 from tiny_bundles import options_of
 from tiny_models import tiny_wan
 from tiny_pipelines import wan_image_pipeline
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from taylorseer_export import cli
-from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.bundle.manifest import Filter, Manifest
 from taylorseer_export.bundle.memory import video_bytes
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.commands import run
+from taylorseer_export.compile.components import look
 from taylorseer_export.compile.export import draft
 from taylorseer_export.embedded.edits import Given, animated, given_picture
+from taylorseer_export.embedded.picture import seen_by_encoder
 from taylorseer_export.embedded.requests import prompt_request, size_of, usual_size
 from taylorseer_export.embedded.video import write_video
-from taylorseer_export.errors import ConfigError
+from taylorseer_export.errors import CheckpointError, ConfigError
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.families.whole import Shown
 from taylorseer_export.report.card import card
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.tensors import NEGATIVE
@@ -116,6 +120,41 @@ def test_a_picture_becomes_what_the_pipeline_makes_of_it(whole, shape):
         limit = oracle.bound(expected, 1.0, torch.float32, *depth_and_length(module))
         oracle.assert_close(f"{name} of {shape}", torch.from_numpy(seen[name]), expected, limit)
         assert (torch.from_numpy(other[name]) - expected).abs().max() > limit
+
+
+@pytest.mark.parametrize(
+    ("change", "size", "edge"),
+    [
+        ({}, (32, 32), 32),
+        ({"crop_size": {"height": 20, "width": 30}}, (20, 30), 32),
+        ({"do_center_crop": False, "size": {"height": 20, "width": 30}, "resample": 2}, (20, 30), None),
+        ({"do_normalize": False}, None, None),
+        ({"rescale_factor": 1.0}, None, None),
+        ({"do_center_crop": False}, None, None),
+        ({"crop_size": {"height": 33, "width": 30}}, None, None),
+    ],
+)
+def test_an_image_processor_is_read_as_it_works(tmp_path, change, size, edge):
+    """What is no resizing, cutting and normalising alone is refused; what is read does the same to a picture."""
+    usual = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).to_dict()
+    (tmp_path / "image_processor").mkdir()
+    (tmp_path / "image_processor" / "preprocessor_config.json").write_text(json.dumps({**usual, **change}))
+    index = {"image_processor": ["transformers", "CLIPImageProcessorPil"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    checkpoint, declared = SimpleNamespace(root=tmp_path), Shown("pixels", "image_processor")
+    if size is None:
+        with pytest.raises(CheckpointError, match=r"image_processor does not load as .*, expected an image processor"):
+            look(checkpoint, declared)
+        return
+    made = look(checkpoint, declared)
+    assert (made.size, made.shown.edge) == (size, edge)
+    expected = CLIPImageProcessorPil.from_pretrained(tmp_path / "image_processor")(Image.fromarray(EDITED)).pixel_values
+    seen = seen_by_encoder(EDITED, made.size, made.shown.edge, made.shown.filter).transpose(2, 0, 1).astype(np.float32)
+    mean, deviation = (np.array(of, np.float32)[:, None, None] for of in (made.mean, made.deviation))
+    true = torch.from_numpy(np.asarray(expected[0]))
+    limit = oracle.bound(true, 1.0, torch.float32, 1, 3)
+    oracle.assert_close("pixels", torch.from_numpy((seen / 255 - mean) / deviation), true, limit)
+    assert tuple(Image.Resampling(k).name.lower() for k in range(6)) == Filter.__args__
 
 
 def test_it_is_made_of_any_number_of_frames_in_memory_that_does_not_grow(whole, monkeypatch):

@@ -4,17 +4,29 @@ It is one JSON file, `manifest.json`, in one canonical form (sorted keys, two sp
 newline), so a bundle has exactly one correct manifest and any other byte is noticed.
 """
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import PureWindowsPath
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from taylorseer_export.bundle import shapes
 from taylorseer_export.bundle.agreement import contradiction
-from taylorseer_export.bundle.schedulers import SCHEDULERS
+from taylorseer_export.bundle.entries import BUNDLE_NAME as BUNDLE_NAME
+from taylorseer_export.bundle.entries import (
+    BundleName,
+    ClassName,
+    Config,
+    Count,
+    FamilyName,
+    RelativePath,
+    SchedulerName,
+    Size,
+    SizeName,
+    Template,
+    Text,
+    Whole,
+)
+from taylorseer_export.bundle.entries import Shape as Shape
 from taylorseer_export.bundle.sealed import Part, Sealed, Sha256
 from taylorseer_export.errors import BundleError
 from taylorseer_export.method.forecasts import Granularity, Layout
@@ -22,7 +34,6 @@ from taylorseer_export.method.guard import Rule
 from taylorseer_export.method.plan import Dialect, Plan
 
 MANIFEST = "manifest.json"
-BUNDLE_NAME = "[A-Za-z0-9][A-Za-z0-9._+-]{0,99}"  # regular expression; a name is part of a folder's
 SCHEMA_VERSION = 4
 
 GraphName = Literal["prepare", "full", "forecast", "probe", "rest"]
@@ -32,56 +43,8 @@ Role = Literal[
     "probe_in", "probe_out", "error", "carried", "tokens", "picture", "cache_in", "cache_out",
 ]  # fmt: skip
 Fill = Literal["ones", "zeros", "grid", "sides", "frames", "guidance"]
+Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
-
-
-def _plain_json(value: Any) -> Any:
-    """The value as JSON reads it back: tuples become lists, keys become text."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, RecursionError) as error:
-        raise ValueError(f"is not plain JSON ({error})") from error
-
-
-def _inside(path: str) -> str:
-    """The path itself, if it is relative, posix and stays in the folder."""
-    foreign = "\\" in path or PureWindowsPath(path).anchor or not path.isprintable()
-    if foreign or any(part in ("", ".", "..") for part in path.split("/")):
-        raise ValueError("path escapes the folder")
-    return path
-
-
-def _shape_entry(entry: int | str) -> int | str:
-    shapes.names(entry)
-    if isinstance(entry, int):
-        shapes.evaluate(entry, {})
-    return entry
-
-
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("has characters that cannot be shown")
-    return text
-
-
-def _scheduler(name: str) -> str:
-    if name not in SCHEDULERS:
-        raise ValueError("is no scheduler of diffusers that this version knows")
-    return name
-
-
-Text = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
-FamilyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
-BundleName = Annotated[str, Field(pattern=f"^{BUNDLE_NAME}$")]
-Template = Annotated[str, Field(min_length=2, max_length=4000)]
-SizeName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,63}$")]
-ClassName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$")]
-Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
-Whole = Annotated[int, Field(ge=-(1 << 31), le=(1 << 31) - 1)]
-Size = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
-Config = Annotated[dict[str, Any], BeforeValidator(_plain_json)]
-RelativePath = Annotated[str, Field(max_length=500), AfterValidator(_inside)]
-Shape = tuple[Annotated[int | str, AfterValidator(_shape_entry)], ...]
 
 
 class Tensor(Part):
@@ -203,7 +166,7 @@ class Model(Part):
 class Sampling(Part):
     """How the denoiser is meant to be sampled."""
 
-    scheduler: Annotated[str, AfterValidator(_scheduler)] = Field(
+    scheduler: SchedulerName = Field(
         description="Class of the scheduler in diffusers; `none` where the denoiser is driven step by step."
     )
     config: Config = Field(description="Config of the scheduler, as diffusers stores it.")
@@ -311,9 +274,7 @@ class Shown(Part):
         default=None,
         description="Pixels that the shorter side is brought to before the middle is cut out; null: nothing is cut.",
     )
-    filter: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = Field(
-        description="Of Pillow, that it is resized by."
-    )
+    filter: Filter = Field(description="Of Pillow, that it is resized by.")
 
 
 class PipelinePart(Part):

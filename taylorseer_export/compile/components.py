@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
-from taylorseer_export.bundle.manifest import Shown, Tokens
+from taylorseer_export.bundle.manifest import Filter, Shown, Tokens
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.checkpoint.files import read_json
 from taylorseer_export.compile.draft import PRECISIONS, Options
@@ -17,6 +17,7 @@ from taylorseer_export.families.whole import Shown as DeclaredShown
 from taylorseer_export.families.whole import Tokens as Declared
 
 INDEX = "model_index.json"
+_FILTERS: tuple[Filter, ...] = get_args(Filter)  # in the order of Pillow's numbers
 
 
 def class_of(checkpoint: Checkpoint, name: str) -> tuple[str, str]:
@@ -112,8 +113,6 @@ def look(checkpoint: Checkpoint, declared: DeclaredShown) -> Look:
     Raises:
         CheckpointError: It does not load, or does anything but resize, cut out the middle, and normalise.
     """
-    from PIL import Image
-
     _, kind = class_of(checkpoint, declared.processor)
     where = checkpoint.root / declared.processor
     try:
@@ -126,7 +125,7 @@ def look(checkpoint: Checkpoint, declared: DeclaredShown) -> Look:
             Shown(
                 input=declared.name,
                 edge=size["shortest_edge"] if cut else None,
-                filter=Image.Resampling(int(said["resample"])).name.lower(),  # type: ignore[arg-type]
+                filter=_FILTERS[int(said["resample"])],
             ),
             (sides["height"], sides["width"]),
             tuple(said["image_mean"]),

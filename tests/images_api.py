@@ -16,7 +16,8 @@ from PIL import Image
 from taylorseer_export.embedded.requests import pictures_of
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.serve.api.app import app_of
-from taylorseer_export.serve.api.models import Model, Models
+from taylorseer_export.serve.api.loaded import Loaded
+from taylorseer_export.serve.api.models import Models
 from taylorseer_export.serve.api.process import bound
 from taylorseer_export.serve.service import Limits
 
@@ -45,7 +46,7 @@ def serving(models, settings=None, traces=None):
 @contextmanager
 def models_over(*denoisers, **limits):
     """Models over denoisers that stay open."""
-    models = [Model(denoiser, Limits(**limits)) for denoiser in denoisers]
+    models = [Loaded(denoiser, Limits(**limits)) for denoiser in denoisers]
     try:
         yield Models(models)
     finally:

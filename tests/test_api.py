@@ -37,7 +37,8 @@ from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.serve.api import prompts
 from taylorseer_export.serve.api.busy import Busy, chosen
-from taylorseer_export.serve.api.models import Model, Models, load_models
+from taylorseer_export.serve.api.loaded import Loaded, load_models
+from taylorseer_export.serve.api.models import Models
 from taylorseer_export.serve.api.problems import problem_of
 from taylorseer_export.serve.api.process import bound, server_of
 from taylorseer_export.serve.api.settings import KEYS, Settings, read_keys
@@ -329,7 +330,7 @@ def test_paths_and_methods_that_are_none(port):
 
 
 def test_a_failure_of_the_server_tells_nothing_of_itself(port, monkeypatch, caplog):
-    monkeypatch.setattr("taylorseer_export.serve.api.drawing.request_of", lambda *_: 1 / 0)
+    monkeypatch.setattr("taylorseer_export.serve.api.loaded.request_of", lambda *_: 1 / 0)
     status, _, text = asked(port, GENERATIONS, {"prompt": CAPTION})
     assert status == 500 and b"zero" not in text and json.loads(text)["error"]["type"] == "server_error"
     assert any(record.exc_info and record.exc_info[0] is ZeroDivisionError for record in caplog.records)
@@ -409,7 +410,7 @@ def test_of_several_pictures_none_is_drawn_where_one_has_no_place(denoisers, hel
 
 def test_the_event_loop_neither_reads_prompts_nor_writes_pictures(port, monkeypatch):
     seen = {}
-    for place in ("drawing.request_of", "images.picture_of", "images.encoded"):
+    for place in ("loaded.request_of", "loaded.picture_of", "images.encoded"):
         path = f"taylorseer_export.serve.api.{place}"
         work = pkgutil.resolve_name(path)
 
@@ -459,7 +460,7 @@ def test_a_server_that_stops_says_so(denoisers):
 def test_a_stop_finishes_what_is_under_way(embedded, held):
     reached, event = held
     event.set()  # while it warms up
-    model = Model(load(embedded("digits"), threads=1), Limits(slots=1, batch=1, workers=1))
+    model = Loaded(load(embedded("digits"), threads=1), Limits(slots=1, batch=1, workers=1))
     event.clear()
     reached.clear()
     listener = bound("127.0.0.1", 0)
@@ -505,7 +506,7 @@ def test_a_busy_server_draws_faster_what_leaves_it_the_choice(with_profile, held
     reached, event = held
     event.set()  # while it warms up
     with load(with_profile, threads=1) as denoiser:
-        model = Model(denoiser, Limits(slots=1, queue=9, batch=1, workers=1), Busy(1, "fast"))
+        model = Loaded(denoiser, Limits(slots=1, queue=9, batch=1, workers=1), Busy(1, "fast"))
         event.clear()
         reached.clear()
         answers, threads = {}, []
@@ -734,10 +735,9 @@ def taker(monkeypatch):
     def watched(denoiser, wish, cache, _):
         return request_of(denoiser, wish, cache)
 
-    monkeypatch.setattr("taylorseer_export.serve.api.images.takes_pictures", lambda _: True)
-    monkeypatch.setattr("taylorseer_export.serve.api.drawing.request_of", watched)
+    monkeypatch.setattr("taylorseer_export.serve.api.loaded.request_of", watched)
     monkeypatch.setattr(
-        "taylorseer_export.serve.api.drawing.picture_for",
+        "taylorseer_export.serve.api.loaded.picture_for",
         lambda denoiser, wish, options: (given.append(wish), (options, None))[1],
     )
     return given

@@ -73,7 +73,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
     require_extra("serve", "starlette", "uvicorn", "python_multipart", "prometheus_client", "PIL")
-    from taylorseer_export.serve.api.models import load_models
+    from taylorseer_export.serve.api.loaded import load_models
     from taylorseer_export.serve.api.process import address_of, bound, serve
     from taylorseer_export.serve.api.settings import Settings, read_keys
     from taylorseer_export.serve.api.traces import traces_of

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from taylorseer_export.errors import ConfigError, ServeError
 from taylorseer_export.serve.client import check_url, client_library, input_of, outputs_of
 from taylorseer_export.serve.refusals import Late, NoServer, unavailable
-from taylorseer_export.serve.repository import DESCRIPTION
+from taylorseer_export.serve.repository import BUNDLE, DESCRIPTION
 
 STREAM = "-stream"  # ends the name of a model that answers after every step
 _PROBE = 5.0  # seconds in which a server says what it has
@@ -40,6 +41,7 @@ class Served:
         inputs: By name, their types as Triton names them.
         needed: Names of those that may not be left out.
         description: As written, see `contract.description`.
+        bundle: Hash of the bundle's manifest, which has those of all its files.
         slots, places: Of all of its instances together: requests under way, and with those that wait.
     """
 
@@ -48,6 +50,7 @@ class Served:
     inputs: Mapping[str, str]
     needed: frozenset[str]
     description: Mapping[str, Any]
+    bundle: str
     slots: int
     places: int
 
@@ -70,6 +73,7 @@ class Server:
         known: The picture models that were ready at some time, by name.
         ready: Names of those that were when it was asked last.
         in_flight: Requests that wait for it.
+        last: When it got the last one, by the monotonic clock (seconds).
 
     Raises:
         ConfigError: tritonclient is not installed, or `url` is something else.
@@ -83,7 +87,7 @@ class Server:
         self._client: Any = None
         self.known: dict[str, Served] = {}
         self.ready: frozenset[str] = frozenset()
-        self.in_flight = 0
+        self.in_flight, self.last = 0, 0.0
 
     def look(self) -> None:
         """Ask what it has; blocks for seconds at most.
@@ -149,7 +153,7 @@ class Server:
         inputs = [input_of(self._library, declared, name, value) for name, value in values.items()]
         microseconds = max(1, math.ceil(1e6 * timeout))
         asked = {"model_name": model.name, "inputs": inputs, "timeout": microseconds}
-        self.in_flight += 1
+        self.in_flight, self.last = self.in_flight + 1, time.monotonic()
         try:
             if not model.streams:
                 return outputs_of(await self._requests().infer(**asked))
@@ -232,7 +236,7 @@ def served_of(config: Mapping[str, Any]) -> Served | None:
     name = config["name"]
     if parameters.get("role") != "picture":
         return None
-    if DESCRIPTION not in parameters:
+    if not {DESCRIPTION, BUNDLE} <= parameters.keys():
         raise ConfigError(
             f"model {name} has no parameter `{DESCRIPTION}`, expected one that says what it draws; write its "
             "repository again with `taylorseer-export triton`"
@@ -247,6 +251,7 @@ def served_of(config: Mapping[str, Any]) -> Served | None:
         {port["name"]: _datatype(port["data_type"]) for port in ports},
         frozenset(port["name"] for port in ports if not port.get("optional")),
         json.loads(parameters[DESCRIPTION]),
+        parameters[BUNDLE],
         instances * slots,
         instances * (slots + queue),
     )

@@ -13,6 +13,7 @@ Their copies of the bundle are hard links to one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -33,7 +34,8 @@ from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.tensors import latent_sizes
 from taylorseer_export.serve import contract
 
-DESCRIPTION = "description"  # the parameter of a picture model that clients read
+# Parameters of a picture model that clients read: what it draws, and which bundle it is of.
+DESCRIPTION, BUNDLE = "description", "bundle"
 MODELS = ("picture", "picture-stream", "denoiser", "denoiser-stream")
 _ROOM = 4  # a slot takes requests of up to this many times the typical bytes, where no memory budget says otherwise
 
@@ -147,6 +149,7 @@ def config(manifest: Manifest, model: str, deployment: Deployment, profiles: Seq
         made.parameters[name].string_value = value
     if role == "picture":  # for clients that hold no bundle
         made.parameters[DESCRIPTION].string_value = json.dumps(contract.description(manifest, profiles))
+        made.parameters[BUNDLE].string_value = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
     text: str = text_format.MessageToString(made)
     assert text_format.Parse(text, schema.ModelConfig()) == made, (
         "bug in taylorseer-export: config.pbtxt reads otherwise"

@@ -43,6 +43,7 @@ class Fleet:
     def __init__(self, servers: Sequence[Server], every: float = EVERY) -> None:
         self.servers = list(servers)
         self._every, self._stop = every, Flag()
+        self._mixed: set[str] = set()  # bundles of which there is more than one
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = Thread(target=self._watch, daemon=True)
 
@@ -63,6 +64,10 @@ class Fleet:
                     LOG.warning("%s", error)
             if before != server.ready:
                 LOG.warning("%s is ready for %s", server.url, ", ".join(sorted(server.ready)) or "nothing")
+        mixed = {name for name in self.models() if len({one.bundle for _, one in self.ready(name)}) > 1}
+        for name in sorted(mixed - self._mixed):  # as while the servers get a new one
+            LOG.warning("%s is of several bundles at its servers: a seed does not give one picture", name)
+        self._mixed = mixed
         return problems
 
     def models(self) -> list[str]:
@@ -78,17 +83,20 @@ class Fleet:
         return [(server, one) for server, one in self.of(name) if one.name in server.ready]
 
     def able(self, name: str, order: Order) -> list[tuple[Server, Served]]:
-        """One model of each server that can draw an order: those that are ready first, then those with fewest requests.
+        """One model of each server that can draw an order: those that are ready first, then those with fewest requests,
+        then those that were asked longest ago.
 
         A model that does not stream answers who is answered at the end; the one that does answers all.
         """
         shows = order.stream and (order.previews > 0 or order.progress)
-        ranked = sorted(
-            ((server, one) for server, one in self.of(name) if one.streams or not shows),
-            key=lambda pair: (pair[1].name not in pair[0].ready, pair[1].streams != order.stream),
+        fitting = [(server, one) for server, one in self.of(name) if one.streams or not shows]
+        fitting.sort(key=lambda pair: (pair[1].name not in pair[0].ready, pair[1].streams != order.stream))
+        chosen: dict[int, tuple[Server, Served]] = {}
+        for server, one in fitting:
+            chosen.setdefault(id(server), (server, one))
+        return sorted(
+            chosen.values(), key=lambda pair: (pair[1].name not in pair[0].ready, pair[0].in_flight, pair[0].last)
         )
-        chosen = {id(server): (server, one) for server, one in reversed(ranked)}.values()
-        return sorted(chosen, key=lambda pair: (pair[1].name not in pair[0].ready, pair[0].in_flight))
 
     def runs_on(self, loop: asyncio.AbstractEventLoop) -> None:
         """Requests are sent on this loop."""

@@ -62,7 +62,8 @@ class Played:
     def look(self):
         pass
 
-    async def ask(self, model, values, timeout, on_answer):
+    async def ask(self, model, values, timeout, on_answer, request_id):
+        assert request_id
         self.asked.append((model.name, values))
         self.in_flight, self.last = self.in_flight + 1, next(TURNS)
         try:

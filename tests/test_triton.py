@@ -5,9 +5,12 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -544,6 +547,28 @@ def test_the_front_finds_models_by_the_index_or_is_told_them(server):
         assert [asked(port, GENERATIONS, body)[0] for _ in range(2)] == [200, 200]
         assert json.loads(got(port, "/health")[2])["models"]["flux-whole"]["servers_ready"] == 1
     models.close()
+
+
+def test_the_command_is_a_front_until_it_is_told_to_stop(server, inside, tmp_path):
+    """Without a bundle, an engine, or anything but the servers."""
+    command = [sys.executable, "-m", "taylorseer_export", "serve", "--triton", server.grpc, "--port", "0"]
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        running = subprocess.Popen(
+            [*command, "--models", "dit-tiny"], cwd=triton_server.ROOT, stdout=subprocess.PIPE, stderr=file, text=True
+        )
+        try:
+            line = running.stdout.readline()
+            found = re.fullmatch(rf"serving dit-tiny of {server.grpc} at http://127\.0\.0\.1:(\d+) \(.*\n", line)
+            assert found, (line, errors.read_text())
+            body = {"prompt": "2", "model": "dit-tiny", "plan": "FF.F", "seed": 3}
+            made, expected = (json.loads(asked(port, GENERATIONS, body)[2]) for port in (int(found[1]), inside))
+            assert made["data"] == expected["data"]
+            running.send_signal(signal.SIGTERM)
+            assert running.wait(SECONDS) == 0
+        finally:
+            running.kill()
+    assert "Traceback" not in errors.read_text() and f"POST {GENERATIONS} 200" in errors.read_text()
 
 
 # Many at once

@@ -135,6 +135,7 @@ class Server:
         values: Mapping[str, Any],
         timeout: float,
         on_answer: Callable[[Outputs], object],
+        request_id: str = "",
     ) -> Outputs:
         """Send a request and wait for its last answer; it is cancelled at the server where this is cancelled here.
 
@@ -143,6 +144,7 @@ class Server:
             values: Inputs by name, as of `Client.infer`.
             timeout: Seconds after which the server gives it up. This side does not.
             on_answer: Of a model that streams: called with the outputs of every answer but the last.
+            request_id: By which the server names it in its log and its traces.
 
         Raises:
             ConfigError: The request is wrong.
@@ -152,7 +154,7 @@ class Server:
         declared = [{"name": name, "datatype": kind} for name, kind in model.inputs.items()]
         inputs = [input_of(self._library, declared, name, value) for name, value in values.items()]
         microseconds = max(1, math.ceil(1e6 * timeout))
-        asked = {"model_name": model.name, "inputs": inputs, "timeout": microseconds}
+        asked = {"model_name": model.name, "inputs": inputs, "timeout": microseconds, "request_id": request_id}
         self.in_flight, self.last = self.in_flight + 1, time.monotonic()
         try:
             if not model.streams:

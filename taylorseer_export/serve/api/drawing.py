@@ -31,6 +31,7 @@ class Drawing:
         asked: What.
         until: When it is given up, by the clock of the event loop (seconds).
         pictures, mask: As in `Wish`.
+        request_id: Of the request.
 
     Attributes:
         choice: The profile that all of them are drawn with.
@@ -43,9 +44,10 @@ class Drawing:
         until: float,
         pictures: Sequence[np.ndarray] = (),
         mask: np.ndarray | None = None,
+        request_id: str = "",
     ) -> None:
         self.model, self.asked, self.until = model, asked, until
-        self._pictures, self._mask = pictures, mask
+        self._pictures, self._mask, self._id = pictures, mask, request_id
         self._ends: list[Callable[[], object]] = []
         # Before its own pictures wait, and once for all of them.
         self.choice = model.choose(asked.options)
@@ -72,7 +74,7 @@ class Drawing:
             asked.strength,
         )
         previews = asked.partial_images if asked.stream else 0
-        return Order(number, wish, self._options, asked.stream, previews, asked.progress, left)
+        return Order(number, wish, self._options, asked.stream, previews, asked.progress, left, self._id)
 
     async def take_places(self, receive: Receive) -> None:
         """Send all of them and wait until each has a place; where one has none or the client leaves, all are left.

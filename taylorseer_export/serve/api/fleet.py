@@ -205,7 +205,8 @@ class Remote:
         for server, served in able:
             answers = Answers(order, post)
             try:
-                last = await server.ask(served, self._fit(served, values, order), _left(until), answers.take)
+                fitting = self._fit(served, values, order)
+                last = await server.ask(served, fitting, _left(until), answers.take, order.request_id)
             except (QueueFull, Stopping, NoServer) as error:
                 LOG.warning("%s does not draw %s: %s", server.url, served.name, error)
                 problem = error if not isinstance(problem, QueueFull) else problem

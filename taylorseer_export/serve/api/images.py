@@ -60,9 +60,9 @@ class Images:
             values = await json_of(request, self._settings.body)
         asked = asked_of(values, self._settings.most_pictures, self._settings.timeout)
         model = self._models.named(asked.model, video=False)
-        return await self._draw(
-            request, "image_generation", Drawing(model, asked, self._settings.until(began, asked.timeout))
-        )
+        until = self._settings.until(began, asked.timeout)
+        drawing = Drawing(model, asked, until, request_id=request.state.request_id)
+        return await self._draw(request, "image_generation", drawing)
 
     async def edits(self, request: Request) -> Answer | Stream:
         """Pictures of a prompt and of pictures."""
@@ -86,7 +86,8 @@ class Images:
                 400,
                 "mask",
             )
-        drawing = Drawing(model, asked, self._settings.until(began, asked.timeout), images, mask)
+        until = self._settings.until(began, asked.timeout)
+        drawing = Drawing(model, asked, until, images, mask, request.state.request_id)
         return await self._draw(request, "image_edit", drawing)
 
     async def _draw(self, request: Request, kind: str, drawing: Drawing) -> Answer | Stream:

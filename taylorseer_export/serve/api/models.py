@@ -28,6 +28,7 @@ class Order(NamedTuple):
         previews: How many are due, spread evenly over the loop.
         progress: Whether every step is told of; where it is not, the event loop sleeps but for previews.
         left: Seconds after which it is given up.
+        request_id: Of the request.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Order(NamedTuple):
     previews: int
     progress: bool
     left: float
+    request_id: str = ""
 
 
 class Queued(NamedTuple):

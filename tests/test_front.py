@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import openai
 import pytest
-from images_api import GENERATIONS, Metered, asked, client_of, got, picture_in, serving, until
+from images_api import GENERATIONS, Metered, asked, client_of, got, picture_in, png_of, serving, until
 
 from taylorseer_export.cli import main
 from taylorseer_export.errors import ConfigError, ServeError
@@ -265,6 +265,20 @@ def test_a_field_that_a_model_has_no_input_for_is_refused(over):
     assert server.asked == []
 
 
+def test_a_model_that_edits_gets_the_picture(over):
+    """On white where it is transparent, and needs one."""
+    inputs = {**INPUTS, "image": "UINT8"}
+    server = Played("a:1", [replace(PLAIN, inputs=inputs, needed=frozenset({"prompt", "image"}))], drawing(1))
+    with serving(over(server)) as port:
+        status, _, made = drawn(port)
+        assert (status, made["error"]["param"]) == (400, "image") and "image is missing for flux-tiny" in str(made)
+        assert client_of(port).images.edit(image=("a.png", png_of(4, 6)), prompt="blue").data
+        with pytest.raises(openai.BadRequestError, match="expected one picture, which changes as a whole"):
+            client_of(port).images.edit(image=[("a.png", png_of(4, 6))] * 2, prompt="blue")
+    ((_, values),) = server.asked
+    assert values["image"].shape == (4, 6, 3) and (values["image"] == 200).all() and "height" not in values
+
+
 def test_several_bundles_of_one_name_are_said(over, caplog):
     first, second = Played("a:1", [PLAIN], drawing(1)), Played("b:1", [replace(PLAIN, bundle="other")], drawing(1))
     fleet = Fleet([first, second])
@@ -305,6 +319,8 @@ def test_every_reason_is_known_by_its_sentence():
         ("UNAVAILABLE", "failed to connect to all addresses", NoServer, "no server answers at 127.0.0.1:9"),
         ("NOT_FOUND", "Request for unknown model: 'a' is not found", NoServer, "no server answers at 127.0.0.1:9"),
         ("INVALID_ARGUMENT", "plan has `x` at step 2", ConfigError, "plan has `x` at step 2"),
+        (None, "plan has `x` at step 2, expected F or .", ConfigError, "plan has `x` at step 2"),
+        (None, "Stub process 'a' is not healthy", ServeError, "the server failed at this request"),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", Late, "request is late"),
         ("CANCELLED", "request is cancelled", ServeError, "request is cancelled"),
         (
@@ -321,7 +337,7 @@ def test_what_triton_says_is_an_error_of_ours(monkeypatch, status, message, kind
 
     class Requests:
         async def infer(self, **asked):
-            raise InferenceServerException(message, f"StatusCode.{status}")
+            raise InferenceServerException(message, status and f"StatusCode.{status}")
 
     server = Server("127.0.0.1:9", ["a"])
     monkeypatch.setattr(server, "_requests", Requests)

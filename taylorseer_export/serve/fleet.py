@@ -202,16 +202,17 @@ class Server:
         known = unavailable(message)
         if known is not None:
             return known
-        if status == "INVALID_ARGUMENT":
+        ours = ", expected " in message
+        if status == "INVALID_ARGUMENT" or (ours and not status):  # before 24.08 errors of streams have none
             return ConfigError(message)
         if status == "DEADLINE_EXCEEDED":
             return Late("request is late, expected its end in its time; give it more")
-        if status in ("", "UNAVAILABLE", "NOT_FOUND"):
+        if status in ("UNAVAILABLE", "NOT_FOUND"):
             return self._away(error)
         if status == "CANCELLED":
             return ServeError(message, "CANCELLED")
         LOG.error("%s failed at a request: %s", self.url, message)
-        ours = ", expected " in message  # of anything else nothing is told but that it happened
+        # Of what is not ours nothing is told but that it happened.
         return ServeError(message if ours else _FAILED, "INTERNAL")
 
     def _away(self, error: Any) -> NoServer:

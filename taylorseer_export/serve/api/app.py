@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.serve.api.answers import Answer, refused, told
+from taylorseer_export.serve.api.entrance import Entrance
 from taylorseer_export.serve.api.fields import PARAMS
-from taylorseer_export.serve.api.front import Front
 from taylorseer_export.serve.api.images import Images
 from taylorseer_export.serve.api.metrics import Metrics
 from taylorseer_export.serve.api.models import Model, Models
@@ -35,7 +35,7 @@ _POLICY = (
 Handler = Callable[[Any], Awaitable[Any]]
 
 
-def app_of(models: Models, settings: Settings | None = None, traces: Traces | None = None) -> Front:
+def app_of(models: Models, settings: Settings | None = None, traces: Traces | None = None) -> Entrance:
     """The app over models that are ready. It closes them and the traces when its server ends.
 
     Args:
@@ -99,7 +99,7 @@ def app_of(models: Models, settings: Settings | None = None, traces: Traces | No
         starlette.route("/metrics", _answering(metered), "GET"),
         starlette.route("/", _answering(shown), "GET"),
     ]
-    return Front(starlette.app(routes, lifespan), settings, _PATHS, metrics.answered, traces)
+    return Entrance(starlette.app(routes, lifespan), settings, _PATHS, metrics.answered, traces)
 
 
 def _answering(handler: Handler) -> Handler:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from logging import INFO, WARNING
 from threading import Event as Flag
 from threading import Thread
 from typing import Any
@@ -63,7 +64,8 @@ class Fleet:
                 if before:
                     LOG.warning("%s", error)
             if before != server.ready:
-                LOG.warning("%s is ready for %s", server.url, ", ".join(sorted(server.ready)) or "nothing")
+                level = WARNING if before - server.ready else INFO
+                LOG.log(level, "%s is ready for %s", server.url, ", ".join(sorted(server.ready)) or "nothing")
         mixed = {name for name in self.models() if len({one.bundle for _, one in self.ready(name)}) > 1}
         for name in sorted(mixed - self._mixed):  # as while the servers get a new one
             LOG.warning("%s is of several bundles at its servers: a seed does not give one picture", name)

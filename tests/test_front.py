@@ -320,7 +320,8 @@ def test_every_reason_is_known_by_its_sentence():
         ("NOT_FOUND", "Request for unknown model: 'a' is not found", NoServer, "no server answers at 127.0.0.1:9"),
         ("INVALID_ARGUMENT", "plan has `x` at step 2", ConfigError, "plan has `x` at step 2"),
         (None, "plan has `x` at step 2, expected F or .", ConfigError, "plan has `x` at step 2"),
-        (None, "Stub process 'a' is not healthy", ServeError, "the server failed at this request"),
+        (None, "what is that", ServeError, "the server failed at this request"),
+        ("INTERNAL", "Stub process 'a_0_0' is not healthy.", NoServer, "no server answers at 127.0.0.1:9"),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", Late, "request is late"),
         ("CANCELLED", "request is cancelled", ServeError, "request is cancelled"),
         (
@@ -344,6 +345,41 @@ def test_what_triton_says_is_an_error_of_ours(monkeypatch, status, message, kind
     with pytest.raises(kind) as caught:
         asyncio.run(server.ask(PLAIN, {"prompt": "a dog", "seed": 1}, 1.0, lambda _: None))
     assert str(caught.value).startswith(told) and type(caught.value) is kind and server.in_flight == 0
+    server.close()
+
+
+def test_a_model_whose_process_died_is_not_ready_until_it_draws(monkeypatch):
+    """Triton goes on to say that it is."""
+    from tritonclient.utils import InferenceServerException
+
+    class Requests:
+        dead = True
+
+        async def infer(self, **asked):
+            if self.dead:
+                raise InferenceServerException("Stub process 'a_0_0' is not healthy.", "StatusCode.INTERNAL")
+            return Made()
+
+    class Made:
+        def get_response(self):
+            return {"outputs": []}
+
+    server = Server("127.0.0.1:9", [NAME])
+    monkeypatch.setattr(server, "_requests", Requests)
+    monkeypatch.setattr(server, "_listed", lambda: [NAME])
+    monkeypatch.setattr("taylorseer_export.serve.fleet.served_of", lambda _: PLAIN)
+    monkeypatch.setattr(server, "_config", lambda _: {})
+    server.look()
+    assert server.ready == {NAME}
+    with pytest.raises(NoServer):
+        asyncio.run(server.ask(PLAIN, {"prompt": "a dog"}, 1.0, print))
+    assert server.ready == frozenset()
+    server.look()
+    assert server.ready == frozenset()
+    Requests.dead = False
+    asyncio.run(server.ask(PLAIN, {"prompt": "a dog"}, 1.0, print))
+    server.look()
+    assert server.ready == {NAME}
     server.close()
 
 

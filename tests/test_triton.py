@@ -851,9 +851,9 @@ def test_a_model_that_died_is_found_by_the_probe_and_keeps_no_client_waiting(rep
             if any("dit-tiny" in word for word in process.cmdline())
         )  # fmt: skip
         with ThreadPoolExecutor(6) as senders:
-            asked = {"label": 3, "steps": 350, "interval": 1}
+            values = {"label": 3, "steps": 350, "interval": 1}
             protocols = [(server.grpc, "grpc"), (server.http, "http")] * 3
-            under_way = [senders.submit(infer, url, "dit-tiny", asked, p, timeout=5) for url, p in protocols]
+            under_way = [senders.submit(infer, url, "dit-tiny", values, p, timeout=5) for url, p in protocols]
             wait_until(server, "taylorseer_slots_in_use", 2, "dit-tiny")
             stub.kill()
             for answer in under_way:
@@ -864,14 +864,17 @@ def test_a_model_that_died_is_found_by_the_probe_and_keeps_no_client_waiting(rep
             time.sleep(0.2)
         assert probe.main(watch) == 1
         assert over_http(server, "/v2/health/ready")[0] == over_http(server, "/v2/health/live")[0] == 200
-        server.stop(signal.SIGKILL)  # asked politely it would wait for the answers of the dead one
         with serving(models) as port:
+            status, _, text = asked(port, GENERATIONS, {"prompt": "3"})
+            assert (status, json.loads(text)["error"]["code"]) == (503, "server_unavailable"), text
+            assert got(port, "/health")[0] == 503  # though the server says that the model is ready
+            server.stop(signal.SIGKILL)  # asked politely it would wait for the answers of the dead one
             with pytest.raises(openai.InternalServerError, match="no server that is ready draws dit-tiny") as caught:
                 client_of(port).images.generate(prompt="3")
             assert (caught.value.status_code, caught.value.code) == (503, "server_unavailable")
             images_api.until(lambda: got(port, "/health")[0] == 503)
             assert json.loads(got(port, "/health")[2])["models"]["dit-tiny"]["status"] == "unavailable"
-            assert Metered(port).of("taylorseer_requests_total", "dit-tiny", "refused") == 1
+            assert Metered(port).of("taylorseer_requests_total", "dit-tiny", "refused") == 2
         models.close()
     sweep()
 

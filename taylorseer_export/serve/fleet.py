@@ -25,6 +25,8 @@ _PROBE = 5.0  # seconds in which a server says what it has
 _AGAIN_MS = 2000  # longest wait before a server that was away is tried again
 _ADMIN = "triton-grpc-protocol-taylorseer-admin"
 _UNBOUNDED = -1  # bytes of a message
+_DIED = "is not healthy"  # says Triton of a model whose process is gone, and goes on to call it ready
+_MOURNED = 60.0  # seconds in which such a model is taken not to be ready, unless it draws or is seen to load
 _FAILED = "the server failed at this request, expected an answer; its log says why"
 LOG = logging.getLogger("taylorseer_export.serve.api")
 
@@ -88,6 +90,7 @@ class Server:
         self.known: dict[str, Served] = {}
         self.ready: frozenset[str] = frozenset()
         self.in_flight, self.last = 0, 0.0
+        self._died: dict[str, float] = {}  # models by name, and when that was noticed
 
     def look(self) -> None:
         """Ask what it has; blocks for seconds at most.
@@ -99,13 +102,15 @@ class Server:
         try:
             found = [served_of(self._config(name)) for name in self._listed()]
         except self._library.InferenceServerException as error:
-            self.ready = frozenset()
+            self.ready, self._died = frozenset(), {}
             raise self._away(error) from error
         except ConfigError:
             self.ready = frozenset()
             raise
-        self.known = {**self.known, **{one.name: one for one in found if one is not None}}
-        self.ready = frozenset(one.name for one in found if one is not None)
+        own = {one.name: one for one in found if one is not None}
+        late = time.monotonic() - _MOURNED
+        self._died = {name: when for name, when in self._died.items() if name in own and when > late}
+        self.known, self.ready = {**self.known, **own}, frozenset(own.keys() - self._died.keys())
 
     def _listed(self) -> list[str]:
         """Names of the models that are ready."""
@@ -157,11 +162,19 @@ class Server:
         asked = {"model_name": model.name, "inputs": inputs, "timeout": microseconds, "request_id": request_id}
         self.in_flight, self.last = self.in_flight + 1, time.monotonic()
         try:
-            if not model.streams:
-                return outputs_of(await self._requests().infer(**asked))
-            return await self._streamed(asked, on_answer)
+            if model.streams:
+                made = await self._streamed(asked, on_answer)
+            else:
+                made = outputs_of(await self._requests().infer(**asked))
         except self._library.InferenceServerException as error:
+            if _DIED in str(error.message()):
+                self._died = {**self._died, model.name: time.monotonic()}
+                self.ready = self.ready - {model.name}
+                raise self._away(error) from error
             raise self._said(error) from error
+        else:
+            self._died = {name: when for name, when in self._died.items() if name != model.name}
+            return made
         finally:
             self.in_flight -= 1
 

@@ -19,7 +19,24 @@ from types import SimpleNamespace
 import numpy as np
 import openai
 import pytest
-from images_api import LOOP, SECONDS, alone, asked, client_of, got, models_over, picture_in, serving, until
+from images_api import (
+    CAPTION,
+    GENERATIONS,
+    LOOP,
+    MALFORMED,
+    SECONDS,
+    Metered,
+    alone,
+    asked,
+    client_of,
+    got,
+    malformed,
+    models_over,
+    picture_in,
+    png_of,
+    serving,
+    until,
+)
 from PIL import Image
 from profiles import made as made_profile
 from profiles import weights_of
@@ -38,7 +55,8 @@ from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.serve.api import prompts
 from taylorseer_export.serve.api.busy import Busy, chosen
-from taylorseer_export.serve.api.models import Model, Models, load_models
+from taylorseer_export.serve.api.loaded import Loaded, load_models
+from taylorseer_export.serve.api.models import Models
 from taylorseer_export.serve.api.problems import problem_of
 from taylorseer_export.serve.api.process import bound, server_of
 from taylorseer_export.serve.api.settings import KEYS, Settings, read_keys
@@ -46,8 +64,6 @@ from taylorseer_export.serve.refusals import Stopping
 from taylorseer_export.serve.service import Limits, Service
 
 ROOT = Path(__file__).resolve().parents[1]
-CAPTION = "a red circle left of a blue square"
-GENERATIONS = "/v1/images/generations"
 KEY = "a-key-of-the-tests"
 
 
@@ -237,57 +253,9 @@ def test_the_openai_client_raises_its_own_exceptions(client):
         client.models.retrieve("dall-e-2")
 
 
-# What is changed of a good body -> (status, param).
-MALFORMED = {
-    "no prompt": ({"prompt": None}, 400, "prompt"),
-    "an empty prompt": ({"prompt": "  "}, 400, "prompt"),
-    "a prompt that is a list": ({"prompt": ["a"]}, 400, "prompt"),
-    "a prompt that is too long": ({"prompt": "a " * 3000}, 400, "prompt"),
-    "half of a character": ({"prompt": "\ud800"}, 400, "prompt"),
-    "a model that is not there": ({"model": "sdxl"}, 404, "model"),
-    "a model that is a number": ({"model": 3}, 400, "model"),
-    "n of 0": ({"n": 0}, 400, "n"),
-    "n of a million": ({"n": 10**6}, 400, "n"),
-    "n as text": ({"n": "2"}, 400, "n"),
-    "n as a truth value": ({"n": True}, 400, "n"),
-    "a size that is none": ({"size": "big"}, 400, "size"),
-    "a size out of range": ({"size": "99996x99996"}, 400, "size"),
-    "a size that does not divide": ({"size": "33x32"}, 400, "size"),
-    "a url": ({"response_format": "url"}, 400, "response_format"),
-    "a format": ({"output_format": "gif"}, 400, "output_format"),
-    "a compression of png": ({"output_compression": 50}, 400, "output_compression"),
-    "too many previews": ({"stream": True, "partial_images": 4}, 400, "partial_images"),
-    "a stream that is text": ({"stream": "yes"}, 400, "stream"),
-    "an unknown field": ({"sampler": "euler"}, 400, "sampler"),
-    "transparency": ({"background": "transparent"}, 400, "background"),
-    "too many steps": ({"steps": 10**6}, 400, "steps"),
-    "steps twice": ({"steps": 4, "num_inference_steps": 4}, 400, "num_inference_steps"),
-    "a plan of other letters": ({"plan": "FxF"}, 400, "plan"),
-    "a plan beside an interval": ({"plan": "FF.F", "interval": 3}, 400, "interval"),
-    "an order that is too high": ({"order": 4}, 400, "order"),
-    "a profile that is not there": ({"profile": "fast"}, 400, "profile"),
-    "a guard that is not there": ({"guard": "cg", "threshold": 0.1}, 400, "guard"),
-    "a threshold alone": ({"threshold": 0.1}, 400, "threshold"),
-    "a seed below 0": ({"seed": -1}, 400, "seed"),
-    "a seed that is too high": ({"seed": 1 << 63}, 400, "seed"),
-    "a negative prompt": ({"negative_prompt": "a dog"}, 400, "negative_prompt"),
-    "guidance that is no number": ({"guidance_scale": "high"}, 400, "guidance_scale"),
-    "guidance of a model without": ({"guidance_scale": 3.0}, 400, "guidance_scale"),
-    "a class that is a word": ({"model": "dit-tiny", "prompt": "seven"}, 400, "prompt"),
-    "a class that is not there": ({"model": "dit-tiny", "prompt": "10"}, 400, "prompt"),
-    "a size of a model with one": ({"model": "dit-tiny", "prompt": "1", "size": "64x64"}, 400, "size"),
-    "no time": ({"timeout": 0}, 400, "timeout"),
-    "more time than there is": ({"timeout": 1e9}, 400, "timeout"),
-    "time that has passed": ({"timeout": 1e-9}, 504, None),
-}
-
-
 @pytest.mark.parametrize("case", MALFORMED)
 def test_a_malformed_request_is_refused_in_one_sentence(port, case):
-    change, status, param = MALFORMED[case]
-    body = {"prompt": CAPTION, "steps": 4, **change}
-    if change.keys() & {"plan", "profile"}:
-        body.pop("steps")
+    body, status, param = malformed(case)
     seen, headers, text = asked(port, GENERATIONS, body)
     error = json.loads(text)["error"]
     assert (seen, error["param"]) == (status, param), error
@@ -339,7 +307,7 @@ def test_paths_and_methods_that_are_none(port):
 
 
 def test_a_failure_of_the_server_tells_nothing_of_itself(port, monkeypatch, caplog):
-    monkeypatch.setattr("taylorseer_export.serve.api.drawing.request_of", lambda *_: 1 / 0)
+    monkeypatch.setattr("taylorseer_export.serve.api.loaded.request_of", lambda *_: 1 / 0)
     status, _, text = asked(port, GENERATIONS, {"prompt": CAPTION})
     assert status == 500 and b"zero" not in text and json.loads(text)["error"]["type"] == "server_error"
     assert any(record.exc_info and record.exc_info[0] is ZeroDivisionError for record in caplog.records)
@@ -419,7 +387,7 @@ def test_of_several_pictures_none_is_drawn_where_one_has_no_place(denoisers, hel
 
 def test_the_event_loop_neither_reads_prompts_nor_writes_pictures(port, monkeypatch):
     seen = {}
-    for place in ("drawing.request_of", "images.picture_of", "images.encoded"):
+    for place in ("loaded.request_of", "loaded.picture_of", "images.encoded"):
         path = f"taylorseer_export.serve.api.{place}"
         work = pkgutil.resolve_name(path)
 
@@ -469,7 +437,7 @@ def test_a_server_that_stops_says_so(denoisers):
 def test_a_stop_finishes_what_is_under_way(embedded, held):
     reached, event = held
     event.set()  # while it warms up
-    model = Model(load(embedded("digits"), threads=1), Limits(slots=1, batch=1, workers=1))
+    model = Loaded(load(embedded("digits"), threads=1), Limits(slots=1, batch=1, workers=1))
     event.clear()
     reached.clear()
     listener = bound("127.0.0.1", 0)
@@ -515,7 +483,7 @@ def test_a_busy_server_draws_faster_what_leaves_it_the_choice(with_profile, held
     reached, event = held
     event.set()  # while it warms up
     with load(with_profile, threads=1) as denoiser:
-        model = Model(denoiser, Limits(slots=1, queue=9, batch=1, workers=1), Busy(1, "fast"))
+        model = Loaded(denoiser, Limits(slots=1, queue=9, batch=1, workers=1), Busy(1, "fast"))
         event.clear()
         reached.clear()
         answers, threads = {}, []
@@ -668,19 +636,6 @@ def test_models_are_listed(client, denoisers):
     assert client.models.retrieve("dit-tiny").id == "dit-tiny"
 
 
-class Metered:
-    """The metrics of a server."""
-
-    def __init__(self, port):
-        self._port = port
-
-    def of(self, name, *labels):
-        """The sum of the samples of this name whose labels have all of these values."""
-        text = got(self._port, "/metrics")[2].decode()
-        lines = [line for line in text.splitlines() if re.match(rf"{name}[{{ ]", line)]
-        return sum(float(line.split()[-1]) for line in lines if all(f'"{label}"' in line for label in labels))
-
-
 def test_metrics_are_those_of_the_services(denoisers):
     with models_over(denoisers["digits"], slots=3, queue=5) as models, serving(models) as port:
         assert asked(port, GENERATIONS, {"prompt": "4", "n": 2, "plan": "FF.F.F"})[0] == 200
@@ -701,12 +656,6 @@ def test_metrics_are_those_of_the_services(denoisers):
 
 
 # Pictures that are sent
-
-
-def png_of(height, width):
-    stream = io.BytesIO()
-    Image.fromarray(np.full((height, width, 3), 200, np.uint8)).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def test_edits_are_refused_where_no_model_takes_pictures(client, denoisers):
@@ -744,10 +693,9 @@ def taker(monkeypatch):
     def watched(denoiser, wish, cache, _):
         return request_of(denoiser, wish, cache)
 
-    monkeypatch.setattr("taylorseer_export.serve.api.images.takes_pictures", lambda _: True)
-    monkeypatch.setattr("taylorseer_export.serve.api.drawing.request_of", watched)
+    monkeypatch.setattr("taylorseer_export.serve.api.loaded.request_of", watched)
     monkeypatch.setattr(
-        "taylorseer_export.serve.api.drawing.picture_for",
+        "taylorseer_export.serve.api.loaded.picture_for",
         lambda denoiser, wish, options: (given.append(wish), (options, None))[1],
     )
     return given

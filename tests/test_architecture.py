@@ -81,7 +81,7 @@ HEAVY: dict[str, frozenset[str]] = {
     "PIL": frozenset({"report/metrics.py", "embedded/picture.py", "embedded/video.py", "serve/api/formats.py"}),
     "av": frozenset({"embedded/video.py"}),
     "tqdm": frozenset({"commands/terminal.py"}),
-    "tritonclient": frozenset({"serve/repository.py", "serve/client.py"}),
+    "tritonclient": frozenset({"serve/repository.py", "serve/client.py", "serve/fleet.py"}),
     # The images API: routes and forms, and for its handlers the type of a request; the rest of it is plain ASGI.
     "starlette": frozenset({"serve/api/app.py", "serve/api/bodies.py", "serve/api/images.py", "serve/api/videos.py"}),
     "python_multipart": frozenset({"serve/api/app.py"}),

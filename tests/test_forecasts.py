@@ -151,7 +151,7 @@ def dropped_in(denoiser, options, _):
 
 def served(denoiser, options, request):
     """As the protocol carries it: arrays of the type of each port."""
-    kinds = {"INT32": np.int32, "FP32": np.float32, "BOOL": np.bool_}
+    kinds = {"INT32": np.int32, "FP64": np.float64, "BOOL": np.bool_}
     ports = {port.name: port.datatype for port in contract.inputs(denoiser.manifest, "denoiser")}
     values = dict(request)
     for name, value in options.items():

@@ -1,11 +1,16 @@
 """The real tritonserver, started and stopped here: what it answers, what it refuses, and what it leaves behind."""
 
 import base64
+import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -15,9 +20,13 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import images_api
 import numpy as np
+import openai
 import pytest
 import triton_server
+from images_api import GENERATIONS, MALFORMED, Metered, asked, client_of, got, models_over, serving
+from PIL import Image
 from profiles import PLAN as PROFILE_PLAN
 from profiles import made, weights_of
 from triton_server import Server
@@ -31,6 +40,7 @@ from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import Request, sample
 from taylorseer_export.serve import probe
+from taylorseer_export.serve.api.fleet import open_models
 from taylorseer_export.serve.client import infer
 from taylorseer_export.serve.repository import Deployment, write_repository
 from taylorseer_export.serve.server import HEADER, REGION, SHARED_MEMORY, abandoned_regions, sweep
@@ -361,6 +371,206 @@ def test_the_client_command_writes_the_picture(server, alone, tmp_path, capsys):
     assert "input is `label`, expected one that the model has" in capsys.readouterr().err
 
 
+# The images API before it
+
+
+@pytest.fixture(scope="module")
+def front(server):
+    """A server of the images API that holds no bundle: its port."""
+    models = open_models([server.grpc], ["flux-tiny", "dit-tiny"], every=0.2)
+    with serving(models) as port:
+        yield port
+    models.close()
+
+
+@pytest.fixture(scope="module")
+def inside(denoisers):
+    """One over the same bundles, in this process: its port."""
+    with models_over(denoisers["flux"], denoisers["dit"]) as models, serving(models) as port:
+        yield port
+
+
+def png_of(picture):
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    return stream.getvalue()
+
+
+# What is asked beside a seed.
+ASKED = {
+    "several pictures of a size": {"n": 2, "size": "48x32", "steps": 9},
+    "the bundle's defaults": {},
+    "a guidance that binary fractions round": {"steps": 4, "model": "dit-tiny", "prompt": " 7 ", "guidance_scale": 2.3},
+    "a profile": {"profile": "fast", "quality": "auto"},
+    "a plan and another format": {"plan": "FF.F..F", "order": 1, "output_format": "webp", "output_compression": 80},
+    "a prompt of more bytes than characters": {"prompt": "漢字" * 1500, "plan": "FF.F"},
+    "its own size by name": {"model": "dit-tiny", "prompt": "3", "size": "16x16", "plan": "FF.F"},
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_the_front_answers_as_the_service_in_one_process_does(front, inside, case):
+    body = {"prompt": CAPTION, "seed": 7, **ASKED[case]}
+    (status, _, text), (expected, _, other) = (asked(port, GENERATIONS, body) for port in (front, inside))
+    assert status == expected == 200, text
+    seen, wanted = json.loads(text), json.loads(other)
+    assert seen["data"] == wanted["data"] and len(seen["data"]) == body.get("n", 1)
+    times = [picture.pop("times_ms") for answer in (seen, wanted) for picture in answer["taylorseer"]["pictures"]]
+    assert {tuple(one) for one in times} == {tuple(times[0])} and min(v for one in times for v in one.values() if v) > 0
+    for answer in (seen, wanted):
+        del answer["created"], answer["taylorseer"]["request_id"]
+    assert seen == wanted
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_the_front_refuses_in_the_same_words(front, inside, case):
+    body, status, param = images_api.malformed(case)
+    seen, expected = (asked(port, GENERATIONS, body) for port in (front, inside))
+    assert seen[0] == expected[0] == status, seen[2]
+    error, other = (json.loads(answer[2])["error"] for answer in (seen, expected))
+    if status == 504:  # how far it came is chance
+        error.pop("message"), other.pop("message")
+    assert error == other and error["param"] == param
+
+
+def test_the_openai_client_edits_through_the_front(front, inside):
+    """Of ten steps the last six run; of a strength that was rounded to float32 it would be seven."""
+    picture = np.random.default_rng(2).integers(0, 256, (32, 48, 4), dtype=np.uint8)
+    how = {"seed": "3", "steps": "10", "strength": "0.6"}
+    given = {"image": ("a.png", png_of(picture)), "prompt": CAPTION, "model": "flux-tiny", "extra_body": how}
+    made, expected = (client_of(port).images.edit(**given) for port in (front, inside))
+    assert made.data[0].b64_json == expected.data[0].b64_json and made.size == expected.size == "48x32"
+    executed = [one.model_extra["taylorseer"]["pictures"][0]["executed"] for one in (made, expected)]
+    assert executed[0] == executed[1] and len(executed[0]) == 6
+    with pytest.raises(openai.BadRequestError, match="expected flux-tiny, which takes them; ask for"):
+        client_of(front).images.edit(image=given["image"], prompt="3", model="dit-tiny")
+    for more in ({"model": "dit-tiny", "prompt": "3"}, {"model": "flux-tiny", "prompt": CAPTION}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client_of(front).images.generate(**more, extra_body={"strength": 0.5})
+        assert caught.value.param == "strength"
+
+
+def test_the_openai_client_streams_through_the_front(front, inside):
+    how = {"prompt": CAPTION, "stream": True, "partial_images": 3, "extra_body": {"seed": 5, "steps": 12}}
+    (*previews, last), (*others, end) = (list(client_of(port).images.generate(**how)) for port in (front, inside))
+    assert [event.b64_json for event in (*previews, last)] == [event.b64_json for event in (*others, end)]
+    assert [event.partial_image_index for event in previews] == [0, 1, 2]
+    told = [event.model_extra["taylorseer"] for event in (last, end)]
+    assert told[0]["executed"] == told[1]["executed"] and told[0]["times_ms"].keys() == told[1]["times_ms"].keys()
+
+
+def test_a_stream_of_the_front_tells_of_steps(front, inside):
+    """And with a model that does not answer after every step, it refuses before it begins."""
+    body = {"prompt": CAPTION, "n": 2, "seed": 1, "plan": "FF..F", "stream": True, "progress": True}
+    events = []
+    for port in (front, inside):
+        status, _, text = asked(port, GENERATIONS, body)
+        assert status == 200
+        blocks = text.decode().strip().split("\n\n")
+        told = [json.loads(block.partition("data: ")[2]) for block in blocks]
+        events.append([[event for event in told if event["image_index"] == number] for number in (0, 1)])
+    for one, other in zip(*events, strict=True):
+        assert [event.get("step") for event in one] == [1, 2, 3, 4, None] == [event.get("step") for event in other]
+        assert {event["planned"] for event in one[:-1]} == {"FF..F"} and min(e["milliseconds"] for e in one[:-1]) > 0
+        assert one[-1]["b64_json"] == other[-1]["b64_json"]
+    status, _, text = asked(front, GENERATIONS, {"prompt": "3", "model": "dit-tiny", "stream": True, "progress": True})
+    assert status == 400 and json.loads(text)["error"]["param"] == "progress", text
+    events = list(client_of(front).images.generate(prompt="3", model="dit-tiny", stream=True, extra_body={"steps": 2}))
+    assert [event.type for event in events] == ["image_generation.completed"]
+
+
+def test_a_stream_of_the_front_is_refused_before_it_begins(front):
+    """As any request is: the model says when it has a place."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        client_of(front).images.generate(prompt=CAPTION, stream=True, extra_body={"order": 4})
+    assert caught.value.param == "order" and "order is 4, expected at most 1" in caught.value.message
+    with pytest.raises(openai.NotFoundError):
+        client_of(front).images.generate(prompt=CAPTION, model="flux-whole", stream=True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_the_front_frees_the_slot_at_the_server(server, front, stream):
+    model = "flux-tiny" + "-stream" * stream
+    left = f'taylorseer_requests_total{{model="{model}",outcome="cancelled"}}'
+    wait_until(server, "taylorseer_slots_in_use", 0, model)
+    before, own = metrics(server)[left], Metered(front).of("taylorseer_requests_total", "flux-tiny", "cancelled")
+    body = json.dumps({"prompt": CAPTION, "plan": "F" * 1000, "stream": stream, "seed": 1}).encode()
+    head = f"POST {GENERATIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", int(front))) as leaving:
+        leaving.sendall(head.encode() + b"\r\n\r\n" + body)
+        wait_until(server, "taylorseer_slots_in_use", 1, model)
+        if stream:
+            assert leaving.recv(15) == b"HTTP/1.1 200 OK"
+    wait_until(server, left, before + 1)
+    wait_until(server, "taylorseer_slots_in_use", 0, model)
+    assert Metered(front).of("taylorseer_requests_total", "flux-tiny", "cancelled") == own + 1
+
+
+def test_a_late_request_of_the_front_says_how_far_it_came(front):
+    body = {"prompt": CAPTION, "plan": "F" * 1000, "timeout": 0.3}
+    status, _, text = asked(front, GENERATIONS, body)
+    error = json.loads(text)["error"]
+    assert (status, error["code"]) == (504, "timeout") and error["message"].startswith("request is late after"), error
+
+
+def test_the_front_knows_its_models_and_servers(server, front, inside):
+    listed, expected = (json.loads(got(port, "/v1/models")[2])["data"] for port in (front, inside))
+    for model in (*listed, *expected):
+        assert model.pop("created") > 0
+    assert listed == expected
+    status, _, text = got(front, "/health")
+    seen = json.loads(text)
+    assert status == 200 and seen["status"] == "ok" and seen["models"].keys() == {"flux-tiny", "dit-tiny"}
+    assert seen["models"]["flux-tiny"] == {"status": "ok", "servers": 1, "servers_ready": 1, "slots": 8, "in_flight": 0}
+    assert asked(front, GENERATIONS, {"prompt": "1", "model": "dit-tiny", "plan": "FF.F"})[0] == 200
+    metered = Metered(front)
+    assert metered.of("taylorseer_requests_total", "dit-tiny", "done") >= 1
+    assert metered.of("taylorseer_full_steps_total", "dit-tiny", "executed") >= 3
+    assert metered.of("taylorseer_stage_seconds_count", "dit-tiny", "loop") >= 1
+    assert metered.of("taylorseer_http_requests_total", GENERATIONS, "200") >= 1
+    assert metered.of("taylorseer_servers_ready", "dit-tiny") == 1
+    assert b"taylorseer_steps_total{" not in got(front, "/metrics")[2]  # those are the server's own
+
+
+def test_the_front_finds_models_by_the_index_or_is_told_them(server):
+    (dead,) = triton_server.free_ports(1)
+    with pytest.raises(ConfigError, match=r"repository index of .* is restricted, expected --models or the secret in"):
+        open_models([server.grpc])
+    with pytest.raises(ConfigError, match=r"--models has sdxl, expected models that .* is ready for"):
+        open_models([server.grpc], ["flux-tiny", "sdxl"])
+    with pytest.raises(ServeError, match=f"no server answers at 127.0.0.1:{dead} .*, expected one that is ready"):
+        open_models([f"127.0.0.1:{dead}"], ["flux-tiny"])
+    models = open_models([f"127.0.0.1:{dead}", server.grpc], secret=server.secret)
+    with serving(models) as port:
+        assert {model.name for model in models} == {"flux-tiny", "dit-tiny", "flux-whole"}
+        body = {"prompt": "any words", "model": "flux-whole", "plan": "FF.F"}
+        assert [asked(port, GENERATIONS, body)[0] for _ in range(2)] == [200, 200]
+        assert json.loads(got(port, "/health")[2])["models"]["flux-whole"]["servers_ready"] == 1
+    models.close()
+
+
+def test_the_command_is_a_front_until_it_is_told_to_stop(server, inside, tmp_path):
+    """Without a bundle, an engine, or anything but the servers."""
+    command = [sys.executable, "-m", "taylorseer_export", "serve", "--triton", server.grpc, "--port", "0"]
+    errors = tmp_path / "errors"
+    with errors.open("w") as file:
+        running = subprocess.Popen(
+            [*command, "--models", "dit-tiny"], cwd=triton_server.ROOT, stdout=subprocess.PIPE, stderr=file, text=True
+        )
+        try:
+            line = running.stdout.readline()
+            found = re.fullmatch(rf"serving dit-tiny of {server.grpc} at http://127\.0\.0\.1:(\d+) \(.*\n", line)
+            assert found, (line, errors.read_text())
+            body = {"prompt": "2", "model": "dit-tiny", "plan": "FF.F", "seed": 3}
+            made, expected = (json.loads(asked(port, GENERATIONS, body)[2]) for port in (int(found[1]), inside))
+            assert made["data"] == expected["data"]
+            running.send_signal(signal.SIGTERM)
+            assert running.wait(SECONDS) == 0
+        finally:
+            running.kill()
+    assert "Traceback" not in errors.read_text() and f"POST {GENERATIONS} 200" in errors.read_text()
+
+
 # Many at once
 
 
@@ -627,10 +837,12 @@ def test_one_request_does_not_stop_another(hardened):
 
 
 def test_a_model_that_died_is_found_by_the_probe_and_keeps_no_client_waiting(repository):
+    """And the front of a server that is gone says so, at once."""
     import psutil
 
     with Server(repository, ["dit-tiny"]) as server:
         server.wait_ready()
+        models = open_models([server.grpc], ["dit-tiny"], every=0.2)
         watch = ["--url", server.metrics, "--oldest", "5", "--timeout", "5", "dit-tiny"]
         assert probe.main(watch) == 0
         assert probe.main([*watch, "other"]) == 1
@@ -639,9 +851,9 @@ def test_a_model_that_died_is_found_by_the_probe_and_keeps_no_client_waiting(rep
             if any("dit-tiny" in word for word in process.cmdline())
         )  # fmt: skip
         with ThreadPoolExecutor(6) as senders:
-            asked = {"label": 3, "steps": 350, "interval": 1}
+            values = {"label": 3, "steps": 350, "interval": 1}
             protocols = [(server.grpc, "grpc"), (server.http, "http")] * 3
-            under_way = [senders.submit(infer, url, "dit-tiny", asked, p, timeout=5) for url, p in protocols]
+            under_way = [senders.submit(infer, url, "dit-tiny", values, p, timeout=5) for url, p in protocols]
             wait_until(server, "taylorseer_slots_in_use", 2, "dit-tiny")
             stub.kill()
             for answer in under_way:
@@ -652,7 +864,18 @@ def test_a_model_that_died_is_found_by_the_probe_and_keeps_no_client_waiting(rep
             time.sleep(0.2)
         assert probe.main(watch) == 1
         assert over_http(server, "/v2/health/ready")[0] == over_http(server, "/v2/health/live")[0] == 200
-        server.stop(signal.SIGKILL)  # asked politely it would wait for the answers of the dead one
+        with serving(models) as port:
+            status, _, text = asked(port, GENERATIONS, {"prompt": "3"})
+            assert (status, json.loads(text)["error"]["code"]) == (503, "server_unavailable"), text
+            assert got(port, "/health")[0] == 503  # though the server says that the model is ready
+            server.stop(signal.SIGKILL)  # asked politely it would wait for the answers of the dead one
+            with pytest.raises(openai.InternalServerError, match="no server that is ready draws dit-tiny") as caught:
+                client_of(port).images.generate(prompt="3")
+            assert (caught.value.status_code, caught.value.code) == (503, "server_unavailable")
+            images_api.until(lambda: got(port, "/health")[0] == 503)
+            assert json.loads(got(port, "/health")[2])["models"]["dit-tiny"]["status"] == "unavailable"
+            assert Metered(port).of("taylorseer_requests_total", "dit-tiny", "refused") == 2
+        models.close()
     sweep()
 
 

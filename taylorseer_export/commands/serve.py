@@ -1,8 +1,9 @@
-"""`serve`: the images API of OpenAI, over HTTP, for bundles that draw."""
+"""`serve`: the images API of OpenAI, over HTTP, for bundles that draw, here or on Triton servers."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,16 +14,35 @@ from taylorseer_export.values import memory, real, whole
 
 if TYPE_CHECKING:
     from taylorseer_export.serve.api.busy import Busy
+    from taylorseer_export.serve.api.models import Models
 
-SUMMARY = "Serve bundles over HTTP as the OpenAI API defines it for images."
+SUMMARY = "Serve bundles, or Triton servers that have them, over HTTP as the OpenAI API defines it for images."
 
 _LAST_PORT = 65535
+# Options of bundles that are loaded here.
+_LOADED = "device slots queue batch workers threads memory_budget conditioning_cache warm stall".split()
+_BUSY = ("busy_queue", "busy_profile")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument(
-        "bundles", type=Path, nargs="+", metavar="BUNDLE", help="folders of bundles; requests name one as their `model`"
+        "bundles", type=Path, nargs="*", metavar="BUNDLE", help="folders of bundles; requests name one as their `model`"
+    )
+    parser.add_argument(
+        "--triton",
+        nargs="+",
+        metavar="HOST:PORT",
+        default=(),
+        help="Triton servers (gRPC) that have the models, in the place of bundles: nothing is loaded here",
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        default=(),
+        help="with --triton: bundles by their names there, the first for requests that name none (default: all that "
+        "the servers list, which takes the secret in TAYLORSEER_ADMIN where they restrict it)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument(
@@ -72,12 +92,12 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
-    require_extra("serve", "starlette", "uvicorn", "python_multipart", "prometheus_client", "PIL")
-    from taylorseer_export.serve.api.models import load_models
+    _check(given)
+    extra, own = ("front", ("tritonclient",)) if given.triton else ("serve", ())
+    require_extra(extra, *own, "starlette", "uvicorn", "python_multipart", "prometheus_client", "PIL")
     from taylorseer_export.serve.api.process import address_of, bound, serve
     from taylorseer_export.serve.api.settings import Settings, read_keys
     from taylorseer_export.serve.api.traces import traces_of
-    from taylorseer_export.serve.service import Limits
 
     settings = Settings(
         timeout=given.timeout,
@@ -89,17 +109,60 @@ def run(given: argparse.Namespace) -> int:
     )
     busy, traces = _busy(given), traces_of()
     with bound(given.host, given.port) as listener:
-        names = ("slots", "queue", "batch", "workers", "conditioning_cache", "warm")
-        limits = Limits(**{name: getattr(given, name) for name in names})
-        models = load_models(given.bundles, given.device, given.threads, limits, given.memory_budget, busy)
+        models = _models(given, busy)
 
         def ready() -> None:
             names = ", ".join(model.name for model in models)
+            names += f" of {', '.join(given.triton)}" if given.triton else ""
             who = f"{len(settings.keys)} keys" if settings.keys else "no key: whoever reaches it may draw"
             print(f"serving {names} at {address_of(listener)} ({who}); Ctrl-C ends it", flush=True)
 
         serve(models, settings, listener, ready, traces)
     return 0
+
+
+def _models(given: argparse.Namespace, busy: Busy | None) -> Models:
+    """Loaded here, or found on Triton servers."""
+    if given.triton:
+        from taylorseer_export.serve.api.fleet import open_models
+        from taylorseer_export.serve.server import SECRET
+
+        return open_models(given.triton, given.models, os.environ.get(SECRET, ""))
+    from taylorseer_export.serve.api.loaded import load_models
+    from taylorseer_export.serve.service import Limits
+
+    names = ("slots", "queue", "batch", "workers", "conditioning_cache", "warm")
+    limits = Limits(**{name: getattr(given, name) for name in names})
+    return load_models(given.bundles, given.device, given.threads, limits, given.memory_budget, busy)
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Refuse options of the one kind of models beside the other.
+
+    Raises:
+        ConfigError: They are given so, or no models are.
+    """
+    if bool(given.bundles) == bool(given.triton):
+        seen = f"{given.bundles[0]} beside --triton" if given.bundles else "missing"
+        raise ConfigError(f"BUNDLE is {seen}, expected bundles or --triton HOST:PORT; give one of them")
+    if not given.triton:
+        if given.models:
+            raise ConfigError(
+                f"--models is {given.models[0]} without --triton, expected it beside that; a bundle's name is its own"
+            )
+        return
+    usual = argparse.ArgumentParser()
+    options(usual)
+    for name in (*_LOADED, *_BUSY):
+        if getattr(given, name) != usual.get_default(name):
+            why = (
+                "how long the queues of Triton's models are is not known here"
+                if name in _BUSY
+                else "it belongs to models that are loaded here, and `taylorseer-export triton` sets it for others"
+            )
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is given beside --triton, expected none, since {why}; leave it out"
+            )
 
 
 def _busy(given: argparse.Namespace) -> Busy | None:

@@ -68,12 +68,27 @@ def given_picture(manifest: Manifest, picture: np.ndarray | None, strength: floa
     use, name = use_of(manifest), f"{manifest.family}-{manifest.name}"
     if picture is not None and use is None:
         raise ConfigError(f"picture is given for {name}, expected none, since it draws from text alone; leave it out")
-    if strength is not None and (use != "begins" or picture is None):
+    check_strength(name, use, picture is not None, strength)
+    return None if picture is None else Given(picture, STRENGTH if strength is None else strength)
+
+
+def check_strength(name: str, use: Use | None, given: bool, strength: float | None) -> None:
+    """Refuse a strength that is of nothing, or out of range.
+
+    Args:
+        name: Of the model.
+        use: What it does with a picture.
+        given: Whether one is.
+        strength: As asked; None where nothing was.
+
+    Raises:
+        ConfigError: There is nothing that it is of, or it is no share.
+    """
+    if strength is not None and (use != "begins" or not given):
         what = "a picture that the loop begins with" if use == "begins" else f"none, since {name} begins with noise"
         raise ConfigError(f"strength is {strength:g}, expected {what}; leave it out")
     if strength is not None and not 0 < strength <= 1:
         raise ConfigError(f"strength is {strength:g}, expected above 0 and at most 1 (share of the steps); change it")
-    return None if picture is None else Given(picture, STRENGTH if strength is None else strength)
 
 
 def steps_that_run(

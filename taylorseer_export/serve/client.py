@@ -33,10 +33,8 @@ class Client:
 
     def __init__(self, url: str, protocol: Protocol = "grpc") -> None:
         self._url, self._protocol = url, protocol
-        self._library = _library("http" if protocol == "http" else "grpc")
-        found = re.fullmatch(r"[^\s/@?#]+:([0-9]{1,5})", url)
-        if not found or not url.isprintable() or int(found[1]) > _LAST_PORT:
-            raise ConfigError(f"--url is {url}, expected host:port without a scheme, like 127.0.0.1:8001; correct it")
+        self._library = client_library("http" if protocol == "http" else "grpc")
+        check_url(url, "--url")
         self._client = self._connected()
         self._declared: dict[str, list[dict[str, Any]]] = {}
 
@@ -69,11 +67,11 @@ class Client:
                 if model not in self._declared:
                     form = {} if self._protocol == "http" else {"as_json": True, "client_timeout": _left(until)}
                     self._declared[model] = self._client.get_model_metadata(model, **form)["inputs"]
-                inputs = [_input(self._library, self._declared[model], name, value) for name, value in values.items()]
+                inputs = [input_of(self._library, self._declared[model], name, value) for name, value in values.items()]
                 if self._protocol == "stream":
                     return self._stream(model, inputs, timeout, until, on_step)
                 bound = {} if self._protocol == "http" else {"client_timeout": _left(until)}
-                return _outputs(self._client.infer(model, inputs, timeout=round(1e6 * timeout), **bound))
+                return outputs_of(self._client.infer(model, inputs, timeout=round(1e6 * timeout), **bound))
         except (self._library.InferenceServerException, OSError) as error:
             if isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in str(_status(error)):
                 raise ServeError(
@@ -121,7 +119,7 @@ class Client:
                     raise TimeoutError from None
                 if error is not None:
                     raise error
-                made = _outputs(result)
+                made = outputs_of(result)
                 if on_step:
                     on_step(int(made["step"][0]), made)
                 if "executed" in made:
@@ -143,6 +141,17 @@ class Client:
         self.close()
 
 
+def check_url(url: str, option: str) -> None:
+    """Refuse what is no `host:port`.
+
+    Raises:
+        ConfigError: It is something else; says the option.
+    """
+    found = re.fullmatch(r"[^\s/@?#]+:([0-9]{1,5})", url)
+    if not found or not url.isprintable() or int(found[1]) > _LAST_PORT:
+        raise ConfigError(f"{option} is {url}, expected host:port without a scheme, like 127.0.0.1:8001; correct it")
+
+
 def infer(
     url: str,
     model: str,
@@ -161,14 +170,25 @@ def _left(until: float) -> float:
     return max(1e-3, until - time.monotonic())
 
 
-def _outputs(result: Any) -> dict[str, np.ndarray]:
+def outputs_of(result: Any) -> dict[str, np.ndarray]:
+    """The outputs of an answer by name."""
     response = result.get_response()
     listed = response["outputs"] if isinstance(response, dict) else response.outputs
     names = [entry["name"] if isinstance(entry, dict) else entry.name for entry in listed]
     return {name: result.as_numpy(name) for name in names}
 
 
-def _input(library: Any, declared: list[dict[str, Any]], name: str, value: Any) -> Any:
+def input_of(library: Any, declared: list[dict[str, Any]], name: str, value: Any) -> Any:
+    """An input of a request.
+
+    Args:
+        library: Of the protocol.
+        declared: Names and types of those that the model has.
+        name, value: As of `Client.infer`.
+
+    Raises:
+        ConfigError: The model has no such input.
+    """
     known = {entry["name"]: entry["datatype"] for entry in declared}
     if name not in known:
         raise ConfigError(f"input is `{name}`, expected one that the model has ({', '.join(known)}); leave it out")
@@ -195,7 +215,12 @@ def _status(error: Any) -> Any:
     return getattr(error, "status", lambda: None)()
 
 
-def _library(protocol: str) -> Any:
+def client_library(protocol: str) -> Any:
+    """NVIDIA's client of `http` or `grpc`.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
     try:
         if protocol == "http":
             import tritonclient.http as library

@@ -6,7 +6,8 @@ scheduler running in the server. `picture`: a caption or label in, a picture out
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,14 +19,17 @@ from taylorseer_export.embedded.edits import animated, given_picture, steps_that
 from taylorseer_export.embedded.requests import frame_rate, label_request, pictures_of, prompt_request, usual_size
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Forecasts, Plan, RequestOptions, forecasts_from_options
-from taylorseer_export.runtime.contract import request_constants
+from taylorseer_export.runtime.contract import defaults_of, request_constants
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.runner import host_dtype
-from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.runtime.sampling import Loop, Request, preview_steps
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, joined_to, latent_sizes
+from taylorseer_export.serve.times import STAGES
 
 Role = Literal["picture", "denoiser"]
-LONGEST_TEXT = 4096  # characters of a caption or a plan; what is longer is refused before it is read
+LONGEST_TEXT = 4096  # characters of a caption or a plan; what must be longer is refused before it is read
+TOLD_TIMES = (*STAGES, "decode")
+_WIDEST = 4  # bytes of a character in UTF-8
 
 _TYPES = {"float32": "FP32", "float16": "FP16", "int64": "INT64", "int32": "INT32", "bool": "BOOL"}
 
@@ -51,10 +55,12 @@ _WORDS = ("plan", "profile", "dialect", "form", "guard")
 _OPTIONS = (
     *(Port(name, "INT32", (1,), True) for name in _NUMBERS),
     *(Port(name, "BYTES", (1,), True) for name in _WORDS),
-    Port("threshold", "FP32", (1,), True),
+    Port("threshold", "FP64", (1,), True),
     Port("accumulate", "BOOL", (1,), True),
 )
-_SCALE = Port("guidance_scale", "FP32", (1,), True)
+_SCALE = Port("guidance_scale", "FP64", (1,), True)  # numbers as Python has them: every door rounds them alike
+_SIZE = (Port("height", "INT32", (1,), True), Port("width", "INT32", (1,), True))
+_STREAMED = (Port("previews", "INT32", (1,), True), Port("progress", "BOOL", (1,), True))
 
 
 def roles(manifest: Manifest) -> tuple[Role, ...]:
@@ -64,23 +70,47 @@ def roles(manifest: Manifest) -> tuple[Role, ...]:
     return ("picture", "denoiser") if draws else ("denoiser",)
 
 
-def inputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
-    """What a model takes."""
+def description(manifest: Manifest, profiles: Collection[str]) -> dict[str, Any]:
+    """What a client may want to know of a model that draws, before it asks for a picture; plain JSON.
+
+    Args:
+        manifest: Of the bundle.
+        profiles: Names of those that it has.
+    """
+    defaults = defaults_of(manifest)
+    labels = manifest.sampling.source == "labels"
+    frames, (height, width) = [1] if labels else usual_size(manifest)[:-2], _usual(manifest)
+    return {
+        "draws": manifest.sampling.source,
+        "classes": int(manifest.model.config["num_embeds_ada_norm"]) if labels else None,
+        "takes_pictures": use_of(manifest) is not None,
+        "frames": frames[0] if frames else 1,
+        "frame_rate": frame_rate(manifest),
+        "size": f"{width}x{height}",
+        "multiple_of": None if labels else manifest.sampling.latent_scale * manifest.pipeline.packing,
+        "steps": defaults.steps,
+        "most_steps": defaults.most_steps,
+        "plan": str(forecasts_from_options(RequestOptions(), defaults).plan),
+        "order": defaults.order,
+        "guards": list(defaults.capacity.guards),
+        "profiles": list(profiles),
+    }
+
+
+def inputs(manifest: Manifest, role: Role, streams: bool = False) -> tuple[Port, ...]:
+    """What a model takes; with `streams` one that answers after every step."""
     asked = (*_OPTIONS, _SCALE) if manifest.sampling.guidance in ("batched", "branches") else _OPTIONS
     if role == "picture":
-        what = (
-            (Port("label", "INT64", (1,)),)
-            if manifest.sampling.source == "labels"
-            else (Port("prompt", "BYTES", (1,)), *(Port(side, "INT32", (1,), True) for side in ("height", "width")))
-        )
+        labels = manifest.sampling.source == "labels"
+        what: tuple[Port, ...] = (Port("label", "INT64", (1,)) if labels else Port("prompt", "BYTES", (1,)),)
         guided = manifest.sampling.guidance in ("batched", "branches")
         if manifest.sampling.source == "prompts":
             what = (*what, *((Port("negative_prompt", "BYTES", (1,), True),) if guided else (_SCALE,)))
         if (use := use_of(manifest)) is not None:
             begins = use == "begins"
             what = (*what, Port("image", "UINT8", (-1, -1, 3), begins))
-            what = (*what, Port("strength", "FP32", (1,), True)) if begins else what
-        return (*what, Port("seed", "INT64", (1,), True), *asked)
+            what = (*what, Port("strength", "FP64", (1,), True)) if begins else what
+        return (*what, *_SIZE, Port("seed", "INT64", (1,), True), *asked, *(_STREAMED if streams else ()))
     latents, beside = _latents(manifest)
     pictured = _pictured(manifest)
     constants = [
@@ -95,10 +125,16 @@ def inputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
 
 
 def outputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
-    """What a model returns: `step` steps are done; `executed`, the plan as run, comes with the last step alone."""
+    """What a model returns: `step` steps of `planned` are done, the last of them in `step_ms`.
+
+    `executed`, the plan as run, and `times_ms`, those of `TOLD_TIMES` with 0 for a step that there was none of, come
+    with the last step alone.
+    """
     latents, _ = _latents(manifest)
     made = Port("picture", "UINT8", (-1, -1, 3)) if role == "picture" else Port("denoised", "FP32", latents)
-    return (made, Port("step", "INT32", (1,)), Port("executed", "BYTES", (1,)))
+    words = (Port("planned", "BYTES", (1,)), Port("executed", "BYTES", (1,)))
+    times = (Port("step_ms", "FP32", (1,)), Port("times_ms", "FP32", (len(TOLD_TIMES),)))
+    return (made, Port("step", "INT32", (1,)), *words, *times)
 
 
 def ask(
@@ -135,15 +171,17 @@ def ask(
         values = _with_picture(denoiser, values)
         scale = sampling.guidance_scale if scale is None else scale
         return Ask(_loop_request(denoiser, values, scale, _sigmas(forecasts.plan, values)), forecasts)
+    named = "height" in values or "width" in values
     seed = _whole(values, "seed") or 0
     if not 0 <= seed < 1 << 63:
         raise ConfigError(f"seed is {seed}, expected a whole number, at least 0; correct it")
-    if sampling.source == "labels":
-        return Ask(label_request(denoiser, [int(values["label"][0])], [seed], scale), forecasts)
     size = None
-    if "height" in values or "width" in values or "image" not in values:
-        usual = usual_size(denoiser.manifest)
-        size = (_whole(values, "height") or usual[-2], _whole(values, "width") or usual[-1])
+    if named or (given is None and sampling.source != "labels"):
+        usual = zip(("height", "width"), _usual(denoiser.manifest), strict=True)
+        size = tuple(int(values[side][0]) if side in values else extent for side, extent in usual)
+    if sampling.source == "labels":
+        latent_sizes(denoiser.manifest, size, "size")  # there is one: any other is refused
+        return Ask(label_request(denoiser, [int(values["label"][0])], [seed], scale), forecasts)
     negative = _text(values, "negative_prompt") if "negative_prompt" in values else None
     prompts = [_text(values, "prompt")]
     request = prompt_request(
@@ -214,14 +252,78 @@ def _loop_request(
     return Request(latents, conditioning, guided or negative is not None, scale, 0, 0, sigmas, negative, joined)
 
 
-def answer(denoiser: Denoiser, role: Role, loop: Loop, executed: str = "") -> dict[str, np.ndarray]:
-    """The outputs after a step, by the names of `outputs`: a preview, or with `executed` the answer itself."""
-    latents = loop.latents if executed else loop.estimate()
-    made = {"denoised": latents} if role == "denoiser" else {"picture": pictures_of(denoiser, loop.request, latents)[0]}
-    made["step"] = np.array([loop.step], np.int32)
-    if executed:
-        made["executed"] = np.array([executed.encode()], np.object_)
-    return made
+class Wanted(NamedTuple):
+    """The answers before the last that a streaming model is asked for.
+
+    Attributes:
+        previews: How many have a picture, spread evenly over the loop; all of them if None.
+        progress: Whether steps without a picture are told of too.
+    """
+
+    previews: int | None
+    progress: bool
+
+    def of(self, step: int, steps: int) -> tuple[bool, bool]:
+        """Whether there is an answer after a step of so many, and whether it has a picture."""
+        preview = self.previews is None or step in preview_steps(steps, self.previews)
+        return preview or self.progress, preview
+
+
+def wanted(values: Mapping[str, np.ndarray]) -> Wanted:
+    """The answers that a request asks for.
+
+    Raises:
+        ConfigError: They are none.
+    """
+    previews = _whole(values, "previews")
+    progress = "progress" in values and bool(values["progress"][0])
+    if previews is not None and previews < 0:
+        raise ConfigError(f"previews is {previews}, expected a whole number, at least 0; correct it")
+    return Wanted(previews, progress)
+
+
+def queued(plan: Plan) -> dict[str, np.ndarray]:
+    """The outputs that say that a request has a place."""
+    return {"step": np.array([0], np.int32), "planned": _word(str(plan))}
+
+
+def preview(denoiser: Denoiser, role: Role, loop: Loop, took: float, pictured: bool = True) -> dict[str, np.ndarray]:
+    """The outputs after a step that took so many milliseconds and was not the last one."""
+    made = _shown(denoiser, role, loop, loop.estimate()) if pictured else {}
+    return {**made, "step": np.array([loop.step], np.int32), "planned": _word(str(loop.plan)), "step_ms": _real(took)}
+
+
+def answer(
+    denoiser: Denoiser, role: Role, loop: Loop, executed: str, took: float, stages: Mapping[str, float | None]
+) -> dict[str, np.ndarray]:
+    """The outputs after the last step, of which `stages` are those of `Times`."""
+    began = time.perf_counter()
+    made = _shown(denoiser, role, loop, loop.latents)
+    told = {**stages, "decode": 1e3 * (time.perf_counter() - began)}
+    made |= {"step": np.array([loop.step], np.int32), "planned": _word(str(loop.plan)), "executed": _word(executed)}
+    return made | {"step_ms": _real(took), "times_ms": _real(*(told[name] or 0.0 for name in TOLD_TIMES))}
+
+
+def _shown(denoiser: Denoiser, role: Role, loop: Loop, latents: np.ndarray) -> dict[str, np.ndarray]:
+    return {"denoised": latents} if role == "denoiser" else {"picture": pictures_of(denoiser, loop.request, latents)[0]}
+
+
+def _word(text: str) -> np.ndarray:
+    return np.array([text.encode()], np.object_)
+
+
+def _real(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
+def _usual(manifest: Manifest) -> tuple[int, int]:
+    """(height, width) of the pictures of a bundle, in pixels."""
+    if manifest.sampling.source != "labels":
+        height, width = usual_size(manifest)[-2:]
+        return height, width
+    shape = manifest.graphs["full"].input_of("latent").shape
+    height, width = (manifest.sampling.latent_scale * int(extent) for extent in shape[2:])
+    return height, width
 
 
 def _options(values: Mapping[str, np.ndarray]) -> RequestOptions:
@@ -261,12 +363,15 @@ def _whole(values: Mapping[str, np.ndarray], name: str) -> int | None:
 
 def _text(values: Mapping[str, np.ndarray], name: str) -> str:
     data: Any = values[name][0]
-    if len(data) > LONGEST_TEXT:
-        raise ConfigError(f"{name} is {len(data)} bytes, expected at most {LONGEST_TEXT} (bytes); shorten it")
+    if len(data) > _WIDEST * LONGEST_TEXT:
+        raise ConfigError(f"{name} is {len(data)} bytes, expected at most {LONGEST_TEXT} characters; shorten it")
     try:
-        return data if isinstance(data, str) else bytes(data).decode()
+        text = data if isinstance(data, str) else bytes(data).decode()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name} is not readable ({error.reason}), expected UTF-8 text; encode it so") from error
+    if len(text) > LONGEST_TEXT:
+        raise ConfigError(f"{name} is {len(text)} characters long, expected at most {LONGEST_TEXT}; shorten it")
+    return text
 
 
 def _latents(manifest: Manifest) -> tuple[tuple[int, ...], tuple[int, ...] | None]:

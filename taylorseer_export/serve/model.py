@@ -22,12 +22,14 @@ import triton_python_backend_utils as triton
 from taylorseer_export.bundle.device import Device
 from taylorseer_export.embedded.requests import warm_parts
 from taylorseer_export.errors import ServeError, TaylorSeerError
+from taylorseer_export.method import Plan
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import Loop
 from taylorseer_export.serve import contract
 from taylorseer_export.serve.probe import BEAT, PROGRESS
 from taylorseer_export.serve.reader import Reader
 from taylorseer_export.serve.service import Limits, Service
+from taylorseer_export.serve.times import Times
 
 _FINAL = triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 # Seconds between messages to the server, which would cost more than a small step if each step sent its own.
@@ -67,7 +69,7 @@ class TritonPythonModel:
             raise triton.TritonModelException(str(error)) from error
         for call in self._service.unequal:
             triton.Logger.log_warn(f"calls of {call} give other bits shared than alone and are not shared")
-        self._inputs = contract.inputs(self._denoiser.manifest, self._role)
+        self._inputs = contract.inputs(self._denoiser.manifest, self._role, self._streams)
         self._reader = Reader(self._service.limits.slots + self._service.limits.queue)
         self._metrics = Metrics(self._service, args["model_name"], args["model_instance_name"])
         self._watch = Watch()
@@ -81,16 +83,19 @@ class TritonPythonModel:
             try:
                 tensors = ((port.name, triton.get_input_tensor_by_name(request, port.name)) for port in self._inputs)
                 values = {name: tensor.as_numpy().copy() for name, tensor in tensors if tensor is not None}
-                read, refuse = partial(self._read, sender, values), partial(send_error, sender)
+                read, refuse = partial(self._read, sender, values, Times()), partial(send_error, sender)
                 self._reader.hand_over(read, refuse, 1e-6 * request.timeout() or None)
             except Exception as error:  # of this request; the others go on
                 send_error(sender, error)
 
-    def _read(self, sender: Any, values: dict[str, Any], timeout: float | None) -> None:
+    def _read(self, sender: Any, values: dict[str, Any], times: Times, timeout: float | None) -> None:
         """Make a request of the tensors and queue it."""
+        wanted = contract.wanted(values) if self._streams else None
         ask = contract.ask(self._denoiser, self._role, values, self._profiles, self._service.conditioning)
-        caller = Caller(self._denoiser, self._role, sender, self._streams, self._watch)
+        caller = Caller(self._denoiser, self._role, sender, wanted, times, self._watch)
+        times.read()
         self._service.submit(ask.request, ask.forecasts, caller, timeout)
+        caller.queued(ask.forecasts.plan)
 
     def finalize(self) -> None:
         """Finish what is under way, then release the engines."""
@@ -102,13 +107,32 @@ class TritonPythonModel:
 
 
 class Caller:
-    """The sender of one request, as the service knows it."""
+    """The sender of one request, as the service knows it.
 
-    def __init__(self, denoiser: Any, role: contract.Role, sender: Any, streams: bool, watch: Watch) -> None:
-        self._denoiser, self._role, self._sender, self._streams = denoiser, role, sender, streams
-        self._watch, self._left, self._answered, self._line = watch, False, False, Lock()
+    Args:
+        denoiser, role: Of the model.
+        sender: Triton's.
+        wanted: The answers before the last; None where the model sends none.
+        times: That run since the request came.
+        watch: Who asks whether its sender has left.
+    """
+
+    def __init__(
+        self,
+        denoiser: Any,
+        role: contract.Role,
+        sender: Any,
+        wanted: contract.Wanted | None,
+        times: Times,
+        watch: Watch,
+    ) -> None:
+        self._denoiser, self._role, self._sender, self._wanted = denoiser, role, sender, wanted
+        self._times, self._watch = times, watch
+        self._left, self._answered = False, False
+        self._line, self._pen = Lock(), Lock()  # to ask over, to write with
 
     def cancelled(self) -> bool:
+        self._times.turn()
         if self not in self._watch.callers:  # before it is given a slot
             self._watch.callers.add(self)
             self.ask()
@@ -122,21 +146,37 @@ class Caller:
         with self._line:
             self._left = self._left or (not self._answered and bool(self._sender.is_cancelled()))
 
+    def queued(self, plan: Plan) -> None:
+        """It has a place: who asks for few answers is told, unless the service was quicker."""
+        if self._wanted is None or self._wanted.previews is None:
+            return
+        with self._pen:
+            if not self._answered:
+                try:
+                    self._send(lambda: contract.queued(plan), 0)
+                except Exception as lost:  # the service has the request, and will answer it
+                    triton.Logger.log_error(f"that a request has a place could not be sent ({lost})")
+
     def advanced(self, loop: Loop) -> None:
-        if self._streams:
-            self._send(lambda: contract.answer(self._denoiser, self._role, loop), 0)
+        took = self._times.step()
+        told, pictured = (False, False) if self._wanted is None else self._wanted.of(loop.step, len(loop.plan))
+        if told:
+            with self._pen:
+                self._send(lambda: contract.preview(self._denoiser, self._role, loop, took, pictured), 0)
 
     def finished(self, loop: Loop, executed: str) -> None:
+        took = self._times.step()
+        stages = self._times.stages(executed)
         self._hang_up()
-        self._send(lambda: contract.answer(self._denoiser, self._role, loop, executed), _FINAL)
+        self._send(lambda: contract.answer(self._denoiser, self._role, loop, executed, took, stages), _FINAL)
 
     def failed(self, error: TaylorSeerError) -> None:
         self._hang_up()
         send_error(self._sender, error)
 
     def _hang_up(self) -> None:
-        """Before the final answer: no question is under way, and none will be asked."""
-        with self._line:
+        """Before the final answer: no question and no other answer is under way, and none will be."""
+        with self._line, self._pen:
             self._answered = True
         self._watch.callers.discard(self)
 

@@ -1,29 +1,55 @@
 """Why a server takes no request or gives one up, where a door answers each reason in its own way.
 
-To Triton all of them are `UNAVAILABLE`; over HTTP they are 429, 504 and 503.
+To Triton all of them are `UNAVAILABLE`, and their sentences tell them apart; over HTTP they are 429, 504 and 503.
 """
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from taylorseer_export.errors import ServeError
 
 
-class QueueFull(ServeError):
+class Unavailable(ServeError):
+    """A request that may be sent again.
+
+    Attributes:
+        begins: How every sentence of this reason begins.
+    """
+
+    begins: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "UNAVAILABLE")
+
+
+class QueueFull(Unavailable):
     """As many requests wait as may wait; nothing was queued."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "UNAVAILABLE")
+    begins = ("queue is full",)
 
 
-class Late(ServeError):
+class Late(Unavailable):
     """The time of a request has passed."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "UNAVAILABLE")
+    begins = ("request is late",)
 
 
-class Stopping(ServeError):
+class Stopping(Unavailable):
     """The server ends and takes nothing more."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "UNAVAILABLE")
+    begins = ("the server is stopping", "the server stopped")
+
+
+class NoServer(Unavailable):
+    """No server that is ready has the model."""
+
+    begins = ("no server",)
+
+
+def unavailable(message: str) -> Unavailable | None:
+    """The reason that a sentence of a server gives; None where it is none of ours."""
+    for reason in (QueueFull, Late, Stopping, NoServer):
+        if message.startswith(reason.begins):
+            return reason(message)
+    return None

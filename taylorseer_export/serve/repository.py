@@ -13,6 +13,8 @@ Their copies of the bundle are hard links to one.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -32,6 +34,8 @@ from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.tensors import latent_sizes
 from taylorseer_export.serve import contract
 
+# Parameters of a picture model that clients read: what it draws, and which bundle it is of.
+DESCRIPTION, BUNDLE = "description", "bundle"
 MODELS = ("picture", "picture-stream", "denoiser", "denoiser-stream")
 _ROOM = 4  # a slot takes requests of up to this many times the typical bytes, where no memory budget says otherwise
 
@@ -84,7 +88,8 @@ def write_repository(folder: Path, out: Path, deployment: Deployment) -> list[Pa
     manifest = bundle.manifest
     for profile in profile_names(bundle):
         read_profile(bundle, profile)
-    configs = {name: config(manifest, name, deployment) for name in _models(manifest, deployment)}
+    profiles = profile_names(bundle)
+    configs = {name: config(manifest, name, deployment, profiles) for name in _models(manifest, deployment)}
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)  # what a killed process left would be taken for a model
     with aside(out / _model_name(manifest, "")) as partial:
@@ -111,8 +116,14 @@ def _put(staged: Path, model: Path) -> Path:
     return version
 
 
-def config(manifest: Manifest, model: str, deployment: Deployment) -> str:
+def config(manifest: Manifest, model: str, deployment: Deployment, profiles: Sequence[str] = ()) -> str:
     """The `config.pbtxt` of one of `MODELS`, written and read back by Triton's own protobuf.
+
+    Args:
+        manifest: Of the bundle.
+        model: Which of them.
+        deployment: How to serve it.
+        profiles: Names of those that the bundle has.
 
     Raises:
         ConfigError: tritonclient is not installed, or the deployment does not fit the bundle.
@@ -120,21 +131,25 @@ def config(manifest: Manifest, model: str, deployment: Deployment) -> str:
     schema, text_format = _protobuf()
     role: contract.Role = "denoiser" if model.startswith("denoiser") else "picture"
     made = schema.ModelConfig(name=_model_name(manifest, model), backend="python", max_batch_size=0)
+    streams = model.endswith("-stream")
     for ports, field in (
-        (contract.inputs(manifest, role), made.input),
+        (contract.inputs(manifest, role, streams), made.input),
         (contract.outputs(manifest, role), made.output),
     ):
         for port in ports:
             entry = field.add(name=port.name, data_type=_data_type(schema, port.datatype), dims=port.dims)
             if port.optional:
                 entry.optional = True
-    made.model_transaction_policy.decoupled = model.endswith("-stream")
+    made.model_transaction_policy.decoupled = streams
     group = schema.ModelInstanceGroup
     kind = group.KIND_GPU if deployment.device.is_gpu else group.KIND_CPU
     made.instance_group.add(kind=kind, count=deployment.instances, gpus=_gpus(deployment))
     made.version_policy.latest.num_versions = 1
     for name, value in _options(manifest, role, deployment).items():
         made.parameters[name].string_value = value
+    if role == "picture":  # for clients that hold no bundle
+        made.parameters[DESCRIPTION].string_value = json.dumps(contract.description(manifest, profiles))
+        made.parameters[BUNDLE].string_value = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
     text: str = text_format.MessageToString(made)
     assert text_format.Parse(text, schema.ModelConfig()) == made, (
         "bug in taylorseer-export: config.pbtxt reads otherwise"

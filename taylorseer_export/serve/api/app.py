@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.serve.api.answers import Answer, refused, told
+from taylorseer_export.serve.api.entrance import Entrance
 from taylorseer_export.serve.api.fields import PARAMS
-from taylorseer_export.serve.api.front import Front
 from taylorseer_export.serve.api.images import Images
 from taylorseer_export.serve.api.metrics import Metrics
 from taylorseer_export.serve.api.models import Model, Models
@@ -35,8 +35,8 @@ _POLICY = (
 Handler = Callable[[Any], Awaitable[Any]]
 
 
-def app_of(models: Models, settings: Settings | None = None, traces: Traces | None = None) -> Front:
-    """The app over models that are loaded and warm. It closes them and the traces when its server ends.
+def app_of(models: Models, settings: Settings | None = None, traces: Traces | None = None) -> Entrance:
+    """The app over models that are ready. It closes them and the traces when its server ends.
 
     Args:
         models: Who draws.
@@ -99,7 +99,7 @@ def app_of(models: Models, settings: Settings | None = None, traces: Traces | No
         starlette.route("/metrics", _answering(metered), "GET"),
         starlette.route("/", _answering(shown), "GET"),
     ]
-    return Front(starlette.app(routes, lifespan), settings, _PATHS, metrics.answered, traces)
+    return Entrance(starlette.app(routes, lifespan), settings, _PATHS, metrics.answered, traces)
 
 
 def _answering(handler: Handler) -> Handler:
@@ -121,27 +121,14 @@ def _entry(model: Model) -> dict[str, Any]:
         "object": "model",
         "created": model.created,
         "owned_by": "taylorseer-export",
-        "taylorseer": model.description,
+        "taylorseer": dict(model.description),
     }
 
 
 def _health(models: Models, settings: Settings) -> Answer:
-    stalled = {model.name: round(model.service.stalled, 1) for model in models}
-    ill = [name for name, seconds in stalled.items() if seconds > settings.stall]
-    body = {
-        "status": "stalled" if ill else "ok",
-        "models": {
-            model.name: {
-                "status": "stalled" if model.name in ill else "ok",
-                "stalled_seconds": stalled[model.name],
-                "slots": model.service.limits.slots,
-                "slots_in_use": model.service.slots_in_use,
-                "queue": model.service.waiting,
-            }
-            for model in models
-        },
-    }
-    return told(body, 503 if ill else 200)
+    told_of = {model.name: model.health(settings.stall) for model in models}
+    ill = [one["status"] for one in told_of.values() if one["status"] != "ok"]
+    return told({"status": ill[0] if ill else "ok", "models": told_of}, 503 if ill else 200)
 
 
 class _Starlette:

@@ -9,17 +9,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from taylorseer_export.errors import ServeError
 from taylorseer_export.serve.api.answers import Answer, Receive, Scope, Send, start, told, unless_gone
 from taylorseer_export.serve.api.bodies import form_of, json_of
-from taylorseer_export.serve.api.drawing import Done, Drawing, Stepped
+from taylorseer_export.serve.api.drawing import Drawing
 from taylorseer_export.serve.api.fields import PARAMS, asked_of
-from taylorseer_export.serve.api.formats import decoded, encoded
-from taylorseer_export.serve.api.models import Model, Models
+from taylorseer_export.serve.api.formats import Output, decoded, encoded
+from taylorseer_export.serve.api.models import Done, Models, Stepped
 from taylorseer_export.serve.api.problems import LOG, Refusal, problem_of
-from taylorseer_export.serve.api.prompts import picture_of, takes_pictures
 from taylorseer_export.serve.api.settings import Settings
 from taylorseer_export.serve.refusals import Late
 
@@ -63,9 +60,9 @@ class Images:
             values = await json_of(request, self._settings.body)
         asked = asked_of(values, self._settings.most_pictures, self._settings.timeout)
         model = self._models.named(asked.model, video=False)
-        return await self._draw(
-            request, "image_generation", Drawing(model, asked, self._settings.until(began, asked.timeout))
-        )
+        until = self._settings.until(began, asked.timeout)
+        drawing = Drawing(model, asked, until, request_id=request.state.request_id)
+        return await self._draw(request, "image_generation", drawing)
 
     async def edits(self, request: Request) -> Answer | Stream:
         """Pictures of a prompt and of pictures."""
@@ -74,7 +71,7 @@ class Images:
             form = await form_of(request, self._settings.form)
         asked = asked_of(form.values, self._settings.most_pictures, self._settings.timeout, form=True)
         model = self._models.named(asked.model, video=False)
-        able = [other.name for other in self._models if takes_pictures(other.denoiser.manifest)]
+        able = [other.name for other in self._models if other.takes.use is not None]
         if model.name not in able:
             expected = (
                 f"{' or '.join(able)}, which takes them" if able else "text alone, since no model here takes them"
@@ -89,16 +86,16 @@ class Images:
                 400,
                 "mask",
             )
-        drawing = Drawing(model, asked, self._settings.until(began, asked.timeout), images, mask)
+        until = self._settings.until(began, asked.timeout)
+        drawing = Drawing(model, asked, until, images, mask, request.state.request_id)
         return await self._draw(request, "image_edit", drawing)
 
     async def _draw(self, request: Request, kind: str, drawing: Drawing) -> Answer | Stream:
         asked = drawing.asked
-        limits = drawing.model.service.limits
-        if asked.n > limits.slots + limits.queue:
+        places = drawing.model.places
+        if asked.n > places:
             raise Refusal(
-                f"n is {asked.n}, expected at most {limits.slots + limits.queue}, the places of this server; ask for "
-                "fewer at a time",
+                f"n is {asked.n}, expected at most {places}, the places of this server; ask for fewer at a time",
                 400,
                 "n",
             )
@@ -135,7 +132,8 @@ class Images:
         """(size, file, what is told of it) of a picture whose loop has ended."""
         began = time.perf_counter()
         size, file = await self.file_of(drawing, done)
-        times = {**done.times, "decode": round(1e3 * (time.perf_counter() - began), 3)}
+        decode = (done.times.get("decode") or 0.0) + 1e3 * (time.perf_counter() - began)
+        times = {**done.times, "decode": round(decode, 3)}
         self._observe(drawing.model.name, times)
         told_of = {
             "seed": drawing.asked.seeds[done.number],
@@ -146,10 +144,10 @@ class Images:
         return size, file, told_of
 
     async def file_of(self, drawing: Drawing, event: Stepped | Done) -> tuple[str, str]:
-        """(size, base64 of a file) of the latents of an event."""
+        """(size, base64 of a file) of the picture of an event."""
         try:
             async with asyncio.timeout_at(drawing.until):
-                return await self._threaded(_drawn, drawing.model, event, drawing.asked.output)
+                return await self._threaded(_drawn, event, drawing.asked.output)
         except TimeoutError as error:
             raise Late("request is late while its picture is decoded, expected its end in its time") from error
 
@@ -211,7 +209,7 @@ class Stream:
                     "milliseconds": round(event.milliseconds, 3),
                 }
             )
-        if event.latents is not None:
+        if event.picture is not None:
             size, file = await self._images.file_of(self._drawing, event)
             number = {"partial_image_index": self._partial[event.number]}
             self._partial[event.number] += 1
@@ -236,10 +234,10 @@ def _own(drawing: Drawing, request_id: str) -> dict[str, Any]:
     return {"model": drawing.model.name, "request_id": request_id, "profile": drawing.choice._asdict()}
 
 
-def _drawn(model: Model, event: Stepped | Done, output: Any) -> tuple[str, str]:
+def _drawn(event: Stepped | Done, output: Output) -> tuple[str, str]:
     """(size, base64 of a file); runs on a thread of the pool."""
-    assert event.latents is not None, "bug in taylorseer-export: a step without a preview is drawn"
-    picture: np.ndarray = picture_of(model.denoiser, event.request, event.latents)
+    assert event.picture is not None, "bug in taylorseer-export: a step without a preview is drawn"
+    picture = event.picture()
     height, width = picture.shape[:2]
     return f"{width}x{height}", encoded(picture, output)
 

@@ -1,8 +1,8 @@
-"""Metrics for Prometheus: what the services count, and how requests were answered, in a registry of its own."""
+"""Metrics for Prometheus: what the models count, and how requests were answered, in a registry of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
@@ -10,7 +10,7 @@ from taylorseer_export.serve.api.models import Models
 
 _STAGES = ("read", "queue", "prepare", "loop", "decode")
 _BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # seconds
-# Group of the service's counts -> (metric, label, what it says).
+# Group of a model's counts -> (metric, label, what it says).
 _COUNTS = {
     "requests": ("taylorseer_requests", "outcome", "Pictures, by outcome"),
     "steps": ("taylorseer_steps", "kind", "Denoising steps, by kind"),
@@ -41,7 +41,7 @@ class Metrics:
     """The metrics of one server.
 
     Args:
-        models: Whose services are asked whenever the metrics are.
+        models: Who are asked whenever the metrics are.
 
     Raises:
         ConfigError: prometheus-client is not installed.
@@ -84,7 +84,7 @@ class Metrics:
         return str(self._library.CONTENT_TYPE_PLAIN_0_0_4)
 
     def collect(self) -> Iterator[Any]:
-        """What the services say now; the registry asks for it."""
+        """What the models say now; the registry asks for it."""
         core = self._library.metrics_core
         families = {
             group: core.CounterMetricFamily(name, text, labels=("model", label))
@@ -97,6 +97,8 @@ class Metrics:
                 ("slots_in_use", "Slots that hold a picture"),
                 ("queue", "Pictures that wait for a slot"),
                 ("conditioning_bytes", "Memory of what is kept of prompts (bytes)"),
+                ("in_flight", "Pictures that a front waits for"),
+                ("servers_ready", "Triton servers of a front that are ready for the model"),
                 ("stalled_seconds", "Time of the longest turn of work under way (seconds)"),
             )
         }
@@ -105,22 +107,18 @@ class Metrics:
         )
         for model in self._models:
             hurried.add_metric((model.name,), model.hurried)
-            service = model.service
-            counts = _regrouped(service.snapshot())
-            for group, names in _ALWAYS.items():
-                for name in names:
+            counts = _regrouped(model.counts())
+            for group in model.counted:
+                for name in _ALWAYS[group]:
                     families[group].add_metric((model.name, name), counts.get((group, name), 0.0))
-            gauges["slots"].add_metric((model.name,), service.limits.slots)
-            gauges["slots_in_use"].add_metric((model.name,), service.slots_in_use)
-            gauges["queue"].add_metric((model.name,), service.waiting)
-            gauges["conditioning_bytes"].add_metric((model.name,), service.conditioning.counts.bytes)
-            gauges["stalled_seconds"].add_metric((model.name,), service.stalled)
+            for name, value in model.gauges().items():
+                gauges[name].add_metric((model.name,), value)
         yield from families.values()
         yield hurried
         yield from gauges.values()
 
 
-def _regrouped(counts: dict[str, float]) -> dict[tuple[str, str], float]:
+def _regrouped(counts: Mapping[str, float]) -> dict[tuple[str, str], float]:
     """`steps.full` as (steps, full); `planned.full` as (full, planned)."""
     made = {}
     for name, value in counts.items():

@@ -1,86 +1,186 @@
-"""The models of a server: bundles that are loaded, warm, and found by their names."""
+"""The models of a server, found by their names, and what its doors ask of one: whoever draws, they ask the same."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
-from taylorseer_export.bundle.device import CPU, Device
-from taylorseer_export.embedded.requests import frame_rate, warm_parts
+import numpy as np
+
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import RequestOptions
-from taylorseer_export.runtime.denoiser import Denoiser, load
-from taylorseer_export.serve.api.busy import Busy, Choice, chosen
+from taylorseer_export.serve.api.busy import Choice
 from taylorseer_export.serve.api.problems import Refusal
-from taylorseer_export.serve.api.prompts import check_draws, description_of
-from taylorseer_export.serve.reader import Reader
-from taylorseer_export.serve.repository import slot_bytes
-from taylorseer_export.serve.service import Limits, Service
+from taylorseer_export.serve.api.wishes import Takes, Wish
 
 _MOST_RETRY = 60  # seconds
 
 
-class Model:
-    """One bundle that draws, with its slots and its reader. Closes the denoiser when it is closed.
-
-    Args:
-        denoiser: The loaded bundle.
-        limits: Of its service.
-        busy: When it takes a faster profile for requests that leave it the choice; never if left out.
+class Order(NamedTuple):
+    """One picture that is asked of a model.
 
     Attributes:
-        name: `FAMILY-NAME` of the bundle.
-        video: Whether it makes videos.
-        created: When it was loaded (Unix time, seconds).
-        profiles: Of the bundle, by name, as they were then.
-        description: For clients, see `description_of`.
-        hurried: Requests that took the faster profile and have a place; counted on the event loop.
-
-    Raises:
-        ConfigError: The bundle makes no pictures or videos of prompts, PyAV is missing for these, or it has no such
-            profile.
-        BundleError: A profile is damaged.
+        number: Of the picture in its request, from 0.
+        wish: What it is to be.
+        options: Of its forecasts.
+        stream: Whether its client is answered while it is drawn, and so before it is done.
+        previews: How many are due, spread evenly over the loop.
+        progress: Whether every step is told of; where it is not, the event loop sleeps but for previews.
+        left: Seconds after which it is given up.
+        request_id: Of the request.
     """
 
-    def __init__(self, denoiser: Denoiser, limits: Limits, busy: Busy | None = None) -> None:
-        check_draws(denoiser.manifest)
-        self.name = f"{denoiser.manifest.family}-{denoiser.manifest.name}"
-        self.video = frame_rate(denoiser.manifest) is not None
-        self.created = int(time.time())
-        self.denoiser, self.profiles = denoiser, dict(denoiser.profiles)
-        self._busy, self.hurried = busy, 0
-        if busy is not None:
-            busy.check(self.name, denoiser.forecasts().plan, self.profiles)
-        self.description = description_of(denoiser)
-        self.service = Service(denoiser, limits)
-        self.service.warm_up()
-        self.reader = Reader(limits.slots + limits.queue)
+    number: int
+    wish: Wish
+    options: RequestOptions
+    stream: bool
+    previews: int
+    progress: bool
+    left: float
+    request_id: str = ""
+
+
+class Queued(NamedTuple):
+    """A picture waits for a slot."""
+
+    number: int
+
+
+class Stepped(NamedTuple):
+    """A step is done, not the last one.
+
+    Attributes:
+        number: Of the picture, from 0.
+        step, steps: Done, and of all.
+        planned: The plan.
+        milliseconds: Of this step, with the wait of those that it shared a call with.
+        picture: Makes the one where the loop thinks it will end, where a preview is due; may take long.
+    """
+
+    number: int
+    step: int
+    steps: int
+    planned: str
+    milliseconds: float
+    picture: Callable[[], np.ndarray] | None
+
+
+class Done(NamedTuple):
+    """All steps are done.
+
+    Attributes:
+        number: Of the picture, from 0.
+        planned, executed: The plan as asked and as run.
+        times: Of the stages, in milliseconds; of `decode` what has been done already.
+        picture: Makes it: `[H, W, 3]` uint8, `[F, H, W, 3]` of a video; may take long.
+    """
+
+    number: int
+    planned: str
+    executed: str
+    times: dict[str, float | None]
+    picture: Callable[[], np.ndarray]
+
+
+class Failed(NamedTuple):
+    """No picture will come."""
+
+    number: int
+    error: Exception
+
+
+Event = Queued | Stepped | Done | Failed
+
+
+class Model(Protocol):
+    """Who draws.
+
+    Attributes:
+        created: Since when it is here (Unix time, seconds).
+        hurried: Requests that took the faster profile of a busy server; counted on the event loop.
+    """
+
+    created: int
+    hurried: int
+
+    @property
+    def counted(self) -> Collection[str]:
+        """Groups of `counts` that it counts."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """`FAMILY-NAME` of the bundle."""
+        ...
+
+    @property
+    def video(self) -> bool:
+        """Whether it makes videos."""
+        ...
+
+    @property
+    def takes(self) -> Takes:
+        """What a wish may hold."""
+        ...
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """For clients, see `contract.description`."""
+        ...
+
+    @property
+    def places(self) -> int:
+        """Pictures that it may hold at one time, those that wait included."""
+        ...
 
     @property
     def retry_after(self) -> int:
-        """Seconds until a place in the queue may be free, by the mean time of the requests so far; 1 to 60."""
-        counts = self.service.snapshot()
-        spent = counts.get("seconds.full", 0.0) + counts.get("seconds.forecast", 0.0)
-        each = spent / max(1.0, counts.get("requests.done", 0.0))
-        return min(_MOST_RETRY, max(1, math.ceil(each)))
-
-    @property
-    def waiting(self) -> int:
-        """Pictures that wait to be read or for a slot."""
-        return self.reader.waiting + self.service.waiting
+        """Seconds until a place in the queue may be free; 1 to 60."""
+        ...
 
     def choose(self, options: RequestOptions) -> Choice:
         """The profile of a request that comes now."""
-        return chosen(self._busy, options, self.waiting)
+        ...
+
+    def draw(self, order: Order, post: Callable[[Event], None]) -> Callable[[], object]:
+        """Take an order; called on the event loop, and returns at once.
+
+        Args:
+            order: The picture.
+            post: Takes what happens, from any thread: `Queued` once, when the picture has a place, then steps that are
+                to be told of, then `Done`; or `Failed` in the place of what is missing.
+
+        Returns:
+            What ends it, since nobody waits for it any more; to be called on the event loop. Nothing happens where it
+            has ended.
+        """
+        ...
+
+    def health(self, stall: float) -> dict[str, Any]:
+        """Its `status`, `ok` or another, and what else is known of it.
+
+        Args:
+            stall: Seconds that one turn of work may take.
+        """
+        ...
+
+    def counts(self) -> Mapping[str, float]:
+        """What happened since the start, as `Service.counts` names it."""
+        ...
+
+    def gauges(self) -> Mapping[str, float]:
+        """What is now, by the names of metrics without `taylorseer_`."""
+        ...
 
     def close(self) -> None:
-        """Finish what is under way, then release the engines."""
-        self.reader.close()
-        self.service.close()
-        self.denoiser.close()
+        """Finish what is under way, then release what it holds."""
+        ...
+
+
+def retry_in(spent: float, done: int | float) -> int:
+    """Seconds until a place may be free where so many pictures took so many seconds: the mean of one, 1 to 60."""
+    return min(_MOST_RETRY, max(1, math.ceil(spent / max(1, done))))
 
 
 class Models:
@@ -93,7 +193,7 @@ class Models:
     def __init__(self, models: Sequence[Model]) -> None:
         self._models = {model.name: model for model in models}
         if len(self._models) < len(models):
-            raise _twice([model.name for model in models])
+            raise twice([model.name for model in models])
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
@@ -143,59 +243,8 @@ class Models:
             model.close()
 
 
-def load_models(
-    folders: Sequence[Path],
-    device: Device = CPU,
-    threads: int = 1,
-    limits: Limits | None = None,
-    memory_budget: int | None = None,
-    busy: Busy | None = None,
-) -> Models:
-    """Load bundles and warm them up, or none of them.
-
-    Args:
-        folders: The bundles.
-        device: Where to run.
-        threads: CPU threads of one engine call; 0 leaves it to the engine.
-        limits: Of each; their `slot_bytes` follow from the budget, and `batch` 0 chooses by the device.
-        memory_budget: Bytes of the weights, Taylor buffers and step tables of one; None for the usual room.
-        busy: As in `Model`, for all of them.
-
-    Raises:
-        BundleError: A bundle is missing, damaged or not for this machine.
-        ConfigError: One makes no pictures or lacks the profile, two have one name, or calls are to be shared on a GPU.
-    """
-    asked = limits or Limits()
-    if device.is_gpu and asked.batch > 1:
-        raise ConfigError(
-            f"--batch is {asked.batch} on {device}, expected 1: engine calls are shared on the CPU alone; leave it out"
-        )
-    batch = asked.batch or (1 if device.is_gpu else asked.slots)
-    models: list[Model] = []
-    try:
-        for folder in folders:
-            denoiser = load(folder, device, threads)
-            try:
-                manifest = denoiser.manifest
-                check_draws(manifest)
-                for size in (None, *asked.warm):  # ready means that a prompt can be drawn
-                    warm_parts(denoiser, size)
-                if f"{manifest.family}-{manifest.name}" in [model.name for model in models]:
-                    raise _twice([f"{manifest.family}-{manifest.name}"])
-                room = slot_bytes(manifest, asked.slots, memory_budget)
-                own = replace(asked, batch=batch, slot_bytes=room)
-                models.append(Model(denoiser, own, busy))
-            except BaseException:
-                denoiser.close()
-                raise
-        return Models(models)
-    except BaseException:
-        for model in models:
-            model.close()
-        raise
-
-
-def _twice(names: Sequence[str]) -> ConfigError:
+def twice(names: Sequence[str]) -> ConfigError:
+    """That two models have one name."""
     name = next((name for name in names if list(names).count(name) > 1), names[0])
     return ConfigError(
         f"BUNDLE is {name} twice, expected bundles of different names; leave one out, or export it again with --name"

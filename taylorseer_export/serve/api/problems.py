@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from taylorseer_export.errors import ConfigError, ServeError, StepError, TaylorSeerError
-from taylorseer_export.serve.refusals import Late, QueueFull, Stopping
+from taylorseer_export.serve.refusals import Late, NoServer, QueueFull, Stopping
 
 LOG = logging.getLogger("taylorseer_export.serve.api")
 CLIENT_LEFT = 499  # of no standard; stands in the log alone, since nobody reads the answer
@@ -68,6 +68,8 @@ def problem_of(error: BaseException, params: Mapping[str, str] | None = None) ->
         message = message or "request is late, expected its end in its time; give it more"
     elif isinstance(error, Stopping):
         status, code = 503, "server_stopping"
+    elif isinstance(error, NoServer):
+        status, code = 503, "server_unavailable"
     elif isinstance(error, ServeError) and error.status == "CANCELLED":
         status, code = CLIENT_LEFT, "cancelled"
     elif isinstance(error, ConfigError | StepError):

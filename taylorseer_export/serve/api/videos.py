@@ -19,18 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.embedded.edits import Given
 from taylorseer_export.embedded.requests import frame_rate, size_of
 from taylorseer_export.embedded.video import MP4, write_video
 from taylorseer_export.errors import TaylorSeerError
 from taylorseer_export.serve.api.answers import Answer, told
 from taylorseer_export.serve.api.bodies import fields_of
-from taylorseer_export.serve.api.drawing import Done, Drawing
+from taylorseer_export.serve.api.drawing import Drawing
 from taylorseer_export.serve.api.fields import PARAMS, REFERENCE, AskedVideo, video_of
 from taylorseer_export.serve.api.formats import decoded
-from taylorseer_export.serve.api.models import Model, Models
+from taylorseer_export.serve.api.loaded import Loaded
+from taylorseer_export.serve.api.models import Done, Model, Models
 from taylorseer_export.serve.api.problems import Refusal, problem_of
-from taylorseer_export.serve.api.prompts import picture_of, takes_pictures
 from taylorseer_export.serve.api.settings import Settings
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class Videos:
         drawing = Drawing(model, replace(asked, size=size), self._settings.until(began, asked.timeout), pictures)
         request.state.notes = f"{model.name} seed={asked.seeds[0]}"
         await drawing.take_places(request.receive)
-        rate = frame_rate(model.denoiser.manifest)
+        rate = frame_rate(_manifest(model))
         assert rate is not None, "bug in taylorseer-export: a model of pictures among those of videos"
         name = f"video_{secrets.token_hex(16)}"
         job = Job(name, _owner(request), drawing, size, rate, int(time.time()))
@@ -189,7 +190,7 @@ class Videos:
 
     async def _pictures(self, model: Model, files: Sequence[bytes]) -> list[np.ndarray]:
         """The pictures that a model is given, `[H, W, 4]` uint8."""
-        able = [other.name for other in self._models if takes_pictures(other.denoiser.manifest)]
+        able = [other.name for other in self._models if other.takes.use is not None]
         if files and model.name not in able:
             expected = (
                 f"{' or '.join(able)}, which takes it" if able else "text alone, since no model here takes a picture"
@@ -218,7 +219,7 @@ class Videos:
     async def _written(self, job: Job, done: Done) -> Path:
         began = time.perf_counter()
         path = Path(self._folder.name) / f"{job.id}{MP4}"
-        work = asyncio.get_running_loop().run_in_executor(self._pool, _write, job, done, path)
+        work = asyncio.get_running_loop().run_in_executor(self._pool, _write, done, path, job.rate)
         async with asyncio.timeout_at(job.drawing.until):
             await work
         times = {**done.times, "decode": round(1e3 * (time.perf_counter() - began), 3)}
@@ -257,8 +258,13 @@ class Videos:
             job.file.unlink(missing_ok=True)
 
 
-def _write(job: Job, done: Done, path: Path) -> None:
-    write_video(path, picture_of(job.drawing.model.denoiser, done.request, done.latents), job.rate)
+def _write(done: Done, path: Path, rate: int) -> None:
+    write_video(path, done.picture(), rate)
+
+
+def _manifest(model: Model) -> Manifest:
+    assert isinstance(model, Loaded), "bug in taylorseer-export: a model of Triton, which draws pictures, makes videos"
+    return model.denoiser.manifest
 
 
 def _owner(request: Request) -> str:
@@ -267,7 +273,7 @@ def _owner(request: Request) -> str:
 
 def _size_of(model: Model, asked: AskedVideo, pictures: Sequence[np.ndarray]) -> tuple[int, int, int]:
     """(frames, height, width): as asked, or as of `size_of`. So many seconds are the nearest number of frames."""
-    manifest = model.denoiser.manifest
+    manifest = _manifest(model)
     usual = size_of(manifest, Given(pictures[0]) if pictures else None)
     step, rate = manifest.sampling.time_scale, frame_rate(manifest)
     assert rate is not None, "bug in taylorseer-export: a model of pictures among those of videos"

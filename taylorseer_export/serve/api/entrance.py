@@ -17,7 +17,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _ID = "x-request-id"
 
 
-class Front:
+class Entrance:
     """An app behind it.
 
     Args:

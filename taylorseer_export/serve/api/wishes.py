@@ -1,0 +1,120 @@
+"""What one picture is to be, and what a model takes of that, whether it is loaded here or served elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.embedded.edits import Use, check_strength, use_of
+from taylorseer_export.embedded.requests import frame_rate
+from taylorseer_export.serve.api.fields import REFERENCE
+from taylorseer_export.serve.api.problems import Refusal
+
+
+class Wish(NamedTuple):
+    """What one picture is to be.
+
+    Attributes:
+        prompt: The caption; for a model of classes the number of one.
+        seed: Of the noise.
+        size: (height, width) in pixels, of a video (frames, height, width); the bundle's if None.
+        negative_prompt: What it is guided away from.
+        guidance_scale: Dimensionless; the bundle's if None.
+        pictures: `[H, W, 4]` uint8 that it is to be made from.
+        mask: `[H, W, 4]` uint8, clear where the first of them is to change.
+        strength: As of `Given`.
+    """
+
+    prompt: str
+    seed: int = 0
+    size: tuple[int, ...] | None = None
+    negative_prompt: str | None = None
+    guidance_scale: float | None = None
+    pictures: Sequence[np.ndarray] = ()
+    mask: np.ndarray | None = None
+    strength: float | None = None
+
+
+class Takes(NamedTuple):
+    """What a model takes of a wish.
+
+    Attributes:
+        name: Of the model.
+        classes: How many it draws; None for one that draws what a prompt says.
+        negative: Whether it is guided away from a text.
+        use: What it does with a picture, see `use_of`.
+        field: By which name a request brings one.
+    """
+
+    name: str
+    classes: int | None
+    negative: bool
+    use: Use | None
+    field: str = "image"
+
+    def label(self, prompt: str) -> int:
+        """The class that a prompt names by its number.
+
+        Raises:
+            Refusal: It names none.
+        """
+        assert self.classes is not None, "bug in taylorseer-export: a class of a model that draws prompts"
+        if not re.fullmatch(r"\s*[0-9]{1,9}\s*", prompt) or int(prompt) >= self.classes:
+            raise Refusal(
+                f"prompt is `{prompt[:64]}`, expected a class of {self.name}, 0 to {self.classes - 1}, since this "
+                "model draws classes; send its number",
+                400,
+                "prompt",
+            )
+        return int(prompt)
+
+    def check(self, wish: Wish) -> None:
+        """Refuse what it does not take.
+
+        Raises:
+            Refusal: It takes no picture, lacks one, takes no mask or several, is not guided away from a text, or draws
+                classes and the prompt names none.
+            ConfigError: There is nothing that a strength is of.
+        """
+        if wish.pictures and self.use is None:
+            message = (
+                f"{self.field} is given for {self.name}, expected none, since it draws from text alone; leave it out"
+            )
+            raise Refusal(message, 400, self.field)
+        if not wish.pictures and self.use in ("edits", "animates"):
+            what, where = ("edit", " to /v1/images/edits") if self.use == "edits" else ("animate", "")
+            message = (
+                f"{self.field} is missing for {self.name}, expected the picture that it is to {what}; send it{where}"
+            )
+            raise Refusal(message, 400, self.field)
+        if len(wish.pictures) > 1 or wish.mask is not None:
+            alone = len(wish.pictures) == 1
+            what, seen = ("mask", "given") if alone else (self.field, f"{len(wish.pictures)} pictures")
+            raise Refusal(
+                f"{what} is {seen} for {self.name}, expected one picture, which changes as a whole; leave the rest out",
+                400,
+                what,
+            )
+        check_strength(self.name, self.use, bool(wish.pictures), wish.strength)
+        if wish.negative_prompt is not None and not self.negative:
+            raise Refusal(
+                f"negative_prompt is given for {self.name}, expected none, since this model is not guided away from a "
+                "text; leave it out",
+                400,
+                "negative_prompt",
+            )
+        if self.classes is not None:
+            self.label(wish.prompt)
+
+
+def takes_of(manifest: Manifest) -> Takes:
+    """What a bundle takes."""
+    sampling = manifest.sampling
+    classes = int(manifest.model.config["num_embeds_ada_norm"]) if sampling.source == "labels" else None
+    guided = sampling.source == "prompts" and sampling.guidance in ("batched", "branches")
+    field = "image" if frame_rate(manifest) is None else REFERENCE
+    return Takes(f"{manifest.family}-{manifest.name}", classes, guided, use_of(manifest), field)

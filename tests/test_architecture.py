@@ -375,6 +375,7 @@ def test_heavy_libraries_are_imported_in_few_places() -> None:
         (f"{PACKAGE}.method", "torch numpy pydantic"),
         (f"{PACKAGE}.families", "torch numpy diffusers"),
         (f"{PACKAGE}.runtime.denoiser", "torch diffusers transformers onnx onnxscript accelerate PIL"),
+        (f"{PACKAGE}.serve.api.fleet", "torch diffusers transformers onnxruntime tokenizers tritonclient grpc PIL"),
         (f"{PACKAGE}.serve.api.process", "torch diffusers transformers onnx accelerate PIL starlette uvicorn"),
     ],
 )

@@ -37,7 +37,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inputs", type=Path, help="safetensors with the inputs of a denoiser model")
     parser.add_argument("--seed", type=seed, help="seed of the noise (default: 0)")
     parser.add_argument(
-        "--size", type=size, metavar="HxW", help="size of the picture in pixels (default: the bundle's)"
+        "--size",
+        type=size,
+        metavar="[Fx]HxW",
+        help="size in pixels, FxHxW of a video of F frames (default: the bundle's)",
+    )
+    parser.add_argument(
+        "--fps", type=whole(1), help="frames per second that a video is shown at (default: as the family's videos)"
     )
     plan_options(parser)
     parser.add_argument("--guidance-scale", type=finite, help="guidance scale, dimensionless (default: the bundle's)")
@@ -47,7 +53,9 @@ def options(parser: argparse.ArgumentParser) -> None:
         default=600.0,
         help="seconds after which server and client give up (default: %(default)g)",
     )
-    parser.add_argument("--out", type=Path, required=True, help="picture.png or latents.safetensors")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="picture.png, video.webp, video.gif, video.mp4 or latents.safetensors"
+    )
 
 
 def run(given: argparse.Namespace) -> int:
@@ -55,10 +63,12 @@ def run(given: argparse.Namespace) -> int:
     require_extra("triton", "tritonclient")
     from taylorseer_export.serve.client import Protocol, infer
 
-    whole_tensors = given.out.suffix == ".safetensors"
+    from taylorseer_export.embedded.video import MP4, check_video, write_video
+
+    whole_tensors, film = given.out.suffix == ".safetensors", given.out.suffix.lower() == MP4
     if not whole_tensors:
-        require_extra("sample", "PIL")
-    check_out(given.out, picture=not whole_tensors)
+        require_extra(*(("video", "av") if film else ("sample", "PIL")))
+    check_out(given.out, picture=not whole_tensors and not film)
     protocol: Protocol = given.protocol or ("stream" if given.model.endswith("-stream") else "grpc")
     values = _values(given)
     with progress("steps", given.steps or 1) as advance:
@@ -66,12 +76,16 @@ def run(given: argparse.Namespace) -> int:
             given.url, given.model, values, protocol, given.timeout, lambda done, _: advance(done, given.steps or done)
         )
     if whole_tensors:
-        kept = {"picture": made["picture"]} if "picture" in made else {"latents": made["denoised"]}
+        drawn = [name for name in ("picture", "video") if name in made]
+        kept = {name: made[name] for name in drawn} or {"latents": made["denoised"]}
         write_tensors(given.out, kept, {"plan": made["executed"][0].decode()})
     elif "picture" in made:
         from taylorseer_export.embedded.picture import grid, write_picture
 
         write_picture(given.out, grid([[made["picture"]]], max(1, 256 // made["picture"].shape[0]), (), ()))
+    elif "video" in made:
+        check_video(given.out, len(made["video"]))
+        write_video(given.out, made["video"], given.fps or int(made["frame_rate"][0]))
     else:
         raise ConfigError(f"--out is {given.out}, expected a .safetensors file for latents; change its name")
     plan = made["executed"][0].decode()
@@ -81,13 +95,13 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _values(given: argparse.Namespace) -> dict[str, Any]:
+    from taylorseer_export.serve.contract import SIDES
+
     what = ("prompt", "label", "seed", "guidance_scale", "strength")
     values = {name: getattr(given, name) for name in what} | vars(request_options(given))
     values = {name: value for name, value in values.items() if value is not None and value is not False}
     if given.size:
-        if len(given.size) != 2:
-            raise ConfigError(f"--size is {'x'.join(map(str, given.size))}, expected HxW for a picture; write it so")
-        values["height"], values["width"] = given.size
+        values |= dict(zip(SIDES[-len(given.size) :], given.size, strict=True))
     if given.image is not None:
         require_extra("whole", "PIL")
         from taylorseer_export.embedded.picture import read_picture

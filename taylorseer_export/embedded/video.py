@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ def check_video(path: Path, frames: int, option: str = "--out") -> None:
             f"{option} is {path} for a video of {frames} frames, expected .gif, .webp or .mp4, or NAME.safetensors for "
             "latents; change the extension"
         )
+
+
+def check_mp4() -> None:
+    """Refuse where what writes MP4 is missing.
+
+    Raises:
+        ConfigError: PyAV is not installed.
+    """
+    if find_spec("av") is None:
+        raise ConfigError("av is not installed, expected it for videos; pip install 'taylorseer-export[video]'")
 
 
 def write_video(path: Path, frames: np.ndarray, rate: int) -> None:

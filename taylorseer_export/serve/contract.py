@@ -1,7 +1,8 @@
 """What the served models take and return: one table for the configuration, the server and the client.
 
 Two roles. `denoiser`: latents and conditioning in, the latents at the end of a whole loop out, the bundle's own
-scheduler running in the server. `picture`: a caption or label in, a picture out, for bundles that bring what it needs.
+scheduler running in the server. `picture`: a caption or label in, a picture or a video out, for bundles that bring what
+it needs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.profile import Profile
 from taylorseer_export.embedded.conditioning import ConditioningCache
 from taylorseer_export.embedded.edits import animated, given_picture, steps_that_run, use_of
-from taylorseer_export.embedded.requests import frame_rate, label_request, pictures_of, prompt_request, usual_size
+from taylorseer_export.embedded.requests import (
+    frame_rate,
+    label_request,
+    pictures_of,
+    prompt_request,
+    size_of,
+    usual_size,
+)
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Forecasts, Plan, RequestOptions, forecasts_from_options
 from taylorseer_export.runtime.contract import defaults_of, request_constants
@@ -28,6 +36,8 @@ from taylorseer_export.serve.times import STAGES
 
 Role = Literal["picture", "denoiser"]
 LONGEST_TEXT = 4096  # characters of a caption or a plan; what must be longer is refused before it is read
+SIDES = ("frames", "height", "width")
+DRAWN = ("picture", "video")
 TOLD_TIMES = (*STAGES, "decode")
 _WIDEST = 4  # bytes of a character in UTF-8
 
@@ -60,13 +70,13 @@ _OPTIONS = (
 )
 _SCALE = Port("guidance_scale", "FP64", (1,), True)  # numbers as Python has them: every door rounds them alike
 _SIZE = (Port("height", "INT32", (1,), True), Port("width", "INT32", (1,), True))
+_FRAMES = Port("frames", "INT32", (1,), True)
 _STREAMED = (Port("previews", "INT32", (1,), True), Port("progress", "BOOL", (1,), True))
 
 
 def roles(manifest: Manifest) -> tuple[Role, ...]:
-    """What a bundle can be served as. A video is no picture: its latents are served, and a client decodes them."""
+    """What a bundle can be served as."""
     draws = manifest.sampling.pictures is not None and manifest.sampling.source != "tensors"
-    draws = draws and frame_rate(manifest) is None
     return ("picture", "denoiser") if draws else ("denoiser",)
 
 
@@ -86,6 +96,7 @@ def description(manifest: Manifest, profiles: Collection[str]) -> dict[str, Any]
         "takes_pictures": use_of(manifest) is not None,
         "frames": frames[0] if frames else 1,
         "frame_rate": frame_rate(manifest),
+        "time_scale": None if frame_rate(manifest) is None else manifest.sampling.time_scale,
         "size": f"{width}x{height}",
         "multiple_of": None if labels else manifest.sampling.latent_scale * manifest.pipeline.packing,
         "steps": defaults.steps,
@@ -110,7 +121,8 @@ def inputs(manifest: Manifest, role: Role, streams: bool = False) -> tuple[Port,
             begins = use == "begins"
             what = (*what, Port("image", "UINT8", (-1, -1, 3), begins))
             what = (*what, Port("strength", "FP64", (1,), True)) if begins else what
-        return (*what, *_SIZE, Port("seed", "INT64", (1,), True), *asked, *(_STREAMED if streams else ()))
+        size = _SIZE if frame_rate(manifest) is None else (_FRAMES, *_SIZE)
+        return (*what, *size, Port("seed", "INT64", (1,), True), *asked, *(_STREAMED if streams else ()))
     latents, beside = _latents(manifest)
     pictured = _pictured(manifest)
     constants = [
@@ -127,14 +139,23 @@ def inputs(manifest: Manifest, role: Role, streams: bool = False) -> tuple[Port,
 def outputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
     """What a model returns: `step` steps of `planned` are done, the last of them in `step_ms`.
 
-    `executed`, the plan as run, and `times_ms`, those of `TOLD_TIMES` with 0 for a step that there was none of, come
-    with the last step alone.
+    `executed`, the plan as run, `frame_rate`, frames per second of a video, and `times_ms`, those of `TOLD_TIMES` with
+    0 for a step that there was none of, come with the last step alone.
     """
     latents, _ = _latents(manifest)
-    made = Port("picture", "UINT8", (-1, -1, 3)) if role == "picture" else Port("denoised", "FP32", latents)
+    made = drawn(manifest) if role == "picture" else Port("denoised", "FP32", latents)
     words = (Port("planned", "BYTES", (1,)), Port("executed", "BYTES", (1,)))
     times = (Port("step_ms", "FP32", (1,)), Port("times_ms", "FP32", (len(TOLD_TIMES),)))
-    return (made, Port("step", "INT32", (1,)), *words, *times)
+    rate = (Port("frame_rate", "INT32", (1,)),) if made.name == "video" else ()
+    return (made, *rate, Port("step", "INT32", (1,)), *words, *times)
+
+
+def drawn(manifest: Manifest) -> Port:
+    """What a model that draws returns: `picture` `[H, W, 3]`, or `video` `[F, H, W, 3]`."""
+    picture, video = DRAWN
+    if frame_rate(manifest) is None:
+        return Port(picture, "UINT8", (-1, -1, 3))
+    return Port(video, "UINT8", (-1, -1, -1, 3))
 
 
 def ask(
@@ -171,14 +192,12 @@ def ask(
         values = _with_picture(denoiser, values)
         scale = sampling.guidance_scale if scale is None else scale
         return Ask(_loop_request(denoiser, values, scale, _sigmas(forecasts.plan, values)), forecasts)
-    named = "height" in values or "width" in values
     seed = _whole(values, "seed") or 0
     if not 0 <= seed < 1 << 63:
         raise ConfigError(f"seed is {seed}, expected a whole number, at least 0; correct it")
-    size = None
-    if named or (given is None and sampling.source != "labels"):
-        usual = zip(("height", "width"), _usual(denoiser.manifest), strict=True)
-        size = tuple(int(values[side][0]) if side in values else extent for side, extent in usual)
+    usual = _usual(denoiser.manifest) if sampling.source == "labels" else size_of(denoiser.manifest, given)
+    sides = zip(SIDES[-len(usual) :], usual, strict=True)
+    size = tuple(int(values[side][0]) if side in values else extent for side, extent in sides)
     if sampling.source == "labels":
         latent_sizes(denoiser.manifest, size, "size")  # there is one: any other is refused
         return Ask(label_request(denoiser, [int(values["label"][0])], [seed], scale), forecasts)
@@ -301,11 +320,15 @@ def answer(
     made = _shown(denoiser, role, loop, loop.latents)
     told = {**stages, "decode": 1e3 * (time.perf_counter() - began)}
     made |= {"step": np.array([loop.step], np.int32), "planned": _word(str(loop.plan)), "executed": _word(executed)}
+    if role == "picture" and (rate := frame_rate(denoiser.manifest)) is not None:
+        made["frame_rate"] = np.array([rate], np.int32)
     return made | {"step_ms": _real(took), "times_ms": _real(*(told[name] or 0.0 for name in TOLD_TIMES))}
 
 
 def _shown(denoiser: Denoiser, role: Role, loop: Loop, latents: np.ndarray) -> dict[str, np.ndarray]:
-    return {"denoised": latents} if role == "denoiser" else {"picture": pictures_of(denoiser, loop.request, latents)[0]}
+    if role == "denoiser":
+        return {"denoised": latents}
+    return {drawn(denoiser.manifest).name: pictures_of(denoiser, loop.request, latents)[0]}
 
 
 def _word(text: str) -> np.ndarray:

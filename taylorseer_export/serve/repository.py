@@ -29,7 +29,6 @@ from taylorseer_export.bundle.manifest import MANIFEST, Manifest
 from taylorseer_export.bundle.memory import CONDITIONING_ROOM, request_bytes, size
 from taylorseer_export.bundle.profile import PROFILES, profile_names, read_profile
 from taylorseer_export.bundle.store import Bundle, open_bundle
-from taylorseer_export.embedded.requests import frame_rate
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.tensors import latent_sizes
 from taylorseer_export.serve import contract
@@ -231,8 +230,8 @@ def _models(manifest: Manifest, deployment: Deployment) -> list[str]:
     for model in deployment.models:
         if model not in possible:
             raise ConfigError(
-                f"--models has `{model}`, expected some of {', '.join(possible)}, which this bundle can be served as"
-                f"{', since it makes videos' if frame_rate(manifest) else ''}; leave it out"
+                f"--models has `{model}`, expected some of {', '.join(possible)}, which this bundle can be served as; "
+                "leave it out"
             )
     return [model for model in possible if model in (deployment.models or possible)]
 

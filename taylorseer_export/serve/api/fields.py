@@ -61,7 +61,7 @@ class Asked:
         n: How many.
         size: (height, width) in pixels, of a video (frames, height, width); the model's if None.
         output: How they are written.
-        stream: Whether previews are sent while they are drawn.
+        stream: Whether the client is answered before they are done: with previews, or with the job of a video.
         partial_images: How many previews of each.
         progress: Whether a stream, or the job of a video, tells of every step.
         seeds: One for each picture.
@@ -149,7 +149,7 @@ def video_of(values: Mapping[str, Any], longest: float, form: bool = False) -> A
         n=1,
         size=given.size(),
         output=Output("webp", 100),
-        stream=False,
+        stream=True,
         partial_images=0,
         progress=True,
         seeds=(secrets.randbelow(_LARGEST) if seed is None else seed,),

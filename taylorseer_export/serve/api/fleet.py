@@ -20,13 +20,15 @@ import numpy as np
 
 from taylorseer_export.embedded.edits import Use
 from taylorseer_export.embedded.picture import opaque
+from taylorseer_export.embedded.video import check_mp4
 from taylorseer_export.errors import ConfigError, TaylorSeerError
 from taylorseer_export.method import RequestOptions
 from taylorseer_export.serve.api.busy import Choice
+from taylorseer_export.serve.api.fields import REFERENCE
 from taylorseer_export.serve.api.models import Done, Event, Failed, Models, Order, Queued, Stepped, retry_in
 from taylorseer_export.serve.api.problems import LOG, Refusal
 from taylorseer_export.serve.api.wishes import Takes
-from taylorseer_export.serve.contract import TOLD_TIMES
+from taylorseer_export.serve.contract import DRAWN, SIDES, TOLD_TIMES
 from taylorseer_export.serve.fleet import Outputs, Served, Server
 from taylorseer_export.serve.refusals import Late, NoServer, QueueFull, Stopping, Unavailable
 
@@ -128,7 +130,6 @@ class Remote:
         fleet: Some server of it has, or had, the model.
     """
 
-    video = False  # a video's latents are what Triton serves
     counted = ("requests", "full")
 
     def __init__(self, name: str, fleet: Fleet) -> None:
@@ -146,6 +147,11 @@ class Remote:
         return served
 
     @property
+    def video(self) -> bool:
+        """Whether it makes videos."""
+        return self.description["frame_rate"] is not None
+
+    @property
     def description(self) -> Mapping[str, Any]:
         """As its repository has it."""
         return self._served.description
@@ -156,8 +162,22 @@ class Remote:
         served = self._served
         use: Use | None = None
         if "image" in served.inputs:
-            use = "edits" if "image" in served.needed else "begins"
-        return Takes(self.name, served.description["classes"], "negative_prompt" in served.inputs, use)
+            needs: Use = "animates" if self.video else "edits"
+            use = needs if "image" in served.needed else "begins"
+        field = REFERENCE if self.video else "image"
+        return Takes(self.name, served.description["classes"], "negative_prompt" in served.inputs, use, field)
+
+    def usual_size(self, picture: np.ndarray | None) -> tuple[int, int]:
+        """As its repository has it; that of a picture its server alone knows."""
+        if picture is not None:
+            raise Refusal(
+                f"size is missing for {self.name}, expected WIDTHxHEIGHT, since its server alone knows the sizes of "
+                "what it makes of a picture; send it",
+                400,
+                "size",
+            )
+        width, height = map(int, self.description["size"].split("x"))
+        return height, width
 
     @property
     def places(self) -> int:
@@ -202,7 +222,7 @@ class Remote:
         values = await self._values(order)
         able = self._fleet.able(self.name, order)
         if not able:
-            raise _without_steps(self.name, order)
+            raise _without_steps(self.name, self.video, order)
         problem: Unavailable = NoServer("")
         for server, served in able:
             answers = Answers(order, post)
@@ -242,7 +262,7 @@ class Remote:
         values: dict[str, Any] = {"seed": wish.seed}
         values |= {"prompt": wish.prompt} if takes.classes is None else {"label": takes.label(wish.prompt)}
         if wish.size is not None:
-            values["height"], values["width"] = wish.size
+            values |= dict(zip(SIDES[-len(wish.size) :], wish.size, strict=True))
         if wish.pictures:
             values["image"] = await asyncio.to_thread(opaque, wish.pictures[0])
         more = {name: getattr(wish, name) for name in ("negative_prompt", "guidance_scale", "strength")}
@@ -316,7 +336,7 @@ class Answers:
         if step == 0:
             self.post(Queued(self._order.number))
             return
-        picture = partial(_same, outputs["picture"]) if "picture" in outputs else None
+        picture = next((partial(_same, outputs[name]) for name in DRAWN if name in outputs), None)
         took = float(outputs["step_ms"][0])
         self.post(Stepped(self._order.number, step, len(planned), planned, took, picture))
 
@@ -326,7 +346,8 @@ class Answers:
         told = {name: round(float(value), 3) for name, value in zip(TOLD_TIMES, outputs["times_ms"], strict=True)}
         absent = {"full_step": "F" not in executed, "forecast_step": "." not in executed}
         times = {name: None if absent.get(name) else value for name, value in told.items()}
-        return Done(self._order.number, planned, executed, times, partial(_same, outputs["picture"]))
+        picture = next(outputs[name] for name in DRAWN if name in outputs)
+        return Done(self._order.number, planned, executed, times, partial(_same, picture))
 
 
 def open_models(urls: Sequence[str], names: Sequence[str] = (), secret: str = "", every: float = EVERY) -> Models:
@@ -339,7 +360,8 @@ def open_models(urls: Sequence[str], names: Sequence[str] = (), secret: str = ""
         every: As in `Fleet`.
 
     Raises:
-        ConfigError: A URL is none, a server does not list its models, or a name is of none of them.
+        ConfigError: A URL is none, a server does not list its models, a name is of none of them, or PyAV is missing for
+            videos.
         NoServer: No server answers.
     """
     for name in names:
@@ -359,11 +381,21 @@ def open_models(urls: Sequence[str], names: Sequence[str] = (), secret: str = ""
             f"{seen}, expected models that {' or '.join(urls)} is ready for, written by `taylorseer-export triton` as "
             "picture or picture-stream; correct it"
         )
+    models = [Remote(name, fleet) for name in names or found]
+    if any(model.video for model in models):
+        check_mp4()
     fleet.start()
-    return Models([Remote(name, fleet) for name in names or found])
+    return Models(models)
 
 
-def _without_steps(name: str, order: Order) -> Refusal:
+def _without_steps(name: str, video: bool, order: Order) -> Refusal:
+    if video:
+        return Refusal(
+            f"model is {name}, expected one with its model that answers after every step, by which a job is followed; "
+            "write that one with `--models picture-stream`",
+            400,
+            "model",
+        )
     param, value = ("partial_images", str(order.previews)) if order.previews else ("progress", "true")
     return Refusal(
         f"{param} is {value}, expected none, since {name} is served without its model that answers after every step; "

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from taylorseer_export.bundle.device import CPU, Device
-from taylorseer_export.embedded.requests import frame_rate, warm_parts
+from taylorseer_export.embedded.edits import Given
+from taylorseer_export.embedded.requests import frame_rate, size_of, warm_parts
 from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
 from taylorseer_export.method import RequestOptions, forecasts_from_options
 from taylorseer_export.runtime.denoiser import Denoiser, load
@@ -126,6 +127,11 @@ class Loaded:
     def waiting(self) -> int:
         """Pictures that wait to be read or for a slot."""
         return self.reader.waiting + self.service.waiting
+
+    def usual_size(self, picture: np.ndarray | None) -> tuple[int, int]:
+        """As of `Model`."""
+        height, width = size_of(self.denoiser.manifest, None if picture is None else Given(picture))[-2:]
+        return height, width
 
     def choose(self, options: RequestOptions) -> Choice:
         """The profile of a request that comes now."""

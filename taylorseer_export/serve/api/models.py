@@ -139,6 +139,17 @@ class Model(Protocol):
         """Seconds until a place in the queue may be free; 1 to 60."""
         ...
 
+    def usual_size(self, picture: np.ndarray | None) -> tuple[int, int]:
+        """(height, width) in pixels of what is made where nobody asks for another.
+
+        Args:
+            picture: `[H, W, C]` that it is made from, if any.
+
+        Raises:
+            Refusal: It is not known here.
+        """
+        ...
+
     def choose(self, options: RequestOptions) -> Choice:
         """The profile of a request that comes now."""
         ...

@@ -5,8 +5,6 @@ This is the one place where the API asks the rest of the package for requests an
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
@@ -14,6 +12,7 @@ from taylorseer_export.embedded.conditioning import ConditioningCache
 from taylorseer_export.embedded.edits import Given, given_picture, steps_that_run
 from taylorseer_export.embedded.picture import opaque
 from taylorseer_export.embedded.requests import frame_rate, label_request, pictures_of, prompt_request
+from taylorseer_export.embedded.video import check_mp4
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser
@@ -28,8 +27,8 @@ def check_draws(manifest: Manifest) -> None:
     Raises:
         ConfigError: It takes tensors, has no decoder, or makes videos, which PyAV is missing for.
     """
-    if frame_rate(manifest) is not None and find_spec("av") is None:
-        raise ConfigError("av is not installed, expected it for videos; pip install 'taylorseer-export[video]'")
+    if frame_rate(manifest) is not None:
+        check_mp4()
     if manifest.sampling.pictures is None or manifest.sampling.source == "tensors":
         raise ConfigError(
             f"bundle {manifest.family}-{manifest.name} makes latents of tensors, expected one that makes a picture of "

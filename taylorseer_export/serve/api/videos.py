@@ -19,9 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Manifest
-from taylorseer_export.embedded.edits import Given
-from taylorseer_export.embedded.requests import frame_rate, size_of
 from taylorseer_export.embedded.video import MP4, write_video
 from taylorseer_export.errors import TaylorSeerError
 from taylorseer_export.serve.api.answers import Answer, told
@@ -29,7 +26,6 @@ from taylorseer_export.serve.api.bodies import fields_of
 from taylorseer_export.serve.api.drawing import Drawing
 from taylorseer_export.serve.api.fields import PARAMS, REFERENCE, AskedVideo, video_of
 from taylorseer_export.serve.api.formats import decoded
-from taylorseer_export.serve.api.loaded import Loaded
 from taylorseer_export.serve.api.models import Done, Model, Models
 from taylorseer_export.serve.api.problems import Refusal, problem_of
 from taylorseer_export.serve.api.settings import Settings
@@ -133,10 +129,8 @@ class Videos:
         drawing = Drawing(model, replace(asked, size=size), self._settings.until(began, asked.timeout), pictures)
         request.state.notes = f"{model.name} seed={asked.seeds[0]}"
         await drawing.take_places(request.receive)
-        rate = frame_rate(_manifest(model))
-        assert rate is not None, "bug in taylorseer-export: a model of pictures among those of videos"
         name = f"video_{secrets.token_hex(16)}"
-        job = Job(name, _owner(request), drawing, size, rate, int(time.time()))
+        job = Job(name, _owner(request), drawing, size, model.description["frame_rate"], int(time.time()))
         self._forget()
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._follow(job))
@@ -262,23 +256,18 @@ def _write(done: Done, path: Path, rate: int) -> None:
     write_video(path, done.picture(), rate)
 
 
-def _manifest(model: Model) -> Manifest:
-    assert isinstance(model, Loaded), "bug in taylorseer-export: a model of Triton, which draws pictures, makes videos"
-    return model.denoiser.manifest
-
-
 def _owner(request: Request) -> str:
     return str(request.headers.get("authorization", ""))
 
 
 def _size_of(model: Model, asked: AskedVideo, pictures: Sequence[np.ndarray]) -> tuple[int, int, int]:
-    """(frames, height, width): as asked, or as of `size_of`. So many seconds are the nearest number of frames."""
-    manifest = _manifest(model)
-    usual = size_of(manifest, Given(pictures[0]) if pictures else None)
-    step, rate = manifest.sampling.time_scale, frame_rate(manifest)
-    assert rate is not None, "bug in taylorseer-export: a model of pictures among those of videos"
-    frames = usual[0] if asked.frames is None else asked.frames
+    """(frames, height, width): as asked, or as the model's. So many seconds are the nearest number of frames."""
+    step, rate = model.description["time_scale"], model.description["frame_rate"]
+    frames: int = model.description["frames"] if asked.frames is None else asked.frames
     if asked.seconds is not None:
         frames = step * max(0, round((asked.seconds * rate - 1) / step)) + 1
-    height, width = usual[-2:] if asked.size is None else asked.size[-2:]
+    if asked.size is not None:
+        height, width = asked.size[-2:]
+        return frames, height, width
+    height, width = model.usual_size(pictures[0] if pictures else None)
     return frames, height, width

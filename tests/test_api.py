@@ -26,6 +26,7 @@ from profiles import weights_of
 
 from taylorseer_export.bundle.profile import write_profile
 from taylorseer_export.bundle.store import open_bundle
+from taylorseer_export.cli import main
 from taylorseer_export.embedded.edits import Given
 from taylorseer_export.embedded.picture import opaque
 from taylorseer_export.embedded.requests import label_request, pictures_of, prompt_request
@@ -191,6 +192,15 @@ def test_the_openai_client_streams(client, denoisers):
         ("64x64", "png", "auto")
     }
     assert last.model_extra["taylorseer"]["executed"] == executed
+
+
+def test_previews_are_those_of_the_command_line(client, embedded, tmp_path):
+    how = {"prompt": CAPTION, "stream": True, "partial_images": 3, "extra_body": {"seed": 5, "steps": 12}}
+    streamed = list(client.images.generate(**how))
+    asked_for = ["--prompt", CAPTION, "--seed", "5", "--steps", "12", "--previews", "3", "--threads", "1"]
+    assert main(["run", str(embedded("shapes")), *asked_for, "--out", str(tmp_path / "a.png")]) == 0
+    for event, name in zip(streamed, ("a-preview-1", "a-preview-2", "a-preview-3", "a"), strict=True):
+        assert (np.asarray(Image.open(tmp_path / f"{name}.png")) == picture_in(event.b64_json)).all()
 
 
 def test_a_stream_without_previews_is_one_picture(client):

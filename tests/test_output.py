@@ -1,5 +1,6 @@
 """Where results go, and the values that requests are made of: what cannot work is one sentence, before any work."""
 
+import io
 import os
 import pickle
 import subprocess
@@ -8,13 +9,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+import tqdm
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as torch_file
 
 import taylorseer_export as tse
 from taylorseer_export import cli
 from taylorseer_export.bundle import store
-from taylorseer_export.commands.terminal import check_out, read_tensors
+from taylorseer_export.commands.terminal import check_out, progress, read_tensors
 from taylorseer_export.compile import export
 from taylorseer_export.embedded.picture import grid, write_picture
 from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
@@ -138,6 +140,19 @@ def test_what_does_not_fit_into_memory_is_one_sentence(tmp_path, capsys, monkeyp
     assert "memory is not enough for what was asked (Unable to allocate 1.00 TiB)" in refusal(
         capsys, "inspect", tmp_path
     )
+
+
+def test_a_bar_tells_what_was_written_beside_it(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(tqdm, "tqdm", lambda delay, **how: tqdm.std.tqdm(mininterval=0, **how))  # shown at once
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress("sampling", 4) as advance:
+        advance(2, 4, "1 of 2 previews")
+    lines = sys.stderr.getvalue().split("\r")
+    assert any("sampling:  50%" in line and "1 of 2 previews" in line for line in lines)
 
 
 @pytest.mark.parametrize("kind", [ConfigError, lambda text: ServeError(text, "INTERNAL")])

@@ -203,6 +203,12 @@ def test_run_writes_a_video_for_each_seed_and_a_picture_of_one_frame(command, tm
     assert code == 0 and Image.open(path).size == (48, 32)
 
 
+def test_a_video_has_no_previews(command, capsys):
+    code, path = command("a.webp", "--previews", "1")
+    assert code == 2 and not path.exists()
+    assert "--previews is 1 for a video of wan-eager, expected a picture" in capsys.readouterr().err
+
+
 def test_a_picture_holds_no_video(command, capsys):
     code, path = command("a.png")
     assert code == 2 and not path.exists()

@@ -9,6 +9,7 @@ oracle on every engine; one bundle is whole on disk, and is used through the com
 import inspect
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -50,7 +51,7 @@ from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.noise import normals
 from taylorseer_export.runtime.parts import cleaned
-from taylorseer_export.runtime.sampling import Beginning, sample, steps_at
+from taylorseer_export.runtime.sampling import Beginning, Loop, denoise, sample, steps_at
 from taylorseer_export.runtime.schedulers import begun, scheduler_of
 from taylorseer_export.serve import contract
 
@@ -387,6 +388,40 @@ def test_run_draws_from_a_prompt(whole_flux, tmp_path, capsys):
     assert [str(file) in said for file in files] == [True, True] and not out.exists()
     for file, one in zip(files, made, strict=True):
         assert np.array_equal(np.asarray(Image.open(file)), one)
+
+
+def test_run_writes_previews_while_it_draws(whole_flux, tmp_path, capsys, monkeypatch):
+    told = []
+
+    @contextmanager
+    def progress(label, total):
+        yield lambda *what: told.append((*what, len(list(tmp_path.iterdir()))))
+
+    monkeypatch.setattr("taylorseer_export.commands.run.progress", progress)
+    asked = ["--prompt", PROMPT, "--n", "2", "--size", "32x48", "--seed", "3", "--plan", "FF.F", "--threads", "1"]
+    command = ["run", str(whole_flux), *asked, "--out", str(tmp_path / "a.png")]
+    assert cli.main([*command, "--previews", "2"]) == 0
+    said = capsys.readouterr().out
+    notes = ("1 of 2 previews", "2 of 2 previews", "2 of 2 previews", "2 of 2 previews")
+    assert told == [(k + 1, 4, note, files) for k, (note, files) in enumerate(zip(notes, (2, 4, 4, 4), strict=True))]
+    with load(whole_flux, threads=1) as denoiser:
+        request = prompt_request(denoiser, [PROMPT] * 2, [3, 4], (32, 48))
+        loop = Loop(denoiser, request, denoiser.forecasts(plan="FF.F"))
+        branches = loop.open(denoiser)
+        loop.begin(branches)
+        made = {step.number: pictures_of(denoiser, request, loop.estimate()) for step in denoise(loop, branches)}
+        whole = pictures_of(denoiser, request, loop.latents)
+    for picture in (0, 1):
+        for k, expected in (("", whole), ("-preview-1", made[0]), ("-preview-2", made[1])):
+            file = tmp_path / f"a-{picture + 1}{k}.png"
+            assert str(file) in said and np.array_equal(np.asarray(Image.open(file)), expected[picture])
+    assert not np.array_equal(made[0], made[1])
+    for more, problem in (
+        (["--previews", "4"], "--previews is 4 for 4 steps, expected at most 3"),
+        (["--previews", "1", "--out", str(tmp_path / "a.safetensors")], "--previews is 1 for latents of flux-whole"),
+    ):
+        assert cli.main([*command, *more]) == 2
+        assert problem in capsys.readouterr().err and not (tmp_path / "a.safetensors").exists()
 
 
 def test_run_edits_a_picture(whole_kontext, tmp_path, capsys):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +29,12 @@ from taylorseer_export.errors import ConfigError
 from taylorseer_export.values import finite, real, seed, size, whole
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from taylorseer_export.bundle.manifest import Manifest, PartName
     from taylorseer_export.embedded.edits import Given
     from taylorseer_export.runtime.denoiser import Denoiser
-    from taylorseer_export.runtime.sampling import Request
+    from taylorseer_export.runtime.sampling import Loop, Request
 
 SUMMARY = "Sample with a bundle: a picture, a video, or tensors."
 
@@ -76,6 +79,13 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--fps", type=whole(1), help="frames per second that a video is shown at (default: as the family's videos)"
     )
     parser.add_argument("--out", type=Path, help="picture.png, video.webp, video.gif, video.mp4 or latents.safetensors")
+    parser.add_argument(
+        "--previews",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="previews of each picture while it is drawn, NAME-preview-K.png beside it (default: 0)",
+    )
 
 
 def run(given: argparse.Namespace) -> int:
@@ -84,8 +94,8 @@ def run(given: argparse.Namespace) -> int:
 
     from taylorseer_export.embedded import requests
     from taylorseer_export.embedded.edits import given_picture, steps_that_run
-    from taylorseer_export.embedded.picture import grid, plain, read_picture, write_picture
-    from taylorseer_export.embedded.video import MP4, check_video, write_video
+    from taylorseer_export.embedded.picture import read_picture
+    from taylorseer_export.embedded.video import MP4, check_video
     from taylorseer_export.method import forecasts_from_options
     from taylorseer_export.runtime import sampling
     from taylorseer_export.runtime.schedulers import own_scheduler
@@ -106,6 +116,7 @@ def run(given: argparse.Namespace) -> int:
     require_extra("sample", *([] if own_scheduler(manifest) else ["torch", "diffusers"]))
     require_extra("sample", *(["PIL"] if not given.out and manifest.sampling.pictures else []))
     _check_fps(manifest, given)
+    _check_previews(manifest, given, len(plan))
     needed: list[PartName] = [] if given.inputs else ["text"]
     needed += ["encode"] if given.image else []
     needed += [] if given.out and given.out.suffix == ".safetensors" else ["decode"]
@@ -118,26 +129,29 @@ def run(given: argparse.Namespace) -> int:
     out = given.out or Path(drawn if manifest.sampling.pictures else "latents.safetensors")
     if rate is not None and out.suffix != ".safetensors":
         check_video(out, manifest.sampling.time_scale * (request.latents.shape[2] - 1) + 1)
-    with progress("sampling", len(plan)) as advance:
-        result = sampling.sample(denoiser, request, forecasts, on_step=lambda k: advance(k + 1, len(plan)))
-    for path in _files(out, manifest, len(request.latents)):
+    files = _files(out, manifest, len(request.latents))
+    previews = [[_preview(path, k) for path in files] for k in range(1, given.previews + 1)]
+    for path in [*files, *chain.from_iterable(previews)]:
         check_out(path)
+    shown, due = 0, sampling.preview_steps(len(plan), given.previews)
+    with progress("sampling", len(plan)) as advance:
+
+        def stepped(loop: Loop) -> None:
+            nonlocal shown
+            if loop.step in due:
+                made = requests.pictures_of(denoiser, request, loop.estimate())
+                _write(previews[shown], made, manifest, names, None)
+                shown += 1
+            advance(loop.step, len(plan), f"{shown} of {given.previews} previews" if due else "")
+
+        result = sampling.sample(denoiser, request, forecasts, on_step=stepped)
     if out.suffix == ".safetensors":
         write_tensors(out, {"latents": result.latents}, {"plan": result.executed})
     else:
         began = time.perf_counter()
         made = requests.pictures(denoiser, request, result)
         decode_ms = 1e3 * (time.perf_counter() - began)
-        files = _files(out, manifest, len(made))
-        if rate is not None:
-            for path, one in zip(files, made, strict=True):
-                write_video(path, one, given.fps or rate)
-        elif manifest.sampling.pictures == "decoder":
-            for path, one in zip(files, made, strict=True):
-                write_picture(path, plain(one))
-        else:  # one table of pictures as small as those of the embedded models
-            scale = max(1, 256 // made.shape[1])
-            write_picture(out, grid([list(made)], scale, (), names if len(names) > 1 else ()))
+        _write(files, made, manifest, names, given.fps or rate)
     kinds = np.array(list(result.executed))
     times = np.array(result.milliseconds)
     forecast = times[kinds == "."]
@@ -152,7 +166,9 @@ def run(given: argparse.Namespace) -> int:
         + (f"; encode {encode_ms:.1f} ms" if "text" in manifest.parts else "")
         + (f", decode {decode_ms:.1f} ms" if "decode" in manifest.parts else "")
     )
-    print(f"wrote     {' '.join(map(str, _files(out, manifest, len(request.latents))))}")
+    if shown:
+        print(f"previews  {' '.join(map(str, chain.from_iterable(previews)))}")
+    print(f"wrote     {' '.join(map(str, files))}")
     return 0
 
 
@@ -174,11 +190,51 @@ def _check_fps(manifest: Manifest, given: argparse.Namespace) -> None:
         )
 
 
+def _check_previews(manifest: Manifest, given: argparse.Namespace, steps: int) -> None:
+    """Refuse previews of what is no picture, and more than there are steps that show one."""
+    from taylorseer_export.embedded.requests import frame_rate
+
+    if not given.previews:
+        return
+    latents = manifest.sampling.pictures is None or (given.out and given.out.suffix == ".safetensors")
+    if latents or frame_rate(manifest) is not None:
+        raise ConfigError(
+            f"--previews is {given.previews} for {'latents' if latents else 'a video'} of {manifest.family}-"
+            f"{manifest.name}, expected a picture; leave it out"
+        )
+    if given.previews >= steps:
+        raise ConfigError(
+            f"--previews is {given.previews} for {steps} steps, expected at most {steps - 1}, since after the last one "
+            "there is the picture; ask for fewer"
+        )
+
+
+def _write(files: list[Path], made: np.ndarray, manifest: Manifest, names: list[str], rate: int | None) -> None:
+    """Write pictures, or videos of so many frames per second, to the files of `_files`."""
+    from taylorseer_export.embedded.picture import grid, plain, write_picture
+    from taylorseer_export.embedded.video import write_video
+
+    if manifest.sampling.pictures != "decoder":  # one table of pictures as small as those of the embedded models
+        scale = max(1, 256 // made.shape[1])
+        write_picture(files[0], grid([list(made)], scale, (), names if len(names) > 1 else ()))
+        return
+    for path, one in zip(files, made, strict=True):
+        if rate is None:
+            write_picture(path, plain(one))
+        else:
+            write_video(path, one, rate)
+
+
 def _files(out: Path, manifest: Manifest, count: int) -> list[Path]:
     """What is written: a file for each picture of a decoder, `name-1.png` and so on; one file of anything else."""
     if count == 1 or out.suffix == ".safetensors" or manifest.sampling.pictures != "decoder":
         return [out]
     return [out.with_name(f"{out.stem}-{k + 1}{out.suffix}") for k in range(count)]
+
+
+def _preview(path: Path, number: int) -> Path:
+    """The file of a preview, beside that of its picture."""
+    return path.with_name(f"{path.stem}-preview-{number}{path.suffix}")
 
 
 # What a request is made from -> the options that say it.

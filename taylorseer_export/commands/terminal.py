@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from taylorseer_export.bundle.atomic import check_open, replacing
 from taylorseer_export.errors import ConfigError
@@ -160,15 +160,23 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0]))
 
 
+class Advance(Protocol):
+    """Moves a bar to what is done of all, with a note behind it."""
+
+    def __call__(self, done: int, of: int, note: str = "") -> None: ...
+
+
 @contextmanager
-def progress(label: str, total: int, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+def progress(label: str, total: int, quiet: bool = False) -> Iterator[Advance]:
     """A bar on standard error that appears once the work has taken half a second."""
     from tqdm import tqdm
 
     with tqdm(total=total, desc=label, leave=False, delay=0.5, disable=quiet or None, file=sys.stderr) as bar:
 
-        def advance(done: int, of: int) -> None:
+        def advance(done: int, of: int, note: str = "") -> None:
             bar.total = of
+            if note:
+                bar.set_postfix_str(note, refresh=False)
             bar.update(done - bar.n)
 
         yield advance

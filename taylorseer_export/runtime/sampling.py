@@ -135,7 +135,7 @@ def sample(
     request: Request,
     forecasts: Forecasts,
     branches: Branches | None = None,
-    on_step: Callable[[int], object] | None = None,
+    on_step: Callable[[Loop], object] | None = None,
 ) -> Result:
     """Run a loop from noise to latents.
 
@@ -144,7 +144,7 @@ def sample(
         request: From `label_request`, `prompt_request` or `tensor_request`.
         forecasts: From `Denoiser.forecasts`; the length of their plan is the number of steps.
         branches: Slots to reuse, from a `Pool`; new ones are opened if left out.
-        on_step: Called with each finished step.
+        on_step: Called with the loop after each step.
 
     Raises:
         StepError: An input does not fit the bundle, or a step returned a number that is not finite.
@@ -158,7 +158,7 @@ def sample(
     for step in denoise(loop, branches):
         milliseconds.append(step.milliseconds)
         if on_step:
-            on_step(step.number)
+            on_step(loop)
     executed = branches.executed
     return Result(loop.latents, str(loop.plan), executed, tuple(milliseconds), prepare_ms, branches.errors)
 
@@ -316,6 +316,11 @@ class Loop:
     def estimate(self) -> np.ndarray:
         """`[N, ...]` float32: where the last step thinks the loop will end, for previews."""
         return self._scheduler.estimate()
+
+
+def preview_steps(steps: int, previews: int) -> set[int]:
+    """After how many of its steps a loop shows each of its previews: spread evenly, none at its end."""
+    return {steps * k // (previews + 1) for k in range(1, previews + 1)}
 
 
 class Pool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from taylorseer_export.errors import ServeError, TaylorSeerError
 from taylorseer_export.method import forecasts_from_options
-from taylorseer_export.runtime.sampling import Loop, Request
+from taylorseer_export.runtime.sampling import Loop, Request, preview_steps
 from taylorseer_export.serve.api.answers import Receive, unless_gone
 from taylorseer_export.serve.api.fields import Asked
 from taylorseer_export.serve.api.models import Model
@@ -118,8 +118,7 @@ class Sender:
     def advanced(self, loop: Loop) -> None:
         self._steps.append(1e3 * (time.perf_counter() - self._turns[-1]))
         steps = len(loop.plan)
-        due = {steps * (k + 1) // (self._previews + 1) for k in range(self._previews)}
-        latents = loop.estimate() if loop.step in due else None
+        latents = loop.estimate() if loop.step in preview_steps(steps, self._previews) else None
         if latents is None and not self._progress:
             return
         self._post(Stepped(self.number, loop.step, steps, str(loop.plan), self._steps[-1], loop.request, latents))

@@ -16,12 +16,12 @@ import triton_server
 from images_api import client_of, ended, frames_of, models_over, picture_in, serving
 from PIL import Image
 from pipelines_with_parts import CASES, OTHER, PROMPT, bound_of_picture, depth_and_length
-from tiny_bundles import WHOLE
+from tiny_bundles import WHOLE, WHOLE_SIZES
 from tiny_models import MODELS
 from triton_server import Server
 
 from taylorseer_export.cli import main
-from taylorseer_export.embedded.requests import label_request, pictures_of, prompt_request
+from taylorseer_export.embedded.requests import label_request, pictures_of, prompt_request, usual_size
 from taylorseer_export.embedded.video import write_video
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
@@ -59,6 +59,8 @@ HOW = {
     "dit": How(None, 1.0, None, {"guidance_scale": 1.0}),  # the null class of its pipeline is 1000, whatever the model
 }  # fmt: skip
 VIDEOS = ("wan", "hunyuan")
+# FLUX takes all sizes here, and warms up at that of published models; `test_triton.py` serves it already.
+SERVED = [name for name in HOW if name != "flux"]
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +81,11 @@ def port(denoisers):
 
 @pytest.fixture(scope="module")
 def triton(denoisers, whole_bundles, tmp_path_factory):
-    """One server over all of them: the address of its HTTP."""
+    """One server over all that are `SERVED`: the address of its HTTP."""
     if reason := triton_server.missing():
         pytest.skip(reason)
     out = tmp_path_factory.mktemp("models")
-    for name in HOW:
+    for name in SERVED:
         role = "denoiser" if name in VIDEOS else "picture"
         write_repository(whole_bundles(name), out, Deployment(slots=1, workers=1, models=(role,)))
     with Server(out) as server:
@@ -150,6 +152,12 @@ def test_in_process_it_is_the_pipelines(drawn, name):
     assert (of_diffusers(name, SEED + 1)[0] - seen).abs().max() > limit
 
 
+@pytest.mark.parametrize("name", WHOLE_SIZES)
+def test_a_bundle_of_one_size_is_quoted_at_it(denoisers, name):
+    """Also where its latents are packed, whose number of tokens is that of other sizes as well."""
+    assert usual_size(denoisers[name].manifest) == HOW[name].size
+
+
 @pytest.mark.parametrize("name", HOW)
 def test_run_draws_the_same(whole_bundles, denoisers, drawn, name, tmp_path):
     how, video = HOW[name], name in VIDEOS
@@ -194,7 +202,7 @@ def test_the_videos_api_makes_the_same(port, denoisers, drawn, name, tmp_path):
     assert np.array_equal(seen, frames_of((tmp_path / "expected.mp4").read_bytes()))
 
 
-@pytest.mark.parametrize("name", HOW)
+@pytest.mark.parametrize("name", SERVED)
 def test_triton_draws_the_same(triton, denoisers, request_of, drawn, name):
     how, more = HOW[name], {"plan": PLAN} | ({} if HOW[name].scale is None else {"guidance_scale": HOW[name].scale})
     if name in VIDEOS:

@@ -17,20 +17,19 @@ from _pytest.junitxml import xml_key
 from harness import Tiny, eager_denoiser
 from hypothesis import settings
 from kept import ROOT, Kept, key_of, sources, surroundings, sweep
-from pipelines_with_parts import ANIMATED, CASES, TEXT_ALONE, denoiser_with_parts, write_pipeline
+from pipelines_with_parts import denoiser_with_parts, write_pipeline
 from record import commit_of
 from tiny_bundles import (
     BUNDLES,
     MODELS,
     ON_GPU,
     PACKAGES,
+    WHOLE,
     options_of,
     trace_of,
     write_embedded,
-    write_whole_flux,
-    write_whole_kontext,
+    write_whole,
 )
-from tiny_pipelines import dit_pipeline
 
 from taylorseer_export.bundle.tensorrt import library_name
 from taylorseer_export.compile import export
@@ -54,6 +53,7 @@ LONG = (
     "test_readme.py",
     "test_whole.py",
     "test_videos.py",
+    "test_whole_doors.py",
 )
 
 
@@ -257,32 +257,35 @@ def on_gpu(drafts, once):
 
 @pytest.fixture(scope="session")
 def whole(tiny, drafts, once):
-    """Name of a case -> (the pipeline, a denoiser with its parts)."""
+    """Name of `WHOLE` -> (the pipeline, a denoiser with its parts)."""
     made = {}
 
     def make(name):
         if name not in made:
-            others = {**TEXT_ALONE, **ANIMATED, "dit": (dit_pipeline, None)}
-            model, build = CASES[name][:2] if name in CASES else (name, others[name][0])
-            pipe = build(tiny(model).model)
-
-            folder = once(f"parts-{name}", partial(write_pipeline, pipe, tiny(model).family))
-            made[name] = pipe, denoiser_with_parts(drafts(model), folder)
+            pipe = WHOLE[name](tiny(name).model)
+            folder = once(f"parts-{name}", partial(write_pipeline, pipe, tiny(name).family))
+            made[name] = pipe, denoiser_with_parts(drafts(name), folder)
         return made[name]
 
     return make
 
 
 @pytest.fixture(scope="session")
-def whole_flux(once):
-    """Folder of the bundle of a tiny FLUX pipeline with its parts; `pipeline` beside it is what it was made of."""
-    return once("whole-flux", write_whole_flux)
+def whole_bundles(once):
+    """Name of `WHOLE` -> folder of the bundle of that tiny pipeline with its parts; `pipeline` beside it is what it was
+    made of."""
+    return cache(lambda name: once(f"whole-{name}", partial(write_whole, name)))
 
 
 @pytest.fixture(scope="session")
-def whole_kontext(once):
-    """The same of a tiny FLUX Kontext, which edits pictures."""
-    return once("whole-kontext", write_whole_kontext)
+def whole_flux(whole_bundles):
+    return whole_bundles("flux")
+
+
+@pytest.fixture(scope="session")
+def whole_kontext(whole_bundles):
+    """Of a FLUX Kontext, which edits pictures."""
+    return whole_bundles("kontext")
 
 
 @pytest.fixture(scope="session")

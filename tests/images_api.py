@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 
+import av
 import numpy as np
 import openai
 import uvicorn
@@ -132,6 +133,18 @@ def until(true):
 
 def picture_in(file):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(file))))
+
+
+def frames_of(data):
+    """`[F, height, width, 3]` of the bytes of an MP4."""
+    with av.open(io.BytesIO(data)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def ended(client, name):
+    """A job of a video once it has ended."""
+    until(lambda: client.videos.retrieve(name).status in ("completed", "failed"))
+    return client.videos.retrieve(name)
 
 
 def alone(denoiser, request, **options):

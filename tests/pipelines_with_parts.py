@@ -12,16 +12,6 @@ import torch
 from harness import eager_denoiser
 from PIL import Image
 from tiny_bundles import options_of
-from tiny_pipelines import (
-    flux_pipeline,
-    kontext_pipeline,
-    wan_image_pipeline,
-    wan_pipeline,
-    whole_hidream,
-    whole_hunyuan,
-    whole_qwen_image,
-    whole_sd3,
-)
 from torch import nn
 
 from taylorseer_export.bundle.manifest import PipelinePart
@@ -37,11 +27,9 @@ PROMPT, OTHER = "a small red circle", "x"
 
 
 class Case(NamedTuple):
-    """A pipeline and how it is asked.
+    """How a pipeline of `WHOLE` is asked.
 
     Attributes:
-        model: Of the fixture `tiny`.
-        pipeline: Its transformer -> the pipeline.
         size: (height, width) in pixels.
         length: Most tokens of a prompt; the pipeline's own if None.
         scale: Of guidance, with `OTHER` as the negative prompt; None where guidance is an input.
@@ -49,8 +37,6 @@ class Case(NamedTuple):
         picture: That it is to edit, `[height, width, 3]` uint8.
     """
 
-    model: str
-    pipeline: Any
     size: tuple[int, int]
     length: int | None = None
     scale: float | None = None
@@ -62,23 +48,18 @@ class Case(NamedTuple):
 EDITED = np.random.default_rng(5).integers(0, 256, (26, 38, 3), dtype=np.uint8)
 
 CASES = {
-    "flux": Case("flux", flux_pipeline, (32, 48), 16),
-    "sd3": Case("sd3", whole_sd3, (16, 24), 16, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
-    "qwen-image": Case(
-        "qwen-image", whole_qwen_image, (32, 48), None, 3.0, {"true_cfg_scale": 3.0, "negative_prompt": OTHER}
-    ),
+    "flux": Case((32, 48), 16),
+    "sd3": Case((16, 24), 16, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
+    "qwen-image": Case((32, 48), None, 3.0, {"true_cfg_scale": 3.0, "negative_prompt": OTHER}),
     "kontext": Case(
-        "kontext",
-        kontext_pipeline,
         (32, 48),
         16,
         asked={"image": Image.fromarray(EDITED), "max_area": 32 * 48, "_auto_resize": False, "guidance_scale": 2.5},
         picture=EDITED,
     ),
-    "hidream": Case("hidream", whole_hidream, (16, 16), None, 5.0, {"guidance_scale": 5.0, "negative_prompt": OTHER}),
+    "hidream": Case((16, 16), None, 5.0, {"guidance_scale": 5.0, "negative_prompt": OTHER}),
 }
-TEXT_ALONE = {"wan": (wan_pipeline, 32), "hunyuan": (whole_hunyuan, 200)}
-ANIMATED = {"wan-image": (wan_image_pipeline, 512)}
+TEXT_ALONE = {"wan": 32, "hunyuan": 200}  # most tokens of a prompt
 
 
 def depth_and_length(*modules: nn.Module) -> tuple[int, int]:

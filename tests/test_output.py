@@ -127,11 +127,6 @@ def test_numbers_that_nothing_can_hold_are_refused(arguments, expected, tmp_path
     assert expected in refusal(capsys, "run", tmp_path / "none", *arguments)
 
 
-def test_a_video_size_is_no_size_of_a_served_picture(tmp_path, capsys):
-    said = refusal(capsys, "client", "m", "--size", "4x32x32", "--out", tmp_path / "x.png")
-    assert "--size is 4x32x32, expected HxW for a picture" in said
-
-
 def test_what_does_not_fit_into_memory_is_one_sentence(tmp_path, capsys, monkeypatch):
     def starve(*_):
         raise MemoryError("Unable to allocate 1.00 TiB")

@@ -1,14 +1,12 @@
 """Videos by `/v1/videos`: jobs that the unmodified openai client asks for, follows and fetches."""
 
-import io
 import json
 import threading
 
-import av
 import numpy as np
 import openai
 import pytest
-from images_api import SECONDS, alone, asked, client_of, got, models_over, serving, until
+from images_api import SECONDS, alone, asked, client_of, ended, frames_of, got, models_over, serving, until
 from pipelines_with_parts import PROMPT
 
 from taylorseer_export.embedded.requests import prompt_request
@@ -48,16 +46,6 @@ def held(monkeypatch):
     monkeypatch.setattr(Slot, "run", waiting)
     yield event
     event.set()
-
-
-def frames_of(data):
-    with av.open(io.BytesIO(data)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def ended(client, name):
-    until(lambda: client.videos.retrieve(name).status in ("completed", "failed"))
-    return client.videos.retrieve(name)
 
 
 def test_the_openai_client_gets_the_video_of_a_solo_run(port, wan, tmp_path):

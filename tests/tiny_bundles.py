@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from tiny_models import MODELS, of_families
-from tiny_pipelines import flux_pipeline, kontext_pipeline
+from tiny_pipelines import (
+    dit_pipeline,
+    flux_pipeline,
+    kontext_pipeline,
+    wan_image_pipeline,
+    wan_pipeline,
+    whole_hidream,
+    whole_hunyuan,
+    whole_qwen_image,
+    whole_sd3,
+)
 
 from taylorseer_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from taylorseer_export.compile.export import Options, Traced, draft, trace_model, write_bundle
@@ -48,6 +58,29 @@ EMBEDDED: dict[str, tuple[str, dict[str, Any]]] = {
     "residual-digits": ("dit", {"order": 2, "granularity": "residual", "guards": ("cg",)}),
     "shapes": ("flux", {}),
     "videos": ("wan", {}),
+}
+
+# Name of `MODELS` -> its transformer -> the pipeline around it, of those that are exported whole.
+WHOLE = {
+    "flux": flux_pipeline,
+    "kontext": kontext_pipeline,
+    "sd3": whole_sd3,
+    "qwen-image": whole_qwen_image,
+    "hidream": whole_hidream,
+    "dit": dit_pipeline,
+    "wan": wan_pipeline,
+    "wan-image": wan_image_pipeline,
+    "hunyuan": whole_hunyuan,
+}
+
+# Latent pixels of those whole bundles that have one size: servers warm up at a bundle's usual one, which for videos of
+# published models is gigabytes of attention even in a tiny transformer.
+WHOLE_SIZES = {
+    "sd3": (8, 12),
+    "qwen-image": (4, 6),
+    "hidream": (8, 8),
+    "wan": (2, 4, 6),
+    "hunyuan": (2, 4, 6),
 }
 
 
@@ -95,22 +128,17 @@ def embedded(name: str) -> tuple[Checkpoint, Options]:
     return checkpoint, Options(**(usual | changes))
 
 
-def write_whole_flux(folder: Path) -> Path:
-    """The bundle of a tiny FLUX pipeline with all its parts, and the pipeline beside it in `folder`."""
-    flux_pipeline(MODELS["flux"][1]()).save_pretrained(folder / "pipeline")
-    checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES["flux"])
-    options = Options(order=1, interval=6, warmup=3, steps=4, parts=parts_of(checkpoint))
-    return write_bundle(draft(checkpoint, options), folder, "whole")
-
-
-def write_whole_kontext(folder: Path) -> Path:
-    """The same of a tiny Kontext; it sees pictures at their own size, since those of published models take minutes."""
-    kontext_pipeline(MODELS["kontext"][1]()).save_pretrained(folder / "pipeline")
-    checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES["flux-kontext"])
+def write_whole(name: str, folder: Path) -> Path:
+    """The bundle of an entry of `WHOLE` with all its parts, and the pipeline beside it in `folder`."""
+    family, build, _ = MODELS[name]
+    WHOLE[name](build()).save_pretrained(folder / "pipeline")
+    checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES[family])
     whole = checkpoint.family.whole
     assert whole is not None
+    # It sees pictures at their own size, since those of published models take minutes.
     checkpoint = replace(checkpoint, family=replace(checkpoint.family, whole=replace(whole, seen_at=())))
-    options = Options(order=1, interval=4, warmup=3, steps=4, parts=parts_of(checkpoint))
+    parts, latent = parts_of(checkpoint), WHOLE_SIZES.get(name)
+    options = Options(order=1, interval=6, warmup=3, steps=4, latent_size=latent, parts=parts)
     return write_bundle(draft(checkpoint, options), folder, "whole")
 
 

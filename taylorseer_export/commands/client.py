@@ -61,9 +61,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
     require_extra("triton", "tritonclient")
-    from taylorseer_export.serve.client import Protocol, infer
-
     from taylorseer_export.embedded.video import MP4, check_video, write_video
+    from taylorseer_export.serve.client import Protocol, infer
+    from taylorseer_export.serve.contract import DRAWN
 
     whole_tensors, film = given.out.suffix == ".safetensors", given.out.suffix.lower() == MP4
     if not whole_tensors:
@@ -76,8 +76,8 @@ def run(given: argparse.Namespace) -> int:
             given.url, given.model, values, protocol, given.timeout, lambda done, _: advance(done, given.steps or done)
         )
     if whole_tensors:
-        drawn = [name for name in ("picture", "video") if name in made]
-        kept = {name: made[name] for name in drawn} or {"latents": made["denoised"]}
+        drawn = {name: made[name] for name in DRAWN if name in made}
+        kept = drawn or {"latents": made["denoised"]}
         write_tensors(given.out, kept, {"plan": made["executed"][0].decode()})
     elif "picture" in made:
         from taylorseer_export.embedded.picture import grid, write_picture

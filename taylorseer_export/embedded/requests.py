@@ -123,6 +123,9 @@ def size_of(manifest: Manifest, given: Given | None) -> tuple[int, ...]:
 
 def usual_size(manifest: Manifest) -> tuple[int, ...]:
     """(height, width) in pixels of the picture that a bundle is quoted at; (frames, height, width) of a video."""
+    if manifest.pipeline.packing > 1 and "decode" in manifest.parts:  # the count of tokens is of any shape
+        shown = manifest.parts["decode"].dimensions
+        return tuple(manifest.sampling.latent_scale * shown[side].typical for side in ("height", "width"))
     typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
     side = manifest.sampling.latent_scale * manifest.pipeline.packing
     latent = resolve(manifest.graphs["full"].input_of("latent").shape, typical)

@@ -25,6 +25,7 @@ from taylorseer_export.embedded.requests import label_request, pictures_of, prom
 from taylorseer_export.embedded.video import write_video
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
+from taylorseer_export.serve.api.fleet import open_models
 from taylorseer_export.serve.client import infer
 from taylorseer_export.serve.contract import SIDES
 from taylorseer_export.serve.repository import Deployment, write_repository
@@ -82,15 +83,15 @@ def port(denoisers):
 
 @pytest.fixture(scope="module")
 def triton(denoisers, whole_bundles, tmp_path_factory):
-    """One server over all that are `SERVED`: the address of its HTTP."""
+    """One server over all that are `SERVED`; videos also with answers after every step, by which jobs are followed."""
     if reason := triton_server.missing():
         pytest.skip(reason)
     out = tmp_path_factory.mktemp("models")
     for name in SERVED:
-        write_repository(whole_bundles(name), out, Deployment(slots=1, workers=1, models=("picture",)))
+        models = ("picture", "picture-stream") if name in VIDEOS else ("picture",)
+        write_repository(whole_bundles(name), out, Deployment(slots=1, workers=1, models=models))
     with Server(out) as server:
-        server.wait_ready()
-        yield server.http
+        yield server.wait_ready()
 
 
 def model_of(name):
@@ -187,10 +188,20 @@ def test_the_images_api_draws_the_same(port, drawn, name):
     assert np.array_equal(picture_in(made.data[0].b64_json), drawn(name))
 
 
+@pytest.fixture(scope="module")
+def front(triton):
+    """A server of the images API before Triton's videos."""
+    models = open_models([triton.grpc], [model_of(name) for name in VIDEOS])
+    with serving(models) as port:
+        yield port
+    models.close()
+
+
+@pytest.mark.parametrize("door", ["port", "front"])
 @pytest.mark.parametrize("name", VIDEOS)
-def test_the_videos_api_makes_the_same(port, denoisers, drawn, name, tmp_path):
+def test_the_videos_api_makes_the_same(request, door, denoisers, drawn, name, tmp_path):
     """As MP4, which loses something: what is in it is what is in that of the video made here."""
-    how, client = HOW[name], client_of(port)
+    how, client = HOW[name], client_of(request.getfixturevalue(door))
     frames, height, width = how.size
     more = {"seed": SEED, "plan": PLAN, "guidance_scale": how.scale, "frames": frames}
     more |= {} if how.negative is None else {"negative_prompt": how.negative}
@@ -208,7 +219,7 @@ def test_triton_draws_the_same(triton, denoisers, drawn, name):
     what = {"label": CLASS} if name == "dit" else {"prompt": PROMPT}
     what |= {} if how.size is None else dict(zip(SIDES[-len(how.size) :], how.size, strict=True))
     what |= {} if how.negative is None else {"negative_prompt": how.negative}
-    made = infer(triton, model_of(name), {**what, "seed": SEED, **more}, "http", timeout=120)
+    made = infer(triton.http, model_of(name), {**what, "seed": SEED, **more}, "http", timeout=120)
     assert made["executed"].tolist() == [PLAN.encode()]
     assert np.array_equal(made["video" if name in VIDEOS else "picture"], drawn(name))
     if name in VIDEOS:
@@ -219,7 +230,7 @@ def test_triton_draws_the_same(triton, denoisers, drawn, name):
 def test_the_client_writes_the_video(triton, denoisers, drawn, name, tmp_path):
     how, out = HOW[name], tmp_path / "made.webp"
     words = ["--prompt", PROMPT, "--size", "x".join(map(str, how.size)), "--guidance-scale", how.scale]
-    words += ["--url", triton, "--protocol", "http", "--seed", SEED, "--plan", PLAN, "--out", out]
+    words += ["--url", triton.http, "--protocol", "http", "--seed", SEED, "--plan", PLAN, "--out", out]
     assert main([str(word) for word in ("client", model_of(name), *words)]) == 0
     write_video(tmp_path / "expected.webp", drawn(name), denoisers[name].manifest.parts["decode"].frame_rate)
     assert out.read_bytes() == (tmp_path / "expected.webp").read_bytes()

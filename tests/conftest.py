@@ -54,6 +54,7 @@ LONG = (
     "test_whole.py",
     "test_videos.py",
     "test_whole_doors.py",
+    "test_image_to_video.py",
 )
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ import openai
 import oracle
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan import pipeline_wan_i2v
 from images_api import alone, asked, client_of, models_over, serving, until
 from PIL import Image
@@ -28,6 +30,7 @@ from pipelines_with_parts import (
 )
 from safetensors.numpy import load_file
 from test_video_jobs import frames_of
+from test_videos import PLAIN, STATISTICS
 from tiny_bundles import options_of
 from tiny_models import tiny_wan
 from tiny_pipelines import wan_image_pipeline
@@ -44,9 +47,9 @@ from taylorseer_export.embedded.edits import Given, animated, given_picture
 from taylorseer_export.embedded.picture import seen_by_encoder
 from taylorseer_export.embedded.requests import prompt_request, size_of, usual_size
 from taylorseer_export.embedded.video import write_video
-from taylorseer_export.errors import CheckpointError, ConfigError
+from taylorseer_export.errors import CheckpointError, ConfigError, StepError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.families.whole import Shown
+from taylorseer_export.families.whole import Shown, scaled
 from taylorseer_export.report.card import card
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.tensors import NEGATIVE
@@ -120,6 +123,27 @@ def test_a_picture_becomes_what_the_pipeline_makes_of_it(whole, shape):
         limit = oracle.bound(expected, 1.0, torch.float32, *depth_and_length(module))
         oracle.assert_close(f"{name} of {shape}", torch.from_numpy(seen[name]), expected, limit)
         assert (torch.from_numpy(other[name]) - expected).abs().max() > limit
+
+
+def test_frame_by_frame_is_what_diffusers_makes():
+    """Of a VAE whose levels are as wide as the published ones' beside each other."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**PLAIN, **STATISTICS).eval()
+    picture = torch.rand(1, 3, 24, 16)
+    video = torch.cat([2 * picture - 1, torch.zeros(1, 3, 24, 16)])[[0, *[1] * 12]].transpose(0, 1)[None]
+    caches, made, given = None, [], {"picture": picture}
+    with torch.no_grad():
+        expected = scaled(vae, vae.encode(video).latent_dist.mode())
+        for _ in range(4):
+            one, caches = (
+                FAMILIES["wan"]
+                .by_config({"in_channels": 12, "out_channels": 4})["whole"]
+                .animate({"vae": vae}, given, caches)
+            )
+            made, given = [*made, one["condition"]], {}
+    limit = oracle.bound(expected, 1.0, torch.float32, *depth_and_length(vae))
+    oracle.assert_close("condition", torch.cat(made, 2)[:, 4:], expected, limit)
+    assert {cache.shape[2] for cache in caches} == {2}
 
 
 @pytest.mark.parametrize(
@@ -208,6 +232,22 @@ def test_a_size_that_nobody_asks_for_has_the_shape_of_the_picture(whole):
         expected = [round(np.sqrt(height * width * r)) // 16 * 16 for r in (ratio, 1 / ratio)]
         most = [16 * manifest.dimensions[name].maximum for name in ("rows", "columns")]
         assert made == (frames, *(min(max(side, 32), end) for side, end in zip(expected, most, strict=True)))
+
+
+def test_a_bundle_of_one_size_has_that_size_for_every_picture(whole, once):
+    """What it makes of a picture is what a bundle of any size makes of it at this size."""
+    fixed = {"latent_size": (3, 4, 6)}
+    write = partial(write_pipeline, whole("wan-image")[0], "wan", parts=("encode",), **fixed)
+    folder = once("parts-wan-image-fixed", write)
+    checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES["wan"])
+    denoiser = denoiser_with_parts(draft(checkpoint, options_of(**fixed)), folder)
+    assert size_of(denoiser.manifest, Given(EDITED)) == usual_size(denoiser.manifest) == SIZE
+    seen, expected = animated(denoiser, EDITED, SIZE), animated(whole("wan-image")[1], EDITED, SIZE)
+    for name, value in expected.items():
+        limit = oracle.bound(torch.from_numpy(value), 1.0, torch.float32, *depth_and_length(whole("wan-image")[0].vae))
+        oracle.assert_close(name, torch.from_numpy(seen[name]), torch.from_numpy(value), limit)
+    with pytest.raises(StepError, match="`picture`"):
+        animated(denoiser, EDITED, (9, 48, 32))
 
 
 def test_pictures_that_do_not_belong_are_refused(whole):

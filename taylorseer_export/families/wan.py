@@ -79,7 +79,7 @@ def _animate(modules: Modules, given: Tensors, caches: Sequence[Any] | None) -> 
         used: list[Any] = [None] * len(list(vae.encoder.modules()))
     else:
         used = list(caches)
-        video = used[0].clamp(0, 0).repeat(1, 1, scale // 2, 1, 1)  # of the frames before it, as in `_filled`
+        video = used[0].clamp(0, 0).repeat(1, 1, scale // 2, 1, 1)  # grey, and no constant: see `_filled`
     mean = vae.quant_conv(vae.encoder(video, feat_cache=used, feat_idx=[0])).chunk(2, 1)[0]
     mark = 1 if caches is None else 0
     mask = mean[:, :1].clamp(mark, mark).repeat(1, scale, 1, 1, 1)

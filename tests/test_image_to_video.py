@@ -246,7 +246,7 @@ def test_a_bundle_of_one_size_has_that_size_for_every_picture(whole, once):
     for name, value in expected.items():
         limit = oracle.bound(torch.from_numpy(value), 1.0, torch.float32, *depth_and_length(whole("wan-image")[0].vae))
         oracle.assert_close(name, torch.from_numpy(seen[name]), torch.from_numpy(value), limit)
-    with pytest.raises(StepError, match="`picture`"):
+    with pytest.raises(StepError, match="size `rows` of part `encode` is 6, expected 4 to 4"):
         animated(denoiser, EDITED, (9, 48, 32))
 
 

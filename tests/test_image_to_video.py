@@ -16,7 +16,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan import pipeline_wan_i2v
-from images_api import alone, asked, client_of, models_over, serving, until
+from images_api import alone, asked, client_of, frames_of, models_over, serving, until
 from PIL import Image
 from pipelines_with_parts import (
     EDITED,
@@ -29,7 +29,6 @@ from pipelines_with_parts import (
     write_pipeline,
 )
 from safetensors.numpy import load_file
-from test_video_jobs import frames_of
 from test_videos import PLAIN, STATISTICS
 from tiny_bundles import options_of
 from tiny_models import tiny_wan

@@ -230,6 +230,7 @@ def test_triton_draws_the_same(triton, denoisers, drawn, name):
 def test_the_client_writes_the_video(triton, denoisers, drawn, name, tmp_path):
     how, out = HOW[name], tmp_path / "made.webp"
     words = ["--prompt", PROMPT, "--size", "x".join(map(str, how.size)), "--guidance-scale", how.scale]
+    words += [] if how.negative is None else ["--negative-prompt", how.negative]
     words += ["--url", triton.http, "--protocol", "http", "--seed", SEED, "--plan", PLAN, "--out", out]
     assert main([str(word) for word in ("client", model_of(name), *words)]) == 0
     write_video(tmp_path / "expected.webp", drawn(name), denoisers[name].manifest.parts["decode"].frame_rate)

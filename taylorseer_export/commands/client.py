@@ -97,7 +97,7 @@ def run(given: argparse.Namespace) -> int:
 def _values(given: argparse.Namespace) -> dict[str, Any]:
     from taylorseer_export.serve.contract import SIDES
 
-    what = ("prompt", "label", "seed", "guidance_scale", "strength")
+    what = ("prompt", "negative_prompt", "label", "seed", "guidance_scale", "strength")
     values = {name: getattr(given, name) for name in what} | vars(request_options(given))
     values = {name: value for name, value in values.items() if value is not None and value is not False}
     if given.size:

@@ -29,6 +29,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--protocol", choices=("http", "grpc", "stream"), help="protocol (default: stream for MODEL-stream, else grpc)"
     )
     parser.add_argument("--prompt", help="what to draw (models with text encoders)")
+    parser.add_argument("--negative-prompt", help="what guidance leads away from (models that take one)")
     parser.add_argument(
         "--image", type=Path, help="picture to edit, to animate or to begin with (models that take one)"
     )

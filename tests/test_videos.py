@@ -244,11 +244,17 @@ def test_what_is_no_video_takes_no_frame_rate(embedded, capsys, monkeypatch):
     assert require_extra("sample", "PIL") is None
 
 
-def test_what_a_video_cannot_be_is_refused(whole):
+def test_what_makes_videos_is_served_and_not_judged_as_pictures(whole):
     _, denoiser = whole("wan")
     manifest = denoiser.manifest
     assert frame_rate(manifest) == 16 and len(usual_size(manifest)) == 3
-    assert contract.roles(manifest) == ("denoiser",) and not draws(denoiser)
+    assert contract.roles(manifest) == ("picture", "denoiser") and not draws(denoiser)
+    made, rate, *_ = contract.outputs(manifest, "picture")
+    assert (made.name, made.dims) == ("video", (-1, -1, -1, 3)) and (rate.name, rate.datatype) == (
+        "frame_rate",
+        "INT32",
+    )
+    assert "frames" in [port.name for port in contract.inputs(manifest, "picture")]
 
 
 def test_the_card_states_the_memory(whole):

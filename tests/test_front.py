@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAME = "flux-tiny"
 INPUTS = dict.fromkeys(("prompt", "plan"), "BYTES") | dict.fromkeys(("seed", "height", "width", "steps"), "INT64")
 STREAMED = {**INPUTS, "previews": "INT32", "progress": "BOOL"}
-PLAIN = Served(NAME, False, INPUTS, frozenset({"prompt"}), {"classes": None}, "one", 2, 3)
+PLAIN = Served(NAME, False, INPUTS, frozenset({"prompt"}), {"classes": None, "frame_rate": None}, "one", 2, 3)
 STREAM = replace(PLAIN, name=f"{NAME}-stream", streams=True, inputs=STREAMED)
 
 
@@ -388,7 +388,7 @@ def test_a_configuration_says_what_a_model_is():
         "role": "picture",
         "slots": "2",
         "queue": "3",
-        "description": '{"classes": 10}',
+        "description": '{"classes": 10, "frame_rate": null}',
         "bundle": "one",
         "warm": None,
     }

@@ -172,3 +172,9 @@ def test_old_keys_are_swept_and_none_that_is_in_use(tmp_path):
     stores["old and in use"].close()
     sweep(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["newer", "newest"]
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="only pytest-xdist has groups of tests")
+def test_a_test_is_in_the_group_of_its_file(request):
+    """Otherwise the tests of a file run on all workers, and each makes what one would make for all of them."""
+    assert request.node.nodeid.endswith("@test_kept")

@@ -168,7 +168,7 @@ def test_seconds_are_the_nearest_number_of_frames(port, seconds, frames):
 
 def test_a_model_of_videos_needs_a_library_for_them(wan, monkeypatch):
     check_draws(wan.manifest)
-    monkeypatch.setattr("taylorseer_export.serve.api.prompts.find_spec", lambda _: None)
+    monkeypatch.setattr("taylorseer_export.embedded.video.find_spec", lambda _: None)
     with pytest.raises(Exception, match=r"av is not installed, expected it for videos; pip install"):
         models_over(wan, slots=1).__enter__()
 

@@ -106,6 +106,16 @@ def test_a_report_of_this_commit_is_taken(tmp_path):
     assert families.counts([dirty]) == {}
 
 
+def test_a_report_of_workers_counts_as_one_of_one_process(tmp_path):
+    case = '<testcase classname="tests.test_families" name="test_all_full_is_the_untouched_model[wan]{}"/>'
+    counted = []
+    for k, group in enumerate(("", "@wan", "@test_families")):
+        path = tmp_path / f"{k}.xml"
+        path.write_text(f"<testsuites><testsuite>{case.format(group)}</testsuite></testsuites>")
+        counted.append(families.counts([path]))
+    assert counted[0] and counted[1] == counted[2] == counted[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["one process", "workers"])
 def test_our_own_reports_name_the_commit(tmp_path, workers):

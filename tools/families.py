@@ -54,7 +54,8 @@ def counts(reports: Sequence[Path]) -> dict[str, dict[str, dict[str, int]]]:
     outcomes = {}
     for report in reports:
         for case in ElementTree.parse(report).iter("testcase"):
-            outcomes[case.get("classname", "").split(".")[-1], case.get("name", "")] = _outcome(case)
+            name = re.sub(r"@[^]@]*$", "", case.get("name", ""))  # without the group that pytest-xdist ran it in
+            outcomes[case.get("classname", "").split(".")[-1], name] = _outcome(case)
     found: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for (module, name), outcome in outcomes.items():
         model = _model(name)

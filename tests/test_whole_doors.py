@@ -27,7 +27,7 @@ from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.serve.api.fleet import open_models
 from taylorseer_export.serve.client import infer
-from taylorseer_export.serve.contract import SIDES
+from taylorseer_export.serve.contract import sides_named
 from taylorseer_export.serve.repository import Deployment, write_repository
 
 # OpenAI itself no longer makes videos; its client and this form of jobs are what others go on with.
@@ -217,7 +217,7 @@ def test_the_videos_api_makes_the_same(request, door, denoisers, drawn, name, tm
 def test_triton_draws_the_same(triton, denoisers, drawn, name):
     how, more = HOW[name], {"plan": PLAN} | ({} if HOW[name].scale is None else {"guidance_scale": HOW[name].scale})
     what = {"label": CLASS} if name == "dit" else {"prompt": PROMPT}
-    what |= {} if how.size is None else dict(zip(SIDES[-len(how.size) :], how.size, strict=True))
+    what |= {} if how.size is None else sides_named(how.size)
     what |= {} if how.negative is None else {"negative_prompt": how.negative}
     made = infer(triton.http, model_of(name), {**what, "seed": SEED, **more}, "http", timeout=120)
     assert made["executed"].tolist() == [PLAN.encode()]

@@ -96,13 +96,13 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _values(given: argparse.Namespace) -> dict[str, Any]:
-    from taylorseer_export.serve.contract import SIDES
+    from taylorseer_export.serve.contract import sides_named
 
     what = ("prompt", "negative_prompt", "label", "seed", "guidance_scale", "strength")
     values = {name: getattr(given, name) for name in what} | vars(request_options(given))
     values = {name: value for name, value in values.items() if value is not None and value is not False}
     if given.size:
-        values |= dict(zip(SIDES[-len(given.size) :], given.size, strict=True))
+        values |= sides_named(given.size)
     if given.image is not None:
         require_extra("whole", "PIL")
         from taylorseer_export.embedded.picture import read_picture

@@ -8,7 +8,7 @@ it needs.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ from taylorseer_export.serve.times import STAGES
 
 Role = Literal["picture", "denoiser"]
 LONGEST_TEXT = 4096  # characters of a caption or a plan; what must be longer is refused before it is read
-SIDES = ("frames", "height", "width")
+_SIDES = ("frames", "height", "width")
 DRAWN = ("picture", "video")
 TOLD_TIMES = (*STAGES, "decode")
 _WIDEST = 4  # bytes of a character in UTF-8
@@ -150,6 +150,11 @@ def outputs(manifest: Manifest, role: Role) -> tuple[Port, ...]:
     return (made, *rate, Port("step", "INT32", (1,)), *words, *times)
 
 
+def sides_named(size: Sequence[int]) -> dict[str, int]:
+    """A size of a picture or of a video in pixels, by the names of its inputs."""
+    return dict(zip(_SIDES[-len(size) :], size, strict=True))
+
+
 def drawn(manifest: Manifest) -> Port:
     """What a model that draws returns: `picture` `[H, W, 3]`, or `video` `[F, H, W, 3]`."""
     picture, video = DRAWN
@@ -196,8 +201,8 @@ def ask(
     if not 0 <= seed < 1 << 63:
         raise ConfigError(f"seed is {seed}, expected a whole number, at least 0; correct it")
     usual = _usual(denoiser.manifest) if sampling.source == "labels" else size_of(denoiser.manifest, given)
-    sides = zip(SIDES[-len(usual) :], usual, strict=True)
-    size = tuple(int(values[side][0]) if side in values else extent for side, extent in sides)
+    sides = sides_named(usual)
+    size = tuple(int(values[side][0]) if side in values else extent for side, extent in sides.items())
     if sampling.source == "labels":
         latent_sizes(denoiser.manifest, size, "size")  # there is one: any other is refused
         return Ask(label_request(denoiser, [int(values["label"][0])], [seed], scale), forecasts)

@@ -28,7 +28,7 @@ from taylorseer_export.serve.api.fields import REFERENCE
 from taylorseer_export.serve.api.models import Done, Event, Failed, Models, Order, Queued, Stepped, retry_in
 from taylorseer_export.serve.api.problems import LOG, Refusal
 from taylorseer_export.serve.api.wishes import Takes
-from taylorseer_export.serve.contract import DRAWN, SIDES, TOLD_TIMES
+from taylorseer_export.serve.contract import DRAWN, TOLD_TIMES, sides_named
 from taylorseer_export.serve.fleet import Outputs, Served, Server
 from taylorseer_export.serve.refusals import Late, NoServer, QueueFull, Stopping, Unavailable
 
@@ -262,7 +262,7 @@ class Remote:
         values: dict[str, Any] = {"seed": wish.seed}
         values |= {"prompt": wish.prompt} if takes.classes is None else {"label": takes.label(wish.prompt)}
         if wish.size is not None:
-            values |= dict(zip(SIDES[-len(wish.size) :], wish.size, strict=True))
+            values |= sides_named(wish.size)
         if wish.pictures:
             values["image"] = await asyncio.to_thread(opaque, wish.pictures[0])
         more = {name: getattr(wish, name) for name in ("negative_prompt", "guidance_scale", "strength")}

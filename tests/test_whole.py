@@ -532,4 +532,4 @@ def _edit(folder, **entries):
 
 def test_the_transformer_alone_says_how_to_get_the_rest(embedded):
     with load(embedded("videos")) as denoiser, pytest.raises(TaylorSeerError, match=r"has no part `text`.*--whole"):
-        denoiser.encoder  # noqa: B018
+        prompt_request(denoiser, [PROMPT], size=(5, 32, 32))

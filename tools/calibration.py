@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile.export import Options, draft, write_bundle
+from taylorseer_export.compile.parts import parts_asked
 from taylorseer_export.embedded import requests
 from taylorseer_export.embedded.picture import grid
 from taylorseer_export.errors import ConfigError
@@ -228,7 +229,7 @@ def main() -> int:
         filed_rows = filed["models"][family]["rows"] if filed else []
         kept = [Row(**{"executed": row["full_steps"], **row}) for row in filed_rows if "guard" not in row["way"]]
         with tempfile.TemporaryDirectory() as folder, tqdm(desc=family, unit="loop step", file=sys.stderr) as bar:
-            options = Options(order=ORDER, interval=6, warmup=3, guards=RULES)
+            options = Options(order=ORDER, interval=6, warmup=3, guards=RULES, parts=parts_asked(checkpoint, False))
             denoiser = load(write_bundle(draft(checkpoint, options), Path(folder), "calibration"), threads=1)
             for steps, counts in LOOPS:
                 for found, shown in rows_of(denoiser, steps, counts, bar, kept):

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from taylorseer_export.bundle.memory import size, state_bytes
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile.export import Options, draft, write_bundle
+from taylorseer_export.compile.parts import parts_asked
 from taylorseer_export.embedded import requests
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.method import Forecasts, Plan
@@ -78,7 +79,8 @@ def bundles(family: str, folder: Path, orders: tuple[int, ...]) -> Iterator[tupl
     """Granularity and denoiser, one export each at the highest order."""
     checkpoint = open_checkpoint(None, FAMILIES[family])
     for granularity in GRANULARITIES:
-        options = Options(order=max(orders), interval=6, warmup=WARMUP, steps=STEPS, granularity=granularity)  # type: ignore[arg-type]
+        options = Options(order=max(orders), interval=6, warmup=WARMUP, steps=STEPS, granularity=granularity,
+                          parts=parts_asked(checkpoint, False))  # type: ignore[arg-type]  # fmt: skip
         yield granularity, load(write_bundle(draft(checkpoint, options), folder, granularity))
 
 

@@ -144,7 +144,7 @@ def _encoded(
 ) -> dict[str, np.ndarray]:
     """Conditioning of one prompt for all pictures or one for each, with the `negative_` twins that guidance needs."""
     manifest = denoiser.manifest
-    described = manifest.parts["text"]
+    described = manifest.parts.get("text") or denoiser.encoder.part.described  # which says that there is none
     scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
     guided = manifest.sampling.guidance in ("batched", "branches")
     if negative is not None and not guided:

@@ -17,7 +17,6 @@ from _pytest.junitxml import xml_key
 from harness import Tiny, eager_denoiser
 from hypothesis import settings
 from kept import ROOT, Kept, key_of, sources, surroundings, sweep
-from pipelines_with_parts import denoiser_with_parts, write_pipeline
 from record import commit_of
 from tiny_bundles import (
     BUNDLES,
@@ -25,6 +24,7 @@ from tiny_bundles import (
     ON_GPU,
     PACKAGES,
     WHOLE,
+    WHOLE_SIZES,
     options_of,
     trace_of,
     write_embedded,
@@ -184,13 +184,17 @@ def drafts(traced):
 
 
 @pytest.fixture(scope="session")
-def bundles(drafts, once):
-    """Name -> folder of its bundle, with the options of `BUNDLES` where it is one of them."""
+def bundles(drafts, once, whole_bundles):
+    """Name -> folder of its bundle, with the options of `BUNDLES` if it is one of them; the whole one if it has one."""
 
     def write(name, folder):
         return export.write_bundle(drafts(name, **BUNDLES.get(name, {})), folder, name)
 
-    return cache(lambda name: once(f"bundle-{name}", partial(write, name)))
+    def make(name):
+        wholly = name in WHOLE and name not in (BUNDLES.keys() | WHOLE_SIZES.keys())
+        return whole_bundles(name) if wholly else once(f"bundle-{name}", partial(write, name))
+
+    return cache(make)
 
 
 @pytest.fixture(scope="session")
@@ -258,18 +262,9 @@ def on_gpu(drafts, once):
 
 
 @pytest.fixture(scope="session")
-def whole(tiny, drafts, once):
-    """Name of `WHOLE` -> (the pipeline, a denoiser with its parts)."""
-    made = {}
-
-    def make(name):
-        if name not in made:
-            pipe = WHOLE[name](tiny(name).model)
-            folder = once(f"parts-{name}", partial(write_pipeline, pipe, tiny(name).family))
-            made[name] = pipe, denoiser_with_parts(drafts(name), folder)
-        return made[name]
-
-    return make
+def whole(tiny, whole_bundles):
+    """Name of `WHOLE` -> (the pipeline, a denoiser over its bundle)."""
+    return cache(lambda name: (WHOLE[name](tiny(name).model), load(whole_bundles(name), threads=1)))
 
 
 @pytest.fixture(scope="session")

@@ -360,7 +360,7 @@ def test_the_openai_client_sends_a_picture(whole, tmp_path):
     with models_over(denoiser, slots=1, queue=2, workers=1) as models, serving(models) as port:
         client = client_of(port)
         picture = ("a.png", file.getvalue(), "image/png")
-        asked_for = {"prompt": PROMPT, "model": "wan-eager", "extra_body": HOW}
+        asked_for = {"prompt": PROMPT, "model": "wan-whole", "extra_body": HOW}
         job = client.videos.create(input_reference=picture, size="48x32", **asked_for)
         body = {"prompt": PROMPT, "size": "48x32", "input_reference": {"image_url": data}, **HOW}
         status, _, text = asked(port, "/v1/videos", body, {"authorization": "Bearer none"})  # as the client
@@ -372,7 +372,7 @@ def test_the_openai_client_sends_a_picture(whole, tmp_path):
         status, _, text = asked(port, "/v1/videos", {**body, "size": None, "frames": 1, "plan": "F"})
         assert status == 200 and json.loads(text)["size"] == f"{width}x{height}"
         for more, said in (
-            ({"input_reference": None}, "input_reference is missing for wan-eager, expected the picture that it is to"),
+            ({"input_reference": None}, "input_reference is missing for wan-whole, expected the picture that it is to"),
             ({"input_reference": {"image_url": "https://a/b.png"}}, "since nothing is fetched here"),
             ({"input_reference": {"file_id": "file-1"}}, "expected a file of a form, or"),
             ({"input_reference": {"image_url": "data:image/png;base64,eA=="}}, "input_reference is not readable"),
@@ -389,5 +389,5 @@ def test_a_model_of_text_alone_takes_no_picture(whole):
     file = io.BytesIO()
     Image.fromarray(EDITED).save(file, "png")
     with models_over(whole("wan")[1], slots=1) as models, serving(models) as port:
-        with pytest.raises(openai.BadRequestError, match="input_reference is given to wan-eager, expected text alone"):
+        with pytest.raises(openai.BadRequestError, match="input_reference is given to wan-whole, expected text alone"):
             client_of(port).videos.create(prompt=PROMPT, input_reference=("a.png", file.getvalue(), "image/png"))

@@ -50,8 +50,8 @@ def held(monkeypatch):
 
 def test_the_openai_client_gets_the_video_of_a_solo_run(port, wan, tmp_path):
     client = client_of(port)
-    job = client.videos.create(prompt=PROMPT, model="wan-eager", size="48x32", extra_body=HOW)
-    assert (job.object, job.size, job.prompt, job.model) == ("video", "48x32", PROMPT, "wan-eager")
+    job = client.videos.create(prompt=PROMPT, model="wan-whole", size="48x32", extra_body=HOW)
+    assert (job.object, job.size, job.prompt, job.model) == ("video", "48x32", PROMPT, "wan-whole")
     assert job.status in ("queued", "in_progress", "completed") and job.error is None
     done = ended(client, job.id)
     assert (done.status, done.progress, done.seconds) == ("completed", 100, f"{9 / 16:g}")

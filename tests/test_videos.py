@@ -206,7 +206,7 @@ def test_run_writes_a_video_for_each_seed_and_a_picture_of_one_frame(command, tm
 def test_a_video_has_no_previews(command, capsys):
     code, path = command("a.webp", "--previews", "1")
     assert code == 2 and not path.exists()
-    assert "--previews is 1 for a video of wan-eager, expected a picture" in capsys.readouterr().err
+    assert "--previews is 1 for a video of wan-whole, expected a picture" in capsys.readouterr().err
 
 
 def test_a_picture_holds_no_video(command, capsys):

@@ -1,7 +1,6 @@
 """Whole pipelines: what a bundle makes of a prompt, and of latents, is what the untouched diffusers pipeline makes.
 
-The parts run on ONNX Runtime. The denoiser between them is the eager graphs of a draft, which other tests hold to the
-oracle on every engine; one bundle is whole on disk, and is used through the command line.
+Bundles run on ONNX Runtime, and `test_whole_doors.py` asks the same ones through every door.
 """
 
 # Shapes: S steps

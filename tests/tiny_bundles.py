@@ -3,6 +3,7 @@
 Whatever decides the bytes of a kept bundle stands here or in `tools/tiny_models.py`, since both are part of its key.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,15 @@ WHOLE = {
     "hunyuan": whole_hunyuan,
 }
 
-# Latent pixels of those whole bundles that have one size: servers warm up at a bundle's usual one, which for videos of
-# published models is gigabytes of attention even in a tiny transformer.
-WHOLE_SIZES = {
+# Latent pixels of the whole bundle that has one size.
+WHOLE_SIZES = {"qwen-image": (4, 6)}
+# Latent pixels that others of any size are quoted at: servers warm up there, and that of published models' videos is
+# gigabytes of attention even in a tiny transformer.
+WHOLE_USUAL = {
     "sd3": (8, 12),
-    "qwen-image": (4, 6),
     "hidream": (8, 8),
     "wan": (2, 4, 6),
+    "wan-image": (2, 4, 6),
     "hunyuan": (2, 4, 6),
 }
 
@@ -132,14 +135,15 @@ def write_whole(name: str, folder: Path) -> Path:
     """The bundle of an entry of `WHOLE` with all its parts, and the pipeline beside it in `folder`."""
     family, build, _ = MODELS[name]
     WHOLE[name](build()).save_pretrained(folder / "pipeline")
+    if name in WHOLE_USUAL:
+        (folder / "pipeline" / "card.json").write_text(json.dumps({"latent_size": WHOLE_USUAL[name]}))
     checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES[family])
     whole = checkpoint.family.whole
     assert whole is not None
     # It sees pictures at their own size, since those of published models take minutes.
     checkpoint = replace(checkpoint, family=replace(checkpoint.family, whole=replace(whole, seen_at=())))
     parts, latent = parts_of(checkpoint), WHOLE_SIZES.get(name)
-    options = Options(order=1, interval=6, warmup=3, steps=4, latent_size=latent, parts=parts)
-    return write_bundle(draft(checkpoint, options), folder, "whole")
+    return write_bundle(draft(checkpoint, options_of(latent_size=latent, parts=parts)), folder, "whole")
 
 
 def write_embedded(name: str, folder: Path) -> Path:

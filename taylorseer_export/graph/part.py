@@ -16,7 +16,7 @@ from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.graph.casts import explicit_casts
 from taylorseer_export.graph.cut import Cut
-from taylorseer_export.graph.rewrite import plain
+from taylorseer_export.graph.rewrite import mutates, out_of_place, plain
 from taylorseer_export.graph.sizes import example_sizes, shape_entry_from_expression, simplified
 from taylorseer_export.graph.trace import dimension, drop_noise, eliminate_dead, fold_constants
 
@@ -86,14 +86,18 @@ def trace_part(
         warnings.simplefilter("ignore")  # pytree deprecations inside torch.export, not ours to mend
         try:
             program = torch.export.export(model, (), example, dynamic_shapes=dynamic, strict=False)
-            module = program.run_decompositions({}).module()
+            module = program.module()
+            drop_noise(module.graph)
+            out_of_place(module.graph)
+            if any(map(mutates, module.graph.nodes)):  # torch writes any anew, which takes as long as the trace
+                module = program.run_decompositions({}).module()
+                drop_noise(module.graph)
         except Exception as error:
             raise ExportError(
                 f"part `{name}` ({', '.join(modules)}) is not traceable, expected a static graph; torch.export says: "
                 f"{first_line(error)}"
             ) from error
     assert isinstance(module, fx.GraphModule)
-    drop_noise(module.graph)
     plain(module.graph)
     eliminate_dead(module.graph)
     explicit_casts(module.graph)

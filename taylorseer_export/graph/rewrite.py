@@ -5,6 +5,8 @@ element, and an attention mask has one column set. Both become a new tensor, so 
 
     out[..., 0::2] = a;  out[..., 1::2] = b      becomes   flatten(stack(a, b))
     mask[..., k] = value                         becomes   cat(mask[..., :k], value, mask[..., k + 1:])
+
+Text encoders add to a whole tensor, as in `scores += bias`, which becomes `scores + bias`.
 """
 
 from __future__ import annotations
@@ -36,8 +38,25 @@ def functional(graph: fx.Graph) -> None:
         elif node.target is aten.copy_.default:
             done += _interleave(graph, node)
     for node in graph.nodes:
-        if _mutates(node):
+        if mutates(node):
             _refuse(node)
+
+
+def out_of_place(graph: fx.Graph) -> None:
+    """Write `x += y` as `x + y`, in place of the graph, where x is a new tensor that nothing else has read.
+
+    A tensor that is detached in place is what it was: nothing here is differentiated. Other writes are left.
+    """
+    for node in list(graph.nodes):
+        if node.target is aten.detach_.default:
+            node.replace_all_uses_with(_args(node)[0])
+            graph.erase_node(node)
+        elif node.target is aten.add_.Tensor and not _shared(base := _args(node)[0], [], node):
+            with graph.inserting_before(node):
+                result = call(graph, aten.add.Tensor, node.args, node.kwargs, like=node)
+                if result.meta["val"].dtype != base.meta["val"].dtype:
+                    result = call(graph, aten.to.dtype, [result, base.meta["val"].dtype], like=node)
+            _finish(graph, base, result, [node])
 
 
 def plain(graph: fx.Graph) -> None:
@@ -116,11 +135,15 @@ def _interleave(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
 
 
 def _check_unshared(base: fx.Node, views: Sequence[fx.Node], write: fx.Node) -> None:
-    """A write may be seen through no other tensor: the base owns its memory, and nothing read it before."""
+    if _shared(base, views, write):
+        _refuse(write)
+
+
+def _shared(base: fx.Node, views: Sequence[fx.Node], write: fx.Node) -> bool:
+    """Whether a write may be seen through another tensor: the base does not own its memory, or was read before."""
     aliases = isinstance(base.target, torch._ops.OpOverload) and any(r.alias_info for r in base.target._schema.returns)
     early = [user for user in base.users if user not in views and user < write]
-    if base.op != "call_function" or aliases or early or any(len(v.users) != 1 for v in views):
-        _refuse(write)
+    return base.op != "call_function" or aliases or bool(early) or any(len(v.users) != 1 for v in views)
 
 
 def _finish(graph: fx.Graph, base: fx.Node, result: fx.Node, writes: list[fx.Node]) -> list[fx.Node]:
@@ -142,7 +165,7 @@ def _args(node: fx.Node) -> tuple[Any, ...]:
     return node.args
 
 
-def _mutates(node: fx.Node) -> bool:
+def mutates(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 

@@ -132,8 +132,7 @@ class Images:
         """(size, file, what is told of it) of a picture whose loop has ended."""
         began = time.perf_counter()
         size, file = await self.file_of(drawing, done)
-        decode = (done.times.get("decode") or 0.0) + 1e3 * (time.perf_counter() - began)
-        times = {**done.times, "decode": round(decode, 3)}
+        times = done.times_with(time.perf_counter() - began)
         self._observe(drawing.model.name, times)
         told_of = {
             "seed": drawing.asked.seeds[done.number],

@@ -216,7 +216,7 @@ class Videos:
         work = asyncio.get_running_loop().run_in_executor(self._pool, _write, done, path, job.rate)
         async with asyncio.timeout_at(job.drawing.until):
             await work
-        times = {**done.times, "decode": round(1e3 * (time.perf_counter() - began), 3)}
+        times = done.times_with(time.perf_counter() - began)
         self._observe(job.drawing.model.name, times)
         profile = job.drawing.choice._asdict()
         job.told = {"planned": done.planned, "executed": done.executed, "times_ms": times, "profile": profile}

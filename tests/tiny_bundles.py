@@ -16,6 +16,7 @@ from tiny_pipelines import (
     wan_pipeline,
     whole_hidream,
     whole_hunyuan,
+    whole_hunyuan_image,
     whole_qwen_image,
     whole_sd3,
 )
@@ -71,6 +72,8 @@ WHOLE = {
     "wan": wan_pipeline,
     "wan-image": wan_image_pipeline,
     "hunyuan": whole_hunyuan,
+    "hunyuan-channels": whole_hunyuan_image,
+    "hunyuan-replace": whole_hunyuan_image,
 }
 
 # Latent pixels of those whole bundles that have one size: servers warm up at a bundle's usual one, which for videos of

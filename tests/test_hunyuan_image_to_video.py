@@ -10,7 +10,6 @@ import io
 import json
 
 import numpy as np
-import openai
 import oracle
 import pytest
 import torch
@@ -33,6 +32,7 @@ from taylorseer_export.errors import CheckpointError, ConfigError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.families.whole import Tokens
 from taylorseer_export.report.card import card
+from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.tensors import NEGATIVE
 from taylorseer_export.serve import contract
@@ -276,15 +276,22 @@ def test_a_tokenizer_without_the_token_that_is_sought_is_refused(folder, tmp_pat
         numbers(checkpoint, Tokens("llama", "tokenizer", 256, sought=(HEADER,)), tmp_path)
 
 
-def test_a_bundle_on_disk_makes_the_video(folder, tmp_path, capsys):
-    """From the command that exports it to the file: what is written is a video of the pipeline's length."""
-    command = ["hunyuan-video", "--model", str(folder), "--whole", "--size", "9x32x48", "--steps", "4"]
-    assert cli.main([*command, "--out", str(tmp_path / "engines")]) == 0
-    (bundle,) = (tmp_path / "engines").iterdir()
+@pytest.fixture(scope="module")
+def bundle(folder, once):
+    """What the command makes of it: a bundle of one size, at which servers warm up."""
+
+    def write(out):
+        command = ["hunyuan-video", "--model", str(folder), "--whole", "--size", "9x32x48", "--steps", "4"]
+        assert cli.main([*command, "--out", str(out)]) == 0
+        return next(path for path in out.iterdir() if path.is_dir())
+
+    return once("command-hunyuan-channels", write)
+
+
+def test_a_bundle_on_disk_makes_the_video(bundle, tmp_path):
     Image.fromarray(EDITED).save(tmp_path / "given.png")
-    asked_for = ["run", str(bundle), "--prompt", PROMPT, "--image", str(tmp_path / "given.png"), "--plan", "F.F"]
-    capsys.readouterr()
-    assert cli.main([*asked_for, "--threads", "1", "--out", str(tmp_path / "made.webp")]) == 0
+    command = ["run", str(bundle), "--prompt", PROMPT, "--image", str(tmp_path / "given.png"), "--plan", "F.F"]
+    assert cli.main([*command, "--threads", "1", "--out", str(tmp_path / "made.webp")]) == 0
     with Image.open(tmp_path / "made.webp") as made:
         assert (made.n_frames, made.size) == (5, (48, 32))
 
@@ -341,32 +348,23 @@ def _tensors(denoiser, request):
 
 
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
-def test_the_openai_client_sends_a_picture(whole, tmp_path):
+def test_the_openai_client_sends_a_picture(bundle, tmp_path):
     """The video is that of a solo run, and what is told of its length is that of the video."""
-    denoiser = whole("hunyuan-channels")[1]
-    request = prompt_request(denoiser, [PROMPT], [3], SIZE, given=Given(EDITED))
-    write_video(tmp_path / "expected.mp4", alone(denoiser, request, plan="FF", order=0)[0], 24)
-    expected = frames_of((tmp_path / "expected.mp4").read_bytes())
     file = io.BytesIO()
     Image.fromarray(EDITED).save(file, "png")
     picture, how = ("a.png", file.getvalue(), "image/png"), {"seed": 3, "plan": "FF", "order": 0}
-    with models_over(denoiser, slots=1, queue=2, workers=1) as models, serving(models) as port:
-        client = client_of(port)
-        asked_for = {"prompt": PROMPT, "size": "48x32", "input_reference": picture}
-        job = client.videos.create(**asked_for, extra_body={**how, "frames": SIZE[0]})
-        assert ended(client, job.id).status == "completed"
-        assert np.array_equal(frames_of(client.videos.download_content(job.id).read()), expected)
-        assert (job.model_extra["taylorseer"]["frames"], job.seconds) == (5, f"{5 / 24:g}")
-        short = client.videos.create(**asked_for, seconds="0.2", extra_body=how)  # of 24 frames per second
-        assert short.model_extra["taylorseer"]["frames"] == 5 and ended(client, short.id).status == "completed"
-        status, _, text = asked(port, "/v1/videos", {"prompt": PROMPT, "size": "48x32", **how})
-        assert status == 400 and "input_reference is missing for hunyuan-video-eager" in text.decode()
-
-
-@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
-def test_a_model_of_text_alone_takes_no_picture(whole):
-    file = io.BytesIO()
-    Image.fromarray(EDITED).save(file, "png")
-    with models_over(whole("hunyuan")[1], slots=1) as models, serving(models) as port:
-        with pytest.raises(openai.BadRequestError, match="input_reference is given to hunyuan-video-eager, expected"):
-            client_of(port).videos.create(prompt=PROMPT, input_reference=("a.png", file.getvalue(), "image/png"))
+    with load(bundle, threads=1) as denoiser:
+        request = prompt_request(denoiser, [PROMPT], [3], SIZE, given=Given(EDITED))
+        write_video(tmp_path / "expected.mp4", alone(denoiser, request, plan="FF", order=0)[0], 24)
+        expected = frames_of((tmp_path / "expected.mp4").read_bytes())
+        with models_over(denoiser, slots=1, queue=2, workers=1) as models, serving(models) as port:
+            client = client_of(port)
+            asked_for = {"prompt": PROMPT, "size": "48x32", "input_reference": picture}
+            job = client.videos.create(**asked_for, extra_body={**how, "frames": SIZE[0]})
+            assert ended(client, job.id).status == "completed"
+            assert np.array_equal(frames_of(client.videos.download_content(job.id).read()), expected)
+            assert (job.model_extra["taylorseer"]["frames"], job.seconds) == (5, f"{5 / 24:g}")
+            short = client.videos.create(**asked_for, seconds="0.2", extra_body=how)  # of 24 frames per second
+            assert short.model_extra["taylorseer"]["frames"] == 5 and ended(client, short.id).status == "completed"
+            status, _, text = asked(port, "/v1/videos", {"prompt": PROMPT, "size": "48x32", **how})
+            assert status == 400 and "input_reference is missing for hunyuan-video-" in text.decode()

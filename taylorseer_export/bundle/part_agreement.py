@@ -140,8 +140,8 @@ def _of_text(manifest: Manifest) -> str | None:
     named = [name for tokens in part.tokens for name in (tokens.input, tokens.mask) if name is not None]
     if part.shown is not None:
         named.append(part.shown.input)
-        seen = manifest.parts.get("encode")
-        if seen is None or CONDITION not in [t.name for t in seen.graph.outputs]:
+        encode = manifest.parts.get("encode")
+        if encode is None or CONDITION not in [t.name for t in encode.graph.outputs]:
             return f"part text is shown a picture as `{part.shown.input}`, and no part makes a `{CONDITION}` of it"
     if sorted(named) != sorted(inputs):
         return f"inputs of part text are {listed(inputs)}, its tokenizers make {listed(named)}"

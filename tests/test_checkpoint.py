@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from taylorseer_export.checkpoint import files
 from taylorseer_export.checkpoint.checkpoint import EMBEDDED, open_checkpoint
+from taylorseer_export.checkpoint.files import PUBLISHED
 from taylorseer_export.compile import export
 from taylorseer_export.compile.export import PRECISIONS
 from taylorseer_export.errors import CheckpointError
@@ -297,11 +298,19 @@ def test_a_variant_is_told_by_the_model_s_own_name(family, reference, steps):
     assert FAMILIES[family].variant(reference).defaults.steps == steps
 
 
-def test_a_variant_has_its_own_pixels_shift_and_guidance():
+def test_a_variant_has_its_own_pixels_and_shift():
     five, large = (FAMILIES["wan"].variant(f"Wan-AI/Wan2.2-{name}-Diffusers") for name in ("TI2V-5B", "T2V-A14B"))
     assert [(f.latent_scale, f.scheduler_config["flow_shift"]) for f in (five, large)] == [(16, 5.0), (8, 3.0)]
-    hunyuan = [FAMILIES["hunyuan-video"].variant(f"hunyuanvideo-community/HunyuanVideo{k}") for k in ("", "-I2V")]
-    assert [f.guidance_scale for f in hunyuan] == [6.0, 1.0]
+
+
+def test_videos_from_pictures_have_guidance_of_their_own():
+    names = ("hunyuanvideo", "hunyuanvideo-i2v", "hunyuanvideo-i2v-token-replace")
+    made = [open_checkpoint(str(PUBLISHED / f"{k}.json"), FAMILIES["hunyuan-video"], weightless=True) for k in names]
+    assert [(one.family.guidance, one.family.guidance_scale) for one in made] == [
+        ("embedded", 6.0),
+        ("branches", 1.0),
+        ("embedded", 1.0),
+    ]
 
 
 # Entries of a config that the model itself does not read

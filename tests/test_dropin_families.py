@@ -140,6 +140,14 @@ CASES = {
         {"height": 32, "width": 48, "num_frames": 5, "image": PICTURE, "prompt": None, **EMBEDDED},
         {"0"},
     ),
+    "hunyuan-channels-away": (
+        "hunyuan-channels",
+        hunyuan_image_pipeline,
+        {"height": 32, "width": 48, "num_frames": 5, "image": PICTURE, "prompt": None, **EMBEDDED}
+        | {"negative_prompt_embeds": -text(6, 20), "negative_pooled_prompt_embeds": -text(16), "true_cfg_scale": 2.0}
+        | {"negative_prompt_attention_mask": MASK},
+        {"0", "1"},
+    ),
     "hunyuan-replace": (
         "hunyuan-replace",
         hunyuan_image_pipeline,
@@ -279,7 +287,7 @@ def tensors_of(denoiser, calls):
         halves = {name: np.split(value, 2, constants[name].shape.index("batch")) for name, value in given[0].items()}
         given = [{name: half[k] for name, half in halves.items()} for k in (1, 0)]
     tensors = {name: value for name, value in given[0].items() if name != "guidance"}
-    if guidance in ("batched", "branches"):
+    if guidance in ("batched", "branches") and len(given) > 1:
         tensors |= {NEGATIVE + name: value for name, value in given[1].items()}
     latents = calls[0][0]
     beside = condition_shape(denoiser.manifest, tuple(latents.shape))
@@ -310,7 +318,7 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     if case == "framepack":  # it draws from the same generator to encode the picture, and adds the picture at the end
         request, painted = replace(request, latents=latents.numpy()), painted[:, :, 1:]
     made = torch.from_numpy(sample(denoiser, request, denoiser.forecasts(plan="FFFF")).latents)
-    if case == "hunyuan-channels":
+    if name == "hunyuan-channels":
         made = made[:, :, 1:]  # the pipeline drops the picture
     # Only the tables differ, prepared step by step and all at once; every step adds its part, guidance magnifies it.
     bound = 4 * (2 * scale if request.guided else 1) * allowed(model, painted[None], "F", 0)

@@ -17,6 +17,7 @@ from tiny_pipelines import (
     wan_pipeline,
     whole_hidream,
     whole_hunyuan,
+    whole_hunyuan_image,
     whole_qwen_image,
     whole_sd3,
 )
@@ -72,6 +73,8 @@ WHOLE = {
     "wan": wan_pipeline,
     "wan-image": wan_image_pipeline,
     "hunyuan": whole_hunyuan,
+    "hunyuan-channels": whole_hunyuan_image,
+    "hunyuan-replace": whole_hunyuan_image,
 }
 
 # Latent pixels of the whole bundle that has one size.

@@ -28,7 +28,7 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -39,6 +39,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -52,6 +54,9 @@ from transformers import (
 )
 
 WORDS = {word: k for k, word in enumerate(["<pad>", "</s>", "<unk>", *string.ascii_lowercase])}
+# What the template of a conversation about a picture has besides.
+MARKS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>"]
+TALK = WORDS | {mark: len(WORDS) + k for k, mark in enumerate(MARKS)}
 
 
 def flux_pipeline(transformer, pipeline=FluxPipeline):
@@ -145,6 +150,23 @@ def hunyuan_image_pipeline(transformer):
             text_encoder_2=None,
             tokenizer_2=None,
             image_processor=None,
+        )
+    )
+
+
+def whole_hunyuan_image(transformer):
+    """The same from a prompt, which its encoder reads together with the picture."""
+    config = transformer.config
+    return _quiet(
+        HunyuanVideoImageToVideoPipeline(
+            text_encoder=tiny_llava(config.text_embed_dim),
+            tokenizer=talk(512),
+            transformer=transformer,
+            vae=tiny_hunyuan_vae(config.out_channels),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+            text_encoder_2=tiny_clip(config.pooled_projection_dim),
+            tokenizer_2=letters(77),
+            image_processor=CLIPImageProcessor(size={"shortest_edge": 48}, crop_size=48),
         )
     )
 
@@ -361,6 +383,34 @@ def tiny_llama(width, kind=LlamaModel):
         vocab_size=len(WORDS), hidden_size=width, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2
     )
     return _seeded(lambda: kind(config))
+
+
+def tiny_llava(width):
+    """576 tokens of a picture of 48 pixels a side, as many as the pipeline of HunyuanVideo reckons with."""
+    eyes = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=2
+    )
+    text = LlamaConfig(
+        vocab_size=len(TALK), hidden_size=width, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2
+    )
+    config = LlavaConfig(
+        vision_config=eyes, text_config=text, image_token_index=TALK["<image>"], pad_token_id=TALK["<pad>"]
+    )
+    return _seeded(lambda: LlavaForConditionalGeneration(config))
+
+
+def talk(longest):
+    """One token per mark, per line break or several, and per word of 12 letters: so the picture is where HunyuanVideo's
+    pipeline reckons with it, and its template a token longer than that."""
+    tokenizer = Tokenizer(models.WordLevel(TALK, unk_token="<unk>"))
+    tokenizer.add_special_tokens(MARKS)
+    parts = [("removed", " +"), ("isolated", r"\n+|\w{1,12}|[^\w\n]+")]
+    splits = [pre_tokenizers.Split(Regex(pattern), how) for how, pattern in parts]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    begin = MARKS[0]
+    tokenizer.post_processor = processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, TALK[begin])])
+    names = {"bos_token": begin, "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **names)
 
 
 def words(longest):

@@ -267,7 +267,7 @@ class Tiles(Part):
 
 
 class Shown(Part):
-    """How an image encoder is shown the picture that is given, as an input of the graph `encode`."""
+    """How an image encoder is shown the picture that is given, as an input of the graph."""
 
     input: Text = Field(description="Name of the input; its shape is the size that the picture is brought to.")
     edge: Size | None = Field(
@@ -283,15 +283,20 @@ class PipelinePart(Part):
     graph: Graph = Field(
         description="Its contract. text: tokens in, constant inputs of the transformer out. encode: a picture in, the "
         "same, or mean and deviation of latents that a loop begins with; of a video the first latent frame of what it "
-        "has beside the noise. decode: latents of a sample in, its picture out; of a video its first latent frame "
-        "alone, or one tile."
+        "has beside the noise, any other being zeros where there is no graph `later`. decode: latents of a sample in, "
+        "its picture out; of a video its first latent frame alone, or one tile."
     )
     later: Graph | None = Field(default=None, description="Of videos: any later latent frame, by caches.")
     tiles: Tiles | None = Field(default=None, description="Of decode of videos that are decoded in tiles.")
     frame_rate: Size | None = Field(default=None, description="Of decode of videos: frames per second.")
+    dropped: Count = Field(default=0, description="Of decode of videos: leading frames that are left out of the video.")
     dimensions: dict[SizeName, Dimension] = Field(description="Range of every symbolic size of its own, by name.")
     tokens: tuple[Tokens, ...] = Field(default=(), description="Of text: how a prompt becomes its inputs.")
-    shown: Shown | None = Field(default=None, description="Of encode, where an image encoder sees the picture too.")
+    shown: Shown | None = Field(
+        default=None,
+        description="Of encode, where an image encoder sees the picture too. Of text, where its encoders see it beside "
+        "the prompt; with a negative prompt it is black.",
+    )
     sizes: tuple[tuple[Size, Size], ...] = Field(
         default=(),
         description="Of encode: (height, width) that a picture is brought to, the nearest shape; its own if none.",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Part -> (roles its inputs may have, roles its outputs may have).
 _PART_ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
-    "text": (frozenset({"tokens"}), frozenset({"constant"})),
+    "text": (frozenset({"tokens", "picture"}), frozenset({"constant"})),
     "encode": (frozenset({"picture", "cache_in"}), frozenset({"constant", "latent", "cache_out"})),
     "decode": (frozenset({"latent", "cache_in"}), frozenset({"picture", "cache_out"})),
 }
@@ -86,11 +86,8 @@ def _of_encode(manifest: Manifest) -> str | None:
     expected = ["picture"] if part.shown is None else ["picture", part.shown.input]
     if [t.name for t in part.graph.inputs] != expected:
         return f"part encode takes {listed(t.name for t in part.graph.inputs)}, expected {listed(expected)}"
-    for tensor in part.graph.inputs:
-        if len(tensor.shape) != 4 or tensor.shape[:2] != (1, 3):
-            return f"`{tensor.name}` of part encode is {shown(tensor.shape)}"
-    if part.shown is not None and not all(isinstance(extent, int) for extent in part.graph.inputs[1].shape):
-        return f"`{part.shown.input}` of part encode is {shown(part.graph.inputs[1].shape)}, expected one size"
+    if problem := _of_pictures("encode", part):
+        return problem
     made = [t for t in part.graph.outputs if t.role == "latent"]
     if part.later is not None or [t.name for t in made] == [CONDITION]:
         return _of_condition(manifest, part)
@@ -99,19 +96,37 @@ def _of_encode(manifest: Manifest) -> str | None:
     return None
 
 
+def _of_pictures(name: str, part: PipelinePart) -> str | None:
+    """Pictures have three colours, and one that an image encoder is shown has one size."""
+    for tensor in part.graph.inputs:
+        if tensor.role == "picture" and (len(tensor.shape) != 4 or tensor.shape[:2] != (1, 3)):
+            return f"`{tensor.name}` of part {name} is {shown(tensor.shape)}"
+        one = all(isinstance(extent, int) for extent in tensor.shape)
+        if part.shown is not None and tensor.name == part.shown.input and not one:
+            return f"`{tensor.name}` of part {name} is {shown(tensor.shape)}, expected one size"
+    return None
+
+
 def _of_condition(manifest: Manifest, part: PipelinePart) -> str | None:
-    """What a video has beside the noise is made one latent frame at a time, as channels that the denoiser takes."""
+    """What a video has beside the noise is made one latent frame at a time, as channels that the denoiser takes, or is
+    the first frame itself."""
     latent = manifest.graphs["full"].input_of("latent").shape
+    replaces = manifest.model.config.get("image_condition_type") == "token_replace"
     for name, graph in (("encode", part.graph), ("later", part.later)):
+        if graph is None and not any(t.role == "cache_out" for t in part.graph.outputs):
+            continue
         made = () if graph is None else tuple(t for t in graph.outputs if t.role == "latent")
         if [t.name for t in made] != [CONDITION]:
             return f"part encode makes {listed(t.name for t in made)} in graph {name}, expected `{CONDITION}`"
         shape = made[0].shape
         if len(latent) != 5 or len(shape) != 5 or (shape[0], shape[2]) != (1, 1):
             return f"`{CONDITION}` of graph {name} is {shown(shape)}, the graphs take {shown(latent)}"
-        if any(isinstance(n, str) for n in (shape[1], latent[1])) or int(shape[1]) >= int(latent[1]):
+        if any(isinstance(n, str) for n in (shape[1], latent[1])) or not (
+            shape[1] == latent[1] if replaces else int(shape[1]) < int(latent[1])
+        ):
             return f"`{CONDITION}` of graph {name} is {shown(shape)}, the graphs take {shown(latent)}"
-    assert part.later is not None
+    if part.later is None:
+        return None
     if given := [t.name for t in part.later.inputs if t.role != "cache_in"]:
         return f"graph later of part encode takes {listed(given)}, expected caches alone"
     return _of_caches("encode", part.graph, part.later)
@@ -123,8 +138,15 @@ def _of_text(manifest: Manifest) -> str | None:
         return None
     inputs = {tensor.name: tensor for tensor in part.graph.inputs}
     named = [name for tokens in part.tokens for name in (tokens.input, tokens.mask) if name is not None]
+    if part.shown is not None:
+        named.append(part.shown.input)
+        encode = manifest.parts.get("encode")
+        if encode is None or CONDITION not in [t.name for t in encode.graph.outputs]:
+            return f"part text is shown a picture as `{part.shown.input}`, and no part makes a `{CONDITION}` of it"
     if sorted(named) != sorted(inputs):
         return f"inputs of part text are {listed(inputs)}, its tokenizers make {listed(named)}"
+    if problem := _of_pictures("text", part):
+        return problem
     for tokens in part.tokens:
         if "{}" not in tokens.template:
             return f"template of `{tokens.input}` has no {{}}"
@@ -143,6 +165,8 @@ def _of_decode(manifest: Manifest) -> str | None:
     part = manifest.parts.get("decode")
     if part is None:
         return None
+    if part.dropped and part.frame_rate is None:
+        return f"part decode leaves {part.dropped} frames out of a video, and makes pictures"
     if [part.later, part.tiles, part.frame_rate].count(None) != (3 if part.frame_rate is None else 1):
         return f"frame_rate of part decode is {part.frame_rate}, which goes with a graph `later` or with tiles"
     for graph in (part.graph, part.later):

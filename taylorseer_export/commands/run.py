@@ -130,7 +130,8 @@ def run(given: argparse.Namespace) -> int:
     drawn = f"{manifest.family}-{manifest.name}.{'png' if rate is None else 'webp'}"
     out = given.out or Path(drawn if manifest.sampling.pictures else "latents.safetensors")
     if rate is not None and out.suffix != ".safetensors":
-        check_video(out, manifest.sampling.time_scale * (request.latents.shape[2] - 1) + 1)
+        frames = manifest.sampling.time_scale * (request.latents.shape[2] - 1) + 1
+        check_video(out, frames - requests.frames_dropped(manifest))
     files = _files(out, manifest, len(request.latents))
     previews = [[_preview(path, k) for path in files] for k in range(1, given.previews + 1)]
     for path in [*files, *chain.from_iterable(previews)]:

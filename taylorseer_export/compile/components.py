@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from taylorseer_export.bundle.manifest import Filter, Shown, Tokens
+from taylorseer_export.bundle.manifest import Filter, Shown, Tensor, Tokens
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.checkpoint.files import read_json
 from taylorseer_export.compile.draft import PRECISIONS, Options
@@ -92,6 +92,25 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
     )
 
 
+def numbers(checkpoint: Checkpoint, declared: Declared, folder: Path) -> dict[str, int]:
+    """The special tokens that the encoders look for, and their numbers in what `tokenizer` wrote.
+
+    Raises:
+        CheckpointError: There is no such token.
+    """
+    if not declared.sought:
+        return {}
+    special = read_json(folder / f"{declared.tokenizer}.json").get("added_tokens", [])
+    known = {entry["content"]: int(entry["id"]) for entry in special}
+    for token in declared.sought:
+        if token not in known:
+            raise CheckpointError(
+                f"{checkpoint.root / declared.tokenizer} has no special token `{token}`, expected it in the tokenizer "
+                f"of family {checkpoint.family.name}; download it again"
+            )
+    return {token: known[token] for token in declared.sought}
+
+
 class Look(NamedTuple):
     """How an image encoder is shown a picture.
 
@@ -141,6 +160,22 @@ def look(checkpoint: Checkpoint, declared: DeclaredShown) -> Look:
             "diffusers pipeline; download it again"
         ) from error
     return made
+
+
+def shown_as(seen: Look | None, dtype: Any) -> list[Tensor]:
+    """The input of a graph that an image encoder is shown a picture as; none where there is no such encoder."""
+    if seen is None:
+        return []
+    return [Tensor(name=seen.shown.input, dtype=dtype, shape=(1, 3, *seen.size), role="picture")]
+
+
+def normalised(seen: Look | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of a graph by name, that picture as its encoder wants it."""
+    if seen is None or seen.shown.input not in given:
+        return dict(given)
+    pixels = given[seen.shown.input]
+    mean, deviation = (pixels.new_tensor(of).view(1, 3, 1, 1) for of in (seen.mean, seen.deviation))
+    return {**given, seen.shown.input: (pixels - mean) / deviation}
 
 
 @contextmanager

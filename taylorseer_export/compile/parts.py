@@ -18,10 +18,20 @@ from torch import nn
 from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Shown, Tensor, Tiles, Tokens
 from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
-from taylorseer_export.compile.components import INDEX, class_of, component, look, tokenizer
+from taylorseer_export.compile.components import (
+    INDEX,
+    class_of,
+    component,
+    look,
+    normalised,
+    numbers,
+    shown_as,
+    tokenizer,
+)
 from taylorseer_export.compile.draft import PRECISIONS, BaseDraft, Options
 from taylorseer_export.compile.engines import Progress, builder
 from taylorseer_export.errors import CheckpointError, ConfigError
+from taylorseer_export.families.whole import Shown as DeclaredShown
 from taylorseer_export.families.whole import Whole
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.part import trace_part
@@ -44,6 +54,7 @@ class PartDraft(BaseDraft):
         negative: See `Whole.negative`.
         tiles: Of the decoder of a video in tiles; None for any other part.
         frame_rate: Frames per second of videos; None where it decodes none.
+        dropped: See `Whole.dropped`.
         shown_at: See `Whole.seen_at`.
         shown: How an image encoder is shown a picture; None where there is none.
     """
@@ -61,6 +72,7 @@ class PartDraft(BaseDraft):
     negative: str | None = None
     tiles: Tiles | None = None
     frame_rate: int | None = None
+    dropped: int = 0
     shown_at: tuple[tuple[int, int], ...] = ()
     shown: Shown | None = None
 
@@ -91,6 +103,7 @@ class PartDraft(BaseDraft):
             later=later[0] if later else None,
             tiles=self.tiles,
             frame_rate=self.frame_rate,
+            dropped=self.dropped,
             dimensions=self.dimensions(),
             tokens=self.tokens,
             shown=self.shown,
@@ -152,6 +165,12 @@ def parts_of(checkpoint: Checkpoint, without: Sequence[str] = ()) -> tuple[PartN
             f"--whole is given for {checkpoint.family.name}, expected a family whose pipeline this version exports, "
             "and a part of it; leave --whole out"
         )
+    whole = checkpoint.family.whole
+    if whole is not None and whole.read is not None and "text" in left and "encode" not in left:
+        raise ConfigError(
+            f"--without is encode for family {checkpoint.family.name}, expected text too, whose encoders see the "
+            "picture that a video is made of; add --without text, or leave it out"
+        )
     return left
 
 
@@ -166,8 +185,8 @@ def refuse_missing(checkpoint: Checkpoint, parts: Sequence[PartName]) -> None:
         return
     assert whole is not None, "bug in taylorseer-export: parts of a family that declares none"
     needed: dict[PartName, list[str]] = {
-        "text": [*whole.encoders, *(tokens.tokenizer for tokens in whole.tokens)],
-        "encode": [VAE, *whole.seers, *([whole.shown.processor] if whole.shown else [])],
+        "text": [*whole.encoders, *(tokens.tokenizer for tokens in whole.tokens), *_processors(whole.read)],
+        "encode": [VAE, *whole.seers, *_processors(whole.shown)],
         "decode": [VAE],
     }
     for name in dict.fromkeys(name for part in parts for name in needed[part]):
@@ -178,6 +197,10 @@ def refuse_missing(checkpoint: Checkpoint, parts: Sequence[PartName]) -> None:
                 f"{checkpoint.root} has no folder `{name}`, expected a whole diffusers pipeline; download it, or leave "
                 f"{' and '.join(of)} out with --without {' --without '.join(of)}"
             )
+
+
+def _processors(declared: DeclaredShown | None) -> list[str]:
+    return [] if declared is None else [declared.processor]
 
 
 def write_parts(
@@ -230,16 +253,19 @@ def _text(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) 
         inputs += [
             Tensor(name=name, dtype="int64", shape=(1, extent), role="tokens") for name in (one.input, one.mask) if name
         ]
+    seen = None if whole.read is None else look(checkpoint, whole.read)
+    inputs += shown_as(seen, _dtype(options))
+    sought = {name: k for one in whole.tokens for name, k in numbers(checkpoint, one, folder).items()}
 
     def encode(given: Mapping[str, Any]) -> Mapping[str, Any]:
         assert whole.encode is not None
-        return whole.encode(encoders, given)
+        return whole.encode(encoders, {**normalised(seen, given), **sought})
 
     card = checkpoint.card
     lengths = {one.size: min(int(card.get(one.size, one.length)), one.length) for one in tokens if one.size}
     cut, constants = trace_part("text", encoders, encode, inputs, ranges, lambda _: "constant")
     made = _drafted(checkpoint, options, encoders, (cut,), constants, (ranges, lengths))
-    return replace(made, tokens=tokens, negative=whole.negative)
+    return replace(made, tokens=tokens, negative=whole.negative, shown=None if seen is None else seen.shown)
 
 
 def _encode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:
@@ -280,21 +306,16 @@ def _animate(
     picture: Tensor,
     extents: tuple[dict[str, tuple[int, int]], dict[str, int]],
 ) -> PartDraft:
-    """Of what a video is made from: the first latent frame, of which the picture is one, and any later one."""
+    """Of what a video is made from: the first latent frame, of which the picture is one, and any later one, if there is
+    anything in it."""
     modules = {**modules, **{name: component(checkpoint, name, options) for name in whole.seers}}
     seen = None if whole.shown is None else look(checkpoint, whole.shown)
-    inputs = [picture]
-    if seen is not None:
-        shape = (1, 3, *seen.size)
-        inputs.append(Tensor(name=seen.shown.input, dtype=_dtype(options), shape=shape, role="picture"))
+    inputs = [picture, *shown_as(seen, _dtype(options))]
 
     def animate(given: Mapping[str, Any]) -> Mapping[str, Any]:
         assert whole.animate is not None
         pictures = {name: value for name, value in given.items() if not name.startswith("cache")}
-        if seen is not None and seen.shown.input in pictures:
-            pixels = pictures[seen.shown.input]
-            mean, deviation = (pixels.new_tensor(of).view(1, 3, 1, 1) for of in (seen.mean, seen.deviation))
-            pictures[seen.shown.input] = (pixels - mean) / deviation
+        pictures = normalised(seen, pictures)
         caches = [value for name, value in given.items() if name.startswith("cache")]
         made, caches = whole.animate(modules, pictures, caches or None)
         return {**made, **{f"cache_out_{k}": cache for k, cache in enumerate(caches)}}
@@ -304,9 +325,12 @@ def _animate(
 
     first, constants = trace_part("encode", modules, animate, inputs, extents[0], role)
     caches = [_read(tensor) for tensor in first.outputs if tensor.role == "cache_out"]
-    later, more = trace_part("later", {VAE: modules[VAE]}, animate, caches, extents[0], role)
-    made = _drafted(checkpoint, options, modules, (first, later), constants | more, extents)
-    return made if seen is None else replace(made, shown=seen.shown)
+    graphs = [first]
+    if caches:
+        later, more = trace_part("later", {VAE: modules[VAE]}, animate, caches, extents[0], role)
+        graphs, constants = [first, later], constants | more
+    made = _drafted(checkpoint, options, modules, tuple(graphs), constants, extents)
+    return replace(made, shown=None if seen is None else seen.shown)
 
 
 def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:
@@ -340,7 +364,7 @@ def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
     inputs = [latents, *(_read(tensor) for tensor in first.outputs if tensor.role == "cache_out")]
     later, more = trace_part("later", modules, decode, inputs, ranges, _role_of_decoded)
     made = _drafted(checkpoint, options, modules, (first, later), constants | more, (ranges, typical))
-    return replace(made, frame_rate=whole.frame_rate)
+    return replace(made, frame_rate=whole.frame_rate, dropped=whole.dropped)
 
 
 def _tile(checkpoint: Checkpoint, options: Options, whole: Whole, vae: Any, channels: int) -> PartDraft:
@@ -357,7 +381,7 @@ def _tile(checkpoint: Checkpoint, options: Options, whole: Whole, vae: Any, chan
 
     cut, constants = trace_part("decode", {VAE: vae}, decode, [latents], ranges, _role_of_decoded)
     made = _drafted(checkpoint, options, {VAE: vae}, (cut,), constants, (ranges, largest))
-    return replace(made, tiles=Tiles(**asdict(tiles)), frame_rate=whole.frame_rate)
+    return replace(made, tiles=Tiles(**asdict(tiles)), frame_rate=whole.frame_rate, dropped=whole.dropped)
 
 
 def _dtype(options: Options) -> Any:

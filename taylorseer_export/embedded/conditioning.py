@@ -28,11 +28,13 @@ class Key(NamedTuple):
         denoiser: The loaded bundle whose encoders read it. Itself, not its name: two of one name share nothing.
         prompt: Its text.
         length: Most tokens; None is the bundle's own.
+        picture: Digest of the picture that its encoders see beside the text; None where there is none, or a black one.
     """
 
     denoiser: Denoiser
     prompt: str
     length: int | None
+    picture: bytes | None = None
 
 
 class Counts(NamedTuple):

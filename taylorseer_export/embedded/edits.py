@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, PipelinePart
+from taylorseer_export.bundle.part_agreement import CONDITION
 from taylorseer_export.embedded.picture import resized, seen_by_encoder
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import RequestOptions
@@ -24,6 +25,7 @@ from taylorseer_export.runtime.noise import Generator
 from taylorseer_export.runtime.parts import Part
 from taylorseer_export.runtime.places import grid
 from taylorseer_export.runtime.sampling import Beginning, Request, steps_at, tokens_of
+from taylorseer_export.runtime.tensors import condition_shape
 
 STRENGTH = 0.6  # as diffusers' pipelines
 
@@ -49,7 +51,7 @@ def use_of(manifest: Manifest) -> Use | None:
     part = manifest.parts.get("encode")
     if part is None:
         return None
-    if part.later is not None:
+    if any(tensor.name == CONDITION for tensor in part.graph.outputs):
         return "animates"
     return "edits" if part.graph.outputs[0].role == "constant" else "begins"
 
@@ -127,14 +129,26 @@ def animated(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...]) -> 
         picture: It is brought to the size of the video, and to that of the image encoder if there is one.
         size: (frames, height, width) in pixels.
     """
-    encoder, sampling = denoiser.picture_encoder, denoiser.manifest.sampling
-    assert isinstance(encoder, FrameEncoder), "bug in taylorseer-export: an encoder of pictures animates one"
-    given = {"picture": _unit(picture, size[-2:])}
-    if (shown := encoder.described.shown) is not None:
-        extents = next(t.shape for t in encoder.described.graph.inputs if t.name == shown.input)
-        own = (int(extents[2]), int(extents[3]))
-        given[shown.input] = _as_input(seen_by_encoder(picture, own, shown.edge, shown.filter))
-    return encoder(given, (size[0] - 1) // sampling.time_scale + 1)
+    encoder, frames = denoiser.picture_encoder, (size[0] - 1) // denoiser.manifest.sampling.time_scale + 1
+    given = {"picture": _unit(picture, size[-2:]), **shown_to(encoder.described, picture)}
+    if isinstance(encoder, FrameEncoder):
+        return encoder(given, frames)
+    made = encoder(given)
+    first = made[CONDITION]
+    expected = condition_shape(denoiser.manifest, (1, int(denoiser.latent.shape[1]), frames, *first.shape[3:]))
+    assert expected is not None, "bug in taylorseer-export: a picture for a model from text alone"
+    condition = np.zeros(expected, first.dtype)  # of later frames there is nothing
+    condition[:, :, :1] = first
+    return {**made, CONDITION: condition}
+
+
+def shown_to(part: PipelinePart, picture: np.ndarray) -> dict[str, np.ndarray]:
+    """A picture `[height, width, 3]` uint8 as the image encoder of a part is shown it, by name; none without one."""
+    if part.shown is None:
+        return {}
+    extents = next(t.shape for t in part.graph.inputs if t.name == part.shown.input)
+    own = (int(extents[2]), int(extents[3]))
+    return {part.shown.input: _as_input(seen_by_encoder(picture, own, part.shown.edge, part.shown.filter))}
 
 
 def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequence[int]) -> Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
@@ -11,7 +12,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.shapes import linear, resolve
 from taylorseer_export.embedded.conditioning import ConditioningCache, Encoded, Key
-from taylorseer_export.embedded.edits import Given, animated, begun_with, brought_to, seen, use_of
+from taylorseer_export.embedded.edits import Given, animated, begun_with, brought_to, seen, shown_to, use_of
 from taylorseer_export.embedded.picture import pictures_from_dit_latents
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.decoding import decoded
@@ -62,7 +63,7 @@ def prompt_request(
     if isinstance(prompts, Mapping):
         tensors = dict(prompts)
     else:
-        tensors = _encoded(denoiser, prompts, guidance_scale, negative, length, cache)
+        tensors = _encoded(denoiser, prompts, guidance_scale, negative, length, cache, given)
     if given is not None and needed:
         tensors |= seen(denoiser, given.picture) if use == "edits" else animated(denoiser, given.picture, size)
     request = tensor_request(denoiser, tensors, seeds, sizes, sides, guidance_scale)
@@ -97,6 +98,11 @@ def warm_parts(denoiser: Denoiser, size: tuple[int, ...] | None = None) -> None:
 def frame_rate(manifest: Manifest) -> int | None:
     """Frames per second of the videos that a bundle makes; None where it makes pictures, or latents alone."""
     return manifest.parts["decode"].frame_rate if "decode" in manifest.parts else None
+
+
+def frames_dropped(manifest: Manifest) -> int:
+    """How many of the frames that are asked for are no part of the video: those at its beginning."""
+    return manifest.parts["decode"].dropped if "decode" in manifest.parts else 0
 
 
 def size_of(manifest: Manifest, given: Given | None) -> tuple[int, ...]:
@@ -141,6 +147,7 @@ def _encoded(
     negative: str | None,
     length: int | None,
     cache: ConditioningCache | None,
+    given: Given | None,
 ) -> dict[str, np.ndarray]:
     """Conditioning of one prompt for all pictures or one for each, with the `negative_` twins that guidance needs."""
     manifest = denoiser.manifest
@@ -152,14 +159,22 @@ def _encoded(
             f"negative prompt is given for {manifest.family}-{manifest.name}, expected none: its guidance takes no "
             "second prompt; leave it out"
         )
+    if negative is not None and guidance_scale is None and scale == 1.0:
+        raise ConfigError(
+            f"negative prompt is given for {manifest.family}-{manifest.name} without a guidance scale, expected one "
+            "beside it, since the usual one is 1, which is no guidance; add it, or leave the negative prompt out"
+        )
     away = described.negative if negative is None else negative
+    pictures = [] if given is None else [*shown_to(described, given.picture).values()]
+    digest = hashlib.sha256(pictures[0].tobytes()).digest() if pictures else None
 
-    def encode(prompt: str) -> Encoded:
+    def encode(prompt: str, digest: bytes | None = None, *picture: np.ndarray) -> Encoded:
         if cache is None:
-            return denoiser.encoder.encode(prompt, length)
-        return cache.of(Key(denoiser, prompt, length), lambda: denoiser.encoder.encode(prompt, length))
+            return denoiser.encoder.encode(prompt, length, *picture)
+        key = Key(denoiser, prompt, length, digest)
+        return cache.of(key, lambda: denoiser.encoder.encode(prompt, length, *picture))
 
-    made = _together(denoiser, [encode(prompt) for prompt in prompts])
+    made = _together(denoiser, [encode(prompt, digest, *pictures) for prompt in prompts])
     if not guided or scale == 1.0 or away is None:
         return made
     twins = _together(denoiser, [encode(away)])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, patches, replaced
-from taylorseer_export.families.whole import Modules, Tensors, Tiling, Tokens, Whole
+from taylorseer_export.families.whole import Modules, Shown, Tensors, Tiling, Tokens, Whole
+
+_CHANNELS = "latent_concat"  # how the published configs call it
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -27,7 +31,9 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
 
 
 def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    return {"batch": (1, 8), "frames": (1, 64), "rows": (2, 128), "columns": (2, 128), "text_tokens": (2, 1024)}
+    # Where a picture comes as channels, the pipeline leaves out what the first latent frame becomes.
+    least = 2 if config.get("image_condition_type") == _CHANNELS else 1
+    return {"batch": (1, 8), "frames": (least, 64), "rows": (2, 128), "columns": (2, 128), "text_tokens": (2, 1024)}
 
 
 def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: int) -> dict[str, int]:
@@ -44,6 +50,7 @@ _TEMPLATE = (
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 )
 _LLAMA = Tokens("llama", "tokenizer", 256, size="text_tokens", template=_TEMPLATE, dropped=95, mask="mask")
+_CLIP = Tokens("clip", "tokenizer_2", 77)
 
 
 def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
@@ -57,6 +64,57 @@ def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
     }
 
 
+# Where the token for the picture stands, in whose place its states are. How many tokens the header of the answer has,
+# which are left out, and which of them is the last.
+_PICTURE_AT, _HEADER, _HEADER_ENDS = 5, 4, "<|end_header_id|>"
+_PICTURE_TEMPLATE = (
+    "<|start_header_id|>system<|end_header_id|>\n\n<image>\n"
+    "Describe the video by detailing the following aspects according to the reference image: "
+    "1. The main content and theme of the video."
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+    "4. background environment, light, style and atmosphere."
+    "5. camera angles, movements, and transitions used in the video:<|eot_id|>\n\n"
+    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+_PICTURE_LLAMA = Tokens(
+    "llama", "tokenizer", 256, template=_PICTURE_TEMPLATE, dropped=103, mask="mask", sought=(_HEADER_ENDS,)
+)
+
+
+def _encode_with_picture(encoders: Modules, given: Tensors, every: int) -> dict[str, Any]:
+    """What Llava makes of picture and prompt: of the states of the picture one of `every`, then those of the prompt.
+
+    As in diffusers, what the language model does not see is told by its own number for padding, what the transformer
+    does not see by the tokenizer's mask, and where a long prompt cut the answer's header off, its end stands for that.
+    """
+    import torch
+
+    llava, ids, mask = encoders["text_encoder"], given["llama"], given["mask"]
+    seen = llava.model.get_image_features(given["pixels"], return_dict=True).pooler_output[0].unsqueeze(0)
+    count, words, behind = seen.shape[1], llava.get_input_embeddings()(ids), _PICTURE_AT + 1
+    kept, ones = (ids != llava.config.pad_token_id).long(), torch.ones_like(seen[..., 0], dtype=torch.long)
+    attended = torch.cat([kept[:, :_PICTURE_AT], ones, kept[:, behind:]], 1)
+    states = llava.model.language_model(
+        inputs_embeds=torch.cat([words[:, :_PICTURE_AT], seen.to(words.dtype), words[:, behind:]], 1),
+        attention_mask=attended,
+        position_ids=(attended.cumsum(-1) - 1).masked_fill(attended == 0, 1),
+        output_hidden_states=True,
+        use_cache=False,
+    ).hidden_states[-3]
+    ends, at = ids[0] == given[_HEADER_ENDS], torch.arange(ids.shape[1])
+    last = torch.where(ends.sum() == 2, at[-1], torch.where(ends, at, -1).amax(0))
+    prompt = at[_PICTURE_LLAMA.dropped : -_HEADER]
+    prompt = torch.where(prompt > last - _HEADER, prompt + _HEADER, prompt)
+    shown = states[:, _PICTURE_AT : _PICTURE_AT + count : every]
+    return {
+        "encoder_hidden_states": torch.cat([shown, states.index_select(1, prompt + count - 1)], 1),
+        "encoder_attention_mask": torch.cat([ones[:, ::every], mask.index_select(1, prompt)], 1).float(),
+        "pooled_projections": encoders["text_encoder_2"](given["clip"]).pooler_output,
+    }
+
+
 def _tile(vae: Any, latents: Any) -> Any:
     """The decoder that diffusers has, written so that one graph holds for any number of latent frames and pixels."""
     with ExitStack() as changed:
@@ -66,6 +124,24 @@ def _tile(vae: Any, latents: Any) -> Any:
             if type(module).__name__ == "HunyuanVideoUpsampleCausal3D":
                 changed.enter_context(replaced(module, forward=_upsampled(module)))
         return vae.decoder(vae.post_quant_conv(latents / vae.config.scaling_factor)) / 2 + 0.5
+
+
+def _animate(
+    modules: Modules, given: Tensors, caches: Sequence[Any] | None, marked: bool
+) -> tuple[dict[str, Any], list[Any]]:
+    """The latents of the picture, as the one frame that they are; where it comes as channels, a mask follows them."""
+    import torch
+
+    vae = modules["vae"]
+    with replaced(sys.modules[type(vae).__module__], prepare_causal_attention_mask=_all):
+        made = vae.quant_conv(vae.encoder((2 * given["picture"] - 1).unsqueeze(2))).chunk(2, 1)[0]
+    latents = made * vae.config.scaling_factor
+    # No constant: an engine would store it.
+    return {"condition": torch.cat([latents, latents[:, :1].clamp(1, 1)], 1) if marked else latents}, []
+
+
+def _all(*sizes: Any, **options: Any) -> None:
+    """No mask: the pixels of one frame see each other."""
 
 
 def _mask(frames: Any, pixels: Any, dtype: Any, device: Any, batch_size: Any = None) -> Any:
@@ -102,6 +178,35 @@ def _tiling(vae: Any) -> Tiling:
     )
 
 
+_WHOLE = Whole(
+    encoders=("text_encoder", "text_encoder_2"),
+    tokens=(_LLAMA, _CLIP),
+    encode=_encode,
+    tile=_tile,
+    tiling=_tiling,
+    frame_rate=24,
+)
+
+
+def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """From a picture, whose encoder sees that too. Without an input for it, guidance is a second call."""
+    condition = config.get("image_condition_type")
+    if condition is None:
+        return {}
+    channels = condition == _CHANNELS
+    whole = replace(
+        _WHOLE,
+        tokens=(_PICTURE_LLAMA, _CLIP),
+        encode=partial(_encode_with_picture, every=2 if channels else 4),
+        read=Shown("pixels", "image_processor"),
+        animate=partial(_animate, marked=channels),
+        dropped=4 if channels else 0,
+    )
+    made: dict[str, Any] = {"guidance_scale": 1.0, "whole": whole}
+    # For a replaced frame diffusers takes more states of the picture with a negative prompt than with the prompt.
+    return {**made, "guidance": "branches"} if channels and not config.get("guidance_embeds") else made
+
+
 HUNYUAN_VIDEO = Family(
     name="hunyuan-video",
     title="HunyuanVideo: text to video, and image to video by channels or by a replaced first frame",
@@ -125,16 +230,8 @@ HUNYUAN_VIDEO = Family(
     latent_size=(33, 90, 160),
     # From a picture, its pipeline begins a little off the noise; it passes guidance whether or not the model takes it.
     pipeline=Pipeline(guidance_factor=1000.0, condition_share=0.001, ignored_inputs=("guidance",)),
-    whole=Whole(
-        encoders=("text_encoder", "text_encoder_2"),
-        tokens=(_LLAMA, Tokens("clip", "tokenizer_2", 77)),
-        encode=_encode,
-        tile=_tile,
-        tiling=_tiling,
-        frame_rate=24,
-    ),
+    whole=_WHOLE,
+    by_config=_by_config,
     lora_loader="HunyuanVideoLoraLoaderMixin",
-    # From a picture its encoder sees that too, and its pipeline cuts frames off.
-    variants={"i2v": {"guidance_scale": 1.0, "whole": None}},
     patched=expanded_masks,
 )

@@ -31,6 +31,7 @@ class Tokens:
         dropped: Leading tokens, of the template, that the encoders leave out of what they return.
         mask: Name of the input `[1, T]` int64 that is 1 where a token is no padding; empty where there is none.
         cleaned: Whether HTML entities and runs of spaces are resolved first.
+        sought: Tokens that `encode` looks for: it is given their numbers, by these names.
     """
 
     name: str
@@ -43,11 +44,12 @@ class Tokens:
     dropped: int = 0
     mask: str = ""
     cleaned: bool = False
+    sought: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture as an image encoder is shown it: an input `[1, 3, height, width]` beside the one that the VAE sees.
+    """A picture as an image encoder is shown it: an input `[1, 3, height, width]`, normalised as it wants it.
 
     Attributes:
         name: Of the input.
@@ -94,13 +96,15 @@ class Whole:
             above.
         tiling: `vae -> Tiling`, how its tiles lie.
         frame_rate: Frames per second that the family's videos are usually shown at; 0 where they are none.
+        dropped: Leading frames of what is decoded that the pipeline leaves out of its video.
         see: `(vae, picture [1, 3, height, width] from 0 to 1) -> inputs of the transformer by name`, each `[1, ...]`:
             what a picture that is to be edited becomes. None where the pipeline takes none, or no graph encodes it.
         animate: `(modules, pictures by name, caches of the latent frame before, or None for the first) -> (made by
             name, caches)`: what a video that is made from a picture has of it, one latent frame at a time. The first
             one gets `picture`, as above, and what `shown` names, and makes inputs of the transformer by name, each
             `[1, ...]`; any later one, whose frames are grey, gets nothing. Each makes `condition`, `[1, C, 1, H, W]`,
-            the channels that follow those of the noise. None where videos are made of text alone.
+            the channels that follow those of the noise, or the frame that replaces its first. Where the first leaves no
+            caches there are no later ones: they have zeros. None where videos are made of text alone.
         seers: Folders of the image encoders that `animate` has besides the VAE.
         shown: What they are shown; None where there are none.
         begin: `(vae, picture as above) -> (mean, deviation)` of the latents `[1, C, H, W]` that a loop may begin with,
@@ -109,7 +113,10 @@ class Whole:
             none, its own, cut to whole tokens.
         encoders: Folders of the text encoders.
         tokens: What the tokenizers make of a prompt.
-        encode: `(encoders, tokens and masks by name) -> inputs of the transformer by name`, each `[1, ...]`.
+        encode: `(encoders, tokens and masks by name, what `read` names) -> inputs of the transformer by name`, each
+            `[1, ...]`.
+        read: What the text encoders see beside the prompt, the picture that a video is made of; None where they see
+            that alone. For a negative prompt it is black.
         negative: The negative prompt of a request that guidance needs one for and that brings none; None where guidance
             is off without one.
     """
@@ -119,6 +126,7 @@ class Whole:
     tile: Callable[[Any, Any], Any] | None = None
     tiling: Callable[[Any], Tiling] | None = None
     frame_rate: int = 0
+    dropped: int = 0
     see: Callable[[Any, Any], dict[str, Any]] | None = None
     animate: Callable[[Modules, Tensors, Sequence[Any] | None], tuple[dict[str, Any], list[Any]]] | None = None
     seers: tuple[str, ...] = ()
@@ -128,6 +136,7 @@ class Whole:
     encoders: tuple[str, ...] = ()
     tokens: tuple[Tokens, ...] = ()
     encode: Callable[[Modules, Tensors], dict[str, Any]] | None = None
+    read: Shown | None = None
     negative: str | None = None
 
 

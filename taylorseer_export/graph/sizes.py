@@ -16,9 +16,9 @@ from sympy.printing.str import StrPrinter
 
 
 def simplified(expression: sympy.Expr) -> sympy.Expr:
-    """The same size: a division that always leaves nothing carried out, one of a negative number turned around.
+    """The same size: divisions carried out as far as they always leave nothing, one of a negative number turned around.
 
-    Floor of -n / d is -((n + d - 1) // d).
+    Floor of (d m + n) / d is m + n // d, and of -n / d it is -((n + d - 1) // d).
     """
     return expression.replace(lambda e: type(e).__name__ == "FloorDiv", _quotient)
 
@@ -26,12 +26,20 @@ def simplified(expression: sympy.Expr) -> sympy.Expr:
 def _quotient(division: sympy.Expr) -> sympy.Expr:
     above, below = division.args
     quotient = sympy.cancel(above / below)
-    if sympy.together(quotient).as_numer_denom()[1] == 1:
+    if _is_whole(quotient):
         return quotient
+    if below.is_Integer and (parts := [term for term in sympy.Add.make_args(above) if _is_whole(term / below)]):
+        rest = type(division)(sympy.Add(above, *(-term for term in parts)), below)
+        return sympy.Add(*(term / below for term in parts), simplified(rest))
     negative = all(term.could_extract_minus_sign() for term in sympy.Add.make_args(above))
     if negative and below.is_Integer and below > 0:
         return -type(division)(below - 1 - above, below)
     return division
+
+
+def _is_whole(quotient: sympy.Expr) -> bool:
+    """Whether it is a whole number whatever the sizes are."""
+    return bool(sympy.together(quotient).as_numer_denom()[1] == 1)
 
 
 class _Written(StrPrinter):

@@ -67,6 +67,7 @@ def _of_part(name: PartName, described: PipelinePart) -> list[str]:
     """Lines of a part: each graph, and of a video what its buffers take, however long it is."""
     video, tiles = described.later is not None, described.tiles
     rate = "" if described.frame_rate is None else f"; {described.frame_rate} frames per second"
+    rate += f", the first {described.dropped} left out" if described.dropped else ""
     when = "once per video, its first latent frame" if video else "once per tile" if tiles else _WHEN_PART[name]
     lines = []
     for label, graph, often in ((name, described.graph, when), ("later", described.later, "every later latent frame")):

@@ -85,7 +85,7 @@ def _video(decoder: FrameDecoder | TileDecoder, latents: np.ndarray) -> np.ndarr
     """`[frames, height, width, 3]` uint8 of `[1, C, F, H, W]`; its pictures are floats a few at a time."""
     frames: list[np.ndarray] = []
     decoder(latents, lambda pictures: frames.append(_bytes(pictures[0].transpose(1, 2, 3, 0))))
-    return np.concatenate(frames)
+    return np.concatenate(frames)[decoder.described.dropped :]
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:

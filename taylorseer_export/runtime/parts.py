@@ -180,17 +180,24 @@ class Encoder:
         self._tokenizers = [(tokens, _tokenizer(bundle, tokens)) for tokens in part.described.tokens]
         self._turn = Lock()
 
-    def encode(self, prompt: str, length: int | None = None) -> dict[str, np.ndarray]:
+    def encode(
+        self, prompt: str, length: int | None = None, picture: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """Inputs of the transformer by name, each of one sample, float32.
 
         Args:
             prompt: Any text; what is longer than its length is cut off, as diffusers does.
             length: Most tokens, where the bundle leaves that open; its own if left out.
+            picture: What encoders that see one are shown beside the prompt, `[1, 3, height, width]` from 0 to 1; black
+                if left out, as pipelines have it for a negative prompt.
 
         Raises:
             ConfigError: The length is out of range, or there is but one.
         """
         given: dict[str, np.ndarray] = {}
+        for tensor in self.part.described.graph.inputs:
+            if tensor.role == "picture":
+                given[tensor.name] = np.zeros(resolve(tensor.shape, {}), np.float32) if picture is None else picture
         if length is not None and all(tokens.size is None for tokens, _ in self._tokenizers):
             most = max(tokens.length for tokens, _ in self._tokenizers)
             raise ConfigError(

@@ -19,6 +19,7 @@ from taylorseer_export.embedded.conditioning import ConditioningCache
 from taylorseer_export.embedded.edits import animated, given_picture, steps_that_run, use_of
 from taylorseer_export.embedded.requests import (
     frame_rate,
+    frames_dropped,
     label_request,
     pictures_of,
     prompt_request,
@@ -96,6 +97,7 @@ def description(manifest: Manifest, profiles: Collection[str]) -> dict[str, Any]
         "takes_pictures": use_of(manifest) is not None,
         "frames": frames[0] if frames else 1,
         "frame_rate": frame_rate(manifest),
+        "frames_dropped": frames_dropped(manifest),
         "time_scale": None if frame_rate(manifest) is None else manifest.sampling.time_scale,
         "size": f"{width}x{height}",
         "multiple_of": None if labels else manifest.sampling.latent_scale * manifest.pipeline.packing,

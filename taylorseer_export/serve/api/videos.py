@@ -46,7 +46,7 @@ class Job:
         id: By which it is asked for.
         owner: The `Authorization` header that it came with.
         drawing: What makes its latents.
-        size: (frames, height, width) in pixels.
+        size: (frames, height, width) in pixels, of the video.
         rate: Frames per second.
         created: Unix time, seconds.
         status, progress: As the OpenAI API has them; progress in percent.
@@ -130,7 +130,8 @@ class Videos:
         request.state.notes = f"{model.name} seed={asked.seeds[0]}"
         await drawing.take_places(request.receive)
         name = f"video_{secrets.token_hex(16)}"
-        job = Job(name, _owner(request), drawing, size, model.description["frame_rate"], int(time.time()))
+        made = (size[0] - model.description["frames_dropped"], *size[1:])
+        job = Job(name, _owner(request), drawing, made, model.description["frame_rate"], int(time.time()))
         self._forget()
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._follow(job))
@@ -261,11 +262,12 @@ def _owner(request: Request) -> str:
 
 
 def _size_of(model: Model, asked: AskedVideo, pictures: Sequence[np.ndarray]) -> tuple[int, int, int]:
-    """(frames, height, width): as asked, or as the model's. So many seconds are the nearest number of frames."""
+    """(frames, height, width): as asked, or as the model's. So many seconds are the nearest number of frames, behind
+    those that are no part of the video."""
     step, rate = model.description["time_scale"], model.description["frame_rate"]
     frames: int = model.description["frames"] if asked.frames is None else asked.frames
     if asked.seconds is not None:
-        frames = step * max(0, round((asked.seconds * rate - 1) / step)) + 1
+        frames = step * max(0, round((asked.seconds * rate - 1) / step)) + 1 + model.description["frames_dropped"]
     if asked.size is not None:
         height, width = asked.size[-2:]
         return frames, height, width

@@ -14,6 +14,7 @@ from tiny_pipelines import (
     kontext_pipeline,
     wan_image_pipeline,
     wan_pipeline,
+    whole_framepack,
     whole_hidream,
     whole_hunyuan,
     whole_qwen_image,
@@ -71,6 +72,7 @@ WHOLE = {
     "wan": wan_pipeline,
     "wan-image": wan_image_pipeline,
     "hunyuan": whole_hunyuan,
+    "framepack": whole_framepack,
 }
 
 # Latent pixels of those whole bundles that have one size: servers warm up at a bundle's usual one, which for videos of
@@ -81,6 +83,7 @@ WHOLE_SIZES = {
     "hidream": (8, 8),
     "wan": (2, 4, 6),
     "hunyuan": (2, 4, 6),
+    "framepack": (2, 16, 24),
 }
 
 

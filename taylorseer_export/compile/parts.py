@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Shown, Tensor, Tiles, Tokens
+from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Sections, Shown, Tensor, Tiles, Tokens
 from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.components import INDEX, class_of, component, look, tokenizer
@@ -46,6 +46,7 @@ class PartDraft(BaseDraft):
         frame_rate: Frames per second of videos; None where it decodes none.
         shown_at: See `Whole.seen_at`.
         shown: How an image encoder is shown a picture; None where there is none.
+        sections: How videos are made section by section; None where they are not.
     """
 
     pipeline: Path
@@ -63,6 +64,7 @@ class PartDraft(BaseDraft):
     frame_rate: int | None = None
     shown_at: tuple[tuple[int, int], ...] = ()
     shown: Shown | None = None
+    sections: Sections | None = None
 
     @property
     def graphs(self) -> tuple[Cut, ...]:
@@ -94,6 +96,7 @@ class PartDraft(BaseDraft):
             dimensions=self.dimensions(),
             tokens=self.tokens,
             shown=self.shown,
+            sections=self.sections,
             sizes=self.shown_at,
             negative=self.negative,
         )
@@ -300,13 +303,17 @@ def _animate(
         return {**made, **{f"cache_out_{k}": cache for k, cache in enumerate(caches)}}
 
     def role(name: str) -> Role:
-        return "latent" if name == CONDITION else "cache_out" if name.startswith("cache") else "constant"
+        return "latent" if name in (CONDITION, *BEGINNING) else "cache_out" if name.startswith("cache") else "constant"
 
     first, constants = trace_part("encode", modules, animate, inputs, extents[0], role)
     caches = [_read(tensor) for tensor in first.outputs if tensor.role == "cache_out"]
-    later, more = trace_part("later", {VAE: modules[VAE]}, animate, caches, extents[0], role)
-    made = _drafted(checkpoint, options, modules, (first, later), constants | more, extents)
-    return made if seen is None else replace(made, shown=seen.shown)
+    cuts = [first]
+    if caches:
+        later, more = trace_part("later", {VAE: modules[VAE]}, animate, caches, extents[0], role)
+        cuts, constants = [first, later], constants | more
+    made = _drafted(checkpoint, options, modules, tuple(cuts), constants, extents)
+    sections = None if whole.sections is None else Sections(**asdict(whole.sections))
+    return replace(made, shown=None if seen is None else seen.shown, sections=sections)
 
 
 def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:

@@ -1,13 +1,15 @@
 """Pictures that are given: what a model makes of one that it edits or animates, or what a loop begins with.
 
 Which of these a bundle does follows from what its part `encode` makes: constant inputs of the transformer, as Kontext
-has them; what a video has beside the noise; or mean and deviation of latents, for all that draw from text alone.
+has them; what a video has beside the noise, or the latents that its sections begin with; or mean and deviation of
+latents, for all that draw from text alone.
 
-Shapes: N samples, C channels, H and W latent pixels.
+Shapes: N samples, C channels, F latent frames, H and W latent pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -15,7 +17,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, PipelinePart
-from taylorseer_export.embedded.picture import resized, seen_by_encoder
+from taylorseer_export.bundle.part_agreement import BEGINNING
+from taylorseer_export.embedded.picture import passed_on, resized, seen_by_encoder
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser
@@ -24,6 +27,7 @@ from taylorseer_export.runtime.noise import Generator
 from taylorseer_export.runtime.parts import Part
 from taylorseer_export.runtime.places import grid
 from taylorseer_export.runtime.sampling import Beginning, Request, steps_at, tokens_of
+from taylorseer_export.runtime.sections import Course, course_of, frames_of_section, sections_of, window_of
 
 STRENGTH = 0.6  # as diffusers' pipelines
 
@@ -49,7 +53,7 @@ def use_of(manifest: Manifest) -> Use | None:
     part = manifest.parts.get("encode")
     if part is None:
         return None
-    if part.later is not None:
+    if part.later is not None or part.sections is not None:
         return "animates"
     return "edits" if part.graph.outputs[0].role == "constant" else "begins"
 
@@ -129,12 +133,59 @@ def animated(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...]) -> 
     """
     encoder, sampling = denoiser.picture_encoder, denoiser.manifest.sampling
     assert isinstance(encoder, FrameEncoder), "bug in taylorseer-export: an encoder of pictures animates one"
+    return encoder(_shown(encoder.described, picture, size), (size[0] - 1) // sampling.time_scale + 1)
+
+
+class Sectioned(NamedTuple):
+    """What a picture becomes for a video that is made in sections.
+
+    Attributes:
+        tensors: What the first section is given of it, by name.
+        course: How one section follows another.
+        noise: `[N, C, F, H, W]` float32, of all of them as a request has it.
+    """
+
+    tensors: dict[str, np.ndarray]
+    course: Course
+    noise: np.ndarray
+
+
+def in_sections(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...], seeds: Sequence[int]) -> Sectioned:
+    """What a request of a video of a size, made in sections, has of a picture.
+
+    Args:
+        denoiser: The loaded bundle, whose videos are made in sections.
+        picture: `[height, width, 3]` uint8, treated as in `animated`.
+        size: (frames, height, width) of the video in pixels.
+        seeds: One per sample. The latents of the picture, which its encoder leaves open, and then the noise of one
+            section after the other are drawn from one generator, as diffusers' pipeline does.
+    """
+    manifest, encoder = denoiser.manifest, denoiser.picture_encoder
+    sections = sections_of(manifest)
+    assert isinstance(encoder, Part) and sections is not None, "bug in taylorseer-export: sections of one loop"
+    made = encoder(_shown(encoder.described, picture, size))
+    mean, deviation = (made.pop(name) for name in BEGINNING)
+    window, count = window_of(manifest), (size[0] - 1) // frames_of_section(manifest)
+    shape = (1, mean.shape[1], window, *mean.shape[3:])
+    clean, noise = [], []
+    for seed in seeds:
+        generator = Generator(seed)
+        clean.append(mean + deviation * generator.normals(mean.size).reshape(mean.shape))
+        noise.append(np.concatenate([generator.normals(math.prod(shape)).reshape(shape) for _ in range(count)], 2))
+    latents, noisy = (np.concatenate(values).astype(np.float32) for values in (clean, noise))
+    course = course_of(manifest, sections, count, latents)
+    return Sectioned({**made, **course.inputs(0, latents[:, :, :0])}, course, noisy)
+
+
+def _shown(described: PipelinePart, picture: np.ndarray, size: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """A picture `[height, width, 3]` uint8 as each input of the part `encode` has it."""
     given = {"picture": _unit(picture, size[-2:])}
-    if (shown := encoder.described.shown) is not None:
-        extents = next(t.shape for t in encoder.described.graph.inputs if t.name == shown.input)
+    if (shown := described.shown) is not None:
+        extents = next(t.shape for t in described.graph.inputs if t.name == shown.input)
         own = (int(extents[2]), int(extents[3]))
-        given[shown.input] = _as_input(seen_by_encoder(picture, own, shown.edge, shown.filter))
-    return encoder(given, (size[0] - 1) // sampling.time_scale + 1)
+        seen = passed_on(resized(picture, *size[-2:])) if shown.sized else picture
+        given[shown.input] = _as_input(seen_by_encoder(seen, own, shown.edge, shown.filter))
+    return given
 
 
 def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequence[int]) -> Request:

@@ -6,13 +6,14 @@ import base64
 import copy
 import io
 import json
+from threading import Event
 
 import numpy as np
 import oracle
 import pytest
 import torch
 import triton_server
-from images_api import alone, asked, client_of, ended, frames_of, models_over, serving
+from images_api import SECONDS, alone, asked, client_of, ended, frames_of, models_over, serving
 from PIL import Image
 from pipelines_with_parts import (
     EDITED,
@@ -50,6 +51,7 @@ from taylorseer_export.serve.api import videos
 from taylorseer_export.serve.client import infer
 from taylorseer_export.serve.contract import sides_named
 from taylorseer_export.serve.repository import Deployment, write_repository
+from taylorseer_export.serve.service import Limits, Service
 
 STEPS, SEED, SCALE, LENGTH, WINDOW, SIDES = 2, 3, 4.0, 200, 2, (128, 192)
 DIRECTIONS = {"backward": "inverted_anti_drifting", "forward": "vanilla"}
@@ -298,6 +300,47 @@ def test_run_makes_a_video_of_a_picture(sectioned, monkeypatch, tmp_path, capsys
     wanted[3] = "18x128x192"
     assert cli.main(["run", "bundle", *wanted, "--image", str(tmp_path / "given.png")]) == 2
     assert "size frames is 18, expected 9, 17, 25 and so on" in capsys.readouterr().err
+
+
+class Leaving:
+    """A caller that leaves after a step; never if None."""
+
+    def __init__(self, after=None):
+        self.after, self.left, self.answered = after, False, Event()
+        self.latents = self.executed = self.error = None
+
+    def cancelled(self):
+        return self.left
+
+    def advanced(self, loop):
+        self.left = loop.step == self.after
+
+    def finished(self, loop, executed):
+        self.latents, self.executed = loop.latents, executed
+        self.answered.set()
+
+    def failed(self, error):
+        self.error = error
+        self.answered.set()
+
+
+def test_who_leaves_is_counted_in_steps_of_all_loops(sectioned):
+    """At the first step of the second section; the slot that was left serves the next as a new one would."""
+    denoiser = sectioned["backward"][1]
+    request, forecasts = request_of(denoiser, 2), denoiser.forecasts(plan="F.")
+    service = Service(denoiser, Limits(slots=1, queue=1, workers=1))
+    try:
+        for caller in (Leaving(2), Leaving()):
+            service.submit(request, forecasts, caller)
+            assert caller.answered.wait(SECONDS)
+            if caller.after is not None:
+                assert str(caller.error).startswith("request is cancelled after 2 of 4 steps")
+        assert caller.executed == "F.F." and caller.error is None
+        assert np.array_equal(caller.latents, sample(denoiser, request, forecasts).latents)
+        counts = service.snapshot()
+        assert (counts["planned.full"], counts["executed.full"], counts["steps.full"]) == (2, 2, 3)
+    finally:
+        service.close()
 
 
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")

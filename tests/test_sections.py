@@ -64,7 +64,7 @@ def sectioned(once):
     pipe = whole_framepack(tiny_framepack())
     folder = once("parts-framepack", lambda folder: write_pipeline(pipe, "framepack", folder, **latent))
     checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES["framepack"])
-    backward = denoiser_with_parts(draft(checkpoint, options_of(**latent)), folder)
+    backward = denoiser_with_parts(draft(checkpoint, options_of(**latent, guards=("cg",))), folder)
     forward, parts = copy.copy(backward), dict(backward.manifest.parts)
     sections = FAMILIES["framepack"].variant("FramePack_F1_I2V_HY_20250503").whole.sections
     assert (sections.direction, sections_of(backward.manifest).direction) == ("forward", "backward")
@@ -212,6 +212,21 @@ def test_every_loop_begins_in_the_same_slots(sectioned):
         loop.accept(branches.step(loop.model_input()))
     assert not loop.begins and branches.executed == str(loop.plan) == "F.F." and branches.errors == ()
     loop.check_executed(branches.executed)
+
+
+def test_a_guard_is_asked_in_every_section(sectioned):
+    """What it measured and what it made full is told of all steps; it forgets at the start of each loop."""
+    denoiser = sectioned["backward"][1]
+    request = request_of(denoiser, 2)
+    for threshold, ran in ((1e9, "F..F"), (1e-9, "FFFF")):
+        made = sample(denoiser, request, denoiser.forecasts(plan="F..F", order=0, guard="cg", threshold=threshold))
+        assert (made.planned, made.executed) == (2 * "F..F", 2 * ran)
+        assert [error == error for error in made.errors] == 2 * [False, True, True, False]
+    full = sample(denoiser, request, denoiser.forecasts(plan="FFFF")).latents
+    limit = oracle.bound(
+        torch.from_numpy(full), 1.0, torch.float32, *depth_and_length(sectioned["backward"][0].transformer)
+    )
+    oracle.assert_close("latents", torch.from_numpy(made.latents), torch.from_numpy(full), limit)
 
 
 def test_two_samples_are_two_requests(sectioned):

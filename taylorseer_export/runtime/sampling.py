@@ -251,8 +251,8 @@ class Loop:
         self.request, self.forecasts = request, forecasts
         self._manifest, self._pipeline = denoiser.manifest, denoiser.manifest.pipeline
         self.plan = request.planned(forecasts.plan)
-        self._made = request.latents[:, :, :0]  # of sections that are done
         self.step = 0
+        self._made = np.empty(0, np.float32) if request.course is None else request.latents[:, :, :0]  # of loops before
         self._enter()
         shape = self.model_input().shape
         self.branches = [denoiser.sizes(shape, conditioning) for conditioning in self.conditioning]

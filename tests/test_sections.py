@@ -62,7 +62,7 @@ def sectioned(once):
     """Direction -> (the pipeline, a denoiser with its parts)."""
     latent = {"latent_size": (WINDOW, SIDES[0] // 8, SIDES[1] // 8)}
     pipe = whole_framepack(tiny_framepack())
-    folder = once("parts-framepack", lambda folder: write_pipeline(pipe, "framepack", folder, **latent))
+    folder = once("parts-framepack-sections", lambda folder: write_pipeline(pipe, "framepack", folder, **latent))
     checkpoint = open_checkpoint(str(folder / "pipeline"), FAMILIES["framepack"])
     backward = denoiser_with_parts(draft(checkpoint, options_of(**latent, guards=("cg",))), folder)
     forward, parts = copy.copy(backward), dict(backward.manifest.parts)

@@ -277,15 +277,8 @@ def test_a_tokenizer_without_the_token_that_is_sought_is_refused(folder, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def bundle(folder, once):
-    """What the command makes of it: a bundle of one size, at which servers warm up."""
-
-    def write(out):
-        command = ["hunyuan-video", "--model", str(folder), "--whole", "--size", "9x32x48", "--steps", "4"]
-        assert cli.main([*command, "--out", str(out)]) == 0
-        return next(path for path in out.iterdir() if path.is_dir())
-
-    return once("command-hunyuan-channels", write)
+def bundle(whole_bundles):
+    return whole_bundles("hunyuan-channels")
 
 
 def test_a_bundle_on_disk_makes_the_video(bundle, tmp_path):

@@ -15,6 +15,7 @@ from tiny_pipelines import (
     kontext_pipeline,
     wan_image_pipeline,
     wan_pipeline,
+    whole_framepack,
     whole_hidream,
     whole_hunyuan,
     whole_hunyuan_image,
@@ -75,10 +76,11 @@ WHOLE = {
     "hunyuan": whole_hunyuan,
     "hunyuan-channels": whole_hunyuan_image,
     "hunyuan-replace": whole_hunyuan_image,
+    "framepack": whole_framepack,
 }
 
-# Latent pixels of the whole bundle that has one size.
-WHOLE_SIZES = {"qwen-image": (4, 6)}
+# Latent pixels of whole bundles that have one size.
+WHOLE_SIZES = {"qwen-image": (4, 6), "framepack": (2, 16, 24)}
 # Latent pixels that others of any size are quoted at: servers warm up there, and that of published models' videos is
 # gigabytes of attention even in a tiny transformer.
 WHOLE_USUAL = {
@@ -87,6 +89,8 @@ WHOLE_USUAL = {
     "wan": (2, 4, 6),
     "wan-image": (2, 4, 6),
     "hunyuan": (2, 4, 6),
+    "hunyuan-channels": (3, 4, 6),
+    "hunyuan-replace": (3, 4, 6),
 }
 
 

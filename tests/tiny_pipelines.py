@@ -188,6 +188,18 @@ def framepack_pipeline(transformer):
     )
 
 
+def whole_framepack(transformer):
+    """The same from a prompt."""
+    pipe, config = framepack_pipeline(transformer), transformer.config
+    pipe.register_modules(
+        text_encoder=tiny_llama(config.text_embed_dim),
+        tokenizer=words(77),
+        text_encoder_2=tiny_clip(config.pooled_projection_dim),
+        tokenizer_2=letters(77),
+    )
+    return pipe
+
+
 def qwen_image_pipeline(transformer, text_encoder=None, tokenizer=None):
     """Pictures of a multiple of 16 pixels; the prompt is given as embeddings where it has no encoder."""
     return _quiet(

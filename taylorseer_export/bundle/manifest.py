@@ -28,6 +28,7 @@ from taylorseer_export.bundle.entries import (
 )
 from taylorseer_export.bundle.entries import Shape as Shape
 from taylorseer_export.bundle.sealed import Part, Sealed, Sha256
+from taylorseer_export.bundle.sections import Sections as Sections
 from taylorseer_export.errors import BundleError
 from taylorseer_export.method.forecasts import Granularity, Layout
 from taylorseer_export.method.guard import Rule
@@ -275,6 +276,10 @@ class Shown(Part):
         description="Pixels that the shorter side is brought to before the middle is cut out; null: nothing is cut.",
     )
     filter: Filter = Field(description="Of Pillow, that it is resized by.")
+    sized: bool = Field(
+        default=False,
+        description="Whether it has the size of the video first, and is floats in between, by which some bytes lose 1.",
+    )
 
 
 class PipelinePart(Part):
@@ -283,8 +288,9 @@ class PipelinePart(Part):
     graph: Graph = Field(
         description="Its contract. text: tokens in, constant inputs of the transformer out. encode: a picture in, the "
         "same, or mean and deviation of latents that a loop begins with; of a video the first latent frame of what it "
-        "has beside the noise, any other being zeros where there is no graph `later`. decode: latents of a sample in, "
-        "its picture out; of a video its first latent frame alone, or one tile."
+        "has beside the noise, any other being zeros where there is no graph `later`, or with sections mean and "
+        "deviation of the latents of that frame. decode: latents of a sample in, its picture out; of a video its first "
+        "latent frame alone, or one tile."
     )
     later: Graph | None = Field(default=None, description="Of videos: any later latent frame, by caches.")
     tiles: Tiles | None = Field(default=None, description="Of decode of videos that are decoded in tiles.")
@@ -297,6 +303,7 @@ class PipelinePart(Part):
         description="Of encode, where an image encoder sees the picture too. Of text, where its encoders see it beside "
         "the prompt; with a negative prompt it is black.",
     )
+    sections: Sections | None = Field(default=None, description="Of encode, where a video is several loops.")
     sizes: tuple[tuple[Size, Size], ...] = Field(
         default=(),
         description="Of encode: (height, width) that a picture is brought to, the nearest shape; its own if none.",

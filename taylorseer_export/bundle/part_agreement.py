@@ -6,12 +6,14 @@ Each check returns the first contradiction as text, or None.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from taylorseer_export.bundle.shapes import names, resolve
 
 if TYPE_CHECKING:
     from taylorseer_export.bundle.manifest import Graph, Manifest, PartName, PipelinePart, Tensor
+    from taylorseer_export.bundle.sections import Sections
 
 # Part -> (roles its inputs may have, roles its outputs may have).
 _PART_ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -20,7 +22,8 @@ _PART_ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "decode": (frozenset({"latent", "cache_in"}), frozenset({"picture", "cache_out"})),
 }
 
-# What part `encode` makes of a picture: of latents that a loop may begin with, or what a video has beside the noise.
+# What part `encode` makes of a picture: of latents that a loop, or a video in sections, may begin with; or what a video
+# has beside the noise.
 BEGINNING = ("mean", "deviation")
 CONDITION = "condition"
 
@@ -89,6 +92,8 @@ def _of_encode(manifest: Manifest) -> str | None:
     if problem := _of_pictures("encode", part):
         return problem
     made = [t for t in part.graph.outputs if t.role == "latent"]
+    if part.sections is not None:
+        return _of_sections(manifest, part, part.sections)
     if part.later is not None or [t.name for t in made] == [CONDITION]:
         return _of_condition(manifest, part)
     if made and (tuple(t.name for t in part.graph.outputs) != BEGINNING or made[0].shape != made[1].shape):
@@ -130,6 +135,32 @@ def _of_condition(manifest: Manifest, part: PipelinePart) -> str | None:
     if given := [t.name for t in part.later.inputs if t.role != "cache_in"]:
         return f"graph later of part encode takes {listed(given)}, expected caches alone"
     return _of_caches("encode", part.graph, part.later)
+
+
+def _of_sections(manifest: Manifest, part: PipelinePart, sections: Sections) -> str | None:
+    """The picture becomes the first latent frame of a video, and the denoiser takes what sections hand on."""
+    latents = [t for t in part.graph.outputs if t.role == "latent"]
+    latent = manifest.graphs["full"].input_of("latent").shape
+    if part.later is not None or tuple(t.name for t in latents) != BEGINNING:
+        return f"part encode makes {listed(t.name for t in latents)}, videos in sections begin with mean and deviation"
+    for tensor in latents:
+        if len(latent) != 5 or tensor.shape != (1, latent[1], 1, *latents[0].shape[3:]):
+            return f"`{tensor.name}` of part encode is {shown(tensor.shape)}, the graphs take {shown(latent)}"
+    if twice := repeated((sections.new, *chain.from_iterable(sections.past))):
+        return f"sections name `{twice}` twice"
+    shapes = {t.name: t.shape for graph in manifest.graphs.values() for t in graph.inputs if t.role == "constant"}
+    wanted: dict[str, tuple[int | str, ...]] = {sections.new: latent[2:3]}
+    for number, (frames, places) in enumerate(sections.past):
+        count = shapes[frames][2] if len(shapes.get(frames, ())) == 5 else 0
+        if not isinstance(count, int) or count < (2 if number == 0 else 1):
+            return f"`{frames}` of sections holds {count} frames, which are none, or of any number"
+        wanted |= {frames: (*latent[:2], count, *latent[3:]), places: (count,)}
+    for name, shape in wanted.items():
+        if shapes.get(name) != shape:
+            return f"`{name}` of sections is {shown(shapes.get(name))}, they hand the denoiser {shown(shape)}"
+    if "decode" in manifest.parts and manifest.parts["decode"].tiles is None:
+        return "part decode has no tiles, which the sections of a video are decoded in"
+    return None
 
 
 def _of_text(manifest: Manifest) -> str | None:

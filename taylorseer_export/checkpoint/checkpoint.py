@@ -134,7 +134,8 @@ def _download(reference: str, family: Family, whole: bool = False) -> Path:
         patterns = ["transformer/*", "scheduler/*", "model_index.json", "vae/config.json"]
         if whole:
             patterns += ["vae/*", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*"]
-            patterns += ["image_encoder/*.json", "image_encoder/*.safetensors", "image_processor/*"]
+            patterns += ["image_encoder/*.json", "image_encoder/*.safetensors"]
+            patterns += ["image_processor/*", "feature_extractor/*"]
         return Path(snapshot_download(reference, allow_patterns=patterns))
     except Exception as error:
         raise CheckpointError(

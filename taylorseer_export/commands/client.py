@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,11 @@ def run(given: argparse.Namespace) -> int:
     protocol: Protocol = given.protocol or ("stream" if given.model.endswith("-stream") else "grpc")
     values = _values(given)
     with progress("steps", given.steps or 1) as advance:
-        made = infer(
-            given.url, given.model, values, protocol, given.timeout, lambda done, _: advance(done, given.steps or done)
-        )
+
+        def stepped(done: int, told: Mapping[str, Any]) -> None:
+            advance(done, len(told["planned"][0]))
+
+        made = infer(given.url, given.model, values, protocol, given.timeout, stepped)
     if whole_tensors:
         drawn = {name: made[name] for name in DRAWN if name in made}
         kept = drawn or {"latents": made["denoised"]}

@@ -113,12 +113,12 @@ def run(given: argparse.Namespace) -> int:
     picture = given_picture(denoiser.manifest, given.image and read_picture(given.image), given.strength)
     options, picture = steps_that_run(request_options(given), denoiser, picture)
     forecasts = forecasts_from_options(options, denoiser.defaults, denoiser.profiles)
-    plan, guard = forecasts.plan, forecasts.guard
+    guard = forecasts.guard
     manifest = denoiser.manifest
     require_extra("sample", *([] if own_scheduler(manifest) else ["torch", "diffusers"]))
     require_extra("sample", *(["PIL"] if not given.out and manifest.sampling.pictures else []))
     _check_fps(manifest, given)
-    _check_previews(manifest, given, len(plan))
+    _check_previews(manifest, given, len(forecasts))
     needed: list[PartName] = [] if given.inputs else ["text"]
     needed += ["encode"] if given.image else []
     needed += [] if given.out and given.out.suffix == ".safetensors" else ["decode"]
@@ -136,8 +136,9 @@ def run(given: argparse.Namespace) -> int:
     previews = [[_preview(path, k) for path in files] for k in range(1, given.previews + 1)]
     for path in [*files, *chain.from_iterable(previews)]:
         check_out(path)
-    shown, due = 0, sampling.preview_steps(len(plan), given.previews)
-    with progress("sampling", len(plan)) as advance:
+    steps = len(forecasts) * request.loops
+    shown, due = 0, sampling.preview_steps(steps, given.previews)
+    with progress("sampling", steps) as advance:
 
         def stepped(loop: Loop) -> None:
             nonlocal shown
@@ -145,7 +146,7 @@ def run(given: argparse.Namespace) -> int:
                 made = requests.pictures_of(denoiser, request, loop.estimate())
                 _write(previews[shown], made, manifest, names, None)
                 shown += 1
-            advance(loop.step, len(plan), f"{shown} of {given.previews} previews" if due else "")
+            advance(loop.step, steps, f"{shown} of {given.previews} previews" if due else "")
 
         result = sampling.sample(denoiser, request, forecasts, on_step=stepped)
     if out.suffix == ".safetensors":
@@ -159,9 +160,9 @@ def run(given: argparse.Namespace) -> int:
     times = np.array(result.milliseconds)
     forecast = times[kinds == "."]
     how = f"guard {guard}" if guard else "as planned"
-    print(f"plan      {result.executed} ({result.executed.count('F')} of {len(plan)} steps full, {how})")
+    print(f"plan      {result.executed} ({result.executed.count('F')} of {steps} steps full, {how})")
     if guard:
-        report_guard(guard, str(plan), result.executed, result.errors)
+        report_guard(guard, result.planned, result.executed, result.errors)
     print(
         f"times     prepare {result.prepare_ms:.1f} ms, full {np.median(times[kinds == 'F']):.2f} ms"
         + (f", forecast {np.median(forecast):.2f} ms" if len(forecast) else "")

@@ -143,6 +143,7 @@ def look(checkpoint: Checkpoint, declared: DeclaredShown) -> Look:
         made = Look(
             Shown(
                 input=declared.name,
+                sized=declared.sized,
                 edge=size["shortest_edge"] if cut else None,
                 filter=_FILTERS[int(said["resample"])],
             ),

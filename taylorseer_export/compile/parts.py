@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Shown, Tensor, Tiles, Tokens
+from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Sections, Shown, Tensor, Tiles, Tokens
 from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.components import (
@@ -57,6 +57,7 @@ class PartDraft(BaseDraft):
         dropped: See `Whole.dropped`.
         shown_at: See `Whole.seen_at`.
         shown: How an image encoder is shown a picture; None where there is none.
+        sections: How videos are made section by section; None where they are not.
     """
 
     pipeline: Path
@@ -75,6 +76,7 @@ class PartDraft(BaseDraft):
     dropped: int = 0
     shown_at: tuple[tuple[int, int], ...] = ()
     shown: Shown | None = None
+    sections: Sections | None = None
 
     @property
     def graphs(self) -> tuple[Cut, ...]:
@@ -107,6 +109,7 @@ class PartDraft(BaseDraft):
             dimensions=self.dimensions(),
             tokens=self.tokens,
             shown=self.shown,
+            sections=self.sections,
             sizes=self.shown_at,
             negative=self.negative,
         )
@@ -321,7 +324,7 @@ def _animate(
         return {**made, **{f"cache_out_{k}": cache for k, cache in enumerate(caches)}}
 
     def role(name: str) -> Role:
-        return "latent" if name == CONDITION else "cache_out" if name.startswith("cache") else "constant"
+        return "latent" if name in (CONDITION, *BEGINNING) else "cache_out" if name.startswith("cache") else "constant"
 
     first, constants = trace_part("encode", modules, animate, inputs, extents[0], role)
     caches = [_read(tensor) for tensor in first.outputs if tensor.role == "cache_out"]
@@ -330,7 +333,8 @@ def _animate(
         later, more = trace_part("later", {VAE: modules[VAE]}, animate, caches, extents[0], role)
         graphs, constants = [first, later], constants | more
     made = _drafted(checkpoint, options, modules, tuple(graphs), constants, extents)
-    return replace(made, shown=None if seen is None else seen.shown)
+    sections = None if whole.sections is None else Sections(**asdict(whole.sections))
+    return replace(made, shown=None if seen is None else seen.shown, sections=sections)
 
 
 def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:

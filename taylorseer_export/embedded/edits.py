@@ -1,13 +1,15 @@
 """Pictures that are given: what a model makes of one that it edits or animates, or what a loop begins with.
 
 Which of these a bundle does follows from what its part `encode` makes: constant inputs of the transformer, as Kontext
-has them; what a video has beside the noise; or mean and deviation of latents, for all that draw from text alone.
+has them; what a video has beside the noise, or the latents that its sections begin with; or mean and deviation of
+latents, for all that draw from text alone.
 
-Shapes: N samples, C channels, H and W latent pixels.
+Shapes: N samples, C channels, F latent frames, H and W latent pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -15,8 +17,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, PipelinePart
-from taylorseer_export.bundle.part_agreement import CONDITION
-from taylorseer_export.embedded.picture import resized, seen_by_encoder
+from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
+from taylorseer_export.embedded.picture import passed_on, resized, seen_by_encoder
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser
@@ -25,6 +27,7 @@ from taylorseer_export.runtime.noise import Generator
 from taylorseer_export.runtime.parts import Part
 from taylorseer_export.runtime.places import grid
 from taylorseer_export.runtime.sampling import Beginning, Request, steps_at, tokens_of
+from taylorseer_export.runtime.sections import Course, course_of, frames_of_section, sections_of, window_of
 from taylorseer_export.runtime.tensors import condition_shape
 
 STRENGTH = 0.6  # as diffusers' pipelines
@@ -51,7 +54,7 @@ def use_of(manifest: Manifest) -> Use | None:
     part = manifest.parts.get("encode")
     if part is None:
         return None
-    if any(tensor.name == CONDITION for tensor in part.graph.outputs):
+    if part.sections is not None or any(tensor.name == CONDITION for tensor in part.graph.outputs):
         return "animates"
     return "edits" if part.graph.outputs[0].role == "constant" else "begins"
 
@@ -130,7 +133,7 @@ def animated(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...]) -> 
         size: (frames, height, width) in pixels.
     """
     encoder, frames = denoiser.picture_encoder, (size[0] - 1) // denoiser.manifest.sampling.time_scale + 1
-    given = {"picture": _unit(picture, size[-2:]), **shown_to(encoder.described, picture)}
+    given = {"picture": _unit(picture, size[-2:]), **shown_to(encoder.described, picture, size[-2:])}
     if isinstance(encoder, FrameEncoder):
         return encoder(given, frames)
     made = encoder(given)
@@ -142,13 +145,61 @@ def animated(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...]) -> 
     return {**made, CONDITION: condition}
 
 
-def shown_to(part: PipelinePart, picture: np.ndarray) -> dict[str, np.ndarray]:
-    """A picture `[height, width, 3]` uint8 as the image encoder of a part is shown it, by name; none without one."""
-    if part.shown is None:
+class Sectioned(NamedTuple):
+    """What a picture becomes for a video that is made in sections.
+
+    Attributes:
+        tensors: What the first section is given of it, by name.
+        course: How one section follows another.
+        noise: `[N, C, F, H, W]` float32, of all of them as a request has it.
+    """
+
+    tensors: dict[str, np.ndarray]
+    course: Course
+    noise: np.ndarray
+
+
+def in_sections(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...], seeds: Sequence[int]) -> Sectioned:
+    """What a request of a video of a size, made in sections, has of a picture.
+
+    Args:
+        denoiser: The loaded bundle, whose videos are made in sections.
+        picture: `[height, width, 3]` uint8, treated as in `animated`.
+        size: (frames, height, width) of the video in pixels.
+        seeds: One per sample. The latents of the picture, which its encoder leaves open, and then the noise of one
+            section after the other are drawn from one generator, as diffusers' pipeline does.
+    """
+    manifest, encoder = denoiser.manifest, denoiser.picture_encoder
+    sections = sections_of(manifest)
+    assert isinstance(encoder, Part) and sections is not None, "bug in taylorseer-export: sections of one loop"
+    made = encoder({"picture": _unit(picture, size[-2:]), **shown_to(encoder.described, picture, size[-2:])})
+    mean, deviation = (made.pop(name) for name in BEGINNING)
+    window, count = window_of(manifest), (size[0] - 1) // frames_of_section(manifest)
+    shape = (1, mean.shape[1], window, *mean.shape[3:])
+    clean, noise = [], []
+    for seed in seeds:
+        generator = Generator(seed)
+        clean.append(mean + deviation * generator.normals(mean.size).reshape(mean.shape))
+        noise.append(np.concatenate([generator.normals(math.prod(shape)).reshape(shape) for _ in range(count)], 2))
+    latents, noisy = (np.concatenate(values).astype(np.float32) for values in (clean, noise))
+    course = course_of(manifest, sections, count, latents)
+    return Sectioned({**made, **course.inputs(0, latents[:, :, :0])}, course, noisy)
+
+
+def shown_to(part: PipelinePart, picture: np.ndarray, size: Sequence[int] = ()) -> dict[str, np.ndarray]:
+    """A picture as the image encoder of a part is shown it, by name; none without one.
+
+    Args:
+        part: Its description.
+        picture: `[height, width, 3]` uint8.
+        size: (height, width) of the video in pixels, for an encoder that is shown it at that size.
+    """
+    if (shown := part.shown) is None:
         return {}
-    extents = next(t.shape for t in part.graph.inputs if t.name == part.shown.input)
+    extents = next(t.shape for t in part.graph.inputs if t.name == shown.input)
     own = (int(extents[2]), int(extents[3]))
-    return {part.shown.input: _as_input(seen_by_encoder(picture, own, part.shown.edge, part.shown.filter))}
+    seen = passed_on(resized(picture, *size)) if shown.sized else picture
+    return {shown.input: _as_input(seen_by_encoder(seen, own, shown.edge, shown.filter))}
 
 
 def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequence[int]) -> Request:

@@ -135,6 +135,16 @@ def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
+def passed_on(picture: np.ndarray) -> np.ndarray:
+    """A picture uint8 after diffusers made floats from -1 to 1 of it, and transformers bytes of these for Pillow.
+
+    These are cut off and not rounded, so where the floats are below the byte that they were made of it is one less.
+    """
+    values = picture.astype(np.float32) / 255
+    back = (2 * values - 1 + 1) / 2
+    return (back * 255).astype(np.uint8)
+
+
 def seen_by_encoder(picture: np.ndarray, size: tuple[int, int], edge: int | None, name: str) -> np.ndarray:
     """A picture `[..., ..., 3]` uint8 as an image encoder sees it, `[height, width, 3]` uint8.
 

@@ -12,14 +12,24 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.shapes import linear, resolve
 from taylorseer_export.embedded.conditioning import ConditioningCache, Encoded, Key
-from taylorseer_export.embedded.edits import Given, animated, begun_with, brought_to, seen, shown_to, use_of
+from taylorseer_export.embedded.edits import (
+    Given,
+    animated,
+    begun_with,
+    brought_to,
+    in_sections,
+    seen,
+    shown_to,
+    use_of,
+)
 from taylorseer_export.embedded.picture import pictures_from_dit_latents
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.runtime.decoding import decoded
+from taylorseer_export.runtime.decoding import decoded, decoded_in_sections
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.places import ROWS, sides_of
 from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Request, Result, latents_of, noise_of
+from taylorseer_export.runtime.sections import frames_of_section, sections_of, window_of
 from taylorseer_export.runtime.tensors import NEGATIVE, latent_sizes, tensor_request
 
 
@@ -64,17 +74,27 @@ def prompt_request(
         tensors = dict(prompts)
     else:
         tensors = _encoded(denoiser, prompts, guidance_scale, negative, length, cache, given)
-    if given is not None and needed:
+    made = None
+    if given is not None and sections_of(manifest) is not None:
+        made = in_sections(denoiser, given.picture, size, seeds)
+        tensors |= made.tensors
+    elif given is not None and needed:
         tensors |= seen(denoiser, given.picture) if use == "edits" else animated(denoiser, given.picture, size)
     request = tensor_request(denoiser, tensors, seeds, sizes, sides, guidance_scale)
     request = replace(request, height=size[-2], width=size[-1])
+    if made is not None:
+        request = replace(request, latents=made.noise, course=made.course)
     return request if given is None or needed else begun_with(denoiser, request, given, seeds)
 
 
 def _holds_a_picture(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether tensors have all that the picture for a model that edits or animates one becomes."""
-    made = manifest.parts["encode"].graph.outputs
-    return all(tensor.name in tensors for tensor in made if tensor.role != "cache_out")
+    """Whether tensors have all that the picture for a model that edits or animates one becomes; of a video in sections
+    what one of them has of it."""
+    made, sections = manifest.parts["encode"].graph.outputs, sections_of(manifest)
+    if sections is None:
+        return all(tensor.name in tensors for tensor in made if tensor.role != "cache_out")
+    names = [tensor.name for tensor in made if tensor.role == "constant"]
+    return all(name in tensors for name in (*names, *(frames for frames, _ in sections.past)))
 
 
 def warm_parts(denoiser: Denoiser, size: tuple[int, ...] | None = None) -> None:
@@ -137,6 +157,8 @@ def usual_size(manifest: Manifest) -> tuple[int, ...]:
     latent = resolve(manifest.graphs["full"].input_of("latent").shape, typical)
     rows, columns = sides_of(typical[ROWS]) if manifest.pipeline.packing > 1 else latent[-2:]
     frames = [manifest.sampling.time_scale * (count - 1) + 1 for count in latent[2:-2]]
+    if (sections := sections_of(manifest)) is not None:
+        frames = [frames_of_section(manifest) * sections.usual + 1]
     return *frames, side * rows, side * columns
 
 
@@ -235,7 +257,11 @@ def pictures_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np
     """
     decoder = denoiser.manifest.sampling.pictures
     if decoder == "decoder":
-        packing = denoiser.manifest.pipeline.packing
+        sections, packing = sections_of(denoiser.manifest), denoiser.manifest.pipeline.packing
+        if sections is not None:
+            window = window_of(denoiser.manifest)
+            if latents.shape[2] > window and (latents.shape[2] - 1) % window == 0:  # not one section from tensors
+                return decoded_in_sections(denoiser.decoder, latents, window, sections)
         side = denoiser.manifest.sampling.latent_scale * packing
         sides = (request.height // side, request.width // side)
         return decoded(denoiser.decoder, latents if packing == 1 else latents_of(latents, *sides, packing))

@@ -1,15 +1,18 @@
-"""FramePack: HunyuanVideo's blocks over a window of frames, with the frames before it as conditioning tokens."""
+"""FramePack: HunyuanVideo's blocks over a window of frames, with frames made before as conditioning tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import log
 from typing import Any
 
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, patches, replaced
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
+from taylorseer_export.families.whole import Modules, Sections, Shown, Tensors, spread
 
 # Frames of the past as the pipeline passes them: (argument, frames, the first of them in time); the new ones follow.
 _PAST = (("latents_clean", 2, 18), ("latents_history_2x", 2, 16), ("latents_history_4x", 16, 0))
@@ -79,6 +82,28 @@ def _forward(model: Any, hidden_states: Any, timestep: Any, guidance: Any, retur
     return (pixels.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3),)
 
 
+def _animate(modules: Modules, given: Tensors, caches: Sequence[Any] | None) -> tuple[dict[str, Any], list[Any]]:
+    """The latents of the picture as its VAE leaves them open, and what the image encoder makes of it."""
+    vae = modules["vae"]
+    # Of one frame every pixel sees every other; diffusers makes a mask of zeros that says so, by a number of pixels.
+    with replaced(sys.modules[type(vae).__module__], prepare_causal_attention_mask=lambda *_, **__: None):
+        mean, deviation = spread(vae, given["picture"].unsqueeze(2))
+    states = modules["image_encoder"](given["pixels"]).last_hidden_state
+    return {"image_embeds": states, "mean": mean, "deviation": deviation}, []
+
+
+assert HUNYUAN_VIDEO.whole is not None
+_PAST_AND_PLACES = tuple((name, f"indices_{name}") for name, _, _ in _PAST)
+_WHOLE = replace(
+    HUNYUAN_VIDEO.whole,
+    animate=_animate,
+    sections=Sections("backward", new="indices_latents", past=_PAST_AND_PLACES, usual=4),
+    seers=("image_encoder",),
+    shown=Shown("pixels", "feature_extractor", sized=True),
+    frame_rate=30,
+)
+_FORWARD = Sections("forward", new="indices_latents", past=_PAST_AND_PLACES, usual=4)
+
 FRAMEPACK = Family(
     name="framepack",
     title="FramePack (HunyuanVideo, next frames from those before), sides that are multiples of 64 pixels",
@@ -102,5 +127,8 @@ FRAMEPACK = Family(
         cast_inputs=tuple(name for name, _, _ in _PAST),
     ),
     patched=_masked,
+    whole=_WHOLE,
     lora_loader="HunyuanVideoLoraLoaderMixin",
+    # Its weights are of the other direction, which no config says: diffusers' sampling type `vanilla`.
+    variants={"f1": {"whole": replace(_WHOLE, sections=_FORWARD)}},
 )

@@ -54,10 +54,30 @@ class Shown:
     Attributes:
         name: Of the input.
         processor: Its folder in the pipeline, which says to what size a picture is brought and how it is normalised.
+        sized: Whether the pipeline brings the picture to the size of the video first, and passes it on in floats.
     """
 
     name: str
     processor: str
+    sized: bool = False
+
+
+@dataclass(frozen=True)
+class Sections:
+    """A video that is made a window of latent frames at a time, each by a loop of its own, from those made before.
+
+    Attributes:
+        direction: `forward` where the first frames are made first, `backward` where the last ones are.
+        new: Input that holds the places in time of the frames that a section makes.
+        past: Inputs that hold frames made before, with those that hold their places, the nearest frames first. The
+            first of them begins with the frame of the picture.
+        usual: How many are made where nobody asks for another length.
+    """
+
+    direction: Literal["forward", "backward"]
+    new: str
+    past: tuple[tuple[str, str], ...]
+    usual: int
 
 
 @dataclass(frozen=True)
@@ -104,7 +124,9 @@ class Whole:
             one gets `picture`, as above, and what `shown` names, and makes inputs of the transformer by name, each
             `[1, ...]`; any later one, whose frames are grey, gets nothing. Each makes `condition`, `[1, C, 1, H, W]`,
             the channels that follow those of the noise, or the frame that replaces its first. Where the first leaves no
-            caches there are no later ones: they have zeros. None where videos are made of text alone.
+            caches there are no later ones: they have zeros. With `sections` there is but one, which makes `mean` and
+            `deviation` of its latents instead. None where videos are made of text alone.
+        sections: How a video that is made from a picture is made section by section; None where one loop makes it.
         seers: Folders of the image encoders that `animate` has besides the VAE.
         shown: What they are shown; None where there are none.
         begin: `(vae, picture as above) -> (mean, deviation)` of the latents `[1, C, H, W]` that a loop may begin with,
@@ -129,6 +151,7 @@ class Whole:
     dropped: int = 0
     see: Callable[[Any, Any], dict[str, Any]] | None = None
     animate: Callable[[Modules, Tensors, Sequence[Any] | None], tuple[dict[str, Any], list[Any]]] | None = None
+    sections: Sections | None = None
     seers: tuple[str, ...] = ()
     shown: Shown | None = None
     begin: Callable[[Any, Any], tuple[Any, Any]] | None = None

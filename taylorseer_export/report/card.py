@@ -82,6 +82,9 @@ def _of_part(name: PartName, described: PipelinePart) -> list[str]:
         lines.append(f"{' ' * 13}{taken} of buffers for a video of any length, quoted at {quoted}{rate}")
     if tiles:
         lines.append(f"{' ' * 13}tiles of {tiles.frames + 1} latent frames, {tiles.side} latent pixels a side{rate}")
+    if (sections := described.sections) is not None:
+        when = "first" if sections.direction == "forward" else "last"
+        lines.append(f"{' ' * 13}a video is several loops, its {when} frames first; {sections.usual} of them as a rule")
     return lines
 
 

@@ -21,6 +21,8 @@ class Branches:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = list(slots)
+        self._executed = ""  # of the loops of the request that are done
+        self._errors: tuple[float, ...] = ()
 
     def start(
         self,
@@ -29,8 +31,20 @@ class Branches:
         timesteps: Sequence[float] | np.ndarray | None = None,
     ) -> None:
         """Begin a request, with constant inputs for each slot; the other arguments are those of `Slot.start`."""
+        self._executed, self._errors = "", ()
         for slot, own in zip(self.slots, conditioning, strict=True):
             slot.start(own, forecasts, timesteps)
+
+    def go_on(
+        self,
+        conditioning: Sequence[Mapping[str, Any]],
+        forecasts: Forecasts,
+        timesteps: Sequence[float] | np.ndarray | None = None,
+    ) -> None:
+        """Begin the next loop of the request under way, as `start` does; what ran so far stays counted."""
+        executed, errors = self.executed, self.errors
+        self.start(conditioning, forecasts, timesteps)
+        self._executed, self._errors = executed, errors
 
     def holds(self, arrays: Sequence[Mapping[str, np.ndarray]], timesteps: np.ndarray) -> bool:
         """Whether all slots are prepared for just this, as `Slot.holds` says."""
@@ -72,7 +86,7 @@ class Branches:
     @property
     def errors(self) -> tuple[float, ...]:
         """What the probe of the first slot measured at each step; none without a guard."""
-        return self.slots[0].errors
+        return self._errors + self.slots[0].errors
 
     def try_weights(self, latents: Any, weights: Sequence[float] | np.ndarray) -> np.ndarray:
         """As `Slot.try_weights`, in all slots."""
@@ -80,7 +94,7 @@ class Branches:
 
     @property
     def executed(self) -> str:
-        """The steps that ran."""
+        """The steps that ran, of all loops of the request."""
         first, *others = (slot.executed for slot in self.slots)
         assert all(first == other for other in others), "bug in taylorseer-export: branches ran different steps"
-        return first
+        return self._executed + first

@@ -5,14 +5,16 @@ Shapes: N samples, C channels, F latent frames, H and W latent pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from taylorseer_export.bundle.device import Device
+from taylorseer_export.bundle.manifest import Sections
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.runtime.frames import Frames
 from taylorseer_export.runtime.parts import Part, open_engines, open_part, refuse_unsound, smallest
+from taylorseer_export.runtime.sections import spans
 from taylorseer_export.runtime.tiles import TileDecoder
 
 Take = Callable[[np.ndarray], None]
@@ -81,6 +83,39 @@ def decoded(decoder: Decoder, latents: np.ndarray) -> np.ndarray:
     return np.stack([_video(decoder, one[None]) for one in latents])
 
 
+def decoded_in_sections(decoder: Decoder, latents: np.ndarray, window: int, sections: Sections) -> np.ndarray:
+    """As `decoded`, of videos that were made section by section, `[N, C, F, H, W]`.
+
+    Args:
+        decoder: Of the bundle.
+        latents: The picture's latent frame and the sections, as `Course.video` returns them.
+        window: Latent frames of a section.
+        sections: How they were made.
+    """
+    assert isinstance(decoder, TileDecoder), "bug in taylorseer-export: sections that are not decoded in tiles"
+    parts = list(spans(latents.shape[2], window, sections.direction))
+    return np.stack([_blended(decoder, [one[None, :, begin:end] for begin, end in parts], window) for one in latents])
+
+
+def _blended(decoder: TileDecoder, parts: Sequence[np.ndarray], shared: int) -> np.ndarray:
+    """`[frames, height, width, 3]` uint8 of parts `[1, C, F, H, W]`, each of which shares its last latent frames with
+    the next: that comes in evenly while this goes out, over as many frames as those make."""
+    overlap = decoder.tiles.time_scale * (shared - 1) + 1
+    finished: list[np.ndarray] = []
+    going: np.ndarray | None = None  # the frames at the end of the part before
+    share = np.linspace(0, 1, overlap, dtype=np.float32)[:, None, None]
+    for number, latents in enumerate(parts):
+        tiles: list[np.ndarray] = []
+        decoder.beyond(latents, tiles.append)
+        made = np.concatenate(tiles, 2)
+        if going is not None:
+            made[:, :, :overlap] = (1 - share) * going + share * made[:, :, :overlap]
+        end = made.shape[2] - (overlap if number + 1 < len(parts) else 0)
+        finished.append(_bytes(made[0, :, :end].transpose(1, 2, 3, 0)))
+        going = made[:, :, end:]
+    return np.concatenate(finished)
+
+
 def _video(decoder: FrameDecoder | TileDecoder, latents: np.ndarray) -> np.ndarray:
     """`[frames, height, width, 3]` uint8 of `[1, C, F, H, W]`; its pictures are floats a few at a time."""
     frames: list[np.ndarray] = []
@@ -89,4 +124,4 @@ def _video(decoder: FrameDecoder | TileDecoder, latents: np.ndarray) -> np.ndarr
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:
-    return np.rint(values * 255).astype(np.uint8)
+    return np.rint(values.clip(0, 1) * 255).astype(np.uint8)

@@ -21,6 +21,7 @@ from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.noise import normals
 from taylorseer_export.runtime.schedulers import begun, scheduler_of
+from taylorseer_export.runtime.sections import Course
 from taylorseer_export.runtime.values import check_prediction
 
 
@@ -78,10 +79,11 @@ def steps_at(strength: float, steps: int) -> int:
 
 @dataclass(frozen=True)
 class Request:
-    """What one sampling loop starts from.
+    """What a sampling loop starts from; of a video in sections, what each of its loops does.
 
     Attributes:
-        latents: The noise `[N, ...]`, float32, one entry per picture.
+        latents: The noise `[N, ...]`, float32, one entry per picture; that of sections one after the other along the
+            frames, in the order in which they are made.
         conditioning: Constant inputs of the transformer, by their diffusers argument names.
         guided: Whether guidance combines two predictions: of two halves of the transformer's batch, conditional and
             unconditional, or of two branches.
@@ -91,6 +93,7 @@ class Request:
         negative: Constant inputs of the second branch, where guidance calls the transformer twice.
         joined: What the transformer is given beside the latents.
         beginning: What the loop begins with beside the noise; noise alone if left out.
+        course: How one section follows another; None where there is one loop.
     """
 
     latents: np.ndarray
@@ -103,22 +106,32 @@ class Request:
     negative: dict[str, np.ndarray] | None = None
     joined: Joined | None = None
     beginning: Beginning | None = None
+    course: Course | None = None
 
     @property
     def branches(self) -> list[dict[str, np.ndarray]]:
         """The constant inputs of each call of a step, the conditional first."""
         return [self.conditioning] if self.negative is None else [self.conditioning, self.negative]
 
+    @property
+    def loops(self) -> int:
+        """How many it is."""
+        return 1 if self.course is None else self.course.count
+
+    def planned(self, plan: Plan) -> Plan:
+        """Which steps of all its loops are full, one loop after the other, by the plan of one."""
+        return plan if self.course is None else Plan(str(plan) * self.loops)
+
 
 @dataclass(frozen=True)
 class Result:
-    """What a sampling loop made.
+    """What a request made.
 
     Attributes:
         latents: `[N, ...]` float32.
-        planned, executed: The plan as asked and as run; equal, but for forecasts that a guard made full.
+        planned, executed: The plan of all loops as asked and as run; equal, but for forecasts that a guard made full.
         milliseconds: Time of each step in the denoiser alone, without the scheduler.
-        prepare_ms: Time of preparing the request.
+        prepare_ms: Time of preparing the request, for its first loop.
         errors: Under a guard, what its probe measured at each step, NaN where it was not asked.
     """
 
@@ -137,12 +150,12 @@ def sample(
     branches: Branches | None = None,
     on_step: Callable[[Loop], object] | None = None,
 ) -> Result:
-    """Run a loop from noise to latents.
+    """Run a request from noise to latents.
 
     Args:
         denoiser: The loaded bundle.
         request: From `label_request`, `prompt_request` or `tensor_request`.
-        forecasts: From `Denoiser.forecasts`; the length of their plan is the number of steps.
+        forecasts: From `Denoiser.forecasts`; the length of their plan is the number of steps of a loop.
         branches: Slots to reuse, from a `Pool`; new ones are opened if left out.
         on_step: Called with the loop after each step.
 
@@ -184,7 +197,7 @@ def denoise(
     before: Callable[[int, np.ndarray], object] | None = None,
     answered: Callable[[np.ndarray], object] | None = None,
 ) -> Iterator[Step]:
-    """Run a loop that was begun to its end, and give each step once it is taken.
+    """Run a loop that was begun to its end, and all that follow it, and give each step once it is taken.
 
     Args:
         loop: At its first step.
@@ -196,6 +209,8 @@ def denoise(
         StepError: A step returned a number that is not finite.
     """
     for number in range(len(loop.plan)):
+        if number and loop.begins:
+            loop.begin(branches)
         model_input = loop.model_input()
         if before:
             before(number, model_input)
@@ -210,18 +225,21 @@ def denoise(
 
 
 class Loop:
-    """A sampling loop under way, apart from the engine that answers it.
+    """A sampling loop under way, apart from the engine that answers it; of a video in sections one after the other.
 
-    Every step: `model_input()` goes to its slots, their prediction comes back through `accept`. `denoise` does this for
-    one request; a server does it for many in turn, and both get the same numbers.
+    Every step: `model_input()` goes to its slots, their prediction comes back through `accept`. Where a loop `begins`,
+    `begin` comes before its first step. `denoise` does this for one request; a server does it for many in turn, and
+    both get the same numbers.
 
     Args:
         denoiser, request, forecasts: As in `sample`.
 
     Attributes:
-        latents: `[N, ...]` float32, after the steps accepted so far.
-        step: Steps accepted so far.
-        model_timesteps: `[S]`, what the transformer takes at each step.
+        latents: `[N, ...]` float32, after the steps accepted so far: of the section under way, at the end of the video.
+        plan: Which steps are full, as planned, of all loops.
+        step: Steps accepted so far, of all loops.
+        conditioning: The constant inputs of each call of a step, as of `Request.branches`, in the loop under way.
+        model_timesteps: `[S]`, what the transformer takes at each step of a loop.
         branches: Sizes of the slot that each branch of guidance needs.
         sizes: Those of the first.
 
@@ -231,32 +249,50 @@ class Loop:
 
     def __init__(self, denoiser: Denoiser, request: Request, forecasts: Forecasts) -> None:
         self.request, self.forecasts = request, forecasts
-        self._pipeline = denoiser.manifest.pipeline
-        self._scheduler = scheduler_of(denoiser.manifest)
-        run, beginning = len(forecasts), request.beginning
-        steps = run if beginning is None else beginning.of(run)
-        timesteps = clock(denoiser.manifest, request.latents.shape, steps, request.sigmas, self._scheduler)
-        self.model_timesteps = timesteps[steps - run :]
-        self.latents = self._scheduler.start(request.latents)
-        if beginning is not None:
-            self.latents = begun(self._scheduler, request.latents, beginning.latents, steps - run)
+        self._manifest, self._pipeline = denoiser.manifest, denoiser.manifest.pipeline
+        self.plan = request.planned(forecasts.plan)
         self.step = 0
+        self._made = np.empty(0, np.float32) if request.course is None else request.latents[:, :, :0]  # of loops before
+        self._enter()
         shape = self.model_input().shape
-        self.branches = [denoiser.sizes(shape, conditioning) for conditioning in request.branches]
+        self.branches = [denoiser.sizes(shape, conditioning) for conditioning in self.conditioning]
         self.sizes = self.branches[0]
 
+    def _enter(self) -> None:
+        """Go to the first step of the next loop: a scheduler at its start, noise, and what a section is given."""
+        request, run, beginning = self.request, len(self.forecasts), self.request.beginning
+        noise, self.conditioning = request.latents, request.branches
+        if request.course is not None:
+            number, window = self.step // run, request.course.window
+            noise = np.ascontiguousarray(noise[:, :, number * window : (number + 1) * window])
+            given = request.course.inputs(number, self._made)
+            self.conditioning = [{**branch, **given} for branch in request.branches]
+        steps = run if beginning is None else beginning.of(run)
+        self._scheduler = scheduler_of(self._manifest)
+        timesteps = clock(self._manifest, noise.shape, steps, request.sigmas, self._scheduler)
+        self.model_timesteps = timesteps[steps - run :]
+        self.latents = self._scheduler.start(noise)
+        if beginning is not None:
+            self.latents = begun(self._scheduler, noise, beginning.latents, steps - run)
+
     @property
-    def plan(self) -> Plan:
-        """Which steps are full, as planned."""
-        return self.forecasts.plan
+    def begins(self) -> bool:
+        """Whether the next step is the first of a loop."""
+        return self._place == 0 and self.step < len(self.plan)
+
+    @property
+    def _place(self) -> int:
+        """Index of the next step in its loop."""
+        return self.step % len(self.forecasts)
 
     def open(self, denoiser: Denoiser) -> Branches:
         """New slots for it."""
         return Branches([denoiser.slot(sizes) for sizes in self.branches])
 
     def begin(self, branches: Branches) -> None:
-        """Begin the request in slots of its sizes."""
-        branches.start(self.request.branches, self.forecasts, self.model_timesteps)
+        """Begin the request, or its next loop, in slots of its sizes."""
+        start = branches.go_on if self.step else branches.start
+        start(self.conditioning, self.forecasts, self.model_timesteps)
 
     def check_executed(self, executed: str) -> None:
         """Fail if the steps that ran are not those planned: only a guard adds full ones."""
@@ -272,7 +308,7 @@ class Loop:
             own = latents if behind else latents[:, :, joined.value.shape[2] :]
             latents = np.concatenate([own, joined.value] if behind else [joined.value, own], joined.axis)
         if self.step < len(self.plan):
-            latents = self._scheduler.model_input(latents, self.step)
+            latents = self._scheduler.model_input(latents, self._place)
         return _doubled(latents) if self.request.guided and self.request.negative is None else latents
 
     def prediction(self, noise_pred: np.ndarray) -> np.ndarray:
@@ -303,19 +339,27 @@ class Loop:
             )
         self.latents = latents
         self.step += 1
+        if (course := self.request.course) is not None and self._place == 0:
+            self._made = course.joined(self._made, latents)
+            if self.begins:
+                self._enter()
+            else:
+                self.latents = course.video(self._made)
 
     def _following(self, step: Callable[[np.ndarray, int, np.ndarray], np.ndarray], answer: np.ndarray) -> np.ndarray:
         """The next latents, by a step of the scheduler; frames that are no part of what is sampled stay."""
         latents, joined = self.latents, self.request.joined
         if joined is None or joined.axis != 2:
-            return step(answer, self.step, latents)
+            return step(answer, self._place, latents)
         frames = joined.value.shape[2]
-        following = step(answer[:, :, frames:], self.step, latents[:, :, frames:])
+        following = step(answer[:, :, frames:], self._place, latents[:, :, frames:])
         return np.concatenate([joined.value, following], 2)
 
     def estimate(self) -> np.ndarray:
-        """`[N, ...]` float32: where the last step thinks the loop will end, for previews."""
-        return self._scheduler.estimate()
+        """`[N, ...]` float32: where the last step thinks the loop will end, for previews; of sections those so far."""
+        if (course := self.request.course) is None:
+            return self._scheduler.estimate()
+        return course.video(self._made if self._place == 0 else course.joined(self._made, self._scheduler.estimate()))
 
 
 def preview_steps(steps: int, previews: int) -> set[int]:

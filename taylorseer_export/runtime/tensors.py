@@ -19,6 +19,7 @@ from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.places import sides_of, value_from_fill
 from taylorseer_export.runtime.sampling import Joined, Request, noise_of, tokens_of
+from taylorseer_export.runtime.sections import frames_of_section, sections_of, window_of
 
 NEGATIVE = "negative_"  # before the name of an input: its value for the unconditional half or branch
 
@@ -186,6 +187,18 @@ def joined_to(
     return Joined(2, value), latent
 
 
+def _frames_of_section(manifest: Manifest, frames: int, option: str) -> list[int]:
+    """The frames that one section of such a video would be alone."""
+    step = frames_of_section(manifest)
+    if frames <= step or (frames - 1) % step:
+        several = ", ".join(str(step * count + 1) for count in (1, 2, 3))
+        raise ConfigError(
+            f"{option} frames is {frames}, expected {several} and so on (the picture, and sections of {step} frames); "
+            "change it"
+        )
+    return [manifest.sampling.time_scale * (window_of(manifest) - 1) + 1]
+
+
 def _noise(shape: tuple[int, ...], packing: int, sides: tuple[int, int] | None, seed: int) -> np.ndarray:
     """`[1, ...]`; of packed latents as the pipelines draw it, before it is packed."""
     if packing == 1:
@@ -200,7 +213,7 @@ def latent_sizes(
     """(sizes of the latent by dimension, (rows, columns) in tokens where it is packed) of a picture or video.
 
     They follow from the contract: `latent_scale` pixels make a latent pixel, behind the first `time_scale` frames make
-    a latent frame, and what remains is solved by the shape of the latent.
+    a latent frame, and what remains is solved by the shape of the latent. Of a video in sections it is that of one.
 
     Args:
         manifest: Of the bundle.
@@ -222,6 +235,8 @@ def latent_sizes(
     for label, length in (("height", height), ("width", width)):
         if length < side or length % side:
             raise ConfigError(f"{option} {label} is {length}, expected a multiple of {side} (pixels); change it")
+    if frames and sections_of(manifest) is not None:
+        frames = _frames_of_section(manifest, frames[0], option)
     if frames and (frames[0] - 1) % sampling.time_scale:
         raise ConfigError(
             f"{option} frames is {frames[0]}, expected a multiple of {sampling.time_scale} and 1, like 81; change it"

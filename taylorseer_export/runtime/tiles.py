@@ -27,7 +27,7 @@ class TileDecoder:
 
     def __init__(self, part: Part) -> None:
         assert part.described.tiles is not None, "bug in taylorseer-export: tiles of a decoder that has none"
-        self.described, self._part, self._tiles = part.described, part, part.described.tiles
+        self.described, self._part, self.tiles = part.described, part, part.described.tiles
 
     def __call__(self, latents: np.ndarray, take: Callable[[np.ndarray], None]) -> None:
         """Decode one video.
@@ -36,26 +36,30 @@ class TileDecoder:
             latents: `[1, C, F, H, W]`.
             take: Given the pictures of each tile of frames in turn, `[1, 3, frames, height, width]` from 0 to 1.
         """
-        tiles, count = self._tiles, latents.shape[_TIME]
+        self.beyond(latents, lambda made: take(made.clip(0, 1)))
+
+    def beyond(self, latents: np.ndarray, take: Callable[[np.ndarray], None]) -> None:
+        """The same, with pictures from 0 to 1 and beyond, as they are before they are blended with others."""
+        tiles, count = self.tiles, latents.shape[_TIME]
         if count <= tiles.frames:
-            take(self._pictures(latents).clip(0, 1))
+            take(self._pictures(latents))
             return
         before: np.ndarray | None = None
         for begin in range(0, count, tiles.frame_stride):
             made = self._pictures(latents[:, :, begin : begin + tiles.frames + 1])
             stride = tiles.time_scale * tiles.frame_stride
             if before is None:
-                take(made[:, :, : stride + 1].clip(0, 1))
+                take(made[:, :, : stride + 1])
             else:
                 made = made[:, :, 1:]  # that of the latent frame before, which it began with
                 _blend(before, made, tiles.time_scale * (tiles.frames - tiles.frame_stride), _TIME)
                 if made.shape[_TIME]:
-                    take(made[:, :, :stride].clip(0, 1))
+                    take(made[:, :, :stride])
             before = made
 
     def _pictures(self, latents: np.ndarray) -> np.ndarray:
         """`[1, 3, frames, height, width]` of the latent frames of one tile, `[1, C, F, H, W]`."""
-        tiles = self._tiles
+        tiles = self.tiles
         height, width = latents.shape[_ROWS:]
         if max(height, width) <= tiles.side:
             return self._part({"latents": latents})["picture"]

@@ -32,6 +32,7 @@ from taylorseer_export.runtime.contract import defaults_of, request_constants
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Loop, Request, preview_steps
+from taylorseer_export.runtime.sections import frames_of_section, sections_of
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, joined_to, latent_sizes
 from taylorseer_export.serve.times import STAGES
 
@@ -98,7 +99,7 @@ def description(manifest: Manifest, profiles: Collection[str]) -> dict[str, Any]
         "frames": frames[0] if frames else 1,
         "frame_rate": frame_rate(manifest),
         "frames_dropped": frames_dropped(manifest),
-        "time_scale": None if frame_rate(manifest) is None else manifest.sampling.time_scale,
+        "time_scale": None if frame_rate(manifest) is None else _frames_more(manifest),
         "size": f"{width}x{height}",
         "multiple_of": None if labels else manifest.sampling.latent_scale * manifest.pipeline.packing,
         "steps": defaults.steps,
@@ -108,6 +109,11 @@ def description(manifest: Manifest, profiles: Collection[str]) -> dict[str, Any]
         "guards": list(defaults.capacity.guards),
         "profiles": list(profiles),
     }
+
+
+def _frames_more(manifest: Manifest) -> int:
+    """The frames in which videos grow, behind their first."""
+    return manifest.sampling.time_scale if sections_of(manifest) is None else frames_of_section(manifest)
 
 
 def inputs(manifest: Manifest, role: Role, streams: bool = False) -> tuple[Port, ...]:
@@ -224,8 +230,9 @@ def ask(
 
 
 def _pictured(manifest: Manifest) -> frozenset[str]:
-    """Inputs of the role `denoiser` that may be made of `image`: of a video all that it has of a picture."""
-    if use_of(manifest) != "animates":
+    """Inputs of the role `denoiser` that may be made of `image`: of a video all that it has of a picture, unless it is
+    made in sections, of which that role runs one."""
+    if use_of(manifest) != "animates" or sections_of(manifest) is not None:
         return frozenset()
     return frozenset(t.name for t in manifest.parts["encode"].graph.outputs if t.role != "cache_out")
 

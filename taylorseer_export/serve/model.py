@@ -95,7 +95,7 @@ class TritonPythonModel:
         caller = Caller(self._denoiser, self._role, sender, wanted, times, self._watch)
         times.read()
         self._service.submit(ask.request, ask.forecasts, caller, timeout)
-        caller.queued(ask.forecasts.plan)
+        caller.queued(ask.request.planned(ask.forecasts.plan))
 
     def finalize(self) -> None:
         """Finish what is under way, then release the engines."""

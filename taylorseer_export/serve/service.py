@@ -86,7 +86,7 @@ class _Ticket:
 
 def _cost(loop: Loop) -> float:
     """Work of a request, to be compared with others of one model: values of its latents, at every full step."""
-    return float(str(loop.plan).count("F") * loop.request.latents.size)
+    return float(str(loop.plan).count("F") * loop.latents.size)
 
 
 class Service:
@@ -235,7 +235,7 @@ class Service:
     def _check_size(self, loop: Loop) -> None:
         """Refuse what a slot may not hold."""
         manifest = self.denoiser.manifest
-        needed = sum(request_bytes(manifest, {**sizes, "steps": len(loop.plan)}) for sizes in loop.branches)
+        needed = sum(request_bytes(manifest, {**sizes, "steps": len(loop.forecasts)}) for sizes in loop.branches)
         if self.limits.slot_bytes and needed > self.limits.slot_bytes:
             raise ConfigError(
                 f"request needs {size(needed)} of Taylor buffers and step tables, expected at most "
@@ -320,6 +320,9 @@ class Service:
         loop.accept(job.work.branches.finish())
         if loop.step < len(loop.plan):
             job.work.caller.advanced(loop)
+        if loop.begins:  # the next section, in the same slots
+            loop.begin(job.work.branches)
+            job.work.ids = ids_of(self.denoiser, loop.conditioning[0])
 
     def _key(self, ticket: _Ticket, calls: SharedCalls) -> Hashable:
         """Requests with equal keys may share the call of their next step; several branches in a step share none."""
@@ -332,7 +335,7 @@ class Service:
         Of idle ones those that are prepared for such a request, else those that were used longest ago: so slots are an
         LRU of what prepared them.
         """
-        asked = [self.denoiser.contract.arrays(own) for own in loop.request.branches]
+        asked = [self.denoiser.contract.arrays(own) for own in loop.conditioning]
         with self._changed:
             fitting = [branches for branches in self._idle if branches.sizes == loop.branches]
             if fitting:

@@ -55,6 +55,7 @@ LONG = (
     "test_videos.py",
     "test_whole_doors.py",
     "test_image_to_video.py",
+    "test_hunyuan_image_to_video.py",
 )
 
 

@@ -13,11 +13,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import triton_server
 from images_api import alone, asked, client_of, ended, frames_of, models_over, serving
 from PIL import Image
 from pipelines_with_parts import EDITED, OTHER, PROMPT, bound_of_picture, depth_and_length, drawn, encoders_of
 from safetensors.numpy import load_file
 from tiny_pipelines import MARKS, letters
+from triton_server import Server
 
 from taylorseer_export import cli
 from taylorseer_export.bundle.manifest import Manifest
@@ -36,6 +38,8 @@ from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.tensors import NEGATIVE
 from taylorseer_export.serve import contract
+from taylorseer_export.serve.client import infer
+from taylorseer_export.serve.repository import Deployment, write_repository
 
 STEPS, SEED, SIZE, SCALE = 2, 3, (9, 32, 48), 4.0
 # Of each kind: how the pipeline is asked for guidance, the negative prompt of a request, and how often one state of the
@@ -361,3 +365,19 @@ def test_the_openai_client_sends_a_picture(bundle, tmp_path):
             assert short.model_extra["taylorseer"]["frames"] == 5 and ended(client, short.id).status == "completed"
             status, _, text = asked(port, "/v1/videos", {"prompt": PROMPT, "size": "48x32", **how})
             assert status == 400 and "input_reference is missing for hunyuan-video-" in text.decode()
+
+
+@pytest.mark.slow
+def test_a_real_triton_makes_the_video(bundle, tmp_path):
+    """Frame for frame that of a solo run."""
+    if reason := triton_server.missing():
+        pytest.skip(reason)
+    write_repository(bundle, tmp_path, Deployment(slots=1, workers=1, models=("picture",)))
+    asked_for = {"prompt": PROMPT, "image": EDITED, "seed": SEED, "plan": "FF", **contract.sides_named(SIZE)}
+    with load(bundle, threads=1) as denoiser:
+        request = prompt_request(denoiser, [PROMPT], [SEED], SIZE, given=Given(EDITED))
+        expected, _ = alone(denoiser, request, plan="FF")
+        name = f"{denoiser.manifest.family}-{denoiser.manifest.name}"
+    with Server(tmp_path) as server:
+        made = infer(server.wait_ready().http, name, asked_for, "http", timeout=120)
+    assert np.array_equal(made["video"], expected) and made["frame_rate"].tolist() == [24]

@@ -41,7 +41,7 @@ def flux(model, timestep, hidden_states, img_ids, image_latents=None, image_ids=
     """As FluxKontextPipeline: the rows of the conditioning image follow the latent's, and their result is dropped."""
     if image_latents is None:
         return plain(model, timestep, hidden_states=hidden_states, img_ids=img_ids, **inputs)
-    rows, ids = torch.cat([hidden_states, image_latents], 1), torch.cat([img_ids, image_ids])
+    rows, ids = torch.cat([hidden_states, image_latents], 1), torch.cat([img_ids, image_ids], -2)
     return plain(model, timestep, hidden_states=rows, img_ids=ids, **inputs)[:, : hidden_states.shape[1]]
 
 
@@ -70,6 +70,14 @@ FAMILIES = {
             (r"transformer_blocks\.\d+\.attn", (0, 1)),  # image, text
             (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
             (r"single_transformer_blocks\.\d+\.proj_out", None),  # text then image rows
+        ),
+        call=flux,
+    ),
+    "Flux2Transformer2DModel": Family(
+        (
+            (r"transformer_blocks\.\d+\.attn", (0, 1)),  # image, text
+            (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
+            (r"single_transformer_blocks\.\d+\.attn", None),  # text then image rows; the MLP is in it
         ),
         call=flux,
     ),
@@ -209,8 +217,8 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
     """What a guard's rule compares, exactly, at every step: a list of S tensors [B, rows, C].
 
     cg: output of the first block. fbcache: that less the block's input. teacache: input of its attention.
-    Only rows of the latent, but for teacache: Kontext has those of its conditioning image behind them, FramePack those
-    of its past before them.
+    Only rows of the latent, but for teacache: Kontext and FLUX.2 have those of conditioning images behind them,
+    FramePack those of its past before them.
     """
     model = torch.nn.Module.to(copy.deepcopy(model), dtype).eval()
     kind = type(model).__name__
@@ -239,7 +247,7 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
             found.append(now["in"])
             continue
         value = now["out"] - now["in"] if rule == "fbcache" else now["out"]
-        rows = latent.shape[1] if kind == "FluxTransformer2DModel" else now["rows"]
+        rows = latent.shape[1] if latent.ndim == 3 else now["rows"]
         found.append(value[:, -rows:] if "Framepack" in kind else value[:, :rows])
     return found
 

@@ -15,12 +15,15 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from diffusers import Flux2KleinPipeline
 from harness import allowed, eager_denoiser
 from oracle import assert_close
 from PIL import Image
 from recorder import Recorder
 from tiny_models import tiny_hunyuan
 from tiny_pipelines import (
+    flux2_base_pipeline,
+    flux2_pipeline,
     framepack_pipeline,
     hidream_pipeline,
     hunyuan_image_pipeline,
@@ -74,6 +77,7 @@ QWEN = {
     "true_cfg_scale": 2.0,
     **guided("prompt_embeds", prompt_embeds=text(6, 24)),
 }
+FLUX2 = {"height": 16, "width": 24, "prompt": None, "prompt_embeds": text(6, 24)}
 SD3 = guided("prompt_embeds", "pooled_prompt_embeds", prompt_embeds=text(6, 24), pooled_prompt_embeds=text(20))
 HIDREAM = guided(
     "prompt_embeds_t5",
@@ -113,6 +117,19 @@ CASES = {
             "true_cfg_scale": 2.0,
         },
         {"0", "1"},
+    ),
+    "flux2": ("flux2", flux2_pipeline, FLUX2, {"0"}),
+    "flux2-base": (
+        "flux2-base",
+        flux2_base_pipeline,
+        FLUX2 | {"negative_prompt_embeds": -text(6, 24), "guidance_scale": 2.0},
+        {"cond", "uncond"},
+    ),
+    "flux2-edit": (
+        "flux2-edit",
+        flux2_pipeline,
+        FLUX2 | {"image": [PICTURE.resize((64, 64)), PICTURE.resize((96, 64))]},
+        {"0"},
     ),
     "wan": ("wan", wan_pipeline, VIDEO | GUIDED, {"cond", "uncond"}),
     "wan-picture": ("wan", wan_pipeline, VIDEO | {"num_frames": 1, "guidance_scale": 1.0}, {"cond"}),
@@ -304,7 +321,8 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     painted = paint(pipe, steps=4, **{"guidance_scale": scale, **options})
     latents = calls[0][0]
     sizes = match(denoiser.latent.shape, tuple(latents.shape), {}, "latents")
-    sides = tuple(int(options[side]) // 16 for side in ("height", "width")) if name == "qwen-image" else None
+    token = 4 if name.startswith("flux2") else 16  # pixels of its side
+    sides = tuple(int(options[side]) // token for side in ("height", "width")) if "height" in options else None
     asked = None if denoiser.manifest.sampling.guidance == "none" else scale
     request = tensor_request(denoiser, tensors_of(denoiser, calls), [0], sizes, sides, asked)
     if case == "framepack":  # it draws from the same generator to encode the picture, and adds the picture at the end
@@ -312,6 +330,8 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     made = torch.from_numpy(sample(denoiser, request, denoiser.forecasts(plan="FFFF")).latents)
     if case == "hunyuan-channels":
         made = made[:, :, 1:]  # the pipeline drops the picture
+    if case == "flux2-base":  # the pipeline unpacks them
+        painted = Flux2KleinPipeline._pack_latents(Flux2KleinPipeline._patchify_latents(painted))
     # Only the tables differ, prepared step by step and all at once; every step adds its part, guidance magnifies it.
     bound = 4 * (2 * scale if request.guided else 1) * allowed(model, painted[None], "F", 0)
     assert_close(case, made[None], painted[None], bound)

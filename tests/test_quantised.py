@@ -33,7 +33,7 @@ BITS = {
     "F32": 32,
 }
 BITS |= {"I32": 32, "F64": 64, "I64": 64, "F6_E2M3": 6, "C64": 64}
-CONVERTED = ("flux", "flux-kontext", "hidream", "hunyuan-video", "qwen-image", "sd3", "wan")
+CONVERTED = ("flux", "flux-kontext", "flux2", "flux2-edit", "hidream", "hunyuan-video", "qwen-image", "sd3", "wan")
 
 
 def write(path, tensors):
@@ -161,6 +161,33 @@ def sd3_layout():
     return shapes
 
 
+def flux2_layout():
+    """Names and shapes of FLUX.2 as its authors publish it, with one block of each kind."""
+    width = 64
+    parts = {
+        "img_in": (width, 128),
+        "txt_in": (width, 32),
+        "time_in.in_layer": (width, 256),
+        "time_in.out_layer": (width, width),
+        "guidance_in.in_layer": (width, 256),
+        "guidance_in.out_layer": (width, width),
+        "double_stream_modulation_img.lin": (6 * width, width),
+        "double_stream_modulation_txt.lin": (6 * width, width),
+        "single_stream_modulation.lin": (3 * width, width),
+        "single_blocks.0.linear1": (9 * width, width),
+        "single_blocks.0.linear2": (width, 4 * width),
+        "final_layer.linear": (128, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+    }
+    blocks = ["single_blocks.0"]
+    for block in (f"double_blocks.0.{side}" for side in ("img", "txt")):
+        parts |= {f"{block}_attn.qkv": (3 * width, width), f"{block}_attn.proj": (width, width)}
+        parts |= {f"{block}_mlp.0": (6 * width, width), f"{block}_mlp.2": (width, 3 * width)}
+        blocks.append(f"{block}_attn")
+    norms = {f"{block}.norm.{side}_norm.scale": (16,) for block in blocks for side in ("query", "key")}
+    return norms | {f"{name}.weight": shape for name, shape in parts.items()}
+
+
 def wan_layout():
     shapes = {}
     for name, (_, shape) in plain("wan")[1].items():
@@ -175,6 +202,7 @@ def wan_layout():
 def original(family):
     """Names and shapes in the layout of the family's authors, with few blocks."""
     known = {"flux": flux_layout, "flux-kontext": flux_layout, "hunyuan-video": hunyuan_layout, "sd3": sd3_layout}
+    known |= {"flux2": flux2_layout, "flux2-edit": flux2_layout}
     if family in ("hidream", "qwen-image"):
         return {f"model.diffusion_model.{n}": s for n, (_, s) in plain(family)[1].items()}
     return (known | {"wan": wan_layout})[family]()

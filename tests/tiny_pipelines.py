@@ -10,12 +10,15 @@ import string
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DDIMScheduler,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxKontextPipeline,
     FluxPipeline,
     HiDreamImagePipeline,
@@ -77,6 +80,23 @@ def dit_pipeline(transformer):
 
 def kontext_pipeline(transformer):
     return flux_pipeline(transformer, FluxKontextPipeline)
+
+
+def flux2_pipeline(transformer, pipeline=Flux2Pipeline):
+    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_flux2_vae(transformer.config.in_channels // 4),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+        )
+    )
+
+
+def flux2_base_pipeline(transformer):
+    return flux2_pipeline(transformer, Flux2KleinPipeline)
 
 
 def wan_pipeline(transformer, second=None, boundary=None):
@@ -237,6 +257,20 @@ def tiny_vae(channels):
             latent_channels=channels,
             norm_num_groups=2,
             shift_factor=0.0,
+        )
+    )
+
+
+def tiny_flux2_vae(channels):
+    """Its latents are normed by statistics that are 0 and 1."""
+    return _seeded(
+        lambda: AutoencoderKLFlux2(
+            block_out_channels=(4, 4),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=channels,
+            norm_num_groups=2,
+            batch_norm_eps=0.0,
         )
     )
 

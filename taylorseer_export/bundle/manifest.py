@@ -42,7 +42,7 @@ Role = Literal[
     "latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred",
     "probe_in", "probe_out", "error", "carried", "tokens", "picture", "cache_in", "cache_out",
 ]  # fmt: skip
-Fill = Literal["ones", "zeros", "grid", "sides", "frames", "guidance"]
+Fill = Literal["ones", "zeros", "grid", "line", "sides", "frames", "guidance"]
 Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
 
@@ -73,8 +73,9 @@ class Tensor(Part):
     fill: Fill | None = Field(
         default=None,
         description="What it holds where that follows from the sizes, so that a request may leave it out. ones, zeros. "
-        "grid: (first, row, column) of each token. sides: (1, rows, columns) of each picture in tokens. frames: first, "
-        "first + 1 and so on. guidance: the guidance scale times the pipeline's guidance_factor.",
+        "grid: (first, row, column) of each token, and zeros. line: zeros, and the number of each token. sides: (1, "
+        "rows, columns) of each picture in tokens. frames: first, first + 1 and so on. guidance: the guidance scale "
+        "times the pipeline's guidance_factor.",
     )
     first: int = Field(default=0, description="Where the fills grid and frames begin.")
 
@@ -213,6 +214,13 @@ class Pipeline(Part):
     )
     flow_steps: Literal["sigmas", "count"] = Field(
         default="sigmas", description="What a flow-matching scheduler is given: even sigmas, or a number of steps."
+    )
+    noise: Literal["latents", "tokens"] = Field(
+        default="latents",
+        description="What a packed latent is drawn as: latents, which are then packed, or tokens, channels first.",
+    )
+    shift: Literal["tokens", "tokens-and-steps"] = Field(
+        default="tokens", description="What the sigmas shift with, where they do."
     )
     largest_shift: float | None = Field(
         default=None, description="Of the sigmas, where they shift with the number of tokens; null has no limit."

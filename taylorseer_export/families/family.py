@@ -14,7 +14,7 @@ from taylorseer_export.families.whole import Whole
 Role = Literal["latent", "step", "constant"]
 Guidance = Literal["none", "embedded", "batched", "branches"]
 _PACKING = 2
-Fill = Literal["ones", "zeros", "grid", "sides", "frames", "guidance"]
+Fill = Literal["ones", "zeros", "grid", "line", "sides", "frames", "guidance"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Input:
         dtype: `float` follows the precision of the export; anything else is a fixed torch dtype name.
         values: (smallest, largest) value allowed, where the model looks something up by it.
         fill: What its values are where they follow from the sizes alone, so that a request may leave it out: `ones`
-            and `zeros`; `grid`, a row of (first, row, column) for each token; `sides`, (1, rows, columns) of each
-            picture in tokens; `frames`, first, first + 1 and so on; `guidance`, the guidance scale times
+            and `zeros`; `grid`, a row of (first, row, column) for each token, with zeros behind where it is longer;
+            `line`, zeros but for the last column, which counts the tokens; `sides`, (1, rows, columns) of each picture
+            in tokens; `frames`, first, first + 1 and so on; `guidance`, the guidance scale times
             `Pipeline.guidance_factor`.
         first: Where `grid` and `frames` begin.
     """
@@ -70,12 +71,15 @@ class Pipeline:
         guidance_keeps_norm: Whether a guided prediction is made as long as the conditional one, token by token.
         prediction_sign: -1 where the model predicts the way to the picture; schedulers take the way to the noise.
         flow_steps: What a flow-matching scheduler is given: evenly spaced `sigmas`, or a `count` of steps.
+        noise: What a packed latent is drawn as: `latents`, which are then packed, or the `tokens` that they become,
+            channels first, as a picture of as many places as there are tokens.
+        shift: What the sigmas shift with, where they do: the number of `tokens`, or `tokens-and-steps`.
         largest_shift: Of the sigmas, where they shift with the number of tokens; None has no limit.
         condition_share: Part of the condition in the noise that a loop begins with, dimensionless.
         arguments: How the transformer is called: `declared`, with the inputs as they are; `rows-behind`, with the rows
             of a conditioning picture behind those of the latent; `first-shape`, with a shape for each picture of
             which the model reads the first, and without a mask where every token counts.
-        cast_inputs: Constant inputs that are cast anew at every call, so that only their numbers stay the same.
+        cast_inputs: Constant inputs that are cast or joined anew at every call, so that only their numbers stay.
         ignored_inputs: Arguments that are passed and that the model does not look at, unless they are inputs.
     """
 
@@ -83,6 +87,8 @@ class Pipeline:
     guidance_keeps_norm: bool = False
     prediction_sign: Literal[1, -1] = 1
     flow_steps: Literal["sigmas", "count"] = "sigmas"
+    noise: Literal["latents", "tokens"] = "latents"
+    shift: Literal["tokens", "tokens-and-steps"] = "tokens"
     largest_shift: float | None = None
     condition_share: float = 0.0
     arguments: Literal["declared", "rows-behind", "first-shape"] = "declared"

@@ -4,7 +4,7 @@ Rules, in the names and shapes that diffusers' transformers share:
 
 1. A stack is a list of modules of the model itself whose blocks hold an attention.
 2. A block's sites are its attentions and its MLPs for image rows. A block without an MLP of its own joins both in its
-   last linear layer, which is the site instead.
+   last linear layer, which is the site instead; one that has no such layer either has an attention that holds the MLP.
 3. The hidden state enters the first block of the first stack, and leaves into the first norm or head behind the last.
 4. The inputs are those arguments of `forward` whose meaning diffusers fixes and whose width the config gives.
 
@@ -180,8 +180,8 @@ def _sites(model: nn.Module, stack: str, skipped: dict[str, str]) -> list[str]:
         chosen = [name for name in attention + mlps if not _TEXT.search(name)]
         for name in {*attention, *mlps} - set(chosen):
             skipped[f"{stack}.{number}.{prefix}{name}"] = _OF_TEXT
-        if not mlps:
-            linear = [name for name, child in children if isinstance(child, nn.Linear)]
+        linear = [name for name, child in children if isinstance(child, nn.Linear)]
+        if not mlps and linear:
             for name in attention:
                 skipped[f"{stack}.{number}.{prefix}{name}"] = f"joined with the MLP in {linear[-1]}, which is the site"
             chosen = linear[-1:]
@@ -229,7 +229,9 @@ def _known(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Input | Non
     pooled = config.get("pooled_projection_dim")
     image = config.get("image_dim")
     classes = config.get("num_embeds_ada_norm") if text is None else None
-    placed = any("pos_embed" in n and hasattr(m, "axes_dim") for n, m in model.named_children())
+    # How many numbers say where a token is; 0 where the model does not take them.
+    embedders = [m for n, m in model.named_children() if "pos_embed" in n]
+    places = next((len(m.axes_dim) for m in embedders if isinstance(getattr(m, "axes_dim", None), tuple | list)), 0)
     embeds = config.get("guidance_embeds")
     masks = {
         name: Input(name, ("batch", "text_tokens"), "constant", "int64", fill="ones")
@@ -246,8 +248,8 @@ def _known(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Input | Non
         "encoder_hidden_states": words if text else None,
         "encoder_hidden_states_image": vision if image else None,
         "pooled_projections": Input("pooled_projections", ("batch", pooled), "constant") if pooled else None,
-        "img_ids": Input("img_ids", ("image_tokens", 3), "constant", "float32", fill="grid") if placed else None,
-        "txt_ids": Input("txt_ids", ("text_tokens", 3), "constant", "float32", fill="zeros") if placed else None,
+        "img_ids": Input("img_ids", ("image_tokens", places), "constant", "float32", fill="grid") if places else None,
+        "txt_ids": Input("txt_ids", ("text_tokens", places), "constant", "float32", fill="zeros") if places else None,
         "class_labels": labels if classes else None,
         "added_cond_kwargs": None,
         "attention_mask": None,

@@ -37,13 +37,13 @@ def _rows_behind(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, A
     ids = inputs.get("img_ids")
     if ids is None:
         return latents, inputs
-    rows = int((ids[:, 0] == 0).sum())
-    if rows == len(ids):
+    rows = int((ids.reshape(-1, *ids.shape[-2:])[0, :, 0] == 0).sum())  # they are the same for all samples
+    if rows == ids.shape[-2]:
         raise StepError(
             "input `hidden_states` has no rows of a picture to be edited, expected them after those of the noise; "
             "pass image= to the pipeline, or use a bundle of the model that takes text alone"
         )
-    split = {"img_ids": ids[:rows], "image_ids": ids[rows:], "image_latents": latents[:, rows:]}
+    split = {"img_ids": ids[..., :rows, :], "image_ids": ids[..., rows:, :], "image_latents": latents[:, rows:]}
     return latents[:, :rows], {**inputs, **split}
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.bundle.manifest import Manifest, Pipeline
 from taylorseer_export.bundle.part_agreement import CONDITION as CONDITION
 from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.errors import ConfigError, StepError
@@ -57,7 +57,7 @@ def tensor_request(
     given, extents = _completed(denoiser, own, {**(sizes or {}), "batch": count}, sides, scale)
     latent = resolve(denoiser.latent.shape, extents)
     joined, sampled = joined_to(manifest, latent, tensors.get(CONDITION))
-    noise = np.concatenate([_noise(sampled, manifest.pipeline.packing, sides, seed) for seed in seeds])
+    noise = np.concatenate([_noise(sampled, manifest.pipeline, sides, seed) for seed in seeds])
     if joined is not None and (share := manifest.pipeline.condition_share):
         noise = np.float32(1 - share) * noise + np.float32(share) * joined.value[:, : sampled[1], :1]
     twins = {
@@ -186,12 +186,13 @@ def joined_to(
     return Joined(2, value), latent
 
 
-def _noise(shape: tuple[int, ...], packing: int, sides: tuple[int, int] | None, seed: int) -> np.ndarray:
+def _noise(shape: tuple[int, ...], pipeline: Pipeline, sides: tuple[int, int] | None, seed: int) -> np.ndarray:
     """`[1, ...]`; of packed latents as the pipelines draw it, before it is packed."""
-    if packing == 1:
+    if pipeline.packing == 1:
         return noise_of((1, *shape[1:]), seed)
     rows, columns = sides or sides_of(shape[1])
-    return tokens_of(noise_of((1, shape[2] // packing**2, packing * rows, packing * columns), seed), packing)
+    side = pipeline.packing if pipeline.noise == "latents" else 1
+    return tokens_of(noise_of((1, shape[2] // side**2, side * rows, side * columns), seed), side)
 
 
 def latent_sizes(

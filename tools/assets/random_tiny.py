@@ -27,6 +27,15 @@ from taylorseer_export.families import FAMILIES
 
 ASSETS = ROOT / "taylorseer_export" / "assets"
 SEED = 0
+_FLUX2 = {
+    "in_channels": 128,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
 # What each differs by from its class's defaults. Latents have the channels of the published models; widths are tiny.
 CONFIGS: dict[str, dict[str, Any]] = {
     "flux-kontext": {
@@ -40,6 +49,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "guidance_embeds": True,
         "axes_dims_rope": (4, 6, 6),
     },
+    "flux2": _FLUX2,
+    "flux2-edit": _FLUX2,
     "framepack": {
         "in_channels": 16,
         "out_channels": 16,
@@ -118,6 +129,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # Dimensions at which estimates are quoted, latent size first; all else the config says.
 SIZES: dict[str, dict[str, Any]] = {
     "flux-kontext": {"latent_size": [16, 16], "text_tokens": 12, "condition_tokens": 64},
+    "flux2": {"latent_size": [16, 16], "text_tokens": 12},
+    "flux2-edit": {"latent_size": [16, 16], "text_tokens": 12, "condition_tokens": 64},
     "framepack": {"latent_size": [3, 16, 16], "text_tokens": 12},
     "hidream": {"latent_size": [16, 16], "text_tokens": 12},
     "hunyuan-video": {"latent_size": [3, 8, 12], "text_tokens": 12},

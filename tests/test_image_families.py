@@ -183,7 +183,9 @@ def test_a_config_that_is_none_of_flux2_is_refused(change):
         FAMILIES["flux2"].inputs(config)
 
 
-@pytest.mark.parametrize(("family", "sibling"), [("flux2", "flux-kontext"), ("flux", "flux2")])
+@pytest.mark.parametrize(
+    ("family", "sibling"), [("flux2", "flux-kontext"), ("flux", "flux2"), ("chroma", "flux2"), ("z-image", "chroma")]
+)
 def test_a_checkpoint_of_a_sibling_is_refused(family, sibling):
     folder = open_checkpoint(None, FAMILIES[sibling]).root
     classes = [FAMILIES[name].model_class for name in (sibling, family)]
@@ -191,3 +193,64 @@ def test_a_checkpoint_of_a_sibling_is_refused(family, sibling):
         CheckpointError, match=rf"is of class {classes[0]}, expected {classes[1]} for family {family}; "
     ):
         open_checkpoint(str(folder), FAMILIES[family])
+
+
+@pytest.mark.parametrize("change", [{"siglip_feat_dim": 1152}, {"all_patch_size": (4,)}])
+def test_another_variant_of_z_image_is_refused(change):
+    config = {"all_patch_size": (2,), "all_f_patch_size": (1,), "siglip_feat_dim": None, **change}
+    with pytest.raises(
+        ConfigError, match=r"`siglip_feat_dim` and `all_patch_size` are .*; pass the text-to-image model"
+    ):
+        FAMILIES["z-image"].inputs(config)
+
+
+@pytest.mark.parametrize(("height", "width", "words"), [(4, 8, (32, 33)), (5, 3, (1, 31)), (3, 11, (34, 7))])
+def test_z_image_in_one_tensor_is_z_image_in_lists(tiny, height, width, words):
+    """Where picture and text need no padding, some, and nearly all; samples of other lengths beside each other."""
+    family, model = FAMILIES["z-image"], copy.deepcopy(tiny("z-image").model).double()
+    draw = torch.Generator().manual_seed(height)
+    inputs = {
+        "x": torch.randn(2, 4, 2 * height, 2 * width, generator=draw, dtype=torch.float64),
+        "t": torch.tensor([0.4, 0.4]),
+        "cap_feats": torch.randn(2, max(words), 24, generator=draw, dtype=torch.float64),
+        "cap_mask": (torch.arange(max(words)) < torch.tensor(words)[:, None]).long(),
+    }
+    with torch.no_grad():
+        expected = family.forward(model, inputs)
+        with family.patched(model):
+            seen = model(**inputs, return_dict=False)[0]
+    assert_close("in one tensor", seen, expected, 64 * 2.0**-24 * expected.abs().max().item())
+
+
+def test_latents_in_lists_say_what_is_wrong(eager, tiny):
+    transformer, (latents, _, given) = eager("z-image").as_transformer(), tiny("z-image").inputs(1, batch=2)
+    pictures, words, time = list(latents[0].unsqueeze(2)), list(given["cap_feats"]), torch.tensor([0.5, 0.5])
+    assert [one.shape for one in transformer(pictures, time, words).sample] == [one.shape for one in pictures]
+    for arguments, sentence in (
+        ((latents[0], time, words), r"latents are Tensor, expected a list of tensors \[C, 1, H, W\]"),
+        (
+            ([pictures[0], pictures[1][..., :4]], time, words),
+            r"latents are \[4, 1, 8, 4\], \[4, 1, 8, 8\], expected .* one size",
+        ),
+        (
+            (pictures, time, given["cap_feats"]),
+            r"`cap_feats` is no list of tensors \[T, D\], expected one for each sample",
+        ),
+        (
+            (pictures, time, words, None),
+            r"3 arguments follow the latents by place, expected at most 2 \(t, cap_feats\)",
+        ),
+    ):
+        with pytest.raises(StepError, match=sentence):
+            transformer(*arguments)
+
+
+def test_a_mask_of_chroma_that_hides_some_of_the_picture_is_refused(eager, tiny):
+    (latents, _, given) = tiny("chroma").inputs(1)
+    transformer, text = eager("chroma").as_transformer(), given.pop("attention_mask")
+    rest = {"timestep": torch.tensor([0.5]), **given}
+    for mask in (text, torch.cat([text, torch.zeros(1, 16)], 1)):
+        with pytest.raises(
+            StepError, match=r"`attention_mask` is \[1, .*, expected a number for each of 6 tokens of text"
+        ):
+            transformer(latents[0], attention_mask=mask, **rest)

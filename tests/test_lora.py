@@ -37,6 +37,8 @@ COMFY = {
     "flux-kontext": FLUX,
     "flux2": FLUX2,
     "flux2-edit": FLUX2,
+    "chroma": FLUX,
+    "z-image": {name: [name] for name in ("layers.0.attention.to_q", "context_refiner.0.feed_forward.w2")},
     "framepack": HUNYUAN,
     "hidream": {"caption_projection.0.linear": ["caption_projection.0.linear"]},
     "hunyuan-video": HUNYUAN | {"double_blocks.0.img_attn_proj": ["transformer_blocks.0.attn.to_out.0"]},
@@ -54,6 +56,7 @@ OWN = {
     "framepack": "transformer_blocks.0.attn.to_q",
     "wan": "blocks.0.attn1.to_q",
     "hidream": "caption_projection.0.linear",
+    "z-image": "layers.0.attention.to_q",
 }
 OWN = {family: OWN.get(family, "transformer_blocks.0.attn.to_q") for family in FAMILIES}
 KOHYA = {  # as trainers name them with underscores

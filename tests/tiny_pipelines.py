@@ -14,6 +14,7 @@ from diffusers import (
     AutoencoderKLHunyuanVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    ChromaPipeline,
     DDIMScheduler,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
@@ -30,6 +31,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
+    ZImagePipeline,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -97,6 +99,32 @@ def flux2_pipeline(transformer, pipeline=Flux2Pipeline):
 
 def flux2_base_pipeline(transformer):
     return flux2_pipeline(transformer, Flux2KleinPipeline)
+
+
+def chroma_pipeline(transformer):
+    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        ChromaPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_vae(transformer.config.in_channels // 4),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+        )
+    )
+
+
+def z_image_pipeline(transformer):
+    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+            vae=tiny_vae(transformer.config.in_channels),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+        )
+    )
 
 
 def wan_pipeline(transformer, second=None, boundary=None):

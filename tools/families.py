@@ -39,6 +39,8 @@ MODELS = {
     "flux2": "flux2 (dev)",
     "flux2-base": "flux2 (klein base)",
     "flux2-edit": "flux2-edit",
+    "chroma": "chroma",
+    "z-image": "z-image",
     "dit": "dit",
     "hidream": "hidream",
     "hunyuan": "hunyuan-video",

@@ -12,6 +12,7 @@ import math
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -21,6 +22,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from randomised import randomised
 
@@ -129,6 +131,73 @@ def flux2_edit_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, s
     ids = torch.cat([_places(10 * (k + 1), batch, *sides) for k, sides in enumerate(pictures)], 1)
     image_latents = torch.randn(batch, ids.shape[1], model.config.in_channels, generator=rng)
     return latents, sigma, {**conditioning, "image_latents": image_latents, "image_ids": ids}
+
+
+def tiny_chroma(seed=0):
+    """Chroma of width 32, float32, eval."""
+    return randomised(
+        lambda: ChromaTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 6, 6),
+            approximator_hidden_dim=32,
+            approximator_layers=2,
+        ),
+        seed,
+    )
+
+
+def chroma_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):
+    """As `flux_inputs`; the last text token of the first sample is padding."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    sigma = torch.linspace(1.0, 1.0 / steps, steps)
+    mask = torch.ones(batch, text_tokens)
+    mask[0, -1] = 0
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.joint_attention_dim, generator=rng),
+        "attention_mask": mask,
+        "img_ids": _places(0, 1, height, width)[0, :, :3].float(),
+        "txt_ids": torch.zeros(text_tokens, 3),
+    }
+    return _trajectory(sigma, (batch, height * width, config.in_channels), rng), sigma, conditioning
+
+
+def tiny_z_image(seed=0, layers=2):
+    """Z-Image of width 32, float32, eval."""
+    return randomised(
+        lambda: ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=layers,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=24,
+            axes_dims=[4, 6, 6],
+            axes_lens=[128, 64, 64],
+        ),
+        seed,
+    )
+
+
+def z_image_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):
+    """Latents [S, B, C, 2H, 2W], timesteps [S] from 0 up, conditioning; sizes in tokens.
+
+    The first sample has a word less than the others.
+    """
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    sigma = torch.linspace(1.0, 1.0 / steps, steps)
+    mask = torch.ones(batch, text_tokens, dtype=torch.int64)
+    mask[0, -1] = 0
+    conditioning = {
+        "cap_feats": torch.randn(batch, text_tokens, config.cap_feat_dim, generator=rng),
+        "cap_mask": mask,
+    }
+    return _trajectory(sigma, (batch, config.in_channels, 2 * height, 2 * width), rng), 1 - sigma, conditioning
 
 
 def tiny_qwen_image(seed=0, layers=2):
@@ -371,6 +440,8 @@ MODELS = {
     "flux2": ("flux2", tiny_flux2, flux2_inputs),
     "flux2-base": ("flux2", lambda: tiny_flux2(seed=1, guidance=False, double=1), flux2_inputs),
     "flux2-edit": ("flux2-edit", lambda: tiny_flux2(seed=2, double=1), flux2_edit_inputs),
+    "chroma": ("chroma", tiny_chroma, chroma_inputs),
+    "z-image": ("z-image", tiny_z_image, z_image_inputs),
     "qwen-image": ("qwen-image", tiny_qwen_image, qwen_image_inputs),
     "sd3": ("sd3", tiny_sd3, sd3_inputs),
     "hidream": ("hidream", tiny_hidream, hidream_inputs),

@@ -206,11 +206,17 @@ class Pipeline(Part):
     guidance_factor: float = Field(
         default=1.0, description="What the guidance scale is multiplied by where it is an input, dimensionless."
     )
+    guidance_offset: float = Field(
+        default=0.0, description="What is added to the guidance scale of two predictions, dimensionless; 1 is then off."
+    )
     guidance_keeps_norm: bool = Field(
         default=False, description="Whether a guided prediction is as long as the conditional one, token by token."
     )
     prediction_sign: Literal[1, -1] = Field(
         default=1, description="-1 where the model predicts the way to the picture instead of that to the noise."
+    )
+    timestep_reversed: bool = Field(
+        default=False, description="Whether the transformer takes 1 - timestep / timestep_divisor."
     )
     flow_steps: Literal["sigmas", "count"] = Field(
         default="sigmas", description="What a flow-matching scheduler is given: even sigmas, or a number of steps."
@@ -228,11 +234,15 @@ class Pipeline(Part):
     condition_share: float = Field(
         default=0.0, ge=0, le=1, description="Part of the condition in the noise that a loop begins with."
     )
-    arguments: Literal["declared", "rows-behind", "first-shape"] = Field(
+    arguments: Literal["declared", "rows-behind", "first-shape", "mask-of-all", "lists"] = Field(
         default="declared",
         description="How the pipeline calls the transformer. declared: with the inputs of the graphs. rows-behind: "
         "the rows of a conditioning picture follow those of the latent. first-shape: a shape for each picture, of "
-        "which the first holds for all, and no mask where every token counts.",
+        "which the first holds for all, and no mask where every token counts. mask-of-all: the mask has a one for each "
+        "token of the latent behind those of the text. lists: latents and words of each sample in lists.",
+    )
+    positional: tuple[str, ...] = Field(
+        default=(), description="Inputs that are passed by place behind the latent, in order."
     )
     cast_inputs: tuple[str, ...] = Field(
         default=(), description="Inputs that are cast anew at every call, so that only their numbers stay the same."
@@ -371,6 +381,14 @@ class Manifest(Sealed):
         if problem := contradiction(self):
             raise ValueError(problem)
         return self
+
+    def guidance_of(self, scale: float | None = None) -> float:
+        """What two predictions are guided with, where 1 is no guidance, for a scale as the family's pipeline counts.
+
+        Args:
+            scale: Dimensionless; the default if left out.
+        """
+        return (self.sampling.guidance_scale if scale is None else scale) + self.pipeline.guidance_offset
 
     @classmethod
     def rebuild(cls, raw: Mapping[str, Any]) -> str:

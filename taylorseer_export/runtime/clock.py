@@ -63,7 +63,8 @@ def clock(
             f"{name} sets {len(timesteps)} timesteps for {steps} steps, expected one for each; use the bundle in a "
             "diffusers pipeline, or export with another scheduler in scheduler/scheduler_config.json"
         )
-    return timesteps / np.float32(manifest.sampling.timestep_divisor)
+    divisor = np.float32(manifest.sampling.timestep_divisor)
+    return ((divisor - timesteps) if manifest.pipeline.timestep_reversed else timesteps) / divisor
 
 
 def _shift(manifest: Manifest, config: Mapping[str, Any], shape: tuple[int, ...], steps: int) -> float:

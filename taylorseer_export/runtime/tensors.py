@@ -49,7 +49,7 @@ def tensor_request(
     """
     manifest, constants, count = denoiser.manifest, denoiser.constants, len(seeds)
     check_guidance(manifest, guidance_scale, any(name.startswith(NEGATIVE) for name in tensors))
-    scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
+    scale = manifest.guidance_of(guidance_scale)
     for name in tensors:
         if name.removeprefix(NEGATIVE) not in constants and name != CONDITION:
             raise ConfigError(f"input `{name}` is not known, expected {', '.join(constants)}; leave it out of --inputs")
@@ -103,7 +103,7 @@ def check_guidance(manifest: Manifest, scale: float | None, negative: bool) -> N
             f"guidance scale is {scale:g} for {manifest.family}-{manifest.name}, expected none: this model has no "
             "guidance; leave it out"
         )
-    if manifest.sampling.guidance in ("batched", "branches") and not negative and scale != 1.0:
+    if manifest.sampling.guidance in ("batched", "branches") and not negative and manifest.guidance_of(scale) != 1.0:
         raise ConfigError(
             f"guidance scale is {scale:g} without `{NEGATIVE}` inputs, expected them to be guided away from; add them "
             "to --inputs, or leave the scale out"

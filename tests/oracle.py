@@ -41,13 +41,27 @@ def flux(model, timestep, hidden_states, img_ids, image_latents=None, image_ids=
     """As FluxKontextPipeline: the rows of the conditioning image follow the latent's, and their result is dropped."""
     if image_latents is None:
         return plain(model, timestep, hidden_states=hidden_states, img_ids=img_ids, **inputs)
-    rows, ids = torch.cat([hidden_states, image_latents], 1), torch.cat([img_ids, image_ids])
+    rows, ids = torch.cat([hidden_states, image_latents], 1), torch.cat([img_ids, image_ids], -2)
     return plain(model, timestep, hidden_states=rows, img_ids=ids, **inputs)[:, : hidden_states.shape[1]]
 
 
 def qwen_image(model, timestep, img_shapes, **inputs):
     """As QwenImagePipeline: the sizes of the pictures are nested lists of numbers."""
     return plain(model, timestep, img_shapes=img_shapes.tolist(), **inputs)
+
+
+def chroma(model, timestep, hidden_states, encoder_hidden_states, attention_mask, **inputs):
+    """As ChromaPipeline: the mask of the text has a one behind it for each token of the picture."""
+    if attention_mask.shape[1] == encoder_hidden_states.shape[1]:
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(hidden_states.shape[:2])], 1)
+    inputs |= {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+    return plain(model, timestep, attention_mask=attention_mask, **inputs)
+
+
+def z_image(model, timestep, hidden_states, cap_feats, cap_mask):
+    """As ZImagePipeline: lists with a picture of one frame and the words of each sample."""
+    words = [text[mask.bool()] for text, mask in zip(cap_feats, cap_mask, strict=True)]
+    return torch.stack(model(list(hidden_states.unsqueeze(2)), timestep, words, return_dict=False)[0]).squeeze(2)
 
 
 def hidream(model, timestep, **inputs):
@@ -62,6 +76,7 @@ class Family(NamedTuple):
     first: str = "transformer_blocks.0"  # its hidden_states are the image embedding
     last: str = "norm_out"  # its first argument leaves the block stack, image rows only
     call: Callable[..., torch.Tensor] = plain  # (model, timestep, **the bundle's inputs) -> noise_pred
+    attention: str = ""  # the first one, where it is no site itself
 
 
 FAMILIES = {
@@ -72,6 +87,29 @@ FAMILIES = {
             (r"single_transformer_blocks\.\d+\.proj_out", None),  # text then image rows
         ),
         call=flux,
+    ),
+    "Flux2Transformer2DModel": Family(
+        (
+            (r"transformer_blocks\.\d+\.attn", (0, 1)),  # image, text
+            (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
+            (r"single_transformer_blocks\.\d+\.attn", None),  # text then image rows; the MLP is in it
+        ),
+        call=flux,
+    ),
+    "ChromaTransformer2DModel": Family(
+        (
+            (r"transformer_blocks\.\d+\.attn", (0, 1)),  # image, text
+            (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
+            (r"single_transformer_blocks\.\d+\.proj_out", None),  # text then image rows
+        ),
+        call=chroma,
+    ),
+    "ZImageTransformer2DModel": Family(
+        ((r"(noise_refiner|layers)\.\d+\.(attention|ffn)_norm2", None),),  # image, its padding, text, its padding
+        first="noise_refiner.0",
+        last="all_final_layer.2-1",
+        call=z_image,
+        attention="noise_refiner.0.attention",
     ),
     "QwenImageTransformer2DModel": Family(
         (
@@ -183,7 +221,10 @@ class Oracle:
 
     def _exit(self, module, args):
         # FramePack puts tokens of the past first and drops them before the final norm.
-        base = self.embedding[:, -args[0].shape[1] :] if self.residual else torch.zeros_like(args[0])
+        # Z-Image has text behind the picture there, which it drops later.
+        rows = args[0].shape[1]
+        base = self.embedding[:, -rows:] if self.residual else torch.zeros_like(args[0])
+        base = torch.nn.functional.pad(base, (0, 0, 0, rows - base.shape[1]))
         forecast = self._feature("stack", args[0] - base)
         return (base + forecast, *args[1:]) if self.plan[self.now] == "." else None
 
@@ -209,8 +250,8 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
     """What a guard's rule compares, exactly, at every step: a list of S tensors [B, rows, C].
 
     cg: output of the first block. fbcache: that less the block's input. teacache: input of its attention.
-    Only rows of the latent, but for teacache: Kontext has those of its conditioning image behind them, FramePack those
-    of its past before them.
+    Only rows of the latent, but for teacache: Kontext and FLUX.2 have those of conditioning images behind them,
+    FramePack those of its past before them.
     """
     model = torch.nn.Module.to(copy.deepcopy(model), dtype).eval()
     kind = type(model).__name__
@@ -227,7 +268,8 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
         now["rows"] = args[0].shape[1]
 
     first = model.get_submodule(family.first)
-    (tapped(model)[0][1] if rule == "teacache" else first).register_forward_pre_hook(entry, with_kwargs=True)
+    attention = model.get_submodule(family.attention) if family.attention else tapped(model)[0][1]
+    (attention if rule == "teacache" else first).register_forward_pre_hook(entry, with_kwargs=True)
     if rule != "teacache":
         first.register_forward_hook(block)
         model.get_submodule(family.last).register_forward_pre_hook(leave)
@@ -235,11 +277,15 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
         rest = {"hidden_states": latent, **conditioning}
         rest = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rest.items()}
         family.call(model, t.expand(latent.shape[0]), **rest)
+        count = latent[0, 0].numel() // 4 if kind.startswith("ZImage") else None  # 2 x 2 pixels make a token
+        if rule == "teacache" and count is not None:  # with all 31 tokens of padding that some picture may need
+            padding = now["in"][:, count : count + 1].expand(-1, 31, -1)
+            now["in"] = torch.cat([now["in"][:, :count], padding], 1)
         if rule == "teacache":
             found.append(now["in"])
             continue
         value = now["out"] - now["in"] if rule == "fbcache" else now["out"]
-        rows = latent.shape[1] if kind == "FluxTransformer2DModel" else now["rows"]
+        rows = latent.shape[1] if latent.ndim == 3 else count or now["rows"]
         found.append(value[:, -rows:] if "Framepack" in kind else value[:, :rows])
     return found
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import oracle
 import torch
 from harness import allowed
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Recorder:
@@ -19,13 +20,18 @@ class Recorder:
         transformer.register_forward_hook(self._note, with_kwargs=True)
 
     def _note(self, module, args, inputs, output):
-        latents = args[0] if args else inputs["hidden_states"]
+        given = args[0] if args else inputs["hidden_states"]
+        inputs = inputs | dict(zip(module.denoiser.manifest.pipeline.positional, args[1:], strict=False))
+        if isinstance(inputs.get("cap_feats"), list):  # the words of each sample
+            mask = pad_sequence([torch.ones(len(words)).long() for words in inputs["cap_feats"]], batch_first=True)
+            inputs |= {"cap_feats": pad_sequence(inputs["cap_feats"], batch_first=True), "cap_mask": mask}
         conditioning = {
             n: v if isinstance(v, torch.Tensor) else torch.tensor(v)
             for n, v in inputs.items()
             if n in module.denoiser.constants and v is not None
         }
-        sample = output[0] if isinstance(output, tuple) else output.sample
+        answer = output[0] if isinstance(output, tuple) else output.sample
+        latents, sample = (torch.stack(v).squeeze(2) if isinstance(v, list) else v for v in (given, answer))
         timestep = inputs[module.denoiser.timestep.name]
         # Two nameless calls on the same latents are two branches.
         nameless = str(int(any(latents is c[0] for c in self.calls.get("0", []))))
@@ -33,7 +39,7 @@ class Recorder:
         self.calls.setdefault(context.name if context else nameless, []).append(
             (latents, timestep, conditioning, sample)
         )
-        self.told.append((latents, sample))
+        self.told.append((given, answer))
 
     @contextmanager
     def retold_by(self, model):
@@ -47,7 +53,8 @@ class Recorder:
         def answer(module, args, inputs, output):
             latents, sample = next(told)
             given = args[0] if args else inputs["hidden_states"]
-            assert torch.equal(given, latents), "the untouched pipeline asks about other latents"
+            pairs = zip(given, latents, strict=True) if isinstance(given, list) else [(given, latents)]
+            assert all(torch.equal(*pair) for pair in pairs), "the untouched pipeline asks about other latents"
             return (sample,) if isinstance(output, tuple) else type(output)(sample=sample)
 
         handle = model.register_forward_hook(answer, with_kwargs=True)

@@ -15,12 +15,16 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from diffusers import Flux2KleinPipeline
 from harness import allowed, eager_denoiser
 from oracle import assert_close
 from PIL import Image
 from recorder import Recorder
 from tiny_models import tiny_hunyuan
 from tiny_pipelines import (
+    chroma_pipeline,
+    flux2_base_pipeline,
+    flux2_pipeline,
     framepack_pipeline,
     hidream_pipeline,
     hunyuan_image_pipeline,
@@ -30,6 +34,7 @@ from tiny_pipelines import (
     sd3_pipeline,
     wan_image_pipeline,
     wan_pipeline,
+    z_image_pipeline,
 )
 
 from taylorseer_export.bundle.shapes import match
@@ -74,6 +79,22 @@ QWEN = {
     "true_cfg_scale": 2.0,
     **guided("prompt_embeds", prompt_embeds=text(6, 24)),
 }
+FLUX2 = {"height": 16, "width": 24, "prompt": None, "prompt_embeds": text(6, 24)}
+CHROMA = {
+    "guidance_scale": 2.0,
+    "prompt_attention_mask": MASK.float(),
+    "negative_prompt_attention_mask": torch.ones(1, 6),
+    **guided("prompt_embeds", prompt_embeds=text(6, 24)),
+}
+# The negative prompt is shorter, and each is a tensor in a list.
+Z_IMAGE = {
+    "height": 16,
+    "width": 24,
+    "prompt": None,
+    "prompt_embeds": [text(6, 24)[0]],
+    "negative_prompt_embeds": [-text(3, 24)[0]],
+    "guidance_scale": 2.0,
+}
 SD3 = guided("prompt_embeds", "pooled_prompt_embeds", prompt_embeds=text(6, 24), pooled_prompt_embeds=text(20))
 HIDREAM = guided(
     "prompt_embeds_t5",
@@ -114,6 +135,22 @@ CASES = {
         },
         {"0", "1"},
     ),
+    "flux2": ("flux2", flux2_pipeline, FLUX2, {"0"}),
+    "flux2-base": (
+        "flux2-base",
+        flux2_base_pipeline,
+        FLUX2 | {"negative_prompt_embeds": -text(6, 24), "guidance_scale": 2.0},
+        {"cond", "uncond"},
+    ),
+    "flux2-edit": (
+        "flux2-edit",
+        flux2_pipeline,
+        FLUX2 | {"image": [PICTURE.resize((64, 64)), PICTURE.resize((96, 64))]},
+        {"0"},
+    ),
+    "chroma": ("chroma", chroma_pipeline, SMALL | CHROMA, {"0", "1"}),
+    "z-image": ("z-image", z_image_pipeline, Z_IMAGE, {"0"}),
+    "z-image-two": ("z-image", z_image_pipeline, Z_IMAGE | {"num_images_per_prompt": 2, "guidance_scale": 0.0}, {"0"}),
     "wan": ("wan", wan_pipeline, VIDEO | GUIDED, {"cond", "uncond"}),
     "wan-picture": ("wan", wan_pipeline, VIDEO | {"num_frames": 1, "guidance_scale": 1.0}, {"cond"}),
     "wan-image": (
@@ -283,9 +320,10 @@ def tensors_of(denoiser, calls):
     """What `run --inputs` takes, from the first step's calls of a pipeline: its latents and conditioning."""
     constants, guidance = denoiser.constants, denoiser.manifest.sampling.guidance
     given = [{name: host_array(value) for name, value in inputs.items() if name in constants} for _, inputs in calls]
-    if guidance == "batched":  # unconditional first, as diffusers has it
+    if guidance == "batched":  # unconditional first, as most pipelines of diffusers have it
+        order = (0, 1) if denoiser.manifest.pipeline.guidance_offset else (1, 0)
         halves = {name: np.split(value, 2, constants[name].shape.index("batch")) for name, value in given[0].items()}
-        given = [{name: half[k] for name, half in halves.items()} for k in (1, 0)]
+        given = [{name: half[k] for name, half in halves.items()} for k in order]
     tensors = {name: value for name, value in given[0].items() if name != "guidance"}
     if guidance in ("batched", "branches") and len(given) > 1:
         tensors |= {NEGATIVE + name: value for name, value in given[1].items()}
@@ -312,7 +350,8 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     painted = paint(pipe, steps=4, **{"guidance_scale": scale, **options})
     latents = calls[0][0]
     sizes = match(denoiser.latent.shape, tuple(latents.shape), {}, "latents")
-    sides = tuple(int(options[side]) // 16 for side in ("height", "width")) if name == "qwen-image" else None
+    token = 4 if name.startswith(("flux2", "chroma", "z-image")) else 16  # pixels of its side
+    sides = tuple(int(options[side]) // token for side in ("height", "width")) if "height" in options else None
     asked = None if denoiser.manifest.sampling.guidance == "none" else scale
     request = tensor_request(denoiser, tensors_of(denoiser, calls), [0], sizes, sides, asked)
     if case == "framepack":  # it draws from the same generator to encode the picture, and adds the picture at the end
@@ -320,6 +359,8 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     made = torch.from_numpy(sample(denoiser, request, denoiser.forecasts(plan="FFFF")).latents)
     if name == "hunyuan-channels":
         made = made[:, :, 1:]  # the pipeline drops the picture
+    if case == "flux2-base":  # the pipeline unpacks them
+        painted = Flux2KleinPipeline._pack_latents(Flux2KleinPipeline._patchify_latents(painted))
     # Only the tables differ, prepared step by step and all at once; every step adds its part, guidance magnifies it.
     bound = 4 * (2 * scale if request.guided else 1) * allowed(model, painted[None], "F", 0)
     assert_close(case, made[None], painted[None], bound)

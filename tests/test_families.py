@@ -46,6 +46,27 @@ ROWS = {
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes"}),
     ),
+    "flux2": Row(
+        ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
+        frozenset({"encoder_hidden_states", "img_ids", "txt_ids"}),
+    ),
+    "flux2-base": Row(
+        ({"batch": 1, "height": 3, "width": 2, "text_tokens": 9},),
+        frozenset({"encoder_hidden_states", "img_ids", "txt_ids"}),
+    ),
+    "flux2-edit": Row(
+        ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "pictures": ((5, 3),)}),
+        frozenset({"encoder_hidden_states", "img_ids", "txt_ids", "image_latents", "image_ids"}),
+    ),
+    "chroma": Row(
+        ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
+        frozenset({"encoder_hidden_states", "attention_mask", "img_ids", "txt_ids"}),
+    ),
+    # 32 tokens, which need no padding, and more than 32 words
+    "z-image": Row(
+        ({"batch": 1, "height": 4, "width": 8, "text_tokens": 35}, {"batch": 3, "height": 5, "width": 3}),
+        frozenset({"cap_feats", "cap_mask"}),
+    ),
     "kontext": Row(
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "img_ids", "txt_ids", "image_latents", "image_ids"}),

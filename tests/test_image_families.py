@@ -1,20 +1,30 @@
-"""What a family of pictures has of its own: HiDream's experts and squares, Qwen's rotation, Kontext's rows."""
+"""What a family of pictures has of its own: HiDream's experts and squares, Qwen's rotation, Kontext's rows,
+FLUX.2's places."""
 
 # Shapes: B batch, T tokens
 
 import copy
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+from diffusers import Flux2Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from harness import open_slot
+from hypothesis import given
+from hypothesis import strategies as st
 from oracle import assert_close
 
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.checkpoint.files import PUBLISHED
+from taylorseer_export.compile.export import sampling_of
 from taylorseer_export.errors import CheckpointError, ConfigError, StepError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.method import Forecasts, Plan
+from taylorseer_export.runtime.clock import _shift_by_steps
+from taylorseer_export.runtime.places import value_from_fill
 from taylorseer_export.runtime.trajectory import random_trajectory
 
 pytestmark = pytest.mark.slow
@@ -129,3 +139,118 @@ def test_sd3_s_graphs_hold_the_lines_alone(drafts):
     assert {"pos_embed.rows", "pos_embed.columns"} <= made.stored.keys()
     assert "pos_embed.pos_embed" not in made.stored
     assert made.read("pos_embed.rows").shape == made.stored["pos_embed.rows"][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "guidance"),
+    [("dev", "embedded"), ("klein-base-4b", "branches"), ("klein-4b", "none"), ("mine", "branches")],
+)
+def test_how_flux2_is_guided(tmp_path, name, guidance):
+    """By its config, and where that is of klein, by the name: what was distilled has the config of its base."""
+    folder = tmp_path / f"FLUX.2-{name}"
+    folder.mkdir()
+    shutil.copy(PUBLISHED / f"flux.2-{'dev' if name == 'dev' else 'klein-base-4b'}.json", folder / "config.json")
+    checkpoint = open_checkpoint(str(folder), FAMILIES["flux2"], weightless=True)
+    assert sampling_of(checkpoint).guidance == guidance
+
+
+@given(st.integers(4, 20000), st.integers(1, 200))
+def test_flux2_s_shift_is_the_pipeline_s(tokens, steps):
+    assert _shift_by_steps(tokens, steps) == compute_empirical_mu(tokens, steps)
+
+
+def test_places_of_flux2_s_tokens_are_the_pipeline_s(eager):
+    """Of the noise, of the text, and of one picture to go by."""
+    constants = eager("flux2-edit").constants
+    sizes = {"batch": 2, "image_tokens": 6, "text_tokens": 5, "condition_tokens": 8}
+    made = {n: value_from_fill(constants[n], sizes, (2, 3)) for n in ("img_ids", "txt_ids", "image_ids")}
+    picture = Flux2Pipeline._prepare_image_ids([torch.zeros(1, 3, 4, 2)])
+    expected = {
+        "img_ids": Flux2Pipeline._prepare_latent_ids(torch.zeros(2, 3, 2, 3)),
+        "txt_ids": Flux2Pipeline._prepare_text_ids(torch.zeros(2, 5, 3)),
+        "image_ids": picture.repeat(2, 1, 1),
+    }
+    for name, ids in expected.items():
+        assert made[name].dtype == np.int64 and np.array_equal(made[name], ids.numpy()), name
+
+
+@pytest.mark.parametrize("change", [{"axes_dims_rope": [16, 56, 56]}, {"patch_size": 2}])
+def test_a_config_that_is_none_of_flux2_is_refused(change):
+    config = {"axes_dims_rope": [32] * 4, "patch_size": 1, **change}
+    with pytest.raises(
+        ConfigError, match=r"`axes_dims_rope` and `patch_size` are .*, expected 4 numbers and 1 as of FLUX"
+    ):
+        FAMILIES["flux2"].inputs(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "sibling"), [("flux2", "flux-kontext"), ("flux", "flux2"), ("chroma", "flux2"), ("z-image", "chroma")]
+)
+def test_a_checkpoint_of_a_sibling_is_refused(family, sibling):
+    folder = open_checkpoint(None, FAMILIES[sibling]).root
+    classes = [FAMILIES[name].model_class for name in (sibling, family)]
+    with pytest.raises(
+        CheckpointError, match=rf"is of class {classes[0]}, expected {classes[1]} for family {family}; "
+    ):
+        open_checkpoint(str(folder), FAMILIES[family])
+
+
+@pytest.mark.parametrize("change", [{"siglip_feat_dim": 1152}, {"all_patch_size": (4,)}])
+def test_another_variant_of_z_image_is_refused(change):
+    config = {"all_patch_size": (2,), "all_f_patch_size": (1,), "siglip_feat_dim": None, **change}
+    with pytest.raises(
+        ConfigError, match=r"`siglip_feat_dim` and `all_patch_size` are .*; pass the text-to-image model"
+    ):
+        FAMILIES["z-image"].inputs(config)
+
+
+@pytest.mark.parametrize(("height", "width", "words"), [(4, 8, (32, 33)), (5, 3, (1, 31)), (3, 11, (34, 7))])
+def test_z_image_in_one_tensor_is_z_image_in_lists(tiny, height, width, words):
+    """Where picture and text need no padding, some, and nearly all; samples of other lengths beside each other."""
+    family, model = FAMILIES["z-image"], copy.deepcopy(tiny("z-image").model).double()
+    draw = torch.Generator().manual_seed(height)
+    inputs = {
+        "x": torch.randn(2, 4, 2 * height, 2 * width, generator=draw, dtype=torch.float64),
+        "t": torch.tensor([0.4, 0.4]),
+        "cap_feats": torch.randn(2, max(words), 24, generator=draw, dtype=torch.float64),
+        "cap_mask": (torch.arange(max(words)) < torch.tensor(words)[:, None]).long(),
+    }
+    with torch.no_grad():
+        expected = family.forward(model, inputs)
+        with family.patched(model):
+            seen = model(**inputs, return_dict=False)[0]
+    assert_close("in one tensor", seen, expected, 64 * 2.0**-24 * expected.abs().max().item())
+
+
+def test_latents_in_lists_say_what_is_wrong(eager, tiny):
+    transformer, (latents, _, given) = eager("z-image").as_transformer(), tiny("z-image").inputs(1, batch=2)
+    pictures, words, time = list(latents[0].unsqueeze(2)), list(given["cap_feats"]), torch.tensor([0.5, 0.5])
+    assert [one.shape for one in transformer(pictures, time, words).sample] == [one.shape for one in pictures]
+    for arguments, sentence in (
+        ((latents[0], time, words), r"latents are Tensor, expected a list of tensors \[C, 1, H, W\]"),
+        (
+            ([pictures[0], pictures[1][..., :4]], time, words),
+            r"latents are \[4, 1, 8, 4\], \[4, 1, 8, 8\], expected .* one size",
+        ),
+        (
+            (pictures, time, given["cap_feats"]),
+            r"`cap_feats` is no list of tensors \[T, D\], expected one for each sample",
+        ),
+        (
+            (pictures, time, words, None),
+            r"3 arguments follow the latents by place, expected at most 2 \(t, cap_feats\)",
+        ),
+    ):
+        with pytest.raises(StepError, match=sentence):
+            transformer(*arguments)
+
+
+def test_a_mask_of_chroma_that_hides_some_of_the_picture_is_refused(eager, tiny):
+    (latents, _, given) = tiny("chroma").inputs(1)
+    transformer, text = eager("chroma").as_transformer(), given.pop("attention_mask")
+    rest = {"timestep": torch.tensor([0.5]), **given}
+    for mask in (text, torch.cat([text, torch.zeros(1, 16)], 1)):
+        with pytest.raises(
+            StepError, match=r"`attention_mask` is \[1, .*, expected a number for each of 6 tokens of text"
+        ):
+            transformer(latents[0], attention_mask=mask, **rest)

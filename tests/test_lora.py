@@ -24,12 +24,21 @@ FLUX_QKV = [f"transformer_blocks.0.attn.to_{side}" for side in "qkv"]
 FLUX_TEXT = [f"transformer_blocks.0.attn.add_{side}_proj" for side in "qkv"]
 FLUX = {"double_blocks.0.img_attn.qkv": FLUX_QKV, "double_blocks.0.img_mlp.2": ["transformer_blocks.0.ff.net.2"]}
 HUNYUAN = {"double_blocks.0.img_attn_qkv": FLUX_QKV, "double_blocks.0.txt_attn_qkv": FLUX_TEXT}
+FLUX2 = {
+    "double_blocks.0.img_attn.qkv": FLUX_QKV,
+    "double_blocks.0.img_mlp.2": ["transformer_blocks.0.ff.linear_out"],
+    "single_blocks.1.linear1": ["single_transformer_blocks.1.attn.to_qkv_mlp_proj"],
+}
 SAME = ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0")
 
 # Family -> module as ComfyUI and ai-toolkit name it after `diffusion_model.` -> the modules that its rows make.
 COMFY = {
     "flux": FLUX,
     "flux-kontext": FLUX,
+    "flux2": FLUX2,
+    "flux2-edit": FLUX2,
+    "chroma": FLUX,
+    "z-image": {name: [name] for name in ("layers.0.attention.to_q", "context_refiner.0.feed_forward.w2")},
     "framepack": HUNYUAN,
     "hidream": {"caption_projection.0.linear": ["caption_projection.0.linear"]},
     "hunyuan-video": HUNYUAN | {"double_blocks.0.img_attn_proj": ["transformer_blocks.0.attn.to_out.0"]},
@@ -47,6 +56,7 @@ OWN = {
     "framepack": "transformer_blocks.0.attn.to_q",
     "wan": "blocks.0.attn1.to_q",
     "hidream": "caption_projection.0.linear",
+    "z-image": "layers.0.attention.to_q",
 }
 OWN = {family: OWN.get(family, "transformer_blocks.0.attn.to_q") for family in FAMILIES}
 KOHYA = {  # as trainers name them with underscores

@@ -18,6 +18,11 @@ DIFFERS = {
     "flux": {"timestep"},  # in the precision of the model, as its pipeline passes it
     "plain": {"timestep"},
     "kontext": {"timestep", "image_latents", "image_ids"},  # two inputs of ours for one argument
+    "flux2": {"timestep", "img_ids", "txt_ids"},  # places are whole numbers, for every sample
+    "flux2-base": {"timestep", "img_ids", "txt_ids"},
+    "flux2-edit": {"timestep", "img_ids", "txt_ids", "image_latents", "image_ids"},
+    "chroma": {"timestep", "attention_mask"},  # the mask of the text alone
+    "z-image": {"x", "t", "cap_feats", "cap_mask"},  # lists, for which tensors stand while tracing
     "qwen-image": {"timestep", "img_shapes"},  # numbers, for which a tensor stands while tracing
     "hidream": {"hidden_states", "pooled_embeds", "encoder_hidden_states_t5", "encoder_hidden_states_llama3"},
     "hunyuan": {"encoder_attention_mask"},  # of another dtype
@@ -72,6 +77,8 @@ def test_what_is_left_out_is_said():
     assert "blocks inside another part" in found["context_embedder.token_refiner.refiner_blocks"]
     assert "no path to the output" in found["transformer_blocks.0.ff_context"]
     assert "joined with the MLP in proj_out" in found["single_transformer_blocks.0.attn"]
+    assert "normed behind it by ffn_norm2" in propose.propose(MODELS["z-image"][1]()).skipped["layers.1.feed_forward"]
+    assert not any("single" in module for module in propose.propose(MODELS["flux2"][1]()).skipped)
     assert "add it if you pass it" in propose.propose(MODELS["qwen-image"][1]()).skipped["argument img_shapes"]
 
 

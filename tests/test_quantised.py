@@ -1,6 +1,7 @@
 """No tensor of a checkpoint goes unread: quantised formats are refused by name, in every family and layout."""
 
 import json
+import re
 import shutil
 
 import diffusers
@@ -10,7 +11,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import INDEX, WEIGHTS, edit_json
-from test_layouts import WAN_NAMES, flux_layout, hunyuan_layout, linear
+from test_layouts import WAN_NAMES, WIDTH, flux_layout, hunyuan_layout, linear
 
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.checkpoint.files import PUBLISHED, Header
@@ -33,7 +34,19 @@ BITS = {
     "F32": 32,
 }
 BITS |= {"I32": 32, "F64": 64, "I64": 64, "F6_E2M3": 6, "C64": 64}
-CONVERTED = ("flux", "flux-kontext", "hidream", "hunyuan-video", "qwen-image", "sd3", "wan")
+CONVERTED = (
+    "chroma",
+    "z-image",
+    "flux",
+    "flux-kontext",
+    "flux2",
+    "flux2-edit",
+    "hidream",
+    "hunyuan-video",
+    "qwen-image",
+    "sd3",
+    "wan",
+)
 
 
 def write(path, tensors):
@@ -161,6 +174,64 @@ def sd3_layout():
     return shapes
 
 
+def flux2_layout():
+    """Names and shapes of FLUX.2 as its authors publish it, with one block of each kind."""
+    width = 64
+    parts = {
+        "img_in": (width, 128),
+        "txt_in": (width, 32),
+        "time_in.in_layer": (width, 256),
+        "time_in.out_layer": (width, width),
+        "guidance_in.in_layer": (width, 256),
+        "guidance_in.out_layer": (width, width),
+        "double_stream_modulation_img.lin": (6 * width, width),
+        "double_stream_modulation_txt.lin": (6 * width, width),
+        "single_stream_modulation.lin": (3 * width, width),
+        "single_blocks.0.linear1": (9 * width, width),
+        "single_blocks.0.linear2": (width, 4 * width),
+        "final_layer.linear": (128, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+    }
+    blocks = ["single_blocks.0"]
+    for block in (f"double_blocks.0.{side}" for side in ("img", "txt")):
+        parts |= {f"{block}_attn.qkv": (3 * width, width), f"{block}_attn.proj": (width, width)}
+        parts |= {f"{block}_mlp.0": (6 * width, width), f"{block}_mlp.2": (width, 3 * width)}
+        blocks.append(f"{block}_attn")
+    norms = {f"{block}.norm.{side}_norm.scale": (16,) for block in blocks for side in ("query", "key")}
+    return norms | {f"{name}.weight": shape for name, shape in parts.items()}
+
+
+def chroma_layout():
+    """Names and shapes of Chroma as its authors publish it, with one block of each kind: FLUX's without modulation."""
+    of_flux = ("time_in", "vector_in", "guidance_in", "_mod.", "modulation")
+    shapes = {name: shape for name, shape in flux_layout().items() if not any(part in name for part in of_flux)}
+    network = {
+        "in_proj": (64, 64),
+        "out_proj": (WIDTH, 64),
+        "layers.0.in_layer": (64, 64),
+        "layers.0.out_layer": (64, 64),
+    }
+    for name, sides in network.items():
+        shapes |= linear(f"distilled_guidance_layer.{name}", *sides)
+    return shapes | {"distilled_guidance_layer.norms.0.scale": (64,)}
+
+
+def z_image_layout():
+    """Those of the embedded Z-Image under the names of its authors."""
+    shapes = {}
+    for name, (_, shape) in plain("z-image")[1].items():
+        for ours, theirs in {"all_final_layer.2-1": "final_layer", "all_x_embedder.2-1": "x_embedder"}.items():
+            name = name.replace(ours, theirs)
+        name = re.sub(r"attention\.norm_([qk])", r"attention.\1_norm", name).replace(
+            "attention.to_out.0", "attention.out"
+        )
+        if ".to_k." in name or ".to_v." in name:
+            continue
+        fused = ".to_q." in name
+        shapes[name.replace(".to_q.", ".qkv.")] = (3 * shape[0], *shape[1:]) if fused else shape
+    return shapes
+
+
 def wan_layout():
     shapes = {}
     for name, (_, shape) in plain("wan")[1].items():
@@ -175,6 +246,8 @@ def wan_layout():
 def original(family):
     """Names and shapes in the layout of the family's authors, with few blocks."""
     known = {"flux": flux_layout, "flux-kontext": flux_layout, "hunyuan-video": hunyuan_layout, "sd3": sd3_layout}
+    known |= {"chroma": chroma_layout, "z-image": z_image_layout}
+    known |= {"flux2": flux2_layout, "flux2-edit": flux2_layout}
     if family in ("hidream", "qwen-image"):
         return {f"model.diffusion_model.{n}": s for n, (_, s) in plain(family)[1].items()}
     return (known | {"wan": wan_layout})[family]()

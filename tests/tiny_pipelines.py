@@ -10,12 +10,16 @@ import string
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    ChromaPipeline,
     DDIMScheduler,
     DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxKontextPipeline,
     FluxPipeline,
     HiDreamImagePipeline,
@@ -27,6 +31,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
+    ZImagePipeline,
 )
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -82,6 +87,49 @@ def dit_pipeline(transformer):
 
 def kontext_pipeline(transformer):
     return flux_pipeline(transformer, FluxKontextPipeline)
+
+
+def flux2_pipeline(transformer, pipeline=Flux2Pipeline):
+    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_flux2_vae(transformer.config.in_channels // 4),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+        )
+    )
+
+
+def flux2_base_pipeline(transformer):
+    return flux2_pipeline(transformer, Flux2KleinPipeline)
+
+
+def chroma_pipeline(transformer):
+    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        ChromaPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_vae(transformer.config.in_channels // 4),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+        )
+    )
+
+
+def z_image_pipeline(transformer):
+    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+            vae=tiny_vae(transformer.config.in_channels),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+        )
+    )
 
 
 def wan_pipeline(transformer, second=None, boundary=None):
@@ -271,6 +319,20 @@ def tiny_vae(channels):
             latent_channels=channels,
             norm_num_groups=2,
             shift_factor=0.0,
+        )
+    )
+
+
+def tiny_flux2_vae(channels):
+    """Its latents are normed by statistics that are 0 and 1."""
+    return _seeded(
+        lambda: AutoencoderKLFlux2(
+            block_out_channels=(4, 4),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=channels,
+            norm_num_groups=2,
+            batch_norm_eps=0.0,
         )
     )
 

@@ -61,11 +61,16 @@ class Model:
 
 # Its transformer's config.json lies in taylorseer_export/families/configs/.
 MODELS = {
+    "chroma1-hd": Model("chroma", "lodestones/Chroma1-HD"),
+    "z-image": Model("z-image", "Tongyi-MAI/Z-Image"),
     "dit-xl-2-256": Model("dit", "facebook/DiT-XL-2-256"),
     "dit-xl-2-512": Model("dit", "facebook/DiT-XL-2-512"),
     "flux.1-dev": Model("flux", "black-forest-labs/FLUX.1-dev"),
     "flux.1-schnell": Model("flux", "black-forest-labs/FLUX.1-schnell"),
     "flux.1-kontext-dev": Model("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
+    "flux.2-dev": Model("flux2", "black-forest-labs/FLUX.2-dev"),
+    "flux.2-dev-edit": Model("flux2-edit", "black-forest-labs/FLUX.2-dev"),
+    "flux.2-klein-base-4b": Model("flux2", "black-forest-labs/FLUX.2-klein-base-4B"),
     "hunyuanvideo": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo"),
     "hunyuanvideo-i2v": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo-I2V-33ch"),
     "hunyuanvideo-i2v-token-replace": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo-I2V"),
@@ -101,7 +106,8 @@ def digest(name: str) -> str:
 
 def shallow(entries: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """A config with at most so many layers of each kind."""
-    twin = {k: min(v, layers) if k.startswith("num_") and k.endswith("_layers") else v for k, v in entries.items()}
+    kind = re.compile(r"(num|n)_(.*_)?layers")
+    twin = {k: min(v, layers) if kind.fullmatch(k) else v for k, v in entries.items()}
     if "llama_layers" in twin:  # HiDream: one entry for each block, of both kinds
         twin["llama_layers"] = twin["llama_layers"][: 2 * layers]
     return twin

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+_OF_TIME = ("timestep_embedder.linear_1.weight", "time_embedder.linear_1.weight", "t_embedder.mlp.0.weight")
+
 
 def randomised(build: Callable[[], torch.nn.Module], seed: int) -> Any:
     """What `build` returns, in eval mode, with weights of a trained model's scale, on whatever device it was built.
@@ -25,8 +27,11 @@ def randomised(build: Callable[[], torch.nn.Module], seed: int) -> Any:
                 parameter.data = noise
             else:
                 parameter.data = noise / math.sqrt(parameter[0].numel())
-            if name.endswith(("timestep_embedder.linear_1.weight", "time_embedder.linear_1.weight")):
+            if name.endswith(_OF_TIME):
                 parameter.data *= low_pass(parameter.shape[1]).to(parameter)
+            elif name.endswith("distilled_guidance_layer.in_proj.weight"):  # a quarter of its columns is of the time
+                quarter = parameter.shape[1] // 4
+                parameter.data[:, :quarter] *= low_pass(quarter).to(parameter)
     return model
 
 

@@ -12,7 +12,9 @@ import math
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     DiTTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     HiDreamImageTransformer2DModel,
     HunyuanVideoFramepackTransformer3DModel,
@@ -20,6 +22,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from randomised import randomised
 
@@ -86,6 +89,115 @@ def kontext_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed
     ids[:, 1], ids[:, 2] = torch.arange(count) // condition[1], torch.arange(count) % condition[1]
     image_latents = torch.randn(batch, count, model.config.in_channels, generator=rng)
     return latents, sigma, {**conditioning, "image_latents": image_latents, "image_ids": ids}
+
+
+def tiny_flux2(seed=0, guidance=True, double=2, single=2):
+    """FLUX.2 of width 32, float32, eval; without guidance as an input it is klein."""
+    return randomised(
+        lambda: Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=double,
+            num_single_layers=single,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=guidance,
+        ),
+        seed,
+    )
+
+
+def flux2_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):
+    """As `flux_inputs`; places are whole numbers, four for each token, and text has places too."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    sigma = torch.linspace(1.0, 1.0 / steps, steps)
+    txt_ids = torch.zeros(batch, text_tokens, 4, dtype=torch.int64)
+    txt_ids[..., 3] = torch.arange(text_tokens)
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.joint_attention_dim, generator=rng),
+        "img_ids": _places(0, batch, height, width),
+        "txt_ids": txt_ids,
+    }
+    if config.guidance_embeds:
+        conditioning["guidance"] = torch.full((batch,), 4.0)
+    return _trajectory(sigma, (batch, height * width, config.in_channels), rng), sigma, conditioning
+
+
+def flux2_edit_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0, pictures=((3, 5), (2, 2))):
+    """As `flux2_inputs`, with the latents of `pictures` (height, width in tokens) to go by."""
+    latents, sigma, conditioning = flux2_inputs(model, steps, batch, height, width, text_tokens, seed)
+    rng = torch.Generator().manual_seed(seed + 100)
+    ids = torch.cat([_places(10 * (k + 1), batch, *sides) for k, sides in enumerate(pictures)], 1)
+    image_latents = torch.randn(batch, ids.shape[1], model.config.in_channels, generator=rng)
+    return latents, sigma, {**conditioning, "image_latents": image_latents, "image_ids": ids}
+
+
+def tiny_chroma(seed=0):
+    """Chroma of width 32, float32, eval."""
+    return randomised(
+        lambda: ChromaTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 6, 6),
+            approximator_hidden_dim=32,
+            approximator_layers=2,
+        ),
+        seed,
+    )
+
+
+def chroma_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):
+    """As `flux_inputs`; the last text token of the first sample is padding."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    sigma = torch.linspace(1.0, 1.0 / steps, steps)
+    mask = torch.ones(batch, text_tokens)
+    mask[0, -1] = 0
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.joint_attention_dim, generator=rng),
+        "attention_mask": mask,
+        "img_ids": _places(0, 1, height, width)[0, :, :3].float(),
+        "txt_ids": torch.zeros(text_tokens, 3),
+    }
+    return _trajectory(sigma, (batch, height * width, config.in_channels), rng), sigma, conditioning
+
+
+def tiny_z_image(seed=0, layers=2):
+    """Z-Image of width 32, float32, eval."""
+    return randomised(
+        lambda: ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=layers,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=24,
+            axes_dims=[4, 6, 6],
+            axes_lens=[128, 64, 64],
+        ),
+        seed,
+    )
+
+
+def z_image_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):
+    """Latents [S, B, C, 2H, 2W], timesteps [S] from 0 up, conditioning; sizes in tokens.
+
+    The first sample has a word less than the others.
+    """
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    sigma = torch.linspace(1.0, 1.0 / steps, steps)
+    mask = torch.ones(batch, text_tokens, dtype=torch.int64)
+    mask[0, -1] = 0
+    conditioning = {
+        "cap_feats": torch.randn(batch, text_tokens, config.cap_feat_dim, generator=rng),
+        "cap_mask": mask,
+    }
+    return _trajectory(sigma, (batch, config.in_channels, 2 * height, 2 * width), rng), 1 - sigma, conditioning
 
 
 def tiny_qwen_image(seed=0, layers=2):
@@ -325,6 +437,11 @@ MODELS = {
     "flux": ("flux", tiny_flux, flux_inputs),
     "plain": ("flux", lambda: tiny_flux(seed=1, guidance=False, double=1, single=1), flux_inputs),
     "kontext": ("flux-kontext", lambda: tiny_flux(seed=2, double=1), kontext_inputs),
+    "flux2": ("flux2", tiny_flux2, flux2_inputs),
+    "flux2-base": ("flux2", lambda: tiny_flux2(seed=1, guidance=False, double=1), flux2_inputs),
+    "flux2-edit": ("flux2-edit", lambda: tiny_flux2(seed=2, double=1), flux2_edit_inputs),
+    "chroma": ("chroma", tiny_chroma, chroma_inputs),
+    "z-image": ("z-image", tiny_z_image, z_image_inputs),
     "qwen-image": ("qwen-image", tiny_qwen_image, qwen_image_inputs),
     "sd3": ("sd3", tiny_sd3, sd3_inputs),
     "hidream": ("hidream", tiny_hidream, hidream_inputs),
@@ -341,6 +458,13 @@ MODELS = {
 def of_families():
     """Family -> the name of its first model."""
     return {family: name for name, (family, *_) in reversed(MODELS.items())}
+
+
+def _places(first, batch, height, width):
+    """(first, row, column, 0) of each token of a picture, [B, T, 4] int64."""
+    ids = torch.zeros(height, width, 4, dtype=torch.int64)
+    ids[..., 0], ids[..., 1], ids[..., 2] = first, torch.arange(height)[:, None], torch.arange(width)
+    return ids.flatten(0, 1).repeat(batch, 1, 1)
 
 
 def _trajectory(level, shape, rng):

@@ -43,7 +43,7 @@ Role = Literal[
     "latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred",
     "probe_in", "probe_out", "error", "carried", "tokens", "picture", "cache_in", "cache_out",
 ]  # fmt: skip
-Fill = Literal["ones", "zeros", "grid", "sides", "frames", "guidance"]
+Fill = Literal["ones", "zeros", "grid", "line", "sides", "frames", "guidance"]
 Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
 
@@ -74,8 +74,9 @@ class Tensor(Part):
     fill: Fill | None = Field(
         default=None,
         description="What it holds where that follows from the sizes, so that a request may leave it out. ones, zeros. "
-        "grid: (first, row, column) of each token. sides: (1, rows, columns) of each picture in tokens. frames: first, "
-        "first + 1 and so on. guidance: the guidance scale times the pipeline's guidance_factor.",
+        "grid: (first, row, column) of each token, and zeros. line: zeros, and the number of each token. sides: (1, "
+        "rows, columns) of each picture in tokens. frames: first, first + 1 and so on. guidance: the guidance scale "
+        "times the pipeline's guidance_factor.",
     )
     first: int = Field(default=0, description="Where the fills grid and frames begin.")
 
@@ -206,14 +207,27 @@ class Pipeline(Part):
     guidance_factor: float = Field(
         default=1.0, description="What the guidance scale is multiplied by where it is an input, dimensionless."
     )
+    guidance_offset: float = Field(
+        default=0.0, description="What is added to the guidance scale of two predictions, dimensionless; 1 is then off."
+    )
     guidance_keeps_norm: bool = Field(
         default=False, description="Whether a guided prediction is as long as the conditional one, token by token."
     )
     prediction_sign: Literal[1, -1] = Field(
         default=1, description="-1 where the model predicts the way to the picture instead of that to the noise."
     )
+    timestep_reversed: bool = Field(
+        default=False, description="Whether the transformer takes 1 - timestep / timestep_divisor."
+    )
     flow_steps: Literal["sigmas", "count"] = Field(
         default="sigmas", description="What a flow-matching scheduler is given: even sigmas, or a number of steps."
+    )
+    noise: Literal["latents", "tokens"] = Field(
+        default="latents",
+        description="What a packed latent is drawn as: latents, which are then packed, or tokens, channels first.",
+    )
+    shift: Literal["tokens", "tokens-and-steps"] = Field(
+        default="tokens", description="What the sigmas shift with, where they do."
     )
     largest_shift: float | None = Field(
         default=None, description="Of the sigmas, where they shift with the number of tokens; null has no limit."
@@ -221,11 +235,15 @@ class Pipeline(Part):
     condition_share: float = Field(
         default=0.0, ge=0, le=1, description="Part of the condition in the noise that a loop begins with."
     )
-    arguments: Literal["declared", "rows-behind", "first-shape"] = Field(
+    arguments: Literal["declared", "rows-behind", "first-shape", "mask-of-all", "lists"] = Field(
         default="declared",
         description="How the pipeline calls the transformer. declared: with the inputs of the graphs. rows-behind: "
         "the rows of a conditioning picture follow those of the latent. first-shape: a shape for each picture, of "
-        "which the first holds for all, and no mask where every token counts.",
+        "which the first holds for all, and no mask where every token counts. mask-of-all: the mask has a one for each "
+        "token of the latent behind those of the text. lists: latents and words of each sample in lists.",
+    )
+    positional: tuple[str, ...] = Field(
+        default=(), description="Inputs that are passed by place behind the latent, in order."
     )
     cast_inputs: tuple[str, ...] = Field(
         default=(), description="Inputs that are cast anew at every call, so that only their numbers stay the same."
@@ -375,6 +393,14 @@ class Manifest(Sealed):
         if problem := contradiction(self):
             raise ValueError(problem)
         return self
+
+    def guidance_of(self, scale: float | None = None) -> float:
+        """What two predictions are guided with, where 1 is no guidance, for a scale as the family's pipeline counts.
+
+        Args:
+            scale: Dimensionless; the default if left out.
+        """
+        return (self.sampling.guidance_scale if scale is None else scale) + self.pipeline.guidance_offset
 
     @classmethod
     def rebuild(cls, raw: Mapping[str, Any]) -> str:

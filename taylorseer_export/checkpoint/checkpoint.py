@@ -75,8 +75,8 @@ def open_checkpoint(
         else:
             checkpoint = Checkpoint(reference, family, alone.parent, _config(alone, family), {}, weightless=True)
     known = checkpoint.shapes if loras else {}
-    family = family if checkpoint.embedded else family.variant(checkpoint.reference)
     family = replace(family, **family.by_config(checkpoint.config))
+    family = family if checkpoint.embedded else family.variant(checkpoint.reference)  # a name says more than a config
     added = tuple(open_lora(lora, family.model_class, family.lora_loader, known, lora_skip) for lora in loras)
     return replace(checkpoint, family=family, loras=added, lora_skip=tuple(lora_skip))
 

@@ -119,8 +119,9 @@ def seen(denoiser: Denoiser, picture: np.ndarray) -> dict[str, np.ndarray]:
     counts = {entry for made in tensors for entry in denoiser.constants[made].shape if isinstance(entry, str)}
     rows, columns = (extent // _side(denoiser.manifest) for extent in size)
     for key, tensor in denoiser.constants.items():
-        if tensor.fill == "grid" and tensor.shape[0] in counts:
-            tensors[key] = grid(tensor.first, rows, columns)
+        if tensor.fill == "grid" and tensor.shape[-2] in counts:
+            ids = grid(tensor.first, rows, columns, int(tensor.shape[-1]))
+            tensors[key] = ids if len(tensor.shape) == 2 else ids[None]
     return tensors
 
 

@@ -111,7 +111,10 @@ def warm_parts(denoiser: Denoiser, size: tuple[int, ...] | None = None) -> None:
     size = usual_size(manifest) if size is None else size
     given = Given(np.zeros((*size[-2:], 3), np.uint8)) if use_of(manifest) is not None else None
     guided = manifest.sampling.guidance in ("batched", "branches")  # by a second prompt, which is as long
-    request = prompt_request(denoiser, ["a picture"], size=size, guidance_scale=1.0 if guided else None, given=given)
+    unguided = 1.0 - manifest.pipeline.guidance_offset
+    request = prompt_request(
+        denoiser, ["a picture"], size=size, guidance_scale=unguided if guided else None, given=given
+    )
     pictures_of(denoiser, request, request.latents)
 
 
@@ -174,7 +177,7 @@ def _encoded(
     """Conditioning of one prompt for all pictures or one for each, with the `negative_` twins that guidance needs."""
     manifest = denoiser.manifest
     described = manifest.parts.get("text") or denoiser.encoder.part.described  # which says that there is none
-    scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
+    scale = manifest.guidance_of(guidance_scale)
     guided = manifest.sampling.guidance in ("batched", "branches")
     if negative is not None and not guided:
         raise ConfigError(

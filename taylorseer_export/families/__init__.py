@@ -5,26 +5,33 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.chroma import CHROMA
 from taylorseer_export.families.dit import DIT
 from taylorseer_export.families.family import Family
 from taylorseer_export.families.flux import FLUX, FLUX_KONTEXT
+from taylorseer_export.families.flux2 import FLUX2, FLUX2_EDIT
 from taylorseer_export.families.framepack import FRAMEPACK
 from taylorseer_export.families.hidream import HIDREAM
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
 from taylorseer_export.families.qwen_image import QWEN_IMAGE
 from taylorseer_export.families.sd3 import SD3
 from taylorseer_export.families.wan import WAN
+from taylorseer_export.families.z_image import Z_IMAGE
 
 _ALL = (
+    CHROMA,
     DIT,
     FLUX,
     FLUX_KONTEXT,
+    FLUX2,
+    FLUX2_EDIT,
     FRAMEPACK,
     HIDREAM,
     HUNYUAN_VIDEO,
     QWEN_IMAGE,
     SD3,
     WAN,
+    Z_IMAGE,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 

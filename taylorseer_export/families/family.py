@@ -14,7 +14,7 @@ from taylorseer_export.families.whole import Whole
 Role = Literal["latent", "step", "constant"]
 Guidance = Literal["none", "embedded", "batched", "branches"]
 _PACKING = 2
-Fill = Literal["ones", "zeros", "grid", "sides", "frames", "guidance"]
+Fill = Literal["ones", "zeros", "grid", "line", "sides", "frames", "guidance"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Input:
         dtype: `float` follows the precision of the export; anything else is a fixed torch dtype name.
         values: (smallest, largest) value allowed, where the model looks something up by it.
         fill: What its values are where they follow from the sizes alone, so that a request may leave it out: `ones`
-            and `zeros`; `grid`, a row of (first, row, column) for each token; `sides`, (1, rows, columns) of each
-            picture in tokens; `frames`, first, first + 1 and so on; `guidance`, the guidance scale times
+            and `zeros`; `grid`, a row of (first, row, column) for each token, with zeros behind where it is longer;
+            `line`, zeros but for the last column, which counts the tokens; `sides`, (1, rows, columns) of each picture
+            in tokens; `frames`, first, first + 1 and so on; `guidance`, the guidance scale times
             `Pipeline.guidance_factor`.
         first: Where `grid` and `frames` begin.
     """
@@ -67,25 +68,39 @@ class Pipeline:
 
     Attributes:
         guidance_factor: What the guidance scale is multiplied by where it is an input, dimensionless.
+        guidance_offset: What is added to the guidance scale of two predictions before they are weighed, dimensionless:
+            1 where the pipeline counts from the conditional one, so that its scale of 0 is no guidance.
         guidance_keeps_norm: Whether a guided prediction is made as long as the conditional one, token by token.
         prediction_sign: -1 where the model predicts the way to the picture; schedulers take the way to the noise.
+        timestep_reversed: Whether the model takes how far a step is from the noise, 1 - t / timestep_divisor.
         flow_steps: What a flow-matching scheduler is given: evenly spaced `sigmas`, or a `count` of steps.
+        noise: What a packed latent is drawn as: `latents`, which are then packed, or the `tokens` that they become,
+            channels first, as a picture of as many places as there are tokens.
+        shift: What the sigmas shift with, where they do: the number of `tokens`, or `tokens-and-steps`.
         largest_shift: Of the sigmas, where they shift with the number of tokens; None has no limit.
         condition_share: Part of the condition in the noise that a loop begins with, dimensionless.
         arguments: How the transformer is called: `declared`, with the inputs as they are; `rows-behind`, with the rows
             of a conditioning picture behind those of the latent; `first-shape`, with a shape for each picture of
-            which the model reads the first, and without a mask where every token counts.
-        cast_inputs: Constant inputs that are cast anew at every call, so that only their numbers stay the same.
+            which the model reads the first, and without a mask where every token counts; `mask-of-all`, with a mask of
+            the text and of the latent behind it, of which every token counts; `lists`, with latents `[C, 1, H, W]` and
+            words `[T, D]` of each sample in lists, and so the answer.
+        positional: Inputs that are passed by place behind the latent, in order; all others by name.
+        cast_inputs: Constant inputs that are cast or joined anew at every call, so that only their numbers stay.
         ignored_inputs: Arguments that are passed and that the model does not look at, unless they are inputs.
     """
 
     guidance_factor: float = 1.0
+    guidance_offset: float = 0.0
     guidance_keeps_norm: bool = False
     prediction_sign: Literal[1, -1] = 1
+    timestep_reversed: bool = False
     flow_steps: Literal["sigmas", "count"] = "sigmas"
+    noise: Literal["latents", "tokens"] = "latents"
+    shift: Literal["tokens", "tokens-and-steps"] = "tokens"
     largest_shift: float | None = None
     condition_share: float = 0.0
-    arguments: Literal["declared", "rows-behind", "first-shape"] = "declared"
+    arguments: Literal["declared", "rows-behind", "first-shape", "mask-of-all", "lists"] = "declared"
+    positional: tuple[str, ...] = ()
     cast_inputs: tuple[str, ...] = ()
     ignored_inputs: tuple[str, ...] = ()
 
@@ -195,6 +210,7 @@ class Family:
             attention and MLP outputs before their gate.
         stack_input: (module, argument) through which the hidden state enters the first block.
         stack_output: (module, argument) through which it leaves the last block.
+        first_input: (module, argument) of the first attention, which a guard may read; the first site's if left out.
         inputs: `config -> inputs` of the transformer.
         dimensions: `config -> {dimension: (smallest, largest)}` that a bundle without a fixed size accepts.
         latent_sizes: `(config, *latent size) -> {dimension: size}` for one latent, before packing.
@@ -249,6 +265,7 @@ class Family:
     whole: Whole | None = None
     source: Literal["labels", "tensors"] = "tensors"
     attributes: Callable[[Mapping[str, Any]], Mapping[str, int]] = no_entries
+    first_input: tuple[str, str] | None = None
     lora_loader: str = ""
     forward: Callable[[Any, dict[str, Any]], Any] = call
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

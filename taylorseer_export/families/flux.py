@@ -36,14 +36,14 @@ def _kontext_inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
     )
 
 
-def _kontext(model: Any, inputs: dict[str, Any]) -> Any:
+def rows_behind(model: Any, inputs: dict[str, Any]) -> Any:
     """The pipeline's `hidden_states` are (latents, image_latents), its `img_ids` (img_ids, image_ids)."""
     import torch
 
     rest = dict(inputs)
     latents, ids = rest.pop("hidden_states"), rest.pop("img_ids")
     rest["hidden_states"] = torch.cat([latents, rest.pop("image_latents")], 1)
-    rest["img_ids"] = torch.cat([ids, rest.pop("image_ids")])
+    rest["img_ids"] = torch.cat([ids, rest.pop("image_ids")], -2)
     return call(model, rest)[:, : latents.shape[1]]
 
 
@@ -120,7 +120,7 @@ FLUX_KONTEXT = replace(
     inputs=_kontext_inputs,
     dimensions=_kontext_dimensions,
     typical={"text_tokens": 512, "condition_tokens": 4096},
-    forward=_kontext,
+    forward=rows_behind,
     pipeline=Pipeline(arguments="rows-behind"),
     whole=replace(_WHOLE, begin=None, see=_see, seen_at=_SEEN_AT),
     variants={},

@@ -4,8 +4,10 @@ Rules, in the names and shapes that diffusers' transformers share:
 
 1. A stack is a list of modules of the model itself whose blocks hold an attention.
 2. A block's sites are its attentions and its MLPs for image rows. A block without an MLP of its own joins both in its
-   last linear layer, which is the site instead.
-3. The hidden state enters the first block of the first stack, and leaves into the first norm or head behind the last.
+   last linear layer, which is the site instead; one that has no such layer either has an attention that holds the MLP.
+   Where each has a norm of its own behind it, `..._norm2` beside `..._norm1`, those norms are the sites.
+3. The hidden state enters the first block of the first stack, and leaves into the first norm or head behind the last,
+   or into one that is called final, wherever it is defined.
 4. The inputs are those arguments of `forward` whose meaning diffusers fixes and whose width the config gives.
 
 A proposal is a draft: the rules read names. `check` traces and splits the model with it, which proves the rest.
@@ -180,11 +182,17 @@ def _sites(model: nn.Module, stack: str, skipped: dict[str, str]) -> list[str]:
         chosen = [name for name in attention + mlps if not _TEXT.search(name)]
         for name in {*attention, *mlps} - set(chosen):
             skipped[f"{stack}.{number}.{prefix}{name}"] = _OF_TEXT
-        if not mlps:
-            linear = [name for name, child in children if isinstance(child, nn.Linear)]
+        linear = [name for name, child in children if isinstance(child, nn.Linear)]
+        if not mlps and linear:
             for name in attention:
                 skipped[f"{stack}.{number}.{prefix}{name}"] = f"joined with the MLP in {linear[-1]}, which is the site"
             chosen = linear[-1:]
+        behind = [name for name, _ in children if name.endswith("norm2") and f"{name[:-1]}1" in dict(children)]
+        behind = [name for name in behind if not _TEXT.search(name)]
+        if 1 < len(chosen) == len(behind):
+            for name, norm in zip(chosen, behind, strict=True):
+                skipped[f"{stack}.{number}.{prefix}{name}"] = f"normed behind it by {norm}, which is the site"
+            chosen = behind
         found |= dict.fromkeys(rf"{re.escape(stack)}\.\d+\.{re.escape(prefix)}{re.escape(name)}" for name in chosen)
     return list(found)
 
@@ -194,12 +202,15 @@ def _behind(model: nn.Module, stack: str) -> str:
     children = list(model.named_children())
     after = children[[name for name, _ in children].index(stack) + 1 :]
     heads = [name for name, child in after if not isinstance(child, nn.ModuleList) and not _TEXT.search(name)]
+    heads += [name for name, _ in children if "final" in name]
     if not heads:
         raise ExportError(
             f"{type(model).__name__} has no module behind `{stack}`, expected the final norm or head; "
             "declare it by hand, see families/README.md"
         )
-    return heads[0]
+    head = model.get_submodule(heads[0])
+    alone = f".{next(iter(head))}" if isinstance(head, nn.ModuleDict) and len(head) == 1 else ""
+    return f"{heads[0]}{alone}"
 
 
 def _first_argument(module: nn.Module) -> str:
@@ -229,7 +240,9 @@ def _known(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Input | Non
     pooled = config.get("pooled_projection_dim")
     image = config.get("image_dim")
     classes = config.get("num_embeds_ada_norm") if text is None else None
-    placed = any("pos_embed" in n and hasattr(m, "axes_dim") for n, m in model.named_children())
+    # How many numbers say where a token is; 0 where the model does not take them.
+    axes = [getattr(m, "axes_dim", None) for n, m in model.named_children() if "pos_embed" in n]
+    places = next((len(of_each) for of_each in axes if isinstance(of_each, tuple | list)), 0)
     embeds = config.get("guidance_embeds")
     masks = {
         name: Input(name, ("batch", "text_tokens"), "constant", "int64", fill="ones")
@@ -246,8 +259,8 @@ def _known(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Input | Non
         "encoder_hidden_states": words if text else None,
         "encoder_hidden_states_image": vision if image else None,
         "pooled_projections": Input("pooled_projections", ("batch", pooled), "constant") if pooled else None,
-        "img_ids": Input("img_ids", ("image_tokens", 3), "constant", "float32", fill="grid") if placed else None,
-        "txt_ids": Input("txt_ids", ("text_tokens", 3), "constant", "float32", fill="zeros") if placed else None,
+        "img_ids": Input("img_ids", ("image_tokens", places), "constant", "float32", fill="grid") if places else None,
+        "txt_ids": Input("txt_ids", ("text_tokens", places), "constant", "float32", fill="zeros") if places else None,
         "class_labels": labels if classes else None,
         "added_cond_kwargs": None,
         "attention_mask": None,

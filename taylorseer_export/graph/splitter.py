@@ -130,12 +130,13 @@ class Splitter:
         return late
 
     def _stays(self, node: fx.Node) -> bool:
-        """Whether an early value is made in the loop all the same: a mere move, no smaller than what it moves."""
+        """Whether an early value is made in the loop all the same: a move or an outer product, no smaller than what it
+        is made of."""
         if self.times[node] == Time.WEIGHT or node.op != "call_function":
             return False
-        if node.target not in _MOVES:
-            return False
         sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        if node.target not in _MOVES and (node.target is not aten.mul.Tensor or len(sources) < 2):
+            return False
         return self._bytes(node) >= sum(self._bytes(n) for n in sources)
 
     def _bytes(self, node: fx.Node) -> int:

@@ -83,8 +83,9 @@ def tapped(model: nn.Module, family: Family) -> Iterator[tuple[str, ...]]:
         kept = _kept_output_hook(tap, argument, FIRST_OUTPUT)
         hooks.callback(modules[block].register_forward_hook(kept, with_kwargs=True).remove)
         sites.sort(key=list(modules).index)
-        hook = _argument_hook(tap, "hidden_states", FIRST_INPUT)
-        hooks.callback(modules[sites[0]].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        module, argument = family.first_input or (sites[0], "hidden_states")
+        hook = _argument_hook(tap, argument, FIRST_INPUT)
+        hooks.callback(modules[module].register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield tuple(sites)
 
 

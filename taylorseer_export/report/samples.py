@@ -202,12 +202,12 @@ def check_inputs(denoiser: Denoiser, tensors: Mapping[str, np.ndarray], guidance
     scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
     if (
         manifest.sampling.guidance in ("batched", "branches")
-        and scale != 1
+        and manifest.guidance_of(scale) != 1
         and not any(name.startswith(NEGATIVE) for name in tensors)
     ):
         raise ConfigError(
             f"--inputs has no tensor `{NEGATIVE}...`, expected those of the negative prompt, since the model is "
-            f"guided with scale {scale:g}; add them, or pass --guidance-scale 1"
+            f"guided with scale {scale:g}; add them, or pass --guidance-scale {1 - manifest.pipeline.guidance_offset:g}"
         )
 
 

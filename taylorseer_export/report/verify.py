@@ -250,7 +250,10 @@ class _Reference:
         if self.granularity == "last":
             return self._forecast("last", value)
         assert self.entering is not None
-        entered = self.entering[:, -value.shape[1] :]  # FramePack drops the tokens of the past before the final norm
+        # FramePack drops the tokens of the past before the final norm; Z-Image has those of the text behind, which it
+        # drops later, so that it is no matter what they are added to.
+        entered = self.entering[:, -value.shape[1] :]
+        entered = torch.nn.functional.pad(entered, (0, 0, 0, value.shape[1] - entered.shape[1]))
         return entered + self._forecast("residual", value - entered)
 
 

@@ -37,14 +37,43 @@ def _rows_behind(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, A
     ids = inputs.get("img_ids")
     if ids is None:
         return latents, inputs
-    rows = int((ids[:, 0] == 0).sum())
-    if rows == len(ids):
+    rows = int((ids.reshape(-1, *ids.shape[-2:])[0, :, 0] == 0).sum())  # they are the same for all samples
+    if rows == ids.shape[-2]:
         raise StepError(
             "input `hidden_states` has no rows of a picture to be edited, expected them after those of the noise; "
             "pass image= to the pipeline, or use a bundle of the model that takes text alone"
         )
-    split = {"img_ids": ids[:rows], "image_ids": ids[rows:], "image_latents": latents[:, rows:]}
+    split = {"img_ids": ids[..., :rows, :], "image_ids": ids[..., rows:, :], "image_latents": latents[:, rows:]}
     return latents[:, :rows], {**inputs, **split}
+
+
+def _mask_of_all(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The mask of the text alone; every token of the latent counts."""
+    text, mask = inputs.get("encoder_hidden_states"), inputs.get("attention_mask")
+    if text is None or mask is None:
+        return latents, inputs
+    words, rows = text.shape[1], latents.shape[1]
+    if mask.shape[1] != words + rows or not bool((mask[:, words:] == 1).all()):
+        raise StepError(
+            f"input `attention_mask` is {list(mask.shape)}, expected a number for each of {words} tokens of text and a "
+            f"one for each of {rows} of the latent behind them; mask the text alone"
+        )
+    return latents, {**inputs, "attention_mask": mask[:, :words]}
+
+
+def _lists(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Words of samples, `[T, D]` each, in one tensor, with a mask that says how many each has."""
+    texts = inputs.get("cap_feats")
+    if texts is None:
+        return latents, inputs
+    if not isinstance(texts, list | tuple) or not all(getattr(text, "ndim", 0) == 2 for text in texts):
+        raise StepError("input `cap_feats` is no list of tensors [T, D], expected one for each sample; pass it so")
+    words = texts[0].new_zeros(len(texts), max(map(len, texts)), texts[0].shape[1])
+    mask = words.new_zeros(words.shape[:2]).long()
+    for row, counted, text in zip(words, mask, texts, strict=True):
+        row[: len(text)] = text
+        counted[: len(text)] = 1
+    return latents, {**inputs, "cap_feats": words, "cap_mask": mask}
 
 
 def _first_shape(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -58,4 +87,10 @@ def _first_shape(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, A
     return latents, given
 
 
-_FORMS: dict[str, Form] = {"declared": _declared, "rows-behind": _rows_behind, "first-shape": _first_shape}
+_FORMS: dict[str, Form] = {
+    "declared": _declared,
+    "rows-behind": _rows_behind,
+    "first-shape": _first_shape,
+    "mask-of-all": _mask_of_all,
+    "lists": _lists,
+}

@@ -20,7 +20,7 @@ Callers do not see each other's loops: `callers.py` keeps them apart.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -35,32 +35,50 @@ class Seen(NamedTuple):
     """A value and its version when it was seen: the same tensor changed in place is another one.
 
     One that is `renewed` is made anew by the pipeline for every call, so that only its numbers tell it from others. So
-    are lists, which offloading makes anew.
+    are lists, which offloading makes anew; one of tensors is its tensors, with a version of each.
     """
 
     value: Any
-    version: int
+    version: Any
     renewed: bool = False
 
     @classmethod
     def of(cls, value: Any, renewed: bool = False) -> Seen:
         """The value now; inference tensors count no versions."""
+        if _holds_tensors(value):
+            return cls(value, tuple(cls.of(one).version for one in value), renewed)
         asked = getattr(value, "is_inference", None)
         return cls(value, 0 if asked is None or asked() else value._version, renewed)
 
     def same(self, other: Seen) -> bool:
+        if _holds_tensors(self.value) and _holds_tensors(other.value):
+            return self._each(other, Seen.same)
         if self.value is not other.value and (self.renewed or not hasattr(self.value, "detach")):
             return self.equal(other)
-        return self.value is other.value and self.version == other.version
+        return self.value is other.value and bool(self.version == other.version)
+
+    def _each(self, other: Seen, alike: Callable[[Seen, Seen], bool]) -> bool:
+        """Whether lists of tensors are as long, and alike one by one."""
+        ours, theirs = (
+            [Seen(value, version, self.renewed) for value, version in zip(seen.value, seen.version, strict=True)]
+            for seen in (self, other)
+        )
+        return len(ours) == len(theirs) and all(map(alike, ours, theirs))
 
     def equal(self, other: Seen) -> bool:
         """Whether the values are the same, where the tensors need not be; changed in place counts as changed."""
         if self.value is other.value:
-            return self.version == other.version
+            return bool(self.version == other.version)
+        if _holds_tensors(self.value) and _holds_tensors(other.value):
+            return self._each(other, Seen.equal)
         if hasattr(self.value, "is_cuda") and hasattr(other.value, "is_cuda"):  # on the device that they are on
             alike = self.value.dtype == other.value.dtype and self.value.device == other.value.device
             return alike and bool(self.value.equal(other.value))
         return np.array_equal(host_array(self.value), host_array(other.value))
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(hasattr(one, "detach") for one in value)
 
 
 class Context(NamedTuple):

@@ -44,7 +44,7 @@ def clock(
         mu = None
         if flow:
             config = scheduler.config
-            mu = _shift(manifest, config, shape) if config.get("use_dynamic_shifting", False) else None
+            mu = _shift(manifest, config, shape, steps) if config.get("use_dynamic_shifting", False) else None
             if sigmas is None and manifest.pipeline.flow_steps == "sigmas":
                 sigmas = np.linspace(1.0, 1.0 / steps, steps)
         scheduler.set(steps, sigmas, mu)
@@ -63,14 +63,32 @@ def clock(
             f"{name} sets {len(timesteps)} timesteps for {steps} steps, expected one for each; use the bundle in a "
             "diffusers pipeline, or export with another scheduler in scheduler/scheduler_config.json"
         )
-    return timesteps / np.float32(manifest.sampling.timestep_divisor)
+    divisor = np.float32(manifest.sampling.timestep_divisor)
+    return ((divisor - timesteps) if manifest.pipeline.timestep_reversed else timesteps) / divisor
 
 
-def _shift(manifest: Manifest, config: Mapping[str, Any], shape: tuple[int, ...]) -> float:
+def _shift(manifest: Manifest, config: Mapping[str, Any], shape: tuple[int, ...], steps: int) -> float:
     """What the pipelines shift the sigmas by: linear in the number of tokens of a packed or an unpacked latent."""
+    if manifest.pipeline.shift == "tokens-and-steps":
+        return _shift_by_steps(shape[1], steps)
     low, high = config["base_image_seq_len"], config["max_image_seq_len"]
     slope = (config["max_shift"] - config["base_shift"]) / (high - low)
     tokens = shape[1] if len(shape) == 3 else math.prod(shape[2:]) / int(manifest.model.config["patch_size"]) ** 2
     shift = float(config["base_shift"] + slope * (tokens - low))
     largest = manifest.pipeline.largest_shift
     return shift if largest is None else min(shift, largest)
+
+
+def _shift_by_steps(tokens: int, steps: int) -> float:
+    """The same as FLUX.2's authors fitted it, of T tokens and S steps:
+
+    mu(T, S) = mu_200 + (S - 200) (mu_200 - mu_10) / 190,   mu_200 alone above 4300 tokens
+    mu_200 = 1.6927e-4 T + 0.45666666,   mu_10 = 8.73809524e-5 T + 1.89833333
+
+    The order of the sums is that of diffusers, whose bits the sigmas have.
+    """
+    many, few = 0.00016927 * tokens + 0.45666666, 8.73809524e-05 * tokens + 1.89833333
+    if tokens > 4300:
+        return many
+    slope = (many - few) / 190.0
+    return slope * steps + (many - 200.0 * slope)

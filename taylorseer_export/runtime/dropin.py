@@ -119,15 +119,18 @@ class DropIn(EngineModule):
         self._form = form_of(denoiser.manifest)
         self._known = frozenset((denoiser.timestep.name, *denoiser.constants, *pipeline.ignored_inputs))
         self._renewed = frozenset(pipeline.cast_inputs)
+        self._lists = pipeline.arguments == "lists"
         self._callers = Callers()
 
     # What a pipeline asks of its transformer -------------------------------------------------------------------------
 
-    def forward(self, hidden_states: torch.Tensor, return_dict: bool = True, **inputs: Any) -> Any:
+    def forward(self, hidden_states: Any = None, *placed: Any, return_dict: bool = True, **inputs: Any) -> Any:
         """One call of the transformer, under diffusers' argument names.
 
         Args:
-            hidden_states: The latents, on the engines' device, of any floating dtype.
+            hidden_states: The latents, on the engines' device, of any floating dtype. Some models call them otherwise,
+                and some take them in a list, one entry for each sample; then so does the answer come.
+            placed: What the model's pipeline passes by place behind them.
             return_dict: Whether to return diffusers' output class instead of a tuple.
             inputs: The timestep and the conditioning.
 
@@ -139,7 +142,10 @@ class DropIn(EngineModule):
                 CPU, the prediction is not finite (on a GPU that would wait at every step). The request is over.
         """
         try:
-            sample = self._predict(hidden_states, inputs)
+            inputs |= self._by_place(placed)
+            given = inputs.pop(self.denoiser.latent.name) if hidden_states is None else hidden_states
+            predicted = self._predict(_together(given) if self._lists else given, inputs)
+            sample: Any = list(predicted.unsqueeze(2)) if self._lists else predicted
         except BaseException:
             self._abort()
             raise
@@ -275,6 +281,15 @@ class DropIn(EngineModule):
         # A copy in any case, since the next step overwrites it.
         return kept.clone() if kept.dtype == latents.dtype else kept.to(latents.dtype)
 
+    def _by_place(self, placed: tuple[Any, ...]) -> dict[str, Any]:
+        names = self.denoiser.manifest.pipeline.positional
+        if len(placed) > len(names):
+            raise StepError(
+                f"{len(placed)} arguments follow the latents by place, expected at most {len(names)} "
+                f"({', '.join(names) or 'none'}); pass the others by name"
+            )
+        return dict(zip(names, placed, strict=False))
+
     def _call(self, context: Context | None, latents: torch.Tensor, inputs: dict[str, Any]) -> TransformerCall:
         """The call, its arguments checked by name."""
         clock, constants = self.denoiser.timestep.name, self.denoiser.constants
@@ -367,6 +382,18 @@ class DropIn(EngineModule):
             )
         longer = self._forecasts_of(self._options, 2 * len(request.plan))
         request.forecasts = replace(request.forecasts, plan=longer.plan)
+
+
+def _together(latents: Any) -> Any:
+    """Latents `[C, 1, H, W]` of each sample as one tensor `[N, C, H, W]`."""
+    if not isinstance(latents, list | tuple) or not all(isinstance(one, torch.Tensor) for one in latents):
+        raise StepError(
+            f"latents are {type(latents).__name__}, expected a list of tensors [C, 1, H, W]; pass one for each"
+        )
+    if len({one.shape for one in latents}) != 1 or latents[0].ndim != 4 or latents[0].shape[1] != 1:
+        shapes = ", ".join(sorted({str(list(one.shape)) for one in latents}))
+        raise StepError(f"latents are {shapes}, expected [C, 1, H, W] of one size; make a call for each size")
+    return torch.stack([one.squeeze(1) for one in latents])
 
 
 class _Config(dict[str, Any]):

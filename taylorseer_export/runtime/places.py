@@ -35,14 +35,19 @@ def value_from_fill(
         case "sides":
             return np.broadcast_to([1, *(sides or sides_of(sizes[ROWS]))], shape).astype(dtype)
         case "grid":
-            rows, columns = sides if sides is not None and tensor.shape[0] == ROWS else sides_of(shape[0])
-            return grid(tensor.first, rows, columns).astype(dtype)
+            rows, columns = sides if sides is not None and tensor.shape[-2] == ROWS else sides_of(shape[-2])
+            return np.broadcast_to(grid(tensor.first, rows, columns, shape[-1]), shape).astype(dtype)
+        case "line":
+            line = np.zeros(shape, dtype)
+            line[..., -1] = np.arange(shape[-2])
+            return line
     return None
 
 
-def grid(first: int, rows: int, columns: int) -> np.ndarray:
-    """(first, row, column) of every token of a picture, `[rows * columns, 3]` float32."""
-    ids = np.full((rows * columns, 3), first, np.float32)
+def grid(first: int, rows: int, columns: int, width: int = 3) -> np.ndarray:
+    """(first, row, column, 0, ...) of every token of a picture, `[rows * columns, width]` float32."""
+    ids = np.zeros((rows * columns, width), np.float32)
+    ids[:, 0] = first
     ids[:, 1], ids[:, 2] = np.divmod(np.arange(rows * columns), columns)
     return ids
 

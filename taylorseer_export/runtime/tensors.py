@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.bundle.manifest import Manifest, Pipeline
 from taylorseer_export.bundle.part_agreement import CONDITION as CONDITION
 from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.errors import ConfigError, StepError
@@ -50,7 +50,7 @@ def tensor_request(
     """
     manifest, constants, count = denoiser.manifest, denoiser.constants, len(seeds)
     check_guidance(manifest, guidance_scale, any(name.startswith(NEGATIVE) for name in tensors))
-    scale = manifest.sampling.guidance_scale if guidance_scale is None else guidance_scale
+    scale = manifest.guidance_of(guidance_scale)
     for name in tensors:
         if name.removeprefix(NEGATIVE) not in constants and name != CONDITION:
             raise ConfigError(f"input `{name}` is not known, expected {', '.join(constants)}; leave it out of --inputs")
@@ -58,7 +58,7 @@ def tensor_request(
     given, extents = _completed(denoiser, own, {**(sizes or {}), "batch": count}, sides, scale)
     latent = resolve(denoiser.latent.shape, extents)
     joined, sampled = joined_to(manifest, latent, tensors.get(CONDITION))
-    noise = np.concatenate([_noise(sampled, manifest.pipeline.packing, sides, seed) for seed in seeds])
+    noise = np.concatenate([_noise(sampled, manifest.pipeline, sides, seed) for seed in seeds])
     if joined is not None and (share := manifest.pipeline.condition_share):
         noise = np.float32(1 - share) * noise + np.float32(share) * joined.value[:, : sampled[1], :1]
     twins = {
@@ -104,7 +104,7 @@ def check_guidance(manifest: Manifest, scale: float | None, negative: bool) -> N
             f"guidance scale is {scale:g} for {manifest.family}-{manifest.name}, expected none: this model has no "
             "guidance; leave it out"
         )
-    if manifest.sampling.guidance in ("batched", "branches") and not negative and scale != 1.0:
+    if manifest.sampling.guidance in ("batched", "branches") and not negative and manifest.guidance_of(scale) != 1.0:
         raise ConfigError(
             f"guidance scale is {scale:g} without `{NEGATIVE}` inputs, expected them to be guided away from; add them "
             "to --inputs, or leave the scale out"
@@ -199,12 +199,13 @@ def _frames_of_section(manifest: Manifest, frames: int, option: str) -> list[int
     return [manifest.sampling.time_scale * (window_of(manifest) - 1) + 1]
 
 
-def _noise(shape: tuple[int, ...], packing: int, sides: tuple[int, int] | None, seed: int) -> np.ndarray:
+def _noise(shape: tuple[int, ...], pipeline: Pipeline, sides: tuple[int, int] | None, seed: int) -> np.ndarray:
     """`[1, ...]`; of packed latents as the pipelines draw it, before it is packed."""
-    if packing == 1:
+    if pipeline.packing == 1:
         return noise_of((1, *shape[1:]), seed)
     rows, columns = sides or sides_of(shape[1])
-    return tokens_of(noise_of((1, shape[2] // packing**2, packing * rows, packing * columns), seed), packing)
+    side = pipeline.packing if pipeline.noise == "latents" else 1
+    return tokens_of(noise_of((1, shape[2] // side**2, side * rows, side * columns), seed), side)
 
 
 def latent_sizes(

@@ -14,7 +14,7 @@ from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape
 
-_TEXT = re.compile(r"(encoder_hidden_states|pooled_)(?!.*(_image|_mask)$)")  # what a negative prompt changes
+_TEXT = re.compile(r"(encoder_hidden_states|pooled_|cap_feats)(?!.*(_image|_mask)$)")  # what a negative prompt changes
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,7 @@ def ask(
         raise ConfigError(f"guidance_scale is {scale}, expected a finite number; correct it")
     if role == "denoiser":
         values = _with_picture(denoiser, values)
-        scale = sampling.guidance_scale if scale is None else scale
+        scale = denoiser.manifest.guidance_of(scale)
         return Ask(_loop_request(denoiser, values, scale, _sigmas(forecasts.plan, values)), forecasts)
     seed = _whole(values, "seed") or 0
     if not 0 <= seed < 1 << 63:

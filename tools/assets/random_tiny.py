@@ -27,6 +27,15 @@ from taylorseer_export.families import FAMILIES
 
 ASSETS = ROOT / "taylorseer_export" / "assets"
 SEED = 0
+_FLUX2 = {
+    "in_channels": 128,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 4, 4, 4),
+}
 # What each differs by from its class's defaults. Latents have the channels of the published models; widths are tiny.
 CONFIGS: dict[str, dict[str, Any]] = {
     "flux-kontext": {
@@ -39,6 +48,30 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "pooled_projection_dim": 32,
         "guidance_embeds": True,
         "axes_dims_rope": (4, 6, 6),
+    },
+    "flux2": _FLUX2,
+    "flux2-edit": _FLUX2,
+    "chroma": {
+        "in_channels": 64,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": (4, 6, 6),
+        "approximator_hidden_dim": 32,
+        "approximator_layers": 2,
+    },
+    "z-image": {
+        "in_channels": 16,
+        "dim": 32,
+        "n_layers": 3,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 32,
+        "axes_dims": [4, 6, 6],
+        "axes_lens": [256, 64, 64],
     },
     "framepack": {
         "in_channels": 16,
@@ -118,6 +151,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # Dimensions at which estimates are quoted, latent size first; all else the config says.
 SIZES: dict[str, dict[str, Any]] = {
     "flux-kontext": {"latent_size": [16, 16], "text_tokens": 12, "condition_tokens": 64},
+    "flux2": {"latent_size": [16, 16], "text_tokens": 12},
+    "flux2-edit": {"latent_size": [16, 16], "text_tokens": 12, "condition_tokens": 64},
+    "chroma": {"latent_size": [16, 16], "text_tokens": 12},
+    "z-image": {"latent_size": [16, 16], "text_tokens": 12},
     "framepack": {"latent_size": [3, 16, 16], "text_tokens": 12},
     "hidream": {"latent_size": [16, 16], "text_tokens": 12},
     "hunyuan-video": {"latent_size": [3, 8, 12], "text_tokens": 12},

@@ -1,0 +1,95 @@
+"""FLUX.2 (dev, klein base, klein): FLUX's blocks, all of a kind with one modulation, and pictures to go by.
+
+dev takes guidance as an input. klein does not: its base is guided by a second call, what was distilled of it by none.
+Every FLUX.2 also takes pictures, as tokens behind those of the noise; with them a checkpoint is of family `flux2-edit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, packed
+from taylorseer_export.families.flux import FLUX, rows_behind
+
+_PLACES = 4  # of a token: picture, row, column, and the number of a word
+_PICTURE = 10  # what the first picture to go by has for the first of them; the second has 20, and so on
+
+
+def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    if len(config["axes_dims_rope"]) != _PLACES or config["patch_size"] != 1:
+        raise ConfigError(
+            f"config entries `axes_dims_rope` and `patch_size` are {list(config['axes_dims_rope'])} and "
+            f"{config['patch_size']}, expected {_PLACES} numbers and 1 as of FLUX.2; check --model and the family"
+        )
+    guidance = (Input("guidance", ("batch",), "constant", fill="guidance"),) if config["guidance_embeds"] else ()
+    return (
+        Input("hidden_states", ("batch", "image_tokens", config["in_channels"]), "latent"),
+        Input("timestep", ("batch",), "step"),
+        *guidance,
+        Input("encoder_hidden_states", ("batch", "text_tokens", config["joint_attention_dim"]), "constant"),
+        Input("img_ids", ("batch", "image_tokens", _PLACES), "constant", "int64", fill="grid"),
+        Input("txt_ids", ("batch", "text_tokens", _PLACES), "constant", "int64", fill="line"),
+    )
+
+
+def _edit_inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    return (
+        *_inputs(config),
+        Input("image_latents", ("batch", "condition_tokens", config["in_channels"]), "constant"),
+        Input("image_ids", ("batch", "condition_tokens", _PLACES), "constant", "int64", fill="grid", first=_PICTURE),
+    )
+
+
+def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {"batch": (1, 16), "image_tokens": (4, 16384), "text_tokens": (1, 512)}
+
+
+def _edit_dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {**_dimensions(config), "condition_tokens": (4, 32768)}
+
+
+def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {} if config.get("guidance_embeds", True) else {"guidance": "branches"}
+
+
+FLUX2 = Family(
+    name="flux2",
+    title="FLUX.2 dev, klein base and klein",
+    model_class="Flux2Transformer2DModel",
+    reference="black-forest-labs/FLUX.2-dev",
+    sites=(r"transformer_blocks\.\d+\.(attn|ff)", r"single_transformer_blocks\.\d+\.attn"),
+    stack_input=FLUX.stack_input,
+    stack_output=FLUX.stack_output,
+    inputs=_inputs,
+    dimensions=_dimensions,
+    latent_sizes=packed,
+    defaults=FLUX.defaults,
+    scheduler=FLUX.scheduler,
+    scheduler_config=FLUX.scheduler_config,
+    guidance="embedded",
+    guidance_scale=4.0,
+    latent_size=(128, 128),
+    timestep_divisor=1000.0,
+    pipeline=Pipeline(noise="tokens", shift="tokens-and-steps", ignored_inputs=("guidance",)),
+    lora_loader="Flux2LoraLoaderMixin",
+    by_config=_by_config,
+    # Of klein, only the base is not distilled.
+    variants={
+        "base": {},
+        "klein": {"guidance": "none", "guidance_scale": 1.0, "defaults": Defaults(4, interval=6, warmup=3, order=1)},
+    },
+)
+
+FLUX2_EDIT = replace(
+    FLUX2,
+    name="flux2-edit",
+    title="FLUX.2 with pictures to go by",
+    inputs=_edit_inputs,
+    dimensions=_edit_dimensions,
+    typical={"text_tokens": 512, "condition_tokens": 4096},
+    forward=rows_behind,
+    pipeline=replace(FLUX2.pipeline, arguments="rows-behind", cast_inputs=("img_ids",)),
+)

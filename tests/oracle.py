@@ -45,9 +45,12 @@ def flux(model, timestep, hidden_states, img_ids, image_latents=None, image_ids=
     return plain(model, timestep, hidden_states=rows, img_ids=ids, **inputs)[:, : hidden_states.shape[1]]
 
 
-def qwen_image(model, timestep, img_shapes, **inputs):
-    """As QwenImagePipeline: the sizes of the pictures are nested lists of numbers."""
-    return plain(model, timestep, img_shapes=img_shapes.tolist(), **inputs)
+def qwen_image(model, timestep, hidden_states, img_shapes, image_latents=None, **inputs):
+    """As QwenImagePipeline: the sizes of pictures are nested lists of numbers. As QwenImageEditPipeline: the rows of
+    pictures to be edited follow the latent's, and their result is dropped."""
+    rows = hidden_states if image_latents is None else torch.cat([hidden_states, image_latents], 1)
+    made = plain(model, timestep, hidden_states=rows, img_shapes=img_shapes.tolist(), **inputs)
+    return made[:, : hidden_states.shape[1]]
 
 
 def hidream(model, timestep, **inputs):
@@ -209,8 +212,8 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
     """What a guard's rule compares, exactly, at every step: a list of S tensors [B, rows, C].
 
     cg: output of the first block. fbcache: that less the block's input. teacache: input of its attention.
-    Only rows of the latent, but for teacache: Kontext has those of its conditioning image behind them, FramePack those
-    of its past before them.
+    Only rows of the latent, but for teacache: Kontext and Qwen-Image-Edit have those of their conditioning images
+    behind them, FramePack those of its past before them.
     """
     model = torch.nn.Module.to(copy.deepcopy(model), dtype).eval()
     kind = type(model).__name__
@@ -239,7 +242,7 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
             found.append(now["in"])
             continue
         value = now["out"] - now["in"] if rule == "fbcache" else now["out"]
-        rows = latent.shape[1] if kind == "FluxTransformer2DModel" else now["rows"]
+        rows = latent.shape[1] if kind in ("FluxTransformer2DModel", "QwenImageTransformer2DModel") else now["rows"]
         found.append(value[:, -rows:] if "Framepack" in kind else value[:, :rows])
     return found
 

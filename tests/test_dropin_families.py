@@ -9,12 +9,14 @@ model on its inputs.
 
 import copy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import accelerate
 import numpy as np
 import pytest
 import torch
+from diffusers import QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from harness import allowed, eager_denoiser
 from oracle import assert_close
 from PIL import Image
@@ -26,6 +28,7 @@ from tiny_pipelines import (
     hunyuan_image_pipeline,
     hunyuan_pipeline,
     kontext_pipeline,
+    qwen_image_edit_pipeline,
     qwen_image_pipeline,
     sd3_pipeline,
     wan_image_pipeline,
@@ -74,6 +77,8 @@ QWEN = {
     "true_cfg_scale": 2.0,
     **guided("prompt_embeds", prompt_embeds=text(6, 24)),
 }
+EDIT_PLUS = partial(qwen_image_edit_pipeline, pipeline=QwenImageEditPlusPipeline)
+PICTURES = [PICTURE, PICTURE.resize((32, 16))]
 SD3 = guided("prompt_embeds", "pooled_prompt_embeds", prompt_embeds=text(6, 24), pooled_prompt_embeds=text(20))
 HIDREAM = guided(
     "prompt_embeds_t5",
@@ -126,6 +131,9 @@ CASES = {
     ),
     "qwen-image": ("qwen-image", qwen_image_pipeline, QWEN, {"cond", "uncond"}),
     "qwen-image-two": ("qwen-image", qwen_image_pipeline, QWEN | {"num_images_per_prompt": 2}, {"cond", "uncond"}),
+    "qwen-image-edit": ("qwen-image-edit", qwen_image_edit_pipeline, QWEN | {"image": PICTURE}, {"cond", "uncond"}),
+    "qwen-image-edit-plus": ("qwen-image-edit", EDIT_PLUS, QWEN | {"image": PICTURES}, {"cond", "uncond"}),
+    "qwen-image-edit-2511": ("qwen-image-edit-2511", EDIT_PLUS, QWEN | {"image": PICTURES}, {"cond", "uncond"}),
     "sd3": ("sd3", sd3_pipeline, SMALL | SD3, {"0"}),
     "hidream": ("hidream", hidream_pipeline, SMALL | HIDREAM, {"0"}),
     "hunyuan": (
@@ -162,6 +170,17 @@ CASES = {
 MODELS = {
     "unguided": ("hunyuan-video", lambda: tiny_hunyuan(guidance=False, single=1)),
 }
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """Pipelines that edit bring every picture to a megapixel; here to about 40 x 40 pixels."""
+    for code in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        monkeypatch.setattr(code, "calculate_dimensions", partial(sides_of_area, code.calculate_dimensions))
+
+
+def sides_of_area(original, area, ratio):
+    return original(40 * 40, ratio)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +323,7 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     painted = paint(pipe, steps=4, **{"guidance_scale": scale, **options})
     latents = calls[0][0]
     sizes = match(denoiser.latent.shape, tuple(latents.shape), {}, "latents")
-    sides = tuple(int(options[side]) // 16 for side in ("height", "width")) if name == "qwen-image" else None
+    sides = tuple(int(options[side]) // 16 for side in ("height", "width")) if name.startswith("qwen-image") else None
     asked = None if denoiser.manifest.sampling.guidance == "none" else scale
     request = tensor_request(denoiser, tensors_of(denoiser, calls), [0], sizes, sides, asked)
     if case == "framepack":  # it draws from the same generator to encode the picture, and adds the picture at the end
@@ -402,6 +421,38 @@ def test_kontext_without_a_picture(denoisers):
     pipe.transformer = denoiser.as_transformer()
     with pytest.raises(StepError, match=r"input `hidden_states` has no rows of a picture to be edited, expected them"):
         paint(pipe, height=16, width=16, max_area=256, max_sequence_length=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "given", "message"),
+    [
+        (
+            "qwen-image-edit",
+            qwen_image_pipeline,
+            {},
+            r"`hidden_states` has 6 rows and `img_shapes` pictures of 6, expected those of the noise .*; "
+            "pass image= to the pipeline",
+        ),
+        (
+            "qwen-image",
+            EDIT_PLUS,
+            {"image": PICTURES},
+            r"argument `img_shapes` has 3 pictures a sample, expected 1, .*; leave the others out, or use a",
+        ),
+        (
+            "qwen-image-edit",
+            EDIT_PLUS,
+            {"image": [PICTURE] * 5},
+            r"size `pictures` is 6, expected 2 to 5; use such a size",
+        ),
+    ],
+)
+def test_as_many_pictures_as_the_model_takes(denoisers, name, build, given, message):
+    model, denoiser = denoisers(name)
+    pipe = build(model)
+    pipe.transformer = denoiser.as_transformer()
+    with pytest.raises(StepError, match=message):
+        paint(pipe, **QWEN, **given)
 
 
 def test_a_request_from_tensors_says_what_is_wrong(denoisers):

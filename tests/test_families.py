@@ -46,6 +46,16 @@ ROWS = {
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes"}),
     ),
+    **dict.fromkeys(
+        ("qwen-image-edit", "qwen-image-edit-2511"),
+        Row(
+            (
+                {"batch": 1, "height": 2, "width": 3, "text_tokens": 9, "pictures": ((2, 2),)},
+                {"batch": 3, "height": 5, "width": 3, "pictures": ((3, 2), (4, 5), (2, 2))},
+            ),
+            frozenset({"encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes", "image_latents"}),
+        ),
+    ),
     "kontext": Row(
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "img_ids", "txt_ids", "image_latents", "image_ids"}),
@@ -199,7 +209,7 @@ def test_forecast_has_no_attention_no_mlp_no_text(drafts, tiny, name, granularit
     assert found["matmul"] == len(pieces.sites)
     assert {t.role for t in pieces.forecast.inputs} == {"latent", "step", "weights", "taylor_in"}
     kept = {size for t in pieces.forecast.inputs for entry in t.shape for size in names(entry)}
-    assert not kept & {"text_tokens", "condition_tokens"}
+    assert not kept & {"text_tokens", "condition_tokens", "pictures"}
     assert pieces.full.operators()["scaled_dot_product_attention"] > 0
 
 

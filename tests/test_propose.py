@@ -19,6 +19,8 @@ DIFFERS = {
     "plain": {"timestep"},
     "kontext": {"timestep", "image_latents", "image_ids"},  # two inputs of ours for one argument
     "qwen-image": {"timestep", "img_shapes"},  # numbers, for which a tensor stands while tracing
+    "qwen-image-edit": {"timestep", "img_shapes", "image_latents"},
+    "qwen-image-edit-2511": {"timestep", "img_shapes", "image_latents"},
     "hidream": {"hidden_states", "pooled_embeds", "encoder_hidden_states_t5", "encoder_hidden_states_llama3"},
     "hunyuan": {"encoder_attention_mask"},  # of another dtype
     "hunyuan-channels": {"encoder_attention_mask"},

@@ -33,7 +33,7 @@ BITS = {
     "F32": 32,
 }
 BITS |= {"I32": 32, "F64": 64, "I64": 64, "F6_E2M3": 6, "C64": 64}
-CONVERTED = ("flux", "flux-kontext", "hidream", "hunyuan-video", "qwen-image", "sd3", "wan")
+CONVERTED = ("flux", "flux-kontext", "hidream", "hunyuan-video", "qwen-image", "qwen-image-edit", "sd3", "wan")
 
 
 def write(path, tensors):
@@ -175,7 +175,7 @@ def wan_layout():
 def original(family):
     """Names and shapes in the layout of the family's authors, with few blocks."""
     known = {"flux": flux_layout, "flux-kontext": flux_layout, "hunyuan-video": hunyuan_layout, "sd3": sd3_layout}
-    if family in ("hidream", "qwen-image"):
+    if family in ("hidream", "qwen-image", "qwen-image-edit"):
         return {f"model.diffusion_model.{n}": s for n, (_, s) in plain(family)[1].items()}
     return (known | {"wan": wan_layout})[family]()
 

@@ -22,6 +22,7 @@ from diffusers import (
     HunyuanVideoFramepackPipeline,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
+    QwenImageEditPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
@@ -174,6 +175,20 @@ def qwen_image_pipeline(transformer, text_encoder=None, tokenizer=None):
             vae=tiny_qwen_image_vae(transformer.config.in_channels // 4),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
+            transformer=transformer,
+        )
+    )
+
+
+def qwen_image_edit_pipeline(transformer, pipeline=QwenImageEditPipeline):
+    """The same from pictures; the prompt is given as embeddings."""
+    return _quiet(
+        pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_qwen_image_vae(transformer.config.in_channels // 4),
+            text_encoder=None,
+            tokenizer=None,
+            processor=None,
             transformer=transformer,
         )
     )

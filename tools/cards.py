@@ -77,6 +77,8 @@ MODELS = {
     "wan2.2-ti2v-5b": Model("wan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
     "hidream-i1-full": Model("hidream", "HiDream-ai/HiDream-I1-Full"),
     "qwen-image": Model("qwen-image", "Qwen/Qwen-Image"),
+    "qwen-image-edit": Model("qwen-image-edit", "Qwen/Qwen-Image-Edit"),
+    "qwen-image-edit-2511": Model("qwen-image-edit", "Qwen/Qwen-Image-Edit-2511"),
     "stable-diffusion-3.5-medium": Model("sd3", "stabilityai/stable-diffusion-3.5-medium"),
     "stable-diffusion-3.5-large": Model("sd3", "stabilityai/stable-diffusion-3.5-large"),
 }

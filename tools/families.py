@@ -45,6 +45,8 @@ MODELS = {
     "wan": "wan (text to video)",
     "wan-image": "wan (image to video)",
     "qwen-image": "qwen-image",
+    "qwen-image-edit": "qwen-image-edit",
+    "qwen-image-edit-2511": "qwen-image-edit (2511)",
     "sd3": "sd3",
 }
 

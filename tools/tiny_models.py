@@ -88,8 +88,8 @@ def kontext_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed
     return latents, sigma, {**conditioning, "image_latents": image_latents, "image_ids": ids}
 
 
-def tiny_qwen_image(seed=0, layers=2):
-    """Qwen-Image of width 32, float32, eval."""
+def tiny_qwen_image(seed=0, layers=2, pictures_at_zero=False):
+    """Qwen-Image of width 32, float32, eval; `pictures_at_zero` as Qwen-Image-Edit-2511."""
     return randomised(
         lambda: QwenImageTransformer2DModel(
             in_channels=16,
@@ -99,6 +99,7 @@ def tiny_qwen_image(seed=0, layers=2):
             num_attention_heads=2,
             joint_attention_dim=24,
             axes_dims_rope=(4, 6, 6),
+            zero_cond_t=pictures_at_zero,
         ),
         seed,
     )
@@ -116,6 +117,17 @@ def qwen_image_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, s
         "img_shapes": torch.tensor([[[1, height, width]]]).repeat(batch, 1, 1),
     }
     return _trajectory(sigma, (batch, height * width, model.config.in_channels), rng), sigma, conditioning
+
+
+def qwen_image_edit_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0, pictures=((3, 5), (2, 4))):
+    """As `qwen_image_inputs`, with the latents of pictures of so many (height, width) tokens."""
+    latents, sigma, conditioning = qwen_image_inputs(model, steps, batch, height, width, text_tokens, seed)
+    rng = torch.Generator().manual_seed(seed + 100)
+    shapes = torch.tensor([[1, *sides] for sides in ((height, width), *pictures)])
+    count = int(shapes[1:].prod(1).sum())
+    conditioning["img_shapes"] = shapes.repeat(batch, 1, 1)
+    conditioning["image_latents"] = torch.randn(batch, count, model.config.in_channels, generator=rng)
+    return latents, sigma, conditioning
 
 
 def tiny_sd3(seed=0, layers=2):
@@ -326,6 +338,12 @@ MODELS = {
     "plain": ("flux", lambda: tiny_flux(seed=1, guidance=False, double=1, single=1), flux_inputs),
     "kontext": ("flux-kontext", lambda: tiny_flux(seed=2, double=1), kontext_inputs),
     "qwen-image": ("qwen-image", tiny_qwen_image, qwen_image_inputs),
+    "qwen-image-edit": ("qwen-image-edit", lambda: tiny_qwen_image(seed=1), qwen_image_edit_inputs),
+    "qwen-image-edit-2511": (
+        "qwen-image-edit",
+        lambda: tiny_qwen_image(seed=2, pictures_at_zero=True),
+        qwen_image_edit_inputs,
+    ),
     "sd3": ("sd3", tiny_sd3, sd3_inputs),
     "hidream": ("hidream", tiny_hidream, hidream_inputs),
     "dit": ("dit", tiny_dit, dit_inputs),

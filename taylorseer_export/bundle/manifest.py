@@ -73,8 +73,8 @@ class Tensor(Part):
     fill: Fill | None = Field(
         default=None,
         description="What it holds where that follows from the sizes, so that a request may leave it out. ones, zeros. "
-        "grid: (first, row, column) of each token. sides: (1, rows, columns) of each picture in tokens. frames: first, "
-        "first + 1 and so on. guidance: the guidance scale times the pipeline's guidance_factor.",
+        "grid: (first, row, column) of each token. sides: (1, rows, columns) of each picture in tokens, the latent "
+        "first. frames: first, first + 1 and so on. guidance: the guidance scale times the pipeline's guidance_factor.",
     )
     first: int = Field(default=0, description="Where the fills grid and frames begin.")
 
@@ -220,11 +220,12 @@ class Pipeline(Part):
     condition_share: float = Field(
         default=0.0, ge=0, le=1, description="Part of the condition in the noise that a loop begins with."
     )
-    arguments: Literal["declared", "rows-behind", "first-shape"] = Field(
+    arguments: Literal["declared", "rows-behind", "first-shape", "pictures-behind"] = Field(
         default="declared",
         description="How the pipeline calls the transformer. declared: with the inputs of the graphs. rows-behind: "
         "the rows of a conditioning picture follow those of the latent. first-shape: a shape for each picture, of "
-        "which the first holds for all, and no mask where every token counts.",
+        "which the first holds for all, and no mask where every token counts. pictures-behind: the same, with the "
+        "rows of pictures behind those of the latent, and their shapes behind its shape.",
     )
     cast_inputs: tuple[str, ...] = Field(
         default=(), description="Inputs that are cast anew at every call, so that only their numbers stay the same."

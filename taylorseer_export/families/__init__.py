@@ -11,7 +11,7 @@ from taylorseer_export.families.flux import FLUX, FLUX_KONTEXT
 from taylorseer_export.families.framepack import FRAMEPACK
 from taylorseer_export.families.hidream import HIDREAM
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
-from taylorseer_export.families.qwen_image import QWEN_IMAGE
+from taylorseer_export.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT
 from taylorseer_export.families.sd3 import SD3
 from taylorseer_export.families.wan import WAN
 
@@ -23,6 +23,7 @@ _ALL = (
     HIDREAM,
     HUNYUAN_VIDEO,
     QWEN_IMAGE,
+    QWEN_IMAGE_EDIT,
     SD3,
     WAN,
 )

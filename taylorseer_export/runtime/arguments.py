@@ -11,6 +11,7 @@ from typing import Any
 
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.errors import StepError
+from taylorseer_export.runtime.calls import host_array
 
 Form = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
 
@@ -49,13 +50,49 @@ def _rows_behind(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, A
 
 def _first_shape(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A mask that is left out lets every text token through; of the shapes the model looks at the first alone."""
-    given = dict(inputs)
-    text, shapes = given.get("encoder_hidden_states"), given.get("img_shapes")
+    given, shapes = _masked(inputs), _shapes(inputs)
+    if shapes is None:
+        return latents, given
+    if len(shapes) > 1:
+        raise StepError(
+            f"argument `img_shapes` has {len(shapes)} pictures a sample, expected 1, the one that is made: this bundle "
+            "is of a model that takes text alone; leave the others out, or use a bundle of the model that edits them"
+        )
+    return latents, {**given, "img_shapes": [shapes] * len(latents)}
+
+
+def _pictures_behind(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The rows of pictures follow those of the noise, and their shapes tell how many each has."""
+    given, shapes = _masked(inputs), _shapes(inputs)
+    if shapes is None:
+        return latents, given
+    rows, *behind = shapes.prod(1).tolist()
+    if not behind or rows + sum(behind) != latents.shape[1]:
+        raise StepError(
+            f"input `hidden_states` has {latents.shape[1]} rows and `img_shapes` pictures of "
+            f"{' + '.join(map(str, (rows, *behind)))}, expected those of the noise and then of pictures to be "
+            "edited; pass image= to the pipeline, or use a bundle of the model that takes text alone"
+        )
+    split = {"image_latents": latents[:, rows:], "img_shapes": [shapes] * len(latents)}
+    return latents[:, :rows], {**given, **split}
+
+
+def _masked(inputs: dict[str, Any]) -> dict[str, Any]:
+    given, text = dict(inputs), inputs.get("encoder_hidden_states")
     if text is not None:
         given.setdefault("encoder_hidden_states_mask", text.new_ones(text.shape[:2]).long())
-    if shapes is not None:
-        given["img_shapes"] = [shapes[0]] * len(latents)
-    return latents, given
+    return given
 
 
-_FORMS: dict[str, Form] = {"declared": _declared, "rows-behind": _rows_behind, "first-shape": _first_shape}
+def _shapes(inputs: dict[str, Any]) -> Any:
+    """(frames, rows, columns) of each picture of the first sample, `[P, 3]`; the model looks at no other sample's."""
+    shapes = inputs.get("img_shapes")
+    return None if shapes is None else host_array(shapes[0]).reshape(-1, 3)
+
+
+_FORMS: dict[str, Form] = {
+    "declared": _declared,
+    "rows-behind": _rows_behind,
+    "first-shape": _first_shape,
+    "pictures-behind": _pictures_behind,
+}

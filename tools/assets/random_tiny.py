@@ -89,6 +89,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "joint_attention_dim": 32,
         "axes_dims_rope": (4, 6, 6),
     },
+    "qwen-image-edit": {
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": (4, 6, 6),
+    },
     "sd3": {
         "sample_size": 16,
         "in_channels": 16,
@@ -122,6 +131,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "hidream": {"latent_size": [16, 16], "text_tokens": 12},
     "hunyuan-video": {"latent_size": [3, 8, 12], "text_tokens": 12},
     "qwen-image": {"latent_size": [16, 16], "text_tokens": 12},
+    "qwen-image-edit": {"latent_size": [16, 16], "text_tokens": 12, "condition_tokens": 64},
     "sd3": {"latent_size": [16, 16], "text_tokens": 12},
     "wan": {"latent_size": [3, 8, 12], "text_tokens": 12},
 }

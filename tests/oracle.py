@@ -53,6 +53,17 @@ def qwen_image(model, timestep, hidden_states, img_shapes, image_latents=None, *
     return made[:, : hidden_states.shape[1]]
 
 
+def hunyuan_video_15(model, timestep, hidden_states, image_embeds=None, **inputs):
+    """As HunyuanVideo15Pipeline: the timestep in the latent's dtype, and from text zeros for a picture."""
+    if image_embeds is None:
+        batch, channels, *sides = hidden_states.shape
+        image_embeds = hidden_states.new_zeros(batch, 729, model.config.image_embed_dim)
+        empty = hidden_states.new_zeros(batch, model.config.in_channels - channels, *sides)
+        hidden_states = torch.cat([hidden_states, empty], 1)
+    inputs |= {"hidden_states": hidden_states, "image_embeds": image_embeds}
+    return plain(model, timestep.to(hidden_states.dtype), **inputs)
+
+
 def hidream(model, timestep, **inputs):
     """HiDream calls its timestep otherwise."""
     return model(timesteps=timestep, return_dict=False, **inputs)[0]
@@ -106,6 +117,13 @@ FAMILIES = {
             (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
             (r"single_transformer_blocks\.\d+\.proj_out", None),  # video then text rows
         )
+    ),
+    "HunyuanVideo15Transformer3DModel": Family(
+        (
+            (r"transformer_blocks\.\d+\.attn", (0, 1)),  # video, text
+            (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
+        ),
+        call=hunyuan_video_15,
     ),
     "HunyuanVideoFramepackTransformer3DModel": Family(
         (

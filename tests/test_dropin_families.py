@@ -10,6 +10,7 @@ model on its inputs.
 import copy
 from dataclasses import replace
 from functools import cache, partial
+from inspect import signature
 
 import accelerate
 import numpy as np
@@ -25,6 +26,8 @@ from tiny_models import tiny_hunyuan
 from tiny_pipelines import (
     framepack_pipeline,
     hidream_pipeline,
+    hunyuan_15_image_pipeline,
+    hunyuan_15_pipeline,
     hunyuan_image_pipeline,
     hunyuan_pipeline,
     kontext_pipeline,
@@ -88,6 +91,14 @@ HIDREAM = guided(
     prompt_embeds_llama3=text(3, 24).repeat(3, 1, 1, 1),
     pooled_prompt_embeds=text(12),
 )
+HUNYUAN_15 = {
+    "num_frames": 5,
+    **{f"{sign}prompt_embeds_mask": MASK for sign in ("", "negative_")},
+    "prompt_embeds_mask_2": torch.zeros(1, 4, dtype=torch.int64),  # nothing in quotes
+    "negative_prompt_embeds_mask_2": torch.ones(1, 4, dtype=torch.int64),
+    **guided("prompt_embeds", "prompt_embeds_2", prompt_embeds=text(6, 20), prompt_embeds_2=text(4, 16)),
+}
+PREDICTED = {"pred_cond", "pred_uncond"}
 FRAMEPACK = {
     "height": 128,
     "width": 128,
@@ -154,6 +165,8 @@ CASES = {
         {"height": 32, "width": 48, "num_frames": 5, "image": PICTURE, "prompt": None, **EMBEDDED},
         {"0"},
     ),
+    "hunyuan-1.5": ("hunyuan-1.5", hunyuan_15_pipeline, HUNYUAN_15 | {"height": 32, "width": 48}, PREDICTED),
+    "hunyuan-1.5-i2v": ("hunyuan-1.5-i2v", hunyuan_15_image_pipeline, HUNYUAN_15 | {"image": PICTURE}, PREDICTED),
     "framepack": ("framepack", framepack_pipeline, FRAMEPACK, {"0"}),
     "framepack-guided": (
         "framepack",
@@ -320,7 +333,8 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     form, calls = pipe.transformer._form, []
     pipe.transformer._form = lambda latents, inputs: calls.append(form(latents, inputs)) or calls[-1]
     scale = options.get("true_cfg_scale", options.get("guidance_scale", denoiser.manifest.sampling.guidance_scale))
-    painted = paint(pipe, steps=4, **{"guidance_scale": scale, **options})
+    told = {"guidance_scale": scale} if "guidance_scale" in signature(pipe.__call__).parameters else {}
+    painted = paint(pipe, steps=4, **told | options)
     latents = calls[0][0]
     sizes = match(denoiser.latent.shape, tuple(latents.shape), {}, "latents")
     sides = tuple(int(options[side]) // 16 for side in ("height", "width")) if name.startswith("qwen-image") else None
@@ -453,6 +467,14 @@ def test_as_many_pictures_as_the_model_takes(denoisers, name, build, given, mess
     pipe.transformer = denoiser.as_transformer()
     with pytest.raises(StepError, match=message):
         paint(pipe, **QWEN, **given)
+
+
+def test_a_picture_for_a_model_of_text_alone(denoisers):
+    model, denoiser = denoisers("hunyuan-1.5")
+    pipe = hunyuan_15_image_pipeline(model)
+    pipe.transformer = denoiser.as_transformer()
+    with pytest.raises(StepError, match=r"has a picture in its channels from 4 on, expected zeros there, .*; use a pi"):
+        paint(pipe, **HUNYUAN_15, image=PICTURE)
 
 
 def test_a_request_from_tensors_says_what_is_wrong(denoisers):

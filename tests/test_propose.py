@@ -25,6 +25,10 @@ DIFFERS = {
     "hunyuan": {"encoder_attention_mask"},  # of another dtype
     "hunyuan-channels": {"encoder_attention_mask"},
     "hunyuan-replace": {"encoder_attention_mask"},
+    **{  # a second text, a picture of a fixed number of tokens, and of text to video the noise alone
+        name: {"timestep", "encoder_attention_mask", "encoder_hidden_states_2", "encoder_attention_mask_2", own}
+        for name, own in (("hunyuan-1.5", "hidden_states"), ("hunyuan-1.5-i2v", "image_embeds"))
+    },
     "framepack": {  # the past, in three histories of fixed lengths
         "encoder_attention_mask",
         "hidden_states",

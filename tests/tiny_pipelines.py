@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     DDIMScheduler,
@@ -19,6 +20,8 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     HiDreamImagePipeline,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
     HunyuanVideoFramepackPipeline,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
@@ -29,6 +32,7 @@ from diffusers import (
     WanImageToVideoPipeline,
     WanPipeline,
 )
+from diffusers.guiders import ClassifierFreeGuidance
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
@@ -148,6 +152,34 @@ def hunyuan_image_pipeline(transformer):
             image_processor=None,
         )
     )
+
+
+def hunyuan_15_pipeline(transformer, pipeline=HunyuanVideo15Pipeline, **parts):
+    """Videos of 4 n + 1 frames and a multiple of 16 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        pipeline(
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+            vae=tiny_hunyuan_15_vae(transformer.config.out_channels),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+            text_encoder_2=None,
+            tokenizer_2=None,
+            guider=ClassifierFreeGuidance(guidance_scale=6.0),
+            **parts,
+        )
+    )
+
+
+def hunyuan_15_image_pipeline(transformer):
+    """The same from a picture, at about 64 x 64 pixels."""
+    parts = {
+        "image_encoder": tiny_siglip(transformer.config.image_embed_dim),
+        "feature_extractor": SiglipImageProcessor(size={"height": 54, "width": 54}),
+    }
+    pipe = hunyuan_15_pipeline(transformer, HunyuanVideo15ImageToVideoPipeline, **parts)
+    pipe.target_size = 64
+    return pipe
 
 
 def framepack_pipeline(transformer):
@@ -293,6 +325,14 @@ def tiny_hunyuan_vae(channels):
             block_out_channels=(8, 8, 8, 8),
             layers_per_block=1,
             norm_num_groups=4,
+        )
+    )
+
+
+def tiny_hunyuan_15_vae(channels):
+    return _seeded(
+        lambda: AutoencoderKLHunyuanVideo15(
+            latent_channels=channels, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
         )
     )
 

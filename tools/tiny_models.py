@@ -15,6 +15,7 @@ from diffusers import (
     DiTTransformer2DModel,
     FluxTransformer2DModel,
     HiDreamImageTransformer2DModel,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoTransformer3DModel,
     QwenImageTransformer2DModel,
@@ -332,6 +333,50 @@ def hunyuan_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_toke
     return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
 
 
+def tiny_hunyuan_15(seed=0, task="t2v", layers=2):
+    """HunyuanVideo 1.5 of width 24, float32, eval; `task` is its `task_type`."""
+    return randomised(
+        lambda: HunyuanVideo15Transformer3DModel(
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=layers,
+            num_refiner_layers=1,
+            text_embed_dim=20,
+            text_embed_2_dim=16,
+            image_embed_dim=10,
+            rope_axes_dim=(4, 4, 4),
+            task_type=task,
+        ),
+        seed,
+    )
+
+
+def hunyuan_15_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_tokens=6, glyph_tokens=4, seed=0):
+    """Latents [S, B, C, F, H, W], timesteps [S] (from 1000 down), conditioning.
+
+    The last sample has two text tokens less than the others, and the first no text that is to be written.
+    """
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    timestep = torch.linspace(1000.0, 1000.0 / steps, steps)
+    from_text = config.task_type == "t2v"
+    channels = config.out_channels if from_text else config.in_channels
+    mask, glyphs = torch.ones(batch, text_tokens), torch.ones(batch, glyph_tokens)
+    mask[-1, text_tokens - 2 :] = 0
+    glyphs[0] = 0
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.text_embed_dim, generator=rng),
+        "encoder_attention_mask": mask,
+        "encoder_hidden_states_2": torch.randn(batch, glyph_tokens, config.text_embed_2_dim, generator=rng),
+        "encoder_attention_mask_2": glyphs,
+    }
+    if not from_text:
+        conditioning["image_embeds"] = torch.randn(batch, 729, config.image_embed_dim, generator=rng)
+    shape = (batch, channels, frames, height, width)
+    return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
+
+
 # Name -> (family, how its tiny model is built, inputs for it).
 MODELS = {
     "flux": ("flux", tiny_flux, flux_inputs),
@@ -351,6 +396,8 @@ MODELS = {
     "hunyuan": ("hunyuan-video", tiny_hunyuan, hunyuan_inputs),
     "hunyuan-channels": ("hunyuan-video", lambda: tiny_hunyuan(1, "latent_concat", 9, False), hunyuan_inputs),
     "hunyuan-replace": ("hunyuan-video", lambda: tiny_hunyuan(2, "token_replace"), hunyuan_inputs),
+    "hunyuan-1.5": ("hunyuan-video-1.5", tiny_hunyuan_15, hunyuan_15_inputs),
+    "hunyuan-1.5-i2v": ("hunyuan-video-1.5", lambda: tiny_hunyuan_15(1, "i2v"), hunyuan_15_inputs),
     "wan": ("wan", tiny_wan, wan_inputs),
     "wan-image": ("wan", lambda: tiny_wan(seed=1, in_channels=12, image_dim=10), wan_inputs),
 }

@@ -220,12 +220,13 @@ class Pipeline(Part):
     condition_share: float = Field(
         default=0.0, ge=0, le=1, description="Part of the condition in the noise that a loop begins with."
     )
-    arguments: Literal["declared", "rows-behind", "first-shape", "pictures-behind"] = Field(
+    arguments: Literal["declared", "rows-behind", "first-shape", "pictures-behind", "noise-alone"] = Field(
         default="declared",
         description="How the pipeline calls the transformer. declared: with the inputs of the graphs. rows-behind: "
         "the rows of a conditioning picture follow those of the latent. first-shape: a shape for each picture, of "
         "which the first holds for all, and no mask where every token counts. pictures-behind: the same, with the "
-        "rows of pictures behind those of the latent, and their shapes behind its shape.",
+        "rows of pictures behind those of the latent, and their shapes behind its shape. noise-alone: with channels of "
+        "a picture behind those of the latent, which are zeros.",
     )
     cast_inputs: tuple[str, ...] = Field(
         default=(), description="Inputs that are cast anew at every call, so that only their numbers stay the same."

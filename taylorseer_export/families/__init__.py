@@ -11,6 +11,7 @@ from taylorseer_export.families.flux import FLUX, FLUX_KONTEXT
 from taylorseer_export.families.framepack import FRAMEPACK
 from taylorseer_export.families.hidream import HIDREAM
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
+from taylorseer_export.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
 from taylorseer_export.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT
 from taylorseer_export.families.sd3 import SD3
 from taylorseer_export.families.wan import WAN
@@ -22,6 +23,7 @@ _ALL = (
     FRAMEPACK,
     HIDREAM,
     HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_15,
     QWEN_IMAGE,
     QWEN_IMAGE_EDIT,
     SD3,

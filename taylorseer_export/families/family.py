@@ -75,7 +75,8 @@ class Pipeline:
         arguments: How the transformer is called: `declared`, with the inputs as they are; `rows-behind`, with the rows
             of a conditioning picture behind those of the latent; `first-shape`, with a shape for each picture of
             which the model reads the first, and without a mask where every token counts; `pictures-behind`, like
-            that, with the rows of pictures behind those of the latent and their shapes behind its shape.
+            that, with the rows of pictures behind those of the latent and their shapes behind its shape; `noise-alone`,
+            with channels of a picture behind those of the latent, which are zeros.
         cast_inputs: Constant inputs that are cast anew at every call, so that only their numbers stay the same.
         ignored_inputs: Arguments that are passed and that the model does not look at, unless they are inputs.
     """
@@ -86,7 +87,7 @@ class Pipeline:
     flow_steps: Literal["sigmas", "count"] = "sigmas"
     largest_shift: float | None = None
     condition_share: float = 0.0
-    arguments: Literal["declared", "rows-behind", "first-shape", "pictures-behind"] = "declared"
+    arguments: Literal["declared", "rows-behind", "first-shape", "pictures-behind", "noise-alone"] = "declared"
     cast_inputs: tuple[str, ...] = ()
     ignored_inputs: tuple[str, ...] = ()
 

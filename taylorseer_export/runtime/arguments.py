@@ -7,6 +7,7 @@ is a word in the manifest, and a function here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from taylorseer_export.bundle.manifest import Manifest
@@ -18,13 +19,15 @@ Form = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
 
 def form_of(manifest: Manifest) -> Form:
     """`(hidden_states, arguments) -> (latent, inputs)` of a bundle."""
+    if manifest.pipeline.arguments == "noise-alone":
+        return partial(_noise_alone, manifest.graphs["full"].input_of("latent").shape[1])
     return _FORMS[manifest.pipeline.arguments]
 
 
 def latent_of(latents: Any, shape: tuple[int, ...]) -> Any:
     """The latent of a bundle, of a shape that a form once gave, within what a pipeline passes at a later step.
 
-    Every form takes all rows or the first ones, and which it is stays the same with the conditioning.
+    Every form takes all rows or channels or the first ones, and which it is stays the same with the conditioning.
     """
     return latents if latents.shape == shape else latents[:, : shape[1]]
 
@@ -75,6 +78,17 @@ def _pictures_behind(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[st
         )
     split = {"image_latents": latents[:, rows:], "img_shapes": [shapes] * len(latents)}
     return latents[:, :rows], {**given, **split}
+
+
+def _noise_alone(channels: int, latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Behind the channels of the noise stand those of a picture, which are zeros where the pipeline has none."""
+    if latents[:, channels:].any():
+        raise StepError(
+            f"input `hidden_states` has a picture in its channels from {channels} on, expected zeros there, since this "
+            "bundle is of a model that takes text alone; use a pipeline from text, or a bundle of the model that takes "
+            "a picture"
+        )
+    return latents[:, :channels], inputs
 
 
 def _masked(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ no such inputs, and its graphs no tokens of a picture.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -76,9 +77,9 @@ def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _masked(model: Any) -> Iterator[None]:
     """Attention with one row of a mask for all queries: the original has one for each, which at 480p are 10^9."""
-    from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
-
     refiner = model.context_embedder.token_refiner
+    code = sys.modules[type(model).__module__]
+    rotate = sys.modules[code.get_1d_rotary_pos_embed.__module__].apply_rotary_emb
 
     def refined(states: Any, temb: Any, mask: Any) -> Any:
         for block in refiner.refiner_blocks:
@@ -90,8 +91,32 @@ def _masked(model: Any) -> Iterator[None]:
         stack.enter_context(replaced(model, forward=partial(_forward, model)))
         stack.enter_context(replaced(refiner, forward=refined))
         for block in model.transformer_blocks:
-            stack.enter_context(replaced(block.attn, processor=HunyuanVideoAttnProcessor2_0()))
+            stack.enter_context(replaced(block.attn, forward=partial(_attend, block.attn, rotate)))
         yield
+
+
+def _attend(
+    attn: Any,
+    rotate: Any,
+    hidden_states: Any,
+    encoder_hidden_states: Any,
+    attention_mask: Any,
+    image_rotary_emb: Any,
+) -> tuple[Any, Any]:
+    """(video, text) of a joint attention, by a mask `[B, 1, 1, T]` of the tokens that are seen."""
+    import torch
+
+    def projected(states: Any, *layers: Any) -> list[Any]:
+        return [layer(states).unflatten(2, (attn.heads, -1)) for layer in layers]
+
+    query, key, value = projected(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+    query, key = (rotate(x, image_rotary_emb, sequence_dim=1) for x in (attn.norm_q(query), attn.norm_k(key)))
+    more, words, behind = projected(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    pairs = ((query, attn.norm_added_q(more)), (key, attn.norm_added_k(words)), (value, behind))
+    query, key, value = (torch.cat(pair, 1).transpose(1, 2) for pair in pairs)
+    made = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+    made, count = made.transpose(1, 2).flatten(2, 3), hidden_states.shape[1]
+    return attn.to_out[1](attn.to_out[0](made[:, :count])), attn.to_add_out(made[:, count:])
 
 
 def _forward(

@@ -20,7 +20,7 @@ Form = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
 def form_of(manifest: Manifest) -> Form:
     """`(hidden_states, arguments) -> (latent, inputs)` of a bundle."""
     if manifest.pipeline.arguments == "noise-alone":
-        return partial(_noise_alone, manifest.graphs["full"].input_of("latent").shape[1])
+        return partial(_noise_alone, int(manifest.graphs["full"].input_of("latent").shape[1]))
     return _FORMS[manifest.pipeline.arguments]
 
 

@@ -45,9 +45,23 @@ def flux(model, timestep, hidden_states, img_ids, image_latents=None, image_ids=
     return plain(model, timestep, hidden_states=rows, img_ids=ids, **inputs)[:, : hidden_states.shape[1]]
 
 
-def qwen_image(model, timestep, img_shapes, **inputs):
-    """As QwenImagePipeline: the sizes of the pictures are nested lists of numbers."""
-    return plain(model, timestep, img_shapes=img_shapes.tolist(), **inputs)
+def qwen_image(model, timestep, hidden_states, img_shapes, image_latents=None, **inputs):
+    """As QwenImagePipeline: the sizes of pictures are nested lists of numbers. As QwenImageEditPipeline: the rows of
+    pictures to be edited follow the latent's, and their result is dropped."""
+    rows = hidden_states if image_latents is None else torch.cat([hidden_states, image_latents], 1)
+    made = plain(model, timestep, hidden_states=rows, img_shapes=img_shapes.tolist(), **inputs)
+    return made[:, : hidden_states.shape[1]]
+
+
+def hunyuan_video_15(model, timestep, hidden_states, image_embeds=None, **inputs):
+    """As HunyuanVideo15Pipeline: the timestep in the latent's dtype, and from text zeros for a picture."""
+    if image_embeds is None:
+        batch, channels, *sides = hidden_states.shape
+        image_embeds = hidden_states.new_zeros(batch, 729, model.config.image_embed_dim)
+        empty = hidden_states.new_zeros(batch, model.config.in_channels - channels, *sides)
+        hidden_states = torch.cat([hidden_states, empty], 1)
+    inputs |= {"hidden_states": hidden_states, "image_embeds": image_embeds}
+    return plain(model, timestep.to(hidden_states.dtype), **inputs)
 
 
 def chroma(model, timestep, hidden_states, encoder_hidden_states, attention_mask, **inputs):
@@ -141,6 +155,13 @@ FAMILIES = {
             (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
             (r"single_transformer_blocks\.\d+\.proj_out", None),  # video then text rows
         )
+    ),
+    "HunyuanVideo15Transformer3DModel": Family(
+        (
+            (r"transformer_blocks\.\d+\.attn", (0, 1)),  # video, text
+            (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
+        ),
+        call=hunyuan_video_15,
     ),
     "HunyuanVideoFramepackTransformer3DModel": Family(
         (
@@ -250,8 +271,8 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
     """What a guard's rule compares, exactly, at every step: a list of S tensors [B, rows, C].
 
     cg: output of the first block. fbcache: that less the block's input. teacache: input of its attention.
-    Only rows of the latent, but for teacache: Kontext and FLUX.2 have those of conditioning images behind them,
-    FramePack those of its past before them.
+    Only rows of the latent, but for teacache: Kontext, FLUX.2 and Qwen-Image-Edit have those of conditioning images
+    behind them, FramePack those of its past before them.
     """
     model = torch.nn.Module.to(copy.deepcopy(model), dtype).eval()
     kind = type(model).__name__

@@ -9,13 +9,15 @@ model on its inputs.
 
 import copy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from inspect import signature
 
 import accelerate
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline, QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from harness import allowed, eager_denoiser
 from oracle import assert_close
 from PIL import Image
@@ -27,9 +29,12 @@ from tiny_pipelines import (
     flux2_pipeline,
     framepack_pipeline,
     hidream_pipeline,
+    hunyuan_15_image_pipeline,
+    hunyuan_15_pipeline,
     hunyuan_image_pipeline,
     hunyuan_pipeline,
     kontext_pipeline,
+    qwen_image_edit_pipeline,
     qwen_image_pipeline,
     sd3_pipeline,
     wan_image_pipeline,
@@ -95,6 +100,8 @@ Z_IMAGE = {
     "negative_prompt_embeds": [-text(3, 24)[0]],
     "guidance_scale": 2.0,
 }
+EDIT_PLUS = partial(qwen_image_edit_pipeline, pipeline=QwenImageEditPlusPipeline)
+PICTURES = [PICTURE, PICTURE.resize((32, 16))]
 SD3 = guided("prompt_embeds", "pooled_prompt_embeds", prompt_embeds=text(6, 24), pooled_prompt_embeds=text(20))
 HIDREAM = guided(
     "prompt_embeds_t5",
@@ -104,6 +111,14 @@ HIDREAM = guided(
     prompt_embeds_llama3=text(3, 24).repeat(3, 1, 1, 1),
     pooled_prompt_embeds=text(12),
 )
+HUNYUAN_15 = {
+    "num_frames": 5,
+    **{f"{sign}prompt_embeds_mask": MASK for sign in ("", "negative_")},
+    "prompt_embeds_mask_2": torch.zeros(1, 4, dtype=torch.int64),  # nothing in quotes
+    "negative_prompt_embeds_mask_2": torch.ones(1, 4, dtype=torch.int64),
+    **guided("prompt_embeds", "prompt_embeds_2", prompt_embeds=text(6, 20), prompt_embeds_2=text(4, 16)),
+}
+PREDICTED = {"pred_cond", "pred_uncond"}
 FRAMEPACK = {
     "height": 128,
     "width": 128,
@@ -163,6 +178,9 @@ CASES = {
     ),
     "qwen-image": ("qwen-image", qwen_image_pipeline, QWEN, {"cond", "uncond"}),
     "qwen-image-two": ("qwen-image", qwen_image_pipeline, QWEN | {"num_images_per_prompt": 2}, {"cond", "uncond"}),
+    "qwen-image-edit": ("qwen-image-edit", qwen_image_edit_pipeline, QWEN | {"image": PICTURE}, {"cond", "uncond"}),
+    "qwen-image-edit-plus": ("qwen-image-edit", EDIT_PLUS, QWEN | {"image": PICTURES}, {"cond", "uncond"}),
+    "qwen-image-edit-2511": ("qwen-image-edit-2511", EDIT_PLUS, QWEN | {"image": PICTURES}, {"cond", "uncond"}),
     "sd3": ("sd3", sd3_pipeline, SMALL | SD3, {"0"}),
     "hidream": ("hidream", hidream_pipeline, SMALL | HIDREAM, {"0"}),
     "hunyuan": (
@@ -191,6 +209,8 @@ CASES = {
         {"height": 32, "width": 48, "num_frames": 5, "image": PICTURE, "prompt": None, **EMBEDDED},
         {"0"},
     ),
+    "hunyuan-1.5": ("hunyuan-1.5", hunyuan_15_pipeline, HUNYUAN_15 | {"height": 32, "width": 48}, PREDICTED),
+    "hunyuan-1.5-i2v": ("hunyuan-1.5-i2v", hunyuan_15_image_pipeline, HUNYUAN_15 | {"image": PICTURE}, PREDICTED),
     "framepack": ("framepack", framepack_pipeline, FRAMEPACK, {"0"}),
     "framepack-guided": (
         "framepack",
@@ -207,6 +227,17 @@ CASES = {
 MODELS = {
     "unguided": ("hunyuan-video", lambda: tiny_hunyuan(guidance=False, single=1)),
 }
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """Pipelines that edit bring every picture to a megapixel; here to about 40 x 40 pixels."""
+    for code in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        monkeypatch.setattr(code, "calculate_dimensions", partial(sides_of_area, code.calculate_dimensions))
+
+
+def sides_of_area(original, area, ratio):
+    return original(40 * 40, ratio)
 
 
 @pytest.fixture(scope="module")
@@ -347,11 +378,13 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     form, calls = pipe.transformer._form, []
     pipe.transformer._form = lambda latents, inputs: calls.append(form(latents, inputs)) or calls[-1]
     scale = options.get("true_cfg_scale", options.get("guidance_scale", denoiser.manifest.sampling.guidance_scale))
-    painted = paint(pipe, steps=4, **{"guidance_scale": scale, **options})
+    told = {"guidance_scale": scale} if "guidance_scale" in signature(pipe.__call__).parameters else {}
+    painted = paint(pipe, steps=4, **told | options)
     latents = calls[0][0]
     sizes = match(denoiser.latent.shape, tuple(latents.shape), {}, "latents")
     token = 4 if name.startswith(("flux2", "chroma", "z-image")) else 16  # pixels of its side
-    sides = tuple(int(options[side]) // token for side in ("height", "width")) if "height" in options else None
+    tokens = name.startswith(("flux2", "chroma", "z-image", "qwen-image"))
+    sides = tuple(int(options[side]) // token for side in ("height", "width")) if tokens else None
     asked = None if denoiser.manifest.sampling.guidance == "none" else scale
     request = tensor_request(denoiser, tensors_of(denoiser, calls), [0], sizes, sides, asked)
     if case == "framepack":  # it draws from the same generator to encode the picture, and adds the picture at the end
@@ -451,6 +484,46 @@ def test_kontext_without_a_picture(denoisers):
     pipe.transformer = denoiser.as_transformer()
     with pytest.raises(StepError, match=r"input `hidden_states` has no rows of a picture to be edited, expected them"):
         paint(pipe, height=16, width=16, max_area=256, max_sequence_length=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "given", "message"),
+    [
+        (
+            "qwen-image-edit",
+            qwen_image_pipeline,
+            {},
+            r"`hidden_states` has 6 rows and `img_shapes` pictures of 6, expected those of the noise .*; "
+            "pass image= to the pipeline",
+        ),
+        (
+            "qwen-image",
+            EDIT_PLUS,
+            {"image": PICTURES},
+            r"argument `img_shapes` has 3 pictures a sample, expected 1, .*; leave the others out, or use a",
+        ),
+        (
+            "qwen-image-edit",
+            EDIT_PLUS,
+            {"image": [PICTURE] * 5},
+            r"size `pictures` is 6, expected 2 to 5; use such a size",
+        ),
+    ],
+)
+def test_as_many_pictures_as_the_model_takes(denoisers, name, build, given, message):
+    model, denoiser = denoisers(name)
+    pipe = build(model)
+    pipe.transformer = denoiser.as_transformer()
+    with pytest.raises(StepError, match=message):
+        paint(pipe, **QWEN, **given)
+
+
+def test_a_picture_for_a_model_of_text_alone(denoisers):
+    model, denoiser = denoisers("hunyuan-1.5")
+    pipe = hunyuan_15_image_pipeline(model)
+    pipe.transformer = denoiser.as_transformer()
+    with pytest.raises(StepError, match=r"has a picture in its channels from 4 on, expected zeros there, .*; use a pi"):
+        paint(pipe, **HUNYUAN_15, image=PICTURE)
 
 
 def test_a_request_from_tensors_says_what_is_wrong(denoisers):

@@ -2,6 +2,7 @@
 
 # Shapes: S steps, B batch
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import oracle
@@ -13,7 +14,8 @@ from oracle import assert_close
 from taylorseer_export.bundle.shapes import names
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile import export
-from taylorseer_export.errors import CheckpointError
+from taylorseer_export.errors import CheckpointError, ConfigError
+from taylorseer_export.families import FAMILIES
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
 from taylorseer_export.runtime.check import check_engines
 
@@ -67,6 +69,16 @@ ROWS = {
         ({"batch": 1, "height": 4, "width": 8, "text_tokens": 35}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"cap_feats", "cap_mask"}),
     ),
+    **dict.fromkeys(
+        ("qwen-image-edit", "qwen-image-edit-2511"),
+        Row(
+            (
+                {"batch": 1, "height": 2, "width": 3, "text_tokens": 9, "pictures": ((2, 2),)},
+                {"batch": 3, "height": 5, "width": 3, "pictures": ((3, 2), (4, 5), (2, 2))},
+            ),
+            frozenset({"encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes", "image_latents"}),
+        ),
+    ),
     "kontext": Row(
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "img_ids", "txt_ids", "image_latents", "image_ids"}),
@@ -86,6 +98,18 @@ ROWS = {
         ({"frames": 1, "batch": 2}, {"frames": 4, "height": 2, "text_tokens": 9}),
         frozenset({"encoder_hidden_states", "encoder_attention_mask"}),
         frozenset({"cat"}),  # the first frame and the others have gates of their own
+    ),
+    "hunyuan-1.5": Row(
+        (
+            {"frames": 1, "height": 2, "width": 5, "text_tokens": 9, "glyph_tokens": 3},
+            {"batch": 3, "frames": 3, "height": 4},
+        ),
+        frozenset({f"encoder_{it}{text}" for it in ("hidden_states", "attention_mask") for text in ("", "_2")}),
+    ),
+    "hunyuan-1.5-i2v": Row(
+        ({"frames": 3},),
+        frozenset({f"encoder_{it}{text}" for it in ("hidden_states", "attention_mask") for text in ("", "_2")})
+        | {"image_embeds"},
     ),
     "wan": Row(
         ({"frames": 1, "height": 2, "width": 5, "text_tokens": 9}, {"batch": 3, "frames": 3, "height": 3}),
@@ -220,7 +244,7 @@ def test_forecast_has_no_attention_no_mlp_no_text(drafts, tiny, name, granularit
     assert found["matmul"] == len(pieces.sites)
     assert {t.role for t in pieces.forecast.inputs} == {"latent", "step", "weights", "taylor_in"}
     kept = {size for t in pieces.forecast.inputs for entry in t.shape for size in names(entry)}
-    assert not kept & {"text_tokens", "condition_tokens"}
+    assert not kept & {"text_tokens", "condition_tokens", "pictures", "glyph_tokens"}
     assert pieces.full.operators()["scaled_dot_product_attention"] > 0
 
 
@@ -286,3 +310,30 @@ def test_two_experts_begin_with_a_full_step_each(eager, tiny):
     limit = 2 * allowed(tiny("wan").model, alone, "FF...", ORDER)  # prepared step by step, and all at once
     for branch in (0, 1):
         assert_close(f"branch {branch}", torch.stack(seen[8 + branch :: 2]), alone, limit)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"task_type": "sr"}, r"`task_type` is sr, expected t2v or i2v; pass another model"),
+        (
+            {"use_meanflow": True},
+            r"`use_meanflow` is true, expected false; no family covers a model that is told the time",
+        ),
+    ],
+)
+def test_a_video_model_of_another_kind_is_refused(config, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        FAMILIES["hunyuan-video-1.5"].inputs({"task_type": "t2v", "patch_size": 1, **config})
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "shift", "latent"),
+    [("t2v", 640, 5.0, 30), ("i2v", 640, 5.0, 30), ("t2v", 960, 9.0, 45), ("i2v", 960, 7.0, 45)],
+)
+def test_the_config_says_which_video_model_it_is(task, size, shift, latent):
+    """The shifts of diffusers' conversion script; from text the latent is the noise alone."""
+    family = FAMILIES["hunyuan-video-1.5"]
+    family = replace(family, **family.by_config({"task_type": task, "target_size": size}))
+    assert (family.scheduler_config["shift"], family.latent_size[1]) == (shift, latent)
+    assert family.pipeline.arguments == ("noise-alone" if task == "t2v" else "declared")

@@ -1,9 +1,10 @@
-"""What a family of pictures has of its own: HiDream's experts and squares, Qwen's rotation, Kontext's rows,
-FLUX.2's places."""
+"""What a family of pictures has of its own: HiDream's experts and squares, Qwen's rotation, rows of pictures, FLUX.2's
+places."""
 
 # Shapes: B batch, T tokens
 
 import copy
+import json
 import shutil
 import sys
 
@@ -19,6 +20,7 @@ from oracle import assert_close
 
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.checkpoint.files import PUBLISHED
+from taylorseer_export.checkpoint.recognise import family_of
 from taylorseer_export.compile.export import sampling_of
 from taylorseer_export.errors import CheckpointError, ConfigError, StepError
 from taylorseer_export.families import FAMILIES
@@ -55,35 +57,81 @@ def test_dense_experts_equal_the_loop_over_routed_tokens(tiny, dtype):
 
 
 def test_qwen_rotates_as_its_complex_tables_do(tiny):
-    """One layer's query under the original tables and under the traced form: even and odd sides, two frames."""
+    """One layer's query under the original tables and under the traced form: odd sides, two frames, pictures."""
     model = tiny("qwen-image").model
     code = sys.modules[type(model).__module__]
 
     def turned(rows, tables):
         return [code.apply_rotary_emb_qwen(x, t, use_real=False) for x, t in zip(rows, tables, strict=True)]
 
-    for frames, height, width in ((1, 4, 4), (1, 3, 5), (2, 2, 3)):
-        count = frames * height * width
+    one, odd, two, wide = (1, 4, 4), (1, 3, 5), (2, 2, 3), (1, 2, 9)
+    for pictures in ([one], [odd], [two], [one, odd], [wide, one], [odd, two, one, wide]):
+        sizes = torch.tensor([pictures] * 2)
+        count = int(sizes[0].prod(1).sum())
         rows = [torch.randn(2, n, 2, 16, generator=torch.Generator().manual_seed(n)) for n in (count, 7)]
         shape = {"max_txt_seq_len": 7, "device": rows[0].device}
-        expected = turned(rows, model.pos_embed([[(frames, height, width)]] * 2, **shape))
+        expected = turned(rows, model.pos_embed([pictures] * 2, **shape))
         with FAMILIES["qwen-image"].patched(model):
-            sizes = torch.tensor([[[frames, height, width]]] * 2)
             seen = turned(rows, model.pos_embed((sizes, count), **shape))
-        for one, other in zip(seen, expected, strict=True):
-            assert_close(f"{frames}x{height}x{width}", one, other, 4 * 2.0**-24 * other.abs().max().item())
+        for made, other in zip(seen, expected, strict=True):
+            assert_close(str(pictures), made, other, 4 * 2.0**-24 * other.abs().max().item())
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence"),
+    ("family", "config", "sentence"),
     [
-        ({"zero_cond_t": True}, r"`zero_cond_t` is true, expected false.*pass the text-to-image model"),
-        ({"use_layer3d_rope": True}, r"`use_layer3d_rope` is true, expected false"),
+        ("qwen-image", {"zero_cond_t": True}, r"`zero_cond_t` is true, expected false; export Qwen-Image-Edit-2511 as"),
+        (
+            "qwen-image",
+            {"use_layer3d_rope": True},
+            r"`use_layer3d_rope` is true, expected false; no family covers",
+        ),
+        (
+            "qwen-image-edit",
+            {"use_additional_t_cond": True},
+            r"`use_additional_t_cond` is true, expected false; no f",
+        ),
+        (
+            "qwen-image-edit",
+            {"guidance_embeds": True},
+            r"`guidance_embeds` is true, expected false; no family cov",
+        ),
     ],
 )
-def test_another_variant_of_qwen_is_refused(config, sentence):
+def test_another_variant_of_qwen_is_refused(family, config, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        FAMILIES["qwen-image"].inputs({"in_channels": 4, "joint_attention_dim": 4, **config})
+        FAMILIES[family].inputs({"in_channels": 4, "joint_attention_dim": 4, **config})
+
+
+@pytest.mark.parametrize(
+    ("family", "pipeline", "sentence"),
+    [
+        (
+            "qwen-image",
+            "QwenImageEditPipeline",
+            r"is of QwenImageEditPipeline, .*; export it as family qwen-image-ed",
+        ),
+        (
+            "qwen-image",
+            "QwenImageEditPlusPipeline",
+            r"expected one that no other family declares for family qwen-im",
+        ),
+        ("qwen-image-edit", "QwenImagePipeline", r"expected QwenImageEditPipeline or .*; check --model and the family"),
+        ("qwen-image-edit", "QwenImageEditPlusPipeline", None),
+        ("qwen-image", "QwenImageImg2ImgPipeline", None),
+    ],
+)
+def test_a_folder_of_another_pipeline_is_refused(tiny, tmp_path, family, pipeline, sentence):
+    """Of one class and one config both; and the family is told by the pipeline where none is named."""
+    shutil.copytree(tiny("qwen-image").folder, tmp_path / "transformer")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    for folder in (tmp_path, tmp_path / "transformer"):
+        if sentence is None:
+            assert open_checkpoint(str(folder), FAMILIES[family]).family.name == family
+            assert family_of(str(folder)).name == family
+            continue
+        with pytest.raises(CheckpointError, match=sentence):
+            open_checkpoint(str(folder), FAMILIES[family])
 
 
 def test_hidream_takes_squares_only():
@@ -115,6 +163,42 @@ def test_random_inputs_of_qwen_agree_with_each_other(eager):
     slot = eager("qwen-image").slot(eager("qwen-image").sizes(data.latents.shape[1:], data.conditioning))
     slot.start(data.conditioning, Forecasts(Plan("F."), 0), data.timesteps)
     assert all(np.isfinite(slot.step(latent)).all() for latent in data.latents)
+
+
+def test_random_inputs_of_pictures_agree_with_each_other(eager):
+    """The latent's sizes first, then those of pictures that share the other tokens."""
+    denoiser, sizes = eager("qwen-image-edit"), {"image_tokens": 6, "condition_tokens": 16, "text_tokens": 4}
+    for pictures, expected in ((2, [[1, 4, 4]]), (3, [[1, 4, 2]] * 2), (4, [[1, 5, 1]] * 2 + [[1, 3, 2]])):
+        data = random_trajectory(denoiser, 2, {**sizes, "pictures": pictures})
+        assert data.conditioning["img_shapes"].tolist() == [[[1, 3, 2], *expected]]
+        slot = denoiser.slot(denoiser.sizes(data.latents.shape[1:], data.conditioning))
+        slot.start(data.conditioning, Forecasts(Plan("F."), 0), data.timesteps)
+        assert all(np.isfinite(slot.step(latent)).all() for latent in data.latents)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "sentence"),
+    [
+        ("qwen-image", [[1, 4, 3]], r"`img_shapes` is 1x4x3, expected 16 tokens of the latent; correct the sizes"),
+        (
+            "qwen-image-edit",
+            [[1, 4, 4], [1, 3, 5], [1, 2, 2]],
+            r"is 1x4x4 and 1x3x5 and 1x2x2, .* and 23 of the pict",
+        ),
+    ],
+)
+def test_sizes_of_pictures_that_have_other_tokens(eager, tiny, name, shapes, sentence):
+    latents, timestep, conditioning = tiny(name).inputs(1)
+    with pytest.raises(StepError, match=sentence):
+        open_slot(eager(name), (latents, timestep, conditioning | {"img_shapes": torch.tensor([shapes])}))
+
+
+@pytest.mark.parametrize("key", ["image_latents", "img_shapes"])
+def test_an_edit_without_its_pictures(eager, tiny, key):
+    latents, timestep, conditioning = tiny("qwen-image-edit").inputs(1)
+    rest = {n: v for n, v in conditioning.items() if n != key}
+    with pytest.raises(StepError, match=rf"input `{key}` is missing, expected .*; pass it with the condit"):
+        open_slot(eager("qwen-image-edit"), (latents, timestep, rest))
 
 
 def test_sd3_s_lines_sum_up_to_its_table(tiny):

@@ -43,6 +43,7 @@ COMFY = {
     "hidream": {"caption_projection.0.linear": ["caption_projection.0.linear"]},
     "hunyuan-video": HUNYUAN | {"double_blocks.0.img_attn_proj": ["transformer_blocks.0.attn.to_out.0"]},
     "qwen-image": {name: [name] for name in SAME},
+    "qwen-image-edit": {name: [name] for name in SAME},
     "sd3": {name: [name] for name in SAME},
     "wan": {
         "blocks.0.self_attn.q": ["blocks.0.attn1.to_q"],

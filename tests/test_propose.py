@@ -24,10 +24,16 @@ DIFFERS = {
     "chroma": {"timestep", "attention_mask"},  # the mask of the text alone
     "z-image": {"x", "t", "cap_feats", "cap_mask"},  # lists, for which tensors stand while tracing
     "qwen-image": {"timestep", "img_shapes"},  # numbers, for which a tensor stands while tracing
+    "qwen-image-edit": {"timestep", "img_shapes", "image_latents"},
+    "qwen-image-edit-2511": {"timestep", "img_shapes", "image_latents"},
     "hidream": {"hidden_states", "pooled_embeds", "encoder_hidden_states_t5", "encoder_hidden_states_llama3"},
     "hunyuan": {"encoder_attention_mask"},  # of another dtype
     "hunyuan-channels": {"encoder_attention_mask"},
     "hunyuan-replace": {"encoder_attention_mask"},
+    **{  # a second text, a picture of a fixed number of tokens, and of text to video the noise alone
+        name: {"timestep", "encoder_attention_mask", "encoder_hidden_states_2", "encoder_attention_mask_2", own}
+        for name, own in (("hunyuan-1.5", "hidden_states"), ("hunyuan-1.5-i2v", "image_embeds"))
+    },
     "framepack": {  # the past, in three histories of fixed lengths
         "encoder_attention_mask",
         "hidden_states",

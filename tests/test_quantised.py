@@ -44,6 +44,7 @@ CONVERTED = (
     "hidream",
     "hunyuan-video",
     "qwen-image",
+    "qwen-image-edit",
     "sd3",
     "wan",
 )
@@ -248,7 +249,7 @@ def original(family):
     known = {"flux": flux_layout, "flux-kontext": flux_layout, "hunyuan-video": hunyuan_layout, "sd3": sd3_layout}
     known |= {"chroma": chroma_layout, "z-image": z_image_layout}
     known |= {"flux2": flux2_layout, "flux2-edit": flux2_layout}
-    if family in ("hidream", "qwen-image"):
+    if family in ("hidream", "qwen-image", "qwen-image-edit"):
         return {f"model.diffusion_model.{n}": s for n, (_, s) in plain(family)[1].items()}
     return (known | {"wan": wan_layout})[family]()
 

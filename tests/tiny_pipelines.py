@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     ChromaPipeline,
@@ -23,9 +24,12 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     HiDreamImagePipeline,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
     HunyuanVideoFramepackPipeline,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
+    QwenImageEditPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
@@ -33,6 +37,7 @@ from diffusers import (
     WanPipeline,
     ZImagePipeline,
 )
+from diffusers.guiders import ClassifierFreeGuidance
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
@@ -219,6 +224,34 @@ def whole_hunyuan_image(transformer):
     )
 
 
+def hunyuan_15_pipeline(transformer, pipeline=HunyuanVideo15Pipeline, **parts):
+    """Videos of 4 n + 1 frames and a multiple of 16 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        pipeline(
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+            vae=tiny_hunyuan_15_vae(transformer.config.out_channels),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+            text_encoder_2=None,
+            tokenizer_2=None,
+            guider=ClassifierFreeGuidance(guidance_scale=6.0),
+            **parts,
+        )
+    )
+
+
+def hunyuan_15_image_pipeline(transformer):
+    """The same from a picture, at about 64 x 64 pixels."""
+    parts = {
+        "image_encoder": tiny_siglip(transformer.config.image_embed_dim),
+        "feature_extractor": SiglipImageProcessor(size={"height": 54, "width": 54}),
+    }
+    pipe = hunyuan_15_pipeline(transformer, HunyuanVideo15ImageToVideoPipeline, **parts)
+    pipe.target_size = 64
+    return pipe
+
+
 def framepack_pipeline(transformer):
     """Videos of sides that are multiples of 64 pixels; the prompt is given as embeddings."""
     return _quiet(
@@ -256,6 +289,20 @@ def qwen_image_pipeline(transformer, text_encoder=None, tokenizer=None):
             vae=tiny_qwen_image_vae(transformer.config.in_channels // 4),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
+            transformer=transformer,
+        )
+    )
+
+
+def qwen_image_edit_pipeline(transformer, pipeline=QwenImageEditPipeline):
+    """The same from pictures; the prompt is given as embeddings."""
+    return _quiet(
+        pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_qwen_image_vae(transformer.config.in_channels // 4),
+            text_encoder=None,
+            tokenizer=None,
+            processor=None,
             transformer=transformer,
         )
     )
@@ -374,6 +421,14 @@ def tiny_hunyuan_vae(channels):
             block_out_channels=(8, 8, 8, 8),
             layers_per_block=1,
             norm_num_groups=4,
+        )
+    )
+
+
+def tiny_hunyuan_15_vae(channels):
+    return _seeded(
+        lambda: AutoencoderKLHunyuanVideo15(
+            latent_channels=channels, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
         )
     )
 

@@ -74,6 +74,12 @@ MODELS = {
     "hunyuanvideo": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo"),
     "hunyuanvideo-i2v": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo-I2V-33ch"),
     "hunyuanvideo-i2v-token-replace": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo-I2V"),
+    "hunyuanvideo-1.5-480p-t2v": Model(
+        "hunyuan-video-1.5", "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v"
+    ),
+    "hunyuanvideo-1.5-720p-i2v": Model(
+        "hunyuan-video-1.5", "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v"
+    ),
     "wan2.1-t2v-1.3b": Model("wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     "wan2.1-t2v-14b": Model("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
     "wan2.1-i2v-14b-480p": Model("wan", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"),
@@ -82,6 +88,8 @@ MODELS = {
     "wan2.2-ti2v-5b": Model("wan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
     "hidream-i1-full": Model("hidream", "HiDream-ai/HiDream-I1-Full"),
     "qwen-image": Model("qwen-image", "Qwen/Qwen-Image"),
+    "qwen-image-edit": Model("qwen-image-edit", "Qwen/Qwen-Image-Edit"),
+    "qwen-image-edit-2511": Model("qwen-image-edit", "Qwen/Qwen-Image-Edit-2511"),
     "stable-diffusion-3.5-medium": Model("sd3", "stabilityai/stable-diffusion-3.5-medium"),
     "stable-diffusion-3.5-large": Model("sd3", "stabilityai/stable-diffusion-3.5-large"),
 }
@@ -179,6 +187,7 @@ def traced_model(name: str, entries: Mapping[str, Any]) -> tuple[Traced, Options
     """A model with these config entries, traced in bfloat16 on fake tensors, and its family's options."""
     model = MODELS[name]
     family = FAMILIES[model.family].variant(model.reference)
+    family = replace(family, **family.by_config(entries))
     default = family.defaults
     options = Options(
         order=default.order,

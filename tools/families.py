@@ -46,10 +46,14 @@ MODELS = {
     "hunyuan": "hunyuan-video",
     "hunyuan-channels": "hunyuan-video (image to video, channels)",
     "hunyuan-replace": "hunyuan-video (image to video, first frame)",
+    "hunyuan-1.5": "hunyuan-video-1.5 (text to video)",
+    "hunyuan-1.5-i2v": "hunyuan-video-1.5 (image to video)",
     "framepack": "framepack",
     "wan": "wan (text to video)",
     "wan-image": "wan (image to video)",
     "qwen-image": "qwen-image",
+    "qwen-image-edit": "qwen-image-edit",
+    "qwen-image-edit-2511": "qwen-image-edit (2511)",
     "sd3": "sd3",
 }
 

@@ -17,6 +17,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     HiDreamImageTransformer2DModel,
+    HunyuanVideo15Transformer3DModel,
     HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoTransformer3DModel,
     QwenImageTransformer2DModel,
@@ -200,8 +201,8 @@ def z_image_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed
     return _trajectory(sigma, (batch, config.in_channels, 2 * height, 2 * width), rng), 1 - sigma, conditioning
 
 
-def tiny_qwen_image(seed=0, layers=2):
-    """Qwen-Image of width 32, float32, eval."""
+def tiny_qwen_image(seed=0, layers=2, pictures_at_zero=False):
+    """Qwen-Image of width 32, float32, eval; `pictures_at_zero` as Qwen-Image-Edit-2511."""
     return randomised(
         lambda: QwenImageTransformer2DModel(
             in_channels=16,
@@ -211,6 +212,7 @@ def tiny_qwen_image(seed=0, layers=2):
             num_attention_heads=2,
             joint_attention_dim=24,
             axes_dims_rope=(4, 6, 6),
+            zero_cond_t=pictures_at_zero,
         ),
         seed,
     )
@@ -228,6 +230,17 @@ def qwen_image_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, s
         "img_shapes": torch.tensor([[[1, height, width]]]).repeat(batch, 1, 1),
     }
     return _trajectory(sigma, (batch, height * width, model.config.in_channels), rng), sigma, conditioning
+
+
+def qwen_image_edit_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0, pictures=((3, 5), (2, 4))):
+    """As `qwen_image_inputs`, with the latents of pictures of so many (height, width) tokens."""
+    latents, sigma, conditioning = qwen_image_inputs(model, steps, batch, height, width, text_tokens, seed)
+    rng = torch.Generator().manual_seed(seed + 100)
+    shapes = torch.tensor([[1, *sides] for sides in ((height, width), *pictures)])
+    count = int(shapes[1:].prod(1).sum())
+    conditioning["img_shapes"] = shapes.repeat(batch, 1, 1)
+    conditioning["image_latents"] = torch.randn(batch, count, model.config.in_channels, generator=rng)
+    return latents, sigma, conditioning
 
 
 def tiny_sd3(seed=0, layers=2):
@@ -432,6 +445,50 @@ def hunyuan_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_toke
     return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
 
 
+def tiny_hunyuan_15(seed=0, task="t2v", layers=2):
+    """HunyuanVideo 1.5 of width 24, float32, eval; `task` is its `task_type`."""
+    return randomised(
+        lambda: HunyuanVideo15Transformer3DModel(
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=layers,
+            num_refiner_layers=1,
+            text_embed_dim=20,
+            text_embed_2_dim=16,
+            image_embed_dim=10,
+            rope_axes_dim=(4, 4, 4),
+            task_type=task,
+        ),
+        seed,
+    )
+
+
+def hunyuan_15_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_tokens=6, glyph_tokens=4, seed=0):
+    """Latents [S, B, C, F, H, W], timesteps [S] (from 1000 down), conditioning.
+
+    The last sample has two text tokens less than the others, and the first no text that is to be written.
+    """
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    timestep = torch.linspace(1000.0, 1000.0 / steps, steps)
+    from_text = config.task_type == "t2v"
+    channels = config.out_channels if from_text else config.in_channels
+    mask, glyphs = torch.ones(batch, text_tokens), torch.ones(batch, glyph_tokens)
+    mask[-1, text_tokens - 2 :] = 0
+    glyphs[0] = 0
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.text_embed_dim, generator=rng),
+        "encoder_attention_mask": mask,
+        "encoder_hidden_states_2": torch.randn(batch, glyph_tokens, config.text_embed_2_dim, generator=rng),
+        "encoder_attention_mask_2": glyphs,
+    }
+    if not from_text:
+        conditioning["image_embeds"] = torch.randn(batch, 729, config.image_embed_dim, generator=rng)
+    shape = (batch, channels, frames, height, width)
+    return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
+
+
 # Name -> (family, how its tiny model is built, inputs for it).
 MODELS = {
     "flux": ("flux", tiny_flux, flux_inputs),
@@ -443,6 +500,12 @@ MODELS = {
     "chroma": ("chroma", tiny_chroma, chroma_inputs),
     "z-image": ("z-image", tiny_z_image, z_image_inputs),
     "qwen-image": ("qwen-image", tiny_qwen_image, qwen_image_inputs),
+    "qwen-image-edit": ("qwen-image-edit", lambda: tiny_qwen_image(seed=1), qwen_image_edit_inputs),
+    "qwen-image-edit-2511": (
+        "qwen-image-edit",
+        lambda: tiny_qwen_image(seed=2, pictures_at_zero=True),
+        qwen_image_edit_inputs,
+    ),
     "sd3": ("sd3", tiny_sd3, sd3_inputs),
     "hidream": ("hidream", tiny_hidream, hidream_inputs),
     "dit": ("dit", tiny_dit, dit_inputs),
@@ -450,6 +513,8 @@ MODELS = {
     "hunyuan": ("hunyuan-video", tiny_hunyuan, hunyuan_inputs),
     "hunyuan-channels": ("hunyuan-video", lambda: tiny_hunyuan(1, "latent_concat", 9, False), hunyuan_inputs),
     "hunyuan-replace": ("hunyuan-video", lambda: tiny_hunyuan(2, "token_replace"), hunyuan_inputs),
+    "hunyuan-1.5": ("hunyuan-video-1.5", tiny_hunyuan_15, hunyuan_15_inputs),
+    "hunyuan-1.5-i2v": ("hunyuan-video-1.5", lambda: tiny_hunyuan_15(1, "i2v"), hunyuan_15_inputs),
     "wan": ("wan", tiny_wan, wan_inputs),
     "wan-image": ("wan", lambda: tiny_wan(seed=1, in_channels=12, image_dim=10), wan_inputs),
 }

@@ -48,7 +48,7 @@ def _scheduler(name: str) -> str:
 
 
 Text = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]
-FamilyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+FamilyName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 BundleName = Annotated[str, Field(pattern=f"^{BUNDLE_NAME}$")]
 Template = Annotated[str, Field(min_length=2, max_length=4000)]
 SizeName = Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_]{0,63}$")]

@@ -75,8 +75,8 @@ class Tensor(Part):
         default=None,
         description="What it holds where that follows from the sizes, so that a request may leave it out. ones, zeros. "
         "grid: (first, row, column) of each token, and zeros. line: zeros, and the number of each token. sides: (1, "
-        "rows, columns) of each picture in tokens. frames: first, first + 1 and so on. guidance: the guidance scale "
-        "times the pipeline's guidance_factor.",
+        "rows, columns) of each picture in tokens, the latent first. frames: first, first + 1 and so on. guidance: the "
+        "guidance scale times the pipeline's guidance_factor.",
     )
     first: int = Field(default=0, description="Where the fills grid and frames begin.")
 
@@ -235,11 +235,15 @@ class Pipeline(Part):
     condition_share: float = Field(
         default=0.0, ge=0, le=1, description="Part of the condition in the noise that a loop begins with."
     )
-    arguments: Literal["declared", "rows-behind", "first-shape", "mask-of-all", "lists"] = Field(
+    arguments: Literal[
+        "declared", "rows-behind", "first-shape", "pictures-behind", "noise-alone", "mask-of-all", "lists"
+    ] = Field(
         default="declared",
         description="How the pipeline calls the transformer. declared: with the inputs of the graphs. rows-behind: "
         "the rows of a conditioning picture follow those of the latent. first-shape: a shape for each picture, of "
-        "which the first holds for all, and no mask where every token counts. mask-of-all: the mask has a one for each "
+        "which the first holds for all, and no mask where every token counts. pictures-behind: the same, with the "
+        "rows of pictures behind those of the latent, and their shapes behind its shape. noise-alone: with channels of "
+        "a picture behind those of the latent, which are zeros. mask-of-all: the mask has a one for each "
         "token of the latent behind those of the text. lists: latents and words of each sample in lists.",
     )
     positional: tuple[str, ...] = Field(

@@ -19,9 +19,10 @@ from taylorseer_export.checkpoint.files import (
 from taylorseer_export.checkpoint.formats import parts_of_a_pipeline, refuse_quantised, set_aside
 from taylorseer_export.checkpoint.lora import open_lora
 from taylorseer_export.checkpoint.original import Converted, Unread
+from taylorseer_export.checkpoint.recognise import refuse_other_pipeline
 from taylorseer_export.checkpoint.weights import EMBEDDED as EMBEDDED
 from taylorseer_export.checkpoint.weights import Checkpoint as Checkpoint
-from taylorseer_export.errors import CheckpointError
+from taylorseer_export.errors import CheckpointError, ConfigError
 from taylorseer_export.families.family import Family, unknown
 
 
@@ -74,6 +75,7 @@ def open_checkpoint(
             checkpoint = _open_named(reference, family, variant, config, whole)
         else:
             checkpoint = Checkpoint(reference, family, alone.parent, _config(alone, family), {}, weightless=True)
+    refuse_other_pipeline(checkpoint.folder, family)
     known = checkpoint.shapes if loras else {}
     family = replace(family, **family.by_config(checkpoint.config))
     family = family if checkpoint.embedded else family.variant(checkpoint.reference)  # a name says more than a config
@@ -201,9 +203,10 @@ def _fitting(given: Checkpoint) -> list[Checkpoint]:
     for path in published(given.family.model_class):
         try:
             one = _other_layout(given, str(path))
+            given.family.inputs(one.config)  # refuses a variant that it does not cover
             with given.family.built(one.model_class):
                 one.check_tensors(one.empty_model())
-        except CheckpointError as error:
+        except (CheckpointError, ConfigError) as error:
             more += [error] if isinstance(error, Unread) else []
             continue
         same = json.dumps(one.config, sort_keys=True)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from taylorseer_export.errors import CheckpointError, first_line
 
 PUBLISHED = Path(__file__).parent.parent / "families" / "configs"  # of the transformers of published models
+INDEX = "model_index.json"  # of a pipeline folder
 SINGLE = "diffusion_pytorch_model.safetensors"
 _VARIANT = re.compile(
     r"diffusion_pytorch_model(?:\.safetensors\.index)?\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)$"

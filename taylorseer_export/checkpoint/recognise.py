@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from taylorseer_export.checkpoint.files import read_json
+from taylorseer_export.checkpoint.files import INDEX, read_json
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.families.family import Family
@@ -13,8 +13,9 @@ from taylorseer_export.families.family import Family
 def family_of(reference: str) -> Family:
     """The family whose model class the config of a checkpoint names.
 
-    Of several families of one class (a base model and its editing variant) it is the one whose own word stands in
-    the reference (`kontext` for `flux-kontext`), else the one with the shortest name.
+    Of several families of one class (a base model and its editing variant) it is the one that declares the pipeline of
+    the folder, else the one whose own word stands in the reference (`kontext` for `flux-kontext`), else the one with
+    the shortest name.
 
     Args:
         reference: A diffusers folder, of a pipeline or of its transformer, or a hub id.
@@ -32,9 +33,38 @@ def family_of(reference: str) -> Family:
             f"{path} is of class {name}, expected one that a family declares ({known}); pass family=NAME for "
             "weights of another layout, or propose a declaration with `taylorseer-export taps`"
         )
+    pipeline = pipeline_of(path.parent)
     base = found[0].name
-    own = [f for f in found[1:] if f.name.removeprefix(base).strip("-") in reference.lower()]
+    own = [f for f in found if pipeline in f.pipelines]
+    own += [f for f in found[1:] if f.name.removeprefix(base).strip("-") in reference.lower()]
     return own[0] if own else found[0]
+
+
+def pipeline_of(folder: Path) -> str:
+    """The class of the pipeline that a transformer's folder lies in; empty where it lies in none."""
+    index = folder.parent / INDEX
+    return str(read_json(index).get("_class_name")) if folder.name == "transformer" and index.is_file() else ""
+
+
+def refuse_other_pipeline(folder: Path, family: Family) -> None:
+    """Refuse a transformer that lies in a pipeline of another family: their models may have one class and one config.
+
+    Args:
+        folder: Of the transformer.
+        family: What it was asked for as.
+
+    Raises:
+        CheckpointError: It is; names the family that the pipeline is of.
+    """
+    pipeline = pipeline_of(folder)
+    owners = [other.name for other in FAMILIES.values() if pipeline in other.pipelines]
+    if not pipeline or family.name in owners or not (owners or family.pipelines):
+        return
+    expected = " or ".join(family.pipelines) or "one that no other family declares"
+    raise CheckpointError(
+        f"{folder.parent / INDEX} is of {pipeline}, expected {expected} for family {family.name}; "
+        + (f"export it as family {owners[0]}" if owners else "check --model and the family")
+    )
 
 
 def _config(reference: str) -> Path:

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple, get_args
 
 from taylorseer_export.bundle.manifest import Filter, Shown, Tensor, Tokens
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
-from taylorseer_export.checkpoint.files import read_json
+from taylorseer_export.checkpoint.files import INDEX, read_json
 from taylorseer_export.compile.draft import PRECISIONS, Options
 from taylorseer_export.errors import CheckpointError, first_line
 from taylorseer_export.families.whole import Shown as DeclaredShown
 from taylorseer_export.families.whole import Tokens as Declared
 
-INDEX = "model_index.json"
 _FILTERS: tuple[Filter, ...] = get_args(Filter)  # in the order of Pillow's numbers
 
 

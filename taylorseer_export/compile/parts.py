@@ -18,8 +18,8 @@ from torch import nn
 from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Sections, Shown, Tensor, Tiles, Tokens
 from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
+from taylorseer_export.checkpoint.files import INDEX
 from taylorseer_export.compile.components import (
-    INDEX,
     class_of,
     component,
     look,

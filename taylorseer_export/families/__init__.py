@@ -13,7 +13,8 @@ from taylorseer_export.families.flux2 import FLUX2, FLUX2_EDIT
 from taylorseer_export.families.framepack import FRAMEPACK
 from taylorseer_export.families.hidream import HIDREAM
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
-from taylorseer_export.families.qwen_image import QWEN_IMAGE
+from taylorseer_export.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
+from taylorseer_export.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT
 from taylorseer_export.families.sd3 import SD3
 from taylorseer_export.families.wan import WAN
 from taylorseer_export.families.z_image import Z_IMAGE
@@ -28,7 +29,9 @@ _ALL = (
     FRAMEPACK,
     HIDREAM,
     HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_15,
     QWEN_IMAGE,
+    QWEN_IMAGE_EDIT,
     SD3,
     WAN,
     Z_IMAGE,

@@ -31,7 +31,7 @@ class Input:
         fill: What its values are where they follow from the sizes alone, so that a request may leave it out: `ones`
             and `zeros`; `grid`, a row of (first, row, column) for each token, with zeros behind where it is longer;
             `line`, zeros but for the last column, which counts the tokens; `sides`, (1, rows, columns) of each picture
-            in tokens; `frames`, first, first + 1 and so on; `guidance`, the guidance scale times
+            in tokens, the latent first; `frames`, first, first + 1 and so on; `guidance`, the guidance scale times
             `Pipeline.guidance_factor`.
         first: Where `grid` and `frames` begin.
     """
@@ -81,8 +81,10 @@ class Pipeline:
         condition_share: Part of the condition in the noise that a loop begins with, dimensionless.
         arguments: How the transformer is called: `declared`, with the inputs as they are; `rows-behind`, with the rows
             of a conditioning picture behind those of the latent; `first-shape`, with a shape for each picture of
-            which the model reads the first, and without a mask where every token counts; `mask-of-all`, with a mask of
-            the text and of the latent behind it, of which every token counts; `lists`, with latents `[C, 1, H, W]` and
+            which the model reads the first, and without a mask where every token counts; `pictures-behind`, like
+            that, with the rows of pictures behind those of the latent and their shapes behind its shape; `noise-alone`,
+            with channels of a picture behind those of the latent, which are zeros; `mask-of-all`, with a mask of the
+            text and of the latent behind it, of which every token counts; `lists`, with latents `[C, 1, H, W]` and
             words `[T, D]` of each sample in lists, and so the answer.
         positional: Inputs that are passed by place behind the latent, in order; all others by name.
         cast_inputs: Constant inputs that are cast or joined anew at every call, so that only their numbers stay.
@@ -99,7 +101,9 @@ class Pipeline:
     shift: Literal["tokens", "tokens-and-steps"] = "tokens"
     largest_shift: float | None = None
     condition_share: float = 0.0
-    arguments: Literal["declared", "rows-behind", "first-shape", "mask-of-all", "lists"] = "declared"
+    arguments: Literal[
+        "declared", "rows-behind", "first-shape", "pictures-behind", "noise-alone", "mask-of-all", "lists"
+    ] = "declared"
     positional: tuple[str, ...] = ()
     cast_inputs: tuple[str, ...] = ()
     ignored_inputs: tuple[str, ...] = ()
@@ -226,6 +230,8 @@ class Family:
         typical: Dimension -> size that estimates are quoted at, where the size of the latent does not give it.
         timestep_divisor: What the scheduler's timestep is divided by before the transformer takes it, dimensionless.
         pipeline: What else the family's pipeline does around the transformer.
+        pipelines: Class names in `diffusers` of its pipelines, where models of the same class are of other families
+            too: a folder of another pipeline is refused, and one of these by the others. Empty takes what is left.
         whole: What else of the pipeline a bundle may hold; None where that is the transformer alone.
         source: What a request is made from: class `labels`, or the `tensors` that the pipeline's encoders make.
         attributes: `config -> {name: value}` that the pipeline reads from the transformer besides its config.
@@ -262,6 +268,7 @@ class Family:
     scheduler_config: Mapping[str, Any] = field(default_factory=dict)
     timestep_divisor: float = 1.0
     pipeline: Pipeline = Pipeline()
+    pipelines: tuple[str, ...] = ()
     whole: Whole | None = None
     source: Literal["labels", "tensors"] = "tensors"
     attributes: Callable[[Mapping[str, Any]], Mapping[str, int]] = no_entries

@@ -122,6 +122,7 @@ FLUX_KONTEXT = replace(
     typical={"text_tokens": 512, "condition_tokens": 4096},
     forward=rows_behind,
     pipeline=Pipeline(arguments="rows-behind"),
+    pipelines=("FluxKontextPipeline", "FluxKontextInpaintPipeline"),
     whole=replace(_WHOLE, begin=None, see=_see, seen_at=_SEEN_AT),
     variants={},
     defaults=Defaults(steps=50, interval=4, warmup=3, order=2),

@@ -1,24 +1,35 @@
-"""Qwen-Image: double blocks over image and text, guidance by a second call with the negative prompt."""
+"""Qwen-Image and Qwen-Image-Edit: double blocks over image and text, guidance by a second call with another prompt.
+
+The one that edits is the same network on longer rows: the latents of one picture or of several follow the noisy one,
+and what it returns for those rows is thrown away.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed, replaced
 from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, still, still_spread
 
+_LAYERED = "no family covers Qwen-Image-Layered, which draws several pictures at once; pass another model"
+# Config entry that no model of the family sets -> what to do with one that does.
+_OTHERS = {
+    "zero_cond_t": "export Qwen-Image-Edit-2511 as family qwen-image-edit",
+    "use_additional_t_cond": _LAYERED,
+    "use_layer3d_rope": _LAYERED,
+    "guidance_embeds": "no family covers a Qwen-Image that takes guidance as an input; pass another model",
+}
+
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
-    for option in ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
+    for option, fix in _OTHERS.items():
         if config.get(option):
-            raise ConfigError(
-                f"config entry `{option}` is true, expected false: that is another variant of Qwen-Image (edited or "
-                "layered pictures); pass the text-to-image model"
-            )
+            raise ConfigError(f"config entry `{option}` is true, expected false; {fix}")
     return (
         Input("hidden_states", ("batch", "image_tokens", config["in_channels"]), "latent"),
         Input("timestep", ("batch",), "step"),
@@ -27,6 +38,12 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
         # (frames, height, width) of each sample in tokens, as `np.asarray` makes it of the pipeline's nested lists.
         Input("img_shapes", ("batch", 1, 3), "constant", "int64", fill="sides"),
     )
+
+
+def _edit_inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    *inputs, shapes = _inputs({**config, "zero_cond_t": False})
+    latents = Input("image_latents", ("batch", "condition_tokens", config["in_channels"]), "constant")
+    return (*inputs, latents, replace(shapes, shape=("batch", "pictures", 3)))  # that of the latent comes first
 
 
 def _forward(model: Any, inputs: dict[str, Any]) -> Any:
@@ -38,6 +55,18 @@ def _forward(model: Any, inputs: dict[str, Any]) -> Any:
     return call(model, {**inputs, "img_shapes": given})
 
 
+def _edit(model: Any, inputs: dict[str, Any]) -> Any:
+    """The pipelines' `hidden_states` are (latents, image_latents)."""
+    import torch
+
+    rest = dict(inputs)
+    latents, pictures = rest["hidden_states"], rest.pop("image_latents")
+    rest["hidden_states"] = torch.cat([latents, pictures], 1)
+    if torch.compiler.is_exporting():
+        rest["additional_t_cond"] = pictures  # no variant that we take reads it; `_pictures_at_zero` does
+    return _forward(model, rest)[:, : latents.shape[1]]
+
+
 @contextmanager
 def _real_rotary_embedding(model: Any) -> Iterator[None]:
     """Rotate by cosines and sines of positions computed from a tensor, not by complex tables cut with numbers."""
@@ -45,13 +74,21 @@ def _real_rotary_embedding(model: Any) -> Iterator[None]:
 
     embedder = model.pos_embed
 
-    def angles(of_image: Any, max_txt_seq_len: int, device: Any) -> Any:
-        shapes, count = of_image
-        _, height, width = shapes[0, 0].unbind()
-        token = torch.arange(count)
-        line = token // width  # counted over all frames; the middle of a picture is at (0, 0)
-        places = (line // height, line % height - (height - height // 2), token % width - (width - width // 2))
-        text = torch.arange(max_txt_seq_len) + torch.maximum(height // 2, width // 2)
+    def angles(of_images: Any, max_txt_seq_len: int, device: Any) -> Any:
+        shapes, count = of_images
+        frames, heights, widths = shapes[0].unbind(1)
+        token: Any = torch.arange(count)
+        picture: Any = 0
+        if shapes.shape[1] > 1:
+            counts, order = frames * heights * widths, torch.arange(shapes.shape[1])
+            starts = torch.where(order < order[:, None], counts, 0).sum(1)
+            picture = (token[:, None] >= starts).sum(1) - 1
+            start, heights, widths = (of_each.index_select(0, picture) for of_each in (starts, heights, widths))
+            token = token - start
+        line = token // widths  # counted over all frames; the middle of a picture is at (0, 0)
+        row, column = line % heights, token % widths
+        places = (picture + line // heights, row - (heights - heights // 2), column - (widths - widths // 2))
+        text = torch.arange(max_txt_seq_len) + (shapes[0, :, 1:] // 2).amax((0, 1))
         return turns(places), turns((text, text, text))
 
     def turns(places: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -79,6 +116,56 @@ def _real_rotary_embedding(model: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _pictures_at_zero(model: Any) -> Iterator[None]:
+    """Qwen-Image-Edit-2511 modulates the rows of pictures by timestep 0 and those of the latent by that of the step.
+
+    The original puts both in a batch twice as long, and picks one for each row. Here both stand in one row of the
+    batch, which a table of all steps can hold, and the rows of the latent come first.
+    """
+    import torch
+
+    embed = model.time_text_embed.forward
+    seen: dict[str, Any] = {}
+
+    def embedded(timestep: Any, hidden_states: Any, pictures: Any) -> Any:
+        seen.update(at_zero=embed(timestep * 0, hidden_states), count=pictures.shape[1])
+        return embed(timestep, hidden_states)
+
+    def both(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda embedding: torch.stack([forward(embedding), forward(seen["at_zero"])], 1)
+
+    def modulated(original: Callable[..., Any]) -> Callable[..., Any]:
+        def modulate(x: Any, parameters: Any, index: Any = None) -> Any:
+            if parameters.ndim == 2:  # of the text
+                return original(x, parameters)
+            counts = (x.shape[1] - seen["count"], seen["count"])
+            shift, scale, gate = (spread(pair, counts) for pair in parameters.chunk(3, -1))
+            return x * (1 + scale) + shift, gate
+
+        return modulate
+
+    def spread(pair: Any, counts: tuple[Any, Any]) -> Any:
+        return torch.cat([pair[:, k : k + 1].expand(-1, count, -1) for k, count in enumerate(counts)], 1)
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(model, zero_cond_t=False))
+        stack.enter_context(replaced(model.time_text_embed, forward=embedded))
+        for block in model.transformer_blocks:
+            stack.enter_context(replaced(block, zero_cond_t=False, _modulate=modulated(block._modulate)))
+            stack.enter_context(replaced(block.img_mod, forward=both(block.img_mod.forward)))
+        yield
+
+
+@contextmanager
+def _edit_patched(model: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(_real_rotary_embedding(model))
+        if model.config.zero_cond_t:
+            stack.enter_context(_pictures_at_zero(model))
+        yield
+
+
 _TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -89,6 +176,16 @@ def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
     encoder = encoders["text_encoder"]
     states = encoder(given["tokens"], output_hidden_states=True, use_cache=False).hidden_states
     return {"encoder_hidden_states": states[-1][:, _TOKENS.dropped :]}
+
+
+def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {"batch": (1, 16), "image_tokens": (4, 16384), "text_tokens": (1, 1024)}
+
+
+def _edit_dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Up to four pictures beside the one that is made; the text encoder sees them too, at up to a megapixel."""
+    more = {"text_tokens": (1, 4096), "condition_tokens": (4, 16384), "pictures": (2, 5)}
+    return {**_dimensions(config), **more}
 
 
 _TOKENS = Tokens("tokens", "tokenizer", 1024, size="text_tokens", padded=False, template=_TEMPLATE, dropped=34)
@@ -102,7 +199,7 @@ QWEN_IMAGE = Family(
     stack_input=("transformer_blocks.0", "hidden_states"),
     stack_output=("norm_out", "x"),
     inputs=_inputs,
-    dimensions=lambda config: {"batch": (1, 16), "image_tokens": (4, 16384), "text_tokens": (1, 1024)},
+    dimensions=_dimensions,
     latent_sizes=packed,
     defaults=Defaults(steps=50, interval=4, warmup=3, order=1),
     scheduler="FlowMatchEulerDiscreteScheduler",
@@ -121,4 +218,19 @@ QWEN_IMAGE = Family(
     lora_loader="QwenImageLoraLoaderMixin",
     forward=_forward,
     patched=_real_rotary_embedding,
+)
+
+QWEN_IMAGE_EDIT = replace(
+    QWEN_IMAGE,
+    name="qwen-image-edit",
+    title="Qwen-Image-Edit (also 2509 and 2511, of several pictures)",
+    reference="Qwen/Qwen-Image-Edit",
+    inputs=_edit_inputs,
+    dimensions=_edit_dimensions,
+    typical={"text_tokens": 1408, "condition_tokens": 4096, "pictures": 2},
+    pipeline=Pipeline(guidance_keeps_norm=True, arguments="pictures-behind"),
+    pipelines=("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline"),
+    whole=None,
+    forward=_edit,
+    patched=_edit_patched,
 )

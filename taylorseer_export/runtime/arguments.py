@@ -7,23 +7,27 @@ is a word in the manifest, and a function here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.errors import StepError
+from taylorseer_export.runtime.calls import host_array
 
 Form = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
 
 
 def form_of(manifest: Manifest) -> Form:
     """`(hidden_states, arguments) -> (latent, inputs)` of a bundle."""
+    if manifest.pipeline.arguments == "noise-alone":
+        return partial(_noise_alone, int(manifest.graphs["full"].input_of("latent").shape[1]))
     return _FORMS[manifest.pipeline.arguments]
 
 
 def latent_of(latents: Any, shape: tuple[int, ...]) -> Any:
     """The latent of a bundle, of a shape that a form once gave, within what a pipeline passes at a later step.
 
-    Every form takes all rows or the first ones, and which it is stays the same with the conditioning.
+    Every form takes all rows or channels or the first ones, and which it is stays the same with the conditioning.
     """
     return latents if latents.shape == shape else latents[:, : shape[1]]
 
@@ -78,13 +82,55 @@ def _lists(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 def _first_shape(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A mask that is left out lets every text token through; of the shapes the model looks at the first alone."""
-    given = dict(inputs)
-    text, shapes = given.get("encoder_hidden_states"), given.get("img_shapes")
+    given, shapes = _masked(inputs), _shapes(inputs)
+    if shapes is None:
+        return latents, given
+    if len(shapes) > 1:
+        raise StepError(
+            f"argument `img_shapes` has {len(shapes)} pictures a sample, expected 1, the one that is made: this bundle "
+            "is of a model that takes text alone; leave the others out, or use a bundle of the model that edits them"
+        )
+    return latents, {**given, "img_shapes": [shapes] * len(latents)}
+
+
+def _pictures_behind(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The rows of pictures follow those of the noise, and their shapes tell how many each has."""
+    given, shapes = _masked(inputs), _shapes(inputs)
+    if shapes is None:
+        return latents, given
+    rows, *behind = shapes.prod(1).tolist()
+    if not behind or rows + sum(behind) != latents.shape[1]:
+        raise StepError(
+            f"input `hidden_states` has {latents.shape[1]} rows and `img_shapes` pictures of "
+            f"{' + '.join(map(str, (rows, *behind)))}, expected those of the noise and then of pictures to be "
+            "edited; pass image= to the pipeline, or use a bundle of the model that takes text alone"
+        )
+    split = {"image_latents": latents[:, rows:], "img_shapes": [shapes] * len(latents)}
+    return latents[:, :rows], {**given, **split}
+
+
+def _noise_alone(channels: int, latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Behind the channels of the noise stand those of a picture, which are zeros where the pipeline has none."""
+    if latents[:, channels:].any():
+        raise StepError(
+            f"input `hidden_states` has a picture in its channels from {channels} on, expected zeros there, since this "
+            "bundle is of a model that takes text alone; use a pipeline from text, or a bundle of the model that takes "
+            "a picture"
+        )
+    return latents[:, :channels], inputs
+
+
+def _masked(inputs: dict[str, Any]) -> dict[str, Any]:
+    given, text = dict(inputs), inputs.get("encoder_hidden_states")
     if text is not None:
         given.setdefault("encoder_hidden_states_mask", text.new_ones(text.shape[:2]).long())
-    if shapes is not None:
-        given["img_shapes"] = [shapes[0]] * len(latents)
-    return latents, given
+    return given
+
+
+def _shapes(inputs: dict[str, Any]) -> Any:
+    """(frames, rows, columns) of each picture of the first sample, `[P, 3]`; the model looks at no other sample's."""
+    shapes = inputs.get("img_shapes")
+    return None if shapes is None else host_array(shapes[0]).reshape(-1, 3)
 
 
 _FORMS: dict[str, Form] = {
@@ -93,4 +139,5 @@ _FORMS: dict[str, Form] = {
     "first-shape": _first_shape,
     "mask-of-all": _mask_of_all,
     "lists": _lists,
+    "pictures-behind": _pictures_behind,
 }

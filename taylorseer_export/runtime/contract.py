@@ -11,6 +11,7 @@ from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.shapes import match
 from taylorseer_export.errors import StepError
 from taylorseer_export.method import BundleDefaults, Capacity
+from taylorseer_export.runtime.places import check_pictures
 from taylorseer_export.runtime.values import array_for
 
 
@@ -59,6 +60,9 @@ class Contract:
                 f"input `{min(unknown)}` is not known, expected only {', '.join(self.constants)}; leave it out"
             )
         self.check_sizes(sizes)
+        for name, tensor in self.constants.items():
+            if tensor.fill == "sides":
+                check_pictures(name, conditioning[name], sizes)
         return sizes
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:

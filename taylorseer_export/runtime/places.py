@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.errors import StepError
 from taylorseer_export.runtime.runner import host_dtype
 
 ROWS = "image_tokens"  # the dimension that counts the tokens of a packed latent
+BEHIND = "condition_tokens"  # that of the pictures behind it
 
 
 def value_from_fill(
@@ -33,7 +36,7 @@ def value_from_fill(
         case "frames":
             return np.arange(tensor.first, tensor.first + shape[0], dtype=dtype)
         case "sides":
-            return np.broadcast_to([1, *(sides or sides_of(sizes[ROWS]))], shape).astype(dtype)
+            return np.broadcast_to(_pictures(shape[-2], sizes, sides), shape).astype(dtype)
         case "grid":
             rows, columns = sides if sides is not None and tensor.shape[-2] == ROWS else sides_of(shape[-2])
             return np.broadcast_to(grid(tensor.first, rows, columns, shape[-1]), shape).astype(dtype)
@@ -42,6 +45,32 @@ def value_from_fill(
             line[..., -1] = np.arange(shape[-2])
             return line
     return None
+
+
+def _pictures(count: int, sizes: Mapping[str, int], sides: tuple[int, int] | None) -> list[tuple[int, int, int]]:
+    """(1, rows, columns) of the latent, and of the pictures behind it, which share the tokens there are."""
+    made = [sides or sides_of(sizes[ROWS])]
+    if count > 1:
+        each, rest = divmod(sizes[BEHIND], count - 1)
+        made += [sides_of(each)] * (count - 2) + [sides_of(each + rest)]
+    return [(1, *pair) for pair in made]
+
+
+def check_pictures(name: str, shapes: np.ndarray, sizes: Mapping[str, int]) -> None:
+    """Refuse (frames, rows, columns) of pictures, `[B, P, 3]`, that have more or fewer tokens than a request.
+
+    Raises:
+        StepError: They do; a graph would take every token for one of another place.
+    """
+    rows, behind = sizes[ROWS], sizes.get(BEHIND, 0)
+    for pictures in np.asarray(shapes).reshape(-1, np.shape(shapes)[-2], 3).tolist():
+        counts = [prod(sides) for sides in pictures]
+        if counts[0] != rows or sum(counts[1:]) != behind:
+            shown = " and ".join("x".join(map(str, sides)) for sides in pictures)
+            beside = f" and {behind} of the pictures behind it" if behind else ""
+            raise StepError(
+                f"input `{name}` is {shown}, expected {rows} tokens of the latent{beside}; correct the sizes"
+            )
 
 
 def grid(first: int, rows: int, columns: int, width: int = 3) -> np.ndarray:

@@ -1,0 +1,190 @@
+"""HunyuanVideo 1.5: double blocks over video and text; text to video, and image to video by channels.
+
+Both are one network. From text its pipeline fills what a picture would bring with zeros; here a model of that task has
+no such inputs, and its graphs no tokens of a picture.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, expanded_masks, patches, replaced
+
+_IMAGE = 729  # tokens of the image encoder
+_TASKS = ("t2v", "i2v")
+_HD = 960  # `target_size` of the models for 720p; the others are for 480p
+_HD_SHIFT = {"t2v": 9.0, "i2v": 7.0}
+
+
+def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    task, side = config["task_type"], config["patch_size"]
+    if task not in _TASKS:
+        raise ConfigError(f"config entry `task_type` is {task}, expected {' or '.join(_TASKS)}; pass another model")
+    if config.get("use_meanflow"):
+        raise ConfigError(
+            "config entry `use_meanflow` is true, expected false; no family covers a model that is told the "
+            "timestep of the next step too: pass one that was not distilled so"
+        )
+    picture = ("rows", "columns") if side == 1 else (f"{side}*rows", f"{side}*columns")
+    seen = Input("image_embeds", ("batch", _IMAGE, config["image_embed_dim"]), "constant")
+    channels = config["out_channels" if task == "t2v" else "in_channels"]
+    return (
+        Input("hidden_states", ("batch", channels, "frames", *picture), "latent"),
+        Input("timestep", ("batch",), "step"),
+        Input("encoder_hidden_states", ("batch", "text_tokens", config["text_embed_dim"]), "constant"),
+        Input("encoder_attention_mask", ("batch", "text_tokens"), "constant", "float32", fill="ones"),
+        Input("encoder_hidden_states_2", ("batch", "glyph_tokens", config["text_embed_2_dim"]), "constant"),
+        Input("encoder_attention_mask_2", ("batch", "glyph_tokens"), "constant", "float32", fill="ones"),
+        *((seen,) if task == "i2v" else ()),
+    )
+
+
+def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    latent = {"batch": (1, 8), "frames": (1, 64), "rows": (2, 128), "columns": (2, 128)}
+    return {**latent, "text_tokens": (2, 1024), "glyph_tokens": (2, 512)}
+
+
+def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: int) -> dict[str, int]:
+    return {"frames": frames, **patches(config, height, width)}
+
+
+def _from_text(model: Any, inputs: dict[str, Any]) -> Any:
+    """As HunyuanVideo15Pipeline: zeros for the latents of a picture, their mask, and what the image encoder saw."""
+    import torch
+
+    if torch.compiler.is_exporting():
+        return call(model, {**inputs, "image_embeds": None})  # `_forward` takes that
+    config, latents = model.config, inputs["hidden_states"]
+    batch, channels, *sides = latents.shape
+    empty = latents.new_zeros(batch, config.in_channels - channels, *sides)
+    seen = latents.new_zeros(batch, _IMAGE, config.image_embed_dim)
+    return call(model, {**inputs, "hidden_states": torch.cat([latents, empty], 1), "image_embeds": seen})
+
+
+def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    task = config.get("task_type", "i2v")
+    made = {"pipeline": Pipeline(), "forward": call} if task == "i2v" else {}
+    if config.get("target_size") != _HD:
+        return made
+    return {**made, "scheduler_config": {"shift": _HD_SHIFT.get(task, 7.0)}, "latent_size": (31, 45, 80)}
+
+
+@contextmanager
+def _masked(model: Any) -> Iterator[None]:
+    """Attention with one row of a mask for all queries: the original has one for each, which at 480p are 10^9."""
+    refiner = model.context_embedder.token_refiner
+    code = sys.modules[type(model).__module__]
+    rotate = sys.modules[code.get_1d_rotary_pos_embed.__module__].apply_rotary_emb
+
+    def refined(states: Any, temb: Any, mask: Any) -> Any:
+        for block in refiner.refiner_blocks:
+            states = block(states, temb, mask.bool()[:, None, None])
+        return states
+
+    with ExitStack() as stack:
+        stack.enter_context(expanded_masks(model))
+        stack.enter_context(replaced(model, forward=partial(_forward, model)))
+        stack.enter_context(replaced(refiner, forward=refined))
+        for block in model.transformer_blocks:
+            stack.enter_context(replaced(block.attn, forward=partial(_attend, block.attn, rotate)))
+        yield
+
+
+def _attend(
+    attn: Any,
+    rotate: Any,
+    hidden_states: Any,
+    encoder_hidden_states: Any,
+    attention_mask: Any,
+    image_rotary_emb: Any,
+) -> tuple[Any, Any]:
+    """(video, text) of a joint attention, by a mask `[B, 1, 1, T]` of the tokens that are seen."""
+    import torch
+
+    def projected(states: Any, *layers: Any) -> list[Any]:
+        return [layer(states).unflatten(2, (attn.heads, -1)) for layer in layers]
+
+    query, key, value = projected(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+    query, key = (rotate(x, image_rotary_emb, sequence_dim=1) for x in (attn.norm_q(query), attn.norm_k(key)))
+    more, words, behind = projected(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    pairs = ((query, attn.norm_added_q(more)), (key, attn.norm_added_k(words)), (value, behind))
+    query, key, value = (torch.cat(pair, 1).transpose(1, 2) for pair in pairs)
+    made = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+    made, count = made.transpose(1, 2).flatten(2, 3), hidden_states.shape[1]
+    return attn.to_out[1](attn.to_out[0](made[:, :count])), attn.to_add_out(made[:, count:])
+
+
+def _forward(
+    model: Any,
+    hidden_states: Any,
+    timestep: Any,
+    encoder_hidden_states: Any,
+    encoder_attention_mask: Any,
+    encoder_hidden_states_2: Any,
+    encoder_attention_mask_2: Any,
+    image_embeds: Any,
+    return_dict: bool,
+) -> Any:
+    """The model's own forward, but for the text: every token stays where it is, and those that do not count are masked.
+
+    The original moves those to the end, in a loop over the batch, and asks by a value whether there is a picture.
+    Attention sees no order of text tokens, and rows that no one attends to and that do not leave the network change
+    nothing.
+    """
+    import torch
+
+    batch, channels, frames, height, width = hidden_states.shape
+    if image_embeds is None:
+        more = model.config.in_channels - channels
+        hidden_states = torch.nn.functional.pad(hidden_states, (0, 0, 0, 0, 0, 0, 0, more))
+    patch = model.config.patch_size
+    rotary, temb, tokens = model.rope(hidden_states), model.time_embed(timestep), model.x_embedder(hidden_states)
+    glyphs = model.context_embedder_2(encoder_hidden_states_2)
+    words = model.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask)
+    kinds = model.cond_type_embed.weight
+    texts, masks = (
+        [glyphs + kinds[1], words + kinds[0]],
+        [encoder_attention_mask_2.bool(), encoder_attention_mask.bool()],
+    )
+    if image_embeds is not None:
+        shown = image_embeds.ne(0).flatten(1).any(1, keepdim=True)
+        texts.insert(0, model.image_embedder(image_embeds) + kinds[2])
+        masks.insert(0, shown.expand(-1, image_embeds.shape[1]))
+    text = torch.cat(texts, 1)
+    seen = torch.cat([torch.ones(tokens.shape[:2], dtype=torch.bool), *masks], 1)[:, None, None]
+    for block in model.transformer_blocks:
+        tokens, text = block(tokens, text, temb, seen, rotary)
+    tokens = model.proj_out(model.norm_out(tokens, temb))
+    pixels = tokens.reshape(batch, frames, height // patch, width // patch, -1, 1, patch, patch)
+    return (pixels.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3),)
+
+
+HUNYUAN_VIDEO_15 = Family(
+    name="hunyuan-video-1.5",
+    title="HunyuanVideo 1.5: text to video, and image to video",
+    model_class="HunyuanVideo15Transformer3DModel",
+    reference="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
+    sites=(r"transformer_blocks\.\d+\.(attn|ff)",),
+    stack_input=("transformer_blocks.0", "hidden_states"),
+    stack_output=("norm_out", "x"),
+    inputs=_inputs,
+    dimensions=_dimensions,
+    latent_sizes=_latent_sizes,
+    defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
+    scheduler="FlowMatchEulerDiscreteScheduler",
+    scheduler_config={"shift": 5.0},
+    guidance="branches",
+    guidance_scale=6.0,
+    latent_size=(31, 30, 53),
+    latent_scale=16,
+    typical={"text_tokens": 1000, "glyph_tokens": 256},
+    pipeline=Pipeline(arguments="noise-alone", ignored_inputs=("image_embeds",)),
+    by_config=_by_config,
+    forward=_from_text,
+    patched=_masked,
+)

@@ -48,6 +48,7 @@ from taylorseer_export.runtime.sampling import Loop, sample
 from taylorseer_export.runtime.sections import course_of, sections_of, window_of
 from taylorseer_export.serve import contract
 from taylorseer_export.serve.api import videos
+from taylorseer_export.serve.api.fleet import open_models
 from taylorseer_export.serve.client import infer
 from taylorseer_export.serve.contract import sides_named
 from taylorseer_export.serve.repository import Deployment, write_repository
@@ -317,6 +318,26 @@ def test_run_makes_a_video_of_a_picture(sectioned, monkeypatch, tmp_path, capsys
     assert "size frames is 18, expected 9, 17, 25 and so on" in capsys.readouterr().err
 
 
+@pytest.fixture
+def written(monkeypatch):
+    """Id of a job -> the frames that are written for it, and their rate: x264 need not write them twice alike."""
+    found = {}
+
+    def note(path, frames, rate):
+        found[path.stem] = frames, rate
+        write_video(path, frames, rate)
+
+    monkeypatch.setattr(videos, "write_video", note)
+    return found
+
+
+def reference():
+    """The picture as a job is given it."""
+    file = io.BytesIO()
+    Image.fromarray(EDITED).save(file, "png")
+    return {"image_url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"}
+
+
 class Leaving:
     """A caller that leaves after a step; never if None."""
 
@@ -359,20 +380,10 @@ def test_who_leaves_is_counted_in_steps_of_all_loops(sectioned):
 
 
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
-def test_the_videos_api_counts_all_steps(sectioned, monkeypatch):
+def test_the_videos_api_counts_all_steps(sectioned, written):
     """Two jobs at a time, each the bits of a run alone, whose sections take turns in slots of one size."""
-    written = {}
-
-    def note(path, frames, rate):  # x264 does not write the same frames twice alike
-        written[path.stem] = frames, rate
-        write_video(path, frames, rate)
-
-    monkeypatch.setattr(videos, "write_video", note)
     denoiser = sectioned["backward"][1]
-    file = io.BytesIO()
-    Image.fromarray(EDITED).save(file, "png")
-    data = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    how = {"plan": "F.", "order": 0, "guidance_scale": SCALE, "input_reference": {"image_url": data}}
+    how = {"plan": "F.", "order": 0, "guidance_scale": SCALE, "input_reference": reference()}
     with models_over(denoiser, slots=2, queue=2, workers=2) as models, serving(models) as port:
         client = client_of(port)
         (listed,) = client.models.list().data
@@ -417,8 +428,9 @@ def test_triton_s_picture_model_takes_the_picture(sectioned):
 
 
 @pytest.mark.slow
-def test_a_real_server_makes_the_video_and_tells_its_steps(whole_bundles, tmp_path):
-    """Engines, and Triton over them: what the pipeline makes, and the same bits as in this process."""
+@pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
+def test_a_real_server_makes_the_video_and_tells_its_steps(whole_bundles, tmp_path, written):
+    """Engines, Triton over them, and the videos API before that: what the pipeline makes, in the bits of a run here."""
     if reason := triton_server.missing():
         pytest.skip(reason)
     folder, pipe, size = whole_bundles("framepack"), whole_framepack(MODELS["framepack"][1]()), size_of_sections(2)
@@ -443,5 +455,15 @@ def test_a_real_server_makes_the_video_and_tells_its_steps(whole_bundles, tmp_pa
             triton.grpc, "framepack-whole-stream", more, "stream", 120, lambda done, told_: told.append((done, told_))
         )
         assert np.array_equal(streamed["video"], video)
+        models = open_models([triton.grpc], ["framepack-whole"])
+        with serving(models) as port:
+            body = {"prompt": PROMPT, "size": "192x128", "frames": size[0], "input_reference": reference()}
+            body |= {name: values[name] for name in ("seed", "plan", "guidance_scale")}
+            status, _, text = asked(port, "/v1/videos", body, {"authorization": "Bearer none"})
+            assert status == 200, text
+            done = ended(client_of(port), json.loads(text)["id"])
+            assert (done.status, done.model_extra["taylorseer"]["executed"]) == ("completed", "FFFF"), done
+            assert np.array_equal(written[done.id][0], video)
+        models.close()
     assert [done for done, _ in told] == [0, 1, 2, 3, 4]
     assert {outputs["planned"][0] for _, outputs in told} == {b"FFFF"}

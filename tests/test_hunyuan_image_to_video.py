@@ -58,27 +58,26 @@ def request_of(denoiser, name, picture, size=SIZE, **more):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_video_is_the_pipelines(whole, name):
-    """From prompt and picture to video, all steps full, noise of the same seed."""
+    """From prompt and picture to latents and to video, all steps full, noise of the same seed."""
     pipe, denoiser = whole(name)
-    frames, height, width = SIZE
-    how, negative, _ = KINDS[name]
+    (frames, height, width), (how, negative, _) = SIZE, KINDS[name]
+    cut = name == "hunyuan-channels"
+    asked_for = {"image": Image.fromarray(EDITED), "prompt": PROMPT, "num_inference_steps": STEPS, **how}
+    asked_for |= {"height": height, "width": width, "num_frames": frames}
     with torch.no_grad():
-        expected = pipe(
-            image=Image.fromarray(EDITED),
-            prompt=PROMPT,
-            height=height,
-            width=width,
-            num_frames=frames,
-            num_inference_steps=STEPS,
-            generator=torch.Generator().manual_seed(SEED),
-            output_type="pt",
-            **how,
-        ).frames[0]
-    guided = negative is not None
-    limit = bound_of_picture(expected, pipe, STEPS * (1 + guided), SCALE if guided else None)
-    seen = drawn(denoiser, request_of(denoiser, name, EDITED), "F" * STEPS)
-    oracle.assert_close("video", seen, expected, limit)
-    assert len(seen) == frames - (4 if name == "hunyuan-channels" else 0)
+        latents, (expected,) = (
+            pipe(**asked_for, generator=torch.Generator().manual_seed(SEED), output_type=kind).frames
+            for kind in ("latent", "pt")
+        )
+    calls, scale = (STEPS, None) if negative is None else (2 * STEPS, SCALE)
+    request = request_of(denoiser, name, EDITED)
+    made = torch.from_numpy(sample(denoiser, request, denoiser.forecasts(plan="F" * STEPS)).latents)
+    extent = depth_and_length(*encoders_of(pipe), *[pipe.transformer] * calls, pipe.vae.encoder)
+    limit = oracle.bound(latents, 1.0 if scale is None else 2 * scale - 1, torch.float32, *extent)
+    oracle.assert_close("latents", made[:, :, int(cut) :], latents, limit)
+    limit = bound_of_picture(expected, pipe, calls, scale)
+    oracle.assert_close("video", drawn(denoiser, request, "F" * STEPS), expected, limit)
+    assert len(expected) == frames - 4 * cut
     wrong = drawn(denoiser, request_of(denoiser, name, 255 - EDITED), "F" * STEPS)
     assert (wrong - expected).abs().max() > limit
 

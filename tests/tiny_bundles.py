@@ -14,10 +14,12 @@ from tiny_pipelines import (
     kontext_pipeline,
     wan_image_pipeline,
     wan_pipeline,
+    whole_chroma,
     whole_hidream,
     whole_hunyuan,
     whole_qwen_image,
     whole_sd3,
+    whole_z_image,
 )
 
 from taylorseer_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -65,6 +67,8 @@ WHOLE = {
     "flux": flux_pipeline,
     "kontext": kontext_pipeline,
     "sd3": whole_sd3,
+    "chroma": whole_chroma,
+    "z-image": whole_z_image,
     "qwen-image": whole_qwen_image,
     "hidream": whole_hidream,
     "dit": dit_pipeline,
@@ -77,6 +81,8 @@ WHOLE = {
 # published models is gigabytes of attention even in a tiny transformer.
 WHOLE_SIZES = {
     "sd3": (8, 12),
+    "chroma": (8, 12),
+    "z-image": (8, 12),
     "qwen-image": (4, 6),
     "hidream": (8, 8),
     "wan": (2, 4, 6),

@@ -57,6 +57,8 @@ CASES = {
         asked={"image": Image.fromarray(EDITED), "max_area": 32 * 48, "_auto_resize": False, "guidance_scale": 2.5},
         picture=EDITED,
     ),
+    "chroma": Case((16, 24), 16, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
+    "z-image": Case((16, 24), None, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
     "hidream": Case((16, 16), None, 5.0, {"guidance_scale": 5.0, "negative_prompt": OTHER}),
 }
 TEXT_ALONE = {"wan": 32, "hunyuan": 200}  # most tokens of a prompt

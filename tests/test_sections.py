@@ -152,7 +152,7 @@ def test_a_picture_becomes_what_the_pipeline_makes_of_it(whole, shape, sides):
     """Of a bundle of any size: brought to that of the video, then to that of the image encoder; latents are drawn."""
     pipe, denoiser = whole("framepack")
     window = window_of(denoiser.manifest)
-    assert window == 9
+    assert window == WINDOW
     size = (4 * 2 * window + 1, *sides)
     picture = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
     with torch.no_grad():

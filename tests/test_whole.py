@@ -73,6 +73,12 @@ def encoded(pipe, name, length):
                 return {"encoder_hidden_states": states, "pooled_projections": pooled}
             case "qwen-image":
                 return {"encoder_hidden_states": pipe.encode_prompt(PROMPT)[0]}
+            case "chroma":
+                states, _, mask, *_ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False, **more)
+                return {"encoder_hidden_states": states, "attention_mask": mask}
+            case "z-image":
+                (states,), _ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)
+                return {"cap_feats": states[None]}
             case "hidream":
                 t5, _, llama, _, pooled, _ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)
                 return {"encoder_hidden_states_t5": t5, "encoder_hidden_states_llama3": llama, "pooled_embeds": pooled}

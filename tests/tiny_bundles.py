@@ -15,12 +15,14 @@ from tiny_pipelines import (
     kontext_pipeline,
     wan_image_pipeline,
     wan_pipeline,
+    whole_chroma,
     whole_framepack,
     whole_hidream,
     whole_hunyuan,
     whole_hunyuan_image,
     whole_qwen_image,
     whole_sd3,
+    whole_z_image,
 )
 
 from taylorseer_export.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -68,6 +70,8 @@ WHOLE = {
     "flux": flux_pipeline,
     "kontext": kontext_pipeline,
     "sd3": whole_sd3,
+    "chroma": whole_chroma,
+    "z-image": whole_z_image,
     "qwen-image": whole_qwen_image,
     "hidream": whole_hidream,
     "dit": dit_pipeline,
@@ -80,17 +84,20 @@ WHOLE = {
 }
 
 # Latent pixels of whole bundles that have one size.
-WHOLE_SIZES = {"qwen-image": (4, 6), "framepack": (2, 16, 24)}
+WHOLE_SIZES = {"qwen-image": (4, 6)}
 # Latent pixels that others of any size are quoted at: servers warm up there, and that of published models' videos is
 # gigabytes of attention even in a tiny transformer.
 WHOLE_USUAL = {
     "sd3": (8, 12),
+    "chroma": (8, 12),
+    "z-image": (8, 12),
     "hidream": (8, 8),
     "wan": (2, 4, 6),
     "wan-image": (2, 4, 6),
     "hunyuan": (2, 4, 6),
     "hunyuan-channels": (3, 4, 6),
     "hunyuan-replace": (3, 4, 6),
+    "framepack": (2, 16, 24),
 }
 
 

@@ -54,6 +54,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3Model,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -111,27 +113,27 @@ def flux2_base_pipeline(transformer):
     return flux2_pipeline(transformer, Flux2KleinPipeline)
 
 
-def chroma_pipeline(transformer):
-    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings."""
+def chroma_pipeline(transformer, text_encoder=None, tokenizer=None):
+    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings where it has no encoder."""
     return _quiet(
         ChromaPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             vae=tiny_vae(transformer.config.in_channels // 4),
-            text_encoder=None,
-            tokenizer=None,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
             transformer=transformer,
         )
     )
 
 
-def z_image_pipeline(transformer):
-    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings."""
+def z_image_pipeline(transformer, text_encoder=None, tokenizer=None):
+    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings where it has no encoder."""
     return _quiet(
         ZImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
             vae=tiny_vae(transformer.config.in_channels),
-            text_encoder=None,
-            tokenizer=None,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
             transformer=transformer,
         )
     )
@@ -357,6 +359,20 @@ def whole_hidream(transformer):
     return hidream_pipeline(transformer, encoders | {f"tokenizer{k}": letters(128) for k in ("", "_2", "_3", "_4")})
 
 
+def whole_chroma(transformer):
+    """The same from a prompt."""
+    return chroma_pipeline(transformer, tiny_t5(transformer.config.joint_attention_dim), letters(512))
+
+
+def whole_z_image(transformer):
+    """The same from a prompt, which its tokenizer puts into a chat."""
+    tokenizer = letters(512)
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    answer = "{{ '<|im_start|>assistant\n' }}"  # a template's own last line ends without one
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}{answer}"
+    return z_image_pipeline(transformer, tiny_qwen3(transformer.config.cap_feat_dim), tokenizer)
+
+
 def tiny_vae(channels):
     return _seeded(
         lambda: AutoencoderKL(
@@ -479,6 +495,19 @@ def tiny_qwen(width):
     eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": width}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=eyes)
     return _seeded(lambda: Qwen2_5_VLForConditionalGeneration(config))
+
+
+def tiny_qwen3(width):
+    config = Qwen3Config(
+        vocab_size=len(WORDS),
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return _seeded(lambda: Qwen3Model(config))
 
 
 def tiny_vision(width):

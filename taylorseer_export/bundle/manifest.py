@@ -223,8 +223,7 @@ class Pipeline(Part):
         default="sigmas", description="What a flow-matching scheduler is given: even sigmas, or a number of steps."
     )
     noise: Literal["latents", "tokens"] = Field(
-        default="latents",
-        description="What a packed latent is drawn as: latents, which are then packed, or tokens, channels first.",
+        default="latents", description="What a packed latent is drawn as: latents, or tokens with channels first."
     )
     shift: Literal["tokens", "tokens-and-steps"] = Field(
         default="tokens", description="What the sigmas shift with, where they do."
@@ -399,11 +398,7 @@ class Manifest(Sealed):
         return self
 
     def guidance_of(self, scale: float | None = None) -> float:
-        """What two predictions are guided with, where 1 is no guidance, for a scale as the family's pipeline counts.
-
-        Args:
-            scale: Dimensionless; the default if left out.
-        """
+        """What two predictions are guided with, where 1 is no guidance, for a scale as the family's pipeline counts."""
         return (self.sampling.guidance_scale if scale is None else scale) + self.pipeline.guidance_offset
 
     @classmethod

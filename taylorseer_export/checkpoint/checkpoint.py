@@ -203,9 +203,10 @@ def _fitting(given: Checkpoint) -> list[Checkpoint]:
     for path in published(given.family.model_class):
         try:
             one = _other_layout(given, str(path))
-            given.family.inputs(one.config)  # refuses a variant that it does not cover
             with given.family.built(one.model_class):
-                one.check_tensors(one.empty_model())
+                model = one.empty_model()
+                given.family.inputs(model.config)  # refuses a variant that it does not cover
+                one.check_tensors(model)
         except (CheckpointError, ConfigError) as error:
             more += [error] if isinstance(error, Unread) else []
             continue

@@ -199,11 +199,22 @@ def _encoded(
         key = Key(denoiser, prompt, length, digest)
         return cache.of(key, lambda: denoiser.encoder.encode(prompt, length, *picture))
 
-    made = _together(denoiser, [encode(prompt, digest, *pictures) for prompt in prompts])
+    rows = [encode(prompt, digest, *pictures) for prompt in prompts]
     if not guided or scale == 1.0 or away is None:
-        return made
-    twins = _together(denoiser, [encode(away)])
+        return _together(denoiser, rows)
+    if manifest.sampling.guidance == "batched":  # halves of one batch are as long as each other
+        made, twins = _parted(denoiser, _together(denoiser, [*rows, encode(away)]), len(rows))
+    else:
+        made, twins = _together(denoiser, rows), _together(denoiser, [encode(away)])
     return {**made, **{NEGATIVE + name: value for name, value in twins.items()}}
+
+
+def _parted(
+    denoiser: Denoiser, rows: Mapping[str, np.ndarray], count: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Conditioning of the first prompts, and of the others."""
+    parts = {n: np.split(value, [count], denoiser.constants[n].shape.index("batch")) for n, value in rows.items()}
+    return {n: part[0] for n, part in parts.items()}, {n: part[1] for n, part in parts.items()}
 
 
 def _together(denoiser: Denoiser, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

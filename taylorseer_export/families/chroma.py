@@ -13,6 +13,7 @@ from typing import Any
 
 from taylorseer_export.families.family import Defaults, Input, Pipeline, call, replaced
 from taylorseer_export.families.flux import FLUX
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -60,6 +61,16 @@ def _any_batch(model: Any) -> Iterator[None]:
         yield
 
 
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    """T5's words, and which of them count: those of the prompt and the first behind it."""
+    import torch
+
+    words, mask = given["t5"], given["t5_mask"]
+    states = encoders["text_encoder"](words, attention_mask=mask)[0]
+    seen = torch.arange(words.shape[1]) <= mask.sum(1, keepdim=True)
+    return {"encoder_hidden_states": states, "attention_mask": seen.to(states.dtype)}
+
+
 CHROMA = replace(
     FLUX,
     name="chroma",
@@ -71,7 +82,13 @@ CHROMA = replace(
     guidance="branches",
     guidance_scale=5.0,
     pipeline=Pipeline(arguments="mask-of-all"),
-    whole=None,
+    whole=Whole(
+        decode=picture,
+        encoders=("text_encoder",),
+        tokens=(Tokens("t5", "tokenizer", 512, size="text_tokens", mask="t5_mask"),),
+        encode=_encode,
+        negative="",
+    ),
     forward=_forward,
     variants={},
     patched=_any_batch,

@@ -15,6 +15,7 @@ from typing import Any
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, patches, replaced
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
 
 _PATCH, _OF_PATCHES = 2, "2-1"  # what the pipeline cuts, and its layers among those of other patches
 _FILLED = 32  # tokens of which picture and text are made a multiple each
@@ -163,6 +164,13 @@ class _Rotated:
         return attn.to_out[0](made.transpose(1, 2).flatten(2))
 
 
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    states = encoders["text_encoder"](given["tokens"], output_hidden_states=True, use_cache=False).hidden_states
+    return {"cap_feats": states[-2]}
+
+
+_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
 Z_IMAGE = Family(
     name="z-image",
     title="Z-Image and Z-Image-Turbo",
@@ -188,6 +196,13 @@ Z_IMAGE = Family(
         timestep_reversed=True,
         arguments="lists",
         positional=("t", "cap_feats"),
+    ),
+    whole=Whole(
+        decode=picture,
+        encoders=("text_encoder",),
+        tokens=(Tokens("tokens", "tokenizer", 512, size="text_tokens", padded=False, template=_TEMPLATE),),
+        encode=_encode,
+        negative="",
     ),
     attributes=lambda config: {"in_channels": config["in_channels"]},
     lora_loader="ZImageLoraLoaderMixin",

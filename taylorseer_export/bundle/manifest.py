@@ -22,13 +22,16 @@ from taylorseer_export.bundle.entries import (
     SchedulerName,
     Size,
     SizeName,
-    Template,
     Text,
     Whole,
 )
 from taylorseer_export.bundle.entries import Shape as Shape
+from taylorseer_export.bundle.part_entries import Filter as Filter
+from taylorseer_export.bundle.part_entries import Sections as Sections
+from taylorseer_export.bundle.part_entries import Shown as Shown
+from taylorseer_export.bundle.part_entries import Tiles as Tiles
+from taylorseer_export.bundle.part_entries import Tokens as Tokens
 from taylorseer_export.bundle.sealed import Part, Sealed, Sha256
-from taylorseer_export.bundle.sections import Sections as Sections
 from taylorseer_export.errors import BundleError
 from taylorseer_export.method.forecasts import Granularity, Layout
 from taylorseer_export.method.guard import Rule
@@ -44,7 +47,6 @@ Role = Literal[
     "probe_in", "probe_out", "error", "carried", "tokens", "picture", "cache_in", "cache_out",
 ]  # fmt: skip
 Fill = Literal["ones", "zeros", "grid", "line", "sides", "frames", "guidance"]
-Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
 
 
@@ -259,47 +261,6 @@ class Pipeline(Part):
     )
     attributes: dict[str, int] = Field(
         default_factory=dict, description="What the pipeline reads from the transformer besides its config."
-    )
-
-
-class Tokens(Part):
-    """What one tokenizer makes of a prompt: an input of the graph `text`, and its mask."""
-
-    input: Text = Field(description="Name of the input.")
-    mask: Text | None = Field(default=None, description="Name of the input that is 1 where a token is no padding.")
-    file: RelativePath = Field(description="The tokenizer, as the `tokenizers` library stores it.")
-    length: Size = Field(description="Tokens that a prompt may have, without those that are dropped.")
-    size: SizeName | None = Field(default=None, description="Dimension that this number is; null where it is fixed.")
-    padding: Count | None = Field(default=None, description="Token that fills a prompt up to its length; or null.")
-    side: Literal["left", "right"] = Field(default="right", description="Where it is filled up.")
-    template: Template = Field(default="{}", description="What the prompt is put into, in the place of {}.")
-    dropped: Count = Field(default=0, description="Leading tokens that the encoders leave out of what they return.")
-    cleaned: bool = Field(default=False, description="Whether HTML entities and runs of spaces are resolved first.")
-
-
-class Tiles(Part):
-    """How the tiles of a video lie in its latents; neighbours are blended where they overlap."""
-
-    frames: Size = Field(description="Latent frames of a tile, without the one before that it begins with.")
-    frame_stride: Size = Field(description="Latent frames from one tile to the next.")
-    side: Size = Field(description="Latent pixels of a tile along each side.")
-    side_stride: Size = Field(description="Latent pixels from one tile to the next.")
-    time_scale: Size = Field(description="Frames of a latent frame; the first is one frame.")
-    scale: Size = Field(description="Pixels of a latent pixel along each side.")
-
-
-class Shown(Part):
-    """How an image encoder is shown the picture that is given, as an input of the graph."""
-
-    input: Text = Field(description="Name of the input; its shape is the size that the picture is brought to.")
-    edge: Size | None = Field(
-        default=None,
-        description="Pixels that the shorter side is brought to before the middle is cut out; null: nothing is cut.",
-    )
-    filter: Filter = Field(description="Of Pillow, that it is resized by.")
-    sized: bool = Field(
-        default=False,
-        description="Whether it has the size of the video first, and is floats in between, by which some bytes lose 1.",
     )
 
 

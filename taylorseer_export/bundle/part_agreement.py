@@ -13,7 +13,7 @@ from taylorseer_export.bundle.shapes import names, resolve
 
 if TYPE_CHECKING:
     from taylorseer_export.bundle.manifest import Graph, Manifest, PartName, PipelinePart, Tensor
-    from taylorseer_export.bundle.sections import Sections
+    from taylorseer_export.bundle.part_entries import Sections
 
 # Part -> (roles its inputs may have, roles its outputs may have).
 _PART_ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {

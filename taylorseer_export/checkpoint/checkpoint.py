@@ -205,7 +205,7 @@ def _fitting(given: Checkpoint) -> list[Checkpoint]:
             one = _other_layout(given, str(path))
             with given.family.built(one.model_class):
                 model = one.empty_model()
-                given.family.inputs(model.config)  # refuses a variant that it does not cover
+                given.family.inputs(dict(model.config))  # type: ignore[arg-type]  # refuses a variant not covered
                 one.check_tensors(model)
         except (CheckpointError, ConfigError) as error:
             more += [error] if isinstance(error, Unread) else []

@@ -1,0 +1,69 @@
+"""What a part of a pipeline says besides its graphs: prompts, tiles, pictures that are shown, sections of a video."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from taylorseer_export.bundle.entries import Count, RelativePath, Size, SizeName, Template, Text
+from taylorseer_export.bundle.sealed import Part
+
+Filter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+
+
+class Tokens(Part):
+    """What one tokenizer makes of a prompt: an input of the graph `text`, and its mask."""
+
+    input: Text = Field(description="Name of the input.")
+    mask: Text | None = Field(default=None, description="Name of the input that is 1 where a token is no padding.")
+    file: RelativePath = Field(description="The tokenizer, as the `tokenizers` library stores it.")
+    length: Size = Field(description="Tokens that a prompt may have, without those that are dropped.")
+    size: SizeName | None = Field(default=None, description="Dimension that this number is; null where it is fixed.")
+    padding: Count | None = Field(default=None, description="Token that fills a prompt up to its length; or null.")
+    side: Literal["left", "right"] = Field(default="right", description="Where it is filled up.")
+    template: Template = Field(default="{}", description="What the prompt is put into, in the place of {}.")
+    dropped: Count = Field(default=0, description="Leading tokens that the encoders leave out of what they return.")
+    cleaned: bool = Field(default=False, description="Whether HTML entities and runs of spaces are resolved first.")
+
+
+class Tiles(Part):
+    """How the tiles of a video lie in its latents; neighbours are blended where they overlap."""
+
+    frames: Size = Field(description="Latent frames of a tile, without the one before that it begins with.")
+    frame_stride: Size = Field(description="Latent frames from one tile to the next.")
+    side: Size = Field(description="Latent pixels of a tile along each side.")
+    side_stride: Size = Field(description="Latent pixels from one tile to the next.")
+    time_scale: Size = Field(description="Frames of a latent frame; the first is one frame.")
+    scale: Size = Field(description="Pixels of a latent pixel along each side.")
+
+
+class Shown(Part):
+    """How an image encoder is shown the picture that is given, as an input of the graph."""
+
+    input: Text = Field(description="Name of the input; its shape is the size that the picture is brought to.")
+    edge: Size | None = Field(
+        default=None,
+        description="Pixels that the shorter side is brought to before the middle is cut out; null: nothing is cut.",
+    )
+    filter: Filter = Field(description="Of Pillow, that it is resized by.")
+    sized: bool = Field(
+        default=False,
+        description="Whether it has the size of the video first, and is floats in between, by which some bytes lose 1.",
+    )
+
+
+class Sections(Part):
+    """A video is several loops: each makes a section of its latent frames, from those made before.
+
+    A section has as many latent frames as the latent of the denoiser typically has.
+    """
+
+    direction: Literal["forward", "backward"] = Field(
+        description="What is made first. forward: the beginning of the video. backward: its end."
+    )
+    new: Text = Field(description="Input of the denoiser that holds the places in time of the frames of a section.")
+    past: tuple[tuple[Text, Text], ...] = Field(
+        min_length=1,
+        description="Inputs that hold frames made before, each with the one that holds their places in time; the "
+        "nearest first, and in that the frame of the picture before all others.",
+    )
+    usual: Size = Field(description="Sections of a video where nobody asks for another length.")

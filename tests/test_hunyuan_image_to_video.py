@@ -286,7 +286,18 @@ def bundle(whole_bundles):
 
 def test_a_bundle_on_disk_makes_the_video(bundle, tmp_path):
     Image.fromarray(EDITED).save(tmp_path / "given.png")
-    command = ["run", str(bundle), "--prompt", PROMPT, "--image", str(tmp_path / "given.png"), "--plan", "F.F"]
+    command = [
+        "run",
+        str(bundle),
+        "--prompt",
+        PROMPT,
+        "--image",
+        str(tmp_path / "given.png"),
+        "--size",
+        "9x32x48",
+        "--plan",
+        "F.F",
+    ]
     assert cli.main([*command, "--threads", "1", "--out", str(tmp_path / "made.webp")]) == 0
     with Image.open(tmp_path / "made.webp") as made:
         assert (made.n_frames, made.size) == (5, (48, 32))

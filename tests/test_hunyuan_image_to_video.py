@@ -41,6 +41,8 @@ from taylorseer_export.serve import contract
 from taylorseer_export.serve.client import infer
 from taylorseer_export.serve.repository import Deployment, write_repository
 
+pytestmark = pytest.mark.slow
+
 STEPS, SEED, SIZE, SCALE = 2, 3, (9, 32, 48), 4.0
 # Of each kind: how the pipeline is asked for guidance, the negative prompt of a request, and how often one state of the
 # picture is kept.

@@ -54,6 +54,8 @@ from taylorseer_export.serve.contract import sides_named
 from taylorseer_export.serve.repository import Deployment, write_repository
 from taylorseer_export.serve.service import Limits, Service
 
+pytestmark = pytest.mark.slow
+
 STEPS, SEED, SCALE, LENGTH, WINDOW, SIDES = 2, 3, 4.0, 200, 2, (128, 192)
 DIRECTIONS = {"backward": "inverted_anti_drifting", "forward": "vanilla"}
 

@@ -137,6 +137,11 @@ def patches(config: Mapping[str, Any], height: int, width: int) -> dict[str, int
     return {"rows": height // patch, "columns": width // patch}
 
 
+def video_patches(config: Mapping[str, Any], frames: int, height: int, width: int) -> dict[str, int]:
+    """The same of a video, whose latent frames are as many as there are."""
+    return {"frames": frames, **patches(config, height, width)}
+
+
 def fixed(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
     """`latent_sizes` of a model that knows one picture size, that of its position table."""
     size = config["sample_size"]

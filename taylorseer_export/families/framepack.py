@@ -10,7 +10,7 @@ from functools import partial
 from math import log
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, patches, replaced
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, replaced, video_patches
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
 from taylorseer_export.families.whole import Modules, Sections, Shown, Tensors, spread
 
@@ -44,7 +44,7 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: int) -> dict[str, int]:
-    return {"frames": frames, **patches({"patch_size": _PATCH}, height, width)}
+    return video_patches({"patch_size": _PATCH}, frames, height, width)
 
 
 @contextmanager

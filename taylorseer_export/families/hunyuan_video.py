@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, patches, replaced
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, replaced, video_patches
 from taylorseer_export.families.whole import Modules, Shown, Tensors, Tiling, Tokens, Whole
 
 _CHANNELS = "latent_concat"  # how the published configs call it
@@ -34,10 +34,6 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     # Where a picture comes as channels, the pipeline leaves out what the first latent frame becomes.
     least = 2 if config.get("image_condition_type") == _CHANNELS else 1
     return {"batch": (1, 8), "frames": (least, 64), "rows": (2, 128), "columns": (2, 128), "text_tokens": (2, 1024)}
-
-
-def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: int) -> dict[str, int]:
-    return {"frames": frames, **patches(config, height, width)}
 
 
 _TEMPLATE = (
@@ -221,7 +217,7 @@ HUNYUAN_VIDEO = Family(
     stack_output=("norm_out", "x"),
     inputs=_inputs,
     dimensions=_dimensions,
-    latent_sizes=_latent_sizes,
+    latent_sizes=video_patches,
     defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
     scheduler="FlowMatchEulerDiscreteScheduler",
     scheduler_config={"shift": 7.0},

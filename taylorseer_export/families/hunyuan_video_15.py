@@ -13,7 +13,16 @@ from functools import partial
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, expanded_masks, patches, replaced
+from taylorseer_export.families.family import (
+    Defaults,
+    Family,
+    Input,
+    Pipeline,
+    call,
+    expanded_masks,
+    replaced,
+    video_patches,
+)
 
 _IMAGE = 729  # tokens of the image encoder
 _TASKS = ("t2v", "i2v")
@@ -47,10 +56,6 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
 def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     latent = {"batch": (1, 8), "frames": (1, 64), "rows": (2, 128), "columns": (2, 128)}
     return {**latent, "text_tokens": (2, 1024), "glyph_tokens": (2, 512)}
-
-
-def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: int) -> dict[str, int]:
-    return {"frames": frames, **patches(config, height, width)}
 
 
 def _from_text(model: Any, inputs: dict[str, Any]) -> Any:
@@ -174,7 +179,7 @@ HUNYUAN_VIDEO_15 = Family(
     stack_output=("norm_out", "x"),
     inputs=_inputs,
     dimensions=_dimensions,
-    latent_sizes=_latent_sizes,
+    latent_sizes=video_patches,
     defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
     scheduler="FlowMatchEulerDiscreteScheduler",
     scheduler_config={"shift": 5.0},

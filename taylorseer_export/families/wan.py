@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, patches
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, video_patches
 from taylorseer_export.families.whole import Modules, Shown, Tensors, Tokens, Whole, normed, scaled, unit
 
 _TEXT = 512  # tokens; diffusers splits image from text tokens at this count
@@ -37,7 +37,7 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: int) -> dict[str, int]:
-    return {"frames": frames, **patches({"patch_size": config["patch_size"][1]}, height, width)}
+    return video_patches({"patch_size": config["patch_size"][1]}, frames, height, width)
 
 
 def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:

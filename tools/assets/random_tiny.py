@@ -27,6 +27,15 @@ from taylorseer_export.families import FAMILIES
 
 ASSETS = ROOT / "taylorseer_export" / "assets"
 SEED = 0
+_QWEN_IMAGE = {
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+}
 _FLUX2 = {
     "in_channels": 128,
     "num_layers": 2,
@@ -124,24 +133,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_axes_dim": (4, 4, 4),
         "task_type": "t2v",
     },
-    "qwen-image": {
-        "in_channels": 64,
-        "out_channels": 16,
-        "num_layers": 3,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 32,
-        "axes_dims_rope": (4, 6, 6),
-    },
-    "qwen-image-edit": {
-        "in_channels": 64,
-        "out_channels": 16,
-        "num_layers": 3,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 32,
-        "axes_dims_rope": (4, 6, 6),
-    },
+    "qwen-image": _QWEN_IMAGE,
+    "qwen-image-edit": _QWEN_IMAGE,
     "sd3": {
         "sample_size": 16,
         "in_channels": 16,

@@ -321,6 +321,8 @@ def test_every_reason_is_known_by_its_sentence():
         ("INVALID_ARGUMENT", "plan has `x` at step 2", ConfigError, "plan has `x` at step 2"),
         (None, "plan has `x` at step 2, expected F or .", ConfigError, "plan has `x` at step 2"),
         (None, "what is that", ServeError, "the server failed at this request"),
+        (None, "the server failed: latents are NaN, expected numbers", ServeError, "the server failed: latents"),
+        (None, "Request for unknown model: 'a' is not found", NoServer, "no server answers at 127.0.0.1:9"),
         ("INTERNAL", "Stub process 'a_0_0' is not healthy.", NoServer, "no server answers at 127.0.0.1:9"),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", Late, "request is late"),
         ("CANCELLED", "request is cancelled", ServeError, "request is cancelled"),

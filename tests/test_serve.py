@@ -532,9 +532,9 @@ def test_a_failing_request_harms_nobody(denoiser, serve, tiny, monkeypatch, faul
     service.submit(poisoned, Forecasts(Plan("FFF..F"), 2), bad)
     service.submit(request_of(denoiser, tiny, 1), Forecasts(Plan("FFF..F"), 2), good[1])
     expected = {
-        "engine": "graph `full` failed",
-        "caller": "the line is dead",
-        "nan": "noise_pred has values that are NaN",
+        "engine": "the server failed: graph `full` failed",
+        "caller": "the server failed: the line is dead",
+        "nan": "the server failed: noise_pred has values that are NaN",
     }
     assert str(bad.wait().error).startswith(expected[fault]) and bad.error.status == "INTERNAL"
     latents = [caller.wait().latents for caller in good]

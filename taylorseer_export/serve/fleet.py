@@ -17,7 +17,7 @@ import numpy as np
 
 from taylorseer_export.errors import ConfigError, ServeError
 from taylorseer_export.serve.client import check_url, client_library, input_of, outputs_of
-from taylorseer_export.serve.refusals import Late, NoServer, unavailable
+from taylorseer_export.serve.refusals import FAILED, Late, NoServer, unavailable
 from taylorseer_export.serve.repository import BUNDLE, DESCRIPTION
 
 STREAM = "-stream"  # ends the name of a model that answers after every step
@@ -27,7 +27,8 @@ _ADMIN = "triton-grpc-protocol-taylorseer-admin"
 _UNBOUNDED = -1  # bytes of a message
 _DIED = "is not healthy"  # says Triton of a model whose process is gone, and goes on to call it ready
 _MOURNED = 60.0  # seconds in which such a model is taken not to be ready, unless it draws or is seen to load
-_FAILED = "the server failed at this request, expected an answer; its log says why"
+_UNKNOWN = "unknown model"  # says Triton of one that it no longer has
+_FAILED = f"{FAILED} at this request, expected an answer; its log says why"
 LOG = logging.getLogger("taylorseer_export.serve.api")
 
 Outputs = dict[str, np.ndarray]
@@ -181,8 +182,9 @@ class Server:
     async def _streamed(self, asked: dict[str, Any], on_answer: Callable[[Outputs], object]) -> Outputs:
         import grpc
 
-        # With this header the errors of a stream have a status, from Triton 24.08 on.
-        call = self._requests().stream_infer(_once(asked), headers={"triton_grpc_error": "true"})
+        # Without the header `triton_grpc_error`, by which errors have a status: from Triton 24.08 to 26.03 an error in
+        # that mode can end the whole server (its stream is freed while the model's last flag is still to come).
+        call = self._requests().stream_infer(_once(asked))
         last: Outputs = {}
         try:
             async for result, error in call:
@@ -216,11 +218,12 @@ class Server:
         if known is not None:
             return known
         ours = ", expected " in message
-        if status == "INVALID_ARGUMENT" or (ours and not status):  # before 24.08 errors of streams have none
+        refused = ours and not message.startswith(FAILED)
+        if status == "INVALID_ARGUMENT" or (refused and not status):  # errors of streams have none
             return ConfigError(message)
         if status == "DEADLINE_EXCEEDED":
             return Late("request is late, expected its end in its time; give it more")
-        if status in ("UNAVAILABLE", "NOT_FOUND"):
+        if status in ("UNAVAILABLE", "NOT_FOUND") or _UNKNOWN in message:
             return self._away(error)
         if status == "CANCELLED":
             return ServeError(message, "CANCELLED")

@@ -47,6 +47,10 @@ class NoServer(Unavailable):
     begins = ("no server",)
 
 
+FAILED = "the server failed"
+"""How the sentence of a request begins that failed by no fault of its sender: errors of streams have no status."""
+
+
 def unavailable(message: str) -> Unavailable | None:
     """The reason that a sentence of a server gives; None where it is none of ours."""
     for reason in (QueueFull, Late, Stopping, NoServer):

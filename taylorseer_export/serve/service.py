@@ -27,7 +27,7 @@ from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.tensors import latent_sizes
 from taylorseer_export.runtime.trajectory import random_trajectory
 from taylorseer_export.serve.batcher import Batcher, Job, Turn
-from taylorseer_export.serve.refusals import Late, Stopping
+from taylorseer_export.serve.refusals import FAILED, Late, Stopping
 
 
 class Caller(Protocol):
@@ -380,7 +380,7 @@ class Service:
         except Exception as error:
             known = isinstance(error, TaylorSeerError) and job.work.loop.step == 0
             self._leave(job, "failed")
-            job.work.caller.failed(error if known else ServeError(str(error), "INTERNAL"))
+            job.work.caller.failed(error if known else ServeError(f"{FAILED}: {error}", "INTERNAL"))
             return False
         return True
 

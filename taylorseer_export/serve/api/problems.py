@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from taylorseer_export.errors import ConfigError, ServeError, StepError, TaylorSeerError
-from taylorseer_export.serve.refusals import Late, NoServer, QueueFull, Stopping
+from taylorseer_export.serve.refusals import FAILED, Late, NoServer, QueueFull, Stopping
 
 LOG = logging.getLogger("taylorseer_export.serve.api")
 CLIENT_LEFT = 499  # of no standard; stands in the log alone, since nobody reads the answer
@@ -77,7 +77,7 @@ def problem_of(error: BaseException, params: Mapping[str, str] | None = None) ->
         status, code, param = 400, "invalid_value", (params or {}).get(first[1]) if first else None
     elif not isinstance(error, TaylorSeerError):
         LOG.error("a request failed", exc_info=error)
-        message = "the server failed at this request, expected an answer; its log says why"
+        message = f"{FAILED} at this request, expected an answer; its log says why"
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     told = {"message": message, "type": kind, "param": param, "code": code or None}
     return Problem(status, {"error": told}, headers)

@@ -7,7 +7,7 @@ RUN  := $(VENV)/bin/python
 DONE := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo serve triton lint check test oldest gpu-compiler bench docs clean
+.PHONY: help .venv demo serve triton lint check test oldest gpu-compiler comfy bench docs clean
 
 help:
 	@echo 'make demo    export the embedded tiny models, sample with and without forecasts, draw the pictures'
@@ -17,6 +17,7 @@ help:
 	@echo 'make test    ruff, mypy and all tests'
 	@echo 'make oldest  a short suite on the oldest versions that the package asks for, in an environment of its own'
 	@echo 'make gpu-compiler  graphs compiled for GPUs that are not there, in an environment of its own of 7 GB'
+	@echo 'make comfy   the nodes in the real ComfyUI that COMFYUI_PATH names'
 	@echo 'make bench   full, forecast and whole-loop times, beside the plan ceiling'
 	@echo 'make docs    the reference of the Python API, from its docstrings, in build/reference/'
 	@echo 'make .venv   the environment alone (the others make it when it is missing or old)'
@@ -89,6 +90,11 @@ $(GPU_COMPILER)/.installed: pyproject.toml tools/constraints-oldest.txt
 
 gpu-compiler: $(GPU_COMPILER)/.installed
 	$(GPU_COMPILER)/bin/python -m pytest -q -m gpu_compiler tests/test_compile_for_gpu.py
+
+comfy: $(DONE)
+	@test -f "$$COMFYUI_PATH/main.py" || \
+		{ echo 'COMFYUI_PATH names no ComfyUI, expected its folder; clone it, install its requirements beside .venv, set the path' >&2; exit 1; }
+	$(RUN) -m pytest -q tests/test_comfy.py tests/test_comfy_real.py
 
 bench: $(DONE)
 	@$(RUN) tools/bench.py

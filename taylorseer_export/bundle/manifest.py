@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from taylorseer_export.bundle.agreement import contradiction
+from taylorseer_export.bundle.comfy import Comfy as Comfy
 from taylorseer_export.bundle.entries import BUNDLE_NAME as BUNDLE_NAME
 from taylorseer_export.bundle.entries import (
     BundleName,
@@ -340,6 +341,7 @@ class Manifest(Sealed):
     pipeline: Pipeline = Field(
         default_factory=Pipeline, description="What the family's pipeline does around the transformer."
     )
+    comfy: Comfy | None = Field(default=None, description="ComfyUI's model of the family; null where it has none.")
     parts: dict[PartName, PipelinePart] = Field(
         default_factory=dict, description="What of the pipeline is here besides the transformer, by name."
     )

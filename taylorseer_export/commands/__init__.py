@@ -8,6 +8,7 @@ from taylorseer_export.commands import (
     bench,
     calibrate,
     client,
+    comfy,
     evaluate,
     inspect,
     replay,
@@ -30,4 +31,5 @@ VERBS: dict[str, ModuleType] = {
     "serve": serve,
     "triton": triton,
     "client": client,
+    "comfy": comfy,
 }

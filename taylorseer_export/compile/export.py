@@ -14,6 +14,7 @@ import torch
 
 from taylorseer_export.bundle.manifest import (
     MANIFEST,
+    Comfy,
     File,
     Manifest,
     Model,
@@ -223,6 +224,7 @@ def describe(
         ),
         sampling=sampling_of(checkpoint, parts or {}),
         pipeline=pipeline_of(checkpoint),
+        comfy=comfy_of(checkpoint),
         parts=dict(parts or {}),
         engine=builder(options.engine).engine(options).model_copy(update={"options": _texts(options.engine_options)}),
         files=dict(files or {graph.file: File(sha256="0" * 64, size=0) for graph in graphs.values()}),
@@ -304,6 +306,12 @@ def pipeline_of(checkpoint: Checkpoint) -> Pipeline:
     inputs = {spec.name for spec in family.inputs(config)}
     declared["ignored_inputs"] = tuple(name for name in declared["ignored_inputs"] if name not in inputs)
     return Pipeline(**declared, packing=family.packing, attributes=dict(family.attributes(config)))
+
+
+def comfy_of(checkpoint: Checkpoint) -> Comfy | None:
+    """ComfyUI's model of the family, for this config."""
+    told = checkpoint.family.comfy(checkpoint.config)
+    return None if told is None else Comfy(**asdict(told))
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Input, Pipeline, call, replaced
+from taylorseer_export.families.family import Defaults, Input, Pipeline, call, no_counterpart, replaced
 from taylorseer_export.families.flux import FLUX
 from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
 
@@ -73,6 +73,7 @@ def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
 
 CHROMA = replace(
     FLUX,
+    comfy=no_counterpart,
     name="chroma",
     title="Chroma1",
     model_class="ChromaTransformer2DModel",

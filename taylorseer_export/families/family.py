@@ -110,6 +110,26 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
+class Comfy:
+    """ComfyUI's model of a family. It travels in the manifest under the same names.
+
+    Attributes:
+        model: Class in `comfy.supported_models`.
+        inputs: Constant inputs of the transformer -> what ComfyUI calls them when it calls its network; those that are
+            left out follow from the sizes.
+        config: What that class is told of the network.
+        ignored: Parts of a conditioning that ComfyUI passes and that the model does not look at.
+        weights: Modules of the network -> the shape of their weights, where ComfyUI's class asks for it.
+    """
+
+    model: str
+    inputs: Mapping[str, str]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Defaults:
     """The paper's schedule for a family. Units: `steps`, `interval`, `warmup` in denoising steps."""
 
@@ -161,6 +181,11 @@ def call(model: Any, inputs: dict[str, Any]) -> Any:
 def no_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     """For a model whose tensors are read as they are."""
     return {}
+
+
+def no_counterpart(config: Mapping[str, Any]) -> Comfy | None:
+    """For a model that ComfyUI has not, or of which nothing is declared."""
+    return None
 
 
 def as_it_is(_: Any) -> AbstractContextManager[object]:
@@ -237,6 +262,7 @@ class Family:
         pipeline: What else the family's pipeline does around the transformer.
         pipelines: Class names in `diffusers` of its pipelines, where models of the same class are of other families
             too: a folder of another pipeline is refused, and one of these by the others. Empty takes what is left.
+        comfy: `config -> ComfyUI's model`; None where there is none that the engines could stand in for.
         whole: What else of the pipeline a bundle may hold; None where that is the transformer alone.
         source: What a request is made from: class `labels`, or the `tensors` that the pipeline's encoders make.
         attributes: `config -> {name: value}` that the pipeline reads from the transformer besides its config.
@@ -274,6 +300,7 @@ class Family:
     timestep_divisor: float = 1.0
     pipeline: Pipeline = Pipeline()
     pipelines: tuple[str, ...] = ()
+    comfy: Callable[[Mapping[str, Any]], Comfy | None] = no_counterpart
     whole: Whole | None = None
     source: Literal["labels", "tensors"] = "tensors"
     attributes: Callable[[Mapping[str, Any]], Mapping[str, int]] = no_entries

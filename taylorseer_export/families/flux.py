@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed
+from taylorseer_export.families.family import Comfy, Defaults, Family, Input, Pipeline, call, no_counterpart, packed
 from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, latents, picture, spread
 
 
@@ -85,6 +85,16 @@ _SEEN_AT = (
     (944, 1104), (880, 1184), (832, 1248), (800, 1328), (752, 1392), (720, 1456), (688, 1504), (672, 1568),
 )  # fmt: skip
 
+
+def _comfy(config: Mapping[str, Any]) -> Comfy:
+    channels = config["in_channels"] // 4  # of the latent, which a token has 2 x 2 pixels of
+    inputs = {"encoder_hidden_states": "context", "pooled_projections": "y"}
+    told = {"in_channels": channels, "out_channels": channels}
+    if config["guidance_embeds"]:
+        return Comfy("Flux", {**inputs, "guidance": "guidance"}, told)
+    return Comfy("FluxSchnell", inputs, told, ignored=("guidance",))
+
+
 FLUX = Family(
     name="flux",
     title="FLUX.1 dev and schnell",
@@ -107,6 +117,7 @@ FLUX = Family(
     guidance_scale=3.5,
     latent_size=(128, 128),
     timestep_divisor=1000.0,
+    comfy=_comfy,
     whole=_WHOLE,
     lora_loader="FluxLoraLoaderMixin",
     variants={"schnell": {"defaults": Defaults(steps=4, interval=6, warmup=3, order=1), "scheduler_config": {}}},
@@ -123,6 +134,7 @@ FLUX_KONTEXT = replace(
     forward=rows_behind,
     pipeline=Pipeline(arguments="rows-behind"),
     pipelines=("FluxKontextPipeline", "FluxKontextInpaintPipeline"),
+    comfy=no_counterpart,
     whole=replace(_WHOLE, begin=None, see=_see, seen_at=_SEEN_AT),
     variants={},
     defaults=Defaults(steps=50, interval=4, warmup=3, order=2),

@@ -9,7 +9,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, replaced, video_patches
+from taylorseer_export.families.family import (
+    Comfy,
+    Defaults,
+    Family,
+    Input,
+    Pipeline,
+    expanded_masks,
+    no_counterpart,
+    replaced,
+    video_patches,
+)
 from taylorseer_export.families.whole import Modules, Shown, Tensors, Tiling, Tokens, Whole
 
 _CHANNELS = "latent_concat"  # how the published configs call it
@@ -198,9 +208,19 @@ def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
         animate=partial(_animate, marked=channels),
         dropped=4 if channels else 0,
     )
-    made: dict[str, Any] = {"guidance_scale": 1.0, "whole": whole}
+    made: dict[str, Any] = {"guidance_scale": 1.0, "whole": whole, "comfy": no_counterpart}
     # For a replaced frame diffusers takes more states of the picture with a negative prompt than with the prompt.
     return {**made, "guidance": "branches"} if channels and not config.get("guidance_embeds") else made
+
+
+def _comfy(config: Mapping[str, Any]) -> Comfy:
+    inputs = {
+        "encoder_hidden_states": "context",
+        "encoder_attention_mask": "attention_mask",
+        "pooled_projections": "y",
+        "guidance": "guidance",
+    }
+    return Comfy("HunyuanVideo", inputs)
 
 
 HUNYUAN_VIDEO = Family(
@@ -226,6 +246,7 @@ HUNYUAN_VIDEO = Family(
     latent_size=(33, 90, 160),
     # From a picture, its pipeline begins a little off the noise; it passes guidance whether or not the model takes it.
     pipeline=Pipeline(guidance_factor=1000.0, condition_share=0.001, ignored_inputs=("guidance",)),
+    comfy=_comfy,
     whole=_WHOLE,
     by_config=_by_config,
     lora_loader="HunyuanVideoLoraLoaderMixin",

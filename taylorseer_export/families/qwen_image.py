@@ -13,7 +13,17 @@ from dataclasses import replace
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed, replaced
+from taylorseer_export.families.family import (
+    Comfy,
+    Defaults,
+    Family,
+    Input,
+    Pipeline,
+    call,
+    no_counterpart,
+    packed,
+    replaced,
+)
 from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, still, still_spread
 
 _LAYERED = "no family covers Qwen-Image-Layered, which draws several pictures at once; pass another model"
@@ -214,6 +224,7 @@ QWEN_IMAGE = Family(
     latent_size=(128, 128),
     timestep_divisor=1000.0,
     pipeline=Pipeline(guidance_keeps_norm=True, arguments="first-shape"),
+    comfy=lambda config: Comfy("QwenImage", {"encoder_hidden_states": "context"}),
     whole=Whole(decode=still, begin=still_spread, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode),
     lora_loader="QwenImageLoraLoaderMixin",
     forward=_forward,
@@ -230,6 +241,7 @@ QWEN_IMAGE_EDIT = replace(
     typical={"text_tokens": 1408, "condition_tokens": 4096, "pictures": 2},
     pipeline=Pipeline(guidance_keeps_norm=True, arguments="pictures-behind"),
     pipelines=("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline"),
+    comfy=no_counterpart,
     whole=None,
     forward=_edit,
     patched=_edit_patched,

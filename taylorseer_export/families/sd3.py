@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from taylorseer_export.errors import CheckpointError
-from taylorseer_export.families.family import Defaults, Derived, Family, Input, Pipeline, patches, replaced
+from taylorseer_export.families.family import Comfy, Defaults, Derived, Family, Input, Pipeline, patches, replaced
 from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture, spread
 
 
@@ -116,6 +116,7 @@ SD3 = Family(
     guidance_scale=7.0,
     latent_size=(128, 128),
     pipeline=Pipeline(flow_steps="count"),
+    comfy=lambda config: Comfy("SD3", {"encoder_hidden_states": "context", "pooled_projections": "y"}),
     whole=Whole(
         decode=picture,
         begin=spread,

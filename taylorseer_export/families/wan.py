@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, video_patches
+from taylorseer_export.families.family import Comfy, Defaults, Family, Input, Pipeline, video_patches
 from taylorseer_export.families.whole import Modules, Shown, Tensors, Tokens, Whole, normed, scaled, unit
 
 _TEXT = 512  # tokens; diffusers splits image from text tokens at this count
@@ -127,6 +127,19 @@ def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"whole": replace(from_picture, tokens=tokens, seers=("image_encoder",), shown=shown)}
 
 
+def _comfy(config: Mapping[str, Any]) -> Comfy:
+    """ComfyUI puts the channels of a picture behind those of the noise as diffusers does, and calls other models so."""
+    wide = config["num_attention_heads"] * config["attention_head_dim"]
+    image = {"encoder_hidden_states_image": "clip_fea"} if config["image_dim"] is not None else {}
+    kind = "T2V" if config["in_channels"] == config["out_channels"] else "I2V"
+    return Comfy(
+        "WAN22_T2V" if config["out_channels"] == 48 else f"WAN21_{kind}",
+        {"encoder_hidden_states": "context", **image},
+        {"dim": wide},
+        weights={"patch_embedding": (wide, config["in_channels"], *config["patch_size"])},
+    )
+
+
 WAN = Family(
     name="wan",
     title="Wan 2.1 (text and image to video), 2.2 A14B (a bundle for each of its two experts), 2.2 5B from text alone",
@@ -145,6 +158,7 @@ WAN = Family(
     guidance_scale=5.0,
     latent_size=(21, 60, 104),
     pipeline=Pipeline(flow_steps="count"),
+    comfy=_comfy,
     whole=_WHOLE,
     by_config=_by_config,
     lora_loader="WanLoraLoaderMixin",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def load(
-    folder: str | Path,
+    folder: str | Path | Bundle,
     device: str | Device = CPU,
     threads: int = 0,
     progress: Progress | None = None,
@@ -41,7 +41,7 @@ def load(
     """Check a bundle, load its engines, and check what they compute.
 
     Args:
-        folder: The bundle.
+        folder: The bundle; one that is open is not checked byte by byte again.
         device: `cpu`, `cuda` or `cuda:N`. Without a number it is torch's current GPU, for ONNX Runtime the first.
         threads: CPU threads of each engine; 0 leaves it to the engine.
         progress: Called with the bytes just checked.
@@ -56,7 +56,7 @@ def load(
         ConfigError: The device is none, or a GPU that is not here.
     """
     asked = Device.parse(device)
-    bundle = open_bundle(Path(folder), progress)
+    bundle = folder if isinstance(folder, Bundle) else open_bundle(Path(folder), progress)
     runner = open_runner(bundle, asked, threads, cuda_graphs)
     places = {name: Device.parse(place) for name, place in (devices or {}).items()}
     denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places)
@@ -66,8 +66,8 @@ def load(
         except MemoryError as error:
             denoiser.close()
             raise BundleError(
-                f"memory is full while {folder} is checked ({first_line(error)}), expected room for its buffers at its "
-                "smallest sizes; free memory, or export again with a smaller --size or --batch"
+                f"memory is full while {bundle.folder} is checked ({first_line(error)}), expected room for its buffers at "
+                "its smallest sizes; free memory, or export again with a smaller --size or --batch"
             ) from error
         except BaseException:
             denoiser.close()

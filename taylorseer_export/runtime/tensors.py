@@ -9,6 +9,7 @@ tokens, the guidance that the model takes as an input, and the second set of con
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def tensor_request(
         if name.removeprefix(NEGATIVE) not in constants and name != CONDITION:
             raise ConfigError(f"input `{name}` is not known, expected {', '.join(constants)}; leave it out of --inputs")
     own = {n: _rows(n, constants[n].shape, tensors[n], count) for n in constants if n in tensors}
-    given, extents = _completed(denoiser, own, {**(sizes or {}), "batch": count}, sides, scale)
+    given, extents = completed(denoiser, own, {**(sizes or {}), "batch": count}, sides, scale)
     latent = resolve(denoiser.latent.shape, extents)
     joined, sampled = joined_to(manifest, latent, tensors.get(CONDITION))
     noise = np.concatenate([_noise(sampled, manifest.pipeline, sides, seed) for seed in seeds])
@@ -72,7 +73,7 @@ def tensor_request(
     if not twins or scale == 1.0:
         return Request(noise, given, False, 1.0, 0, 0, joined=joined)
     # A negative prompt may have another number of tokens, and so masks and places of its own.
-    other, lengths = _completed(denoiser, {**own, **twins}, {**(sizes or {}), "batch": count}, sides, scale)
+    other, lengths = completed(denoiser, {**own, **twins}, {**(sizes or {}), "batch": count}, sides, scale)
     if manifest.sampling.guidance != "batched":
         return Request(noise, given, True, scale, 0, 0, negative=other, joined=joined)
     for name, size in extents.items():
@@ -111,15 +112,27 @@ def check_guidance(manifest: Manifest, scale: float | None, negative: bool) -> N
         )
 
 
-def _completed(
+def completed(
     denoiser: Denoiser,
-    given: Mapping[str, np.ndarray],
+    given: Mapping[str, Any],
     sizes: Mapping[str, int],
     sides: tuple[int, int] | None,
     scale: float,
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """(all constant inputs of one branch, sizes by dimension): masks, places of tokens and guidance are made."""
-    manifest, constants, completed = denoiser.manifest, denoiser.constants, dict(given)
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """(all constant inputs of one branch, sizes by dimension): masks, places of tokens and guidance are made.
+
+    Args:
+        denoiser: The loaded bundle.
+        given: Inputs by name, of any library.
+        sizes: Of dimensions that they do not tell.
+        sides: (rows, columns) of a packed latent in tokens; as square as their number allows if None.
+        scale: Of guidance, where that is an input.
+
+    Raises:
+        ConfigError: An input is missing that does not follow from the sizes.
+        StepError: One is of another shape, or a size is out of the bundle's range.
+    """
+    manifest, constants, whole = denoiser.manifest, denoiser.constants, dict(given)
     found: dict[str, int] = {}
     for name, value in given.items():
         found = match(constants[name].shape, value.shape, found, name)
@@ -127,15 +140,15 @@ def _completed(
     extents = {**typical, **found, **sizes}
     denoiser.check_sizes(extents)
     for name, tensor in constants.items():
-        if name not in completed:
+        if name not in whole:
             made = value_from_fill(tensor, extents, sides)
             if tensor.fill == "guidance":
                 made = np.full(sizes["batch"], scale * manifest.pipeline.guidance_factor, np.float32)
             if made is None:
                 shape = ", ".join(map(str, tensor.shape))
                 raise ConfigError(f"input `{name}` is missing, expected {tensor.dtype} [{shape}]; add it to --inputs")
-            completed[name] = made
-    return completed, extents
+            whole[name] = made
+    return whole, extents
 
 
 def condition_shape(manifest: Manifest, latent: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -212,7 +212,7 @@ class CFGGuider:
         x = sigmas[0] * noise + (1 - sigmas[0]) * latent_image
         return sampler.sampler_function(self.predict_noise, x, sigmas, extra_args={}, callback=callback)
 
-    def predict_noise(self, x, sigma):
+    def predict_noise(self, x, timestep):
         names = ["positive", "negative"] if self.cfg != 1 else ["positive"]
         entries = [(name, entry) for name in names for entry in self.conds[name]][::-1]
         made = {name: [] for name in names}
@@ -221,7 +221,7 @@ class CFGGuider:
             parts = [self.model_patcher.model.extra_conds(entry) for _, entry in batch]
             whole = {n: torch.cat([part[n].expand(len(x), *part[n].shape[1:]) for part in parts]) for n in parts[0]}
             options = {**self.model_options["transformer_options"], "uuids": [entry["uuid"] for _, entry in batch]}
-            x_all, t_all = torch.cat([x] * len(batch)), torch.cat([sigma] * len(batch))
+            x_all, t_all = torch.cat([x] * len(batch)), torch.cat([timestep] * len(batch))
             answers = self.model_patcher.model.apply_model(x_all, t_all, transformer_options=options, **whole)
             for (name, _), answer in zip(batch, answers.chunk(len(batch)), strict=True):
                 made[name].append(answer)

@@ -22,7 +22,7 @@ KEY = "taylorseer"
 ONCE_PER_SIGMA = frozenset(
     f"sample_{name}"
     for name in (
-        "euler", "euler_ancestral", "ddpm", "deis", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "er_sde",
+        "euler", "euler_ancestral", "ddpm", "deis", "dpmpp_2m",
         "gradient_estimation", "ipndm", "ipndm_v", "lcm", "lms", "res_multistep", "res_multistep_ancestral",
     )
 )  # fmt: skip

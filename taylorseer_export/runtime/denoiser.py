@@ -66,8 +66,8 @@ def load(
         except MemoryError as error:
             denoiser.close()
             raise BundleError(
-                f"memory is full while {bundle.folder} is checked ({first_line(error)}), expected room for its buffers at "
-                "its smallest sizes; free memory, or export again with a smaller --size or --batch"
+                f"memory is full while {bundle.folder} is checked ({first_line(error)}), expected room for its buffers "
+                "at its smallest sizes; free memory, or export again with a smaller --size or --batch"
             ) from error
         except BaseException:
             denoiser.close()

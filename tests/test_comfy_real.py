@@ -242,7 +242,7 @@ def test_the_example_workflows_fit_comfyui_s_nodes(nodes):
 
     import_module("utils.install_util")  # before `nodes`, which puts another module of that name on the path
     known = import_module("nodes").NODE_CLASS_MAPPINGS
-    for module in ("sd3", "flux", "hunyuan", "model_advanced", "images"):
+    for module in ("sd3", "flux", "hunyuan", "model_advanced", "images", "preview_any"):
         extra = import_module(f"comfy_extras.nodes_{module}")
         known.update(getattr(extra, "NODE_CLASS_MAPPINGS", {}))
         if hasattr(extra, "comfy_entrypoint"):

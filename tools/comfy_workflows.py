@@ -26,6 +26,7 @@ NODES: dict[str, tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]] = {
         ("MODEL",),
     ),
     "TaylorSeerReport": ({"model": "MODEL", "samples": "LATENT"}, (), ("LATENT", "STRING")),
+    "PreviewAny": ({"source": "*"}, (), ()),
     "ModelSamplingAuraFlow": ({"model": "MODEL"}, ("shift",), ("MODEL",)),
     "ModelSamplingSD3": ({"model": "MODEL"}, ("shift",), ("MODEL",)),
     "CLIPLoader": ({}, ("clip_name", "type", "device"), ("CLIP",)),
@@ -115,6 +116,7 @@ def workflow(
         latent_image=["latent", 0],
     )
     prompt["report"] = node("TaylorSeerReport", model=[model, 0], samples=["sampler", 0])
+    prompt["said"] = node("PreviewAny", source=["report", 1])
     prompt["vae"] = node("VAELoader", vae_name=vae)
     prompt["decode"] = node("VAEDecode", samples=["report", 0], vae=["vae", 0])
     prompt["save"] = save
@@ -192,7 +194,12 @@ def canvas(prompt: Prompt) -> dict[str, Any]:
             links.append([len(links) + 1, numbers[source], index, numbers[name], slot, kind])
             inputs.append({"name": key, "type": kind, "link": len(links)})
         values = ["fixed" if widget == "*" else entry["inputs"][widget] for widget in widgets]
-        tall = 60 + 26 * (len(widgets) + max(len(inputs), len(outputs))) + 110 * ("text" in widgets)
+        tall = (
+            30
+            + 24 * len(widgets)
+            + 20 * max(len(inputs), len(outputs))
+            + 90 * ("text" in widgets or entry["class_type"] == "PreviewAny")
+        )
         column = depths[name]
         made.append(
             {
@@ -209,7 +216,7 @@ def canvas(prompt: Prompt) -> dict[str, Any]:
                 "widgets_values": values,
             }
         )
-        heights[column] += tall + 60
+        heights[column] += tall + 70
     for number, start, index, *_ in links:
         made[start - 1]["outputs"][index]["links"].append(number)
     return {

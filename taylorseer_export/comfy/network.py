@@ -187,7 +187,7 @@ def _picture(latents: torch.Tensor) -> torch.Tensor:
     return latents[:, :, 0]
 
 
-class BundlePatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc]
+class BundlePatcher(comfy.model_patcher.ModelPatcher):
     """ComfyUI's handle of the model: engines are loaded whole or not at all, and their weights cannot be patched."""
 
     def load(

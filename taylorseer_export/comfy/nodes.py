@@ -30,7 +30,7 @@ def bundles() -> dict[str, Path]:
     return {folder.relative_to(root).as_posix(): folder for root, folder in found}
 
 
-class LoadBundle(io.ComfyNode):  # type: ignore[misc]
+class LoadBundle(io.ComfyNode):
     """A bundle as a MODEL, with the plan that it was exported with."""
 
     @classmethod
@@ -65,7 +65,7 @@ class LoadBundle(io.ComfyNode):  # type: ignore[misc]
         return io.NodeOutput(sampled_by(model_of(open_bundle(known[bundle]), device == "cpu"), RequestOptions()))
 
 
-class ChoosePlan(io.ComfyNode):  # type: ignore[misc]
+class ChoosePlan(io.ComfyNode):
     """Which steps are full, and how the others are forecast."""
 
     @classmethod
@@ -154,7 +154,7 @@ class ChoosePlan(io.ComfyNode):  # type: ignore[misc]
         return io.NodeOutput(sampled_by(patcher, options))
 
 
-class Report(io.ComfyNode):  # type: ignore[misc]
+class Report(io.ComfyNode):
     """What ran in the last loop of a MODEL."""
 
     @classmethod
@@ -202,7 +202,7 @@ def _of_a_bundle(model: Any) -> BundlePatcher:
     return model
 
 
-class Extension(ComfyExtension):  # type: ignore[misc]
+class Extension(ComfyExtension):
     """The nodes of this folder."""
 
     async def get_node_list(self) -> list[Any]:

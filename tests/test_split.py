@@ -106,8 +106,8 @@ def test_prepare_holds_the_modulation_and_the_steps_none(drafts, tiny, name, gra
     weights = model.state_dict().keys()
     assert checkpoint_weights(pieces.prepare, model) == {w for w in weights if early(name)(w)}
     assert not any(early(name)(w) for cut in (pieces.full, pieces.forecast) for w in cut.parameters())
-    # DiT embeds timestep and class a second time, with the weights of block 0, for its head.
-    assert pieces.prepare.operators()["linear"] == linears(model, early(name)) + (2 if name == "dit" else 0)
+    # DiT embeds timestep and class a second time, with the weights of block 0, for its head: that is done once.
+    assert pieces.prepare.operators()["linear"] == linears(model, early(name))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -30,10 +30,10 @@ import torch
 from torch import fx
 
 from taylorseer_export.bundle.manifest import Role, Shape, Tensor
-from taylorseer_export.graph.binding import Time, binding_times, is_size
+from taylorseer_export.graph.binding import Time, binding_times
 from taylorseer_export.graph.cut import SUM, Builder, Cut, StepBuilder, cast, difference, dtype_of, weighted_sum, wider
 from taylorseer_export.graph.narrow import readers
-from taylorseer_export.graph.sizes import shape_entry_from_expression, simplified
+from taylorseer_export.graph.sizes import is_size, shape_entry_from_expression, simplified
 from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT, tap_operator
 from taylorseer_export.graph.trace import Trace, module_paths
 from taylorseer_export.method import Granularity, Layout

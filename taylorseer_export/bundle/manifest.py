@@ -114,9 +114,11 @@ class Dimension(Part):
 
 
 class Site(Part):
-    """One tapped module output that is forecast on forecast steps."""
+    """One tapped module output that is forecast on forecast steps, or the sum of those that share a gate."""
 
-    name: Text = Field(min_length=1, max_length=400, description="Dotted module name in the transformer.")
+    name: Text = Field(
+        min_length=1, max_length=400, description="Dotted module name in the transformer; of a sum, without numbers."
+    )
     shape: Shape = Field(description="Shape of one snapshot, as in a tensor's shape.")
 
 

@@ -21,8 +21,10 @@ Shapes: B batch, S steps, M = order + 1 entries of a Taylor buffer, W width of a
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -50,6 +52,21 @@ _MOVES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Branch:
+    """What a cut is on its way to the hidden state.
+
+    Attributes:
+        gate: What it is multiplied by; None without one.
+        addition: Where it is added to the hidden state.
+        rest: What it is added to.
+    """
+
+    gate: fx.Node | None
+    addition: fx.Node
+    rest: fx.Node
+
+
 class Splitter:
     """What is cut where, and the graphs `prepare`, `full` and `forecast`.
 
@@ -59,6 +76,7 @@ class Splitter:
     Attributes:
         sites: Name -> shape of one snapshot.
         cuts: Site -> the nodes whose sum is forecast.
+        dropped: Additions that a forecast does without, since another brings the sum -> what they add to.
         full_targets: What the full graph is computed for: the prediction and what the Taylor buffers keep.
     """
 
@@ -70,6 +88,7 @@ class Splitter:
         self.times = binding_times(trace)
         self.noise_pred = trace.noise_pred
         self.specs = {spec.name: spec for spec in trace.inputs}
+        self.dropped: dict[fx.Node, fx.Node] = {}
         names = trace.sites if granularity == "module" else (STACK_OUTPUT,)
         self.base = self.taps[STACK_INPUT] if granularity == "residual" else None
         # Site -> the nodes whose sum is forecast: a tap, or the one slice of it that reaches the output.
@@ -93,29 +112,51 @@ class Splitter:
         }
 
     def _merged(self, cuts: dict[str, fx.Node]) -> dict[str, tuple[fx.Node, ...]]:
-        """Put branches without a gate into one buffer: the forecast of their sum is the sum of their forecasts.
+        """Put branches that share a gate, or have none, into one buffer: its forecast is the sum of theirs.
 
-        A branch qualifies if in the forecast graph it is added to the hidden state and nothing but additions follow
-        up to the end of the stack; so do all cross-attentions of Wan.
+        So do all cross-attentions of Wan, which have no gate, and what FLUX.2 gates by its one modulation. Of gated
+        branches in float16 each keeps its own: only the gate brings such a sum back into its range.
         """
         reaching = self.late([self.noise_pred], stop=cuts.values())
-        ungated = {name: node for name, node in cuts.items() if self._only_added(node, reaching)}
-        shapes = {self._shape(node) for node in ungated.values()}
-        if len(ungated) < 2 or len(shapes) > 1:
-            return {name: (node,) for name, node in cuts.items()}
-        merged = {name: (node,) for name, node in cuts.items() if name not in ungated}
-        return {**merged, UNGATED: tuple(ungated.values())}
+        found = {name: branch for name, node in cuts.items() if (branch := self._branch(node, reaching))}
+        groups: dict[Any, list[str]] = defaultdict(list)
+        for name, branch in found.items():
+            if branch.gate is None or self.state_dtype != torch.float16:
+                groups[branch.gate, self._shape(cuts[name]), dtype_of(cuts[name])].append(name)
+        shared = {gate: names for (gate, *_), names in groups.items() if len(names) > 1}
+        merged = {name: (node,) for name, node in cuts.items() if not any(name in names for names in shared.values())}
+        for gate, names in shared.items():
+            site = UNGATED if gate is None else _common_name(names)
+            merged[site if site not in merged else f"{site}.{len(merged)}"] = tuple(cuts[name] for name in names)
+            self.dropped |= {found[name].addition: found[name].rest for name in names[1:]}
+        return merged
 
-    def _only_added(self, node: fx.Node, reaching: set[fx.Node]) -> bool:
-        first = node
-        while node is not self.taps[STACK_OUTPUT]:
-            users = [user for user in node.users if user in reaching]
-            if len(users) != 1 or users[0].target not in (aten.add.Tensor, aten.to.dtype, tap_operator()):
-                return False
-            if node is first and users[0].target is not aten.add.Tensor:
-                return False
-            (node,) = users
-        return True
+    def _branch(self, cut: fx.Node, reaching: set[fx.Node]) -> _Branch | None:
+        """How a cut comes to the hidden state, if in the forecast graph that is all that is read of it, and nothing but
+        additions follow up to the end of the stack."""
+        gate, value, reader = None, cut, _reader(cut, reaching)
+        while reader is not None and reader.target in (aten.mul.Tensor, aten.to.dtype):
+            if reader.target is aten.mul.Tensor:
+                factor = self._other(reader, value)
+                if gate is not None or factor is None or self._shape(reader) != self._shape(value):
+                    return None
+                gate = factor
+            value, reader = reader, _reader(reader, reaching)
+        if reader is None or reader.target is not aten.add.Tensor:
+            return None
+        addition, rest = reader, self._other(reader, value)
+        if rest is None or self._shape(rest) != self._shape(addition):
+            return None
+        while reader is not self.taps[STACK_OUTPUT]:
+            reader = _reader(reader, reaching)
+            if reader is None or reader.target not in (aten.add.Tensor, aten.to.dtype, tap_operator()):
+                return None
+        return _Branch(gate, addition, rest)
+
+    def _other(self, call: fx.Node, value: fx.Node) -> fx.Node | None:
+        """The other tensor of a sum or product; None if there is no other, or more to it."""
+        others = [argument for argument in call.args if argument is not value]
+        return others[0] if len(others) == 1 and isinstance(others[0], fx.Node) and not call.kwargs else None
 
     def late(self, targets: list[fx.Node], stop: Iterable[fx.Node]) -> set[fx.Node]:
         """The latent-dependent nodes behind `targets`, not going past `stop`."""
@@ -236,14 +277,11 @@ class Splitter:
         """The graph of a full step, from what is already in `builder`."""
         self.latent_inputs(builder)
         self.bind_early(builder, early, tables)
+        sums = self._sums(builder)
         outputs = [(self.tensor("noise_pred", self.noise_pred, "noise_pred"), builder.copy(self.noise_pred))]
         scales = None
         for site, nodes in self.cuts.items():
-            value, made_in = builder.copy(nodes[0]), dtype_of(nodes[0])
-            for node in nodes[1:]:
-                value, made_in = cast(builder, value, made_in, SUM), SUM
-                more = cast(builder, builder.copy(node), dtype_of(node), SUM)
-                value = builder.graph.call_function(aten.add.Tensor, (value, more))
+            value, made_in = (sums[site], SUM) if site in sums else (builder.copy(nodes[0]), dtype_of(nodes[0]))
             if self.base is not None:
                 value, made_in = difference(builder, nodes[0], self.base)
             shape = self.sites[site]
@@ -258,6 +296,15 @@ class Splitter:
             value = cast(builder, value, made_in, self.state_dtype)
             outputs.append((self._buffer(site, "taylor_out", shape), value))
         return builder.finish(outputs)
+
+    def _sums(self, builder: Builder) -> dict[str, fx.Node]:
+        """Site -> the sum of the branches that share its buffer, each added as soon as it is there, so none is kept."""
+        site_of = {node: site for site, nodes in self.cuts.items() if len(nodes) > 1 for node in nodes}
+        sums: dict[str, fx.Node] = {}
+        for node in sorted(site_of):
+            site, value = site_of[node], cast(builder, builder.copy(node), dtype_of(node), SUM)
+            sums[site] = builder.graph.call_function(aten.add.Tensor, (sums[site], value)) if site in sums else value
+        return sums
 
     def _differences(self, builder: Builder, new: fx.Node, old: fx.Node | None, scales: fx.Node | None) -> fx.Node:
         """Stack of D'_0 = new and D'_(j+1) = scales[j] (D'_j - D_j), each of the shape of one snapshot, in float32."""
@@ -286,11 +333,8 @@ class Splitter:
                 base = cast(builder, builder.copy(self.base), dtype_of(self.base), wide)
                 value = cast(builder, builder.graph.call_function(aten.add.Tensor, (base, change)), wide, wanted)
             builder.copies[nodes[0]] = value
-        for nodes in self.cuts.values():
-            for node in nodes[1:]:  # the first of a merged site brings the sum of all; adding the others is dropped
-                (addition,) = (user for user in node.users if user.target is aten.add.Tensor)
-                (other,) = (source for source in addition.all_input_nodes if source is not node)
-                builder.copies[addition] = builder.copy(other)
+        for addition in sorted(self.dropped):  # in their order, since what one adds to may hold others
+            builder.copies[addition] = builder.copy(self.dropped[addition])
         output = builder.copy(self.noise_pred)
         return builder.finish([(self.tensor("noise_pred", self.noise_pred, "noise_pred"), output)])
 
@@ -326,6 +370,17 @@ class Splitter:
             tensor = Tensor(name=name, dtype=_dtype_name(members[0]), shape=(STEPS, "batch", width), role="step")
             outputs.append((tensor, table))
         return request.finish(outputs)
+
+
+def _reader(node: fx.Node, reaching: set[fx.Node]) -> fx.Node | None:
+    """The one of `reaching` that reads a node; None if there is none, or another."""
+    readers_of = [user for user in node.users if user in reaching]
+    return readers_of[0] if len(readers_of) == 1 else None
+
+
+def _common_name(names: Iterable[str]) -> str:
+    """Of `blocks.0.attn` and `blocks.1.attn`: `blocks.attn`."""
+    return "_".join(dict.fromkeys(re.sub(r"\.\d+(?=\.)", "", name) for name in names))
 
 
 def _name(dtype: torch.dtype) -> Any:

@@ -21,6 +21,7 @@ DIFFERS = {
     "flux2": {"timestep", "img_ids", "txt_ids"},  # places are whole numbers, for every sample
     "flux2-base": {"timestep", "img_ids", "txt_ids"},
     "flux2-edit": {"timestep", "img_ids", "txt_ids", "image_latents", "image_ids"},
+    "flux2-kv": {"timestep", "img_ids", "txt_ids", "image_latents", "image_ids"},
     "chroma": {"timestep", "attention_mask"},  # the mask of the text alone
     "z-image": {"x", "t", "cap_feats", "cap_mask"},  # lists, for which tensors stand while tracing
     "qwen-image": {"timestep", "img_shapes"},  # numbers, for which a tensor stands while tracing

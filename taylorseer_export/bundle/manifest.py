@@ -239,11 +239,12 @@ class Pipeline(Part):
         default=0.0, ge=0, le=1, description="Part of the condition in the noise that a loop begins with."
     )
     arguments: Literal[
-        "declared", "rows-behind", "first-shape", "pictures-behind", "noise-alone", "mask-of-all", "lists"
+        "declared", "rows-behind", "rows-ahead", "first-shape", "pictures-behind", "noise-alone", "mask-of-all", "lists"
     ] = Field(
         default="declared",
         description="How the pipeline calls the transformer. declared: with the inputs of the graphs. rows-behind: "
-        "the rows of a conditioning picture follow those of the latent. first-shape: a shape for each picture, of "
+        "the rows of a conditioning picture follow those of the latent. rows-ahead: they are ahead of them at the "
+        "first step, which returns what the others are told of them. first-shape: a shape for each picture, of "
         "which the first holds for all, and no mask where every token counts. pictures-behind: the same, with the "
         "rows of pictures behind those of the latent, and their shapes behind its shape. noise-alone: with channels of "
         "a picture behind those of the latent, which are zeros. mask-of-all: the mask has a one for each "

@@ -124,7 +124,8 @@ class Splitter:
             if branch.gate is None or self.state_dtype != torch.float16:
                 groups[branch.gate, self._shape(cuts[name]), dtype_of(cuts[name])].append(name)
         shared = {gate: names for (gate, *_), names in groups.items() if len(names) > 1}
-        merged = {name: (node,) for name, node in cuts.items() if not any(name in names for names in shared.values())}
+        inside = {name for names in shared.values() for name in names}
+        merged: dict[str, tuple[fx.Node, ...]] = {name: (node,) for name, node in cuts.items() if name not in inside}
         for gate, names in shared.items():
             site = UNGATED if gate is None else _common_name(names)
             merged[site if site not in merged else f"{site}.{len(merged)}"] = tuple(cuts[name] for name in names)

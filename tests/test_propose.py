@@ -98,7 +98,7 @@ def taps(tmp_path, capsys, config, *options):
 def test_a_stranger_is_proposed_and_traced(tmp_path, capsys):
     code, printed = taps(tmp_path, capsys, PIXART)
     assert code == 0
-    assert "traced and split: 5 sites" in printed.out  # attention and MLP of two blocks, the ungated ones as one
+    assert "traced and split: 3 sites" in printed.out  # sums over two blocks: of attentions, of MLPs, of the ungated
     assert "no attention, no MLP" in printed.out
     assert 'stack_output=("norm_out", "input")' in printed.out
 

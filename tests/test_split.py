@@ -355,9 +355,9 @@ def test_a_branch_with_a_gate_keeps_its_own_buffer():
     assert list(pieces.sites) == ["site", "other"]
 
 
-def branches(compute):
-    """The split of a toy with the sites `blocks.0.a`, `blocks.0.b`, `blocks.1.a` and `blocks.1.b`."""
-    toy = Toy(compute).eval()
+def branches(compute, **parameters):
+    """The trace of a toy with the sites `blocks.0.a`, `blocks.0.b`, `blocks.1.a` and `blocks.1.b`."""
+    toy = Toy(compute, **parameters).eval()
     toy.blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"a": Passage(), "b": Passage()}) for _ in range(2))
     return trace(toy, dataclasses.replace(TOY, sites=(r"blocks\.\d\.[ab]",)), FLOAT32)
 
@@ -399,6 +399,46 @@ def test_branches_that_share_a_gate_share_one_buffer(layout):
     torch.testing.assert_close(forecast, expected, rtol=0, atol=32 * 2**-24 * expected.abs().max().item())
     # A sum of modules may be beyond float16 before its gate.
     assert len(split(traced, "module", layout, 1, torch.float16).sites) == 4
+
+
+def test_gates_that_differ_in_weights_alone_share_a_buffer_and_one_of_what_the_weights_are_of():
+    """Each block adds a table of its own to one modulation, as Wan's do; what has no gate goes with the second sum."""
+
+    def tabled(model, x, timestep, text, label):
+        e = (timestep[:, None] * label)[:, None].expand(-1, 3, -1)
+        for block, table in zip(model.blocks, (model.one, model.other), strict=True):
+            _, gate, _ = (table + e).chunk(3, 1)
+            x = x + gate * block["a"](x.tanh())
+            x = x + block["b"](x.sin())
+        return x
+
+    draw = torch.Generator().manual_seed(3)
+    tables = [torch.randn(1, 3, 4, generator=draw) for _ in range(2)]
+    traced = branches(tabled, one=tables[0], other=tables[1])
+    pieces = split(traced, "module", "snapshots", 1)
+    assert list(pieces.sites) == ["blocks.a", "ungated"]
+    given = toy_inputs(batch=1)
+    x, e, hidden = given["hidden_states"], (given["timestep"] * given["label"])[:, None], given["hidden_states"]
+    features = []
+    for table in tables:
+        features += [(hidden.tanh(), table[:, 1:2])]
+        hidden = hidden + (table[:, 1:2] + e) * features[-1][0]
+        features += [(hidden.sin(), None)]
+        hidden = hidden + features[-1][0]
+    columns = pieces.prepare.module(*[given[t.name] for t in pieces.prepare.inputs])
+    given |= {t.name: value[0] for t, value in zip(pieces.prepare.outputs, columns, strict=True)}
+    history = {f"taylor_in.{site}": torch.randn(2, 1, 5, 4, generator=draw) for site in pieces.sites}
+    given |= history | {"weights": torch.tensor([-1.5, 2.5])}
+    noise_pred, stored, ungated = pieces.full.module(*[given[t.name] for t in pieces.full.inputs])
+    near = {"rtol": 0, "atol": 32 * 2**-24 * max(hidden.abs().max().item(), 1.0)}
+    torch.testing.assert_close(noise_pred, hidden, **near)
+    torch.testing.assert_close(stored, features[0][0] + features[2][0], **near)
+    weighed = [feature if weights is None else weights * feature for feature, weights in features]
+    torch.testing.assert_close(ungated, sum(weighed), **near)
+    (forecast,) = pieces.forecast.module(*[given[t.name] for t in pieces.forecast.inputs])
+    of_a, of_ungated = (torch.einsum("m,mbtc->btc", given["weights"], kept) for kept in history.values())
+    expected = x + e * of_a + of_ungated
+    torch.testing.assert_close(forecast, expected, rtol=0, atol=64 * 2**-24 * expected.abs().max().item())
 
 
 def test_branches_keep_their_buffers_where_something_reads_the_sum_between_them():

@@ -72,10 +72,10 @@ def split(
     narrow(trace)
     merge_equal(trace.module.graph)
     parts = Splitter(trace, granularity, layout, order, state_dtype or trace.precision)
-    cuts = [node for nodes in parts.cuts.values() for node in nodes]
     late_full = parts.late(parts.full_targets, stop=())
-    late_forecast = parts.late([parts.noise_pred, *parts.base_nodes], stop=cuts)
-    early_full, early_forecast = parts.frontier(late_full), parts.frontier(late_forecast)
+    gates = parts.sums.gates
+    late_forecast = parts.late([parts.noise_pred, *parts.base_nodes, *gates], stop=parts.stops)
+    early_full, early_forecast = parts.frontier(late_full), parts.frontier(late_forecast, also=gates)
     prober = Prober(parts, guards) if guards else None
     early_probe = prober.early_probe if prober else set()
     early = early_full | early_forecast | early_probe

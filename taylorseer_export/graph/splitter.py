@@ -21,10 +21,8 @@ Shapes: B batch, S steps, M = order + 1 entries of a Taylor buffer, W width of a
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -36,13 +34,13 @@ from taylorseer_export.graph.binding import Time, binding_times
 from taylorseer_export.graph.cut import SUM, Builder, Cut, StepBuilder, cast, difference, dtype_of, weighted_sum, wider
 from taylorseer_export.graph.narrow import readers
 from taylorseer_export.graph.sizes import is_size, shape_entry_from_expression, simplified
-from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT, tap_operator
+from taylorseer_export.graph.sums import Sum, Sums
+from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT
 from taylorseer_export.graph.trace import Trace, module_paths
 from taylorseer_export.method import Granularity, Layout
 
 aten = torch.ops.aten
 STEPS = "steps"
-UNGATED = "ungated"  # the site that all branches without a gate share
 
 # Operators that only move, repeat or cast data: cheaper to redo per step than to keep what they return.
 _MOVES = (
@@ -50,21 +48,6 @@ _MOVES = (
     aten.repeat.default, aten.repeat_interleave.self_int, aten.flatten.using_ints, aten.unflatten.int,
     aten.permute.default, aten.transpose.int,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Branch:
-    """What a cut is on its way to the hidden state.
-
-    Attributes:
-        gate: What it is multiplied by; None without one.
-        addition: Where it is added to the hidden state.
-        rest: What it is added to.
-    """
-
-    gate: fx.Node | None
-    addition: fx.Node
-    rest: fx.Node
 
 
 class Splitter:
@@ -76,7 +59,7 @@ class Splitter:
     Attributes:
         sites: Name -> shape of one snapshot.
         cuts: Site -> the nodes whose sum is forecast.
-        dropped: Additions that a forecast does without, since another brings the sum -> what they add to.
+        sums: The sites that are sums.
         full_targets: What the full graph is computed for: the prediction and what the Taylor buffers keep.
     """
 
@@ -88,13 +71,24 @@ class Splitter:
         self.times = binding_times(trace)
         self.noise_pred = trace.noise_pred
         self.specs = {spec.name: spec for spec in trace.inputs}
-        self.dropped: dict[fx.Node, fx.Node] = {}
         names = trace.sites if granularity == "module" else (STACK_OUTPUT,)
         self.base = self.taps[STACK_INPUT] if granularity == "residual" else None
         # Site -> the nodes whose sum is forecast: a tap, or the one slice of it that reaches the output.
         cuts = self._cut_points({self.taps[name]: name for name in names})
-        self.cuts = self._merged(cuts) if granularity == "module" else {granularity: (cuts[STACK_OUTPUT],)}
+        cuts = cuts if granularity == "module" else {granularity: cuts[STACK_OUTPUT]}
+        reaching = self.late([self.noise_pred], stop=cuts.values())
+        end, gated = self.taps[STACK_OUTPUT], state_dtype != torch.float16
+        self.sums = Sums(trace.module.graph, cuts, end, reaching, self.times, self._shape, gated)
+        self.times = binding_times(trace)  # of the parts of gates too
+        self.cuts: dict[str, tuple[fx.Node, ...]] = {}
+        self.cuts |= {name: (node,) for name, node in cuts.items() if name not in self.sums.branches}
+        for name, one in self.sums.found.items():
+            self.cuts[name] = tuple(node for node, _ in one.members)
         self.sites = {site: self._shape(nodes[0]) for site, nodes in self.cuts.items()}
+
+        # What a forecast step computes its prediction from, and where it stops.
+        values = [branch.value for branch in self.sums.branches.values()]
+        self.stops = {*(node for nodes in self.cuts.values() for node in nodes), *values}
 
         # What the full graph returns, and what it is computed from.
         self.base_nodes = [self.base] if self.base else []
@@ -110,54 +104,6 @@ class Splitter:
             for tap, name in taps.items()
             if tap in reached
         }
-
-    def _merged(self, cuts: dict[str, fx.Node]) -> dict[str, tuple[fx.Node, ...]]:
-        """Put branches that share a gate, or have none, into one buffer: its forecast is the sum of theirs.
-
-        So do all cross-attentions of Wan, which have no gate, and what FLUX.2 gates by its one modulation. Of gated
-        branches in float16 each keeps its own: only the gate brings such a sum back into its range.
-        """
-        reaching = self.late([self.noise_pred], stop=cuts.values())
-        found = {name: branch for name, node in cuts.items() if (branch := self._branch(node, reaching))}
-        groups: dict[Any, list[str]] = defaultdict(list)
-        for name, branch in found.items():
-            if branch.gate is None or self.state_dtype != torch.float16:
-                groups[branch.gate, self._shape(cuts[name]), dtype_of(cuts[name])].append(name)
-        shared = {gate: names for (gate, *_), names in groups.items() if len(names) > 1}
-        inside = {name for names in shared.values() for name in names}
-        merged: dict[str, tuple[fx.Node, ...]] = {name: (node,) for name, node in cuts.items() if name not in inside}
-        for gate, names in shared.items():
-            site = UNGATED if gate is None else _common_name(names)
-            merged[site if site not in merged else f"{site}.{len(merged)}"] = tuple(cuts[name] for name in names)
-            self.dropped |= {found[name].addition: found[name].rest for name in names[1:]}
-        return merged
-
-    def _branch(self, cut: fx.Node, reaching: set[fx.Node]) -> _Branch | None:
-        """How a cut comes to the hidden state, if in the forecast graph that is all that is read of it, and nothing but
-        additions follow up to the end of the stack."""
-        gate, value, reader = None, cut, _reader(cut, reaching)
-        while reader is not None and reader.target in (aten.mul.Tensor, aten.to.dtype):
-            if reader.target is aten.mul.Tensor:
-                factor = self._other(reader, value)
-                if gate is not None or factor is None or self._shape(reader) != self._shape(value):
-                    return None
-                gate = factor
-            value, reader = reader, _reader(reader, reaching)
-        if reader is None or reader.target is not aten.add.Tensor:
-            return None
-        addition, rest = reader, self._other(reader, value)
-        if rest is None or self._shape(rest) != self._shape(addition):
-            return None
-        while reader is not self.taps[STACK_OUTPUT]:
-            reader = _reader(reader, reaching)
-            if reader is None or reader.target not in (aten.add.Tensor, aten.to.dtype, tap_operator()):
-                return None
-        return _Branch(gate, addition, rest)
-
-    def _other(self, call: fx.Node, value: fx.Node) -> fx.Node | None:
-        """The other tensor of a sum or product; None if there is no other, or more to it."""
-        others = [argument for argument in call.args if argument is not value]
-        return others[0] if len(others) == 1 and isinstance(others[0], fx.Node) and not call.kwargs else None
 
     def late(self, targets: list[fx.Node], stop: Iterable[fx.Node]) -> set[fx.Node]:
         """The latent-dependent nodes behind `targets`, not going past `stop`."""
@@ -191,14 +137,10 @@ class Splitter:
             return int(size)
         return int(size.node.expr.xreplace({s: self.trace.example_sizes[n] for s, n in self.trace.names.items()}))
 
-    def frontier(self, late: set[fx.Node]) -> set[fx.Node]:
-        """The request and step values that late nodes read."""
-        return {
-            n
-            for node in late
-            for n in node.all_input_nodes
-            if n not in late and Time.WEIGHT < self.times[n] < Time.LATENT
-        }
+    def frontier(self, late: set[fx.Node], also: Iterable[fx.Node] = ()) -> set[fx.Node]:
+        """The request and step values that late nodes read, and those of `also`."""
+        read = {*also, *(n for node in late for n in node.all_input_nodes)}
+        return {n for n in read - late if Time.WEIGHT < self.times[n] < Time.LATENT}
 
     # Contracts -----------------------------------------------------------------------------------------------------
 
@@ -299,12 +241,15 @@ class Splitter:
         return builder.finish(outputs)
 
     def _sums(self, builder: Builder) -> dict[str, fx.Node]:
-        """Site -> the sum of the branches that share its buffer, each added as soon as it is there, so none is kept."""
-        site_of = {node: site for site, nodes in self.cuts.items() if len(nodes) > 1 for node in nodes}
+        """Site -> the sum that its buffer holds, to which each member is added as soon as it is there: none is kept."""
+        make = builder.graph.call_function
         sums: dict[str, fx.Node] = {}
-        for node in sorted(site_of):
-            site, value = site_of[node], cast(builder, builder.copy(node), dtype_of(node), SUM)
-            sums[site] = builder.graph.call_function(aten.add.Tensor, (sums[site], value)) if site in sums else value
+        parts = [(node, weights, site) for site, one in self.sums.found.items() for node, weights in one.members]
+        for node, weights, site in sorted(parts, key=lambda part: part[0]):
+            value = cast(builder, builder.copy(node), dtype_of(node), SUM)
+            if weights is not None:
+                value = make(aten.mul.Tensor, (value, cast(builder, builder.copy(weights), dtype_of(weights), SUM)))
+            sums[site] = make(aten.add.Tensor, (sums[site], value)) if site in sums else value
         return sums
 
     def _differences(self, builder: Builder, new: fx.Node, old: fx.Node | None, scales: fx.Node | None) -> fx.Node:
@@ -326,6 +271,9 @@ class Splitter:
         for site, nodes in self.cuts.items():
             buffer = builder.placeholder(self._buffer(site, "taylor_in", self._kept(site)))
             wanted = dtype_of(nodes[0])
+            if site in self.sums.found:
+                self._add_forecast(builder, self.sums.found[site], row, buffer)
+                continue
             if self.base is None:
                 value = weighted_sum(builder, row, buffer, self.state_dtype, wanted, nodes[0])
             else:
@@ -334,10 +282,19 @@ class Splitter:
                 base = cast(builder, builder.copy(self.base), dtype_of(self.base), wide)
                 value = cast(builder, builder.graph.call_function(aten.add.Tensor, (base, change)), wide, wanted)
             builder.copies[nodes[0]] = value
-        for addition in sorted(self.dropped):  # in their order, since what one adds to may hold others
-            builder.copies[addition] = builder.copy(self.dropped[addition])
+        for addition, rest in self.sums.dropped().items():
+            builder.copies[addition] = builder.copy(rest)
         output = builder.copy(self.noise_pred)
         return builder.finish([(self.tensor("noise_pred", self.noise_pred, "noise_pred"), output)])
+
+    def _add_forecast(self, builder: Builder, one: Sum, row: fx.Node, buffer: fx.Node) -> None:
+        """Put the forecast of a sum, times its gate, in the place of what its home adds, or add it to that."""
+        wanted, make = dtype_of(one.home.value), builder.graph.call_function
+        value = weighted_sum(builder, row, buffer, self.state_dtype, wanted, one.home.value)
+        if one.gate is not None:
+            value = make(aten.mul.Tensor, (value, cast(builder, builder.copy(one.gate), dtype_of(one.gate), wanted)))
+        before = builder.copies.get(one.home.value)
+        builder.copies[one.home.value] = value if before is None else make(aten.add.Tensor, (before, value))
 
     def _kept(self, site: str) -> Shape:
         """All that is kept of a site, the oldest or lowest order first."""
@@ -371,17 +328,6 @@ class Splitter:
             tensor = Tensor(name=name, dtype=_dtype_name(members[0]), shape=(STEPS, "batch", width), role="step")
             outputs.append((tensor, table))
         return request.finish(outputs)
-
-
-def _reader(node: fx.Node, reaching: set[fx.Node]) -> fx.Node | None:
-    """The one of `reaching` that reads a node; None if there is none, or another."""
-    readers_of = [user for user in node.users if user in reaching]
-    return readers_of[0] if len(readers_of) == 1 else None
-
-
-def _common_name(names: Iterable[str]) -> str:
-    """Of `blocks.0.attn` and `blocks.1.attn`: `blocks.attn`."""
-    return "_".join(dict.fromkeys(re.sub(r"\.\d+(?=\.)", "", name) for name in names))
 
 
 def _name(dtype: torch.dtype) -> Any:

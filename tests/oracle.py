@@ -41,6 +41,11 @@ def flux(model, timestep, hidden_states, img_ids, image_latents=None, image_ids=
     """As FluxKontextPipeline: the rows of the conditioning image follow the latent's, and their result is dropped."""
     if image_latents is None:
         return plain(model, timestep, hidden_states=hidden_states, img_ids=img_ids, **inputs)
+    if type(model.transformer_blocks[0].attn.processor).__name__ == "Flux2KVAttnProcessor":
+        # As Flux2KleinKVPipeline at its first step, here at every step: rows of pictures are ahead, and dropped.
+        rows, ids = torch.cat([image_latents, hidden_states], 1), torch.cat([image_ids, img_ids], -2)
+        inputs |= {"kv_cache_mode": "extract", "num_ref_tokens": image_latents.shape[1]}
+        return plain(model, timestep, hidden_states=rows, img_ids=ids, **inputs)
     rows, ids = torch.cat([hidden_states, image_latents], 1), torch.cat([img_ids, image_ids], -2)
     return plain(model, timestep, hidden_states=rows, img_ids=ids, **inputs)[:, : hidden_states.shape[1]]
 

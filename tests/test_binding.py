@@ -4,7 +4,8 @@ import pytest
 import torch
 from harness import toy_trace
 
-from taylorseer_export.graph.binding import Time, binding_times, is_size
+from taylorseer_export.graph.binding import Time, binding_times
+from taylorseer_export.graph.sizes import is_size
 
 aten = torch.ops.aten
 

@@ -14,9 +14,10 @@ from inspect import signature
 
 import accelerate
 import numpy as np
+import oracle
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, QwenImageEditPlusPipeline
+from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from harness import allowed, eager_denoiser
 from oracle import assert_close
@@ -306,6 +307,35 @@ def test_an_explicit_plan_is_executed(denoisers, case):
     for seed in (0, 1):
         paint(pipe, len(plan), seed, **half)
         assert pipe.transformer.executed == dict.fromkeys(branches, plan)
+
+
+def test_pictures_whose_keys_and_values_the_pipeline_keeps(denoisers):
+    """FLUX.2 klein KV: pictures are ahead of the latent at the first step, and later calls bring what that returned."""
+    model, denoiser = denoisers("flux2-kv")
+    build = partial(flux2_pipeline, pipeline=Flux2KleinKVPipeline)
+    options = FLUX2 | {"image": [PICTURE.resize((64, 64)), PICTURE.resize((96, 64))]}
+    pipe, calls = build(model), []
+    dropin = pipe.transformer = denoiser.as_transformer(interval=3, warmup=2)
+    predict = dropin._predict
+    dropin._predict = lambda latents, inputs: calls.append((latents, inputs, predict(latents, inputs))) or calls[-1][2]
+    paint(pipe, steps=6, **options)
+    assert dropin.executed == {"0": "FF..F."}
+    latents, inputs, seen = zip(*calls, strict=True)
+    constants = {name: inputs[0][name] for name in denoiser.constants}
+    assert constants["image_latents"].shape[1] == 16 * 16 + 24 * 16  # tokens of 4 x 4 pixels
+    timestep = torch.stack([given["timestep"][0] for given in inputs])
+    expected = oracle.replay(model, torch.stack(latents), timestep, constants, "FF..F.", 2)
+    assert_close("klein KV", torch.stack(seen), expected, allowed(model, expected, "FF..F.", 2))
+    pipe.transformer = denoiser.as_transformer(interval=1)
+    painted, untouched = paint(pipe, **options)[None], paint(build(model), **options)[None]
+    # Every step adds its part of the picture, whose latents the pipeline scales at the end.
+    scale = (pipe.vae.bn.running_var + pipe.vae.config.batch_norm_eps).sqrt().max().item()
+    assert_close("its picture", painted, untouched, 5 * max(scale, 1.0) * allowed(model, untouched, "F", 0))
+    given = {"img_ids": constants["img_ids"], "timestep": timestep[:1], "kv_cache_mode": "cached", "kv_cache": object()}
+    with pytest.raises(
+        StepError, match=r"expected `extract` with such rows at the first step and `cached` with what th"
+    ):
+        dropin(hidden_states=latents[0], **given)
 
 
 def test_a_list_that_offloading_makes_anew_is_the_same(denoisers, monkeypatch):

@@ -258,6 +258,30 @@ def test_places_of_flux2_s_tokens_are_the_pipeline_s(eager):
         assert made[name].dtype == np.int64 and np.array_equal(made[name], ids.numpy()), name
 
 
+def test_keys_and_values_of_pictures_are_made_once(drafts, tiny):
+    """klein KV: a full step computes as much as without pictures, and reads keys and values of every attention."""
+    model, (prepare, full, forecast) = tiny("flux2-kv").model, drafts("flux2-kv").split.graphs
+    attentions = len(model.transformer_blocks) + len(model.single_transformer_blocks)
+    kept = [t for t in prepare.outputs if "condition_tokens" in t.shape]
+    assert len(kept) == 2 * attentions and {t.role for t in kept} == {"constant"}
+    assert {t.name for t in full.inputs if "condition_tokens" in t.shape} == {t.name for t in kept}
+    assert not any("condition_tokens" in t.shape for t in forecast.inputs)
+    assert full.operators()["linear"] == drafts("flux2").split.full.operators()["linear"]
+    # Of the last block only keys and values are wanted; of the text nothing, whose rows were left out.
+    assert prepare.operators()["scaled_dot_product_attention"] == attentions - 1
+    sizes = [
+        size
+        for n in prepare.module.graph.nodes
+        if isinstance(n.meta.get("val"), torch.Tensor)
+        for size in n.meta["val"].shape
+    ]
+    assert sizes and not any(isinstance(size, int) and size == 0 for size in sizes)
+    with pytest.raises(
+        ConfigError, match=r"`guidance_embeds` is true, expected false as of FLUX.2 klein KV, .*; use fam"
+    ):
+        FAMILIES["flux2-kv"].inputs({**model.config, "guidance_embeds": True})
+
+
 @pytest.mark.parametrize("change", [{"axes_dims_rope": [16, 56, 56]}, {"patch_size": 2}])
 def test_a_config_that_is_none_of_flux2_is_refused(change):
     config = {"axes_dims_rope": [32] * 4, "patch_size": 1, **change}

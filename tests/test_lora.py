@@ -37,6 +37,7 @@ COMFY = {
     "flux-kontext": FLUX,
     "flux2": FLUX2,
     "flux2-edit": FLUX2,
+    "flux2-kv": FLUX2,
     "chroma": FLUX,
     "z-image": {name: [name] for name in ("layers.0.attention.to_q", "context_refiner.0.feed_forward.w2")},
     "framepack": HUNYUAN,

@@ -41,6 +41,7 @@ CONVERTED = (
     "flux-kontext",
     "flux2",
     "flux2-edit",
+    "flux2-kv",
     "hidream",
     "hunyuan-video",
     "qwen-image",
@@ -248,7 +249,7 @@ def original(family):
     """Names and shapes in the layout of the family's authors, with few blocks."""
     known = {"flux": flux_layout, "flux-kontext": flux_layout, "hunyuan-video": hunyuan_layout, "sd3": sd3_layout}
     known |= {"chroma": chroma_layout, "z-image": z_image_layout}
-    known |= {"flux2": flux2_layout, "flux2-edit": flux2_layout}
+    known |= {"flux2": flux2_layout, "flux2-edit": flux2_layout, "flux2-kv": flux2_layout}
     if family in ("hidream", "qwen-image", "qwen-image-edit"):
         return {f"model.diffusion_model.{n}": s for n, (_, s) in plain(family)[1].items()}
     return (known | {"wan": wan_layout})[family]()

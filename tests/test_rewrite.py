@@ -134,6 +134,20 @@ def test_a_sum_in_place_is_written_as_a_new_tensor(compute):
     assert torch.equal(module(*(x.clone() for x in given)), compute(*(x.clone() for x in given)))
 
 
+def test_rows_that_are_none_leave_nothing_behind():
+    def alone(m, h, t, text, label):
+        joined = torch.cat([text[:, :0].sin(), h], 1)
+        _, rows = joined.split_with_sizes([0, joined.shape[1]], 1)
+        scales = torch.cat([label.exp(), label.cos()], -1).chunk(2, -1)
+        return m.site(rows) * scales[1][:, None]
+
+    toy, trace = toy_trace(alone)
+    left = [n.target for n in trace.module.graph.nodes if n.op == "call_function"]
+    assert not {aten.cat.default, aten.split_with_sizes.default, aten.chunk.default, aten.exp.default} & set(left)
+    given = toy_inputs()
+    assert torch.equal(trace.module(**given), toy(**given)[0])
+
+
 class Called(torch.nn.Module):
     def __init__(self, compute):
         super().__init__()

@@ -106,8 +106,8 @@ def test_prepare_holds_the_modulation_and_the_steps_none(drafts, tiny, name, gra
     weights = model.state_dict().keys()
     assert checkpoint_weights(pieces.prepare, model) == {w for w in weights if early(name)(w)}
     assert not any(early(name)(w) for cut in (pieces.full, pieces.forecast) for w in cut.parameters())
-    # DiT embeds timestep and class a second time, with the weights of block 0, for its head.
-    assert pieces.prepare.operators()["linear"] == linears(model, early(name)) + (2 if name == "dit" else 0)
+    # DiT embeds timestep and class a second time, with the weights of block 0, for its head: that is done once.
+    assert pieces.prepare.operators()["linear"] == linears(model, early(name))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -353,6 +353,107 @@ def test_branches_without_a_gate_share_one_buffer():
 def test_a_branch_with_a_gate_keeps_its_own_buffer():
     pieces = split(two_branches(gated=True), "module", "snapshots", 1)
     assert list(pieces.sites) == ["site", "other"]
+
+
+def branches(compute, **parameters):
+    """The trace of a toy with the sites `blocks.0.a`, `blocks.0.b`, `blocks.1.a` and `blocks.1.b`."""
+    toy = Toy(compute, **parameters).eval()
+    toy.blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"a": Passage(), "b": Passage()}) for _ in range(2))
+    return trace(toy, dataclasses.replace(TOY, sites=(r"blocks\.\d\.[ab]",)), FLOAT32)
+
+
+def shared_gates(model, x, timestep, text, label):
+    """Each block takes its gates anew from one modulation, as FLUX.2's do."""
+    for block in model.blocks:
+        gate_a, gate_b = (timestep[:, None] * label)[:, None].chunk(2, -1)
+        x = x + gate_a.repeat(1, 1, 2) * block["a"](x.tanh())
+        x = x + gate_b.repeat(1, 1, 2) * block["b"](x.sin())
+    return x
+
+
+@pytest.mark.parametrize("layout", ["snapshots", "derivatives"])
+def test_branches_that_share_a_gate_share_one_buffer(layout):
+    traced = branches(shared_gates)
+    pieces = split(traced, "module", layout, 1)
+    assert list(pieces.sites) == ["blocks.a", "blocks.b"]
+    given = toy_inputs(batch=1)
+    x, gate = given["hidden_states"], (given["timestep"] * given["label"])[:, None].chunk(2, -1)
+    gates, features, hidden = [g.repeat(1, 1, 2) for g in gate], {"a": [], "b": []}, x
+    for _ in range(2):
+        for g, key, function in zip(gates, "ab", (torch.tanh, torch.sin), strict=True):
+            features[key].append(function(hidden))
+            hidden = hidden + g * features[key][-1]
+    columns = pieces.prepare.module(*[given[t.name] for t in pieces.prepare.inputs])
+    given |= {t.name: value[0] for t, value in zip(pieces.prepare.outputs, columns, strict=True)}
+    histories = {f"taylor_in.blocks.{key}": torch.randn(2, 1, 5, 4) for key in "ab"}
+    given |= histories | {"weights": torch.tensor([-1.5, 2.5]), "scales": torch.tensor([0.5])}
+    noise_pred, *stored = pieces.full.module(*[given[t.name] for t in pieces.full.inputs])
+    torch.testing.assert_close(noise_pred, hidden, rtol=0, atol=16 * 2**-24 * hidden.abs().max().item())
+    for value, key in zip(stored, "ab", strict=True):
+        kept = value if layout == "snapshots" else value[0]
+        torch.testing.assert_close(kept, sum(features[key]), rtol=0, atol=8 * 2**-24)
+    (forecast,) = pieces.forecast.module(*[given[t.name] for t in pieces.forecast.inputs])
+    expected = x + sum(
+        g * torch.einsum("m,mbtc->btc", given["weights"], h) for g, h in zip(gates, histories.values(), strict=True)
+    )
+    torch.testing.assert_close(forecast, expected, rtol=0, atol=32 * 2**-24 * expected.abs().max().item())
+    # A sum of modules may be beyond float16 before its gate.
+    assert len(split(traced, "module", layout, 1, torch.float16).sites) == 4
+
+
+def test_gates_that_differ_in_weights_alone_share_a_buffer_and_one_of_what_the_weights_are_of():
+    """Each block adds a table of its own to one modulation, as Wan's do; what has no gate goes with the second sum."""
+
+    def tabled(model, x, timestep, text, label):
+        e = (timestep[:, None] * label)[:, None].expand(-1, 3, -1)
+        for block, table in zip(model.blocks, (model.one, model.other), strict=True):
+            _, gate, _ = (table + e).chunk(3, 1)
+            x = x + gate * block["a"](x.tanh())
+            x = x + block["b"](x.sin())
+        return x
+
+    draw = torch.Generator().manual_seed(3)
+    tables = [torch.randn(1, 3, 4, generator=draw) for _ in range(2)]
+    traced = branches(tabled, one=tables[0], other=tables[1])
+    pieces = split(traced, "module", "snapshots", 1)
+    assert list(pieces.sites) == ["blocks.a", "ungated"]
+    given = toy_inputs(batch=1)
+    x, e, hidden = given["hidden_states"], (given["timestep"] * given["label"])[:, None], given["hidden_states"]
+    features = []
+    for table in tables:
+        features += [(hidden.tanh(), table[:, 1:2])]
+        hidden = hidden + (table[:, 1:2] + e) * features[-1][0]
+        features += [(hidden.sin(), None)]
+        hidden = hidden + features[-1][0]
+    columns = pieces.prepare.module(*[given[t.name] for t in pieces.prepare.inputs])
+    given |= {t.name: value[0] for t, value in zip(pieces.prepare.outputs, columns, strict=True)}
+    history = {f"taylor_in.{site}": torch.randn(2, 1, 5, 4, generator=draw) for site in pieces.sites}
+    given |= history | {"weights": torch.tensor([-1.5, 2.5])}
+    noise_pred, stored, ungated = pieces.full.module(*[given[t.name] for t in pieces.full.inputs])
+    near = {"rtol": 0, "atol": 32 * 2**-24 * max(hidden.abs().max().item(), 1.0)}
+    torch.testing.assert_close(noise_pred, hidden, **near)
+    torch.testing.assert_close(stored, features[0][0] + features[2][0], **near)
+    weighed = [feature if weights is None else weights * feature for feature, weights in features]
+    torch.testing.assert_close(ungated, sum(weighed), **near)
+    (forecast,) = pieces.forecast.module(*[given[t.name] for t in pieces.forecast.inputs])
+    of_a, of_ungated = (torch.einsum("m,mbtc->btc", given["weights"], kept) for kept in history.values())
+    expected = x + e * of_a + of_ungated
+    torch.testing.assert_close(forecast, expected, rtol=0, atol=64 * 2**-24 * expected.abs().max().item())
+
+
+def test_branches_keep_their_buffers_where_something_reads_the_sum_between_them():
+    def scaled(model, x, timestep, text, label):
+        return shared_gates(model, x, timestep, text, label) * label[:, None]
+
+    def between(model, x, timestep, text, label):
+        for block in model.blocks:
+            x = x + label[:, None] * block["a"](x.tanh())
+            x = (x + label[:, None] * block["b"](x.sin())) * label[:, None]
+        return x
+
+    for compute in (scaled, between):
+        sites = split(branches(compute), "module", "snapshots", 1).sites
+        assert list(sites) == [f"blocks.{k}.{key}" for k in range(2) for key in "ab"]
 
 
 class Widened(torch.nn.Module):

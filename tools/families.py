@@ -39,6 +39,7 @@ MODELS = {
     "flux2": "flux2 (dev)",
     "flux2-base": "flux2 (klein base)",
     "flux2-edit": "flux2-edit",
+    "flux2-kv": "flux2-kv",
     "chroma": "chroma",
     "z-image": "z-image",
     "dit": "dit",

@@ -134,6 +134,14 @@ def flux2_edit_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, s
     return latents, sigma, {**conditioning, "image_latents": image_latents, "image_ids": ids}
 
 
+def tiny_flux2_kv(seed=3):
+    """klein KV, with the attention that its pipeline gives it: rows of pictures see themselves alone."""
+    model = tiny_flux2(seed, guidance=False, double=2)
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.attn.set_processor(type(block.attn)._available_processors[-1]())
+    return model
+
+
 def tiny_chroma(seed=0):
     """Chroma of width 32, float32, eval."""
     return randomised(
@@ -497,6 +505,7 @@ MODELS = {
     "flux2": ("flux2", tiny_flux2, flux2_inputs),
     "flux2-base": ("flux2", lambda: tiny_flux2(seed=1, guidance=False, double=1), flux2_inputs),
     "flux2-edit": ("flux2-edit", lambda: tiny_flux2(seed=2, double=1), flux2_edit_inputs),
+    "flux2-kv": ("flux2-kv", tiny_flux2_kv, flux2_edit_inputs),
     "chroma": ("chroma", tiny_chroma, chroma_inputs),
     "z-image": ("z-image", tiny_z_image, z_image_inputs),
     "qwen-image": ("qwen-image", tiny_qwen_image, qwen_image_inputs),

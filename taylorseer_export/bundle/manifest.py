@@ -115,9 +115,11 @@ class Dimension(Part):
 
 
 class Site(Part):
-    """One tapped module output that is forecast on forecast steps."""
+    """One tapped module output that is forecast on forecast steps, or the sum of those that share a gate."""
 
-    name: Text = Field(min_length=1, max_length=400, description="Dotted module name in the transformer.")
+    name: Text = Field(
+        min_length=1, max_length=400, description="Dotted module name in the transformer; of a sum, without numbers."
+    )
     shape: Shape = Field(description="Shape of one snapshot, as in a tensor's shape.")
 
 
@@ -238,11 +240,12 @@ class Pipeline(Part):
         default=0.0, ge=0, le=1, description="Part of the condition in the noise that a loop begins with."
     )
     arguments: Literal[
-        "declared", "rows-behind", "first-shape", "pictures-behind", "noise-alone", "mask-of-all", "lists"
+        "declared", "rows-behind", "rows-ahead", "first-shape", "pictures-behind", "noise-alone", "mask-of-all", "lists"
     ] = Field(
         default="declared",
         description="How the pipeline calls the transformer. declared: with the inputs of the graphs. rows-behind: "
-        "the rows of a conditioning picture follow those of the latent. first-shape: a shape for each picture, of "
+        "the rows of a conditioning picture follow those of the latent. rows-ahead: they are ahead of them at the "
+        "first step, which returns what the others are told of them. first-shape: a shape for each picture, of "
         "which the first holds for all, and no mask where every token counts. pictures-behind: the same, with the "
         "rows of pictures behind those of the latent, and their shapes behind its shape. noise-alone: with channels of "
         "a picture behind those of the latent, which are zeros. mask-of-all: the mask has a one for each "

@@ -80,7 +80,8 @@ class Pipeline:
         largest_shift: Of the sigmas, where they shift with the number of tokens; None has no limit.
         condition_share: Part of the condition in the noise that a loop begins with, dimensionless.
         arguments: How the transformer is called: `declared`, with the inputs as they are; `rows-behind`, with the rows
-            of a conditioning picture behind those of the latent; `first-shape`, with a shape for each picture of
+            of a conditioning picture behind those of the latent; `rows-ahead`, with them ahead at the first step, which
+            returns what the others are told of them; `first-shape`, with a shape for each picture of
             which the model reads the first, and without a mask where every token counts; `pictures-behind`, like
             that, with the rows of pictures behind those of the latent and their shapes behind its shape; `noise-alone`,
             with channels of a picture behind those of the latent, which are zeros; `mask-of-all`, with a mask of the
@@ -102,7 +103,7 @@ class Pipeline:
     largest_shift: float | None = None
     condition_share: float = 0.0
     arguments: Literal[
-        "declared", "rows-behind", "first-shape", "pictures-behind", "noise-alone", "mask-of-all", "lists"
+        "declared", "rows-behind", "rows-ahead", "first-shape", "pictures-behind", "noise-alone", "mask-of-all", "lists"
     ] = "declared"
     positional: tuple[str, ...] = ()
     cast_inputs: tuple[str, ...] = ()
@@ -204,6 +205,16 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
         for name in attributes:
             del vars(owner)[name]
         vars(owner).update(own)
+
+
+@contextmanager
+def unhooked(model: Any) -> Iterator[None]:
+    """For the length of the block, no hook of a module is called: what runs inside is no step, and nothing in it is
+    tapped, recorded or forecast."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.enter_context(replaced(module, _forward_hooks={}, _forward_pre_hooks={}))
+        yield
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """FLUX.2 (dev, klein base, klein): FLUX's blocks, all of a kind with one modulation, and pictures to go by.
 
+KV is a klein whose pictures see themselves alone, as they are without noise, whatever the step and the words are: their
+keys and values are made once for a request. Its family is `flux2-kv`.
+
 dev takes guidance as an input. klein does not: its base is guided by a second call, what was distilled of it by none.
 Every FLUX.2 also takes pictures, as tokens behind those of the noise; with them a checkpoint is of family `flux2-edit`.
 """
@@ -7,11 +10,12 @@ Every FLUX.2 also takes pictures, as tokens behind those of the noise; with them
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, packed
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, no_entries, packed, replaced, unhooked
 from taylorseer_export.families.flux import FLUX, rows_behind
 
 _PLACES = 4  # of a token: picture, row, column, and the number of a word
@@ -41,6 +45,42 @@ def _edit_inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
         Input("image_latents", ("batch", "condition_tokens", config["in_channels"]), "constant"),
         Input("image_ids", ("batch", "condition_tokens", _PLACES), "constant", "int64", fill="grid", first=_PICTURE),
     )
+
+
+def _kv_inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    if config["guidance_embeds"]:
+        raise ConfigError(
+            "config entry `guidance_embeds` is true, expected false as of FLUX.2 klein KV, the one that was trained "
+            "with pictures that see themselves alone; use family flux2-edit"
+        )
+    return _edit_inputs(config)
+
+
+def _with_keys_of_pictures(model: Any, inputs: dict[str, Any]) -> Any:
+    """The pipeline's two kinds of call, that which extracts keys and values and that which is given them.
+
+    Rows of pictures attend to themselves alone, so the first needs no rows of the latent and none of the text: here it
+    has none, and depends on the pictures alone.
+    """
+    owner = getattr(model, "__self__", model)
+    rest = dict(inputs)
+    pictures, places = rest.pop("image_latents"), rest.pop("image_ids")
+    alone = {
+        "hidden_states": pictures,
+        "img_ids": places,
+        "encoder_hidden_states": rest["encoder_hidden_states"][:, :0],
+        "txt_ids": rest["txt_ids"][:, :0],
+        "timestep": pictures.new_zeros(pictures.shape[0]),
+        "num_ref_tokens": pictures.shape[1],
+        "return_dict": False,
+    }
+    with ExitStack() as stack:
+        for module in owner.modules():
+            if hasattr(module, "processor"):  # the pipeline sets those that keep keys and values
+                stack.enter_context(replaced(module, processor=type(module)._available_processors[-1]()))
+        with unhooked(owner):
+            _, kept = model(**alone, kv_cache_mode="extract")
+        return model(**rest, kv_cache=kept, kv_cache_mode="cached", return_dict=False)[0]
 
 
 def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -92,4 +132,20 @@ FLUX2_EDIT = replace(
     typical={"text_tokens": 512, "condition_tokens": 4096},
     forward=rows_behind,
     pipeline=replace(FLUX2.pipeline, arguments="rows-behind", cast_inputs=("img_ids",)),
+)
+
+FLUX2_KV = replace(
+    FLUX2_EDIT,
+    name="flux2-kv",
+    title="FLUX.2 klein KV, with pictures to go by",
+    reference="black-forest-labs/FLUX.2-klein-9b-kv",
+    inputs=_kv_inputs,
+    forward=_with_keys_of_pictures,
+    pipeline=replace(FLUX2_EDIT.pipeline, arguments="rows-ahead"),
+    pipelines=("Flux2KleinKVPipeline",),
+    guidance="none",
+    guidance_scale=1.0,
+    defaults=Defaults(4, interval=6, warmup=3, order=1),
+    by_config=no_entries,
+    variants={},
 )

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from taylorseer_export.bundle.shapes import names
+from taylorseer_export.graph.sizes import is_size
 from taylorseer_export.graph.trace import Trace
 
 
@@ -75,8 +76,3 @@ def _is_row(node: fx.Node, trace: Trace) -> bool:
         if any(isinstance(size, torch.SymInt) for size in rest):
             return False
     return True
-
-
-def is_size(node: fx.Node) -> bool:
-    """Whether the node is a shape query or arithmetic on shapes."""
-    return not isinstance(node.meta.get("val"), torch.Tensor | tuple | list) and node.op == "call_function"

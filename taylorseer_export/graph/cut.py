@@ -16,8 +16,8 @@ from torch import fx
 from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.bundle.shapes import linear, names
 from taylorseer_export.errors import ExportError
-from taylorseer_export.graph.binding import Time, is_size
-from taylorseer_export.graph.sizes import simplified
+from taylorseer_export.graph.binding import Time
+from taylorseer_export.graph.sizes import is_size, simplified
 from taylorseer_export.graph.trace import Trace, eliminate_dead, is_tap
 
 aten = torch.ops.aten

@@ -26,8 +26,8 @@ import sympy
 import torch
 from torch import fx
 
-from taylorseer_export.graph.binding import is_size
 from taylorseer_export.graph.rewrite import TO_THE_END, call
+from taylorseer_export.graph.sizes import is_size
 from taylorseer_export.graph.taps import FIRST_INPUT, FIRST_OUTPUT, STACK_INPUT, STACK_OUTPUT
 from taylorseer_export.graph.trace import Trace, eliminate_dead, is_tap
 

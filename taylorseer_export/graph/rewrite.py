@@ -11,6 +11,7 @@ Text encoders add to a whole tensor, as in `scores += bias`, which becomes `scor
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -77,6 +78,46 @@ def plain(graph: fx.Graph) -> None:
             with graph.inserting_before(node):
                 kept = call(graph, aten.logical_not.default, [mask], like=node)
             _replace(graph, node, aten.logical_and.default, [values, kept])
+
+
+def without_empty(graph: fx.Graph) -> None:
+    """Tensors without an element left out of concatenations, and no concatenation that is cut where it was joined.
+
+    A family may call its model on some of its rows alone, with none of the others: so nothing of those is left.
+    """
+    for node in list(graph.nodes):
+        if node.target is aten.cat.default:
+            parts = [part for part in _args(node)[0] if not _is_empty(part.meta["val"])]
+            if len(parts) == 1 < len(_args(node)[0]):
+                node.replace_all_uses_with(parts[0])
+                graph.erase_node(node)
+            elif parts:
+                node.update_arg(0, parts)
+        elif node.target is operator.getitem and (part := _joined(*_args(node))) is not None:
+            node.replace_all_uses_with(part)
+            graph.erase_node(node)
+
+
+def _joined(pieces: fx.Node, place: int) -> fx.Node | None:
+    """The tensor that stands at this place among the pieces of another, if it was there before."""
+    if pieces.target is aten.split_with_sizes.default:
+        others = [value for k, value in enumerate(pieces.meta["val"]) if k != place]
+        return _args(pieces)[0] if all(map(_is_empty, others)) else None
+    if pieces.target is not aten.chunk.default:
+        return None
+    source, count, dim = (*_args(pieces), 0)[:3]
+    if source.target is not aten.cat.default:
+        return None
+    parts, joined_at = (*_args(source), 0)[:2]
+    rank = source.meta["val"].ndim
+    extents = [part.meta["val"].shape[dim] for part in parts]
+    alike = all(isinstance(extent, int) and extent == extents[0] for extent in extents)
+    return parts[place] if alike and len(parts) == count and (dim - joined_at) % rank == 0 else None
+
+
+def _is_empty(value: torch.Tensor) -> bool:
+    """Whether it has no element, whatever the sizes of a request are."""
+    return any(isinstance(size, int) and size == 0 for size in value.shape)
 
 
 def call(

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import sympy
+import torch
 from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
+from torch import fx
 
 
 def simplified(expression: sympy.Expr) -> sympy.Expr:
@@ -70,3 +72,8 @@ def example_sizes(ranges: Mapping[str, tuple[int, int]], wanted: Mapping[str, in
         choices = [size for size in (wanted[name], *wanted.values(), *others) if least <= size <= high]
         sizes[name] = next((size for size in choices if size not in sizes.values()), choices[0])
     return sizes
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether the node is a shape query or arithmetic on shapes."""
+    return not isinstance(node.meta.get("val"), torch.Tensor | tuple | list) and node.op == "call_function"

@@ -19,6 +19,7 @@ import torch
 
 from taylorseer_export.graph.cut import Builder, Cut
 from taylorseer_export.graph.ensures import ensure
+from taylorseer_export.graph.merge import merge_equal
 from taylorseer_export.graph.narrow import narrow
 from taylorseer_export.graph.probe import Prober
 from taylorseer_export.graph.splitter import Splitter
@@ -54,7 +55,7 @@ def split(
     """Derive the graphs of `trace`.
 
     Args:
-        trace: The tapped graph; it is narrowed in place and otherwise left alone.
+        trace: The tapped graph; it is narrowed in place, equal nodes become one, and it is otherwise left alone.
         granularity: What is forecast. `module`: every site. `residual`: what the block stack adds to its input.
             `last`: the hidden state that leaves the stack.
         layout: `snapshots`: the full graph returns what it computed, and a ring keeps the last `order + 1`.
@@ -69,11 +70,12 @@ def split(
             sites are not complete: see `ensure`.
     """
     narrow(trace)
+    merge_equal(trace.module.graph)
     parts = Splitter(trace, granularity, layout, order, state_dtype or trace.precision)
-    cuts = [node for nodes in parts.cuts.values() for node in nodes]
     late_full = parts.late(parts.full_targets, stop=())
-    late_forecast = parts.late([parts.noise_pred, *parts.base_nodes], stop=cuts)
-    early_full, early_forecast = parts.frontier(late_full), parts.frontier(late_forecast)
+    gates = parts.sums.gates
+    late_forecast = parts.late([parts.noise_pred, *parts.base_nodes, *gates], stop=parts.stops)
+    early_full, early_forecast = parts.frontier(late_full), parts.frontier(late_forecast, also=gates)
     prober = Prober(parts, guards) if guards else None
     early_probe = prober.early_probe if prober else set()
     early = early_full | early_forecast | early_probe

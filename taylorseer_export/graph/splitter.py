@@ -30,17 +30,17 @@ import torch
 from torch import fx
 
 from taylorseer_export.bundle.manifest import Role, Shape, Tensor
-from taylorseer_export.graph.binding import Time, binding_times, is_size
+from taylorseer_export.graph.binding import Time, binding_times
 from taylorseer_export.graph.cut import SUM, Builder, Cut, StepBuilder, cast, difference, dtype_of, weighted_sum, wider
 from taylorseer_export.graph.narrow import readers
-from taylorseer_export.graph.sizes import shape_entry_from_expression, simplified
-from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT, tap_operator
+from taylorseer_export.graph.sizes import is_size, shape_entry_from_expression, simplified
+from taylorseer_export.graph.sums import Sum, Sums
+from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT
 from taylorseer_export.graph.trace import Trace, module_paths
 from taylorseer_export.method import Granularity, Layout
 
 aten = torch.ops.aten
 STEPS = "steps"
-UNGATED = "ungated"  # the site that all branches without a gate share
 
 # Operators that only move, repeat or cast data: cheaper to redo per step than to keep what they return.
 _MOVES = (
@@ -59,6 +59,7 @@ class Splitter:
     Attributes:
         sites: Name -> shape of one snapshot.
         cuts: Site -> the nodes whose sum is forecast.
+        sums: The sites that are sums.
         full_targets: What the full graph is computed for: the prediction and what the Taylor buffers keep.
     """
 
@@ -74,8 +75,20 @@ class Splitter:
         self.base = self.taps[STACK_INPUT] if granularity == "residual" else None
         # Site -> the nodes whose sum is forecast: a tap, or the one slice of it that reaches the output.
         cuts = self._cut_points({self.taps[name]: name for name in names})
-        self.cuts = self._merged(cuts) if granularity == "module" else {granularity: (cuts[STACK_OUTPUT],)}
+        cuts = cuts if granularity == "module" else {granularity: cuts[STACK_OUTPUT]}
+        reaching = self.late([self.noise_pred], stop=cuts.values())
+        end, gated = self.taps[STACK_OUTPUT], state_dtype != torch.float16
+        self.sums = Sums(trace.module.graph, cuts, end, reaching, self.times, self._shape, gated)
+        self.times = binding_times(trace)  # of the parts of gates too
+        self.cuts: dict[str, tuple[fx.Node, ...]] = {}
+        self.cuts |= {name: (node,) for name, node in cuts.items() if name not in self.sums.branches}
+        for name, one in self.sums.found.items():
+            self.cuts[name] = tuple(node for node, _ in one.members)
         self.sites = {site: self._shape(nodes[0]) for site, nodes in self.cuts.items()}
+
+        # What a forecast step computes its prediction from, and where it stops.
+        values = [branch.value for branch in self.sums.branches.values()]
+        self.stops = {*(node for nodes in self.cuts.values() for node in nodes), *values}
 
         # What the full graph returns, and what it is computed from.
         self.base_nodes = [self.base] if self.base else []
@@ -91,31 +104,6 @@ class Splitter:
             for tap, name in taps.items()
             if tap in reached
         }
-
-    def _merged(self, cuts: dict[str, fx.Node]) -> dict[str, tuple[fx.Node, ...]]:
-        """Put branches without a gate into one buffer: the forecast of their sum is the sum of their forecasts.
-
-        A branch qualifies if in the forecast graph it is added to the hidden state and nothing but additions follow
-        up to the end of the stack; so do all cross-attentions of Wan.
-        """
-        reaching = self.late([self.noise_pred], stop=cuts.values())
-        ungated = {name: node for name, node in cuts.items() if self._only_added(node, reaching)}
-        shapes = {self._shape(node) for node in ungated.values()}
-        if len(ungated) < 2 or len(shapes) > 1:
-            return {name: (node,) for name, node in cuts.items()}
-        merged = {name: (node,) for name, node in cuts.items() if name not in ungated}
-        return {**merged, UNGATED: tuple(ungated.values())}
-
-    def _only_added(self, node: fx.Node, reaching: set[fx.Node]) -> bool:
-        first = node
-        while node is not self.taps[STACK_OUTPUT]:
-            users = [user for user in node.users if user in reaching]
-            if len(users) != 1 or users[0].target not in (aten.add.Tensor, aten.to.dtype, tap_operator()):
-                return False
-            if node is first and users[0].target is not aten.add.Tensor:
-                return False
-            (node,) = users
-        return True
 
     def late(self, targets: list[fx.Node], stop: Iterable[fx.Node]) -> set[fx.Node]:
         """The latent-dependent nodes behind `targets`, not going past `stop`."""
@@ -149,14 +137,10 @@ class Splitter:
             return int(size)
         return int(size.node.expr.xreplace({s: self.trace.example_sizes[n] for s, n in self.trace.names.items()}))
 
-    def frontier(self, late: set[fx.Node]) -> set[fx.Node]:
-        """The request and step values that late nodes read."""
-        return {
-            n
-            for node in late
-            for n in node.all_input_nodes
-            if n not in late and Time.WEIGHT < self.times[n] < Time.LATENT
-        }
+    def frontier(self, late: set[fx.Node], also: Iterable[fx.Node] = ()) -> set[fx.Node]:
+        """The request and step values that late nodes read, and those of `also`."""
+        read = {*also, *(n for node in late for n in node.all_input_nodes)}
+        return {n for n in read - late if Time.WEIGHT < self.times[n] < Time.LATENT}
 
     # Contracts -----------------------------------------------------------------------------------------------------
 
@@ -236,14 +220,11 @@ class Splitter:
         """The graph of a full step, from what is already in `builder`."""
         self.latent_inputs(builder)
         self.bind_early(builder, early, tables)
+        sums = self._sums(builder)
         outputs = [(self.tensor("noise_pred", self.noise_pred, "noise_pred"), builder.copy(self.noise_pred))]
         scales = None
         for site, nodes in self.cuts.items():
-            value, made_in = builder.copy(nodes[0]), dtype_of(nodes[0])
-            for node in nodes[1:]:
-                value, made_in = cast(builder, value, made_in, SUM), SUM
-                more = cast(builder, builder.copy(node), dtype_of(node), SUM)
-                value = builder.graph.call_function(aten.add.Tensor, (value, more))
+            value, made_in = (sums[site], SUM) if site in sums else (builder.copy(nodes[0]), dtype_of(nodes[0]))
             if self.base is not None:
                 value, made_in = difference(builder, nodes[0], self.base)
             shape = self.sites[site]
@@ -258,6 +239,18 @@ class Splitter:
             value = cast(builder, value, made_in, self.state_dtype)
             outputs.append((self._buffer(site, "taylor_out", shape), value))
         return builder.finish(outputs)
+
+    def _sums(self, builder: Builder) -> dict[str, fx.Node]:
+        """Site -> the sum that its buffer holds, to which each member is added as soon as it is there: none is kept."""
+        make = builder.graph.call_function
+        sums: dict[str, fx.Node] = {}
+        parts = [(node, weights, site) for site, one in self.sums.found.items() for node, weights in one.members]
+        for node, weights, site in sorted(parts, key=lambda part: part[0]):
+            value = cast(builder, builder.copy(node), dtype_of(node), SUM)
+            if weights is not None:
+                value = make(aten.mul.Tensor, (value, cast(builder, builder.copy(weights), dtype_of(weights), SUM)))
+            sums[site] = make(aten.add.Tensor, (sums[site], value)) if site in sums else value
+        return sums
 
     def _differences(self, builder: Builder, new: fx.Node, old: fx.Node | None, scales: fx.Node | None) -> fx.Node:
         """Stack of D'_0 = new and D'_(j+1) = scales[j] (D'_j - D_j), each of the shape of one snapshot, in float32."""
@@ -278,6 +271,9 @@ class Splitter:
         for site, nodes in self.cuts.items():
             buffer = builder.placeholder(self._buffer(site, "taylor_in", self._kept(site)))
             wanted = dtype_of(nodes[0])
+            if site in self.sums.found:
+                self._add_forecast(builder, self.sums.found[site], row, buffer)
+                continue
             if self.base is None:
                 value = weighted_sum(builder, row, buffer, self.state_dtype, wanted, nodes[0])
             else:
@@ -286,13 +282,19 @@ class Splitter:
                 base = cast(builder, builder.copy(self.base), dtype_of(self.base), wide)
                 value = cast(builder, builder.graph.call_function(aten.add.Tensor, (base, change)), wide, wanted)
             builder.copies[nodes[0]] = value
-        for nodes in self.cuts.values():
-            for node in nodes[1:]:  # the first of a merged site brings the sum of all; adding the others is dropped
-                (addition,) = (user for user in node.users if user.target is aten.add.Tensor)
-                (other,) = (source for source in addition.all_input_nodes if source is not node)
-                builder.copies[addition] = builder.copy(other)
+        for addition, rest in self.sums.dropped().items():
+            builder.copies[addition] = builder.copy(rest)
         output = builder.copy(self.noise_pred)
         return builder.finish([(self.tensor("noise_pred", self.noise_pred, "noise_pred"), output)])
+
+    def _add_forecast(self, builder: Builder, one: Sum, row: fx.Node, buffer: fx.Node) -> None:
+        """Put the forecast of a sum, times its gate, in the place of what its home adds, or add it to that."""
+        wanted, make = dtype_of(one.home.value), builder.graph.call_function
+        value = weighted_sum(builder, row, buffer, self.state_dtype, wanted, one.home.value)
+        if one.gate is not None:
+            value = make(aten.mul.Tensor, (value, cast(builder, builder.copy(one.gate), dtype_of(one.gate), wanted)))
+        before = builder.copies.get(one.home.value)
+        builder.copies[one.home.value] = value if before is None else make(aten.add.Tensor, (before, value))
 
     def _kept(self, site: str) -> Shape:
         """All that is kept of a site, the oldest or lowest order first."""

@@ -21,7 +21,8 @@ from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.families.family import Family, Input, replaced
 from taylorseer_export.graph.casts import explicit_casts
-from taylorseer_export.graph.rewrite import functional, plain
+from taylorseer_export.graph.merge import merge_equal
+from taylorseer_export.graph.rewrite import functional, plain, without_empty
 from taylorseer_export.graph.sizes import example_sizes
 from taylorseer_export.graph.taps import tap_operator, tapped
 
@@ -110,8 +111,10 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     drop_noise(module.graph)
     functional(module.graph)
     plain(module.graph)
+    without_empty(module.graph)
     eliminate_dead(module.graph)
     explicit_casts(module.graph)
+    merge_equal(module.graph)
     symbols = {
         symbol: linear(entry)[0]
         for spec in inputs

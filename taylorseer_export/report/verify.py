@@ -181,7 +181,7 @@ class _Reference:
         self.specs = {t.name: t for t in (denoiser.latent, denoiser.timestep, *denoiser.constants.values())}
         self.divisor = denoiser.manifest.sampling.timestep_divisor
         self.granularity = denoiser.manifest.state.granularity
-        # The family's, not the manifest's: sites without a gate share one there, and are forecast alike.
+        # The family's, not the manifest's: sites that share a gate, or have none, are one there, forecast alike.
         self.sites = _module_sites(model, denoiser.manifest.family) if self.granularity == "module" else []
         widest = max(model.parameters(), key=lambda parameter: parameter.dtype.itemsize)  # some are kept in float32
         self.dtype, self.device = widest.dtype, widest.device

@@ -51,6 +51,39 @@ def _rows_behind(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, A
     return latents[:, :rows], {**inputs, **split}
 
 
+class Pictures:
+    """What the first call of a loop returns of the pictures ahead of its latent, and the others bring: the pictures.
+
+    Their keys and values are where `prepare` put them; to a pipeline it is a cache, which it clears at the end.
+    """
+
+    def __init__(self, latents: Any, places: Any) -> None:
+        self.inputs = {"image_latents": latents, "image_ids": places}
+
+    def clear(self) -> None:
+        """Let go of the pictures."""
+        self.inputs = {}
+
+
+def rows_ahead(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any], Pictures | None]:
+    """The latent alone, the inputs of the graphs, and what the first call has to return beside its prediction."""
+    rest = dict(inputs)
+    mode, rows, kept = rest.pop("kv_cache_mode", None), rest.pop("num_ref_tokens", 0), rest.pop("kv_cache", None)
+    if mode == "extract" and rows:
+        places = rest["img_ids"]
+        made = Pictures(latents[:, :rows], places[..., :rows, :])
+        return latents[:, rows:], {**rest, "img_ids": places[..., rows:, :], **made.inputs}, made
+    if mode == "cached" and isinstance(kept, Pictures):
+        return latents, {**rest, **kept.inputs}, None
+    if mode is None and kept is None:
+        return latents, rest, None
+    raise StepError(
+        f"argument `kv_cache_mode` is {mode!r} with {rows} rows of pictures and {type(kept).__name__} as `kv_cache`, "
+        "expected `extract` with such rows at the first step and `cached` with what that returned at all others; call "
+        "it as its pipeline does"
+    )
+
+
 def _mask_of_all(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The mask of the text alone; every token of the latent counts."""
     text, mask = inputs.get("encoder_hidden_states"), inputs.get("attention_mask")
@@ -136,6 +169,7 @@ def _shapes(inputs: dict[str, Any]) -> Any:
 _FORMS: dict[str, Form] = {
     "declared": _declared,
     "rows-behind": _rows_behind,
+    "rows-ahead": _declared,  # `rows_ahead` comes before
     "first-shape": _first_shape,
     "mask-of-all": _mask_of_all,
     "lists": _lists,

@@ -28,7 +28,7 @@ from taylorseer_export.method import (
     RequestOptions,
     forecasts_from_options,
 )
-from taylorseer_export.runtime.arguments import form_of, latent_of
+from taylorseer_export.runtime.arguments import form_of, latent_of, rows_ahead
 from taylorseer_export.runtime.callers import Callers
 from taylorseer_export.runtime.calls import Branch, Context, LoopState, Seen, TransformerCall, host_array
 from taylorseer_export.runtime.engine_module import EngineModule
@@ -119,7 +119,7 @@ class DropIn(EngineModule):
         self._form = form_of(denoiser.manifest)
         self._known = frozenset((denoiser.timestep.name, *denoiser.constants, *pipeline.ignored_inputs))
         self._renewed = frozenset(pipeline.cast_inputs)
-        self._lists = pipeline.arguments == "lists"
+        self._lists, self._ahead = (pipeline.arguments == word for word in ("lists", "rows-ahead"))
         self._callers = Callers()
 
     # What a pipeline asks of its transformer -------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class DropIn(EngineModule):
             inputs: The timestep and the conditioning.
 
         Returns:
-            The prediction, in the dtype of `hidden_states`.
+            The prediction, in the dtype of `hidden_states`, and behind it what a call asks for beside it.
 
         Raises:
             StepError: An argument is missing, unknown to the bundle, or does not fit it; loops take turns; or on the
@@ -144,16 +144,20 @@ class DropIn(EngineModule):
         try:
             inputs |= self._by_place(placed)
             given = inputs.pop(self.denoiser.latent.name) if hidden_states is None else hidden_states
+            given, inputs, kept = rows_ahead(given, inputs) if self._ahead else (given, inputs, None)
             predicted = self._predict(_together(given) if self._lists else given, inputs)
             sample: Any = list(predicted.unsqueeze(2)) if self._lists else predicted
         except BaseException:
             self._abort()
             raise
         if not return_dict:
-            return (sample,)
+            return (sample,) if kept is None else (sample, kept)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        return Transformer2DModelOutput(sample=sample)
+        answer: Any = Transformer2DModelOutput(sample=sample)
+        if kept is not None:
+            answer.kv_cache = kept
+        return answer
 
     @contextmanager
     def cache_context(self, name: str, **where: Any) -> Iterator[None]:

@@ -60,6 +60,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "flux2": _FLUX2,
     "flux2-edit": _FLUX2,
+    "flux2-kv": _FLUX2 | {"guidance_embeds": False},
     "chroma": {
         "in_channels": 64,
         "num_layers": 2,
@@ -166,6 +167,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "flux-kontext": {"latent_size": [16, 16], "text_tokens": 12, "condition_tokens": 64},
     "flux2": {"latent_size": [16, 16], "text_tokens": 12},
     "flux2-edit": {"latent_size": [16, 16], "text_tokens": 12, "condition_tokens": 64},
+    "flux2-kv": {"latent_size": [16, 16], "text_tokens": 12, "condition_tokens": 64},
     "chroma": {"latent_size": [16, 16], "text_tokens": 12},
     "z-image": {"latent_size": [16, 16], "text_tokens": 12},
     "framepack": {"latent_size": [3, 16, 16], "text_tokens": 12},

@@ -1,0 +1,73 @@
+"""What a full step computes and a request keeps, with rows of pictures in every step and with their keys made once.
+
+    python tools/prefix.py                      FLUX.2 klein KV at its card's sizes
+    python tools/prefix.py --pictures 1 2 4     of so many pictures, each of as many tokens as the card's
+
+The same model in two forms: `flux2-edit`, where the rows of pictures go through every full step, and `flux2-kv`, where
+`prepare` computes them once. Counted from the graphs, as cards are: matrix products and attention, two for each
+multiplication and addition; bytes in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import replace
+from typing import Any
+
+import cards
+import torch
+from torch import fx
+
+from taylorseer_export.bundle.memory import role_bytes, size
+from taylorseer_export.compile.export import Draft, draft
+from taylorseer_export.graph.cut import Cut
+
+aten = torch.ops.aten
+MODEL = "flux.2-klein-9b-kv"
+FORMS = {"flux2-edit": "in every full step", "flux2-kv": "once, by `prepare`"}
+
+
+def flops(made: Draft, cut: Cut, names: dict[Any, str]) -> int:
+    """Of the linear layers and attentions of a graph, at the sizes that its card is quoted at."""
+    symbols = {symbol: made.typical[name] for symbol, name in names.items()}
+
+    def extents(node: fx.Node) -> list[int]:
+        shape = node.meta["val"].shape
+        return [int(s.node.expr.xreplace(symbols)) if isinstance(s, torch.SymInt) else int(s) for s in shape]
+
+    total = 0
+    for node in cut.module.graph.nodes:
+        if node.target is aten.linear.default:
+            weight = cut.module.get_parameter(str(node.args[1].target))
+            total += 2 * math.prod(extents(node)) * weight.shape[1]
+        elif node.target is aten.scaled_dot_product_attention.default:
+            query, key = (extents(source) for source in node.args[:2])
+            total += 4 * math.prod(query) * key[-2]
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, nargs="+", default=[1, 2, 4], help="how many (default: 1 2 4)")
+    given = parser.parse_args()
+    entries = cards.config(MODEL)
+    forms = {}
+    for family in FORMS:
+        cards.MODELS[MODEL] = replace(cards.MODELS[MODEL], family=family)
+        traced, options = cards.traced_model(MODEL, entries)
+        forms[family] = draft(traced, options), traced.trace.names
+    print("| pictures | rows of them are computed | full step | once | `prepare` hands over | weights of `prepare` |")
+    print("|--:|---|--:|--:|--:|--:|")
+    for count in given.pictures:
+        for family, words in FORMS.items():
+            made, names = forms[family]
+            made.typical["condition_tokens"] = 4096 * count
+            prepare, full = made.split.prepare, made.split.full
+            kept = size(role_bytes(prepare.outputs, "constant", made.typical))
+            step, once = (f"{flops(made, cut, names) / 1e12:.1f} TFLOP" for cut in (full, prepare))
+            print(f"| {count} | {words} | {step} | {once} | {kept} | {size(made.weights_bytes(prepare))} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,9 @@ def functional(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node in done:
             continue
-        if node.target is aten.fill_.Tensor:
+        if node.target is aten.detach_.default:
+            _drop_detach(graph, node)
+        elif node.target is aten.fill_.Tensor:
             done += _set_column(graph, node)
         elif node.target is aten.copy_.default:
             done += _interleave(graph, node)
@@ -42,21 +44,77 @@ def functional(graph: fx.Graph) -> None:
             _refuse(node)
 
 
+def inlined(module: fx.GraphModule) -> None:
+    """Put the operators of regions without autocast, or without gradients, in the place of the region.
+
+    Nothing here is traced under autocast, and nothing is differentiated: such a region changes no number.
+
+    Raises:
+        ExportError: A region turns autocast on.
+    """
+    graph = module.graph
+    while regions := [node for node in graph.nodes if _is_region(node)]:
+        for node in regions:
+            place = next(k for k, source in enumerate(node.args) if _is_graph(source))
+            if "autocast" in str(node.target) and node.args[2]:
+                raise ExportError(
+                    f"the model turns autocast on at `{node.name}`, expected casts that it makes itself; put the "
+                    "model's part into casts in `patched` of its family"
+                )
+            inner, given = module.get_submodule(str(node.args[place].target)), node.args[place + 1 :]  # type: ignore
+            placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
+            with graph.inserting_before(node):
+                values: Any = graph.graph_copy(inner.graph, dict(zip(placeholders, given, strict=True)))  # type: ignore
+            for user in list(node.users):
+                user.replace_all_uses_with(values[_args(user)[1]])
+                graph.erase_node(user)
+            graph.erase_node(node)
+
+
+def _is_region(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and any(map(_is_graph, node.args))
+
+
+def _is_graph(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.op == "get_attr" and str(value.target).startswith("submod_")
+
+
+def computed_once(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """Let the first of `nodes` that does the same to the same be the only one, in place of the graph.
+
+    Args:
+        nodes: In the order of the graph.
+    """
+    first: dict[str, fx.Node] = {}
+    for node in nodes:
+        if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        same = first.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+
+
 def out_of_place(graph: fx.Graph) -> None:
     """Write `x += y` as `x + y`, in place of the graph, where x is a new tensor that nothing else has read.
 
-    A tensor that is detached in place is what it was: nothing here is differentiated. Other writes are left.
+    Other writes are left.
     """
     for node in list(graph.nodes):
         if node.target is aten.detach_.default:
-            node.replace_all_uses_with(_args(node)[0])
-            graph.erase_node(node)
+            _drop_detach(graph, node)
         elif node.target is aten.add_.Tensor and not _shared(base := _args(node)[0], [], node):
             with graph.inserting_before(node):
                 result = call(graph, aten.add.Tensor, node.args, node.kwargs, like=node)
                 if result.meta["val"].dtype != base.meta["val"].dtype:
                     result = call(graph, aten.to.dtype, [result, base.meta["val"].dtype], like=node)
             _finish(graph, base, result, [node])
+
+
+def _drop_detach(graph: fx.Graph, node: fx.Node) -> None:
+    """A tensor that is detached in place is what it was: nothing here is differentiated."""
+    node.replace_all_uses_with(_args(node)[0])
+    graph.erase_node(node)
 
 
 def plain(graph: fx.Graph) -> None:

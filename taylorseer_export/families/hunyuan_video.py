@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, replaced, video_patches
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, replaced, video_patches
 from taylorseer_export.families.whole import Modules, Shown, Tensors, Tiling, Tokens, Whole
 
 _CHANNELS = "latent_concat"  # how the published configs call it
@@ -229,5 +229,4 @@ HUNYUAN_VIDEO = Family(
     whole=_WHOLE,
     by_config=_by_config,
     lora_loader="HunyuanVideoLoraLoaderMixin",
-    patched=expanded_masks,
 )

@@ -97,7 +97,8 @@ def _pair(module: fx.GraphModule, node: fx.Node, pairs: dict[fx.Node, Pair]) -> 
         return tuple(make(aten.to.dtype, part, _REAL[args[1]]) for part in _parts(graph, args[0], pairs))  # type: ignore
     if node.target is aten.zeros.default:
         kind = {**node.kwargs, "dtype": _REAL[node.meta["val"].dtype]}
-        return make(aten.zeros.default, *args, **kind), make(aten.zeros.default, *args, **kind)
+        with node.meta["val"].fake_mode:
+            return make(aten.zeros.default, *args, **kind), make(aten.zeros.default, *args, **kind)
     if node.target is aten.mul.Tensor and all(source in pairs for source in args):
         (a, b), (c, d) = (pairs[source] for source in args)  # type: ignore[index]
         return (

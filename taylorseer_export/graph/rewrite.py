@@ -80,7 +80,7 @@ def _is_graph(value: Any) -> bool:
 
 
 def computed_once(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """Let the first of `nodes` that does the same to the same be the only one, in place of the graph.
+    """Let the first of `nodes` that does the same to the same, or is the same size, be the only one.
 
     Args:
         nodes: In the order of the graph.
@@ -89,7 +89,9 @@ def computed_once(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
     for node in nodes:
         if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
             continue
-        same = first.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
+        value = node.meta.get("val")
+        size = isinstance(value, torch.SymInt)
+        same = first.setdefault(f"{value if size else (node.target, node.args, node.kwargs)}", node)
         if same is not node:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
@@ -118,7 +120,8 @@ def _drop_detach(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def plain(graph: fx.Graph) -> None:
-    """Casts to the dtype of another tensor as casts, and masks filled with a boolean as logical operators."""
+    """Casts to the dtype of another tensor as casts, masks filled with a boolean as logical operators, and masks padded
+    with one as concatenations."""
     for node in list(graph.nodes):
         if node.target is aten.type_as.default:
             source, dtype = _args(node)[0], node.meta["val"].dtype
@@ -135,6 +138,26 @@ def plain(graph: fx.Graph) -> None:
             with graph.inserting_before(node):
                 kept = call(graph, aten.logical_not.default, [mask], like=node)
             _replace(graph, node, aten.logical_and.default, [values, kept])
+        elif node.target is aten.pad.default and node.meta["val"].dtype == torch.bool:
+            _padded_mask(graph, node)
+
+
+def _padded_mask(graph: fx.Graph, node: fx.Node) -> None:
+    """`pad(mask, (before, behind), value=)` along the last dimension as a concatenation."""
+    mask, pads, *rest = _args(node)
+    if len(pads) != 2 or rest[:1] not in ([], ["constant"]):
+        return
+    filled = aten.new_ones.default if len(rest) > 1 and rest[1] else aten.new_zeros.default
+    last = mask.meta["val"].ndim - 1
+    with graph.inserting_before(node):
+        shape = [
+            call(graph, aten.sym_size.int, [mask, k]) if isinstance(size, torch.SymInt) else size
+            for k, size in enumerate(mask.meta["val"].shape[:last])
+        ]
+        before, behind = (
+            [] if count == 0 else [call(graph, filled, [mask, [*shape, count]], like=node)] for count in pads
+        )
+    _replace(graph, node, aten.cat.default, [[*before, mask, *behind], last])
 
 
 def call(

@@ -21,6 +21,7 @@ from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.families.family import Family, Input, replaced
 from taylorseer_export.graph.casts import explicit_casts
+from taylorseer_export.graph.masks import expanded_masks, small_masks
 from taylorseer_export.graph.real import real
 from taylorseer_export.graph.rewrite import functional, inlined, plain
 from taylorseer_export.graph.sizes import example_sizes
@@ -114,6 +115,7 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     eliminate_dead(module.graph)
     real(module)
     plain(module.graph)
+    small_masks(module.graph)
     eliminate_dead(module.graph)
     explicit_casts(module.graph)
     symbols = {
@@ -138,7 +140,7 @@ def _called(model: nn.Module, family: Family, inputs: tuple[Input, ...]) -> Iter
     """For the length of the block, `model` takes the declared inputs, the way its family calls it."""
 
     names = [inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY) for spec in inputs]
-    with family.patched(model):
+    with family.patched(model), expanded_masks(model):
         original = model.forward
 
         def forward(**given: torch.Tensor) -> Any:

@@ -92,12 +92,12 @@ def _forward(model: Any, hidden_states: Any, timestep: Any, image_embeds: Any, r
         model.context_embedder_2(given["encoder_hidden_states_2"]) + kinds[1],
         model.context_embedder(given["encoder_hidden_states"], timestep, mask) + kinds[0],
     ]
-    seen = [given["encoder_attention_mask_2"].bool(), mask.bool()]
+    masks = [given["encoder_attention_mask_2"].bool(), mask.bool()]
     if image_embeds is not None:
         shown = image_embeds.ne(0).flatten(1).any(1, keepdim=True)
         texts.insert(0, model.image_embedder(image_embeds) + kinds[2])
-        seen.insert(0, shown.expand(-1, image_embeds.shape[1]))
-    text, seen = torch.cat(texts, 1), torch.cat(seen, 1)
+        masks.insert(0, shown.expand(-1, image_embeds.shape[1]))
+    text, seen = torch.cat(texts, 1), torch.cat(masks, 1)
     for block in model.transformer_blocks:
         tokens, text = block(tokens, text, temb, seen, rotary)
     tokens, side = model.proj_out(model.norm_out(tokens, temb)), model.config.patch_size

@@ -71,7 +71,8 @@ def _is_complex(node: fx.Node) -> bool:
 
 def _pair(module: fx.GraphModule, node: fx.Node, pairs: dict[fx.Node, Pair]) -> Pair:
     """Real and imaginary part of a complex node."""
-    graph, args = module.graph, node.args
+    graph = module.graph
+    args: Any = node.args
 
     def make(target: Any, *values: Any, **options: Any) -> fx.Node:
         return call(graph, target, values, options, like=node)
@@ -79,40 +80,42 @@ def _pair(module: fx.GraphModule, node: fx.Node, pairs: dict[fx.Node, Pair]) -> 
     if node.op == "get_attr":
         return _table(module, node)
     if node.target is aten.view_as_complex.default:
-        both = make(aten.unbind.int, args[0], -1)
-        return make(operator.getitem, both, 0), make(operator.getitem, both, 1)
+        numbers = make(aten.unbind.int, args[0], -1)
+        return make(operator.getitem, numbers, 0), make(operator.getitem, numbers, 1)
     if node.target is aten.complex.default:
-        return args[0], args[1]  # type: ignore[return-value]
+        return args[0], args[1]
     if node.target is aten.polar.default:
         radius, angle = args
         turned = make(aten.cos.default, angle), make(aten.sin.default, angle)
-        if radius.target in (aten.ones_like.default, aten.ones.default):  # type: ignore[union-attr]
+        if radius.target is aten.ones_like.default and radius.args[0] is angle:
             return turned
         return make(aten.mul.Tensor, radius, turned[0]), make(aten.mul.Tensor, radius, turned[1])
     if node.target in _SAME:
-        return pairs[args[0]]  # type: ignore[index]
+        return pairs[args[0]]
     if node.target is aten._conj.default:
-        return pairs[args[0]][0], make(aten.neg.default, pairs[args[0]][1])  # type: ignore[index]
+        return pairs[args[0]][0], make(aten.neg.default, pairs[args[0]][1])
     if node.target is aten.to.dtype:
-        return tuple(make(aten.to.dtype, part, _REAL[args[1]]) for part in _parts(graph, args[0], pairs))  # type: ignore
+        one, other = _parts(graph, args[0], pairs)
+        return make(aten.to.dtype, one, _REAL[args[1]]), make(aten.to.dtype, other, _REAL[args[1]])
     if node.target is aten.zeros.default:
         kind = {**node.kwargs, "dtype": _REAL[node.meta["val"].dtype]}
         with node.meta["val"].fake_mode:
             return make(aten.zeros.default, *args, **kind), make(aten.zeros.default, *args, **kind)
     if node.target is aten.mul.Tensor and all(source in pairs for source in args):
-        (a, b), (c, d) = (pairs[source] for source in args)  # type: ignore[index]
+        (a, b), (c, d) = (pairs[source] for source in args)
         return (
             make(aten.sub.Tensor, make(aten.mul.Tensor, a, c), make(aten.mul.Tensor, b, d)),
             make(aten.add.Tensor, make(aten.mul.Tensor, a, d), make(aten.mul.Tensor, b, c)),
         )
-    scaled = node.target in (aten.mul.Tensor, aten.div.Tensor) and args[1] not in pairs
-    scaled = scaled or (node.target is aten.mul.Tensor and args[0] not in pairs)
-    both_complex = node.target in _SUMS and all(source in pairs for source in args)
-    if node.target in _MOVES or both_complex or (scaled and not any(isinstance(a, complex) for a in args)):
-        one, other = (
-            fx.map_arg((args, node.kwargs), lambda n, k=k: pairs[n][k] if n in pairs else n) for k in range(2)
-        )
-        return make(node.target, *one[0], **one[1]), make(node.target, *other[0], **other[1])
+    both = node.target in _SUMS and all(source in pairs for source in args)
+    scaled = node.target is aten.mul.Tensor or (node.target is aten.div.Tensor and args[1] not in pairs)
+    if node.target in _MOVES or both or (scaled and not any(isinstance(factor, complex) for factor in args)):
+
+        def of(part: int) -> fx.Node:
+            values, options = fx.map_arg((args, node.kwargs), lambda n: pairs[n][part] if n in pairs else n)
+            return make(node.target, *values, **options)
+
+        return of(0), of(1)
     raise _unknown(node)
 
 

@@ -61,10 +61,12 @@ def inlined(module: fx.GraphModule) -> None:
                     f"the model turns autocast on at `{node.name}`, expected casts that it makes itself; put the "
                     "model's part into casts in `patched` of its family"
                 )
-            inner, given = module.get_submodule(str(node.args[place].target)), node.args[place + 1 :]  # type: ignore
-            placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
+            inner: Any = module.get_submodule(str(_args(node)[place].target))
+            placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
             with graph.inserting_before(node):
-                values: Any = graph.graph_copy(inner.graph, dict(zip(placeholders, given, strict=True)))  # type: ignore
+                values: Any = graph.graph_copy(
+                    inner.graph, dict(zip(placeholders, _args(node)[place + 1 :], strict=True))
+                )
             for user in list(node.users):
                 user.replace_all_uses_with(values[_args(user)[1]])
                 graph.erase_node(user)

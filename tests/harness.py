@@ -144,9 +144,11 @@ TOY = Family(
 
 
 def toy_trace(compute, **parameters) -> tuple[Toy, Trace]:
-    """A toy and its trace."""
+    """A toy and its trace, which can be called: passes leave the code of a graph as it was."""
     toy = Toy(compute, **parameters).eval()
-    return toy, trace(toy, TOY, FLOAT32)
+    traced = trace(toy, TOY, FLOAT32)
+    traced.module.recompile()
+    return toy, traced
 
 
 def toy_inputs(batch=2, image_tokens=5, text_tokens=3, seed=0) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from harness import toy_inputs, toy_trace
+from oracle import assert_close
 
 from taylorseer_export.errors import ExportError
 from taylorseer_export.graph.rewrite import mutates, out_of_place
@@ -62,6 +63,54 @@ def test_equals_the_model(compute, gone):
     targets = {n.target for n in traced.module.graph.nodes}
     assert not targets & set(gone)
     assert not any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in targets)
+
+
+def turned(m, h, t, text, label):
+    """As rotary embeddings by complex numbers: tables cut and joined, some in a region without autocast."""
+    angles = torch.outer(torch.arange(64.0), torch.tensor([1.0, 0.1]))
+    table = torch.polar(torch.ones_like(angles), angles)[: h.shape[1]]
+    table = torch.cat([table[:, 1:], table[:, :1].conj()], 1)
+    with torch.amp.autocast("cuda", enabled=False):
+        z = torch.view_as_complex(h.float().reshape(*h.shape[:2], -1, 2))
+        rows = torch.view_as_real(z * table).flatten(2).type_as(h)
+    scaled = torch.complex(h[..., :1], h[..., 1:2]) * h[..., 2:3]
+    return m.site(rows + torch.cat([scaled.real, scaled.imag, h[..., 2:]], -1))
+
+
+def test_complex_numbers_become_real_ones():
+    """Torch may fuse a product with a sum, so each rotated number may err by a rounding of both."""
+    toy, traced = toy_trace(turned)
+    inputs = toy_inputs(seed=3)
+    with torch.no_grad():
+        seen, (expected,) = traced.module(**inputs), toy(**inputs)
+    assert_close("turned", seen, expected, 8 * 2.0**-24 * expected.abs().max().item())
+    for node in traced.module.graph.nodes:
+        value = node.meta.get("val")
+        assert not (isinstance(value, torch.Tensor) and value.is_complex()), node
+        assert not isinstance(node.target, torch._ops.HigherOrderOperator)
+    cosines = [n for n in traced.module.graph.nodes if n.target in (aten.cos.default, aten.polar.default)]
+    assert not cosines, "the table depends on nothing and is folded"
+
+
+def roots(m, h, t, text, label):
+    return m.site(torch.view_as_real(torch.view_as_complex(h.unflatten(-1, (-1, 2))).sqrt()).flatten(-2))
+
+
+def under_autocast(m, h, t, text, label):
+    with torch.autocast("cpu", torch.bfloat16):
+        return m.site(h)
+
+
+@pytest.mark.parametrize(
+    ("compute", "sentence"),
+    [
+        (roots, r"operator `aten.sqrt.default` at .* takes complex numbers, expected a rotation by them, or a move; "),
+        (under_autocast, r"turns autocast on at .*, expected casts that it makes itself; "),
+    ],
+)
+def test_what_has_no_such_form_is_refused(compute, sentence):
+    with pytest.raises(ExportError, match=sentence):
+        toy_trace(compute)
 
 
 def overlapping(m, h, t, text, label):

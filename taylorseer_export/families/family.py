@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -214,31 +214,6 @@ def unhooked(model: Any) -> Iterator[None]:
     with ExitStack() as stack:
         for module in model.modules():
             stack.enter_context(replaced(module, _forward_hooks={}, _forward_pre_hooks={}))
-        yield
-
-
-@contextmanager
-def expanded_masks(model: Any) -> Iterator[None]:
-    """diffusers' `Attention` with masks [B, 1, T, T] expanded to its H heads, [B, H, T, T].
-
-    The original repeats them with `repeat_interleave(output_size=)`, for which torch 2.11 asks for a number: that would
-    fix the batch of the trace.
-    """
-
-    def prepared(attention: Any) -> Callable[..., Any]:
-        original, heads = attention.prepare_attention_mask, attention.heads
-
-        def prepare(mask: Any, *sizes: Any, **options: Any) -> Any:
-            if mask is None or mask.ndim != 4 or mask.shape[1] != 1:
-                return original(mask, *sizes, **options)
-            return mask.expand(-1, heads, -1, -1)
-
-        return prepare
-
-    with ExitStack() as stack:
-        for module in model.modules():
-            if hasattr(module, "prepare_attention_mask"):
-                stack.enter_context(replaced(module, prepare_attention_mask=prepared(module)))
         yield
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from math import log
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, expanded_masks, replaced, video_patches
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, replaced, video_patches
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
 from taylorseer_export.families.whole import Modules, Sections, Shown, Tensors, spread
 
@@ -47,10 +47,8 @@ def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: in
     return video_patches({"patch_size": _PATCH}, frames, height, width)
 
 
-@contextmanager
-def _masked(model: Any) -> Iterator[None]:
-    with expanded_masks(model), replaced(model, forward=partial(_forward, model)):
-        yield
+def _masked(model: Any) -> AbstractContextManager[None]:
+    return replaced(model, forward=partial(_forward, model))
 
 
 def _forward(model: Any, hidden_states: Any, timestep: Any, guidance: Any, return_dict: bool, **given: Any) -> Any:

@@ -15,7 +15,6 @@ from taylorseer_export.families.family import (
     Family,
     Input,
     Pipeline,
-    expanded_masks,
     no_counterpart,
     replaced,
     video_patches,
@@ -250,5 +249,4 @@ HUNYUAN_VIDEO = Family(
     whole=_WHOLE,
     by_config=_by_config,
     lora_loader="HunyuanVideoLoraLoaderMixin",
-    patched=expanded_masks,
 )

@@ -6,23 +6,13 @@ no such inputs, and its graphs no tokens of a picture.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import (
-    Defaults,
-    Family,
-    Input,
-    Pipeline,
-    call,
-    expanded_masks,
-    replaced,
-    video_patches,
-)
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, replaced, video_patches
 
 _IMAGE = 729  # tokens of the image encoder
 _TASKS = ("t2v", "i2v")
@@ -79,62 +69,11 @@ def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**made, "scheduler_config": {"shift": _HD_SHIFT.get(task, 7.0)}, "latent_size": (31, 45, 80)}
 
 
-@contextmanager
-def _masked(model: Any) -> Iterator[None]:
-    """Attention with one row of a mask for all queries: the original has one for each, which at 480p are 10^9."""
-    refiner = model.context_embedder.token_refiner
-    code = sys.modules[type(model).__module__]
-    rotate = sys.modules[code.get_1d_rotary_pos_embed.__module__].apply_rotary_emb
-
-    def refined(states: Any, temb: Any, mask: Any) -> Any:
-        for block in refiner.refiner_blocks:
-            states = block(states, temb, mask.bool()[:, None, None])
-        return states
-
-    with ExitStack() as stack:
-        stack.enter_context(expanded_masks(model))
-        stack.enter_context(replaced(model, forward=partial(_forward, model)))
-        stack.enter_context(replaced(refiner, forward=refined))
-        for block in model.transformer_blocks:
-            stack.enter_context(replaced(block.attn, forward=partial(_attend, block.attn, rotate)))
-        yield
+def _masked(model: Any) -> AbstractContextManager[None]:
+    return replaced(model, forward=partial(_forward, model))
 
 
-def _attend(
-    attn: Any,
-    rotate: Any,
-    hidden_states: Any,
-    encoder_hidden_states: Any,
-    attention_mask: Any,
-    image_rotary_emb: Any,
-) -> tuple[Any, Any]:
-    """(video, text) of a joint attention, by a mask `[B, 1, 1, T]` of the tokens that are seen."""
-    import torch
-
-    def projected(states: Any, *layers: Any) -> list[Any]:
-        return [layer(states).unflatten(2, (attn.heads, -1)) for layer in layers]
-
-    query, key, value = projected(hidden_states, attn.to_q, attn.to_k, attn.to_v)
-    query, key = (rotate(x, image_rotary_emb, sequence_dim=1) for x in (attn.norm_q(query), attn.norm_k(key)))
-    more, words, behind = projected(encoder_hidden_states, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    pairs = ((query, attn.norm_added_q(more)), (key, attn.norm_added_k(words)), (value, behind))
-    query, key, value = (torch.cat(pair, 1).transpose(1, 2) for pair in pairs)
-    made = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-    made, count = made.transpose(1, 2).flatten(2, 3), hidden_states.shape[1]
-    return attn.to_out[1](attn.to_out[0](made[:, :count])), attn.to_add_out(made[:, count:])
-
-
-def _forward(
-    model: Any,
-    hidden_states: Any,
-    timestep: Any,
-    encoder_hidden_states: Any,
-    encoder_attention_mask: Any,
-    encoder_hidden_states_2: Any,
-    encoder_attention_mask_2: Any,
-    image_embeds: Any,
-    return_dict: bool,
-) -> Any:
+def _forward(model: Any, hidden_states: Any, timestep: Any, image_embeds: Any, return_dict: bool, **given: Any) -> Any:
     """The model's own forward, but for the text: every token stays where it is, and those that do not count are masked.
 
     The original moves those to the end, in a loop over the batch, and asks by a value whether there is a picture.
@@ -147,25 +86,22 @@ def _forward(
     if image_embeds is None:
         more = model.config.in_channels - channels
         hidden_states = torch.nn.functional.pad(hidden_states, (0, 0, 0, 0, 0, 0, 0, more))
-    patch = model.config.patch_size
     rotary, temb, tokens = model.rope(hidden_states), model.time_embed(timestep), model.x_embedder(hidden_states)
-    glyphs = model.context_embedder_2(encoder_hidden_states_2)
-    words = model.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask)
-    kinds = model.cond_type_embed.weight
-    texts, masks = (
-        [glyphs + kinds[1], words + kinds[0]],
-        [encoder_attention_mask_2.bool(), encoder_attention_mask.bool()],
-    )
+    kinds, mask = model.cond_type_embed.weight, given["encoder_attention_mask"]
+    texts = [
+        model.context_embedder_2(given["encoder_hidden_states_2"]) + kinds[1],
+        model.context_embedder(given["encoder_hidden_states"], timestep, mask) + kinds[0],
+    ]
+    masks = [given["encoder_attention_mask_2"].bool(), mask.bool()]
     if image_embeds is not None:
         shown = image_embeds.ne(0).flatten(1).any(1, keepdim=True)
         texts.insert(0, model.image_embedder(image_embeds) + kinds[2])
         masks.insert(0, shown.expand(-1, image_embeds.shape[1]))
-    text = torch.cat(texts, 1)
-    seen = torch.cat([torch.ones(tokens.shape[:2], dtype=torch.bool), *masks], 1)[:, None, None]
+    text, seen = torch.cat(texts, 1), torch.cat(masks, 1)
     for block in model.transformer_blocks:
         tokens, text = block(tokens, text, temb, seen, rotary)
-    tokens = model.proj_out(model.norm_out(tokens, temb))
-    pixels = tokens.reshape(batch, frames, height // patch, width // patch, -1, 1, patch, patch)
+    tokens, side = model.proj_out(model.norm_out(tokens, temb)), model.config.patch_size
+    pixels = tokens.reshape(batch, frames, height // side, width // side, -1, 1, side, side)
     return (pixels.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3),)
 
 

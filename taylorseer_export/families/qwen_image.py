@@ -78,13 +78,17 @@ def _edit(model: Any, inputs: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _real_rotary_embedding(model: Any) -> Iterator[None]:
-    """Rotate by cosines and sines of positions computed from a tensor, not by complex tables cut with numbers."""
+def _places_of_a_tensor(model: Any) -> Iterator[None]:
+    """The model's turns for places that are computed from a tensor; the original cuts tables by numbers."""
     import torch
 
     embedder = model.pos_embed
 
-    def angles(of_images: Any, max_txt_seq_len: int, device: Any) -> Any:
+    def turns(*places: Any) -> Any:
+        sides = zip(places, embedder.axes_dim, strict=True)
+        return torch.cat([embedder.rope_params(place.float(), dim, embedder.theta) for place, dim in sides], 1)
+
+    def tables(of_images: Any, max_txt_seq_len: Any, device: Any) -> Any:
         shapes, count = of_images
         frames, heights, widths = shapes[0].unbind(1)
         token: Any = torch.arange(count)
@@ -96,33 +100,15 @@ def _real_rotary_embedding(model: Any) -> Iterator[None]:
             start, heights, widths = (of_each.index_select(0, picture) for of_each in (starts, heights, widths))
             token = token - start
         line = token // widths  # counted over all frames; the middle of a picture is at (0, 0)
-        row, column = line % heights, token % widths
-        places = (picture + line // heights, row - (heights - heights // 2), column - (widths - widths // 2))
+        row, column = line % heights - (heights - heights // 2), token % widths - (widths - widths // 2)
         text = torch.arange(max_txt_seq_len) + (shapes[0, :, 1:] // 2).amax((0, 1))
-        return turns(places), turns((text, text, text))
+        return turns(picture + line // heights, row, column), turns(text, text, text)
 
-    def turns(places: tuple[Any, ...]) -> tuple[Any, Any]:
-        angles = []
-        for place, dim in zip(places, embedder.axes_dim, strict=True):
-            frequency = 1.0 / torch.pow(embedder.theta, torch.arange(0, dim, 2).float().div(dim))
-            angles.append(torch.outer(place.float(), frequency))
-        angle = torch.cat(angles, -1)[:, None]
-        return angle.cos(), angle.sin()
-
-    def rotated(x: Any, freqs_cis: tuple[Any, Any], use_real: bool) -> Any:
-        cos, sin = freqs_cis
-        real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        pair = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
-        return pair.flatten(3).type_as(x)
-
-    def lengths(text: Any, mask: Any) -> Any:
+    def lengths(text: Any, mask: Any) -> Any:  # without those of each sample, which nothing reads
         return text.shape[1], None, mask.bool()
 
     code = sys.modules[type(model).__module__]
-    with (
-        replaced(embedder, forward=angles),
-        replaced(code, apply_rotary_emb_qwen=rotated, compute_text_seq_len_from_mask=lengths),
-    ):
+    with replaced(embedder, forward=tables), replaced(code, compute_text_seq_len_from_mask=lengths):
         yield
 
 
@@ -170,7 +156,7 @@ def _pictures_at_zero(model: Any) -> Iterator[None]:
 @contextmanager
 def _edit_patched(model: Any) -> Iterator[None]:
     with ExitStack() as stack:
-        stack.enter_context(_real_rotary_embedding(model))
+        stack.enter_context(_places_of_a_tensor(model))
         if model.config.zero_cond_t:
             stack.enter_context(_pictures_at_zero(model))
         yield
@@ -228,7 +214,7 @@ QWEN_IMAGE = Family(
     whole=Whole(decode=still, begin=still_spread, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode),
     lora_loader="QwenImageLoraLoaderMixin",
     forward=_forward,
-    patched=_real_rotary_embedding,
+    patched=_places_of_a_tensor,
 )
 
 QWEN_IMAGE_EDIT = replace(

@@ -7,10 +7,9 @@ those that it does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
-from math import log
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
@@ -60,18 +59,13 @@ def _forward(model: Any, inputs: dict[str, Any]) -> Any:
     return torch.stack(made).squeeze(2)
 
 
-@contextmanager
-def _in_one_tensor(model: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(replaced(model, forward=partial(_traced, model)))
-        stack.enter_context(replaced(model.t_embedder, timestep_embedding=_waves))
-        for module in model.modules():
-            if hasattr(module, "set_processor"):
-                stack.enter_context(replaced(module, processor=_Rotated()))
-        yield
+def _in_one_tensor(model: Any) -> AbstractContextManager[None]:
+    rope = model.rope_embedder
+    tables = rope.precompute_freqs_cis(rope.axes_dims, rope.axes_lens, theta=rope.theta)
+    return replaced(model, forward=partial(_traced, model, tables))
 
 
-def _traced(model: Any, x: Any, t: Any, cap_feats: Any, cap_mask: Any, return_dict: bool) -> Any:
+def _traced(model: Any, tables: Any, x: Any, t: Any, cap_feats: Any, cap_mask: Any, return_dict: bool) -> Any:
     """The model's own forward for samples of one size, `x` [B, C, H, W] and `cap_feats` [B, T, D]."""
     import torch
 
@@ -84,8 +78,8 @@ def _traced(model: Any, x: Any, t: Any, cap_feats: Any, cap_mask: Any, return_di
     def filled(tokens: Any, filler: Any) -> Any:
         return torch.cat([tokens, filler.expand(batch, _FILLED - 1, -1)], 1)
 
-    def turns(*places: Any) -> tuple[Any, Any]:
-        return _turns(model.rope_embedder, [place.expand(batch, -1) for place in places])
+    def turns(*places: Any) -> Any:  # of the first, second and third place of each token
+        return torch.cat([table[of.expand(batch, -1)] for table, of in zip(tables, places, strict=True)], -1)
 
     token = torch.arange(count + _FILLED - 1)
     own = (token < count).long()  # padding stands at (0, 0, 0)
@@ -105,63 +99,12 @@ def _traced(model: Any, x: Any, t: Any, cap_feats: Any, cap_mask: Any, return_di
     for block in model.context_refiner:
         text = block(text, read, placed)
 
-    tokens, seen = torch.cat([picture, text], 1), torch.cat([seen, read], 1)
-    turned = torch.cat([turned[0], placed[0]], 1), torch.cat([turned[1], placed[1]], 1)
+    tokens, seen, turned = (torch.cat(both, 1) for both in ((picture, text), (seen, read), (turned, placed)))
     for block in model.layers:
         tokens = block(tokens, seen, turned, time)
     made = model.all_final_layer[_OF_PATCHES](tokens[:, :count], c=time)
     pixels = made.reshape(batch, rows, columns, _PATCH, _PATCH, channels).permute(0, 5, 1, 3, 2, 4)
     return (pixels.flatten(4).flatten(2, 3),)
-
-
-def _turns(embedder: Any, places: list[Any]) -> tuple[Any, Any]:
-    """Cosines and sines `[B, T, 1, D / 2]` of places `[B, T]` along each axis, from the model's tables of angles."""
-    import torch
-
-    angles = []
-    for place, width, length in zip(places, embedder.axes_dims, embedder.axes_lens, strict=True):
-        frequency = 1.0 / embedder.theta ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
-        angles.append(torch.outer(torch.arange(length, dtype=torch.float64), frequency).float()[place])
-    angle = torch.cat(angles, -1).unsqueeze(-2)
-    return angle.cos(), angle.sin()
-
-
-def _waves(t: Any, dim: int) -> Any:
-    """The model's own sinusoids `[B, dim]` of timesteps `[B]`, outside of its region without autocast."""
-    import torch
-
-    half = dim // 2
-    frequency = torch.exp(-log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
-    angle = t[:, None].float() * frequency
-    return torch.cat([angle.cos(), angle.sin()], -1)
-
-
-class _Rotated:
-    """Attention as the model's own processor makes it, with turns by cosines and sines instead of complex numbers."""
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Any,
-        encoder_hidden_states: Any = None,
-        attention_mask: Any = None,
-        freqs_cis: Any = None,
-    ) -> Any:
-        import torch
-
-        def turned(rows: Any, norm: Any) -> Any:
-            rows = rows.unflatten(-1, (attn.heads, -1))
-            rows = rows if norm is None else norm(rows)
-            cos, sin = freqs_cis
-            real, imaginary = rows.float().unflatten(-1, (-1, 2)).unbind(-1)
-            pair = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
-            return pair.flatten(3).type_as(rows).transpose(1, 2)
-
-        query, key = turned(attn.to_q(hidden_states), attn.norm_q), turned(attn.to_k(hidden_states), attn.norm_k)
-        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        mask = attention_mask[:, None, None]
-        made = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return attn.to_out[0](made.transpose(1, 2).flatten(2))
 
 
 def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import torch
 from torch import fx
 
 from taylorseer_export.graph.rewrite import TO_THE_END, call
-from taylorseer_export.graph.sizes import is_size
+from taylorseer_export.graph.sizes import equal, is_size
 from taylorseer_export.graph.taps import FIRST_INPUT, FIRST_OUTPUT, STACK_INPUT, STACK_OUTPUT
 from taylorseer_export.graph.trace import Trace, eliminate_dead, is_tap
 
@@ -137,7 +137,7 @@ class _Move:
             return operand
         shape, full = operand.meta["val"].shape, result.meta["val"].shape
         own = self.dim - (len(full) - len(shape))  # broadcasting aligns shapes at their last dimension
-        if own < 0 or _equal(shape[own], 1):
+        if own < 0 or equal(shape[own], 1):
             return operand
         return replace(self, dim=own).of(operand)
 
@@ -229,11 +229,11 @@ def _join(graph: fx.Graph, tap: fx.Node, slices: set[fx.Node]) -> None:
         return
     for one, other in permutations(slices):
         (dim, start, middle), (other_dim, begin, end) = _window(one), _window(other)
-        if dim == other_dim and start == 0 and _equal(_value(middle), _value(begin)) and isinstance(end, fx.Node):
+        if dim == other_dim and start == 0 and equal(_value(middle), _value(begin)) and isinstance(end, fx.Node):
             first = min(one, other)
             # The two may stand far apart: take the size where it was known before both.
             known = [n for n in graph.nodes if n < first and isinstance(n.meta.get("val"), torch.SymInt)]
-            same = [n for n in known if _equal(_value(n), _value(end))]
+            same = [n for n in known if equal(_value(n), _value(end))]
             if same:
                 with graph.inserting_before(first):
                     rows = call(graph, aten.slice.Tensor, [tap, dim, 0, same[0]], like=tap)
@@ -276,13 +276,6 @@ def _cat_dim(node: fx.Node) -> int:
 
 def _value(bound: Any) -> Any:
     return bound.meta["val"] if isinstance(bound, fx.Node) else bound
-
-
-def _equal(left: Any, right: Any) -> bool:
-    """Whether two sizes are equal for every admissible shape (not only for the traced one)."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return bool(statically_known_true(left == right))
 
 
 def _at_most(left: Any, right: Any) -> bool:

@@ -34,7 +34,9 @@ def functional(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node in done:
             continue
-        if node.target is aten.fill_.Tensor:
+        if node.target is aten.detach_.default:
+            _drop_detach(graph, node)
+        elif node.target is aten.fill_.Tensor:
             done += _set_column(graph, node)
         elif node.target is aten.copy_.default:
             done += _interleave(graph, node)
@@ -43,15 +45,69 @@ def functional(graph: fx.Graph) -> None:
             _refuse(node)
 
 
+def inlined(module: fx.GraphModule) -> None:
+    """Put the operators of regions without autocast, or without gradients, in the place of the region.
+
+    Nothing here is traced under autocast, and nothing is differentiated: such a region changes no number.
+
+    Raises:
+        ExportError: A region turns autocast on.
+    """
+    graph = module.graph
+    while regions := [node for node in graph.nodes if _is_region(node)]:
+        for node in regions:
+            place = next(k for k, source in enumerate(node.args) if _is_graph(source))
+            if "autocast" in str(node.target) and node.args[2]:
+                raise ExportError(
+                    f"the model turns autocast on at `{node.name}`, expected casts that it makes itself; put the "
+                    "model's part into casts in `patched` of its family"
+                )
+            inner: Any = module.get_submodule(str(_args(node)[place].target))
+            placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+            with graph.inserting_before(node):
+                values: Any = graph.graph_copy(
+                    inner.graph, dict(zip(placeholders, _args(node)[place + 1 :], strict=True))
+                )
+            for user in list(node.users):
+                user.replace_all_uses_with(values[_args(user)[1]])
+                graph.erase_node(user)
+            graph.erase_node(node)
+
+
+def _is_region(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and any(map(_is_graph, node.args))
+
+
+def _is_graph(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.op == "get_attr" and str(value.target).startswith("submod_")
+
+
+def computed_once(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
+    """Let the first of `nodes` that does the same to the same, or is the same size, be the only one.
+
+    Args:
+        nodes: In the order of the graph.
+    """
+    first: dict[str, fx.Node] = {}
+    for node in nodes:
+        if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        value = node.meta.get("val")
+        size = isinstance(value, torch.SymInt)
+        same = first.setdefault(f"{value if size else (node.target, node.args, node.kwargs)}", node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+
+
 def out_of_place(graph: fx.Graph) -> None:
     """Write `x += y` as `x + y`, in place of the graph, where x is a new tensor that nothing else has read.
 
-    A tensor that is detached in place is what it was: nothing here is differentiated. Other writes are left.
+    Other writes are left.
     """
     for node in list(graph.nodes):
         if node.target is aten.detach_.default:
-            node.replace_all_uses_with(_args(node)[0])
-            graph.erase_node(node)
+            _drop_detach(graph, node)
         elif node.target is aten.add_.Tensor and not _shared(base := _args(node)[0], [], node):
             with graph.inserting_before(node):
                 result = call(graph, aten.add.Tensor, node.args, node.kwargs, like=node)
@@ -60,8 +116,15 @@ def out_of_place(graph: fx.Graph) -> None:
             _finish(graph, base, result, [node])
 
 
+def _drop_detach(graph: fx.Graph, node: fx.Node) -> None:
+    """A tensor that is detached in place is what it was: nothing here is differentiated."""
+    node.replace_all_uses_with(_args(node)[0])
+    graph.erase_node(node)
+
+
 def plain(graph: fx.Graph) -> None:
-    """Casts to the dtype of another tensor as casts, and masks filled with a boolean as logical operators."""
+    """Casts to the dtype of another tensor as casts, masks filled with a boolean as logical operators, and masks padded
+    with one as concatenations."""
     for node in list(graph.nodes):
         if node.target is aten.type_as.default:
             source, dtype = _args(node)[0], node.meta["val"].dtype
@@ -78,6 +141,26 @@ def plain(graph: fx.Graph) -> None:
             with graph.inserting_before(node):
                 kept = call(graph, aten.logical_not.default, [mask], like=node)
             _replace(graph, node, aten.logical_and.default, [values, kept])
+        elif node.target is aten.pad.default and node.meta["val"].dtype == torch.bool:
+            _padded_mask(graph, node)
+
+
+def _padded_mask(graph: fx.Graph, node: fx.Node) -> None:
+    """`pad(mask, (before, behind), value=)` along the last dimension as a concatenation."""
+    mask, pads, *rest = _args(node)
+    if len(pads) != 2 or rest[:1] not in ([], ["constant"]):
+        return
+    filled = aten.new_ones.default if len(rest) > 1 and rest[1] else aten.new_zeros.default
+    last = mask.meta["val"].ndim - 1
+    with graph.inserting_before(node):
+        shape = [
+            call(graph, aten.sym_size.int, [mask, k]) if isinstance(size, torch.SymInt) else size
+            for k, size in enumerate(mask.meta["val"].shape[:last])
+        ]
+        before, behind = (
+            [] if count == 0 else [call(graph, filled, [mask, [*shape, count]], like=node)] for count in pads
+        )
+    _replace(graph, node, aten.cat.default, [[*before, mask, *behind], last])
 
 
 def without_empty(graph: fx.Graph) -> None:

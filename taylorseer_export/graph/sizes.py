@@ -9,6 +9,7 @@ And the sizes at which symbolic graphs are traced.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import sympy
 import torch
@@ -42,6 +43,13 @@ def _quotient(division: sympy.Expr) -> sympy.Expr:
 def _is_whole(quotient: sympy.Expr) -> bool:
     """Whether it is a whole number whatever the sizes are."""
     return bool(sympy.together(quotient).as_numer_denom()[1] == 1)
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Whether two sizes are equal for every admissible shape (not only for the traced one)."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(left == right))
 
 
 class _Written(StrPrinter):

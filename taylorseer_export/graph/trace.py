@@ -21,8 +21,10 @@ from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.families.family import Family, Input, replaced
 from taylorseer_export.graph.casts import explicit_casts
+from taylorseer_export.graph.masks import expanded_masks, small_masks
 from taylorseer_export.graph.merge import merge_equal
-from taylorseer_export.graph.rewrite import functional, plain, without_empty
+from taylorseer_export.graph.real import real
+from taylorseer_export.graph.rewrite import functional, inlined, plain, without_empty
 from taylorseer_export.graph.sizes import example_sizes
 from taylorseer_export.graph.taps import tap_operator, tapped
 
@@ -108,10 +110,14 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
             ) from error
         module = program.module()
     assert isinstance(module, fx.GraphModule)
+    inlined(module)
     drop_noise(module.graph)
     functional(module.graph)
+    eliminate_dead(module.graph)
+    real(module)
     plain(module.graph)
     without_empty(module.graph)
+    small_masks(module.graph)
     eliminate_dead(module.graph)
     explicit_casts(module.graph)
     merge_equal(module.graph)
@@ -137,7 +143,7 @@ def _called(model: nn.Module, family: Family, inputs: tuple[Input, ...]) -> Iter
     """For the length of the block, `model` takes the declared inputs, the way its family calls it."""
 
     names = [inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY) for spec in inputs]
-    with family.patched(model):
+    with family.patched(model), expanded_masks(model):
         original = model.forward
 
         def forward(**given: torch.Tensor) -> Any:

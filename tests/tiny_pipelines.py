@@ -6,6 +6,7 @@ Nothing is downloaded and nothing is trained: what matters is that a pipeline ru
 """
 
 import string
+from types import MappingProxyType
 
 import torch
 from diffusers import (
@@ -30,6 +31,7 @@ from diffusers import (
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
@@ -54,6 +56,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
     Qwen3Config,
     Qwen3Model,
     SiglipImageProcessor,
@@ -68,6 +72,7 @@ from transformers import (
 WORDS = {word: k for k, word in enumerate(["<pad>", "</s>", "<unk>", *string.ascii_lowercase])}
 # What the template of a conversation about a picture has besides.
 MARKS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>"]
+PICTURE = "<|image_pad|>"  # what stands for a token of a picture in prompts of Qwen2.5-VL
 TALK = WORDS | {mark: len(WORDS) + k for k, mark in enumerate(MARKS)}
 
 
@@ -315,6 +320,22 @@ def whole_qwen_image(transformer):
     return qwen_image_pipeline(transformer, tiny_qwen(transformer.config.joint_attention_dim), letters(2048))
 
 
+def whole_qwen_image_edit(transformer, pipeline=QwenImageEditPipeline):
+    """From a prompt and pictures, which the text encoder sees too."""
+    pipe = qwen_image_edit_pipeline(transformer, pipeline)
+    tokenizer = letters(None, marks=[PICTURE])
+    pipe.register_modules(
+        text_encoder=tiny_qwen(transformer.config.joint_attention_dim, {PICTURE: len(WORDS)}),
+        tokenizer=tokenizer,
+        processor=tiny_processor(tokenizer),
+    )
+    return pipe
+
+
+def whole_qwen_image_edit_plus(transformer):
+    return whole_qwen_image_edit(transformer, QwenImageEditPlusPipeline)
+
+
 def sd3_pipeline(transformer, encoders=None):
     """Pictures of a multiple of 4 pixels; the prompt is given as embeddings where it has no encoders."""
     names = [f"{part}{k}" for part in ("text_encoder", "tokenizer") for k in ("", "_2", "_3")]
@@ -479,10 +500,27 @@ def tiny_projected_clip(width, projected, longest):
     return _seeded(lambda: CLIPTextModelWithProjection(config))
 
 
-def tiny_qwen(width):
-    """The text side of Qwen2.5-VL; its eyes are there and see nothing."""
+def tiny_processor(tokenizer):
+    """Qwen2.5-VL's processor without that of videos, which needs torchvision."""
+
+    def made(self, tokenizer):
+        self.tokenizer, self.image_processor, self.chat_template = tokenizer, Qwen2VLImageProcessor(), None
+        self.image_token, self.image_token_id = PICTURE, tokenizer.convert_tokens_to_ids(PICTURE)
+        self.video_token = self.video_token_id = None
+
+    def attributes(cls):
+        return ["image_processor", "tokenizer"]
+
+    # Named so that an index of a pipeline says what published ones say.
+    own = {"__init__": made, "get_attributes": classmethod(attributes), "__module__": "transformers"}
+    return type("Qwen2VLProcessor", (Qwen2VLProcessor,), own)(tokenizer)
+
+
+def tiny_qwen(width, marks=MappingProxyType({})):
+    """Qwen2.5-VL. Its eyes see nothing where no mark stands for a picture; in the second of their layers patches see
+    those of other windows."""
     text = {
-        "vocab_size": len(WORDS),
+        "vocab_size": len(WORDS) + len(marks),
         "hidden_size": width,
         "intermediate_size": 8,
         "num_hidden_layers": 2,
@@ -492,8 +530,10 @@ def tiny_qwen(width):
         "bos_token_id": WORDS["</s>"],
         "eos_token_id": WORDS["</s>"],
     }
-    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": width}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=eyes)
+    eyes = {"depth": 2 if marks else 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
+    eyes |= {"out_hidden_size": width, "fullatt_block_indexes": [1]}
+    more = {"image_token_id": marks[PICTURE]} if marks else {}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=eyes, **more)
     return _seeded(lambda: Qwen2_5_VLForConditionalGeneration(config))
 
 
@@ -576,9 +616,11 @@ def words(longest):
     return letters(longest, pre_tokenizers.Whitespace())
 
 
-def letters(longest, parts=None):
-    """A tokenizer with one token per letter and one for the end."""
-    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+def letters(longest, parts=None, marks=()):
+    """A tokenizer with one token per letter, one for the end, and one for each mark."""
+    known = WORDS | {mark: len(WORDS) + k for k, mark in enumerate(marks)}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    tokenizer.add_special_tokens([*marks])
     tokenizer.pre_tokenizer = parts or pre_tokenizers.Split("", "isolated")
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", WORDS["</s>"])])
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}

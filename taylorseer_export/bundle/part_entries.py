@@ -51,6 +51,28 @@ class Shown(Part):
     )
 
 
+class Patches(Part):
+    """Pictures of any size, one or several, that text encoders see beside the prompt, cut into patches.
+
+    A picture is brought to `area`, then to whole tokens within `least` and `most` pixels. Its patches come token by
+    token, row by row, and so do those of each token.
+    """
+
+    input: Text = Field(description="Name of the input: a row for each patch, its colours one after the other.")
+    places: Text = Field(description="Name of the input that holds picture, window, row and column of each patch.")
+    token: Text = Field(description="What stands in a prompt for one token of a picture.")
+    each: Template = Field(description="What stands before the prompt for each picture, its number in the place of {}.")
+    pictures: Size = Field(description="How many a request may bring.")
+    area: Size = Field(description="Pixels that a picture is brought to first, in its shape, sides rounded to 32.")
+    least: Size = Field(description="Fewest pixels that encoders are shown.")
+    most: Size = Field(description="Most pixels that encoders are shown.")
+    side: Size = Field(description="Pixels of a patch along each side.")
+    frames: Size = Field(description="How many times a patch stands in its row, as frames of a video would.")
+    merged: Size = Field(description="Patches along each side that become one token.")
+    window: Size = Field(description="Tokens along each side of a window.")
+    filter: Filter = Field(description="Of Pillow, that it is resized by after it was brought to its area.")
+
+
 class Sections(Part):
     """A video is several loops: each makes a section of its latent frames, from those made before.
 

@@ -16,7 +16,7 @@ from taylorseer_export.errors import CheckpointError, first_line
 from taylorseer_export.families.whole import Shown as DeclaredShown
 from taylorseer_export.families.whole import Tokens as Declared
 
-_FILTERS: tuple[Filter, ...] = get_args(Filter)  # in the order of Pillow's numbers
+FILTERS: tuple[Filter, ...] = get_args(Filter)  # in the order of Pillow's numbers
 
 
 def class_of(checkpoint: Checkpoint, name: str) -> tuple[str, str]:
@@ -44,7 +44,7 @@ def component(checkpoint: Checkpoint, name: str, options: Options) -> Any:
     library, kind = class_of(checkpoint, name)
     dtype = {"torch_dtype" if library == "diffusers" else "dtype": PRECISIONS[options.precision]}
     try:
-        with _quiet():
+        with quiet():
             made = getattr(import_module(library), kind).from_pretrained(
                 checkpoint.root / name, use_safetensors=True, local_files_only=True, **dtype
             )
@@ -62,7 +62,7 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
 
     where = checkpoint.root / declared.tokenizer
     try:
-        with _quiet():
+        with quiet():
             found = transformers.AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
             backend = found.backend_tokenizer
             backend.no_padding()
@@ -134,7 +134,7 @@ def look(checkpoint: Checkpoint, declared: DeclaredShown) -> Look:
     _, kind = class_of(checkpoint, declared.processor)
     where = checkpoint.root / declared.processor
     try:
-        with _quiet():
+        with quiet():
             found = getattr(import_module("transformers"), kind).from_pretrained(where, local_files_only=True)
         said = found.to_dict()
         cut, size = said.get("do_center_crop"), said["size"]
@@ -144,7 +144,7 @@ def look(checkpoint: Checkpoint, declared: DeclaredShown) -> Look:
                 input=declared.name,
                 sized=declared.sized,
                 edge=size["shortest_edge"] if cut else None,
-                filter=_FILTERS[int(said["resample"])],
+                filter=FILTERS[int(said["resample"])],
             ),
             (sides["height"], sides["width"]),
             tuple(said["image_mean"]),
@@ -179,7 +179,7 @@ def normalised(seen: Look | None, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what transformers and diffusers note while they load; their errors come as exceptions."""
     import diffusers
     import transformers

@@ -19,6 +19,8 @@ from tiny_pipelines import (
     whole_framepack,
     whole_hidream,
     whole_hunyuan,
+    whole_hunyuan_15,
+    whole_hunyuan_15_image,
     whole_hunyuan_image,
     whole_qwen_image,
     whole_qwen_image_edit,
@@ -85,6 +87,8 @@ WHOLE = {
     "hunyuan-channels": whole_hunyuan_image,
     "hunyuan-replace": whole_hunyuan_image,
     "framepack": whole_framepack,
+    "hunyuan-1.5": whole_hunyuan_15,
+    "hunyuan-1.5-i2v": whole_hunyuan_15_image,
 }
 
 # Latent pixels of whole bundles that have one size.
@@ -106,6 +110,8 @@ WHOLE_USUAL = {
     "hunyuan-channels": (3, 4, 6),
     "hunyuan-replace": (3, 4, 6),
     "framepack": (2, 16, 24),
+    "hunyuan-1.5": (2, 2, 3),
+    "hunyuan-1.5-i2v": (2, 2, 3),
 }
 
 
@@ -167,6 +173,8 @@ def write_whole(name: str, folder: Path) -> Path:
     if name in WHOLE_AREAS:
         area, read = WHOLE_AREAS[name]
         smaller = replace(smaller, area=area, read=replace(whole.read, area=read))
+    if whole.cropped:
+        smaller = replace(smaller, cropped=64)
     checkpoint = replace(checkpoint, family=replace(checkpoint.family, whole=smaller))
     parts, latent = parts_of(checkpoint), WHOLE_SIZES.get(name)
     return write_bundle(draft(checkpoint, options_of(latent_size=latent, parts=parts)), folder, "whole")

@@ -42,6 +42,7 @@ from diffusers import (
 from diffusers.guiders import ClassifierFreeGuidance
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    ByT5Tokenizer,
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
@@ -257,6 +258,24 @@ def hunyuan_15_image_pipeline(transformer):
     pipe = hunyuan_15_pipeline(transformer, HunyuanVideo15ImageToVideoPipeline, **parts)
     pipe.target_size = 64
     return pipe
+
+
+def whole_hunyuan_15(transformer, build=hunyuan_15_pipeline):
+    """The same from a prompt."""
+    pipe, config = build(transformer), transformer.config
+    tokenizer = letters(None)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }} {{ turn.content }}\n{% endfor %}assistant "
+    pipe.register_modules(
+        text_encoder=tiny_qwen(config.text_embed_dim, layers=3).model.language_model,
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_t5(config.text_embed_2_dim, 384),
+        tokenizer_2=ByT5Tokenizer(),
+    )
+    return pipe
+
+
+def whole_hunyuan_15_image(transformer):
+    return whole_hunyuan_15(transformer, hunyuan_15_image_pipeline)
 
 
 def framepack_pipeline(transformer):
@@ -516,17 +535,18 @@ def tiny_processor(tokenizer):
     return type("Qwen2VLProcessor", (Qwen2VLProcessor,), own)(tokenizer)
 
 
-def tiny_qwen(width, marks=MappingProxyType({})):
+def tiny_qwen(width, marks=MappingProxyType({}), layers=2):
     """Qwen2.5-VL. Its eyes see nothing where no mark stands for a picture; in the second of their layers patches see
     those of other windows."""
+    third = width // 12  # of the pairs that turn, in each of both heads
     text = {
         "vocab_size": len(WORDS) + len(marks),
         "hidden_size": width,
         "intermediate_size": 8,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
+        "rope_parameters": {"rope_type": "default", "mrope_section": [width // 4 - 2 * third, third, third]},
         "bos_token_id": WORDS["</s>"],
         "eos_token_id": WORDS["</s>"],
     }
@@ -566,8 +586,8 @@ def tiny_siglip(width):
     return _seeded(lambda: SiglipVisionModel(config))
 
 
-def tiny_t5(width):
-    config = T5Config(vocab_size=len(WORDS), d_model=width, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+def tiny_t5(width, words=None):
+    config = T5Config(vocab_size=words or len(WORDS), d_model=width, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     return _seeded(lambda: T5EncoderModel(config))
 
 

@@ -294,6 +294,11 @@ class PipelinePart(Part):
         description="Of encode: (height, width) that a picture is brought to, the nearest shape; where there are none "
         "its own shape with `area` pixels, sides rounded to 32, or else its own size.",
     )
+    cropped: Size | None = Field(
+        default=None,
+        description="Of encode of videos: side of the square whose pixels a video has where nobody asks for a size, if "
+        "the picture keeps its shape and what is outside of the video is cut off; null: it is stretched.",
+    )
     negative: Text | None = Field(
         default=None,
         description="Of text: the negative prompt where a request brings none; null: guidance is off without.",

@@ -23,6 +23,12 @@ class Tokens(Part):
     template: Template = Field(default="{}", description="What the prompt is put into, in the place of {}.")
     dropped: Count = Field(default=0, description="Leading tokens that the encoders leave out of what they return.")
     cleaned: bool = Field(default=False, description="Whether HTML entities and runs of spaces are resolved first.")
+    quoted: bool = Field(
+        default=False,
+        description='Whether it is what the prompt has in quotes, each as `Text "...". `; without any all is padding.',
+    )
+    blank: Text = Field(default="", description="What stands for a prompt that is empty.")
+    special: bool = Field(default=True, description="Whether the tokenizer adds tokens of its own to the template.")
 
 
 class Tiles(Part):
@@ -49,6 +55,7 @@ class Shown(Part):
         default=False,
         description="Whether it has the size of the video first, and is floats in between, by which some bytes lose 1.",
     )
+    as_bytes: bool = Field(default=False, description="Whether it has the size of the video first and stays bytes.")
 
 
 class Patches(Part):

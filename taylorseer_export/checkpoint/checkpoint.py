@@ -134,7 +134,7 @@ def _download(reference: str, family: Family, whole: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["transformer/*", "scheduler/*", "model_index.json", "vae/config.json"]
+        patterns = ["transformer/*", "scheduler/*", "guider/*", "model_index.json", "vae/config.json"]
         if whole:
             patterns += ["vae/*", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*"]
             patterns += ["image_encoder/*.json", "image_encoder/*.safetensors"]

@@ -34,6 +34,7 @@ class PartDraft(BaseDraft):
         shown: How an image encoder is shown a picture; None where there is none.
         patches: How text encoders are shown any pictures; None where they are not.
         area: See `Whole.area`; None where it is none.
+        cropped: See `Whole.cropped`; None where it is 0.
         sections: How videos are made section by section; None where they are not.
     """
 
@@ -55,6 +56,7 @@ class PartDraft(BaseDraft):
     shown: Shown | None = None
     patches: Patches | None = None
     area: int | None = None
+    cropped: int | None = None
     sections: Sections | None = None
 
     @property
@@ -90,6 +92,7 @@ class PartDraft(BaseDraft):
             shown=self.shown,
             patches=self.patches,
             area=self.area,
+            cropped=self.cropped,
             sections=self.sections,
             sizes=self.shown_at,
             negative=self.negative,

@@ -30,6 +30,7 @@ from taylorseer_export.compile.components import (
     look,
     normalised,
     numbers,
+    refuse_other_guider,
     shown_as,
     tokenizer,
 )
@@ -125,6 +126,7 @@ def refuse_missing(checkpoint: Checkpoint, parts: Sequence[PartName]) -> None:
         "encode": [VAE, *whole.seers, *_processors(whole.shown)],
         "decode": [VAE],
     }
+    refuse_other_guider(checkpoint)
     for name in dict.fromkeys(name for part in parts for name in needed[part]):
         class_of(checkpoint, name)
         if not (checkpoint.root / name).is_dir():
@@ -275,7 +277,8 @@ def _animate(
         graphs, constants = [first, later], constants | more
     made = drafted(checkpoint, options, modules, tuple(graphs), constants, extents)
     sections = None if whole.sections is None else Sections(**asdict(whole.sections))
-    return replace(made, shown=None if seen is None else seen.shown, sections=sections)
+    shown = None if seen is None else seen.shown
+    return replace(made, shown=shown, sections=sections, cropped=whole.cropped or None)
 
 
 def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:
@@ -325,7 +328,8 @@ def _tile(checkpoint: Checkpoint, options: Options, whole: Whole, vae: Any, chan
         return {"picture": whole.tile(vae, given["latents"])}
 
     cut, constants = trace_part("decode", {VAE: vae}, decode, [latents], ranges, _role_of_decoded)
-    made = drafted(checkpoint, options, {VAE: vae}, (cut,), constants, (ranges, largest))
+    typical = {**largest, "frames": min(largest["frames"], checkpoint.latent_size[0])}
+    made = drafted(checkpoint, options, {VAE: vae}, (cut,), constants, (ranges, typical))
     return replace(made, tiles=Tiles(**asdict(tiles)), frame_rate=whole.frame_rate, dropped=whole.dropped)
 
 

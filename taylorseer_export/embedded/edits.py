@@ -20,7 +20,7 @@ from taylorseer_export.bundle.manifest import Manifest, PipelinePart
 from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
 from taylorseer_export.bundle.shapes import linear
 from taylorseer_export.embedded.patches import cut, sides_of_area
-from taylorseer_export.embedded.picture import passed_on, resized, seen_by_encoder
+from taylorseer_export.embedded.picture import covering, passed_on, resized, seen_by_encoder
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser
@@ -201,6 +201,8 @@ def animated(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...]) -> 
         size: (frames, height, width) in pixels.
     """
     encoder, frames = denoiser.picture_encoder, (size[0] - 1) // denoiser.manifest.sampling.time_scale + 1
+    if encoder.described.cropped is not None:
+        picture = covering(picture, *size[-2:])
     given = {"picture": _unit(picture, size[-2:]), **shown_to(encoder.described, picture, size[-2:])}
     if isinstance(encoder, FrameEncoder):
         return encoder(given, frames)
@@ -266,7 +268,8 @@ def shown_to(part: PipelinePart, picture: np.ndarray, size: Sequence[int] = ()) 
         return {}
     extents = next(t.shape for t in part.graph.inputs if t.name == shown.input)
     own = (int(extents[2]), int(extents[3]))
-    seen = passed_on(resized(picture, *size)) if shown.sized else picture
+    seen = resized(picture, *size) if shown.sized or shown.as_bytes else picture
+    seen = passed_on(seen) if shown.sized else seen
     return {shown.input: _as_input(seen_by_encoder(seen, own, shown.edge, shown.filter))}
 
 

@@ -26,6 +26,34 @@ def sides_of_area(area: int, height: int, width: int) -> tuple[int, int]:
     return round(wide / ratio / _STEP) * _STEP, round(wide / _STEP) * _STEP
 
 
+def sides_of_shape(side: int, step: int, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of a video from a picture, as HunyuanVideo 1.5's pipeline chooses it.
+
+    Of all in whole steps that have as many as a square does, and no side more than four times the other, the one whose
+    shape is nearest; of those that are longer than the picture none.
+
+    Args:
+        side: Of the square, in pixels.
+        step: Pixels.
+        height, width: Of the picture, in pixels.
+    """
+    count = round((side / step) ** 2)
+    sizes = []
+    high, wide = count, 1
+    while high > 0:
+        if max(high, wide) <= 4 * min(high, wide):
+            sizes.append((high, wide))
+        if high * (wide + 1) <= count:
+            wide += 1
+        else:
+            high -= 1
+    shape = height / width
+    far = [round(high / wide, 5) - shape for high, wide in sizes]
+    near = [k for k, more in enumerate(far) if (more <= 0 if shape >= 1 else more >= 0)]
+    high, wide = sizes[min(near, key=lambda k: abs(far[k]))]
+    return step * high, step * wide
+
+
 def sides_in_tokens(patches: Patches, height: int, width: int) -> tuple[int, int]:
     """(height, width) in pixels of a picture brought to whole tokens, within the pixels that encoders are shown."""
     side = patches.side * patches.merged

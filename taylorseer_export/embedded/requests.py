@@ -24,6 +24,7 @@ from taylorseer_export.embedded.edits import (
     shown_to,
     use_of,
 )
+from taylorseer_export.embedded.patches import sides_of_shape
 from taylorseer_export.embedded.picture import pictures_from_dit_latents
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.decoding import decoded, decoded_in_sections
@@ -138,13 +139,15 @@ def size_of(manifest: Manifest, given: Given | None) -> tuple[int, ...]:
 
     Without a picture the bundle's usual one. With one that of the picture, the last of several, as it is encoded; of a
     video made from it the usual area in the shape of the picture, as the published models have it, each side rounded
-    down to tokens and kept in the bundle's range.
+    down to tokens and kept in the bundle's range; where a picture is cut to a video, see `sides_of_shape`.
     """
     usual = usual_size(manifest)
     if given is None:
         return usual
     if use_of(manifest) != "animates":
         return brought_to(manifest, given.pictures[-1])
+    if (side := manifest.parts["encode"].cropped) is not None:
+        return *usual[:-2], *sides_of_shape(side, manifest.sampling.latent_scale, *given.picture.shape[:2])
     latent, made = manifest.graphs["full"].input_of("latent").shape, [*usual]
     high, wide = given.picture.shape[:2]
     for axis, ratio in ((-2, high / wide), (-1, wide / high)):

@@ -32,6 +32,10 @@ class Tokens:
         mask: Name of the input `[1, T]` int64 that is 1 where a token is no padding; empty where there is none.
         cleaned: Whether HTML entities and runs of spaces are resolved first.
         sought: Tokens that `encode` looks for: it is given their numbers, by these names.
+        system: What a conversation begins with, of which the prompt is the other half: the tokenizer's own template
+            puts them together, in the place of `template`. Empty where there is none.
+        quoted: Whether what the prompt has in quotes is meant, each as `Text "...". `; without any all is padding.
+        blank: What stands for a prompt that is empty.
     """
 
     name: str
@@ -45,6 +49,9 @@ class Tokens:
     mask: str = ""
     cleaned: bool = False
     sought: tuple[str, ...] = ()
+    system: str = ""
+    quoted: bool = False
+    blank: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,13 @@ class Shown:
         name: Of the input.
         processor: Its folder in the pipeline, which says to what size a picture is brought and how it is normalised.
         sized: Whether the pipeline brings the picture to the size of the video first, and passes it on in floats.
+        as_bytes: Whether it does so, and passes it on as it is.
     """
 
     name: str
     processor: str
     sized: bool = False
+    as_bytes: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,8 @@ class Whole:
             caches there are no later ones: they have zeros. With `sections` there is but one, which makes `mean` and
             `deviation` of its latents instead. None where videos are made of text alone.
         sections: How a video that is made from a picture is made section by section; None where one loop makes it.
+        cropped: Side of the square whose pixels a video from a picture has, if the pipeline lets the picture keep its
+            shape and cuts off what is outside of the video; 0 where it is stretched.
         seers: Folders of the image encoders that `animate` has besides the VAE.
         shown: What they are shown; None where there are none.
         begin: `(vae, picture as above) -> (mean, deviation)` of the latents `[1, C, H, W]` that a loop may begin with,
@@ -178,6 +189,7 @@ class Whole:
     see: Callable[[Any, Any], dict[str, Any]] | None = None
     animate: Callable[[Modules, Tensors, Sequence[Any] | None], tuple[dict[str, Any], list[Any]]] | None = None
     sections: Sections | None = None
+    cropped: int = 0
     seers: tuple[str, ...] = ()
     shown: Shown | None = None
     begin: Callable[[Any, Any], tuple[Any, Any]] | None = None

@@ -287,8 +287,12 @@ def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int) -> dict[s
     tokenizer.no_padding()
     if tokens.padding is not None:
         tokenizer.enable_padding(direction=tokens.side, pad_id=tokens.padding, length=most)
-    text = cleaned(prompt) if tokens.cleaned else prompt
-    made = tokenizer.encode(tokens.template.replace("{}", text))
+    text = quoted(prompt) if tokens.quoted else cleaned(prompt) if tokens.cleaned else prompt or tokens.blank
+    if text is None:
+        assert tokens.mask is not None and tokens.padding is not None, "bug in taylorseer-export: quotes without a mask"
+        empty = np.zeros((1, most), np.int64)
+        return {tokens.input: empty + tokens.padding, tokens.mask: empty}
+    made = tokenizer.encode(tokens.template.replace("{}", text), add_special_tokens=tokens.special)
     given = {tokens.input: np.array([made.ids], np.int64)}
     return given if tokens.mask is None else {**given, tokens.mask: np.array([made.attention_mask], np.int64)}
 
@@ -296,3 +300,9 @@ def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int) -> dict[s
 def cleaned(prompt: str) -> str:
     """Without HTML entities, runs of spaces, and spaces at the ends, as diffusers cleans prompts for Wan."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
+def quoted(prompt: str) -> str | None:
+    """What a prompt has in quotes, each once, as diffusers puts it for HunyuanVideo 1.5; None if there is nothing."""
+    found = [straight or curly for straight, curly in re.findall(r'"(.*?)"|\u201c(.*?)\u201d', prompt)]
+    return "".join(f'Text "{text}". ' for text in dict.fromkeys(found)) or None

@@ -106,7 +106,7 @@ def parts_of(checkpoint: Checkpoint, without: Sequence[str] = ()) -> tuple[PartN
     if whole is not None and whole.read is not None and "text" in left and "encode" not in left:
         raise ConfigError(
             f"--without is encode for family {checkpoint.family.name}, expected text too, whose encoders see the "
-            "picture that a video is made of; add --without text, or leave it out"
+            "picture that is given; add --without text, or leave it out"
         )
     return left
 

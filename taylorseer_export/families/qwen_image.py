@@ -232,9 +232,10 @@ def _seen(eyes: Any, patches: Any, places: Any) -> Any:
     for number, block in enumerate(eyes.blocks):
         own = block.attn
         parts = own.qkv(block.norm1(states)).unflatten(1, (3, own.num_heads, -1)).unbind(1)
-        rows = [part.transpose(0, 1)[None] for part in (*rotate(*parts[:2], *turns), parts[2])]
+        turned = (*rotate(*parts[:2], *turns), parts[2])
+        query, key, value = (part.transpose(0, 1)[None] for part in turned)
         mask = picture if number in eyes.fullatt_block_indexes else window
-        made = scaled_dot_product_attention(*rows, attn_mask=mask, scale=own.scaling)
+        made = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=own.scaling)
         states = states + own.proj(made[0].transpose(0, 1).flatten(1))
         states = states + block.mlp(block.norm2(states))
     return eyes.merger(states)

@@ -20,6 +20,7 @@ from taylorseer_export.bundle.manifest import (
     Graph,
     Manifest,
     Model,
+    Patches,
     Pipeline,
     PipelinePart,
     PlanDefaults,
@@ -187,7 +188,7 @@ def test_published_schema_is_up_to_date():
 
 def test_every_field_is_described():
     parts = (Dimension, Engine, File, Graph, Manifest, Model, PlanDefaults)
-    parts += (Pipeline, PipelinePart, Sampling, Sections, Shown, Site, State, Tensor, Tiles, Tokens)
+    parts += (Patches, Pipeline, PipelinePart, Sampling, Sections, Shown, Site, State, Tensor, Tiles, Tokens)
     assert {part.__name__ for part in parts} == {"Manifest", *schema()["$defs"]}
     fields = [(part.__name__, *item) for part in parts for item in part.model_fields.items()]
     assert [f"{part}.{name}" for part, name, field in fields if not field.description] == []

@@ -196,12 +196,12 @@ def test_a_picture_becomes_what_the_pipeline_makes_of_it(whole):
 def test_published_sizes_are_those_of_diffusers():
     from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 
-    part = SimpleNamespace(sizes=FAMILIES["flux-kontext"].whole.seen_at)
+    part = SimpleNamespace(sizes=FAMILIES["flux-kontext"].whole.seen_at, area=None)
     assert sorted((w, h) for h, w in part.sizes) == sorted(PREFERRED_KONTEXT_RESOLUTIONS)
     for height, width in ((512, 512), (300, 900), (1024, 1000), (1, 7), (777, 333), (1080, 1920)):
         _, w, h = min((abs(width / height - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
         assert size_to_see(part, (height, width), 16) == (h, w)
-    assert size_to_see(SimpleNamespace(sizes=()), (50, 15), 16) == (48, 16)
+    assert size_to_see(SimpleNamespace(sizes=(), area=None), (50, 15), 16) == (48, 16)
 
 
 def test_a_picture_is_wanted_where_it_is_edited(whole):

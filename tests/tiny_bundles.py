@@ -19,8 +19,12 @@ from tiny_pipelines import (
     whole_framepack,
     whole_hidream,
     whole_hunyuan,
+    whole_hunyuan_15,
+    whole_hunyuan_15_image,
     whole_hunyuan_image,
     whole_qwen_image,
+    whole_qwen_image_edit,
+    whole_qwen_image_edit_plus,
     whole_sd3,
     whole_z_image,
 )
@@ -73,6 +77,8 @@ WHOLE = {
     "chroma": whole_chroma,
     "z-image": whole_z_image,
     "qwen-image": whole_qwen_image,
+    "qwen-image-edit": whole_qwen_image_edit,
+    "qwen-image-edit-2511": whole_qwen_image_edit_plus,
     "hidream": whole_hidream,
     "dit": dit_pipeline,
     "wan": wan_pipeline,
@@ -81,10 +87,14 @@ WHOLE = {
     "hunyuan-channels": whole_hunyuan_image,
     "hunyuan-replace": whole_hunyuan_image,
     "framepack": whole_framepack,
+    "hunyuan-1.5": whole_hunyuan_15,
+    "hunyuan-1.5-i2v": whole_hunyuan_15_image,
 }
 
 # Latent pixels of whole bundles that have one size.
 WHOLE_SIZES = {"qwen-image": (4, 6)}
+# Pixels that pictures are brought to for the VAE and for the text encoder, where published models have a megapixel.
+WHOLE_AREAS = {"qwen-image-edit": (160 * 192, 160 * 192), "qwen-image-edit-2511": (96 * 96, 160 * 192)}
 # Latent pixels that others of any size are quoted at: servers warm up there, and that of published models' videos is
 # gigabytes of attention even in a tiny transformer.
 WHOLE_USUAL = {
@@ -92,12 +102,16 @@ WHOLE_USUAL = {
     "chroma": (8, 12),
     "z-image": (8, 12),
     "hidream": (8, 8),
+    "qwen-image-edit": (8, 12),
+    "qwen-image-edit-2511": (8, 12),
     "wan": (2, 4, 6),
     "wan-image": (2, 4, 6),
     "hunyuan": (2, 4, 6),
     "hunyuan-channels": (3, 4, 6),
     "hunyuan-replace": (3, 4, 6),
     "framepack": (2, 16, 24),
+    "hunyuan-1.5": (2, 2, 3),
+    "hunyuan-1.5-i2v": (2, 2, 3),
 }
 
 
@@ -155,7 +169,13 @@ def write_whole(name: str, folder: Path) -> Path:
     whole = checkpoint.family.whole
     assert whole is not None
     # It sees pictures at their own size, since those of published models take minutes.
-    checkpoint = replace(checkpoint, family=replace(checkpoint.family, whole=replace(whole, seen_at=())))
+    smaller = replace(whole, seen_at=())
+    if name in WHOLE_AREAS:
+        area, read = WHOLE_AREAS[name]
+        smaller = replace(smaller, area=area, read=replace(whole.read, area=read))
+    if whole.cropped:
+        smaller = replace(smaller, cropped=64)
+    checkpoint = replace(checkpoint, family=replace(checkpoint.family, whole=smaller))
     parts, latent = parts_of(checkpoint), WHOLE_SIZES.get(name)
     return write_bundle(draft(checkpoint, options_of(latent_size=latent, parts=parts)), folder, "whole")
 

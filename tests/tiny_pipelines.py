@@ -6,6 +6,7 @@ Nothing is downloaded and nothing is trained: what matters is that a pipeline ru
 """
 
 import string
+from types import MappingProxyType
 
 import torch
 from diffusers import (
@@ -30,6 +31,7 @@ from diffusers import (
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
@@ -40,6 +42,7 @@ from diffusers import (
 from diffusers.guiders import ClassifierFreeGuidance
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    ByT5Tokenizer,
     CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
@@ -54,6 +57,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
     Qwen3Config,
     Qwen3Model,
     SiglipImageProcessor,
@@ -68,6 +73,7 @@ from transformers import (
 WORDS = {word: k for k, word in enumerate(["<pad>", "</s>", "<unk>", *string.ascii_lowercase])}
 # What the template of a conversation about a picture has besides.
 MARKS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>"]
+PICTURE = "<|image_pad|>"  # what stands for a token of a picture in prompts of Qwen2.5-VL
 TALK = WORDS | {mark: len(WORDS) + k for k, mark in enumerate(MARKS)}
 
 
@@ -254,6 +260,24 @@ def hunyuan_15_image_pipeline(transformer):
     return pipe
 
 
+def whole_hunyuan_15(transformer, build=hunyuan_15_pipeline):
+    """The same from a prompt."""
+    pipe, config = build(transformer), transformer.config
+    tokenizer = letters(None)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }} {{ turn.content }}\n{% endfor %}assistant "
+    pipe.register_modules(
+        text_encoder=tiny_qwen(config.text_embed_dim, layers=3).model.language_model,
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_t5(config.text_embed_2_dim, 384),
+        tokenizer_2=ByT5Tokenizer(),
+    )
+    return pipe
+
+
+def whole_hunyuan_15_image(transformer):
+    return whole_hunyuan_15(transformer, hunyuan_15_image_pipeline)
+
+
 def framepack_pipeline(transformer):
     """Videos of sides that are multiples of 64 pixels; the prompt is given as embeddings."""
     return _quiet(
@@ -313,6 +337,22 @@ def qwen_image_edit_pipeline(transformer, pipeline=QwenImageEditPipeline):
 def whole_qwen_image(transformer):
     """The same from a prompt."""
     return qwen_image_pipeline(transformer, tiny_qwen(transformer.config.joint_attention_dim), letters(2048))
+
+
+def whole_qwen_image_edit(transformer, pipeline=QwenImageEditPipeline):
+    """From a prompt and pictures, which the text encoder sees too."""
+    pipe = qwen_image_edit_pipeline(transformer, pipeline)
+    tokenizer = letters(None, marks=[PICTURE])
+    pipe.register_modules(
+        text_encoder=tiny_qwen(transformer.config.joint_attention_dim, {PICTURE: len(WORDS)}),
+        tokenizer=tokenizer,
+        processor=tiny_processor(tokenizer),
+    )
+    return pipe
+
+
+def whole_qwen_image_edit_plus(transformer):
+    return whole_qwen_image_edit(transformer, QwenImageEditPlusPipeline)
 
 
 def sd3_pipeline(transformer, encoders=None):
@@ -479,21 +519,41 @@ def tiny_projected_clip(width, projected, longest):
     return _seeded(lambda: CLIPTextModelWithProjection(config))
 
 
-def tiny_qwen(width):
-    """The text side of Qwen2.5-VL; its eyes are there and see nothing."""
+def tiny_processor(tokenizer):
+    """Qwen2.5-VL's processor without that of videos, which needs torchvision."""
+
+    def made(self, tokenizer):
+        self.tokenizer, self.image_processor, self.chat_template = tokenizer, Qwen2VLImageProcessor(), None
+        self.image_token, self.image_token_id = PICTURE, tokenizer.convert_tokens_to_ids(PICTURE)
+        self.video_token = self.video_token_id = None
+
+    def attributes(cls):
+        return ["image_processor", "tokenizer"]
+
+    # Named so that an index of a pipeline says what published ones say.
+    own = {"__init__": made, "get_attributes": classmethod(attributes), "__module__": "transformers"}
+    return type("Qwen2VLProcessor", (Qwen2VLProcessor,), own)(tokenizer)
+
+
+def tiny_qwen(width, marks=MappingProxyType({}), layers=2):
+    """Qwen2.5-VL. Its eyes see nothing where no mark stands for a picture; in the second of their layers patches see
+    those of other windows."""
+    third = width // 12  # of the pairs that turn, in each of both heads
     text = {
-        "vocab_size": len(WORDS),
+        "vocab_size": len(WORDS) + len(marks),
         "hidden_size": width,
         "intermediate_size": 8,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
+        "rope_parameters": {"rope_type": "default", "mrope_section": [width // 4 - 2 * third, third, third]},
         "bos_token_id": WORDS["</s>"],
         "eos_token_id": WORDS["</s>"],
     }
-    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": width}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=eyes)
+    eyes = {"depth": 2 if marks else 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
+    eyes |= {"out_hidden_size": width, "fullatt_block_indexes": [1]}
+    more = {"image_token_id": marks[PICTURE]} if marks else {}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=eyes, **more)
     return _seeded(lambda: Qwen2_5_VLForConditionalGeneration(config))
 
 
@@ -526,8 +586,8 @@ def tiny_siglip(width):
     return _seeded(lambda: SiglipVisionModel(config))
 
 
-def tiny_t5(width):
-    config = T5Config(vocab_size=len(WORDS), d_model=width, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+def tiny_t5(width, words=None):
+    config = T5Config(vocab_size=words or len(WORDS), d_model=width, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     return _seeded(lambda: T5EncoderModel(config))
 
 
@@ -576,9 +636,11 @@ def words(longest):
     return letters(longest, pre_tokenizers.Whitespace())
 
 
-def letters(longest, parts=None):
-    """A tokenizer with one token per letter and one for the end."""
-    tokenizer = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+def letters(longest, parts=None, marks=()):
+    """A tokenizer with one token per letter, one for the end, and one for each mark."""
+    known = WORDS | {mark: len(WORDS) + k for k, mark in enumerate(marks)}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    tokenizer.add_special_tokens([*marks])
     tokenizer.pre_tokenizer = parts or pre_tokenizers.Split("", "isolated")
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", WORDS["</s>"])])
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}

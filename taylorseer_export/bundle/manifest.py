@@ -28,6 +28,7 @@ from taylorseer_export.bundle.entries import (
 )
 from taylorseer_export.bundle.entries import Shape as Shape
 from taylorseer_export.bundle.part_entries import Filter as Filter
+from taylorseer_export.bundle.part_entries import Patches as Patches
 from taylorseer_export.bundle.part_entries import Sections as Sections
 from taylorseer_export.bundle.part_entries import Shown as Shown
 from taylorseer_export.bundle.part_entries import Tiles as Tiles
@@ -289,10 +290,18 @@ class PipelinePart(Part):
         description="Of encode, where an image encoder sees the picture too. Of text, where its encoders see it beside "
         "the prompt; with a negative prompt it is black.",
     )
+    patches: Patches | None = Field(default=None, description="Of text, where its encoders see pictures in patches.")
     sections: Sections | None = Field(default=None, description="Of encode, where a video is several loops.")
+    area: Size | None = Field(default=None, description="Of encode: pixels that a picture is brought to; see `sizes`.")
     sizes: tuple[tuple[Size, Size], ...] = Field(
         default=(),
-        description="Of encode: (height, width) that a picture is brought to, the nearest shape; its own if none.",
+        description="Of encode: (height, width) that a picture is brought to, the nearest shape; where there are none "
+        "its own shape with `area` pixels, sides rounded to 32, or else its own size.",
+    )
+    cropped: Size | None = Field(
+        default=None,
+        description="Of encode of videos: side of the square whose pixels a video has where nobody asks for a size, if "
+        "the picture keeps its shape and what is outside of the video is cut off; null: it is stretched.",
     )
     negative: Text | None = Field(
         default=None,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from taylorseer_export.bundle.shapes import names, resolve
+from taylorseer_export.bundle.shapes import linear, names, resolve
 
 if TYPE_CHECKING:
     from taylorseer_export.bundle.manifest import Graph, Manifest, PartName, PipelinePart, Tensor
@@ -104,11 +104,31 @@ def _of_encode(manifest: Manifest) -> str | None:
 def _of_pictures(name: str, part: PipelinePart) -> str | None:
     """Pictures have three colours, and one that an image encoder is shown has one size."""
     for tensor in part.graph.inputs:
+        if part.patches is not None and tensor.name == part.patches.input:
+            continue
         if tensor.role == "picture" and (len(tensor.shape) != 4 or tensor.shape[:2] != (1, 3)):
             return f"`{tensor.name}` of part {name} is {shown(tensor.shape)}"
         one = all(isinstance(extent, int) for extent in tensor.shape)
         if part.shown is not None and tensor.name == part.shown.input and not one:
             return f"`{tensor.name}` of part {name} is {shown(tensor.shape)}, expected one size"
+    return None
+
+
+def _of_patches(part: PipelinePart, inputs: Mapping[str, Tensor]) -> str | None:
+    """Rows of patches are as long as these are, and each has its place."""
+    if (patches := part.patches) is None:
+        return None
+    rows, places = inputs[patches.input], inputs[patches.places]
+    values, tokens = 3 * patches.frames * patches.side**2, patches.merged**2
+    count = places.shape[0]
+    if rows.shape != (count, values) or places.shape != (count, 4) or places.dtype != "int64":
+        return (
+            f"`{patches.input}` and `{patches.places}` of part text are {shown(rows.shape)} and {shown(places.shape)}"
+        )
+    if not isinstance(count, str) or linear(count)[1:] != (tokens, 0):
+        return f"`{patches.input}` of part text has {count} rows, expected {tokens} for each token"
+    if patches.least > patches.most:
+        return f"pictures of part text have {patches.least} to {patches.most} pixels"
     return None
 
 
@@ -174,9 +194,13 @@ def _of_text(manifest: Manifest) -> str | None:
         encode = manifest.parts.get("encode")
         if encode is None or CONDITION not in [t.name for t in encode.graph.outputs]:
             return f"part text is shown a picture as `{part.shown.input}`, and no part makes a `{CONDITION}` of it"
+    if part.patches is not None:
+        named += [part.patches.input, part.patches.places]
+        if "encode" not in manifest.parts:
+            return f"part text is shown pictures as `{part.patches.input}`, and there is no part encode"
     if sorted(named) != sorted(inputs):
         return f"inputs of part text are {listed(inputs)}, its tokenizers make {listed(named)}"
-    if problem := _of_pictures("text", part):
+    if problem := _of_pictures("text", part) or _of_patches(part, inputs):
         return problem
     for tokens in part.tokens:
         if "{}" not in tokens.template:

@@ -23,6 +23,12 @@ class Tokens(Part):
     template: Template = Field(default="{}", description="What the prompt is put into, in the place of {}.")
     dropped: Count = Field(default=0, description="Leading tokens that the encoders leave out of what they return.")
     cleaned: bool = Field(default=False, description="Whether HTML entities and runs of spaces are resolved first.")
+    quoted: bool = Field(
+        default=False,
+        description='Whether it is what the prompt has in quotes, each as `Text "...". `; without any all is padding.',
+    )
+    blank: Text = Field(default="", description="What stands for a prompt that is empty.")
+    special: bool = Field(default=True, description="Whether the tokenizer adds tokens of its own to the template.")
 
 
 class Tiles(Part):
@@ -49,6 +55,29 @@ class Shown(Part):
         default=False,
         description="Whether it has the size of the video first, and is floats in between, by which some bytes lose 1.",
     )
+    as_bytes: bool = Field(default=False, description="Whether it has the size of the video first and stays bytes.")
+
+
+class Patches(Part):
+    """Pictures of any size, one or several, that text encoders see beside the prompt, cut into patches.
+
+    A picture is brought to `area`, then to whole tokens within `least` and `most` pixels. Its patches come token by
+    token, row by row, and so do those of each token.
+    """
+
+    input: Text = Field(description="Name of the input: a row for each patch, its colours one after the other.")
+    places: Text = Field(description="Name of the input that holds picture, window, row and column of each patch.")
+    token: Text = Field(description="What stands in a prompt for one token of a picture.")
+    each: Template = Field(description="What stands before the prompt for each picture, its number in the place of {}.")
+    pictures: Size = Field(description="How many a request may bring.")
+    area: Size = Field(description="Pixels that a picture is brought to first, in its shape, sides rounded to 32.")
+    least: Size = Field(description="Fewest pixels that encoders are shown.")
+    most: Size = Field(description="Most pixels that encoders are shown.")
+    side: Size = Field(description="Pixels of a patch along each side.")
+    frames: Size = Field(description="How many times a patch stands in its row, as frames of a video would.")
+    merged: Size = Field(description="Patches along each side that become one token.")
+    window: Size = Field(description="Tokens along each side of a window.")
+    filter: Filter = Field(description="Of Pillow, that it is resized by after it was brought to its area.")
 
 
 class Sections(Part):

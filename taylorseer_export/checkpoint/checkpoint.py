@@ -19,7 +19,7 @@ from taylorseer_export.checkpoint.files import (
 from taylorseer_export.checkpoint.formats import parts_of_a_pipeline, refuse_quantised, set_aside
 from taylorseer_export.checkpoint.lora import open_lora
 from taylorseer_export.checkpoint.original import Converted, Unread
-from taylorseer_export.checkpoint.recognise import refuse_other_pipeline
+from taylorseer_export.checkpoint.recognise import pipeline_of, refuse_other_pipeline
 from taylorseer_export.checkpoint.weights import EMBEDDED as EMBEDDED
 from taylorseer_export.checkpoint.weights import Checkpoint as Checkpoint
 from taylorseer_export.errors import CheckpointError, ConfigError
@@ -78,6 +78,7 @@ def open_checkpoint(
     refuse_other_pipeline(checkpoint.folder, family)
     known = checkpoint.shapes if loras else {}
     family = replace(family, **family.by_config(checkpoint.config))
+    family = replace(family, **family.by_pipeline.get(pipeline_of(checkpoint.folder), {}))
     family = family if checkpoint.embedded else family.variant(checkpoint.reference)  # a name says more than a config
     added = tuple(open_lora(lora, family.model_class, family.lora_loader, known, lora_skip) for lora in loras)
     return replace(checkpoint, family=family, loras=added, lora_skip=tuple(lora_skip))
@@ -133,11 +134,11 @@ def _download(reference: str, family: Family, whole: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["transformer/*", "scheduler/*", "model_index.json", "vae/config.json"]
+        patterns = ["transformer/*", "scheduler/*", "guider/*", "model_index.json", "vae/config.json"]
         if whole:
             patterns += ["vae/*", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*"]
             patterns += ["image_encoder/*.json", "image_encoder/*.safetensors"]
-            patterns += ["image_processor/*", "feature_extractor/*"]
+            patterns += ["image_processor/*", "feature_extractor/*", "processor/*"]
         return Path(snapshot_download(reference, allow_patterns=patterns))
     except Exception as error:
         raise CheckpointError(

@@ -82,6 +82,12 @@ class Checkpoint:
         path = self.root / "scheduler" / "scheduler_config.json"
         return read_json(path) if path.is_file() else {}
 
+    @cached_property
+    def guider(self) -> dict[str, Any]:
+        """The config of what a pipeline guides with, where that is a component of it, or nothing."""
+        path = self.root / "guider" / "guider_config.json"
+        return read_json(path) if path.is_file() else {}
+
     @property
     def latent_scale(self) -> int:
         """Pixels per latent pixel along each side: what the VAE beside it makes, else what the published models' do."""

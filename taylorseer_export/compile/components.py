@@ -16,7 +16,7 @@ from taylorseer_export.errors import CheckpointError, first_line
 from taylorseer_export.families.whole import Shown as DeclaredShown
 from taylorseer_export.families.whole import Tokens as Declared
 
-_FILTERS: tuple[Filter, ...] = get_args(Filter)  # in the order of Pillow's numbers
+FILTERS: tuple[Filter, ...] = get_args(Filter)  # in the order of Pillow's numbers
 
 
 def class_of(checkpoint: Checkpoint, name: str) -> tuple[str, str]:
@@ -44,7 +44,7 @@ def component(checkpoint: Checkpoint, name: str, options: Options) -> Any:
     library, kind = class_of(checkpoint, name)
     dtype = {"torch_dtype" if library == "diffusers" else "dtype": PRECISIONS[options.precision]}
     try:
-        with _quiet():
+        with quiet():
             made = getattr(import_module(library), kind).from_pretrained(
                 checkpoint.root / name, use_safetensors=True, local_files_only=True, **dtype
             )
@@ -62,9 +62,10 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
 
     where = checkpoint.root / declared.tokenizer
     try:
-        with _quiet():
+        with quiet():
             found = transformers.AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
-            backend = found.backend_tokenizer
+            backend = _backend(found)
+            template = declared.template if not declared.system else _conversation(found, declared.system)
             backend.no_padding()
             backend.no_truncation()
             path = folder / f"{declared.tokenizer}.json"
@@ -85,10 +86,45 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
         size=declared.size or None,
         padding=fill if declared.padded else None,
         side="left" if found.padding_side == "left" else "right",
-        template=declared.template,
+        template=template,
         dropped=declared.dropped,
         cleaned=declared.cleaned,
+        quoted=declared.quoted,
+        blank=declared.blank,
+        special=not declared.system,
     )
+
+
+def _conversation(found: Any, system: str) -> str:
+    """What the tokenizer's own template makes of a prompt, which is `{}`, behind what a system says."""
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": "{}"}]
+    template = str(found.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    if template.count("{}") != 1:
+        raise ValueError("its template of a conversation has no one place for a prompt")
+    return template
+
+
+def _backend(found: Any) -> Any:
+    """A tokenizer as the library has it; ByT5's, which transformers has in Python alone, with its bytes as letters."""
+    if hasattr(found, "backend_tokenizer"):
+        return found.backend_tokenizer
+    if type(found).__name__ != "ByT5Tokenizer":
+        raise ValueError("it is none of that library")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    special = found.added_tokens_decoder
+    known = {letter: byte + found.offset for byte, letter in bytes_to_unicode().items()}
+    known |= {str(token): number for number, token in special.items()}
+    made = Tokenizer(models.BPE(known, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    end = (found.eos_token, found.eos_token_id)
+    made.post_processor = processors.TemplateProcessing(f"$A {found.eos_token}", special_tokens=[end])
+    made.add_special_tokens([*special.values()])
+    for text in ("", 'Text "a b". Text "\u00e9\u4e2d". ', "".join(map(str, special.values()))):
+        if made.encode(text).ids != found(text).input_ids:
+            raise ValueError("its bytes are numbered in another way")
+    return made
 
 
 def numbers(checkpoint: Checkpoint, declared: Declared, folder: Path) -> dict[str, int]:
@@ -125,6 +161,29 @@ class Look(NamedTuple):
     deviation: tuple[float, ...]
 
 
+def refuse_other_guider(checkpoint: Checkpoint) -> None:
+    """Refuse a pipeline that guides by another rule than uncond + scale * (cond - uncond), at every step.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    said = checkpoint.guider
+    usual = {
+        "_class_name": "ClassifierFreeGuidance",
+        "guidance_rescale": 0.0,
+        "use_original_formulation": False,
+        "start": 0.0,
+        "stop": 1.0,
+        "enabled": True,
+    }
+    for name, value in usual.items():
+        if said and said.get(name, value) != value:
+            raise CheckpointError(
+                f"`{name}` of {checkpoint.root / 'guider'} is {said[name]}, expected {value}, the only guidance of a "
+                "whole bundle; change it, or leave --whole out"
+            )
+
+
 def look(checkpoint: Checkpoint, declared: DeclaredShown) -> Look:
     """What an image processor does to a picture.
 
@@ -134,7 +193,7 @@ def look(checkpoint: Checkpoint, declared: DeclaredShown) -> Look:
     _, kind = class_of(checkpoint, declared.processor)
     where = checkpoint.root / declared.processor
     try:
-        with _quiet():
+        with quiet():
             found = getattr(import_module("transformers"), kind).from_pretrained(where, local_files_only=True)
         said = found.to_dict()
         cut, size = said.get("do_center_crop"), said["size"]
@@ -143,8 +202,9 @@ def look(checkpoint: Checkpoint, declared: DeclaredShown) -> Look:
             Shown(
                 input=declared.name,
                 sized=declared.sized,
+                as_bytes=declared.as_bytes,
                 edge=size["shortest_edge"] if cut else None,
-                filter=_FILTERS[int(said["resample"])],
+                filter=FILTERS[int(said["resample"])],
             ),
             (sides["height"], sides["width"]),
             tuple(said["image_mean"]),
@@ -179,7 +239,7 @@ def normalised(seen: Look | None, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what transformers and diffusers note while they load; their errors come as exceptions."""
     import diffusers
     import transformers

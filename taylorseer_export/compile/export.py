@@ -288,7 +288,9 @@ def sampling_of(checkpoint: Checkpoint, parts: Collection[PartName] = ()) -> Sam
             scheduler=scheduler,
             config={key: value for key, value in config.items() if not key.startswith("_")},
             guidance=guidance,
-            guidance_scale=checkpoint.card.get("guidance_scale") or family.guidance_scale,
+            guidance_scale=checkpoint.card.get("guidance_scale")
+            or checkpoint.guider.get("guidance_scale")
+            or family.guidance_scale,
             timestep_divisor=family.timestep_divisor,
             source=brought.get("source", family.source),
             pictures=brought.get("pictures"),

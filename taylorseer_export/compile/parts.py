@@ -7,15 +7,20 @@ checkpoint is run. Their graphs are traced whole, for one prompt and for one pic
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Sections, Shown, Tensor, Tiles, Tokens
+from taylorseer_export.bundle.manifest import (
+    PartName,
+    PipelinePart,
+    Role,
+    Sections,
+    Tensor,
+    Tiles,
+)
 from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.checkpoint.files import INDEX
@@ -25,94 +30,23 @@ from taylorseer_export.compile.components import (
     look,
     normalised,
     numbers,
+    refuse_other_guider,
     shown_as,
     tokenizer,
 )
-from taylorseer_export.compile.draft import PRECISIONS, BaseDraft, Options
+from taylorseer_export.compile.draft import PRECISIONS, Options
 from taylorseer_export.compile.engines import Progress, builder
+from taylorseer_export.compile.part_draft import PartDraft, drafted
+from taylorseer_export.compile.patches import SEEN, cutting
 from taylorseer_export.errors import CheckpointError, ConfigError
+from taylorseer_export.families.whole import Patches as DeclaredPatches
 from taylorseer_export.families.whole import Shown as DeclaredShown
 from taylorseer_export.families.whole import Whole
-from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.part import trace_part
 
 VAE = "vae"
 _LARGEST_SIDE = 256  # latent pixels
 _SIDES = ("rows", "columns")  # of a picture that is encoded, in tokens
-
-
-@dataclass(frozen=True)
-class PartDraft(BaseDraft):
-    """A part of a pipeline, traced.
-
-    Attributes:
-        pipeline: Folder that its modules were loaded from.
-        cuts: Its graph; where a video goes frame by frame that of the first latent frame, then that of any later one.
-        spans: Dimension -> (smallest, largest) size.
-        modules: Name in the pipeline -> the module, with its weights.
-        tokens: How a prompt becomes its inputs.
-        negative: See `Whole.negative`.
-        tiles: Of the decoder of a video in tiles; None for any other part.
-        frame_rate: Frames per second of videos; None where it decodes none.
-        dropped: See `Whole.dropped`.
-        shown_at: See `Whole.seen_at`.
-        shown: How an image encoder is shown a picture; None where there is none.
-        sections: How videos are made section by section; None where they are not.
-    """
-
-    pipeline: Path
-    options: Options
-    cuts: tuple[Cut, ...]
-    spans: dict[str, tuple[int, int]]
-    sizes: dict[str, int | None]
-    typical: dict[str, int]
-    stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]
-    buffers: dict[str, torch.Tensor]
-    modules: Mapping[str, nn.Module]
-    tokens: tuple[Tokens, ...] = ()
-    negative: str | None = None
-    tiles: Tiles | None = None
-    frame_rate: int | None = None
-    dropped: int = 0
-    shown_at: tuple[tuple[int, int], ...] = ()
-    shown: Shown | None = None
-    sections: Sections | None = None
-
-    @property
-    def graphs(self) -> tuple[Cut, ...]:
-        return self.cuts
-
-    def origin(self) -> str:
-        return str(self.pipeline)
-
-    def ranges(self) -> dict[str, tuple[int, int]]:
-        return self.spans
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
-
-    @cached_property
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return _tensors(self.modules)
-
-    def described(self) -> PipelinePart:
-        """As the manifest holds it; its files lie in the folder of its name."""
-        within = self.graphs[0].name
-        contracts = [self.contract(cut) for cut in self.graphs]
-        graph, *later = [one.model_copy(update={"file": f"{within}/{one.file}"}) for one in contracts]
-        return PipelinePart(
-            graph=graph,
-            later=later[0] if later else None,
-            tiles=self.tiles,
-            frame_rate=self.frame_rate,
-            dropped=self.dropped,
-            dimensions=self.dimensions(),
-            tokens=self.tokens,
-            shown=self.shown,
-            sections=self.sections,
-            sizes=self.shown_at,
-            negative=self.negative,
-        )
 
 
 def parts_asked(checkpoint: Checkpoint, whole: bool, without: Sequence[str] = ()) -> tuple[PartName, ...]:
@@ -172,7 +106,7 @@ def parts_of(checkpoint: Checkpoint, without: Sequence[str] = ()) -> tuple[PartN
     if whole is not None and whole.read is not None and "text" in left and "encode" not in left:
         raise ConfigError(
             f"--without is encode for family {checkpoint.family.name}, expected text too, whose encoders see the "
-            "picture that a video is made of; add --without text, or leave it out"
+            "picture that is given; add --without text, or leave it out"
         )
     return left
 
@@ -192,6 +126,7 @@ def refuse_missing(checkpoint: Checkpoint, parts: Sequence[PartName]) -> None:
         "encode": [VAE, *whole.seers, *_processors(whole.shown)],
         "decode": [VAE],
     }
+    refuse_other_guider(checkpoint)
     for name in dict.fromkeys(name for part in parts for name in needed[part]):
         class_of(checkpoint, name)
         if not (checkpoint.root / name).is_dir():
@@ -202,7 +137,7 @@ def refuse_missing(checkpoint: Checkpoint, parts: Sequence[PartName]) -> None:
             )
 
 
-def _processors(declared: DeclaredShown | None) -> list[str]:
+def _processors(declared: DeclaredShown | DeclaredPatches | None) -> list[str]:
     return [] if declared is None else [declared.processor]
 
 
@@ -256,19 +191,27 @@ def _text(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) 
         inputs += [
             Tensor(name=name, dtype="int64", shape=(1, extent), role="tokens") for name in (one.input, one.mask) if name
         ]
-    seen = None if whole.read is None else look(checkpoint, whole.read)
-    inputs += shown_as(seen, _dtype(options))
+    cut = cutting(checkpoint, whole.read, encoders) if isinstance(whole.read, DeclaredPatches) else None
+    seen = look(checkpoint, whole.read) if isinstance(whole.read, DeclaredShown) else None
+    inputs += shown_as(seen, _dtype(options)) if cut is None else cut.inputs(_dtype(options))
+    if cut is not None:
+        ranges[SEEN] = (1, max(one.length for one in tokens))
     sought = {name: k for one in whole.tokens for name, k in numbers(checkpoint, one, folder).items()}
 
     def encode(given: Mapping[str, Any]) -> Mapping[str, Any]:
         assert whole.encode is not None
-        return whole.encode(encoders, {**normalised(seen, given), **sought})
+        given = normalised(seen, given) if cut is None else cut.normalised(given)
+        return whole.encode(encoders, {**given, **sought})
 
     card = checkpoint.card
     lengths = {one.size: min(int(card.get(one.size, one.length)), one.length) for one in tokens if one.size}
-    cut, constants = trace_part("text", encoders, encode, inputs, ranges, lambda _: "constant")
-    made = _drafted(checkpoint, options, encoders, (cut,), constants, (ranges, lengths))
-    return replace(made, tokens=tokens, negative=whole.negative, shown=None if seen is None else seen.shown)
+    if cut is not None:
+        lengths = {name: min(checkpoint.family.typical.get(name, most), most) for name, most in lengths.items()}
+        lengths[SEEN] = min(cut.patches.area, cut.patches.most) // (cut.patches.side * cut.patches.merged) ** 2
+    graph, constants = trace_part("text", encoders, encode, inputs, ranges, lambda _: "constant")
+    made = drafted(checkpoint, options, encoders, (graph,), constants, (ranges, lengths))
+    patches, shown = None if cut is None else cut.patches, None if seen is None else seen.shown
+    return replace(made, tokens=tokens, negative=whole.negative, shown=shown, patches=patches)
 
 
 def _encode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:
@@ -297,8 +240,8 @@ def _encode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
         return "latent" if name in BEGINNING else "constant"
 
     cut, constants = trace_part("encode", {VAE: vae}, encode, [picture], ranges, role)
-    made = _drafted(checkpoint, options, {VAE: vae}, (cut,), constants, (ranges, typical))
-    return replace(made, shown_at=whole.seen_at)
+    made = drafted(checkpoint, options, {VAE: vae}, (cut,), constants, (ranges, typical))
+    return replace(made, shown_at=whole.seen_at, area=whole.area or None)
 
 
 def _animate(
@@ -332,9 +275,10 @@ def _animate(
     if caches:
         later, more = trace_part("later", {VAE: modules[VAE]}, animate, caches, extents[0], role)
         graphs, constants = [first, later], constants | more
-    made = _drafted(checkpoint, options, modules, tuple(graphs), constants, extents)
+    made = drafted(checkpoint, options, modules, tuple(graphs), constants, extents)
     sections = None if whole.sections is None else Sections(**asdict(whole.sections))
-    return replace(made, shown=None if seen is None else seen.shown, sections=sections)
+    shown = None if seen is None else seen.shown
+    return replace(made, shown=shown, sections=sections, cropped=whole.cropped or None)
 
 
 def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:
@@ -364,10 +308,10 @@ def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
     modules = {VAE: vae}
     first, constants = trace_part("decode", modules, decode, [latents], ranges, _role_of_decoded)
     if whole.frames is None:
-        return _drafted(checkpoint, options, modules, (first,), constants, (ranges, typical))
+        return drafted(checkpoint, options, modules, (first,), constants, (ranges, typical))
     inputs = [latents, *(_read(tensor) for tensor in first.outputs if tensor.role == "cache_out")]
     later, more = trace_part("later", modules, decode, inputs, ranges, _role_of_decoded)
-    made = _drafted(checkpoint, options, modules, (first, later), constants | more, (ranges, typical))
+    made = drafted(checkpoint, options, modules, (first, later), constants | more, (ranges, typical))
     return replace(made, frame_rate=whole.frame_rate, dropped=whole.dropped)
 
 
@@ -384,7 +328,8 @@ def _tile(checkpoint: Checkpoint, options: Options, whole: Whole, vae: Any, chan
         return {"picture": whole.tile(vae, given["latents"])}
 
     cut, constants = trace_part("decode", {VAE: vae}, decode, [latents], ranges, _role_of_decoded)
-    made = _drafted(checkpoint, options, {VAE: vae}, (cut,), constants, (ranges, largest))
+    typical = {**largest, "frames": min(largest["frames"], checkpoint.latent_size[0])}
+    made = drafted(checkpoint, options, {VAE: vae}, (cut,), constants, (ranges, typical))
     return replace(made, tiles=Tiles(**asdict(tiles)), frame_rate=whole.frame_rate, dropped=whole.dropped)
 
 
@@ -400,36 +345,3 @@ def _role_of_decoded(name: str) -> Role:
 def _read(written: Tensor) -> Tensor:
     """The input of the next call that a cache of this one is."""
     return written.model_copy(update={"name": written.name.replace("out", "in"), "role": "cache_in"})
-
-
-def _drafted(
-    checkpoint: Checkpoint,
-    options: Options,
-    modules: Mapping[str, nn.Module],
-    graphs: tuple[Cut, ...],
-    constants: dict[str, torch.Tensor],
-    extents: tuple[dict[str, tuple[int, int]], dict[str, int]],
-) -> PartDraft:
-    ranges, typical = extents
-    tensors = _tensors(modules) | constants
-    read = {name: None for cut in graphs for name in cut.parameters()}
-    return PartDraft(
-        pipeline=checkpoint.root,
-        options=options,
-        cuts=graphs,
-        spans=ranges,
-        sizes={key: low if low == high else None for key, (low, high) in ranges.items()},
-        typical=typical,
-        stored={key: (tensors[key].dtype, tuple(tensors[key].shape)) for key in read},
-        buffers=constants,
-        modules=modules,
-    )
-
-
-def _tensors(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """Every tensor of the modules under each of its names: some are tied."""
-    return {
-        f"{part}.{name}": value.detach()
-        for part, module in modules.items()
-        for name, value in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())
-    }

@@ -18,13 +18,15 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, PipelinePart
 from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
-from taylorseer_export.embedded.picture import passed_on, resized, seen_by_encoder
+from taylorseer_export.bundle.shapes import linear
+from taylorseer_export.embedded.patches import cut, sides_of_area
+from taylorseer_export.embedded.picture import covering, passed_on, resized, seen_by_encoder
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.frames import FrameEncoder
 from taylorseer_export.runtime.noise import Generator
-from taylorseer_export.runtime.parts import Part
+from taylorseer_export.runtime.parts import Cut, Part
 from taylorseer_export.runtime.places import grid
 from taylorseer_export.runtime.sampling import Beginning, Request, steps_at, tokens_of
 from taylorseer_export.runtime.sections import Course, course_of, frames_of_section, sections_of, window_of
@@ -39,14 +41,21 @@ class Given(NamedTuple):
     """A picture that comes with a request.
 
     Attributes:
-        picture: `[height, width, 3]` uint8.
+        picture: `[height, width, 3]` uint8; of several the first.
         strength: Of a loop that begins with it, the share of its steps that run.
         steps: Those in all; as many as leave those of the plan if None. See `steps_that_run`.
+        others: Those behind the first, for a model that edits several.
     """
 
     picture: np.ndarray
     strength: float = STRENGTH
     steps: int | None = None
+    others: tuple[np.ndarray, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[np.ndarray, ...]:
+        """All of them, in the order that they were given in."""
+        return self.picture, *self.others
 
 
 def use_of(manifest: Manifest) -> Use | None:
@@ -59,22 +68,66 @@ def use_of(manifest: Manifest) -> Use | None:
     return "edits" if part.graph.outputs[0].role == "constant" else "begins"
 
 
-def given_picture(manifest: Manifest, picture: np.ndarray | None, strength: float | None = None) -> Given | None:
+def most_pictures(manifest: Manifest) -> int:
+    """How many pictures a request may bring."""
+    text = manifest.parts.get("text")
+    if text is None or text.patches is None:
+        return 0 if use_of(manifest) is None else 1
+    return text.patches.pictures
+
+
+def given_picture(
+    manifest: Manifest,
+    picture: np.ndarray | None,
+    strength: float | None = None,
+    others: Sequence[np.ndarray] = (),
+) -> Given | None:
     """What comes with a request, checked against what a bundle does with it; None where no picture does.
 
     Args:
         manifest: Of the bundle.
-        picture: `[height, width, 3]` uint8.
+        picture: `[height, width, 3]` uint8; of several the first.
         strength: As asked; None where nothing was.
+        others: Those behind the first.
 
     Raises:
-        ConfigError: The bundle takes no picture, or there is nothing that the strength is of.
+        ConfigError: The bundle takes no picture or fewer, or none of such a shape, or there is nothing that the
+            strength is of.
     """
     use, name = use_of(manifest), f"{manifest.family}-{manifest.name}"
     if picture is not None and use is None:
         raise ConfigError(f"picture is given for {name}, expected none, since it draws from text alone; leave it out")
     check_strength(name, use, picture is not None, strength)
-    return None if picture is None else Given(picture, STRENGTH if strength is None else strength)
+    if picture is None:
+        return None
+    given = Given(picture, STRENGTH if strength is None else strength, others=tuple(others))
+    check_pictures(manifest, given)
+    return given
+
+
+def check_pictures(manifest: Manifest, given: Given) -> None:
+    """Refuse more pictures than a bundle takes, and one of a shape that a bundle that edits does not take.
+
+    Raises:
+        ConfigError: As it says.
+    """
+    name, count, most = f"{manifest.family}-{manifest.name}", len(given.pictures), most_pictures(manifest)
+    if count > most:
+        raise ConfigError(f"{count} pictures are given for {name}, expected at most {most}; leave some out")
+    if use_of(manifest) != "edits":
+        return
+    part = manifest.parts["encode"]
+    for picture in given.pictures:
+        sides = zip(brought_to(manifest, picture), part.graph.inputs[0].shape[2:], strict=True)
+        for extent, (dimension, factor, _) in ((extent, linear(entry)) for extent, entry in sides):
+            allowed = part.dimensions[dimension]
+            low, high = factor * allowed.minimum, factor * allowed.maximum
+            if not low <= extent <= high:
+                height, width = picture.shape[:2]
+                raise ConfigError(
+                    f"picture is {height}x{width}, which is brought to a side of {extent}, expected {low} to {high} "
+                    "(pixels); cut it to another shape"
+                )
 
 
 def check_strength(name: str, use: Use | None, given: bool, strength: float | None) -> None:
@@ -112,10 +165,24 @@ def steps_that_run(
     return replace(options, steps=steps_at(given.strength, steps)), given._replace(steps=steps)
 
 
-def seen(denoiser: Denoiser, picture: np.ndarray) -> dict[str, np.ndarray]:
-    """The constant inputs that a model that edits makes of a picture `[height, width, 3]` uint8, by their names."""
-    size = brought_to(denoiser.manifest, picture)
-    tensors = _encoded(denoiser, picture, size)
+def seen(
+    denoiser: Denoiser, pictures: Sequence[np.ndarray], sides: tuple[int, int] | None = None
+) -> dict[str, np.ndarray]:
+    """The constant inputs that a model that edits makes of pictures `[height, width, 3]` uint8, by their names.
+
+    Args:
+        denoiser: The loaded bundle.
+        pictures: One, or as many as it takes.
+        sides: (rows, columns) in tokens of the picture that is made.
+    """
+    sizes = [brought_to(denoiser.manifest, picture) for picture in pictures]
+    made = [_encoded(denoiser, picture, size) for picture, size in zip(pictures, sizes, strict=True)]
+    tensors = {name: np.concatenate([one[name] for one in made], 1) for name in made[0]}
+    size = sizes[0]
+    for key, tensor in denoiser.constants.items():
+        if tensor.fill == "sides" and sides is not None:
+            tokens = [[extent // _side(denoiser.manifest) for extent in each] for each in sizes]
+            tensors[key] = np.array([[(1, *pair) for pair in (sides, *tokens)]], np.int64)
     counts = {entry for made in tensors for entry in denoiser.constants[made].shape if isinstance(entry, str)}
     rows, columns = (extent // _side(denoiser.manifest) for extent in size)
     for key, tensor in denoiser.constants.items():
@@ -134,6 +201,8 @@ def animated(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...]) -> 
         size: (frames, height, width) in pixels.
     """
     encoder, frames = denoiser.picture_encoder, (size[0] - 1) // denoiser.manifest.sampling.time_scale + 1
+    if encoder.described.cropped is not None:
+        picture = covering(picture, *size[-2:])
     given = {"picture": _unit(picture, size[-2:]), **shown_to(encoder.described, picture, size[-2:])}
     if isinstance(encoder, FrameEncoder):
         return encoder(given, frames)
@@ -199,8 +268,14 @@ def shown_to(part: PipelinePart, picture: np.ndarray, size: Sequence[int] = ()) 
         return {}
     extents = next(t.shape for t in part.graph.inputs if t.name == shown.input)
     own = (int(extents[2]), int(extents[3]))
-    seen = passed_on(resized(picture, *size)) if shown.sized else picture
+    seen = resized(picture, *size) if shown.sized or shown.as_bytes else picture
+    seen = passed_on(seen) if shown.sized else seen
     return {shown.input: _as_input(seen_by_encoder(seen, own, shown.edge, shown.filter))}
+
+
+def cut_for(part: PipelinePart, given: Given | None) -> Cut | None:
+    """Pictures as the text encoders of a part see them in patches; None where they do not."""
+    return None if given is None or part.patches is None else cut(part.patches, given.pictures)
 
 
 def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequence[int]) -> Request:
@@ -240,7 +315,8 @@ def size_to_see(described: PipelinePart, shape: tuple[int, ...], side: int) -> t
     """The (height, width) in pixels that a picture is brought to before it is encoded.
 
     Of the sizes that the part lists the one whose width to height is nearest, and of several the narrowest, as
-    diffusers chooses; where none is listed its own, cut to multiples of a token's side.
+    diffusers chooses; where none is listed its own shape with the area that the part says, or its own size, cut to
+    multiples of a token's side.
 
     Args:
         described: The part `encode`.
@@ -248,6 +324,8 @@ def size_to_see(described: PipelinePart, shape: tuple[int, ...], side: int) -> t
         side: Pixels of a token.
     """
     height, width = shape[:2]
+    if described.area is not None:
+        return sides_of_area(described.area, height, width)
     if not described.sizes:
         return max(height // side, 1) * side, max(width // side, 1) * side
     return min(described.sizes, key=lambda size: (abs(width / height - size[1] / size[0]), size[1], size[0]))

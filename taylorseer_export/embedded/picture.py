@@ -135,6 +135,21 @@ def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
+def covering(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture `[..., ..., 3]` uint8 at another size, in its own shape: what is outside of the middle is cut off.
+
+    As diffusers does it for `resize_mode="crop"`.
+    """
+    own = picture.shape[:2]
+    wide = width if width / height > own[1] / own[0] else own[1] * height // own[0]
+    high = height if width / height <= own[1] / own[0] else own[0] * width // own[1]
+    top, left = high // 2 - height // 2, wide // 2 - width // 2
+    made = np.zeros((height, width, 3), np.uint8)  # where rounding leaves a row or column out, it is black
+    seen = resized(picture, high, wide)[top : top + height, left : left + width]
+    made[: seen.shape[0], : seen.shape[1]] = seen
+    return made
+
+
 def passed_on(picture: np.ndarray) -> np.ndarray:
     """A picture uint8 after diffusers made floats from -1 to 1 of it, and transformers bytes of these for Pillow.
 

@@ -17,15 +17,19 @@ from taylorseer_export.embedded.edits import (
     animated,
     begun_with,
     brought_to,
+    check_pictures,
+    cut_for,
     in_sections,
     seen,
     shown_to,
     use_of,
 )
+from taylorseer_export.embedded.patches import sides_of_shape
 from taylorseer_export.embedded.picture import pictures_from_dit_latents
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.decoding import decoded, decoded_in_sections
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.parts import Cut
 from taylorseer_export.runtime.places import ROWS, sides_of
 from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Request, Result, latents_of, noise_of
@@ -68,6 +72,8 @@ def prompt_request(
     if given is None and needed and not (isinstance(prompts, Mapping) and _holds_a_picture(manifest, prompts)):
         name, what = f"{manifest.family}-{manifest.name}", "edit" if use == "edits" else "animate"
         raise ConfigError(f"picture is missing for {name}, expected the one that it is to {what}; pass it")
+    if given is not None:
+        check_pictures(manifest, given)
     size = size_of(manifest, given) if size is None else size
     sizes, sides = latent_sizes(manifest, size, "size")
     if isinstance(prompts, Mapping):
@@ -79,7 +85,7 @@ def prompt_request(
         made = in_sections(denoiser, given.picture, size, seeds)
         tensors |= made.tensors
     elif given is not None and needed:
-        tensors |= seen(denoiser, given.picture) if use == "edits" else animated(denoiser, given.picture, size)
+        tensors |= seen(denoiser, given.pictures, sides) if use == "edits" else animated(denoiser, given.picture, size)
     request = tensor_request(denoiser, tensors, seeds, sizes, sides, guidance_scale)
     request = replace(request, height=size[-2], width=size[-1])
     if made is not None:
@@ -131,15 +137,17 @@ def frames_dropped(manifest: Manifest) -> int:
 def size_of(manifest: Manifest, given: Given | None) -> tuple[int, ...]:
     """(height, width) in pixels of what is made where nobody asks for another; (frames, height, width) of a video.
 
-    Without a picture the bundle's usual one. With one that of the picture, as it is encoded; of a video made from it
-    the usual area in the shape of the picture, as the published models have it, each side rounded down to tokens and
-    kept in the bundle's range.
+    Without a picture the bundle's usual one. With one that of the picture, the last of several, as it is encoded; of a
+    video made from it the usual area in the shape of the picture, as the published models have it, each side rounded
+    down to tokens and kept in the bundle's range; where a picture is cut to a video, see `sides_of_shape`.
     """
     usual = usual_size(manifest)
     if given is None:
         return usual
     if use_of(manifest) != "animates":
-        return brought_to(manifest, given.picture)
+        return brought_to(manifest, given.pictures[-1])
+    if (side := manifest.parts["encode"].cropped) is not None:
+        return *usual[:-2], *sides_of_shape(side, manifest.sampling.latent_scale, *given.picture.shape[:2])
     latent, made = manifest.graphs["full"].input_of("latent").shape, [*usual]
     high, wide = given.picture.shape[:2]
     for axis, ratio in ((-2, high / wide), (-1, wide / high)):
@@ -190,10 +198,14 @@ def _encoded(
             "beside it, since the usual one is 1, which is no guidance; add it, or leave the negative prompt out"
         )
     away = described.negative if negative is None else negative
-    pictures = [] if given is None else [*shown_to(described, given.picture).values()]
-    digest = hashlib.sha256(pictures[0].tobytes()).digest() if pictures else None
+    cut = cut_for(described, given)
+    pictures: list[np.ndarray | Cut] = [] if given is None else [*shown_to(described, given.picture).values()]
+    shown = [value for value in pictures if isinstance(value, np.ndarray)]
+    if cut is not None:
+        pictures, shown = [cut], [*cut.inputs.values()]
+    digest = hashlib.sha256(b"".join(value.tobytes() for value in shown)).digest() if shown else None
 
-    def encode(prompt: str, digest: bytes | None = None, *picture: np.ndarray) -> Encoded:
+    def encode(prompt: str, digest: bytes | None = None, *picture: np.ndarray | Cut) -> Encoded:
         if cache is None:
             return denoiser.encoder.encode(prompt, length, *picture)
         key = Key(denoiser, prompt, length, digest)
@@ -202,10 +214,11 @@ def _encoded(
     rows = [encode(prompt, digest, *pictures) for prompt in prompts]
     if not guided or scale == 1.0 or away is None:
         return _together(denoiser, rows)
+    beside = () if cut is None else (digest, cut)  # a negative prompt sees these too
     if manifest.sampling.guidance == "batched":  # halves of one batch are as long as each other
-        made, twins = _parted(denoiser, _together(denoiser, [*rows, encode(away)]), len(rows))
+        made, twins = _parted(denoiser, _together(denoiser, [*rows, encode(away, *beside)]), len(rows))
     else:
-        made, twins = _together(denoiser, rows), _together(denoiser, [encode(away)])
+        made, twins = _together(denoiser, rows), _together(denoiser, [encode(away, *beside)])
     return {**made, **{NEGATIVE + name: value for name, value in twins.items()}}
 
 

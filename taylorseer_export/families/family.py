@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -257,6 +257,7 @@ class Family:
             not its arguments one by one. The trace and the eager reference of `verify` both call it this way.
         variants: Word of a model's name -> what of this declaration is different for it.
         by_config: `config -> what of this declaration is different for it`.
+        by_pipeline: Class name in `diffusers` of a pipeline -> what of this declaration is different in its folder.
         derived: `config -> {name: tensor}` that the model gets for the length of the trace, to be used by `patched`.
         built: `model class -> context manager` in which a model is built that only is to be traced, without tables
             that would cost memory.
@@ -295,6 +296,7 @@ class Family:
     forward: Callable[[Any, dict[str, Any]], Any] = call
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     by_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = no_entries
+    by_pipeline: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     derived: Callable[[Mapping[str, Any]], Mapping[str, Derived]] = no_entries
     built: Callable[[Any], AbstractContextManager[object]] = as_it_is
     patched: Callable[[Any], AbstractContextManager[object]] = as_it_is

@@ -6,15 +6,19 @@ no such inputs, and its graphs no tokens of a picture.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, replaced, video_patches
+from taylorseer_export.families.whole import Modules, Shown, Tensors, Tiling, Tokens, Whole
 
 _IMAGE = 729  # tokens of the image encoder
+_FRAMES = 64  # latent frames that a bundle takes at most
 _TASKS = ("t2v", "i2v")
 _HD = 960  # `target_size` of the models for 720p; the others are for 480p
 _HD_SHIFT = {"t2v": 9.0, "i2v": 7.0}
@@ -44,7 +48,7 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
 
 
 def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    latent = {"batch": (1, 8), "frames": (1, 64), "rows": (2, 128), "columns": (2, 128)}
+    latent = {"batch": (1, 8), "frames": (1, _FRAMES), "rows": (2, 128), "columns": (2, 128)}
     return {**latent, "text_tokens": (2, 1024), "glyph_tokens": (2, 512)}
 
 
@@ -63,7 +67,16 @@ def _from_text(model: Any, inputs: dict[str, Any]) -> Any:
 
 def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
     task = config.get("task_type", "i2v")
-    made = {"pipeline": Pipeline(), "forward": call} if task == "i2v" else {}
+    made: dict[str, Any] = {}
+    if task == "i2v":
+        whole = replace(
+            _WHOLE,
+            animate=_animate,
+            seers=("image_encoder",),
+            shown=Shown("pixels", "feature_extractor", as_bytes=True),
+            cropped=config.get("target_size", 640),
+        )
+        made = {"pipeline": Pipeline(), "forward": call, "whole": whole}
     if config.get("target_size") != _HD:
         return made
     return {**made, "scheduler_config": {"shift": _HD_SHIFT.get(task, 7.0)}, "latent_size": (31, 45, 80)}
@@ -105,6 +118,141 @@ def _forward(model: Any, hidden_states: Any, timestep: Any, image_embeds: Any, r
     return (pixels.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3),)
 
 
+# Its pipeline has it so, with the spaces of a line that goes on.
+_SYSTEM = (
+    "You are a helpful assistant. Describe the video by detailing the following aspects:         "
+    "1. The main content and theme of the video.         "
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects.         "
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects.         "
+    "4. background environment, light, style and atmosphere.         "
+    "5. camera angles, movements, and transitions used in the video."
+)
+_QWEN = Tokens("tokens", "tokenizer", 1000, dropped=108, mask="mask", system=_SYSTEM, blank=" ")
+_GLYPHS = Tokens("glyphs", "tokenizer_2", 256, mask="glyph_mask", quoted=True)
+
+
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    """The states of the prompt, and of what it has in quotes, which are zeros where that is nothing."""
+    states = encoders["text_encoder"](
+        input_ids=given["tokens"], attention_mask=given["mask"], output_hidden_states=True, use_cache=False
+    ).hidden_states[-3]
+    mask = given["glyph_mask"].float()
+    glyphs = encoders["text_encoder_2"](input_ids=given["glyphs"], attention_mask=mask)[0]
+    return {
+        "encoder_hidden_states": states[:, _QWEN.dropped :],
+        "encoder_attention_mask": given["mask"][:, _QWEN.dropped :].float(),
+        "encoder_hidden_states_2": glyphs * mask.amax(1)[:, None, None].to(glyphs.dtype),
+        "encoder_attention_mask_2": mask,
+    }
+
+
+def _animate(modules: Modules, given: Tensors, caches: Sequence[Any] | None) -> tuple[dict[str, Any], list[Any]]:
+    """The latents of the picture, the one frame that it is, and a mask behind them; and what the image encoder sees."""
+    import torch
+
+    vae = modules["vae"]
+    with _plain(vae.encoder, HunyuanVideo15AttnBlock=_seeing_all, HunyuanVideo15Downsample=_downsampled):
+        made = vae.encoder((2 * given["picture"] - 1).unsqueeze(2)).chunk(2, 1)[0]
+    latents = made * vae.config.scaling_factor
+    # No constant: an engine would store it.
+    condition = torch.cat([latents, latents[:, :1].clamp(1, 1)], 1)
+    return {"image_embeds": modules["image_encoder"](given["pixels"]).last_hidden_state, "condition": condition}, []
+
+
+def _tile(vae: Any, latents: Any) -> Any:
+    """The decoder that diffusers has, written so that one graph holds for any number of latent frames and pixels."""
+    with _plain(vae.decoder, HunyuanVideo15AttnBlock=_seeing_past, HunyuanVideo15Upsample=_upsampled):
+        return vae.decoder(latents / vae.config.scaling_factor) / 2 + 0.5
+
+
+def _tiling(vae: Any) -> Tiling:
+    """As diffusers tiles it: pixels alone, all frames at once."""
+    side = vae.tile_latent_min_height
+    return Tiling(
+        frames=_FRAMES,
+        frame_stride=_FRAMES,
+        side=side,
+        side_stride=int(side * (1 - vae.tile_overlap_factor)),
+        time_scale=vae.temporal_compression_ratio,
+        scale=vae.spatial_compression_ratio,
+    )
+
+
+@contextmanager
+def _plain(modules: Any, **changes: Callable[[Any], Mapping[str, Any]]) -> Iterator[None]:
+    """Modules of these classes with other attributes."""
+    with ExitStack() as stack:
+        for module in modules.modules():
+            if (change := changes.get(type(module).__name__)) is not None:
+                stack.enter_context(replaced(module, **change(module)))
+        yield
+
+
+def _seeing_all(module: Any) -> Mapping[str, Any]:
+    """Of one frame every pixel sees every other, for which the original makes a mask."""
+    return {"prepare_causal_attention_mask": lambda *sizes, **more: None}
+
+
+def _seeing_past(module: Any) -> Mapping[str, Any]:
+    """`[1, F P, F P]`: 0 where a pixel sees its own frame and those before; the original makes it row by row."""
+    import torch
+
+    def mask(frames: Any, pixels: Any, dtype: Any, device: Any, batch_size: Any = None) -> Any:
+        frame = torch.arange(frames, device=device).unsqueeze(1).expand(frames, pixels).flatten()
+        made = torch.where(frame.unsqueeze(0) <= frame.unsqueeze(1), 0.0, -float("inf")).to(dtype)
+        return made.unsqueeze(0)
+
+    return {"prepare_causal_attention_mask": mask}
+
+
+def _downsampled(module: Any) -> Mapping[str, Any]:
+    """Of one frame: the original also shrinks the frames behind it, of which there are none."""
+    import torch
+
+    if not module.add_temporal_downsample:
+        return {}
+    folded = module._dcae_downsample_rearrange
+
+    def forward(states: Any) -> Any:
+        made = folded(module.conv(states), r1=1, r2=2, r3=2)
+        made = torch.cat([made, made], 1)
+        short = folded(states, r1=1, r2=2, r3=2)
+        return made + short.unflatten(1, (made.shape[1], module.group_size // 2)).mean(2)
+
+    return {"forward": forward}
+
+
+def _upsampled(module: Any) -> Mapping[str, Any]:
+    """All frames are doubled, and the first one in another way; the original sets that aside."""
+    import torch
+
+    if not module.add_temporal_upsample:
+        return {}
+    unfolded = module._dcae_upsample_rearrange
+
+    def joined(first: Any, doubled: Any) -> Any:
+        return torch.cat([first, doubled[:, :, 2:]], 2)
+
+    def forward(states: Any) -> Any:
+        made, begin = module.conv(states), states[:, :, :1]
+        first = unfolded(made[:, :, :1], r1=1, r2=2, r3=2)
+        made = joined(first[:, : first.shape[1] // 2], unfolded(made, r1=2, r2=2, r3=2))
+        first = unfolded(begin, r1=1, r2=2, r3=2).repeat_interleave(module.repeats // 2, 1)
+        return made + joined(first, unfolded(states, r1=2, r2=2, r3=2).repeat_interleave(module.repeats, 1))
+
+    return {"forward": forward}
+
+
+_WHOLE = Whole(
+    encoders=("text_encoder", "text_encoder_2"),
+    tokens=(_QWEN, _GLYPHS),
+    encode=_encode,
+    negative="",
+    tile=_tile,
+    tiling=_tiling,
+    frame_rate=24,
+)
+
 HUNYUAN_VIDEO_15 = Family(
     name="hunyuan-video-1.5",
     title="HunyuanVideo 1.5: text to video, and image to video",
@@ -125,6 +273,7 @@ HUNYUAN_VIDEO_15 = Family(
     latent_scale=16,
     typical={"text_tokens": 1000, "glyph_tokens": 256},
     pipeline=Pipeline(arguments="noise-alone", ignored_inputs=("image_embeds",)),
+    whole=_WHOLE,
     by_config=_by_config,
     forward=_from_text,
     patched=_masked,

@@ -24,7 +24,17 @@ from taylorseer_export.families.family import (
     packed,
     replaced,
 )
-from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, still, still_spread
+from taylorseer_export.families.whole import (
+    Modules,
+    Patches,
+    Tensors,
+    Tokens,
+    Whole,
+    in_tokens,
+    scaled,
+    still,
+    still_spread,
+)
 
 _LAYERED = "no family covers Qwen-Image-Layered, which draws several pictures at once; pass another model"
 # Config entry that no model of the family sets -> what to do with one that does.
@@ -174,13 +184,71 @@ def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
     return {"encoder_hidden_states": states[-1][:, _TOKENS.dropped :]}
 
 
+_EDIT_TEMPLATE = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
+    "that meets the user's requirements while maintaining consistency with the original input where appropriate."
+    "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+_PICTURE = "<|image_pad|>"
+_EDIT_TOKENS = Tokens(
+    "tokens", "processor", 4096, "text_tokens", padded=False, template=_EDIT_TEMPLATE, dropped=64, sought=(_PICTURE,)
+)
+
+
+def _encode_with_pictures(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    """The states of pictures and prompt in one row, the tokens of pictures replaced by what the eyes see.
+
+    As diffusers' pipelines call it, the language model counts all tokens in one line, those of pictures too.
+    """
+    import torch
+
+    model, ids = encoders["text_encoder"].model, given["tokens"]
+    seen = _seen(model.visual, given["patches"], given["places"])
+    words, shown = model.get_input_embeddings()(ids), ids[0] == given[_PICTURE]
+    of_each = seen.index_select(0, (shown.long().cumsum(0) - 1).clamp(min=0)).to(words.dtype)
+    states = model.language_model(
+        inputs_embeds=torch.where(shown[:, None], of_each, words), output_hidden_states=True, use_cache=False
+    ).hidden_states
+    return {"encoder_hidden_states": states[-1][:, _EDIT_TOKENS.dropped :]}
+
+
+def _seen(eyes: Any, patches: Any, places: Any) -> Any:
+    """What the eyes of Qwen2.5-VL make of patches of several pictures, `[tokens, D]`.
+
+    The original sorts patches by windows and splits them by numbers that are known when it runs. Here each stays in its
+    place and attends to those of its window, or of its picture.
+    """
+    from torch.nn.functional import scaled_dot_product_attention
+
+    rotate = sys.modules[type(eyes).__module__].apply_rotary_pos_emb_vision
+    states = eyes.patch_embed(patches)
+    turns = eyes.rotary_pos_emb(states, places[:, 2:])
+    picture, window = (places[:, k : k + 1] == places[:, k] for k in range(2))
+    for number, block in enumerate(eyes.blocks):
+        own = block.attn
+        parts = own.qkv(block.norm1(states)).unflatten(1, (3, own.num_heads, -1)).unbind(1)
+        turned = (*rotate(*parts[:2], *turns), parts[2])
+        query, key, value = (part.transpose(0, 1)[None] for part in turned)
+        mask = picture if number in eyes.fullatt_block_indexes else window
+        made = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=own.scaling)
+        states = states + own.proj(made[0].transpose(0, 1).flatten(1))
+        states = states + block.mlp(block.norm2(states))
+    return eyes.merger(states)
+
+
+def _see(vae: Any, picture: Any) -> dict[str, Any]:
+    made = scaled(vae, vae.encode((2 * picture - 1).unsqueeze(2)).latent_dist.mode())
+    return {"image_latents": in_tokens(made.squeeze(2))}
+
+
 def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return {"batch": (1, 16), "image_tokens": (4, 16384), "text_tokens": (1, 1024)}
 
 
 def _edit_dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Up to four pictures beside the one that is made; the text encoder sees them too, at up to a megapixel."""
-    more = {"text_tokens": (1, 4096), "condition_tokens": (4, 16384), "pictures": (2, 5)}
+    more = {"text_tokens": (1, 4096), "condition_tokens": (4, 20480), "pictures": (2, 5)}
     return {**_dimensions(config), **more}
 
 
@@ -217,6 +285,29 @@ QWEN_IMAGE = Family(
     patched=_places_of_a_tensor,
 )
 
+# The pixels that pictures are brought to: for the VAE, and of several for the text encoder.
+_AREA, _SMALLER = 1024 * 1024, 384 * 384
+_PICTURES = Patches(
+    name="patches",
+    places="places",
+    processor="processor",
+    encoder="text_encoder",
+    token=_PICTURE,
+    each=f"Picture {{}}: <|vision_start|>{_PICTURE}<|vision_end|>",
+    pictures=4,
+    area=_SMALLER,
+)
+_ONE_PICTURE = replace(_PICTURES, each=f"<|vision_start|>{_PICTURE}<|vision_end|>", pictures=1, area=_AREA)
+_EDIT_WHOLE = Whole(
+    decode=still,
+    see=_see,
+    area=_AREA,
+    encoders=("text_encoder",),
+    tokens=(_EDIT_TOKENS,),
+    encode=_encode_with_pictures,
+    read=_PICTURES,
+)
+
 QWEN_IMAGE_EDIT = replace(
     QWEN_IMAGE,
     name="qwen-image-edit",
@@ -228,7 +319,11 @@ QWEN_IMAGE_EDIT = replace(
     pipeline=Pipeline(guidance_keeps_norm=True, arguments="pictures-behind"),
     pipelines=("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageEditInpaintPipeline"),
     comfy=no_counterpart,
-    whole=None,
+    whole=_EDIT_WHOLE,
+    by_pipeline={
+        "QwenImageEditPipeline": {"whole": replace(_EDIT_WHOLE, read=_ONE_PICTURE)},
+        "QwenImageEditInpaintPipeline": {"whole": None},
+    },
     forward=_edit,
     patched=_edit_patched,
 )

@@ -32,6 +32,10 @@ class Tokens:
         mask: Name of the input `[1, T]` int64 that is 1 where a token is no padding; empty where there is none.
         cleaned: Whether HTML entities and runs of spaces are resolved first.
         sought: Tokens that `encode` looks for: it is given their numbers, by these names.
+        system: What a conversation begins with, of which the prompt is the other half: the tokenizer's own template
+            puts them together, in the place of `template`. Empty where there is none.
+        quoted: Whether what the prompt has in quotes is meant, each as `Text "...". `; without any all is padding.
+        blank: What stands for a prompt that is empty.
     """
 
     name: str
@@ -45,6 +49,9 @@ class Tokens:
     mask: str = ""
     cleaned: bool = False
     sought: tuple[str, ...] = ()
+    system: str = ""
+    quoted: bool = False
+    blank: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,38 @@ class Shown:
         name: Of the input.
         processor: Its folder in the pipeline, which says to what size a picture is brought and how it is normalised.
         sized: Whether the pipeline brings the picture to the size of the video first, and passes it on in floats.
+        as_bytes: Whether it does so, and passes it on as it is.
     """
 
     name: str
     processor: str
     sized: bool = False
+    as_bytes: bool = False
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Pictures of any size, one or several, as text encoders see them beside the prompt: cut into patches.
+
+    Attributes:
+        name: Of the input: a row for each patch, `[P, 3 * frames * side * side]`, normalised as the encoder wants it.
+        places: Name of the input `[P, 4]` int64: picture, window, row and column of each patch.
+        processor: Its folder in the pipeline, which says to what size a picture is brought and how it is normalised.
+        encoder: Folder of the encoder, whose `vision_config` says how large a window is.
+        token: What stands in a prompt for one token of a picture.
+        each: What stands before the prompt for each picture, its number, from 1, in the place of `{}`.
+        pictures: How many a request may bring.
+        area: Pixels that the pipeline brings a picture to before the processor does, sides rounded to 32.
+    """
+
+    name: str
+    places: str
+    processor: str
+    encoder: str
+    token: str
+    each: str
+    pictures: int
+    area: int
 
 
 @dataclass(frozen=True)
@@ -127,18 +161,21 @@ class Whole:
             caches there are no later ones: they have zeros. With `sections` there is but one, which makes `mean` and
             `deviation` of its latents instead. None where videos are made of text alone.
         sections: How a video that is made from a picture is made section by section; None where one loop makes it.
+        cropped: Side of the square whose pixels a video from a picture has, if the pipeline lets the picture keep its
+            shape and cuts off what is outside of the video; 0 where it is stretched.
         seers: Folders of the image encoders that `animate` has besides the VAE.
         shown: What they are shown; None where there are none.
         begin: `(vae, picture as above) -> (mean, deviation)` of the latents `[1, C, H, W]` that a loop may begin with,
             with noise upon them, as the scheduler has latents. None where `see` is one, or where there is noise alone.
         seen_at: (height, width) in pixels that such a picture is brought to: that of the nearest shape. Where there are
-            none, its own, cut to whole tokens.
+            none, its own shape with `area` pixels, or its own size, cut to whole tokens.
+        area: Pixels that such a picture is brought to, each side rounded to 32; 0 where it is not.
         encoders: Folders of the text encoders.
         tokens: What the tokenizers make of a prompt.
         encode: `(encoders, tokens and masks by name, what `read` names) -> inputs of the transformer by name`, each
             `[1, ...]`.
-        read: What the text encoders see beside the prompt, the picture that a video is made of; None where they see
-            that alone. For a negative prompt it is black.
+        read: What the text encoders see beside the prompt: the picture that a video is made of, black for a negative
+            prompt; or pictures that are edited, in patches, for that too. None where they see the prompt alone.
         negative: The negative prompt of a request that guidance needs one for and that brings none; None where guidance
             is off without one.
     """
@@ -152,14 +189,16 @@ class Whole:
     see: Callable[[Any, Any], dict[str, Any]] | None = None
     animate: Callable[[Modules, Tensors, Sequence[Any] | None], tuple[dict[str, Any], list[Any]]] | None = None
     sections: Sections | None = None
+    cropped: int = 0
     seers: tuple[str, ...] = ()
     shown: Shown | None = None
     begin: Callable[[Any, Any], tuple[Any, Any]] | None = None
     seen_at: tuple[tuple[int, int], ...] = ()
+    area: int = 0
     encoders: tuple[str, ...] = ()
     tokens: tuple[Tokens, ...] = ()
     encode: Callable[[Modules, Tensors], dict[str, Any]] | None = None
-    read: Shown | None = None
+    read: Shown | Patches | None = None
     negative: str | None = None
 
 
@@ -212,6 +251,13 @@ def scaled(vae: Any, latents: Any) -> Any:
     mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
     scale = latents.new_tensor(config.latents_std).view(1, -1, 1, 1, 1)
     return (latents - mean) / scale
+
+
+def in_tokens(latents: Any) -> Any:
+    """Latents as pipelines pack them, 2 x 2 latent pixels a token: `[1, C, H, W]` -> `[1, H / 2 * W / 2, 4 C]`."""
+    _, channels, height, width = latents.shape
+    blocks = latents.view(1, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(1, (height // 2) * (width // 2), 4 * channels)
 
 
 def still(vae: Any, latents: Any) -> Any:

@@ -128,7 +128,12 @@ def _shape(node: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> tuple[int
     sizes = [
         size.node.expr.subs(symbols) if isinstance(size, torch.SymInt) else size for size in node.meta["val"].shape
     ]
-    return tuple(s if isinstance(s, int) else shape_entry_from_expression(simplified(s)) for s in sizes)
+    return tuple(int(s) if isinstance(s, int | sympy.Integer) else _entry(s) for s in sizes)
+
+
+def _entry(size: sympy.Expr) -> int | str:
+    made = simplified(size)
+    return int(made) if made.is_Integer else shape_entry_from_expression(made)
 
 
 def _dtype(node: Any) -> Any:

@@ -10,12 +10,12 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from taylorseer_export.bundle.device import Device
-from taylorseer_export.bundle.manifest import PartName, PipelinePart, Tokens
+from taylorseer_export.bundle.manifest import PartName, Patches, PipelinePart, Tokens
 from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.errors import BundleError, ConfigError, StepError, first_line
@@ -164,6 +164,18 @@ def open_engines(bundle: Bundle, name: PartName, device: Device, threads: int = 
     return described, open_runner(view, device, threads, cuda_graphs=False)
 
 
+class Cut(NamedTuple):
+    """Pictures as text encoders see them beside a prompt.
+
+    Attributes:
+        inputs: Of the graph, by name: patches and their places.
+        counts: Tokens of each picture.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    counts: tuple[int, ...]
+
+
 class Encoder:
     """Makes the constant inputs of the transformer of a prompt.
 
@@ -181,7 +193,7 @@ class Encoder:
         self._turn = Lock()
 
     def encode(
-        self, prompt: str, length: int | None = None, picture: np.ndarray | None = None
+        self, prompt: str, length: int | None = None, picture: np.ndarray | Cut | None = None
     ) -> dict[str, np.ndarray]:
         """Inputs of the transformer by name, each of one sample, float32.
 
@@ -189,12 +201,17 @@ class Encoder:
             prompt: Any text; what is longer than its length is cut off, as diffusers does.
             length: Most tokens, where the bundle leaves that open; its own if left out.
             picture: What encoders that see one are shown beside the prompt, `[1, 3, height, width]` from 0 to 1; black
-                if left out, as pipelines have it for a negative prompt.
+                if left out, as pipelines have it for a negative prompt. For those that see any pictures in patches,
+                these, which cannot be left out.
 
         Raises:
-            ConfigError: The length is out of range, or there is but one.
+            ConfigError: The length is out of range, or there is but one; or pictures leave no room for the prompt.
         """
         given: dict[str, np.ndarray] = {}
+        if self.part.described.patches is not None:
+            assert isinstance(picture, Cut), "bug in taylorseer-export: a prompt for encoders that see pictures, alone"
+            return self._beside(prompt, length, picture, self.part.described.patches)
+        assert not isinstance(picture, Cut), "bug in taylorseer-export: patches for encoders that see none"
         for tensor in self.part.described.graph.inputs:
             if tensor.role == "picture":
                 given[tensor.name] = np.zeros(resolve(tensor.shape, {}), np.float32) if picture is None else picture
@@ -210,6 +227,33 @@ class Encoder:
                     most = self.part.described.dimensions[tokens.size].typical if length is None else length
                 given |= _tokens_of(prompt, tokens, tokenizer, most)
         return self.part(given)
+
+    def _beside(self, prompt: str, length: int | None, cut: Cut, patches: Patches) -> dict[str, np.ndarray]:
+        """Of pictures and a prompt, of which the pipeline cuts nothing off."""
+        (tokens, tokenizer), *_ = self._tokenizers
+        if length is not None:
+            raise ConfigError(
+                f"length of the prompt is {length}, expected none, since prompts beside pictures are not cut off; "
+                "leave it out"
+            )
+        if patches.token in prompt:
+            raise ConfigError(
+                f"prompt holds {patches.token}, expected none, since it stands for a token of a picture; leave it out"
+            )
+        shown = [
+            patches.each.replace("{}", str(number)).replace(patches.token, patches.token * count)
+            for number, count in enumerate(cut.counts, 1)
+        ]
+        with self._turn:
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            made = tokenizer.encode(tokens.template.replace("{}", "".join(shown) + prompt)).ids
+        if len(made) - tokens.dropped > tokens.length:
+            raise ConfigError(
+                f"prompt and pictures are {len(made) - tokens.dropped} tokens, expected at most {tokens.length}; "
+                "shorten the prompt, or give fewer pictures"
+            )
+        return self.part({**cut.inputs, tokens.input: np.array([made], np.int64)})
 
     def close(self) -> None:
         """Release the engine."""
@@ -243,8 +287,12 @@ def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int) -> dict[s
     tokenizer.no_padding()
     if tokens.padding is not None:
         tokenizer.enable_padding(direction=tokens.side, pad_id=tokens.padding, length=most)
-    text = cleaned(prompt) if tokens.cleaned else prompt
-    made = tokenizer.encode(tokens.template.replace("{}", text))
+    text = quoted(prompt) if tokens.quoted else cleaned(prompt) if tokens.cleaned else prompt or tokens.blank
+    if text is None:
+        assert tokens.mask is not None and tokens.padding is not None, "bug in taylorseer-export: quotes without a mask"
+        empty = np.zeros((1, most), np.int64)
+        return {tokens.input: empty + tokens.padding, tokens.mask: empty}
+    made = tokenizer.encode(tokens.template.replace("{}", text), add_special_tokens=tokens.special)
     given = {tokens.input: np.array([made.ids], np.int64)}
     return given if tokens.mask is None else {**given, tokens.mask: np.array([made.attention_mask], np.int64)}
 
@@ -252,3 +300,9 @@ def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int) -> dict[s
 def cleaned(prompt: str) -> str:
     """Without HTML entities, runs of spaces, and spaces at the ends, as diffusers cleans prompts for Wan."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
+def quoted(prompt: str) -> str | None:
+    """What a prompt has in quotes, each once, as diffusers puts it for HunyuanVideo 1.5; None if there is nothing."""
+    found = [straight or curly for straight, curly in re.findall(r'"(.*?)"|\u201c(.*?)\u201d', prompt)]
+    return "".join(f'Text "{text}". ' for text in dict.fromkeys(found)) or None

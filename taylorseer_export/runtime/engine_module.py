@@ -31,7 +31,7 @@ _WITHOUT_EFFECT = frozenset(
         "unfuse_qkv_projections",
     }
 )
-_AT_EXPORT = "expected it in the weights at export; export again with --lora FILE"
+_AT_EXPORT = "expected it in the weights; load the bundle with lora=FILE, or export again with --lora FILE"
 _REFUSED = {
     "add_adapter": _AT_EXPORT,
     "enable_cache": "expected the plan of the bundle alone, which is a cache already; leave it out",

@@ -216,6 +216,7 @@ QWEN_IMAGE = Family(
     pipeline=Pipeline(guidance_keeps_norm=True, arguments="first-shape"),
     whole=Whole(decode=still, begin=still_spread, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode),
     lora_loader="QwenImageLoraLoaderMixin",
+    retired=("pooled_projection_dim",),
     forward=_forward,
     patched=_real_rotary_embedding,
 )

@@ -1,8 +1,8 @@
 """Which runner serves which kind of engine, and the checks that come before any engine is touched.
 
-Each runner's module has `open_runner(bundle, device, threads, cuda_graphs)`, with `weights` where these may be changed at
-load. It checks what its engines are tied to (library and version, compute capability, driver) against this machine, and
-only then loads a file.
+Each runner's module has `open_runner(bundle, device, threads, cuda_graphs)`, with `weights` where these may be changed
+at load. It checks what its engines are tied to (library and version, compute capability, driver) against this machine,
+and only then loads a file.
 """
 
 from __future__ import annotations

@@ -729,6 +729,7 @@ def test_what_is_about_speed_and_memory_alone_has_no_effect(flux, pipeline):
             "expected it in the weights; load the bundle with lora=FILE, or export again with --lora FILE",
         ),
         ("save_pretrained", "expected its bundle, which is saved already"),
+        ("_load_ip_adapter_weights", "expected no IP-Adapter, whose attentions are in no graph; use the untouched"),
     ],
 )
 def test_what_would_change_the_numbers_is_refused(flux, name, text):

@@ -92,7 +92,7 @@ def test_updates_of_what_no_graph_reads_are_said(tiny, bundles, tmp_path, capsys
 @pytest.mark.slow
 def test_inductor_takes_them_too(tiny, packages, tmp_path):
     one = tiny("plain")
-    given = pairs(one.model, FLUX)
+    given = pairs(one.model, [module.replace(".1.", ".0.") for module in FLUX])
     path = written(tmp_path / "lora.safetensors", given, alpha=None)
     inputs, model = one.inputs(len(PLAN)), updated(one.model, given, 1.0)
     with load(packages("plain"), threads=1, lora=path) as denoiser:

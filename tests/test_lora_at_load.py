@@ -84,9 +84,17 @@ def test_a_scale_of_nothing_and_two_that_cancel_leave_the_bundle_as_it_is(tiny, 
 def test_updates_of_what_no_graph_reads_are_said(tiny, bundles, tmp_path, capsys):
     """The text of the last block never reaches the picture: its weights are in the model and not in the bundle."""
     path = written(tmp_path / "lora.safetensors", pairs(tiny("qwen-image").model, QWEN), alpha=None)
-    with load(bundles("qwen-image"), threads=1, lora=path, check=False) as denoiser:
+    folder = bundles("qwen-image")
+    with load(folder, threads=1, lora=path, check=False) as denoiser:
         assert denoiser.lora.unread == (f"{QWEN[1]}.weight",)
         assert denoiser.lora.weights.keys() == {f"{QWEN[0]}.weight"}
+        held = denoiser.lora.bytes
+    assert held == 4 * tiny("qwen-image").model.get_submodule(QWEN[0]).weight.numel()
+    arguments = ["--steps", "3", "--repeats", "1", "--threads", "1", "--json"]
+    assert cli.main(["bench", str(folder), *arguments, "--lora", str(path)]) == 0
+    lora, left, *_ = capsys.readouterr().out.splitlines()
+    assert lora.startswith("lora: 1 weights changed, ") and lora.endswith(" of memory, no operation added")
+    assert left == f"left out: updates of 1 weights that no graph reads, {QWEN[1]}.weight first"
 
 
 @pytest.mark.slow
@@ -195,3 +203,9 @@ def test_a_server_has_a_model_for_each_lora(tiny, whole_flux, tmp_path):
         models.close()
     with pytest.raises(ConfigError, match=r"--lora is given with 2 bundles, expected one; serve each by itself"):
         load_models([whole_flux, whole_flux], loras={"red": str(path)})
+
+
+@pytest.mark.parametrize("given", ["file.safetensors", "=file.safetensors", "Red=file.safetensors", "red="])
+def test_a_server_s_loras_have_names(bundles, capsys, given):
+    assert cli.main(["serve", str(bundles("flux")), "--port", "0", "--lora", given]) == 2
+    assert f"--lora is {given}, expected NAME=FILE or NAME=FILE:SCALE" in capsys.readouterr().err

@@ -227,6 +227,7 @@ class OnnxRuntimeRunner:
     def close(self) -> None:
         with self._turn:  # a session that ends while one of this process captures takes the process with it
             self._sessions.clear()
+            self._weights.clear()
 
 
 def _value(onnxruntime: Any, bits: np.ndarray) -> Any:

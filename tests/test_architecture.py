@@ -77,6 +77,7 @@ HEAVY: dict[str, frozenset[str]] = {
             "checkpoint/weights.py",
             "compile/components.py",
             "runtime/dropin.py",
+            "runtime/guiders.py",
             "runtime/schedulers.py",
         }
     ),

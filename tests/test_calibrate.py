@@ -184,6 +184,20 @@ def test_a_gain_that_does_not_carry_over_is_refused(calibrator):
         replace(found, fewer_steps=fewer).check()
 
 
+def test_the_verdict_says_whether_any_plan_beats_fewer_steps(calibrator):
+    found = calibrator.calibrate(4, 2)
+    assert found.verdict == f"the plan beats fewer steps: {found.margin:+.1f} dB at 4 full steps"
+    worse = replace(found.fewer_steps, held_out_each=found.calibrated.held_out_each + 1)
+    lost = replace(found, fewer_steps=worse)
+    assert lost.verdict == "the plan does not beat fewer steps: -1.0 dB at 4 full steps"
+    none = replace(lost, others={2: -3.0, 3: 0.0})
+    assert none.verdict == (
+        "no plan of 8 steps beats fewer steps (-3.0 dB at 2, +0.0 dB at 3, -1.0 dB at 4 full steps): take fewer, and "
+        "forecast nothing"
+    )
+    assert replace(none, others={3: 2.0}).verdict.startswith("a plan of 8 steps beats fewer steps at 1 of 2 budgets: ")
+
+
 def test_chance_alone_is_no_reason_to_refuse(calibrator):
     """A third of the gain remains: refused where held-out samples agree on that, not where they scatter widely."""
     found = calibrator.calibrate(4, 2)
@@ -222,6 +236,11 @@ def test_command_line(digits, tmp_path, capsys):
     assert "4 of 8 steps full" in printed and "2 fitted, 2 held out" in printed
     assert "guard cg at" in printed
     profile = read_profile(open_bundle(digits), "half")
+    # A loop of few steps: every number of full steps was tried against a loop of as many, and the verdict says so.
+    assert list(profile.margins) == [str(n) for n in range(1, 8)]
+    assert profile.margins["4"] == profile.calibrated.held_out - profile.fewer_steps.held_out
+    won = sum(margin > 0 for margin in profile.margins.values())
+    assert f"verdict   a plan of 8 steps beats fewer steps at {won} of 7 budgets: " in printed
     assert profile.thresholds.keys() == {"cg"}
     picture = tmp_path / "seven.png"
     run = ["run", str(digits), "--label", "7", "--profile", "half", "--out", str(picture), "--threads", "1"]

@@ -724,8 +724,12 @@ def test_what_is_about_speed_and_memory_alone_has_no_effect(flux, pipeline):
         ("enable_cache", "expected the plan of the bundle alone, which is a cache already"),
         ("enable_layerwise_casting", "expected the precision of the bundle; export again with another --precision"),
         ("set_attn_processor", "expected the attention that was traced"),
-        ("set_adapters", "expected it in the weights at export; export again with --lora FILE"),
+        (
+            "set_adapters",
+            "expected it in the weights; load the bundle with lora=FILE, or export again with --lora FILE",
+        ),
         ("save_pretrained", "expected its bundle, which is saved already"),
+        ("_load_ip_adapter_weights", "expected no IP-Adapter, whose attentions are in no graph; use the untouched"),
     ],
 )
 def test_what_would_change_the_numbers_is_refused(flux, name, text):

@@ -577,3 +577,19 @@ def test_a_request_from_tensors_says_what_is_wrong(denoisers):
         contract.ask(denoiser, "denoiser", values | wider)
     asked = contract.ask(denoiser, "denoiser", values | {CONDITION: np.ones(first, np.float32)})
     assert asked.request.joined.axis == 2 and asked.request.negative is None
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("sd3", "block_controlnet_hidden_states"),
+        ("sd3", "joint_attention_kwargs"),  # with `ip_hidden_states`, as its pipeline passes an IP-Adapter
+        ("sd3", "skip_layers"),
+        ("qwen-image", "controlnet_block_samples"),
+    ],
+)
+def test_what_controlnets_and_image_prompts_pass_is_refused_by_name(denoisers, name, argument):
+    transformer = denoisers(name)[1].as_transformer()
+    given = {"ip_hidden_states": torch.zeros(1)} if argument.endswith("kwargs") else [torch.zeros(1)]
+    with pytest.raises(StepError, match=rf"argument `{argument}` is given, expected only timestep, .*; leave it out"):
+        transformer(torch.zeros(1), timestep=torch.tensor([500.0]), **{argument: given})

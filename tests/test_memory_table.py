@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -85,6 +86,22 @@ def test_a_row_says_what_the_bundle_will_say(traced, granularity, layout):
         assert dict(row.graph_bytes) == {name: graph.weights_bytes for name, graph in manifest.graphs.items()}
         assert row.weights_bytes == made.weights_bytes()
         assert f"gain up to {row.gain:.1f}" in card(manifest) and f"at most {row.ceiling:.2f}x" in card(manifest)
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "warmup", "said"),
+    [
+        (4, 6, 3, "few steps: ceiling 4 / 3 = 1.33x; a loop of 3 steps, all full, gains as much: `calibrate` compares"),
+        (8, 4, 3, "few steps: ceiling 8 / 4 = 2.00x; a loop of 4 steps, all full, gains as much: `calibrate` compares"),
+        (4, 6, 4, "few steps: all 4 are full, so nothing is gained; lower --warmup or --interval"),
+        (20, 6, 3, None),
+    ],
+)
+def test_what_few_steps_can_gain_is_said_plainly(traced, steps, interval, warmup, said):
+    """FLUX.1-schnell and klein take 4 steps, Qwen-Image-Lightning 8: every full step counts there."""
+    made = draft(traced("flux"), replace(options(), steps=steps, interval=interval, warmup=warmup))
+    lines = [line.strip() for line in card(describe(made, "x")).splitlines()]
+    assert [line for line in lines if line.startswith("few steps")] == ([said] if said else [])
 
 
 def test_drafts_from_one_trace_do_not_depend_on_what_was_split_before(traced):

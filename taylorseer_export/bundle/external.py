@@ -27,6 +27,7 @@ _OPERATION = 4  # field of a node: its operation
 _ENGINE = b"EPContext"  # an operation that holds an engine of some execution provider, or names its file
 _MEMORY = "_ORT_MEM_ADDR_"  # part of a location that stands for an address
 _ORT = b"ORTM"  # the mark of ONNX Runtime's own format, behind four bytes
+_NAME = 8  # field of a tensor
 _BYTES = 2  # wire type of a field that holds text, bytes or a message
 
 
@@ -48,6 +49,26 @@ def external_files(model: bytes) -> tuple[str, ...]:
         return location
 
     relocated(model, note)
+    return tuple(found)
+
+
+def initializers(model: bytes) -> tuple[str, ...]:
+    """Names of the tensors of a model's graph, wherever their values lie.
+
+    Raises:
+        ValueError: It is no message.
+    """
+    data, found = memoryview(model), []
+    try:
+        for number, _, begin, end in _fields(data):
+            if _FIELDS["model"].get(number) != "graph":
+                continue
+            graph = data[begin:end]
+            tensors = [graph[b:e] for field, _, b, e in _fields(graph) if _FIELDS["graph"].get(field) == "tensor"]
+            for tensor in tensors:
+                found += [bytes(tensor[b:e]).decode() for field, _, b, e in _fields(tensor) if field == _NAME]
+    except (IndexError, UnicodeDecodeError) as error:
+        raise ValueError(f"not an ONNX model ({type(error).__name__})") from error
     return tuple(found)
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from taylorseer_export.bundle.atomic import check_open, replacing
 from taylorseer_export.bundle.manifest import Manifest
@@ -54,6 +54,17 @@ class Profile(Sealed):
     calibrated: Evidence = Field(description="This profile.")
     regular: Evidence = Field(description="The regular plan of as many full steps, forecast by the paper's weights.")
     fewer_steps: Evidence = Field(description="A loop of as many steps as the plan has full steps, all full.")
+    margins: dict[str, float] = Field(
+        default={},
+        description="Full steps -> PSNR of held-out samples with the best plan found of as many, less that of a loop "
+        "of as many steps, all full, in dB. Of a loop of few steps every number below its length, else the plan's own.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, rest: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A profile without margins is written as it was before there were any."""
+        fields: dict[str, Any] = rest(self)
+        return fields if self.margins else {name: value for name, value in fields.items() if name != "margins"}
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,29 @@ def open_checkpoint(
     known = checkpoint.shapes if loras else {}
     family = replace(family, **family.by_config(checkpoint.config))
     family = replace(family, **family.by_pipeline.get(pipeline_of(checkpoint.folder), {}))
-    family = family if checkpoint.embedded else family.variant(checkpoint.reference)  # a name says more than a config
+    if not checkpoint.embedded:
+        named = family.variant(checkpoint.reference)  # a name says more than a config
+        if named is family:
+            _refuse_unnamed_variant(checkpoint, family)
+        family = named
     added = tuple(open_lora(lora, family.model_class, family.lora_loader, known, lora_skip) for lora in loras)
     return replace(checkpoint, family=family, loras=added, lora_skip=tuple(lora_skip))
+
+
+def _refuse_unnamed_variant(checkpoint: Checkpoint, family: Family) -> None:
+    """Refuse a checkpoint whose scheduler is set as that of a variant, and whose name does not say that it is one.
+
+    A distilled model may have the class and the config of its base, and needs other steps and no guidance.
+    """
+    given, usual = checkpoint.scheduler, family.scheduler_config
+    for word, change in family.variants.items():
+        own = change.get("scheduler_config", {})
+        if own and all(name in usual and given.get(name) == value != usual[name] for name, value in own.items()):
+            seen, expected = (", ".join(f"{name} {source[name]}" for name in own) for source in (own, usual))
+            raise CheckpointError(
+                f"scheduler of {checkpoint.reference} has {seen}, as that of a {family.name} `{word}`, expected "
+                f"{expected}; give its folder a name with the word {word}, or correct scheduler/scheduler_config.json"
+            )
 
 
 def _config_alone(path: Path) -> Path | None:
@@ -247,4 +268,20 @@ def _config(path: Path, family: Family) -> dict[str, Any]:
             f"{path} is of weights quantised by {method or 'a method it does not name'} (quantization_config), "
             "expected weights that need no scales; pass the checkpoint that they were made from"
         )
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    entries = {key: value for key, value in config.items() if not key.startswith("_")}
+    _refuse_unknown(path, entries, family)
+    return entries
+
+
+def _refuse_unknown(path: Path, entries: Mapping[str, Any], family: Family) -> None:
+    """Refuse entries that diffusers would drop: one that asks for something belongs to a newer or another model."""
+    import diffusers
+
+    model = getattr(diffusers, family.model_class)
+    taken = {*signature(model.__init__).parameters, *getattr(model, "_deprecated_kwargs", ()), *family.retired}
+    unknown = sorted(f"`{key}`" for key, value in entries.items() if value and key not in taken)
+    if unknown:
+        raise CheckpointError(
+            f"{path} has {', '.join(unknown[:5])}, which {family.model_class} of diffusers {diffusers.__version__} "
+            "does not know, expected a config of that class; upgrade diffusers, or remove what means nothing to it"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from taylorseer_export.commands.options import bundle_options, plan_options
+from taylorseer_export.commands.options import bundle_options, lora_option, plan_options
 from taylorseer_export.commands.terminal import forecasts_of, open_denoiser, progress
 from taylorseer_export.values import whole
 
@@ -15,6 +15,7 @@ SUMMARY = "Time a plan against the same engine computing every step."
 def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     bundle_options(parser)
+    lora_option(parser)
     plan_options(parser)
     parser.add_argument("--repeats", type=whole(1), default=3, help="counted pairs of loops (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")

@@ -87,7 +87,10 @@ def run(given: argparse.Namespace) -> int:
             if full_steps is not None
             else calibrator.calibrate_to(given.psnr, order)
         )
-        found = replace(found, thresholds=calibrator.thresholds(len(found.calibrated.forecasts.plan.full_steps)))
+        full_steps = len(found.calibrated.forecasts.plan.full_steps)
+        others = calibrator.margins(order, full_steps)
+        found = replace(found, thresholds=calibrator.thresholds(full_steps), others=others)
+    print(f"verdict   {found.verdict}")
     path = write_profile(denoiser.bundle, profile_of(manifest, given.name, found))
     best = found.calibrated
     plan = best.forecasts.plan

@@ -44,6 +44,18 @@ def bundle_options(parser: argparse.ArgumentParser, runs: bool = True) -> None:
         )
 
 
+def lora_option(parser: argparse.ArgumentParser) -> None:
+    """Adapters of this load alone."""
+    parser.add_argument(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        action="append",
+        default=[],
+        help="LoRA to add to the weights while they are loaded, under diffusers' names; may be repeated (default: "
+        "none, scale 1)",
+    )
+
+
 def device(text: str) -> Device:
     """`cpu`, `cuda`, or one of several GPUs by its number: `cuda:1`."""
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from taylorseer_export.commands.options import bundle_options, plan_options
+from taylorseer_export.commands.options import bundle_options, lora_option, plan_options
 from taylorseer_export.commands.terminal import (
     check_out,
     forecasts_of,
@@ -27,6 +27,7 @@ SUMMARY = "Run given latents through a bundle, teacher-forced and without a samp
 def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     bundle_options(parser)
+    lora_option(parser)
     plan_options(parser, steps=False)
     parser.add_argument(
         "--inputs", type=Path, required=True, help="safetensors: latents [S, ...], timestep [S], conditioning"

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from taylorseer_export.commands.options import bundle_options, plan_options
+from taylorseer_export.commands.options import bundle_options, lora_option, plan_options
 from taylorseer_export.commands.terminal import (
     check_out,
     open_denoiser,
@@ -42,6 +42,7 @@ SUMMARY = "Sample with a bundle: a picture, a video, or tensors."
 def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     bundle_options(parser)
+    lora_option(parser)
     plan_options(parser)
     parser.add_argument("--label", type=whole(0), nargs="+", help="classes to draw (models of classes)")
     parser.add_argument("--prompt", nargs="+", help="what to draw (bundles with text encoders)")

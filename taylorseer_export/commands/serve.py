@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ SUMMARY = "Serve bundles, or Triton servers that have them, over HTTP as the Ope
 
 _LAST_PORT = 65535
 # Options of bundles that are loaded here.
-_LOADED = "device slots queue batch workers threads memory_budget conditioning_cache warm stall".split()
+_LOADED = "device slots queue batch workers threads memory_budget conditioning_cache warm stall lora".split()
 _BUSY = ("busy_queue", "busy_profile")
 
 
@@ -50,6 +51,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     device_option(parser)
     service_options(parser, "bundle")
+    parser.add_argument(
+        "--lora",
+        metavar="NAME=FILE[:SCALE]",
+        action="append",
+        default=[],
+        help="a further model BUNDLE+NAME with this LoRA added at load, which requests choose as their `model`; may be "
+        "repeated, with one bundle (default: none)",
+    )
     parser.add_argument(
         "--busy-queue",
         type=whole(0),
@@ -133,7 +142,25 @@ def _models(given: argparse.Namespace, busy: Busy | None) -> Models:
 
     names = ("slots", "queue", "batch", "workers", "conditioning_cache", "warm")
     limits = Limits(**{name: getattr(given, name) for name in names})
-    return load_models(given.bundles, given.device, given.threads, limits, given.memory_budget, busy)
+    return load_models(given.bundles, given.device, given.threads, limits, given.memory_budget, busy, _loras(given))
+
+
+def _loras(given: argparse.Namespace) -> dict[str, str]:
+    """Name -> file, as `--lora` says them.
+
+    Raises:
+        ConfigError: One has no name, or two have the same.
+    """
+    found: dict[str, str] = {}
+    for text in given.lora:
+        name, separator, file = text.partition("=")
+        if not (separator and file and re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,31}", name)) or name in found:
+            raise ConfigError(
+                f"--lora is {text[:100]}, expected NAME=FILE or NAME=FILE:SCALE, the names of lower-case letters, "
+                "digits and . _ -, each once; write it so"
+            )
+        found[name] = file
+    return found
 
 
 def _check(given: argparse.Namespace) -> None:

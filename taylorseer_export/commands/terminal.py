@@ -28,7 +28,16 @@ def open_denoiser(given: argparse.Namespace) -> Denoiser:
 
     if given.no_cuda_graphs and not given.device.is_gpu:
         raise ConfigError("--no-cuda-graphs is given for the CPU, expected it with --device cuda; leave it out")
-    return load(given.bundle, given.device, given.threads, cuda_graphs=not given.no_cuda_graphs)
+    lora = getattr(given, "lora", ())
+    denoiser = load(given.bundle, given.device, given.threads, cuda_graphs=not given.no_cuda_graphs, lora=lora)
+    if lora:
+        from taylorseer_export.bundle.memory import size
+
+        changed = denoiser.lora
+        print(f"lora: {len(changed.weights)} weights changed, {size(changed.bytes)} of memory, no operation added")
+        if changed.unread:
+            print(f"left out: updates of {len(changed.unread)} weights that no graph reads, {changed.unread[0]} first")
+    return denoiser
 
 
 def request_options(given: argparse.Namespace, steps: int | None = None) -> RequestOptions:

@@ -255,6 +255,7 @@ class Family:
         lora_loader: Class in `diffusers.loaders` that knows how the LoRAs of the pipeline are named; none if empty.
         forward: `(model, inputs) -> noise_pred`: how the declared inputs become a call of the model, where they are
             not its arguments one by one. The trace and the eager reference of `verify` both call it this way.
+        retired: Entries of published configs that the class no longer has, and that never changed what it computes.
         variants: Word of a model's name -> what of this declaration is different for it.
         by_config: `config -> what of this declaration is different for it`.
         by_pipeline: Class name in `diffusers` of a pipeline -> what of this declaration is different in its folder.
@@ -294,6 +295,7 @@ class Family:
     first_input: tuple[str, str] | None = None
     lora_loader: str = ""
     forward: Callable[[Any, dict[str, Any]], Any] = call
+    retired: tuple[str, ...] = ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     by_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = no_entries
     by_pipeline: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

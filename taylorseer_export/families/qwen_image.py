@@ -281,6 +281,7 @@ QWEN_IMAGE = Family(
     comfy=lambda config: Comfy("QwenImage", {"encoder_hidden_states": "context"}),
     whole=Whole(decode=still, begin=still_spread, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode),
     lora_loader="QwenImageLoraLoaderMixin",
+    retired=("pooled_projection_dim",),
     forward=_forward,
     patched=_places_of_a_tensor,
 )

@@ -12,6 +12,7 @@ from taylorseer_export.method.weights import check_order
 Dialect = Literal["original", "diffusers"]
 
 FULL, FORECAST = "F", "."
+FEW_STEPS = 10  # of a distilled model: 4 to 8, and as diffusers counts them 9 of Z-Image-Turbo
 
 
 @dataclass(frozen=True)

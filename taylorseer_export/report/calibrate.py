@@ -31,6 +31,7 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.profile import Evidence, Profile
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Forecasts, Plan, Rule, forecast_weights
+from taylorseer_export.method.plan import FEW_STEPS
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.plan_search import RIDGE, Planner, directions, neighbours, regular_plan
 from taylorseer_export.report.reuse import Archive, ReuseErrors, all_full
@@ -68,12 +69,42 @@ class Way:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a calibration found, beside what it has to beat; and the thresholds of guards with as many full steps."""
+    """What a calibration found, beside what it has to beat.
+
+    Attributes:
+        calibrated, regular, fewer_steps: The plan found, the paper's of as many full steps, and as many steps all full.
+        thresholds: Of guards, with as many full steps.
+        others: Other numbers of full steps that were tried -> their margin over fewer steps, in dB.
+    """
 
     calibrated: Way
     regular: Way
     fewer_steps: Way
     thresholds: Mapping[Rule, float] = field(default_factory=dict)
+    others: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def margin(self) -> float:
+        """How far it is above fewer steps on held-out samples, in dB; below where negative."""
+        return self.calibrated.held_out - self.fewer_steps.held_out
+
+    @property
+    def margins(self) -> dict[int, float]:
+        """Full steps -> that margin, of it and of the other numbers that were tried."""
+        return dict(sorted({**self.others, len(self.fewer_steps.forecasts): self.margin}.items()))
+
+    @property
+    def verdict(self) -> str:
+        """Whether a plan beats fewer steps, in one sentence."""
+        steps, ahead = len(self.calibrated.forecasts), {n: gap for n, gap in self.margins.items() if gap > 0}
+        shown = ", ".join(f"{gap:+.1f} dB at {n}" for n, gap in self.margins.items())
+        if not self.others:
+            said = "beats" if ahead else "does not beat"
+            return f"the plan {said} fewer steps: {shown} full steps"
+        if not ahead:
+            return f"no plan of {steps} steps beats fewer steps ({shown} full steps): take fewer, and forecast nothing"
+        budgets = f"{len(ahead)} of {len(self.margins)} budgets"
+        return f"a plan of {steps} steps beats fewer steps at {budgets}: {shown} full steps"
 
     @property
     def samples(self) -> int:
@@ -186,6 +217,14 @@ class Calibrator:
                 "lower it"
             )
         return found
+
+    def margins(self, order: int, known: int) -> dict[int, float]:
+        """Full steps -> margin over fewer steps in dB, of every number but the `known` one; none in a longer loop.
+
+        A loop of few steps has few budgets, so that each is tried: whether any plan beats fewer steps is then known.
+        """
+        tried = range(1, self.steps) if self.steps <= FEW_STEPS else ()
+        return {n: self.calibrate(n, order, moves=0).margin for n in tried if n != known}
 
     def thresholds(self, full_steps: int) -> dict[Rule, float]:
         """Of every guard of the bundle, the threshold that gives at most as many full steps on the fitted samples.
@@ -344,6 +383,7 @@ def profile_of(manifest: Manifest, name: str, found: Calibration) -> Profile:
         calibrated=evidence(found.calibrated),
         regular=evidence(found.regular),
         fewer_steps=evidence(found.fewer_steps),
+        margins={str(n): margin for n, margin in found.margins.items()},
     )
 
 

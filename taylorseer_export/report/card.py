@@ -7,6 +7,7 @@ import textwrap
 from taylorseer_export.bundle.manifest import GraphName, Manifest, PartName, PipelinePart, Tensor
 from taylorseer_export.bundle.memory import probe_bytes, size, state_bytes, table_bytes, video_bytes
 from taylorseer_export.method import Forecasts, Plan, forecast_weights, gain
+from taylorseer_export.method.plan import FEW_STEPS
 
 _WIDTH = 118  # columns
 _MANY = ("taylor", "cache")  # how roles begin of which a graph has one tensor for each site or layer
@@ -40,6 +41,7 @@ def card(manifest: Manifest) -> str:
         f"             {len(plan)} steps, {len(plan.full_steps)} full: speed-up at most {plan.ceiling:.2f}x"
         f" (interval {manifest.plan.interval}, warmup {manifest.plan.warmup}, order {manifest.plan.order},"
         f" {manifest.plan.dialect} dialect, gain up to {highest_gain(Forecasts(plan, manifest.plan.order)):.1f})",
+        *_few_steps(plan),
     ]
     for name, when in _WHEN.items():
         if name not in manifest.graphs:
@@ -61,6 +63,17 @@ def card(manifest: Manifest) -> str:
         "             quoted at " + ", ".join(f"{name} {value}" for name, value in sizes.items()),
     ]
     return "\n".join(lines)
+
+
+def _few_steps(plan: Plan) -> list[str]:
+    """What forecasting can gain in a loop of a distilled model; no line for longer loops."""
+    steps, full = len(plan), len(plan.full_steps)
+    if steps > FEW_STEPS:
+        return []
+    if full == steps:
+        return [" " * 13 + f"few steps: all {steps} are full, so nothing is gained; lower --warmup or --interval"]
+    said = f"few steps: ceiling {steps} / {full} = {plan.ceiling:.2f}x; a loop of {full} steps, all full, gains as much"
+    return [f"{' ' * 13}{said}: `calibrate` compares"]
 
 
 def _of_part(name: PartName, described: PipelinePart) -> list[str]:

@@ -63,6 +63,11 @@ def clock(
             f"{name} sets {len(timesteps)} timesteps for {steps} steps, expected one for each; use the bundle in a "
             "diffusers pipeline, or export with another scheduler in scheduler/scheduler_config.json"
         )
+    return model_timesteps(manifest, timesteps)
+
+
+def model_timesteps(manifest: Manifest, timesteps: np.ndarray) -> np.ndarray:
+    """What the pipeline passes to the model, of the scheduler's timesteps: float32 both."""
     divisor = np.float32(manifest.sampling.timestep_divisor)
     return ((divisor - timesteps) if manifest.pipeline.timestep_reversed else timesteps) / divisor
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.decoding import Decoder, open_decoder
 from taylorseer_export.runtime.engines import open_runner
 from taylorseer_export.runtime.frames import FrameEncoder, open_picture_encoder
+from taylorseer_export.runtime.lora import Merged, merged
 from taylorseer_export.runtime.parts import Encoder, Part, open_part
 from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
@@ -37,6 +38,7 @@ def load(
     cuda_graphs: bool = True,
     check: bool = True,
     devices: Mapping[PartName, str | Device] | None = None,
+    lora: str | Path | Sequence[str | Path] = (),
 ) -> Denoiser:
     """Check a bundle, load its engines, and check what they compute.
 
@@ -50,16 +52,21 @@ def load(
             overflows is first seen in a picture.
         devices: Where parts of the pipeline run that are not to run where the denoiser does, by name. They are loaded
             when they are first asked for.
+        lora: LoRAs that are added to the weights of this load, `FILE` or `FILE:SCALE`, under diffusers' names; see
+            `lora.py`. A profile stays what it was calibrated without them.
 
     Raises:
         BundleError: The bundle is missing, damaged, too new, not for this machine, or its engines overflow.
-        ConfigError: The device is none, or a GPU that is not here.
+        ConfigError: The device is none, or a GPU that is not here; or a LoRA does not fit the bundle or its engines.
     """
     asked = Device.parse(device)
     bundle = folder if isinstance(folder, Bundle) else open_bundle(Path(folder), progress)
-    runner = open_runner(bundle, asked, threads, cuda_graphs)
+    given = (lora,) if isinstance(lora, str | Path) else tuple(lora)
+    adapted = merged(given, bundle)
+    runner = open_runner(bundle, asked, threads, cuda_graphs, adapted.weights)
     places = {name: Device.parse(place) for name, place in (devices or {}).items()}
     denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places)
+    denoiser.lora = adapted
     if check:
         try:
             check_engines(denoiser.contract, runner, denoiser.device)
@@ -85,6 +92,9 @@ class Denoiser:
         device: Where the engines are.
         threads: CPU threads of each engine of a part; 0 leaves it to the engine.
         devices: Where parts of the pipeline run, by name; where the denoiser does if left out.
+
+    Attributes:
+        lora: What LoRAs changed when it was loaded.
     """
 
     def __init__(
@@ -98,6 +108,7 @@ class Denoiser:
     ) -> None:
         self.manifest, self.runner, self.bundle, self.device = manifest, runner, bundle, device
         self._threads, self._devices = threads, devices or {}
+        self.lora = Merged()
         self.contract = Contract(manifest)
         self.latent, self.timestep = self.contract.latent, self.contract.timestep
         self.constants, self.defaults = self.contract.constants, self.contract.defaults

@@ -4,6 +4,7 @@
 
 It is called as the transformer was, and learns from the calls alone where a request begins and which step and branch a
 call is (`calls.py` tells by what rule, and `callers.py` whose loop it is); nothing is hooked and nothing is global.
+In a modular pipeline the guider states them (`guiders.py`).
 `request` and `begin` state the same things exactly, for loops of one's own.
 """
 
@@ -32,6 +33,7 @@ from taylorseer_export.runtime.arguments import form_of, latent_of, rows_ahead
 from taylorseer_export.runtime.callers import Callers
 from taylorseer_export.runtime.calls import Branch, Context, LoopState, Seen, TransformerCall, host_array
 from taylorseer_export.runtime.engine_module import EngineModule
+from taylorseer_export.runtime.guiders import Guidance, Signed
 from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.values import check_prediction
@@ -79,6 +81,8 @@ class DropIn(EngineModule):
             by forecasts, unless one is given. The branches of guidance share the decisions of the one that is called
             first.
         threshold, guard_order, cap, accumulate: Of a guard given by name; a profile beside it brings the threshold.
+        guider: The guider of the modular pipeline that it is put in, `pipe.guider`: its state then says the step, the
+            length of the loop and the branch of a call, outside a `cache_context`.
 
     Attributes:
         forecasts: What a loop begins with.
@@ -104,6 +108,7 @@ class DropIn(EngineModule):
         guard_order: int | None = None,
         cap: int | None = None,
         accumulate: bool = False,
+        guider: Any = None,
     ) -> None:
         super().__init__(_DTYPES[denoiser.manifest.precision], denoiser.device)
         self.denoiser = denoiser
@@ -121,9 +126,11 @@ class DropIn(EngineModule):
         self._renewed = frozenset(pipeline.cast_inputs)
         self._lists, self._ahead = (pipeline.arguments == word for word in ("lists", "rows-ahead"))
         self._callers = Callers()
+        self._guidance = None if guider is None else Guidance(guider, denoiser.manifest)
 
     # What a pipeline asks of its transformer -------------------------------------------------------------------------
 
+    @Signed
     def forward(self, hidden_states: Any = None, *placed: Any, return_dict: bool = True, **inputs: Any) -> Any:
         """One call of the transformer, under diffusers' argument names.
 
@@ -259,8 +266,11 @@ class DropIn(EngineModule):
 
     def _predict(self, latents: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         here = self._callers.here
-        call = self._call(here.context, latents, inputs)
-        request, name, begins = self._request_of(here.loop, call)
+        call, steps = self._call(here.context, latents, inputs), None
+        if call.context is None and self._guidance is not None:
+            context, steps = self._guidance.context(here.loop, call.timestep)
+            call = call._replace(context=context)
+        request, name, begins = self._request_of(here.loop, call, steps)
         if begins:
             request.advance(call)
             if request.step >= len(request.plan):
@@ -328,8 +338,13 @@ class DropIn(EngineModule):
             )
         return float(values[0])
 
-    def _request_of(self, running: LoopState | None, call: TransformerCall) -> tuple[LoopState, str, bool]:
-        """The request that a call belongs to, a new one if not the one under way; its branch; whether it is a step."""
+    def _request_of(
+        self, running: LoopState | None, call: TransformerCall, steps: int | None
+    ) -> tuple[LoopState, str, bool]:
+        """The request that a call belongs to, a new one if not the one under way; its branch; whether it is a step.
+
+        Where a guider states the `steps` of the loop, an explicit plan must have as many.
+        """
         if running is not None:
             name, begins = running.branch_of(call)
             if running.continues(call, name, begins):
@@ -340,7 +355,12 @@ class DropIn(EngineModule):
         renewed = running is not None and running.renews(call)
         if running is not None and running.alike(call):  # else it may have been left by an error elsewhere
             running.warn_if_short()
-        loop = LoopState(self.forecasts, self._options.fixes_length, renewed=renewed)
+        forecasts, fixed = self.forecasts, self._options.fixes_length
+        if steps is not None and fixed:
+            forecasts.plan.check_length(steps)
+        elif steps is not None:
+            forecasts, fixed = self._forecasts_of(replace(self._options, steps=steps)), True
+        loop = LoopState(forecasts, fixed, renewed=renewed)
         self._callers.begin(loop)
         return loop, *loop.branch_of(call)
 

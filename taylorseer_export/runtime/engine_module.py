@@ -31,8 +31,10 @@ _WITHOUT_EFFECT = frozenset(
         "unfuse_qkv_projections",
     }
 )
-_AT_EXPORT = "expected it in the weights at export; export again with --lora FILE"
+_AT_EXPORT = "expected it in the weights; load the bundle with lora=FILE, or export again with --lora FILE"
 _REFUSED = {
+    # What `load_ip_adapter` of a pipeline comes to.
+    "_load_ip_adapter_weights": "expected no IP-Adapter, whose attentions are in no graph; use the untouched model",
     "add_adapter": _AT_EXPORT,
     "enable_cache": "expected the plan of the bundle alone, which is a cache already; leave it out",
     "enable_gradient_checkpointing": "expected inference, since engines are not trained; train the untouched model",

@@ -1,17 +1,21 @@
 """Which runner serves which kind of engine, and the checks that come before any engine is touched.
 
-Each runner's module has `open_runner(bundle, device, threads, cuda_graphs)`. It checks what its engines are tied to
-(library and version, compute capability, driver) against this machine, and only then loads a file.
+Each runner's module has `open_runner(bundle, device, threads, cuda_graphs)`, with `weights` where these may be changed
+at load. It checks what its engines are tied to (library and version, compute capability, driver) against this machine,
+and only then loads a file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
+
+import numpy as np
 
 from taylorseer_export.bundle.device import CPU, Device
 from taylorseer_export.bundle.driver import check_number
 from taylorseer_export.bundle.store import Bundle
-from taylorseer_export.errors import BundleError
+from taylorseer_export.errors import BundleError, ConfigError
 from taylorseer_export.runtime.runner import Runner
 
 # Kind of engine -> the module that runs it.
@@ -24,7 +28,17 @@ _RUNNERS = {
 }
 
 
-def open_runner(bundle: Bundle, device: Device = CPU, threads: int = 0, cuda_graphs: bool = True) -> Runner:
+# Kinds whose weights can be others than the bundle's when they are loaded.
+_OPEN = ("onnxruntime", "inductor")
+
+
+def open_runner(
+    bundle: Bundle,
+    device: Device = CPU,
+    threads: int = 0,
+    cuda_graphs: bool = True,
+    weights: Mapping[str, np.ndarray] | None = None,
+) -> Runner:
     """Load the engines of a checked bundle.
 
     Args:
@@ -32,10 +46,11 @@ def open_runner(bundle: Bundle, device: Device = CPU, threads: int = 0, cuda_gra
         device: Where they are to run.
         threads: CPU threads of each engine; 0 leaves it to the engine.
         cuda_graphs: Whether calls on a GPU are replayed as CUDA graphs; the runner counts the calls that are not.
+        weights: Tensor name -> bits that take the place of the bundle's, as `Merged` has them.
 
     Raises:
         BundleError: The engines are not for this device, machine or version; says how to rebuild them here.
-        ConfigError: There is no GPU of that number.
+        ConfigError: There is no GPU of that number, or the engines hold their weights and `weights` are given.
     """
     engine = bundle.manifest.engine
     if engine.kind not in _RUNNERS:
@@ -51,7 +66,13 @@ def open_runner(bundle: Bundle, device: Device = CPU, threads: int = 0, cuda_gra
             f"choose one of those, or export again with `{bundle.manifest.command(device.kind)}`"
         )
     check_number(device)
-    runner: Runner = import_module(_RUNNERS[engine.kind]).open_runner(bundle, device, threads, cuda_graphs)
+    if weights and (engine.kind not in _OPEN or engine.options.get("provider") == "tensorrt"):
+        raise ConfigError(
+            f"lora is given for engines of kind {engine.kind}, which hold their weights, expected one of "
+            f"{', '.join(_OPEN)} (without --provider tensorrt); export again with --lora FILE"
+        )
+    change = {"weights": weights} if weights else {}
+    runner: Runner = import_module(_RUNNERS[engine.kind]).open_runner(bundle, device, threads, cuda_graphs, **change)
     return runner
 
 

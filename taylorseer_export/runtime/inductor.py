@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from taylorseer_export.bundle.contract import NOTE, signature
 from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import Graph
@@ -21,7 +23,13 @@ from taylorseer_export.runtime.torch_runner import TorchRunner, current, located
 WEIGHTS = "weights.safetensors"
 
 
-def open_runner(bundle: Bundle, device: Device, threads: int, cuda_graphs: bool = True) -> TorchRunner:
+def open_runner(
+    bundle: Bundle,
+    device: Device,
+    threads: int,
+    cuda_graphs: bool = True,
+    weights: Mapping[str, np.ndarray] | None = None,
+) -> TorchRunner:
     """Load the package of a bundle.
 
     Args:
@@ -29,6 +37,7 @@ def open_runner(bundle: Bundle, device: Device, threads: int, cuda_graphs: bool 
         device: Where to run; a GPU without a number is torch's current one.
         threads: Threads on the CPU, of the whole process; 0 leaves them as they are.
         cuda_graphs: Whether calls on a GPU are captured.
+        weights: Tensor name -> bits in the place of the bundle's; bfloat16 as uint16.
 
     Raises:
         BundleError: torch is not installed, of another version, or the machine is not the kind it was built for.
@@ -42,15 +51,15 @@ def open_runner(bundle: Bundle, device: Device, threads: int, cuda_graphs: bool 
     package = bundle.path(next(iter(graphs.values())).file)  # one for all
     try:
         with current(device):
-            weights = _Weights(bundle.path(WEIGHTS), device)
-            functions = _functions(package, weights, graphs, device)
+            held = _Weights(bundle.path(WEIGHTS), device, weights or {})
+            functions = _functions(package, held, graphs, device)
     except (RuntimeError, KeyError) as error:
         raise BundleError(
             f"{package} is refused by torch {torch.__version__} ({first_line(error)}), expected a "
             f"package it can load; build it again with `{bundle.manifest.command()}`"
         ) from error
     runner = TorchRunner(functions, graphs, device, cuda_graphs)
-    empty_after(weights, weights.tensors.values(), runner.order)  # a package keeps them when it goes itself
+    empty_after(held, held.tensors.values(), runner.order)  # a package keeps them when it goes itself
     return runner
 
 
@@ -89,13 +98,16 @@ def _checked_device(bundle: Bundle, torch: Any, asked: Device) -> Device:
 class _Weights:
     """The tensors of all graphs; every function holds them.
 
-    On the CPU they are mapped: the pages are shared with every other process.
+    On the CPU they are mapped: the pages are shared with every other process. The `changed` ones are not.
     """
 
-    def __init__(self, path: Path, device: Device) -> None:
+    def __init__(self, path: Path, device: Device, changed: Mapping[str, np.ndarray]) -> None:
+        import torch
         from safetensors.torch import load_file
 
         self.tensors: dict[str, Any] = load_file(path, str(device))
+        for name, bits in changed.items():
+            self.tensors[name] = torch.from_numpy(bits).view(self.tensors[name].dtype).to(str(device))
 
 
 def _functions(

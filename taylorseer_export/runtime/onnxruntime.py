@@ -13,7 +13,7 @@ import numpy as np
 
 from taylorseer_export.bundle.contract import unlike
 from taylorseer_export.bundle.device import CPU, Device
-from taylorseer_export.bundle.external import external_files, relocated
+from taylorseer_export.bundle.external import external_files, initializers, relocated
 from taylorseer_export.bundle.manifest import Dimension, Graph
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import Bundle
@@ -44,8 +44,14 @@ _MOST_BOUND = 4096  # copies that are kept bound: rows of several tables of the 
 _ALIGNMENT = 256  # bytes; what TensorRT asks for, and a multiple of every cache line
 
 
-def open_runner(bundle: Bundle, device: Device, threads: int, cuda_graphs: bool = True) -> OnnxRuntimeRunner:
-    """Load the graphs of a bundle.
+def open_runner(
+    bundle: Bundle,
+    device: Device,
+    threads: int,
+    cuda_graphs: bool = True,
+    weights: Mapping[str, np.ndarray] | None = None,
+) -> OnnxRuntimeRunner:
+    """Load the graphs of a bundle, `weights` in the place of its own of these names.
 
     Raises:
         BundleError: onnxruntime is not installed, of another minor version, has no such device, or refuses a file.
@@ -56,7 +62,8 @@ def open_runner(bundle: Bundle, device: Device, threads: int, cuda_graphs: bool 
         bundle.check_listed(graph.file)
     files = {name: bundle.path(graph.file) for name, graph in graphs.items()}
     provider = bundle.manifest.engine.options.get("provider") if device.is_gpu else None
-    return OnnxRuntimeRunner(files, graphs, device, threads, provider, cuda_graphs, bundle.manifest.dimensions)
+    ranges = bundle.manifest.dimensions
+    return OnnxRuntimeRunner(files, graphs, device, threads, provider, cuda_graphs, ranges, weights)
 
 
 def _library() -> Any:
@@ -83,6 +90,7 @@ class OnnxRuntimeRunner:
             session, which would replay the first call for all, so it has none here and its calls count as fallbacks.
             Other libraries must keep off the GPUs of this process while a call is bound: they end the capture.
         dimensions: Ranges of the sizes, which the TensorRT provider builds for.
+        weights: Tensor name -> values in the place of the files'; bfloat16 as its bits, uint16. All graphs share them.
 
     Raises:
         BundleError: onnxruntime is not installed, has no such device, or refuses a file.
@@ -97,6 +105,7 @@ class OnnxRuntimeRunner:
         provider: str | None = None,
         cuda_graphs: bool = True,
         dimensions: Mapping[str, Dimension] | None = None,
+        weights: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         onnxruntime = _library()
         self.graphs, self.device, self.fallbacks = graphs, device.at(0), 0
@@ -115,6 +124,7 @@ class OnnxRuntimeRunner:
         # Every bound call has a number, under which the provider keeps its CUDA graph.
         self._numbers = itertools.count(1) if kind == "cuda" and cuda_graphs else None
         self._sessions: dict[str, Any] = {}
+        self._weights = {name: _value(onnxruntime, bits) for name, bits in (weights or {}).items()}
         place = {"device_id": str(self.device.number)}
         for name, path in files.items():
             providers: list[Any] = [first]
@@ -129,6 +139,9 @@ class OnnxRuntimeRunner:
                 source, folder = _source(path)
                 if folder is not None:
                     options.add_session_config_entry(_EXTERNAL_FOLDER, str(folder))
+                own = self._weights.keys() & set(initializers(path.read_bytes())) if self._weights else set()
+                if own:
+                    options.add_external_initializers([*own], [self._weights[weight] for weight in own])
                 with self._turn:
                     self._sessions[name] = onnxruntime.InferenceSession(
                         source, options, providers=providers, disabled_optimizers=_SLOW_FUSIONS
@@ -214,6 +227,14 @@ class OnnxRuntimeRunner:
     def close(self) -> None:
         with self._turn:  # a session that ends while one of this process captures takes the process with it
             self._sessions.clear()
+            self._weights.clear()
+
+
+def _value(onnxruntime: Any, bits: np.ndarray) -> Any:
+    """Weights as ONNX Runtime takes them; they keep their memory."""
+    if bits.dtype == np.uint16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(bits)
 
 
 def _options(onnxruntime: Any, threads: int) -> Any:

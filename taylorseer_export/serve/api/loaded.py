@@ -198,6 +198,7 @@ def load_models(
     limits: Limits | None = None,
     memory_budget: int | None = None,
     busy: Busy | None = None,
+    loras: Mapping[str, str] | None = None,
 ) -> Models:
     """Load bundles and warm them up, or none of them.
 
@@ -208,11 +209,15 @@ def load_models(
         limits: Of each; their `slot_bytes` follow from the budget, and `batch` 0 chooses by the device.
         memory_budget: Bytes of the weights, Taylor buffers and step tables of one; None for the usual room.
         busy: As in `Loaded`, for all of them.
+        loras: Name -> `FILE` or `FILE:SCALE`; each adds a model `<bundle>+<name>` that a request may ask for.
 
     Raises:
         BundleError: A bundle is missing, damaged or not for this machine.
-        ConfigError: One makes no pictures or lacks the profile, two have one name, or calls are to be shared on a GPU.
+        ConfigError: One makes no pictures or lacks the profile, two have one name, calls are to be shared on a GPU, or
+            LoRAs are given for several bundles, or do not fit the one.
     """
+    if loras and len(folders) != 1:
+        raise ConfigError(f"--lora is given with {len(folders)} bundles, expected one; serve each by itself")
     asked = limits or Limits()
     if device.is_gpu and asked.batch > 1:
         raise ConfigError(
@@ -221,9 +226,13 @@ def load_models(
     batch = asked.batch or (1 if device.is_gpu else asked.slots)
     models: list[Loaded] = []
     try:
-        for folder in folders:
-            denoiser = load(folder, device, threads)
+        adapted = [(folder, name, lora) for folder in folders for name, lora in (loras or {}).items()]
+        for folder, name, lora in [*((folder, "", ()) for folder in folders), *adapted]:
+            denoiser = load(folder, device, threads, lora=lora)
             try:
+                if name:
+                    called = {"name": f"{denoiser.manifest.name}+{name}"}
+                    denoiser.manifest = denoiser.manifest.model_copy(update=called)
                 manifest = denoiser.manifest
                 check_draws(manifest)
                 for size in (None, *asked.warm):  # ready means that a prompt can be drawn

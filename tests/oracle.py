@@ -118,6 +118,16 @@ FAMILIES = {
         ),
         call=chroma,
     ),
+    **dict.fromkeys(
+        ("LongCatImageTransformer2DModel", "OvisImageTransformer2DModel"),
+        Family(
+            (
+                (r"transformer_blocks\.\d+\.attn", (0, 1)),  # image, text
+                (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
+                (r"single_transformer_blocks\.\d+\.proj_out", None),  # text then image rows
+            ),
+        ),
+    ),
     "ZImageTransformer2DModel": Family(
         ((r"(noise_refiner|layers)\.\d+\.(attention|ffn)_norm2", None),),  # image, its padding, text, its padding
         first="noise_refiner.0",

@@ -268,7 +268,14 @@ def test_a_config_that_is_none_of_flux2_is_refused(change):
 
 
 @pytest.mark.parametrize(
-    ("family", "sibling"), [("flux2", "flux-kontext"), ("flux", "flux2"), ("chroma", "flux2"), ("z-image", "chroma")]
+    ("family", "sibling"),
+    [
+        ("flux2", "flux-kontext"),
+        ("flux", "flux2"),
+        ("chroma", "flux2"),
+        ("z-image", "chroma"),
+        ("longcat-image", "ovis-image"),
+    ],
 )
 def test_a_checkpoint_of_a_sibling_is_refused(family, sibling):
     folder = open_checkpoint(None, FAMILIES[sibling]).root

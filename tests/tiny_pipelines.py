@@ -29,6 +29,8 @@ from diffusers import (
     HunyuanVideoFramepackPipeline,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
+    LongCatImagePipeline,
+    OvisImagePipeline,
     QwenImageEditPipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
@@ -121,6 +123,39 @@ def chroma_pipeline(transformer, text_encoder=None, tokenizer=None):
             vae=tiny_vae(transformer.config.in_channels // 4),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
+            transformer=transformer,
+        )
+    )
+
+
+def longcat_image_pipeline(transformer):
+    """Pictures of a multiple of 4 pixels; a prompt becomes 6 random tokens, since the pipeline takes no embeddings."""
+    pipe = LongCatImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_vae(16),
+        text_encoder=None,
+        tokenizer=None,
+        text_processor=None,
+        transformer=transformer,
+    )
+    shape = (1, 6, transformer.config.joint_attention_dim)
+
+    def encode(prompt):
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(len(prompt[0])))
+        return drawn.to(pipe.transformer.dtype)
+
+    pipe._encode_prompt = encode
+    return _quiet(pipe)
+
+
+def ovis_image_pipeline(transformer):
+    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        OvisImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_vae(transformer.config.in_channels // 4),
+            text_encoder=None,
+            tokenizer=None,
             transformer=transformer,
         )
     )

@@ -40,6 +40,8 @@ MODELS = {
     "flux2-base": "flux2 (klein base)",
     "flux2-edit": "flux2-edit",
     "chroma": "chroma",
+    "longcat-image": "longcat-image",
+    "ovis-image": "ovis-image",
     "z-image": "z-image",
     "dit": "dit",
     "hidream": "hidream",

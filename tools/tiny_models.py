@@ -20,6 +20,8 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoTransformer3DModel,
+    LongCatImageTransformer2DModel,
+    OvisImageTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
@@ -165,6 +167,57 @@ def chroma_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=
         "txt_ids": torch.zeros(text_tokens, 3),
     }
     return _trajectory(sigma, (batch, height * width, config.in_channels), rng), sigma, conditioning
+
+
+def tiny_longcat_image(seed=0):
+    """LongCat-Image of width 32, float32, eval; its pipeline makes latents of 64 channels and no others."""
+    return randomised(
+        lambda: LongCatImageTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        seed,
+    )
+
+
+def tiny_ovis_image(seed=0):
+    """Ovis-Image of width 32, float32, eval."""
+    return randomised(
+        lambda: OvisImageTransformer2DModel(
+            in_channels=16,
+            out_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        seed,
+    )
+
+
+def diagonal_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0, places=(0, 0)):
+    """As `flux_inputs`; words run along the diagonal, and the picture's places begin with (picture, corner)."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    sigma = torch.linspace(1.0, 1.0 / steps, steps)
+    txt_ids = torch.arange(text_tokens).float()[:, None] * torch.tensor([0.0, 1.0, 1.0])
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.joint_attention_dim, generator=rng),
+        "img_ids": _places(places[0], 1, height, width)[0, :, :3].float() + torch.tensor([0.0, places[1], places[1]]),
+        "txt_ids": txt_ids,
+    }
+    return _trajectory(sigma, (batch, height * width, config.in_channels), rng), sigma, conditioning
+
+
+def longcat_image_inputs(model, steps, **sizes):
+    """As `diagonal_inputs`; the picture begins behind 512 words."""
+    return diagonal_inputs(model, steps, places=(1, 512), **sizes)
 
 
 def tiny_z_image(seed=0, layers=2):
@@ -499,6 +552,8 @@ MODELS = {
     "flux2-edit": ("flux2-edit", lambda: tiny_flux2(seed=2, double=1), flux2_edit_inputs),
     "chroma": ("chroma", tiny_chroma, chroma_inputs),
     "z-image": ("z-image", tiny_z_image, z_image_inputs),
+    "longcat-image": ("longcat-image", tiny_longcat_image, longcat_image_inputs),
+    "ovis-image": ("ovis-image", tiny_ovis_image, diagonal_inputs),
     "qwen-image": ("qwen-image", tiny_qwen_image, qwen_image_inputs),
     "qwen-image-edit": ("qwen-image-edit", lambda: tiny_qwen_image(seed=1), qwen_image_edit_inputs),
     "qwen-image-edit-2511": (

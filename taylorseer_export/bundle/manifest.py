@@ -46,7 +46,7 @@ Role = Literal[
     "latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred",
     "probe_in", "probe_out", "error", "carried", "tokens", "picture", "cache_in", "cache_out",
 ]  # fmt: skip
-Fill = Literal["ones", "zeros", "grid", "line", "sides", "frames", "guidance"]
+Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "guidance"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
 
 
@@ -76,11 +76,12 @@ class Tensor(Part):
     fill: Fill | None = Field(
         default=None,
         description="What it holds where that follows from the sizes, so that a request may leave it out. ones, zeros. "
-        "grid: (first, row, column) of each token, and zeros. line: zeros, and the number of each token. sides: (1, "
-        "rows, columns) of each picture in tokens, the latent first. frames: first, first + 1 and so on. guidance: the "
-        "guidance scale times the pipeline's guidance_factor.",
+        "grid: (first, row, column) of each token, and zeros. line: zeros, and the number of each token. diagonal: a "
+        "zero, and that number in all other places. sides: (1, rows, columns) of each picture in tokens, the latent "
+        "first. frames: first, first + 1 and so on. guidance: the guidance scale times the pipeline's guidance_factor.",
     )
     first: int = Field(default=0, description="Where the fills grid and frames begin.")
+    corner: int = Field(default=0, description="Row and column of the first token of the fill grid.")
 
 
 class Graph(Part):
@@ -215,6 +216,7 @@ class Pipeline(Part):
     guidance_keeps_norm: bool = Field(
         default=False, description="Whether a guided prediction is as long as the conditional one, token by token."
     )
+    guidance_cuts_norm: bool = Field(default=False, description="Whether it is at most as long as that.")
     prediction_sign: Literal[1, -1] = Field(
         default=1, description="-1 where the model predicts the way to the picture instead of that to the noise."
     )

@@ -14,7 +14,7 @@ from taylorseer_export.families.whole import Whole
 Role = Literal["latent", "step", "constant"]
 Guidance = Literal["none", "embedded", "batched", "branches"]
 _PACKING = 2
-Fill = Literal["ones", "zeros", "grid", "line", "sides", "frames", "guidance"]
+Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "guidance"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,11 @@ class Input:
         values: (smallest, largest) value allowed, where the model looks something up by it.
         fill: What its values are where they follow from the sizes alone, so that a request may leave it out: `ones`
             and `zeros`; `grid`, a row of (first, row, column) for each token, with zeros behind where it is longer;
-            `line`, zeros but for the last column, which counts the tokens; `sides`, (1, rows, columns) of each picture
-            in tokens, the latent first; `frames`, first, first + 1 and so on; `guidance`, the guidance scale times
-            `Pipeline.guidance_factor`.
+            `line`, zeros but for the last column, which counts the tokens; `diagonal`, the same but for the first;
+            `sides`, (1, rows, columns) of each picture in tokens, the latent first; `frames`, first, first + 1 and so
+            on; `guidance`, the guidance scale times `Pipeline.guidance_factor`.
         first: Where `grid` and `frames` begin.
+        corner: (row, column) of the first token of `grid`, both the same.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Input:
     values: tuple[int, int] | None = None
     fill: Fill | None = None
     first: int = 0
+    corner: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Pipeline:
         guidance_offset: What is added to the guidance scale of two predictions before they are weighed, dimensionless:
             1 where the pipeline counts from the conditional one, so that its scale of 0 is no guidance.
         guidance_keeps_norm: Whether a guided prediction is made as long as the conditional one, token by token.
+        guidance_cuts_norm: Whether it is made no longer than that.
         prediction_sign: -1 where the model predicts the way to the picture; schedulers take the way to the noise.
         timestep_reversed: Whether the model takes how far a step is from the noise, 1 - t / timestep_divisor.
         flow_steps: What a flow-matching scheduler is given: evenly spaced `sigmas`, or a `count` of steps.
@@ -94,6 +97,7 @@ class Pipeline:
     guidance_factor: float = 1.0
     guidance_offset: float = 0.0
     guidance_keeps_norm: bool = False
+    guidance_cuts_norm: bool = False
     prediction_sign: Literal[1, -1] = 1
     timestep_reversed: bool = False
     flow_steps: Literal["sigmas", "count"] = "sigmas"

@@ -34,6 +34,7 @@ from tiny_pipelines import (
     hunyuan_image_pipeline,
     hunyuan_pipeline,
     kontext_pipeline,
+    krea_2_pipeline,
     longcat_image_pipeline,
     ovis_image_pipeline,
     qwen_image_edit_pipeline,
@@ -103,6 +104,14 @@ Z_IMAGE = {
     "guidance_scale": 2.0,
 }
 EDIT_PLUS = partial(qwen_image_edit_pipeline, pipeline=QwenImageEditPlusPipeline)
+KREA_2 = {
+    "height": 32,
+    "width": 48,
+    "guidance_scale": 2.0,
+    "prompt_embeds_mask": MASK.bool(),
+    "negative_prompt_embeds_mask": torch.ones(1, 6).bool(),
+    **guided("prompt_embeds", prompt_embeds=text(6, 3, 16)),
+}
 PICTURES = [PICTURE, PICTURE.resize((32, 16))]
 SD3 = guided("prompt_embeds", "pooled_prompt_embeds", prompt_embeds=text(6, 24), pooled_prompt_embeds=text(20))
 HIDREAM = guided(
@@ -166,6 +175,7 @@ CASES = {
         {"0"},
     ),
     "chroma": ("chroma", chroma_pipeline, SMALL | CHROMA, {"0", "1"}),
+    "krea-2": ("krea-2", krea_2_pipeline, KREA_2, {"0", "1"}),
     "longcat-image": (
         "longcat-image",
         longcat_image_pipeline,
@@ -397,7 +407,7 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     latents = calls[0][0]
     sizes = match(denoiser.latent.shape, tuple(latents.shape), {}, "latents")
     tokens = denoiser.manifest.pipeline.packing > 1 or name == "z-image"
-    token = 16 if name.startswith("qwen-image") else 4  # pixels of its side
+    token = 16 if name.startswith(("qwen-image", "krea-2")) else 4  # pixels of its side
     sides = tuple(int(options[side]) // token for side in ("height", "width")) if tokens else None
     asked = None if denoiser.manifest.sampling.guidance == "none" else scale
     request = tensor_request(denoiser, tensors_of(denoiser, calls), [0], sizes, sides, asked)

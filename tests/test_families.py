@@ -64,6 +64,11 @@ ROWS = {
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "attention_mask", "img_ids", "txt_ids"}),
     ),
+    "krea-2": Row(
+        ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
+        frozenset({"encoder_hidden_states", "position_ids", "encoder_attention_mask"}),
+        frozenset({"rms_norm"}),  # the final norm
+    ),
     **dict.fromkeys(
         ("longcat-image", "ovis-image"),
         Row(

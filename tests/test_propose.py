@@ -22,6 +22,7 @@ DIFFERS = {
     "flux2-base": {"timestep", "img_ids", "txt_ids"},
     "flux2-edit": {"timestep", "img_ids", "txt_ids", "image_latents", "image_ids"},
     "chroma": {"timestep", "attention_mask"},  # the mask of the text alone
+    "krea-2": {"timestep", "encoder_hidden_states", "position_ids", "encoder_attention_mask"},  # the picture's alone
     "longcat-image": {"timestep", "img_ids", "txt_ids"},  # words along a diagonal
     "ovis-image": {"timestep", "txt_ids"},
     "z-image": {"x", "t", "cap_feats", "cap_mask"},  # lists, for which tensors stand while tracing

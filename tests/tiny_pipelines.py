@@ -29,6 +29,7 @@ from diffusers import (
     HunyuanVideoFramepackPipeline,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
+    Krea2Pipeline,
     LongCatImagePipeline,
     OvisImagePipeline,
     QwenImageEditPipeline,
@@ -146,6 +147,20 @@ def longcat_image_pipeline(transformer):
 
     pipe._encode_prompt = encode
     return _quiet(pipe)
+
+
+def krea_2_pipeline(transformer, is_distilled=False):
+    """Pictures of a multiple of 16 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        Krea2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_qwen_image_vae(transformer.config.in_channels // 4),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+            is_distilled=is_distilled,
+        )
+    )
 
 
 def ovis_image_pipeline(transformer):

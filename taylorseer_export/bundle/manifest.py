@@ -229,8 +229,8 @@ class Pipeline(Part):
     noise: Literal["latents", "tokens"] = Field(
         default="latents", description="What a packed latent is drawn as: latents, or tokens with channels first."
     )
-    shift: Literal["tokens", "tokens-and-steps"] = Field(
-        default="tokens", description="What the sigmas shift with, where they do."
+    shift: Literal["tokens", "tokens-and-steps"] | float = Field(
+        default="tokens", description="What the sigmas shift with, where they do; a number shifts all loops by itself."
     )
     largest_shift: float | None = Field(
         default=None, description="Of the sigmas, where they shift with the number of tokens; null has no limit."
@@ -239,7 +239,14 @@ class Pipeline(Part):
         default=0.0, ge=0, le=1, description="Part of the condition in the noise that a loop begins with."
     )
     arguments: Literal[
-        "declared", "rows-behind", "first-shape", "pictures-behind", "noise-alone", "mask-of-all", "lists"
+        "declared",
+        "rows-behind",
+        "first-shape",
+        "pictures-behind",
+        "noise-alone",
+        "mask-of-all",
+        "places-of-all",
+        "lists",
     ] = Field(
         default="declared",
         description="How the pipeline calls the transformer. declared: with the inputs of the graphs. rows-behind: "
@@ -247,7 +254,8 @@ class Pipeline(Part):
         "which the first holds for all, and no mask where every token counts. pictures-behind: the same, with the "
         "rows of pictures behind those of the latent, and their shapes behind its shape. noise-alone: with channels of "
         "a picture behind those of the latent, which are zeros. mask-of-all: the mask has a one for each "
-        "token of the latent behind those of the text. lists: latents and words of each sample in lists.",
+        "token of the latent behind those of the text. places-of-all: places of the text, all zero, stand before those "
+        "of the latent. lists: latents and words of each sample in lists.",
     )
     positional: tuple[str, ...] = Field(
         default=(), description="Inputs that are passed by place behind the latent, in order."

@@ -79,7 +79,8 @@ class Pipeline:
         flow_steps: What a flow-matching scheduler is given: evenly spaced `sigmas`, or a `count` of steps.
         noise: What a packed latent is drawn as: `latents`, which are then packed, or the `tokens` that they become,
             channels first, as a picture of as many places as there are tokens.
-        shift: What the sigmas shift with, where they do: the number of `tokens`, or `tokens-and-steps`.
+        shift: What the sigmas shift with, where they do: the number of `tokens`, `tokens-and-steps`, or a number of its
+            own, with nothing.
         largest_shift: Of the sigmas, where they shift with the number of tokens; None has no limit.
         condition_share: Part of the condition in the noise that a loop begins with, dimensionless.
         arguments: How the transformer is called: `declared`, with the inputs as they are; `rows-behind`, with the rows
@@ -87,7 +88,8 @@ class Pipeline:
             which the model reads the first, and without a mask where every token counts; `pictures-behind`, like
             that, with the rows of pictures behind those of the latent and their shapes behind its shape; `noise-alone`,
             with channels of a picture behind those of the latent, which are zeros; `mask-of-all`, with a mask of the
-            text and of the latent behind it, of which every token counts; `lists`, with latents `[C, 1, H, W]` and
+            text and of the latent behind it, of which every token counts; `places-of-all`, with places of the text,
+            which are zero, before those of the latent; `lists`, with latents `[C, 1, H, W]` and
             words `[T, D]` of each sample in lists, and so the answer.
         positional: Inputs that are passed by place behind the latent, in order; all others by name.
         cast_inputs: Constant inputs that are cast or joined anew at every call, so that only their numbers stay.
@@ -102,11 +104,18 @@ class Pipeline:
     timestep_reversed: bool = False
     flow_steps: Literal["sigmas", "count"] = "sigmas"
     noise: Literal["latents", "tokens"] = "latents"
-    shift: Literal["tokens", "tokens-and-steps"] = "tokens"
+    shift: Literal["tokens", "tokens-and-steps"] | float = "tokens"
     largest_shift: float | None = None
     condition_share: float = 0.0
     arguments: Literal[
-        "declared", "rows-behind", "first-shape", "pictures-behind", "noise-alone", "mask-of-all", "lists"
+        "declared",
+        "rows-behind",
+        "first-shape",
+        "pictures-behind",
+        "noise-alone",
+        "mask-of-all",
+        "places-of-all",
+        "lists",
     ] = "declared"
     positional: tuple[str, ...] = ()
     cast_inputs: tuple[str, ...] = ()
@@ -248,7 +257,8 @@ class Family:
         forward: `(model, inputs) -> noise_pred`: how the declared inputs become a call of the model, where they are
             not its arguments one by one. The trace and the eager reference of `verify` both call it this way.
         variants: Word of a model's name -> what of this declaration is different for it.
-        by_config: `config -> what of this declaration is different for it`.
+        by_config: `config -> what of this declaration is different for it`; a config has the entries of its pipeline's
+            too, where it lies in a folder of one.
         derived: `config -> {name: tensor}` that the model gets for the length of the trace, to be used by `patched`.
         built: `model class -> context manager` in which a model is built that only is to be traced, without tables
             that would cost memory.

@@ -77,6 +77,15 @@ def chroma(model, timestep, hidden_states, encoder_hidden_states, attention_mask
     return plain(model, timestep, attention_mask=attention_mask, **inputs)
 
 
+def krea_2(model, timestep, hidden_states, encoder_hidden_states, position_ids, encoder_attention_mask):
+    """As Krea2Pipeline: the places of the text, all zero, come before those of the picture."""
+    if len(position_ids) == hidden_states.shape[1]:
+        position_ids = torch.cat([position_ids.new_zeros(encoder_hidden_states.shape[1], 3), position_ids])
+    inputs = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+    mask = encoder_attention_mask.bool()
+    return plain(model, timestep, position_ids=position_ids, encoder_attention_mask=mask, **inputs)
+
+
 def z_image(model, timestep, hidden_states, cap_feats, cap_mask):
     """As ZImagePipeline: lists with a picture of one frame and the words of each sample."""
     words = [text[mask.bool()] for text, mask in zip(cap_feats, cap_mask, strict=True)]
@@ -122,6 +131,21 @@ FAMILIES = {
             (r"single_transformer_blocks\.\d+\.proj_out", None),  # text then image rows
         ),
         call=chroma,
+    ),
+    **dict.fromkeys(
+        ("LongCatImageTransformer2DModel", "OvisImageTransformer2DModel"),
+        Family(
+            (
+                (r"transformer_blocks\.\d+\.attn", (0, 1)),  # image, text
+                (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
+                (r"single_transformer_blocks\.\d+\.proj_out", None),  # text then image rows
+            ),
+        ),
+    ),
+    "Krea2Transformer2DModel": Family(
+        ((r"transformer_blocks\.\d+\.(attn|ff)", None),),  # text then image rows
+        last="final_layer",
+        call=krea_2,
     ),
     "ZImageTransformer2DModel": Family(
         ((r"(noise_refiner|layers)\.\d+\.(attention|ffn)_norm2", None),),  # image, its padding, text, its padding

@@ -35,6 +35,9 @@ from tiny_pipelines import (
     hunyuan_image_pipeline,
     hunyuan_pipeline,
     kontext_pipeline,
+    krea_2_pipeline,
+    longcat_image_pipeline,
+    ovis_image_pipeline,
     qwen_image_edit_pipeline,
     qwen_image_pipeline,
     sd3_pipeline,
@@ -102,6 +105,14 @@ Z_IMAGE = {
     "guidance_scale": 2.0,
 }
 EDIT_PLUS = partial(qwen_image_edit_pipeline, pipeline=QwenImageEditPlusPipeline)
+KREA_2 = {
+    "height": 32,
+    "width": 48,
+    "guidance_scale": 2.0,
+    "prompt_embeds_mask": MASK.bool(),
+    "negative_prompt_embeds_mask": torch.ones(1, 6).bool(),
+    **guided("prompt_embeds", prompt_embeds=text(6, 3, 16)),
+}
 PICTURES = [PICTURE, PICTURE.resize((32, 16))]
 SD3 = guided("prompt_embeds", "pooled_prompt_embeds", prompt_embeds=text(6, 24), pooled_prompt_embeds=text(20))
 HIDREAM = guided(
@@ -165,6 +176,19 @@ CASES = {
         {"0"},
     ),
     "chroma": ("chroma", chroma_pipeline, SMALL | CHROMA, {"0", "1"}),
+    "krea-2": ("krea-2", krea_2_pipeline, KREA_2, {"0", "1"}),
+    "longcat-image": (
+        "longcat-image",
+        longcat_image_pipeline,
+        SMALL | {"negative_prompt": "a dog", "guidance_scale": 2.0, "enable_prompt_rewrite": False},
+        {"cond", "uncond"},
+    ),
+    "ovis-image": (
+        "ovis-image",
+        ovis_image_pipeline,
+        SMALL | guided("prompt_embeds", prompt_embeds=text(6, 24)) | {"negative_prompt": None, "guidance_scale": 2.0},
+        {"cond", "uncond"},
+    ),
     "z-image": ("z-image", z_image_pipeline, Z_IMAGE, {"0"}),
     "z-image-two": ("z-image", z_image_pipeline, Z_IMAGE | {"num_images_per_prompt": 2, "guidance_scale": 0.0}, {"0"}),
     "wan": ("wan", wan_pipeline, VIDEO | GUIDED, {"cond", "uncond"}),
@@ -412,8 +436,8 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     painted = paint(pipe, steps=4, **told | options)
     latents = calls[0][0]
     sizes = match(denoiser.latent.shape, tuple(latents.shape), {}, "latents")
-    token = 4 if name.startswith(("flux2", "chroma", "z-image")) else 16  # pixels of its side
-    tokens = name.startswith(("flux2", "chroma", "z-image", "qwen-image"))
+    tokens = denoiser.manifest.pipeline.packing > 1 or name == "z-image"
+    token = 16 if name.startswith(("qwen-image", "krea-2")) else 4  # pixels of its side
     sides = tuple(int(options[side]) // token for side in ("height", "width")) if tokens else None
     asked = None if denoiser.manifest.sampling.guidance == "none" else scale
     request = tensor_request(denoiser, tensors_of(denoiser, calls), [0], sizes, sides, asked)

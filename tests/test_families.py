@@ -68,6 +68,18 @@ ROWS = {
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "attention_mask", "img_ids", "txt_ids"}),
     ),
+    "krea-2": Row(
+        ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
+        frozenset({"encoder_hidden_states", "position_ids", "encoder_attention_mask"}),
+        frozenset({"rms_norm"}),  # the final norm
+    ),
+    **dict.fromkeys(
+        ("longcat-image", "ovis-image"),
+        Row(
+            ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
+            frozenset({"encoder_hidden_states", "img_ids", "txt_ids"}),
+        ),
+    ),
     # 32 tokens, which need no padding, and more than 32 words
     "z-image": Row(
         ({"batch": 1, "height": 4, "width": 8, "text_tokens": 35}, {"batch": 3, "height": 5, "width": 3}),

@@ -292,7 +292,14 @@ def test_a_config_that_is_none_of_flux2_is_refused(change):
 
 
 @pytest.mark.parametrize(
-    ("family", "sibling"), [("flux2", "flux-kontext"), ("flux", "flux2"), ("chroma", "flux2"), ("z-image", "chroma")]
+    ("family", "sibling"),
+    [
+        ("flux2", "flux-kontext"),
+        ("flux", "flux2"),
+        ("chroma", "flux2"),
+        ("z-image", "chroma"),
+        ("longcat-image", "ovis-image"),
+    ],
 )
 def test_a_checkpoint_of_a_sibling_is_refused(family, sibling):
     folder = open_checkpoint(None, FAMILIES[sibling]).root
@@ -362,3 +369,28 @@ def test_a_mask_of_chroma_that_hides_some_of_the_picture_is_refused(eager, tiny)
             StepError, match=r"`attention_mask` is \[1, .*, expected a number for each of 6 tokens of text"
         ):
             transformer(latents[0], attention_mask=mask, **rest)
+
+
+@pytest.mark.parametrize(
+    ("folder", "distilled", "guidance"),
+    [("Krea-2-Raw", False, "branches"), ("mine", True, "none"), ("Krea-2-Turbo", None, "none")],
+)
+def test_how_krea_2_is_guided(tmp_path, folder, distilled, guidance):
+    """By its pipeline's config, or by the name where that of the transformer is all there is; and its sigmas shift."""
+    inner = tmp_path / folder / ("transformer" if distilled is not None else "")
+    inner.mkdir(parents=True)
+    shutil.copy(PUBLISHED / "krea-2-raw.json", inner / "config.json")
+    if distilled is not None:
+        index = {"_class_name": "Krea2Pipeline", "is_distilled": distilled}
+        (tmp_path / folder / "model_index.json").write_text(json.dumps(index))
+    family = open_checkpoint(str(inner), FAMILIES["krea-2"], weightless=True).family
+    assert (family.guidance, family.defaults.steps) == (guidance, 28 if guidance == "branches" else 8)
+    assert family.pipeline.shift == ("tokens" if guidance == "branches" else 1.15)
+
+
+def test_places_of_krea_2_that_are_not_the_pipeline_s_are_refused(eager, tiny):
+    latents, _, given = tiny("krea-2").inputs(1)
+    places, rest = given.pop("position_ids"), {"timestep": torch.tensor([0.5]), **given}
+    for other in (places, torch.cat([torch.ones(6, 3), places])):
+        with pytest.raises(StepError, match=r"`position_ids` is \[.*, expected zeros for each of 6 tokens of text and"):
+            eager("krea-2").as_transformer()(latents[0], position_ids=other, **rest)

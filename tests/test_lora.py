@@ -39,6 +39,10 @@ COMFY = {
     "flux2-edit": FLUX2,
     "flux2-kv": FLUX2,
     "chroma": FLUX,
+    "krea-2": {
+        "blocks.0.attn.wq": ["transformer_blocks.0.attn.to_q"],
+        "txtfusion.refiner_blocks.0.mlp.down": ["text_fusion.refiner_blocks.0.ff.down"],
+    },
     "z-image": {name: [name] for name in ("layers.0.attention.to_q", "context_refiner.0.feed_forward.w2")},
     "framepack": HUNYUAN,
     "hidream": {"caption_projection.0.linear": ["caption_projection.0.linear"]},

@@ -23,6 +23,9 @@ DIFFERS = {
     "flux2-edit": {"timestep", "img_ids", "txt_ids", "image_latents", "image_ids"},
     "flux2-kv": {"timestep", "img_ids", "txt_ids", "image_latents", "image_ids"},
     "chroma": {"timestep", "attention_mask"},  # the mask of the text alone
+    "krea-2": {"timestep", "encoder_hidden_states", "position_ids", "encoder_attention_mask"},  # the picture's alone
+    "longcat-image": {"timestep", "img_ids", "txt_ids"},  # words along a diagonal
+    "ovis-image": {"timestep", "txt_ids"},
     "z-image": {"x", "t", "cap_feats", "cap_mask"},  # lists, for which tensors stand while tracing
     "qwen-image": {"timestep", "img_shapes"},  # numbers, for which a tensor stands while tracing
     "qwen-image-edit": {"timestep", "img_shapes", "image_latents"},

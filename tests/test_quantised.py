@@ -36,6 +36,7 @@ BITS = {
 BITS |= {"I32": 32, "F64": 64, "I64": 64, "F6_E2M3": 6, "C64": 64}
 CONVERTED = (
     "chroma",
+    "krea-2",
     "z-image",
     "flux",
     "flux-kontext",
@@ -234,6 +235,39 @@ def z_image_layout():
     return shapes
 
 
+def krea_2_layout():
+    """Those of the embedded Krea 2 under the names of its authors."""
+    names = {
+        r"^img_in": "first",
+        r"^time_embed\.linear_1": "tmlp.0",
+        r"^time_embed\.linear_2": "tmlp.2",
+        r"^time_mod_proj": "tproj.1",
+        r"^txt_in\.norm\.weight": "txtmlp.0.scale",
+        r"^txt_in\.linear_1": "txtmlp.1",
+        r"^txt_in\.linear_2": "txtmlp.3",
+        r"^text_fusion": "txtfusion",
+        r"^transformer_blocks": "blocks",
+        r"^final_layer\.linear": "last.linear",
+        r"^final_layer\.norm\.weight": "last.norm.scale",
+        r"^final_layer\.scale_shift_table": "last.modulation.lin",
+        r"attn\.to_([qkv])\.": r"attn.w\1.",
+        r"attn\.to_out\.0": "attn.wo",
+        r"attn\.to_gate": "attn.gate",
+        r"attn\.norm_([qk])\.weight": r"attn.qknorm.\1norm.scale",
+        r"\.ff\.": ".mlp.",
+        r"\.norm1\.weight": ".prenorm.scale",
+        r"\.norm2\.weight": ".postnorm.scale",
+        r"\.scale_shift_table": ".mod.lin",
+    }
+    shapes = {}
+    for name, (_, shape) in plain("krea-2")[1].items():
+        flat = "transformer_blocks" in name and name.endswith("scale_shift_table")
+        for ours, theirs in names.items():
+            name = re.sub(ours, theirs, name)
+        shapes[name] = (shape[0] * shape[1],) if flat else shape
+    return shapes
+
+
 def wan_layout():
     shapes = {}
     for name, (_, shape) in plain("wan")[1].items():
@@ -248,7 +282,7 @@ def wan_layout():
 def original(family):
     """Names and shapes in the layout of the family's authors, with few blocks."""
     known = {"flux": flux_layout, "flux-kontext": flux_layout, "hunyuan-video": hunyuan_layout, "sd3": sd3_layout}
-    known |= {"chroma": chroma_layout, "z-image": z_image_layout}
+    known |= {"chroma": chroma_layout, "krea-2": krea_2_layout, "z-image": z_image_layout}
     known |= {"flux2": flux2_layout, "flux2-edit": flux2_layout, "flux2-kv": flux2_layout}
     if family in ("hidream", "qwen-image", "qwen-image-edit"):
         return {f"model.diffusion_model.{n}": s for n, (_, s) in plain(family)[1].items()}

@@ -30,6 +30,9 @@ from diffusers import (
     HunyuanVideoFramepackPipeline,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
+    Krea2Pipeline,
+    LongCatImagePipeline,
+    OvisImagePipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
@@ -127,6 +130,53 @@ def chroma_pipeline(transformer, text_encoder=None, tokenizer=None):
             vae=tiny_vae(transformer.config.in_channels // 4),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
+            transformer=transformer,
+        )
+    )
+
+
+def longcat_image_pipeline(transformer):
+    """Pictures of a multiple of 4 pixels; a prompt becomes 6 random tokens, since the pipeline takes no embeddings."""
+    pipe = LongCatImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_vae(16),
+        text_encoder=None,
+        tokenizer=None,
+        text_processor=None,
+        transformer=transformer,
+    )
+    shape = (1, 6, transformer.config.joint_attention_dim)
+
+    def encode(prompt):
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(len(prompt[0])))
+        return drawn.to(pipe.transformer.dtype)
+
+    pipe._encode_prompt = encode
+    return _quiet(pipe)
+
+
+def krea_2_pipeline(transformer, is_distilled=False):
+    """Pictures of a multiple of 16 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        Krea2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_qwen_image_vae(transformer.config.in_channels // 4),
+            text_encoder=None,
+            tokenizer=None,
+            transformer=transformer,
+            is_distilled=is_distilled,
+        )
+    )
+
+
+def ovis_image_pipeline(transformer):
+    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings."""
+    return _quiet(
+        OvisImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=tiny_vae(transformer.config.in_channels // 4),
+            text_encoder=None,
+            tokenizer=None,
             transformer=transformer,
         )
     )

@@ -62,6 +62,9 @@ class Model:
 # Its transformer's config.json lies in taylorseer_export/families/configs/.
 MODELS = {
     "chroma1-hd": Model("chroma", "lodestones/Chroma1-HD"),
+    "krea-2-raw": Model("krea-2", "krea/Krea-2-Raw"),
+    "longcat-image": Model("longcat-image", "meituan-longcat/LongCat-Image"),
+    "ovis-image-7b": Model("ovis-image", "AIDC-AI/Ovis-Image-7B"),
     "z-image": Model("z-image", "Tongyi-MAI/Z-Image"),
     "dit-xl-2-256": Model("dit", "facebook/DiT-XL-2-256"),
     "dit-xl-2-512": Model("dit", "facebook/DiT-XL-2-512"),

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
-_OF_TIME = ("timestep_embedder.linear_1.weight", "time_embedder.linear_1.weight", "t_embedder.mlp.0.weight")
+_OF_TIME = (
+    "timestep_embedder.linear_1.weight",
+    "time_embedder.linear_1.weight",
+    "t_embedder.mlp.0.weight",
+    "time_embed.linear_1.weight",
+)
 
 
 def randomised(build: Callable[[], torch.nn.Module], seed: int) -> Any:
@@ -22,7 +27,8 @@ def randomised(build: Callable[[], torch.nn.Module], seed: int) -> Any:
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
             if parameter.ndim == 1:
-                parameter.data = 0.1 * noise + (0.0 if name.endswith("bias") else 1.0)
+                centre = float(not name.endswith("bias") and bool(parameter.any()))  # some norms add 1 to their weight
+                parameter.data = 0.1 * noise + centre
             elif "embedding_table" in name:
                 parameter.data = noise
             else:

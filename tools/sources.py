@@ -125,7 +125,8 @@ def families_named(files: Mapping[str, str], names: Collection[str], classes: Co
             `flux_request`.
         classes: Of models in diffusers.
     """
-    words = {word for name in names for word in name.split("-")} - {"image", "video", "edit", "z"}
+    every = {word for name in names for word in name.split("-") if not word.isdigit()}
+    words = every - {"image", "video", "edit", "z"}
     found = []
     for path, source in files.items():
         if part_of(path) in NAMES_FAMILIES:

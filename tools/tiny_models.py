@@ -20,6 +20,9 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoTransformer3DModel,
+    Krea2Transformer2DModel,
+    LongCatImageTransformer2DModel,
+    OvisImageTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
@@ -171,6 +174,96 @@ def chroma_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=
         "attention_mask": mask,
         "img_ids": _places(0, 1, height, width)[0, :, :3].float(),
         "txt_ids": torch.zeros(text_tokens, 3),
+    }
+    return _trajectory(sigma, (batch, height * width, config.in_channels), rng), sigma, conditioning
+
+
+def tiny_longcat_image(seed=0):
+    """LongCat-Image of width 32, float32, eval; its pipeline makes latents of 64 channels and no others."""
+    return randomised(
+        lambda: LongCatImageTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        seed,
+    )
+
+
+def tiny_ovis_image(seed=0):
+    """Ovis-Image of width 32, float32, eval."""
+    return randomised(
+        lambda: OvisImageTransformer2DModel(
+            in_channels=16,
+            out_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        seed,
+    )
+
+
+def diagonal_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0, places=(0, 0)):
+    """As `flux_inputs`; words run along the diagonal, and the picture's places begin with (picture, corner)."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    sigma = torch.linspace(1.0, 1.0 / steps, steps)
+    txt_ids = torch.arange(text_tokens).float()[:, None] * torch.tensor([0.0, 1.0, 1.0])
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.joint_attention_dim, generator=rng),
+        "img_ids": _places(places[0], 1, height, width)[0, :, :3].float() + torch.tensor([0.0, places[1], places[1]]),
+        "txt_ids": txt_ids,
+    }
+    return _trajectory(sigma, (batch, height * width, config.in_channels), rng), sigma, conditioning
+
+
+def longcat_image_inputs(model, steps, **sizes):
+    """As `diagonal_inputs`; the picture begins behind 512 words."""
+    return diagonal_inputs(model, steps, places=(1, 512), **sizes)
+
+
+def tiny_krea_2(seed=0):
+    """Krea 2 of width 32, two heads of the words' for each of the picture's, float32, eval."""
+    return randomised(
+        lambda: Krea2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=48,
+            timestep_embed_dim=64,
+            text_hidden_dim=16,
+            num_text_layers=3,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=1,
+            text_intermediate_size=24,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        seed,
+    )
+
+
+def krea_2_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):
+    """As `flux_inputs`, with words of several layers; the last one of the first sample is padding."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    sigma = torch.linspace(1.0, 1.0 / steps, steps)
+    mask = torch.ones(batch, text_tokens, dtype=torch.int64)
+    mask[0, -1] = 0
+    words = (batch, text_tokens, config.num_text_layers, config.text_hidden_dim)
+    conditioning = {
+        "encoder_hidden_states": torch.randn(words, generator=rng),
+        "position_ids": _places(0, 1, height, width)[0, :, :3].float(),
+        "encoder_attention_mask": mask,
     }
     return _trajectory(sigma, (batch, height * width, config.in_channels), rng), sigma, conditioning
 
@@ -508,6 +601,9 @@ MODELS = {
     "flux2-kv": ("flux2-kv", tiny_flux2_kv, flux2_edit_inputs),
     "chroma": ("chroma", tiny_chroma, chroma_inputs),
     "z-image": ("z-image", tiny_z_image, z_image_inputs),
+    "krea-2": ("krea-2", tiny_krea_2, krea_2_inputs),
+    "longcat-image": ("longcat-image", tiny_longcat_image, longcat_image_inputs),
+    "ovis-image": ("ovis-image", tiny_ovis_image, diagonal_inputs),
     "qwen-image": ("qwen-image", tiny_qwen_image, qwen_image_inputs),
     "qwen-image-edit": ("qwen-image-edit", lambda: tiny_qwen_image(seed=1), qwen_image_edit_inputs),
     "qwen-image-edit-2511": (

@@ -48,7 +48,7 @@ Role = Literal[
     "latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred",
     "probe_in", "probe_out", "error", "carried", "tokens", "picture", "cache_in", "cache_out",
 ]  # fmt: skip
-Fill = Literal["ones", "zeros", "grid", "line", "sides", "frames", "guidance"]
+Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "guidance"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
 
 
@@ -78,11 +78,12 @@ class Tensor(Part):
     fill: Fill | None = Field(
         default=None,
         description="What it holds where that follows from the sizes, so that a request may leave it out. ones, zeros. "
-        "grid: (first, row, column) of each token, and zeros. line: zeros, and the number of each token. sides: (1, "
-        "rows, columns) of each picture in tokens, the latent first. frames: first, first + 1 and so on. guidance: the "
-        "guidance scale times the pipeline's guidance_factor.",
+        "grid: (first, row, column) of each token, and zeros. line: zeros, and the number of each token. diagonal: a "
+        "zero, and that number in all other places. sides: (1, rows, columns) of each picture in tokens, the latent "
+        "first. frames: first, first + 1 and so on. guidance: the guidance scale times the pipeline's guidance_factor.",
     )
     first: int = Field(default=0, description="Where the fills grid and frames begin.")
+    corner: int = Field(default=0, description="Row and column of the first token of the fill grid.")
 
 
 class Graph(Part):
@@ -219,6 +220,7 @@ class Pipeline(Part):
     guidance_keeps_norm: bool = Field(
         default=False, description="Whether a guided prediction is as long as the conditional one, token by token."
     )
+    guidance_cuts_norm: bool = Field(default=False, description="Whether it is at most as long as that.")
     prediction_sign: Literal[1, -1] = Field(
         default=1, description="-1 where the model predicts the way to the picture instead of that to the noise."
     )
@@ -231,8 +233,8 @@ class Pipeline(Part):
     noise: Literal["latents", "tokens"] = Field(
         default="latents", description="What a packed latent is drawn as: latents, or tokens with channels first."
     )
-    shift: Literal["tokens", "tokens-and-steps"] = Field(
-        default="tokens", description="What the sigmas shift with, where they do."
+    shift: Literal["tokens", "tokens-and-steps"] | float = Field(
+        default="tokens", description="What the sigmas shift with, where they do; a number shifts all loops by itself."
     )
     largest_shift: float | None = Field(
         default=None, description="Of the sigmas, where they shift with the number of tokens; null has no limit."
@@ -241,7 +243,8 @@ class Pipeline(Part):
         default=0.0, ge=0, le=1, description="Part of the condition in the noise that a loop begins with."
     )
     arguments: Literal[
-        "declared", "rows-behind", "rows-ahead", "first-shape", "pictures-behind", "noise-alone", "mask-of-all", "lists"
+        "declared", "rows-behind", "rows-ahead", "first-shape", "pictures-behind", "noise-alone", "mask-of-all",
+        "places-of-all", "lists",
     ] = Field(
         default="declared",
         description="How the pipeline calls the transformer. declared: with the inputs of the graphs. rows-behind: "
@@ -250,8 +253,9 @@ class Pipeline(Part):
         "which the first holds for all, and no mask where every token counts. pictures-behind: the same, with the "
         "rows of pictures behind those of the latent, and their shapes behind its shape. noise-alone: with channels of "
         "a picture behind those of the latent, which are zeros. mask-of-all: the mask has a one for each "
-        "token of the latent behind those of the text. lists: latents and words of each sample in lists.",
-    )
+        "token of the latent behind those of the text. places-of-all: places of the text, all zero, stand before those "
+        "of the latent. lists: latents and words of each sample in lists.",
+    )  # fmt: skip
     positional: tuple[str, ...] = Field(
         default=(), description="Inputs that are passed by place behind the latent, in order."
     )

@@ -20,7 +20,7 @@ from taylorseer_export.checkpoint.files import (
 from taylorseer_export.checkpoint.formats import parts_of_a_pipeline, refuse_quantised, set_aside
 from taylorseer_export.checkpoint.lora import open_lora
 from taylorseer_export.checkpoint.original import Converted, Unread
-from taylorseer_export.checkpoint.recognise import pipeline_of, refuse_other_pipeline
+from taylorseer_export.checkpoint.recognise import pipeline_config, pipeline_of, refuse_other_pipeline
 from taylorseer_export.checkpoint.weights import EMBEDDED as EMBEDDED
 from taylorseer_export.checkpoint.weights import Checkpoint as Checkpoint
 from taylorseer_export.errors import CheckpointError, ConfigError
@@ -78,7 +78,7 @@ def open_checkpoint(
             checkpoint = Checkpoint(reference, family, alone.parent, _config(alone, family), {}, weightless=True)
     refuse_other_pipeline(checkpoint.folder, family)
     known = checkpoint.shapes if loras else {}
-    family = replace(family, **family.by_config(checkpoint.config))
+    family = replace(family, **family.by_config({**pipeline_config(checkpoint.folder), **checkpoint.config}))
     family = replace(family, **family.by_pipeline.get(pipeline_of(checkpoint.folder), {}))
     if not checkpoint.embedded:
         named = family.variant(checkpoint.reference)  # a name says more than a config

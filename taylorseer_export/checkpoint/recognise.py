@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from taylorseer_export.checkpoint.files import INDEX, read_json
 from taylorseer_export.errors import CheckpointError
@@ -42,8 +43,13 @@ def family_of(reference: str) -> Family:
 
 def pipeline_of(folder: Path) -> str:
     """The class of the pipeline that a transformer's folder lies in; empty where it lies in none."""
+    return str(pipeline_config(folder).get("_class_name", ""))
+
+
+def pipeline_config(folder: Path) -> dict[str, Any]:
+    """The entries of the pipeline that a transformer's folder lies in; none where it lies in none."""
     index = folder.parent / INDEX
-    return str(read_json(index).get("_class_name")) if folder.name == "transformer" and index.is_file() else ""
+    return read_json(index) if folder.name == "transformer" and index.is_file() else {}
 
 
 def refuse_other_pipeline(folder: Path, family: Family) -> None:

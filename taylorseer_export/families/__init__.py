@@ -14,6 +14,9 @@ from taylorseer_export.families.framepack import FRAMEPACK
 from taylorseer_export.families.hidream import HIDREAM
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
 from taylorseer_export.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
+from taylorseer_export.families.krea_2 import KREA_2
+from taylorseer_export.families.longcat_image import LONGCAT_IMAGE
+from taylorseer_export.families.ovis_image import OVIS_IMAGE
 from taylorseer_export.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT
 from taylorseer_export.families.sd3 import SD3
 from taylorseer_export.families.wan import WAN
@@ -31,6 +34,9 @@ _ALL = (
     HIDREAM,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_15,
+    KREA_2,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
     QWEN_IMAGE,
     QWEN_IMAGE_EDIT,
     SD3,

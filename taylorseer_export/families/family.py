@@ -14,7 +14,7 @@ from taylorseer_export.families.whole import Whole
 Role = Literal["latent", "step", "constant"]
 Guidance = Literal["none", "embedded", "batched", "branches"]
 _PACKING = 2
-Fill = Literal["ones", "zeros", "grid", "line", "sides", "frames", "guidance"]
+Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "guidance"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,11 @@ class Input:
         values: (smallest, largest) value allowed, where the model looks something up by it.
         fill: What its values are where they follow from the sizes alone, so that a request may leave it out: `ones`
             and `zeros`; `grid`, a row of (first, row, column) for each token, with zeros behind where it is longer;
-            `line`, zeros but for the last column, which counts the tokens; `sides`, (1, rows, columns) of each picture
-            in tokens, the latent first; `frames`, first, first + 1 and so on; `guidance`, the guidance scale times
-            `Pipeline.guidance_factor`.
+            `line`, zeros but for the last column, which counts the tokens; `diagonal`, the same but for the first;
+            `sides`, (1, rows, columns) of each picture in tokens, the latent first; `frames`, first, first + 1 and so
+            on; `guidance`, the guidance scale times `Pipeline.guidance_factor`.
         first: Where `grid` and `frames` begin.
+        corner: (row, column) of the first token of `grid`, both the same.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Input:
     values: tuple[int, int] | None = None
     fill: Fill | None = None
     first: int = 0
+    corner: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,14 @@ class Pipeline:
         guidance_offset: What is added to the guidance scale of two predictions before they are weighed, dimensionless:
             1 where the pipeline counts from the conditional one, so that its scale of 0 is no guidance.
         guidance_keeps_norm: Whether a guided prediction is made as long as the conditional one, token by token.
+        guidance_cuts_norm: Whether it is made no longer than that.
         prediction_sign: -1 where the model predicts the way to the picture; schedulers take the way to the noise.
         timestep_reversed: Whether the model takes how far a step is from the noise, 1 - t / timestep_divisor.
         flow_steps: What a flow-matching scheduler is given: evenly spaced `sigmas`, or a `count` of steps.
         noise: What a packed latent is drawn as: `latents`, which are then packed, or the `tokens` that they become,
             channels first, as a picture of as many places as there are tokens.
-        shift: What the sigmas shift with, where they do: the number of `tokens`, or `tokens-and-steps`.
+        shift: What the sigmas shift with, where they do: the number of `tokens`, `tokens-and-steps`, or a number of its
+            own, with nothing.
         largest_shift: Of the sigmas, where they shift with the number of tokens; None has no limit.
         condition_share: Part of the condition in the noise that a loop begins with, dimensionless.
         arguments: How the transformer is called: `declared`, with the inputs as they are; `rows-behind`, with the rows
@@ -85,7 +89,8 @@ class Pipeline:
             which the model reads the first, and without a mask where every token counts; `pictures-behind`, like
             that, with the rows of pictures behind those of the latent and their shapes behind its shape; `noise-alone`,
             with channels of a picture behind those of the latent, which are zeros; `mask-of-all`, with a mask of the
-            text and of the latent behind it, of which every token counts; `lists`, with latents `[C, 1, H, W]` and
+            text and of the latent behind it, of which every token counts; `places-of-all`, with places of the text,
+            which are zero, before those of the latent; `lists`, with latents `[C, 1, H, W]` and
             words `[T, D]` of each sample in lists, and so the answer.
         positional: Inputs that are passed by place behind the latent, in order; all others by name.
         cast_inputs: Constant inputs that are cast or joined anew at every call, so that only their numbers stay.
@@ -95,16 +100,18 @@ class Pipeline:
     guidance_factor: float = 1.0
     guidance_offset: float = 0.0
     guidance_keeps_norm: bool = False
+    guidance_cuts_norm: bool = False
     prediction_sign: Literal[1, -1] = 1
     timestep_reversed: bool = False
     flow_steps: Literal["sigmas", "count"] = "sigmas"
     noise: Literal["latents", "tokens"] = "latents"
-    shift: Literal["tokens", "tokens-and-steps"] = "tokens"
+    shift: Literal["tokens", "tokens-and-steps"] | float = "tokens"
     largest_shift: float | None = None
     condition_share: float = 0.0
     arguments: Literal[
-        "declared", "rows-behind", "rows-ahead", "first-shape", "pictures-behind", "noise-alone", "mask-of-all", "lists"
-    ] = "declared"
+        "declared", "rows-behind", "rows-ahead", "first-shape", "pictures-behind", "noise-alone", "mask-of-all",
+        "places-of-all", "lists",
+    ] = "declared"  # fmt: skip
     positional: tuple[str, ...] = ()
     cast_inputs: tuple[str, ...] = ()
     ignored_inputs: tuple[str, ...] = ()
@@ -257,7 +264,8 @@ class Family:
             not its arguments one by one. The trace and the eager reference of `verify` both call it this way.
         retired: Entries of published configs that the class no longer has, and that never changed what it computes.
         variants: Word of a model's name -> what of this declaration is different for it.
-        by_config: `config -> what of this declaration is different for it`.
+        by_config: `config -> what of this declaration is different for it`; a config has the entries of its pipeline's
+            too, where it lies in a folder of one.
         by_pipeline: Class name in `diffusers` of a pipeline -> what of this declaration is different in its folder.
         derived: `config -> {name: tensor}` that the model gets for the length of the trace, to be used by `patched`.
         built: `model class -> context manager` in which a model is built that only is to be traced, without tables

@@ -98,6 +98,20 @@ def _mask_of_all(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, A
     return latents, {**inputs, "attention_mask": mask[:, :words]}
 
 
+def _places_of_all(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The places of the latent alone; those of the text before them are zero."""
+    places, text = inputs.get("position_ids"), inputs.get("encoder_hidden_states")
+    if places is None or text is None:
+        return latents, inputs
+    words, rows = text.shape[1], latents.shape[1]
+    if places.shape[0] != words + rows or bool(places[:words].any()):
+        raise StepError(
+            f"input `position_ids` is {list(places.shape)}, expected zeros for each of {words} tokens of text and the "
+            f"places of {rows} of the latent behind them; pass those of the pipeline"
+        )
+    return latents, {**inputs, "position_ids": places[words:]}
+
+
 def _lists(latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Words of samples, `[T, D]` each, in one tensor, with a mask that says how many each has."""
     texts = inputs.get("cap_feats")
@@ -172,6 +186,7 @@ _FORMS: dict[str, Form] = {
     "rows-ahead": _declared,  # `rows_ahead` comes before
     "first-shape": _first_shape,
     "mask-of-all": _mask_of_all,
+    "places-of-all": _places_of_all,
     "lists": _lists,
     "pictures-behind": _pictures_behind,
 }

@@ -74,6 +74,8 @@ def model_timesteps(manifest: Manifest, timesteps: np.ndarray) -> np.ndarray:
 
 def _shift(manifest: Manifest, config: Mapping[str, Any], shape: tuple[int, ...], steps: int) -> float:
     """What the pipelines shift the sigmas by: linear in the number of tokens of a packed or an unpacked latent."""
+    if isinstance(manifest.pipeline.shift, float):
+        return manifest.pipeline.shift
     if manifest.pipeline.shift == "tokens-and-steps":
         return _shift_by_steps(shape[1], steps)
     low, high = config["base_image_seq_len"], config["max_image_seq_len"]

@@ -39,10 +39,11 @@ def value_from_fill(
             return np.broadcast_to(_pictures(shape[-2], sizes, sides), shape).astype(dtype)
         case "grid":
             rows, columns = sides if sides is not None and tensor.shape[-2] == ROWS else sides_of(shape[-2])
-            return np.broadcast_to(grid(tensor.first, rows, columns, shape[-1]), shape).astype(dtype)
-        case "line":
+            places = grid(tensor.first, rows, columns, shape[-1], tensor.corner)
+            return np.broadcast_to(places, shape).astype(dtype)
+        case "line" | "diagonal":
             line = np.zeros(shape, dtype)
-            line[..., -1] = np.arange(shape[-2])
+            line[..., -1 if tensor.fill == "line" else slice(1, None)] = np.arange(shape[-2])[:, None]
             return line
     return None
 
@@ -73,11 +74,14 @@ def check_pictures(name: str, shapes: np.ndarray, sizes: Mapping[str, int]) -> N
             )
 
 
-def grid(first: int, rows: int, columns: int, width: int = 3) -> np.ndarray:
-    """(first, row, column, 0, ...) of every token of a picture, `[rows * columns, width]` float32."""
+def grid(first: int, rows: int, columns: int, width: int = 3, corner: int = 0) -> np.ndarray:
+    """(first, row, column, 0, ...) of every token of a picture, `[rows * columns, width]` float32.
+
+    Rows and columns count from `corner`.
+    """
     ids = np.zeros((rows * columns, width), np.float32)
     ids[:, 0] = first
-    ids[:, 1], ids[:, 2] = np.divmod(np.arange(rows * columns), columns)
+    ids[:, 1], ids[:, 2] = corner + np.array(np.divmod(np.arange(rows * columns), columns))
     return ids
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from taylorseer_export.bundle.manifest import Pipeline
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.branches import Branches
@@ -316,7 +317,7 @@ class Loop:
         if self._pipeline.prediction_sign < 0:
             noise_pred = -noise_pred
         if self.request.guided:
-            noise_pred = _guide(noise_pred, self.request.guidance_scale, self._pipeline.guidance_keeps_norm)
+            noise_pred = _guide(noise_pred, self.request.guidance_scale, self._pipeline)
         return noise_pred[:, : self.latents.shape[1]] if noise_pred.ndim == 4 else noise_pred
 
     def preview(self, prediction: np.ndarray) -> np.ndarray:
@@ -412,11 +413,12 @@ def _doubled(latents: np.ndarray) -> np.ndarray:
     return np.concatenate([latents, latents])
 
 
-def _guide(prediction: np.ndarray, scale: float, keeps_norm: bool = False) -> np.ndarray:
+def _guide(prediction: np.ndarray, scale: float, pipeline: Pipeline) -> np.ndarray:
     """Classifier-free guidance: unconditional + scale (conditional - unconditional), of each token as long as the
-    conditional where the norm is kept."""
+    conditional where the norm is kept, or no longer where it is cut."""
     conditional, unconditional = np.split(prediction, 2)
     guided: np.ndarray = unconditional + np.float32(scale) * (conditional - unconditional)
-    if keeps_norm:
-        guided *= np.linalg.norm(conditional, axis=-1, keepdims=True) / np.linalg.norm(guided, axis=-1, keepdims=True)
+    if pipeline.guidance_keeps_norm or pipeline.guidance_cuts_norm:
+        ratio = np.linalg.norm(conditional, axis=-1, keepdims=True) / np.linalg.norm(guided, axis=-1, keepdims=True)
+        guided *= np.minimum(ratio, 1) if pipeline.guidance_cuts_norm else ratio
     return guided

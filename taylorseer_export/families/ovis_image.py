@@ -1,0 +1,39 @@
+"""Ovis-Image: FLUX's blocks with gated MLPs, without pooled text, guidance by a second call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from taylorseer_export.families.family import Defaults, Input, Pipeline
+from taylorseer_export.families.flux import FLUX
+
+
+def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    return (
+        Input("hidden_states", ("batch", "image_tokens", config["in_channels"]), "latent"),
+        Input("timestep", ("batch",), "step"),
+        Input("encoder_hidden_states", ("batch", "text_tokens", config["joint_attention_dim"]), "constant"),
+        Input("img_ids", ("image_tokens", 3), "constant", "float32", fill="grid"),
+        Input("txt_ids", ("text_tokens", 3), "constant", "float32", fill="diagonal"),
+    )
+
+
+OVIS_IMAGE = replace(
+    FLUX,
+    name="ovis-image",
+    title="Ovis-Image",
+    model_class="OvisImageTransformer2DModel",
+    reference="AIDC-AI/Ovis-Image-7B",
+    inputs=_inputs,
+    dimensions=lambda config: {"batch": (1, 16), "image_tokens": (4, 16384), "text_tokens": (1, 256)},
+    defaults=Defaults(steps=50, interval=4, warmup=3, order=1),
+    guidance="branches",
+    guidance_scale=5.0,
+    pipeline=Pipeline(),
+    whole=None,
+    lora_loader="",
+    typical={"text_tokens": 256},
+    variants={},
+)

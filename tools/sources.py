@@ -159,7 +159,7 @@ def declared(files: Mapping[str, str], argument: str) -> set[str]:
         for path, source in files.items()
         if part_of(path) == "families"
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Call)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Family", "replace")
         for keyword in node.keywords
         if keyword.arg == argument and isinstance(keyword.value, ast.Constant)
     }

@@ -125,7 +125,7 @@ def families_named(files: Mapping[str, str], names: Collection[str], classes: Co
             `flux_request`.
         classes: Of models in diffusers.
     """
-    words = {word for name in names for word in name.split("-")} - {"image", "video", "edit", "z"}
+    words = {word for name in names for word in name.split("-")} - {"image", "video", "edit", "kv", "z"}
     found = []
     for path, source in files.items():
         if part_of(path) in NAMES_FAMILIES:

@@ -146,15 +146,15 @@ def size_of(manifest: Manifest, given: Given | None) -> tuple[int, ...]:
         return usual
     if use_of(manifest) != "animates":
         return brought_to(manifest, given.pictures[-1])
-    if (side := manifest.parts["encode"].cropped) is not None:
-        return *usual[:-2], *sides_of_shape(side, manifest.sampling.latent_scale, *given.picture.shape[:2])
     latent, made = manifest.graphs["full"].input_of("latent").shape, [*usual]
     high, wide = given.picture.shape[:2]
-    for axis, ratio in ((-2, high / wide), (-1, wide / high)):
+    wished = [round(sqrt(usual[-2] * usual[-1] * ratio)) for ratio in (high / wide, wide / high)]
+    if (square := manifest.parts["encode"].cropped) is not None:
+        wished = [*sides_of_shape(square, manifest.sampling.latent_scale, high, wide)]
+    for axis, extent in zip((-2, -1), wished, strict=True):
         name, factor, _ = linear(latent[axis])
         side, allowed = factor * manifest.sampling.latent_scale, manifest.dimensions[name]
-        tokens = round(sqrt(usual[-2] * usual[-1] * ratio)) // side
-        made[axis] = side * min(max(tokens, allowed.minimum), allowed.maximum)
+        made[axis] = side * min(max(extent // side, allowed.minimum), allowed.maximum)
     return tuple(made)
 
 

@@ -6,8 +6,8 @@ The sum is formed once, so a step costs what it did: no further operation, no fu
 said by `Merged`: memory, since updated weights are no longer mapped from the bundle, and the time of the load.
 
 Names are the model's own, as diffusers and peft write them, or kohya with underscores for dots. What needs a converter
-(names of other trainers), DoRA and differences are for the export, which knows them (`checkpoint/lora.py`); here they are
-refused by name.
+(names of other trainers), DoRA and differences are for the export, which knows them (`checkpoint/lora.py`); here they
+are refused by name.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from taylorseer_export import cli
 from taylorseer_export.bundle.external import initializers
+from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.lora import merged
 from taylorseer_export.serve.api.loaded import load_models
 
 PLAN, ORDER, RANK, ALPHA = "FF..F.", 2, 3, 6.0
@@ -97,6 +99,22 @@ def test_updates_of_what_no_graph_reads_are_said(tiny, bundles, tmp_path, capsys
     assert left == f"left out: updates of 1 weights that no graph reads, {QWEN[1]}.weight first"
 
 
+def test_names_with_underscores_for_dots(tiny, bundles, tmp_path):
+    given, bundle = pairs(tiny("flux").model, FLUX), open_bundle(bundles("flux"))
+    tensors = {}
+    for module, (up, down) in given.items():
+        name = f"lora_unet_{module.replace('.', '_')}"
+        tensors |= {
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
+            f"{name}.alpha": torch.tensor(ALPHA),
+        }
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    expected = merged([written(tmp_path / "peft.safetensors", given)], bundle).weights
+    seen = merged([tmp_path / "kohya.safetensors"], bundle).weights
+    assert seen.keys() == expected.keys() and all(np.array_equal(seen[name], expected[name]) for name in expected)
+
+
 @pytest.mark.slow
 def test_inductor_takes_them_too(tiny, packages, tmp_path):
     one = tiny("plain")
@@ -169,7 +187,6 @@ def test_files_that_cannot_be_read(bundles, tmp_path, given, content, expected):
 
 def test_engines_that_hold_their_weights_refuse(bundles, tmp_path, monkeypatch):
     """TensorRT's, in the manifest alone: nothing of them is needed to say so."""
-    from taylorseer_export.bundle.store import open_bundle
     from taylorseer_export.runtime.engines import open_runner
 
     bundle = open_bundle(bundles("flux"))

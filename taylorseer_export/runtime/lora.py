@@ -5,8 +5,9 @@
 The sum is formed once, so a step costs what it did: no further operation, no further byte is read. What it costs is
 said by `Merged`: memory, since updated weights are no longer mapped from the bundle, and the time of the load.
 
-Names are the model's own, as diffusers and peft write them. What needs a converter (names of other trainers), DoRA and
-differences are for the export, which knows them (`checkpoint/lora.py`); here they are refused by name.
+Names are the model's own, as diffusers and peft write them, or kohya with underscores for dots. What needs a converter
+(names of other trainers), DoRA and differences are for the export, which knows them (`checkpoint/lora.py`); here they
+are refused by name.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from taylorseer_export.runtime.runner import from_bits, to_bits
 
 WEIGHTS = "weights.safetensors"
 _PREFIX = re.compile(r"^(?:base_model\.model\.)?(?:transformer\.|(?:model\.)?diffusion_model\.)?")
+_JOINED = re.compile(r"lora_(?:unet|transformer)_")  # kohya's, before names whose dots are underscores
 _PARTS = {
     "down": re.compile(r"(?P<module>.+?)(?:\.lora_A(?:\.\w+)?|\.lora_down|\.lora\.down)\.weight"),
     "up": re.compile(r"(?P<module>.+?)(?:\.lora_B(?:\.\w+)?|\.lora_up|\.lora\.up)\.weight"),
@@ -112,7 +114,7 @@ def _pairs(path: Path, stored: _Tensors) -> tuple[dict[str, _Pair], list[str]]:
     strangers = []
     for name in file.names:
         matches = ((part, pattern.fullmatch(name)) for part, pattern in _PARTS.items())
-        part, module = next(((part, _PREFIX.sub("", match["module"])) for part, match in matches if match), ("", ""))
+        part, module = next(((part, _own(match["module"], stored.names)) for part, match in matches if match), ("", ""))
         parts = modules.setdefault(module, {}) if part else {}
         if not part or part in parts or file.dtype(name) not in _STORED:
             strangers.append(name)
@@ -151,6 +153,16 @@ def _pairs(path: Path, stored: _Tensors) -> tuple[dict[str, _Pair], list[str]]:
             "for its weights; use an adapter of this model"
         )
     return pairs, [f"{module}.weight" for module in unread]
+
+
+def _own(module: str, names: Iterable[str]) -> str:
+    """A module of a file as the model calls it: without what tools put before, its dots back where it had none."""
+    joined = _JOINED.match(module)
+    if joined is None:
+        return _PREFIX.sub("", module)
+    own = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    found = [name for name in own if name.replace(".", "_") == module[joined.end() :]]
+    return found[0] if len(found) == 1 else module  # of several that are alike but for dots, none is meant
 
 
 def _elsewhere(module: str, names: Iterable[str]) -> bool:

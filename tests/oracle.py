@@ -58,6 +58,14 @@ def qwen_image(model, timestep, hidden_states, img_shapes, image_latents=None, *
     return made[:, : hidden_states.shape[1]]
 
 
+def qwen_image_21(model, timestep, hidden_states, encoder_hidden_states, img_shapes, **inputs):
+    """As QwenImage21Pipeline without its cache: a mask of the words, then a slot for each 4 tokens of the picture."""
+    (batch, words, _), count = encoder_hidden_states.shape, hidden_states.shape[1]
+    inputs["img_mask"] = torch.tensor([[False] * words + [True] * (count // 4)]).repeat(batch, 1)
+    inputs |= {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+    return plain(model, timestep, img_shapes=img_shapes.tolist(), **inputs)[:, -count:]
+
+
 def hunyuan_video_15(model, timestep, hidden_states, image_embeds=None, **inputs):
     """As HunyuanVideo15Pipeline: the timestep in the latent's dtype, and from text zeros for a picture."""
     if image_embeds is None:
@@ -160,6 +168,14 @@ FAMILIES = {
             (r"transformer_blocks\.\d+\.(img|txt)_mlp", None),
         ),
         call=qwen_image,
+    ),
+    "QwenImage21Transformer2DModel": Family(
+        ((r"transformer_blocks\.\d+\.(attn|img_mlp)", None),),  # text then image rows
+        call=qwen_image_21,
+    ),
+    **dict.fromkeys(
+        ("PixArtTransformer2DModel", "SanaTransformer2DModel"),
+        Family(((r"transformer_blocks\.\d+\.(attn1|attn2|ff)", None),)),
     ),
     "SD3Transformer2DModel": Family(
         (

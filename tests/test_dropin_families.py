@@ -38,8 +38,11 @@ from tiny_pipelines import (
     krea_2_pipeline,
     longcat_image_pipeline,
     ovis_image_pipeline,
+    pixart_pipeline,
+    qwen_image_21_pipeline,
     qwen_image_edit_pipeline,
     qwen_image_pipeline,
+    sana_pipeline,
     sd3_pipeline,
     wan_image_pipeline,
     wan_pipeline,
@@ -88,6 +91,7 @@ QWEN = {
     "true_cfg_scale": 2.0,
     **guided("prompt_embeds", prompt_embeds=text(6, 24)),
 }
+QWEN_21 = {"prompt_embeds_mask": MASK.bool(), "negative_prompt_embeds_mask": MASK.bool()}
 FLUX2 = {"height": 16, "width": 24, "prompt": None, "prompt_embeds": text(6, 24)}
 CHROMA = {
     "guidance_scale": 2.0,
@@ -112,6 +116,14 @@ KREA_2 = {
     "prompt_embeds_mask": MASK.bool(),
     "negative_prompt_embeds_mask": torch.ones(1, 6).bool(),
     **guided("prompt_embeds", prompt_embeds=text(6, 3, 16)),
+}
+BINNED = {
+    "guidance_scale": 2.0,
+    "use_resolution_binning": False,
+    "negative_prompt": None,
+    "prompt_attention_mask": MASK,
+    "negative_prompt_attention_mask": torch.ones(1, 6, dtype=torch.int64),
+    **guided("prompt_embeds", prompt_embeds=text(6, 24)),
 }
 PICTURES = [PICTURE, PICTURE.resize((32, 16))]
 SD3 = guided("prompt_embeds", "pooled_prompt_embeds", prompt_embeds=text(6, 24), pooled_prompt_embeds=text(20))
@@ -206,6 +218,15 @@ CASES = {
     "qwen-image-edit": ("qwen-image-edit", qwen_image_edit_pipeline, QWEN | {"image": PICTURE}, {"cond", "uncond"}),
     "qwen-image-edit-plus": ("qwen-image-edit", EDIT_PLUS, QWEN | {"image": PICTURES}, {"cond", "uncond"}),
     "qwen-image-edit-2511": ("qwen-image-edit-2511", EDIT_PLUS, QWEN | {"image": PICTURES}, {"cond", "uncond"}),
+    "qwen-image-2.1": ("qwen-image-2.1", qwen_image_21_pipeline, QWEN | {"width": 64, **QWEN_21}, {"cond", "uncond"}),
+    "qwen-image-2.1-whole": (
+        "qwen-image-2.1",
+        qwen_image_21_pipeline,
+        QWEN | {"height": 64, "prompt_embeds_mask": None, "true_cfg_scale": 1.0, "use_kv_cache": False, "width": 64},
+        {"cond"},
+    ),
+    "pixart": ("pixart", pixart_pipeline, BINNED | {"height": 32, "width": 32}, {"0"}),
+    "sana": ("sana", sana_pipeline, BINNED | {"height": 64, "width": 96}, {"0"}),
     "sd3": ("sd3", sd3_pipeline, SMALL | SD3, {"0"}),
     "hidream": ("hidream", hidream_pipeline, SMALL | HIDREAM, {"0"}),
     "hunyuan": (

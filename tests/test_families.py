@@ -68,6 +68,16 @@ ROWS = {
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "attention_mask", "img_ids", "txt_ids"}),
     ),
+    "pixart": Row(({"batch": 3, "text_tokens": 20},), frozenset({"encoder_hidden_states", "encoder_attention_mask"})),
+    "sana": Row(
+        ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
+        frozenset({"encoder_hidden_states", "encoder_attention_mask"}),
+    ),
+    # a multiple of 4 tokens
+    "qwen-image-2.1": Row(
+        ({"batch": 1, "height": 4, "width": 3, "text_tokens": 19}, {"batch": 3, "height": 2, "width": 10}),
+        frozenset({"encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes"}),
+    ),
     "krea-2": Row(
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "position_ids", "encoder_attention_mask"}),

@@ -299,6 +299,8 @@ def test_a_config_that_is_none_of_flux2_is_refused(change):
         ("chroma", "flux2"),
         ("z-image", "chroma"),
         ("longcat-image", "ovis-image"),
+        ("qwen-image-2.1", "qwen-image"),
+        ("qwen-image", "qwen-image-2.1"),
     ],
 )
 def test_a_checkpoint_of_a_sibling_is_refused(family, sibling):
@@ -394,3 +396,65 @@ def test_places_of_krea_2_that_are_not_the_pipeline_s_are_refused(eager, tiny):
     for other in (places, torch.cat([torch.ones(6, 3), places])):
         with pytest.raises(StepError, match=r"`position_ids` is \[.*, expected zeros for each of 6 tokens of text and"):
             eager("krea-2").as_transformer()(latents[0], position_ids=other, **rest)
+
+
+@pytest.mark.parametrize("change", [{"causal_condition": False}, {"patch_size": 2}])
+def test_a_config_that_is_none_of_qwen_image_21_is_refused(change):
+    config = {"causal_condition": True, "patch_size": 1, **change}
+    with pytest.raises(
+        ConfigError, match=r"`causal_condition` and `patch_size` are .*, expected true and 1 as of Qwen"
+    ):
+        FAMILIES["qwen-image-2.1"].inputs(config)
+
+
+def test_noise_levels_of_a_pipeline_s_own_are_refused(tmp_path):
+    """Qwen-Image 2.1 as distilled brings some."""
+    (tmp_path / "transformer").mkdir()
+    shutil.copy(PUBLISHED / "qwen-image-2.1.json", tmp_path / "transformer" / "config.json")
+    index = {"_class_name": "QwenImage21Pipeline", "sample_sigmas": [1.0, 0.5]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"`sample_sigmas` of the pipeline has 2 noise levels, expected none; no b"):
+        open_checkpoint(str(tmp_path / "transformer"), FAMILIES["qwen-image-2.1"], weightless=True)
+
+
+def test_words_of_qwen_image_21_are_known_before_the_first_step(drafts):
+    """Their keys and values of every layer are constants that `prepare` makes, and no step reads the words."""
+    pieces = drafts("qwen-image-2.1").split
+    made = {t.name for t in pieces.prepare.outputs if t.role == "constant" and "text_tokens" in t.shape}
+    assert len(made) >= 2 * 2 and made <= {t.name for t in pieces.full.inputs}
+    assert not any(t.name.startswith("encoder_hidden_states") for t in pieces.full.inputs if t.dtype == "float32")
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "sentence"),
+    [
+        (
+            "pixart",
+            {"use_additional_conditions": True},
+            r"`use_additional_conditions` is True, expected false: a model",
+        ),
+        ("pixart", {"sample_size": 128}, r"`use_additional_conditions` is None, expected false: a model that is told"),
+        (
+            "sana",
+            {"guidance_embeds": True},
+            r"`guidance_embeds` and `timestep_scale` are True and None, expected false",
+        ),
+        (
+            "sana",
+            {"timestep_scale": 1000.0},
+            r"are None and 1000\.0, .*: that is Sana-Sprint, whose 1 to 4 steps leave",
+        ),
+    ],
+)
+def test_a_sibling_of_pixart_or_sana_is_refused(family, change, sentence):
+    config = {"sample_size": 64, "in_channels": 4, "patch_size": 1, "caption_channels": 4, **change}
+    with pytest.raises(ConfigError, match=sentence):
+        FAMILIES[family].inputs(config)
+
+
+def test_a_sana_with_places_has_one_size():
+    config = {"sample_size": 64, "in_channels": 4, "patch_size": 2, "caption_channels": 4, "interpolation_scale": 1.0}
+    changed = FAMILIES["sana"].by_config(config)
+    assert changed["latent_sizes"](config, 64, 64) == {} and "rows" not in FAMILIES["sana"].dimensions(config)
+    with pytest.raises(ConfigError, match=r"latent size is 64x32, expected 64x64"):
+        changed["latent_sizes"](config, 64, 32)

@@ -61,6 +61,8 @@ OWN = {
     "dit": "transformer_blocks.0.attn1.to_q",
     "framepack": "transformer_blocks.0.attn.to_q",
     "wan": "blocks.0.attn1.to_q",
+    "pixart": "transformer_blocks.0.attn1.to_q",
+    "sana": "transformer_blocks.0.attn1.to_q",
     "hidream": "caption_projection.0.linear",
     "z-image": "layers.0.attention.to_q",
 }

@@ -30,6 +30,10 @@ DIFFERS = {
     "qwen-image": {"timestep", "img_shapes"},  # numbers, for which a tensor stands while tracing
     "qwen-image-edit": {"timestep", "img_shapes", "image_latents"},
     "qwen-image-edit-2511": {"timestep", "img_shapes", "image_latents"},
+    # the words' width, and their mask, are called otherwise or of another dtype
+    "pixart": {"encoder_attention_mask"},  # of the model's dtype
+    "sana": {"hidden_states", "encoder_attention_mask"},  # its latent is cut into 1 x 1
+    "qwen-image-2.1": {"timestep", "img_shapes", "encoder_hidden_states", "encoder_hidden_states_mask"},
     "hidream": {"hidden_states", "pooled_embeds", "encoder_hidden_states_t5", "encoder_hidden_states_llama3"},
     "hunyuan": {"encoder_attention_mask"},  # of another dtype
     "hunyuan-channels": {"encoder_attention_mask"},

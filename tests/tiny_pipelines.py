@@ -19,6 +19,7 @@ from diffusers import (
     ChromaPipeline,
     DDIMScheduler,
     DiTPipeline,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
@@ -33,9 +34,12 @@ from diffusers import (
     Krea2Pipeline,
     LongCatImagePipeline,
     OvisImagePipeline,
+    PixArtSigmaPipeline,
+    QwenImage21Pipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
+    SanaPipeline,
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
@@ -382,6 +386,44 @@ def qwen_image_edit_pipeline(transformer, pipeline=QwenImageEditPipeline):
             transformer=transformer,
         )
     )
+
+
+def pixart_pipeline(transformer):
+    """Pictures of twice the model's latent size; the prompt is given as embeddings."""
+    vae, scheduler = tiny_vae(transformer.config.in_channels), DPMSolverMultistepScheduler()
+    return _quiet(PixArtSigmaPipeline(None, None, vae, transformer, scheduler))
+
+
+def sana_pipeline(transformer):
+    """Pictures of a multiple of 32 pixels; the prompt is given as embeddings, and latents are not decoded."""
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return _quiet(SanaPipeline(None, None, None, transformer, DPMSolverMultistepScheduler(**flow)))
+
+
+def qwen_image_21_pipeline(transformer):
+    """Pictures of a multiple of 32 pixels; the prompt is given as embeddings, and latents are not decoded."""
+    return _quiet(
+        QwenImage21Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=None,
+            text_encoder=None,
+            processor=_NoProcessor(),
+            transformer=transformer,
+        )
+    )
+
+
+class _NoProcessor:
+    """What the pipeline asks of its processor before it is given a prompt."""
+
+    def __init__(self):
+        self.tokenizer = self
+
+    def apply_chat_template(self, *given, **options):
+        return [[]]
+
+    def encode(self, text):
+        return [0]
 
 
 def whole_qwen_image(transformer):

@@ -94,6 +94,9 @@ MODELS = {
     "qwen-image": Model("qwen-image", "Qwen/Qwen-Image"),
     "qwen-image-edit": Model("qwen-image-edit", "Qwen/Qwen-Image-Edit"),
     "qwen-image-edit-2511": Model("qwen-image-edit", "Qwen/Qwen-Image-Edit-2511"),
+    "qwen-image-2.1": Model("qwen-image-2.1", "Qwen/Qwen-Image-2.1"),
+    "pixart-sigma-xl-2-1024": Model("pixart", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
+    "sana-1600m-1024": Model("sana", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"),
     "stable-diffusion-3.5-medium": Model("sd3", "stabilityai/stable-diffusion-3.5-medium"),
     "stable-diffusion-3.5-large": Model("sd3", "stabilityai/stable-diffusion-3.5-large"),
 }

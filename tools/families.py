@@ -58,6 +58,9 @@ MODELS = {
     "qwen-image": "qwen-image",
     "qwen-image-edit": "qwen-image-edit",
     "qwen-image-edit-2511": "qwen-image-edit (2511)",
+    "qwen-image-2.1": "qwen-image-2.1",
+    "pixart": "pixart",
+    "sana": "sana",
     "sd3": "sd3",
 }
 

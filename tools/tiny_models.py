@@ -23,7 +23,10 @@ from diffusers import (
     Krea2Transformer2DModel,
     LongCatImageTransformer2DModel,
     OvisImageTransformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
@@ -319,14 +322,14 @@ def tiny_qwen_image(seed=0, layers=2, pictures_at_zero=False):
     )
 
 
-def qwen_image_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):
+def qwen_image_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0, width_of_text=None):
     """As `flux_inputs`; the last text token of the first sample is padding."""
-    rng = torch.Generator().manual_seed(seed)
+    rng, width_of_text = torch.Generator().manual_seed(seed), width_of_text or model.config.joint_attention_dim
     sigma = torch.linspace(1.0, 1.0 / steps, steps)
     mask = torch.ones(batch, text_tokens, dtype=torch.int64)
     mask[0, -1] = 0
     conditioning = {
-        "encoder_hidden_states": torch.randn(batch, text_tokens, model.config.joint_attention_dim, generator=rng),
+        "encoder_hidden_states": torch.randn(batch, text_tokens, width_of_text, generator=rng),
         "encoder_hidden_states_mask": mask,
         "img_shapes": torch.tensor([[[1, height, width]]]).repeat(batch, 1, 1),
     }
@@ -342,6 +345,84 @@ def qwen_image_edit_inputs(model, steps, batch=1, height=4, width=4, text_tokens
     conditioning["img_shapes"] = shapes.repeat(batch, 1, 1)
     conditioning["image_latents"] = torch.randn(batch, count, model.config.in_channels, generator=rng)
     return latents, sigma, conditioning
+
+
+def tiny_qwen_image_21(seed=0):
+    """Qwen-Image 2.1 of width 32, float32, eval."""
+    return randomised(
+        lambda: QwenImage21Transformer2DModel(
+            in_channels=16,
+            out_channels=16,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            context_in_dim=24,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        seed,
+    )
+
+
+def qwen_image_21_inputs(model, steps, **sizes):
+    """As `qwen_image_inputs`; tokens of the picture are a multiple of 4."""
+    return qwen_image_inputs(model, steps, width_of_text=model.config.context_in_dim, **sizes)
+
+
+def tiny_pixart(seed=0):
+    """PixArt-Sigma of width 32 on latents of 16 x 16, float32, eval."""
+    return randomised(
+        lambda: PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            cross_attention_dim=32,
+            sample_size=16,
+            caption_channels=24,
+            use_additional_conditions=False,
+            interpolation_scale=1,
+        ),
+        seed,
+    )
+
+
+def pixart_inputs(model, steps, batch=1, text_tokens=6, seed=0):
+    """As `sana_inputs`, of the one size that it has."""
+    side = model.config.sample_size
+    return sana_inputs(model, steps, batch, side, side, text_tokens, seed)
+
+
+def tiny_sana(seed=0):
+    """Sana of width 32, float32, eval."""
+    return randomised(
+        lambda: SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+            cross_attention_dim=32,
+            caption_channels=24,
+            sample_size=8,
+        ),
+        seed,
+    )
+
+
+def sana_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):
+    """Latents [S, B, C, H, W], timesteps [S] from 999 down, conditioning; the last token of the first is padding."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    timestep = torch.linspace(999.0, 999.0 / steps, steps)
+    mask = torch.ones(batch, text_tokens)
+    mask[0, -1] = 0
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.caption_channels, generator=rng),
+        "encoder_attention_mask": mask,
+    }
+    return _trajectory(timestep / 1000, (batch, config.in_channels, height, width), rng), timestep, conditioning
 
 
 def tiny_sd3(seed=0, layers=2):
@@ -611,6 +692,9 @@ MODELS = {
         lambda: tiny_qwen_image(seed=2, pictures_at_zero=True),
         qwen_image_edit_inputs,
     ),
+    "qwen-image-2.1": ("qwen-image-2.1", tiny_qwen_image_21, qwen_image_21_inputs),
+    "pixart": ("pixart", tiny_pixart, pixart_inputs),
+    "sana": ("sana", tiny_sana, sana_inputs),
     "sd3": ("sd3", tiny_sd3, sd3_inputs),
     "hidream": ("hidream", tiny_hidream, hidream_inputs),
     "dit": ("dit", tiny_dit, dit_inputs),

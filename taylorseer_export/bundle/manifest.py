@@ -268,7 +268,7 @@ class Pipeline(Part):
     packing: int = Field(
         default=1, ge=1, description="Side of the square of latent pixels that is packed into a token; 1 packs none."
     )
-    attributes: dict[str, int] = Field(
+    attributes: dict[str, int | tuple[int, ...]] = Field(
         default_factory=dict, description="What the pipeline reads from the transformer besides its config."
     )
 

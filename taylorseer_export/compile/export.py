@@ -286,7 +286,8 @@ def sampling_of(checkpoint: Checkpoint, parts: Collection[PartName] = ()) -> Sam
     try:
         return Sampling(
             scheduler=scheduler,
-            config={key: value for key, value in config.items() if not key.startswith("_")},
+            # A bound of minus infinity, which DPM-Solver's config has, bounds nothing, and JSON does not know it.
+            config={k: value for k, value in config.items() if not k.startswith("_") and value != float("-inf")},
             guidance=guidance,
             guidance_scale=checkpoint.card.get("guidance_scale")
             or checkpoint.guider.get("guidance_scale")

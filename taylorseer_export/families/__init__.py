@@ -17,7 +17,10 @@ from taylorseer_export.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
 from taylorseer_export.families.krea_2 import KREA_2
 from taylorseer_export.families.longcat_image import LONGCAT_IMAGE
 from taylorseer_export.families.ovis_image import OVIS_IMAGE
+from taylorseer_export.families.pixart import PIXART
 from taylorseer_export.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT
+from taylorseer_export.families.qwen_image_21 import QWEN_IMAGE_21
+from taylorseer_export.families.sana import SANA
 from taylorseer_export.families.sd3 import SD3
 from taylorseer_export.families.wan import WAN
 from taylorseer_export.families.z_image import Z_IMAGE
@@ -37,8 +40,11 @@ _ALL = (
     KREA_2,
     LONGCAT_IMAGE,
     OVIS_IMAGE,
+    PIXART,
     QWEN_IMAGE,
     QWEN_IMAGE_EDIT,
+    QWEN_IMAGE_21,
+    SANA,
     SD3,
     WAN,
     Z_IMAGE,

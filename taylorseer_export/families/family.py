@@ -299,7 +299,7 @@ class Family:
     comfy: Callable[[Mapping[str, Any]], Comfy | None] = no_counterpart
     whole: Whole | None = None
     source: Literal["labels", "tensors"] = "tensors"
-    attributes: Callable[[Mapping[str, Any]], Mapping[str, int]] = no_entries
+    attributes: Callable[[Mapping[str, Any]], Mapping[str, int | tuple[int, ...]]] = no_entries
     first_input: tuple[str, str] | None = None
     lora_loader: str = ""
     forward: Callable[[Any, dict[str, Any]], Any] = call

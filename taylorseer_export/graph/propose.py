@@ -31,7 +31,7 @@ from taylorseer_export.graph.split import Split, split
 from taylorseer_export.graph.trace import trace
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
-_MLP = re.compile(r"feedforward|mlp|swiglu|moe", re.IGNORECASE)
+_MLP = re.compile(r"feedforward|mlp|swiglu|moe|glumb", re.IGNORECASE)
 _TEXT = re.compile(r"(^|_)(context|txt|text|encoder|t)($|_)")
 _OF_TEXT = "text rows: they have no path to the output of a forecast"
 # Arguments that change how `forward` runs and hold no tensor of the loop.

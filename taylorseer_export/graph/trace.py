@@ -176,11 +176,11 @@ def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def drop_noise(graph: fx.Graph) -> None:
-    """Drop shape guards, metadata checks, and casts that cast nothing."""
+    """Drop shape guards, metadata checks, and casts and squeezes that change nothing."""
     for node in list(graph.nodes):
         if node.op == "call_module" or node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif _casts_nothing(node):
+        elif _casts_nothing(node) or _squeezes_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
@@ -218,6 +218,16 @@ def fold_constants(module: fx.GraphModule, weights: set[str], prefix: str = "con
             constants[name] = value
     eliminate_dead(module.graph)
     return constants
+
+
+def _squeezes_nothing(node: fx.Node) -> bool:
+    """Whether it takes out a dimension that is not of size 1, which torch leaves as it is and ONNX refuses."""
+    if node.target is not aten.squeeze.dim:
+        return False
+    source, dim = node.args
+    assert isinstance(source, fx.Node)
+    size = source.meta["val"].shape[dim]
+    return isinstance(size, int) and size != 1
 
 
 def _casts_nothing(node: fx.Node) -> bool:

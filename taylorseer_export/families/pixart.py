@@ -1,0 +1,45 @@
+"""PixArt: blocks of self-attention, cross-attention to the text and an MLP, guidance by a batch of two halves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, fixed
+
+
+def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    size, told = config["sample_size"], config.get("use_additional_conditions")
+    if told or (told is None and size == 128):
+        raise ConfigError(
+            f"config entry `use_additional_conditions` is {told}, expected false: a model that is told its resolution "
+            "is PixArt-Alpha at 1024 pixels; pass a PixArt-Sigma"
+        )
+    return (  # for any other size it computes a new position table while it runs
+        Input("hidden_states", ("batch", config["in_channels"], size, size), "latent"),
+        Input("encoder_hidden_states", ("batch", "text_tokens", config["caption_channels"]), "constant"),
+        Input("timestep", ("batch",), "step", "float32"),
+        Input("encoder_attention_mask", ("batch", "text_tokens"), "constant", fill="ones"),
+    )
+
+
+PIXART = Family(
+    name="pixart",
+    title="PixArt-Sigma",
+    model_class="PixArtTransformer2DModel",
+    reference="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+    sites=(r"transformer_blocks\.\d+\.(attn1|attn2|ff)",),
+    stack_input=("transformer_blocks.0", "hidden_states"),
+    stack_output=("norm_out", "input"),
+    inputs=_inputs,
+    dimensions=lambda config: {"batch": (1, 16), "text_tokens": (2, 512)},
+    latent_sizes=fixed,
+    defaults=Defaults(steps=20, interval=4, warmup=3, order=1),
+    scheduler="DPMSolverMultistepScheduler",
+    guidance="batched",
+    guidance_scale=4.5,
+    latent_size=(128, 128),
+    typical={"text_tokens": 300},
+    pipeline=Pipeline(ignored_inputs=("added_cond_kwargs",)),
+)

@@ -27,6 +27,7 @@ from taylorseer_export.bundle.entries import (
 )
 from taylorseer_export.bundle.entries import Shape as Shape
 from taylorseer_export.bundle.part_entries import Filter as Filter
+from taylorseer_export.bundle.part_entries import Fitted as Fitted
 from taylorseer_export.bundle.part_entries import Sections as Sections
 from taylorseer_export.bundle.part_entries import Shown as Shown
 from taylorseer_export.bundle.part_entries import Tiles as Tiles
@@ -290,6 +291,7 @@ class PipelinePart(Part):
         default=(),
         description="Of encode: (height, width) that a picture is brought to, the nearest shape; its own if none.",
     )
+    fitted: Fitted | None = Field(default=None, description="Of encode, where pictures keep their shapes.")
     negative: Text | None = Field(
         default=None,
         description="Of text: the negative prompt where a request brings none; null: guidance is off without.",

@@ -21,6 +21,8 @@ class Tokens(Part):
     padding: Count | None = Field(default=None, description="Token that fills a prompt up to its length; or null.")
     side: Literal["left", "right"] = Field(default="right", description="Where it is filled up.")
     template: Template = Field(default="{}", description="What the prompt is put into, in the place of {}.")
+    special: bool = Field(default=True, description="Whether the tokenizer adds its own tokens around that.")
+    removed: tuple[Text, ...] = Field(default=(), description="What is taken out of a prompt first.")
     dropped: Count = Field(default=0, description="Leading tokens that the encoders leave out of what they return.")
     cleaned: bool = Field(default=False, description="Whether HTML entities and runs of spaces are resolved first.")
 
@@ -49,6 +51,17 @@ class Shown(Part):
         default=False,
         description="Whether it has the size of the video first, and is floats in between, by which some bytes lose 1.",
     )
+
+
+class Fitted(Part):
+    """How pictures that a model goes by are brought to whole tokens, each in its own shape; of several the rows follow
+    each other, and their places begin with `first`, twice that, and so on.
+    """
+
+    area: Size = Field(description="Most pixels; a larger one is made smaller, in its shape.")
+    shortest: Size = Field(description="Fewest pixels along a side.")
+    ratio: Size = Field(description="Most that one side is of the other, dimensionless.")
+    most: Size = Field(description="Pictures that a request may bring.")
 
 
 class Sections(Part):

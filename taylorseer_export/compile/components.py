@@ -13,6 +13,7 @@ from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.checkpoint.files import INDEX, read_json
 from taylorseer_export.compile.draft import PRECISIONS, Options
 from taylorseer_export.errors import CheckpointError, first_line
+from taylorseer_export.families.whole import Chat
 from taylorseer_export.families.whole import Shown as DeclaredShown
 from taylorseer_export.families.whole import Tokens as Declared
 
@@ -74,6 +75,10 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
             f"{where} does not load as a tokenizer ({first_line(error)}), expected one that the tokenizers library "
             "has; download it again"
         ) from error
+    template, special = declared.template, True
+    if declared.chat is not None:
+        template = _template(where, found, declared.chat)
+        special = not (found.bos_token and template.startswith(found.bos_token))
     fill = found.eos_token_id if declared.filled_with == "end" else found.pad_token_id
     if declared.padded and fill is None:
         raise CheckpointError(f"{where} has no token for padding, expected one; download it again")
@@ -85,10 +90,35 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
         size=declared.size or None,
         padding=fill if declared.padded else None,
         side="left" if found.padding_side == "left" else "right",
-        template=declared.template,
+        template=template,
+        special=special,
+        removed=declared.removed,
         dropped=declared.dropped,
         cleaned=declared.cleaned,
     )
+
+
+def _template(where: Path, found: Any, chat: Chat) -> str:
+    """What a tokenizer's chat template puts a prompt into, in the place of `{}`.
+
+    Raises:
+        CheckpointError: It has none, or makes another text of a prompt than the one with the prompt in that place.
+    """
+
+    def text(prompt: str) -> str:
+        messages, options = chat(prompt)
+        return str(found.apply_chat_template(messages, tokenize=False, **options))
+
+    try:
+        made = text("{}")
+        if made.count("{}") != 1 or any(text(prompt) != made.replace("{}", prompt) for prompt in ("", " a\n\nb ")):
+            raise ValueError("it changes the prompt")
+    except Exception as error:  # whatever a template raises, and transformers where there is none
+        raise CheckpointError(
+            f"{where} has no chat template that a prompt is put into as it is ({first_line(error)}), expected the one "
+            "of the published pipeline; download it again"
+        ) from error
+    return made
 
 
 def numbers(checkpoint: Checkpoint, declared: Declared, folder: Path) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 
 from taylorseer_export.bundle.manifest import PartName, PipelinePart, Role, Sections, Shown, Tensor, Tiles, Tokens
 from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
+from taylorseer_export.bundle.part_entries import Fitted
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.checkpoint.files import INDEX
 from taylorseer_export.compile.components import (
@@ -56,6 +58,7 @@ class PartDraft(BaseDraft):
         frame_rate: Frames per second of videos; None where it decodes none.
         dropped: See `Whole.dropped`.
         shown_at: See `Whole.seen_at`.
+        fitted: See `Whole.fitted`.
         shown: How an image encoder is shown a picture; None where there is none.
         sections: How videos are made section by section; None where they are not.
     """
@@ -75,6 +78,7 @@ class PartDraft(BaseDraft):
     frame_rate: int | None = None
     dropped: int = 0
     shown_at: tuple[tuple[int, int], ...] = ()
+    fitted: Fitted | None = None
     shown: Shown | None = None
     sections: Sections | None = None
 
@@ -111,6 +115,7 @@ class PartDraft(BaseDraft):
             shown=self.shown,
             sections=self.sections,
             sizes=self.shown_at,
+            fitted=self.fitted,
             negative=self.negative,
         )
 
@@ -275,6 +280,9 @@ def _encode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
     vae = component(checkpoint, VAE, options)
     packing = checkpoint.family.packing
     side, ranges = checkpoint.latent_scale * packing, dict.fromkeys(_SIDES, (2, _LARGEST_SIDE // packing))
+    fitted = None if whole.fitted is None else Fitted(**asdict(whole.fitted))
+    if fitted is not None:  # the longest side that is left of any
+        ranges = dict.fromkeys(_SIDES, (fitted.shortest // side, isqrt(fitted.area * fitted.ratio) // side))
     if whole.see is None and options.latent_size is not None:  # the picture is of the size that is drawn
         own = zip(_SIDES, options.latent_size[-2:], strict=True)
         ranges = {name: (extent // packing,) * 2 for name, extent in own}
@@ -298,7 +306,7 @@ def _encode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
 
     cut, constants = trace_part("encode", {VAE: vae}, encode, [picture], ranges, role)
     made = _drafted(checkpoint, options, {VAE: vae}, (cut,), constants, (ranges, typical))
-    return replace(made, shown_at=whole.seen_at)
+    return replace(made, shown_at=whole.seen_at, fitted=fitted)
 
 
 def _animate(

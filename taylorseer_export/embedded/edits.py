@@ -1,4 +1,4 @@
-"""Pictures that are given: what a model makes of one that it edits or animates, or what a loop begins with.
+"""Pictures that are given: what a model makes of those that it edits or animates, or what a loop begins with.
 
 Which of these a bundle does follows from what its part `encode` makes: constant inputs of the transformer, as Kontext
 has them; what a video has beside the noise, or the latents that its sections begin with; or mean and deviation of
@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Manifest, PipelinePart
+from taylorseer_export.bundle.manifest import Fitted, Manifest, PipelinePart
 from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
 from taylorseer_export.embedded.picture import passed_on, resized, seen_by_encoder
 from taylorseer_export.errors import ConfigError
@@ -42,11 +43,13 @@ class Given(NamedTuple):
         picture: `[height, width, 3]` uint8.
         strength: Of a loop that begins with it, the share of its steps that run.
         steps: Those in all; as many as leave those of the plan if None. See `steps_that_run`.
+        others: Further pictures that a model goes by, each of a size of its own.
     """
 
     picture: np.ndarray
     strength: float = STRENGTH
     steps: int | None = None
+    others: tuple[np.ndarray, ...] = ()
 
 
 def use_of(manifest: Manifest) -> Use | None:
@@ -59,22 +62,43 @@ def use_of(manifest: Manifest) -> Use | None:
     return "edits" if part.graph.outputs[0].role == "constant" else "begins"
 
 
-def given_picture(manifest: Manifest, picture: np.ndarray | None, strength: float | None = None) -> Given | None:
+def most_pictures(manifest: Manifest) -> int:
+    """How many pictures a request to a bundle may bring; 1 also where it takes none."""
+    part = manifest.parts.get("encode")
+    return 1 if part is None or part.fitted is None else part.fitted.most
+
+
+def given_picture(
+    manifest: Manifest,
+    picture: np.ndarray | None,
+    strength: float | None = None,
+    others: Sequence[np.ndarray] = (),
+) -> Given | None:
     """What comes with a request, checked against what a bundle does with it; None where no picture does.
 
     Args:
         manifest: Of the bundle.
         picture: `[height, width, 3]` uint8.
         strength: As asked; None where nothing was.
+        others: Pictures behind the first.
 
     Raises:
-        ConfigError: The bundle takes no picture, or there is nothing that the strength is of.
+        ConfigError: The bundle takes no picture, or fewer, or there is nothing that the strength is of.
     """
     use, name = use_of(manifest), f"{manifest.family}-{manifest.name}"
     if picture is not None and use is None:
         raise ConfigError(f"picture is given for {name}, expected none, since it draws from text alone; leave it out")
+    if len(others) >= (most := most_pictures(manifest)):
+        raise ConfigError(
+            f"{1 + len(others)} pictures are given for {name}, expected {most_in_words(most)}; leave the rest out"
+        )
     check_strength(name, use, picture is not None, strength)
-    return None if picture is None else Given(picture, STRENGTH if strength is None else strength)
+    return None if picture is None else Given(picture, STRENGTH if strength is None else strength, None, (*others,))
+
+
+def most_in_words(most: int) -> str:
+    """How many pictures are expected where more were given."""
+    return "one picture" if most == 1 else f"at most {most} pictures"
 
 
 def check_strength(name: str, use: Use | None, given: bool, strength: float | None) -> None:
@@ -112,15 +136,32 @@ def steps_that_run(
     return replace(options, steps=steps_at(given.strength, steps)), given._replace(steps=steps)
 
 
-def seen(denoiser: Denoiser, picture: np.ndarray) -> dict[str, np.ndarray]:
-    """The constant inputs that a model that edits makes of a picture `[height, width, 3]` uint8, by their names."""
-    size = brought_to(denoiser.manifest, picture)
-    tensors = _encoded(denoiser, picture, size)
+def seen(denoiser: Denoiser, pictures: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """The constant inputs that a model that edits makes of pictures, each `[height, width, 3]` uint8, by their names.
+
+    Raises:
+        ConfigError: One is of a size that it does not take.
+        StepError: All of them have too many tokens.
+    """
+    part, side = denoiser.manifest.parts["encode"], _side(denoiser.manifest)
+    sizes = [size_to_see(part, picture.shape, side) for picture in pictures]
+    tokens = sum(height // side * (width // side) for height, width in sizes)
+    denoiser.contract.check_sizes({str(denoiser.constants[t.name].shape[-2]): tokens for t in part.graph.outputs})
+    fit = resized if part.fitted is None else partial(cut_to, part.fitted)
+    shown = [fit(picture, *size) for picture, size in zip(pictures, sizes, strict=True)]
+    made = [_seen(denoiser, picture, number) for number, picture in enumerate(shown, 1)]
+    return {name: np.concatenate([one[name] for one in made], -2) for name in made[0]}
+
+
+def _seen(denoiser: Denoiser, picture: np.ndarray, number: int) -> dict[str, np.ndarray]:
+    """What the picture of that number becomes, of whole tokens: its rows, and their places."""
+    tensors = _encoded(denoiser, picture)
     counts = {entry for made in tensors for entry in denoiser.constants[made].shape if isinstance(entry, str)}
-    rows, columns = (extent // _side(denoiser.manifest) for extent in size)
+    rows, columns = (extent // _side(denoiser.manifest) for extent in picture.shape[:2])
     for key, tensor in denoiser.constants.items():
         if tensor.fill == "grid" and tensor.shape[-2] in counts:
-            ids = grid(tensor.first, rows, columns, int(tensor.shape[-1]))
+            ids = grid(number * tensor.first, rows, columns, int(tensor.shape[-1]))
+            ids = ids.astype(np.int64) if "int" in tensor.dtype else ids
             tensors[key] = ids if len(tensor.shape) == 2 else ids[None]
     return tensors
 
@@ -212,7 +253,7 @@ def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequen
         given: The picture, which is brought to that size.
         seeds: One per sample; both are drawn from one generator, as diffusers' pipelines do.
     """
-    made = _encoded(denoiser, given.picture, (request.height, request.width))
+    made = _encoded(denoiser, resized(given.picture, request.height, request.width))
     packing = denoiser.manifest.pipeline.packing
     clean, noise = [], []
     for seed in seeds:
@@ -225,10 +266,10 @@ def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequen
     return replace(request, latents=noisy, beginning=Beginning(latents, given.strength, given.steps))
 
 
-def _encoded(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
+def _encoded(denoiser: Denoiser, picture: np.ndarray) -> dict[str, np.ndarray]:
     encoder = denoiser.picture_encoder
     assert isinstance(encoder, Part), "bug in taylorseer-export: an encoder of videos edits a picture"
-    return encoder({"picture": _unit(picture, size)})
+    return encoder({"picture": _as_input(picture)})
 
 
 def brought_to(manifest: Manifest, picture: np.ndarray) -> tuple[int, int]:
@@ -240,17 +281,56 @@ def size_to_see(described: PipelinePart, shape: tuple[int, ...], side: int) -> t
     """The (height, width) in pixels that a picture is brought to before it is encoded.
 
     Of the sizes that the part lists the one whose width to height is nearest, and of several the narrowest, as
-    diffusers chooses; where none is listed its own, cut to multiples of a token's side.
+    diffusers chooses; where none is listed its own, cut to multiples of a token's side. A fitted one has its shape,
+    and no more than the most pixels.
 
     Args:
         described: The part `encode`.
         shape: (height, width) in pixels.
         side: Pixels of a token.
+
+    Raises:
+        ConfigError: It is smaller or longer than fitted pictures may be.
     """
-    height, width = shape[:2]
+    height, width = shape[:2] if described.fitted is None else size_in(described.fitted, *shape[:2])
     if not described.sizes:
         return max(height // side, 1) * side, max(width // side, 1) * side
     return min(described.sizes, key=lambda size: (abs(width / height - size[1] / size[0]), size[1], size[0]))
+
+
+def size_in(fitted: Fitted, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) in pixels of a picture that is no larger than it may be, as diffusers reckons for FLUX.2.
+
+    Raises:
+        ConfigError: It is smaller or longer than it may be.
+    """
+    if min(height, width) < fitted.shortest or max(height / width, width / height) > fitted.ratio:
+        raise ConfigError(
+            f"picture is {width}x{height}, expected sides of at least {fitted.shortest} pixels, one of them at most "
+            f"{fitted.ratio} times the other; scale it or cut it"
+        )
+    if height * width <= fitted.area:
+        return height, width
+    scale = math.sqrt(fitted.area / (width * height))
+    return int(height * scale), int(width * scale)
+
+
+def cut_to(fitted: Fitted, picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture `[..., ..., 3]` uint8, made smaller where it is larger than it may be, and of that the middle."""
+    made = resized(picture, *size_in(fitted, *picture.shape[:2]))
+    top, left = (made.shape[0] - height) // 2, (made.shape[1] - width) // 2
+    return made[top : top + height, left : left + width]
+
+
+def black_for(manifest: Manifest, size: tuple[int, ...]) -> Given | None:
+    """A black picture that a bundle takes, for a request of a size in pixels; None where it takes none."""
+    part = manifest.parts.get("encode")
+    if part is None:
+        return None
+    sides = size[-2:]
+    if part.fitted is not None:  # a picture of any size goes by one of a shape that it may have
+        sides = (min(max(min(sides), part.fitted.shortest), math.isqrt(part.fitted.area)),) * 2
+    return Given(np.zeros((*sides, 3), np.uint8))
 
 
 def _side(manifest: Manifest) -> int:

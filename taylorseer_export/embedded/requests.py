@@ -16,6 +16,7 @@ from taylorseer_export.embedded.edits import (
     Given,
     animated,
     begun_with,
+    black_for,
     brought_to,
     in_sections,
     seen,
@@ -55,7 +56,8 @@ def prompt_request(
         negative: What guidance leads away from; what the family's pipeline takes if left out.
         length: Most tokens of a prompt, where the bundle leaves that open; its own if left out.
         cache: Where what prompts become is kept; the encoders run for each if left out.
-        given: The picture that a model is to edit or to animate, or that the loop of another begins with.
+        given: The picture, or for some models several, that a model is to edit or to animate, or that the loop of
+            another begins with.
 
     Raises:
         ConfigError: The size does not divide into tokens or is out of the bundle's range, or a negative prompt is given
@@ -79,7 +81,8 @@ def prompt_request(
         made = in_sections(denoiser, given.picture, size, seeds)
         tensors |= made.tensors
     elif given is not None and needed:
-        tensors |= seen(denoiser, given.picture) if use == "edits" else animated(denoiser, given.picture, size)
+        pictures = (given.picture, *given.others)
+        tensors |= seen(denoiser, pictures) if use == "edits" else animated(denoiser, given.picture, size)
     request = tensor_request(denoiser, tensors, seeds, sizes, sides, guidance_scale)
     request = replace(request, height=size[-2], width=size[-1])
     if made is not None:
@@ -109,7 +112,7 @@ def warm_parts(denoiser: Denoiser, size: tuple[int, ...] | None = None) -> None:
     if manifest.sampling.source != "prompts" or manifest.sampling.pictures != "decoder":
         return
     size = usual_size(manifest) if size is None else size
-    given = Given(np.zeros((*size[-2:], 3), np.uint8)) if use_of(manifest) is not None else None
+    given = black_for(manifest, size)
     guided = manifest.sampling.guidance in ("batched", "branches")  # by a second prompt, which is as long
     unguided = 1.0 - manifest.pipeline.guidance_offset
     request = prompt_request(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed
-from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, latents, picture, spread
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, latents, packed_tokens, picture, spread
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -63,11 +63,7 @@ def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
 
 
 def _see(vae: Any, picture: Any) -> dict[str, Any]:
-    """Latents packed as `FluxKontextPipeline._pack_latents` does: a token is 2 x 2 latent pixels."""
-    made = latents(vae, picture)
-    _, channels, height, width = made.shape
-    blocks = made.view(1, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return {"image_latents": blocks.reshape(1, (height // 2) * (width // 2), 4 * channels)}
+    return {"image_latents": packed_tokens(latents(vae, picture))}
 
 
 _WHOLE = Whole(

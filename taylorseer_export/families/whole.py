@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 Modules = Mapping[str, Any]
 Tensors = Mapping[str, Any]
+Chat = Callable[[str], tuple[list[dict[str, Any]], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Tokens:
         padded: Whether a prompt is filled up to its length.
         filled_with: The token for padding, or that for the end of a text.
         template: What the prompt is put into, in the place of `{}`.
+        chat: `prompt -> (messages, options)` of the tokenizer's own chat template, which makes the template where it is
+            given; what that begins with is then not added once more.
+        removed: What is taken out of a prompt first.
         dropped: Leading tokens, of the template, that the encoders leave out of what they return.
         mask: Name of the input `[1, T]` int64 that is 1 where a token is no padding; empty where there is none.
         cleaned: Whether HTML entities and runs of spaces are resolved first.
@@ -41,6 +45,8 @@ class Tokens:
     padded: bool = True
     filled_with: Literal["pad", "end"] = "pad"
     template: str = "{}"
+    chat: Chat | None = None
+    removed: tuple[str, ...] = ()
     dropped: int = 0
     mask: str = ""
     cleaned: bool = False
@@ -60,6 +66,24 @@ class Shown:
     name: str
     processor: str
     sized: bool = False
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How pictures that a model goes by, each of a shape of its own, are brought to whole tokens.
+
+    Attributes:
+        area: Most pixels; a larger one is made smaller, until it has about as many. What is over whole tokens is then
+            cut off around its middle.
+        shortest: Fewest pixels along a side.
+        ratio: Most that one side is of the other.
+        most: How many of them a request may bring.
+    """
+
+    area: int
+    shortest: int
+    ratio: int
+    most: int
 
 
 @dataclass(frozen=True)
@@ -133,6 +157,8 @@ class Whole:
             with noise upon them, as the scheduler has latents. None where `see` is one, or where there is noise alone.
         seen_at: (height, width) in pixels that such a picture is brought to: that of the nearest shape. Where there are
             none, its own, cut to whole tokens.
+        fitted: How it keeps its shape, where `see` may be given several pictures, one after the other. The rows of all
+            of them follow those of the first, and begin their places with a multiple of where those begin.
         encoders: Folders of the text encoders.
         tokens: What the tokenizers make of a prompt.
         encode: `(encoders, tokens and masks by name, what `read` names) -> inputs of the transformer by name`, each
@@ -156,6 +182,7 @@ class Whole:
     shown: Shown | None = None
     begin: Callable[[Any, Any], tuple[Any, Any]] | None = None
     seen_at: tuple[tuple[int, int], ...] = ()
+    fitted: Fitted | None = None
     encoders: tuple[str, ...] = ()
     tokens: tuple[Tokens, ...] = ()
     encode: Callable[[Modules, Tensors], dict[str, Any]] | None = None
@@ -168,6 +195,13 @@ def picture(vae: Any, latents: Any) -> Any:
     config = vae.config
     latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
     return unit(vae.decode(latents, return_dict=False)[0])
+
+
+def packed_tokens(latents: Any) -> Any:
+    """Latents `[1, C, H, W]` as the pipelines of FLUX pack them: `[1, H W / 4, 4 C]`, 2 x 2 latent pixels each."""
+    _, channels, height, width = latents.shape
+    blocks = latents.view(1, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(1, (height // 2) * (width // 2), 4 * channels)
 
 
 def latents(vae: Any, picture: Any) -> Any:

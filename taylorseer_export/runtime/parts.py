@@ -244,7 +244,9 @@ def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int) -> dict[s
     if tokens.padding is not None:
         tokenizer.enable_padding(direction=tokens.side, pad_id=tokens.padding, length=most)
     text = cleaned(prompt) if tokens.cleaned else prompt
-    made = tokenizer.encode(tokens.template.replace("{}", text))
+    for what in tokens.removed:
+        text = text.replace(what, "")
+    made = tokenizer.encode(tokens.template.replace("{}", text), add_special_tokens=tokens.special)
     given = {tokens.input: np.array([made.ids], np.int64)}
     return given if tokens.mask is None else {**given, tokens.mask: np.array([made.attention_mask], np.int64)}
 

@@ -113,8 +113,9 @@ def run(given: argparse.Namespace) -> int:
     denoiser = open_denoiser(given)
     if given.image:
         require_extra("whole", "PIL")
-    first, *others = [read_picture(path) for path in given.image or ()] or [None]
-    picture = given_picture(denoiser.manifest, first, given.strength, others)
+    pictures = [read_picture(path) for path in given.image or ()]
+    first = pictures[0] if pictures else None
+    picture = given_picture(denoiser.manifest, first, given.strength, pictures[1:])
     options, picture = steps_that_run(request_options(given), denoiser, picture)
     forecasts = forecasts_from_options(options, denoiser.defaults, denoiser.profiles)
     guard = forecasts.guard

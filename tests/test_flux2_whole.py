@@ -59,6 +59,29 @@ def test_both_families_take_both_encoders():
             assert text.whole.tokens[0].chat("a") == (format_input(["a"])[0], {})
 
 
+def test_latents_of_dev_are_the_pipelines(whole):
+    """Of two prompts and seeds at odd sides, before they are decoded."""
+    pipe, denoiser = whole("flux2")
+    height, width = 20, 28  # 5 x 7 tokens
+    with torch.no_grad():
+        expected = pipe(
+            prompt=[PROMPT, OTHER],
+            height=height,
+            width=width,
+            num_inference_steps=STEPS,
+            guidance_scale=2.5,
+            **HOW,
+            generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+            output_type="latent",
+        ).images
+    request = prompt_request(denoiser, [PROMPT, OTHER], SEEDS, (height, width), 2.5, length=LENGTH)
+    made = torch.from_numpy(sample(denoiser, request, denoiser.forecasts(plan="F" * STEPS)).latents)
+    extent = depth_and_length(pipe.text_encoder, *[pipe.transformer] * STEPS)
+    limit = oracle.bound(expected, 1.0, torch.float32, *extent)
+    oracle.assert_close("dev, two prompts", made, expected, limit)
+    assert (made.flip(0) - expected).abs().max() > limit
+
+
 def test_pictures_are_gone_by_as_in_the_pipeline(klein):
     """Two samples of two pictures to go by, guided away from a text."""
     pipe, denoiser = klein

@@ -24,6 +24,7 @@ from tiny_bundles import (
     ON_GPU,
     PACKAGES,
     WHOLE,
+    WHOLE_AS,
     WHOLE_SIZES,
     options_of,
     trace_of,
@@ -54,6 +55,7 @@ LONG = (
     "test_whole.py",
     "test_videos.py",
     "test_whole_doors.py",
+    "test_flux2_whole.py",
     "test_image_to_video.py",
     "test_hunyuan_image_to_video.py",
 )
@@ -192,7 +194,7 @@ def bundles(drafts, once, whole_bundles):
         return export.write_bundle(drafts(name, **BUNDLES.get(name, {})), folder, name)
 
     def make(name):
-        wholly = name in WHOLE and name not in (BUNDLES.keys() | WHOLE_SIZES.keys())
+        wholly = name in WHOLE and name not in (BUNDLES.keys() | WHOLE_SIZES.keys() | WHOLE_AS.keys())
         return whole_bundles(name) if wholly else once(f"bundle-{name}", partial(write, name))
 
     return cache(make)

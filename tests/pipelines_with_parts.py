@@ -12,6 +12,7 @@ import torch
 from harness import eager_denoiser
 from PIL import Image
 from tiny_bundles import options_of
+from tiny_pipelines import LAYERS
 from torch import nn
 
 from taylorseer_export.bundle.manifest import PipelinePart
@@ -57,11 +58,12 @@ CASES = {
         asked={"image": Image.fromarray(EDITED), "max_area": 32 * 48, "_auto_resize": False, "guidance_scale": 2.5},
         picture=EDITED,
     ),
+    "flux2": Case((16, 24), 48, asked={"text_encoder_out_layers": LAYERS}),
     "chroma": Case((16, 24), 16, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
     "z-image": Case((16, 24), None, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
     "hidream": Case((16, 16), None, 5.0, {"guidance_scale": 5.0, "negative_prompt": OTHER}),
 }
-TEXT_ALONE = {"wan": 32, "hunyuan": 200}  # most tokens of a prompt
+TEXT_ALONE = {"flux2-base": 48, "wan": 32, "hunyuan": 200}  # most tokens of a prompt
 
 
 def depth_and_length(*modules: nn.Module) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from taylorseer_export.bundle.manifest import (
     Dimension,
     Engine,
     File,
+    Fitted,
     Graph,
     Manifest,
     Model,
@@ -188,7 +189,7 @@ def test_published_schema_is_up_to_date():
 
 
 def test_every_field_is_described():
-    parts = (Comfy, Dimension, Engine, File, Graph, Manifest, Model, PlanDefaults)
+    parts = (Comfy, Dimension, Engine, File, Fitted, Graph, Manifest, Model, PlanDefaults)
     parts += (Patches, Pipeline, PipelinePart, Sampling, Sections, Shown, Site, State, Tensor, Tiles, Tokens)
     assert {part.__name__ for part in parts} == {"Manifest", *schema()["$defs"]}
     fields = [(part.__name__, *item) for part in parts for item in part.model_fields.items()]

@@ -279,6 +279,18 @@ def test_a_model_that_edits_gets_the_picture(over):
     assert values["image"].shape == (4, 6, 3) and (values["image"] == 200).all() and "height" not in values
 
 
+def test_a_model_that_goes_by_several_pictures_gets_them(over):
+    inputs = {**INPUTS, "image": "UINT8", "image_2": "UINT8"}
+    server = Played("a:1", [replace(PLAIN, inputs=inputs, needed=frozenset({"prompt", "image"}))], drawing(1))
+    given = [("a.png", png_of(4, 6)), ("b.png", png_of(8, 2)), ("c.png", png_of(2, 2))]
+    with serving(over(server)) as port:
+        assert client_of(port).images.edit(image=given[:2], prompt="blue").data
+        with pytest.raises(openai.BadRequestError, match="expected at most 2 pictures, without a mask; leave the rest"):
+            client_of(port).images.edit(image=given, prompt="blue")
+    ((_, values),) = server.asked
+    assert (values["image"].shape, values["image_2"].shape) == ((4, 6, 3), (8, 2, 3))
+
+
 def test_several_bundles_of_one_name_are_said(over, caplog):
     first, second = Played("a:1", [PLAIN], drawing(1)), Played("b:1", [replace(PLAIN, bundle="other")], drawing(1))
     fleet = Fleet([first, second])

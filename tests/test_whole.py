@@ -38,6 +38,7 @@ from pipelines_with_parts import (
     encoders_of,
     write_pipeline,
 )
+from tiny_pipelines import LAYERS
 
 from taylorseer_export import cli
 from taylorseer_export.embedded.conditioning import ConditioningCache
@@ -71,6 +72,8 @@ def encoded(pipe, name, length):
                     PROMPT, PROMPT, PROMPT, do_classifier_free_guidance=False, **more
                 )
                 return {"encoder_hidden_states": states, "pooled_projections": pooled}
+            case "flux2" | "flux2-base":
+                return {"encoder_hidden_states": pipe.encode_prompt(PROMPT, **more, text_encoder_out_layers=LAYERS)[0]}
             case "qwen-image":
                 return {"encoder_hidden_states": pipe.encode_prompt(PROMPT)[0]}
             case "chroma":
@@ -196,12 +199,12 @@ def test_a_picture_becomes_what_the_pipeline_makes_of_it(whole):
 def test_published_sizes_are_those_of_diffusers():
     from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 
-    part = SimpleNamespace(sizes=FAMILIES["flux-kontext"].whole.seen_at, area=None)
+    part = SimpleNamespace(sizes=FAMILIES["flux-kontext"].whole.seen_at, area=None, fitted=None)
     assert sorted((w, h) for h, w in part.sizes) == sorted(PREFERRED_KONTEXT_RESOLUTIONS)
     for height, width in ((512, 512), (300, 900), (1024, 1000), (1, 7), (777, 333), (1080, 1920)):
         _, w, h = min((abs(width / height - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
         assert size_to_see(part, (height, width), 16) == (h, w)
-    assert size_to_see(SimpleNamespace(sizes=(), area=None), (50, 15), 16) == (48, 16)
+    assert size_to_see(SimpleNamespace(sizes=(), area=None, fitted=None), (50, 15), 16) == (48, 16)
 
 
 def test_a_picture_is_wanted_where_it_is_edited(whole):

@@ -5,6 +5,7 @@ door gives is the same bits. A DiT draws a class, so the doors are asked for one
 own, since the servers take none.
 """
 
+import json
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,12 +14,14 @@ import oracle
 import pytest
 import torch
 import triton_server
+from google.protobuf import text_format
 from images_api import client_of, ended, frames_of, models_over, picture_in, serving
 from PIL import Image
 from pipelines_with_parts import CASES, OTHER, PROMPT, bound_of_picture, depth_and_length
 from tiny_bundles import WHOLE
 from tiny_models import MODELS
 from triton_server import Server
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from taylorseer_export.cli import main
 from taylorseer_export.embedded.requests import label_request, pictures_of, prompt_request, usual_size
@@ -61,6 +64,7 @@ HOW = {
     "dit": How(None, 1.0, None, {"guidance_scale": 1.0}),  # the null class of its pipeline is 1000, whatever the model
 }  # fmt: skip
 VIDEOS = ("wan", "hunyuan")
+BESIDE = ("chroma", "z-image", "flux2")  # what these draw in this process, `test_whole.py` holds to the pipelines
 # FLUX takes all sizes here, and warms up at that of published models; `test_triton.py` serves it already.
 SERVED = [name for name in HOW if name != "flux"]
 
@@ -186,6 +190,29 @@ def test_the_images_api_draws_the_same(port, drawn, name):
     made = client_of(port).images.generate(prompt=prompt, model=model_of(name), size=size, extra_body=more)
     assert made.model_extra["taylorseer"]["pictures"][0]["executed"] == PLAN
     assert np.array_equal(picture_in(made.data[0].b64_json), drawn(name))
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_of_others_the_images_api_draws_what_run_draws(whole_bundles, name, tmp_path):
+    """And Triton is told what they take."""
+    case, folder, out = CASES[name], whole_bundles(name), tmp_path / "made.png"
+    words = ["--prompt", PROMPT, "--size", "x".join(map(str, case.size)), "--guidance-scale", 4.0]
+    words += ["--negative-prompt", OTHER] if case.scale else []
+    command = ["run", folder, *words, "--seed", SEED, "--plan", PLAN, "--threads", 1, "--out", out]
+    assert main([str(word) for word in command]) == 0
+    more = {"seed": SEED, "plan": PLAN, "guidance_scale": 4.0} | ({"negative_prompt": OTHER} if case.scale else {})
+    size = f"{case.size[1]}x{case.size[0]}"
+    with load(folder, threads=1) as denoiser:
+        with models_over(denoiser, slots=1, queue=1, workers=1) as models, serving(models) as port:
+            made = client_of(port).images.generate(prompt=PROMPT, model=model_of(name), size=size, extra_body=more)
+    assert np.array_equal(picture_in(made.data[0].b64_json), np.asarray(Image.open(out)))
+    (version,) = write_repository(folder, tmp_path / "models", Deployment(models=("picture",)))
+    told = text_format.Parse((version.parent / "config.pbtxt").read_text(), ModelConfig())
+    named = {entry.name for entry in told.input}
+    assert {"prompt", "height", "width", "seed", "guidance_scale", "plan"} <= named and "image" not in named
+    assert ("negative_prompt" in named) == bool(case.scale) and "picture" in {entry.name for entry in told.output}
+    known = json.loads(told.parameters["description"].string_value)
+    assert (known["draws"], known["size"], known["takes_pictures"]) == ("prompts", size, False)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ Both pipelines: that of one picture, and `Plus` of several, whose text encoder s
 a megapixel; here both sides are told fewer pixels, and the rule itself is held to diffusers' own below.
 """
 
-import io
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -172,8 +171,12 @@ def test_what_does_not_belong_is_refused(whole):
     with pytest.raises(ConfigError, match=r"picture is missing for qwen-image-edit-.*, expected the one that it is to"):
         prompt_request(plus, [PROMPT], [SEED], SIZE)
     for denoiser, pictures, problem in (
-        (edit, PICTURES[:2], "2 pictures are given for qwen-image-edit-.*, expected at most 1; leave some out"),
-        (plus, PICTURES[:1] * 5, "5 pictures are given for qwen-image-edit-.*, expected at most 4; leave some out"),
+        (edit, PICTURES[:2], "2 pictures are given for qwen-image-edit-.*, expected one picture; leave the rest out"),
+        (
+            plus,
+            PICTURES[:1] * 5,
+            "5 pictures are given for qwen-image-edit-.*, expected at most 4 pictures; leave the rest out",
+        ),
         (plus, [np.zeros((2, 900, 3), np.uint8)], "picture is 2x900, which is brought to a side of .*, expected 32 to"),
     ):
         with pytest.raises(ConfigError, match=problem):
@@ -212,28 +215,28 @@ def test_tensors_take_the_place_of_prompt_and_pictures(whole):
         assert all(np.array_equal(branch[name], value) for name, value in other.items())
 
 
-def test_every_door_takes_a_picture(whole, whole_bundles, tmp_path):
-    """`run`, the images API and what Triton's model reads: the same bits. A size that nobody asks for is its own."""
-    name, picture = EDIT, PICTURES[0]
+def test_every_door_takes_pictures(whole, whole_bundles, tmp_path):
+    """`run`, the images API and what Triton's model reads: the same bits. A size that nobody asks for is the last's."""
+    name, pictures = PLUS, PICTURES[:2]
     denoiser = whole(name)[1]
-    request = request_of(denoiser, [picture], negative=None, scale=None, size=None)
-    assert (request.height, request.width) == sides_of_area(WHOLE_AREAS[name][0], *picture.shape[:2])
+    request = request_of(denoiser, pictures, negative=None, scale=None, size=None)
+    assert (request.height, request.width) == sides_of_area(WHOLE_AREAS[name][0], *pictures[1].shape[:2])
     made = sample(denoiser, request, denoiser.forecasts(plan="FF")).latents
     expected = pictures_of(denoiser, request, made)[0]
-    Image.fromarray(picture).save(tmp_path / "given.png")
-    words = ["--prompt", PROMPT, "--image", tmp_path / "given.png", "--seed", SEED, "--plan", "FF", "--threads", 1]
+    files = [tmp_path / f"{number}.png" for number in range(len(pictures))]
+    for path, picture in zip(files, pictures, strict=True):
+        Image.fromarray(picture).save(path)
+    words = ["--prompt", PROMPT, "--image", *files, "--seed", SEED, "--plan", "FF", "--threads", 1]
     out = tmp_path / "made.png"
     assert cli.main([str(word) for word in ["run", whole_bundles(name), *words, "--out", out]]) == 0
     assert np.array_equal(np.asarray(Image.open(out)), expected)
-    values = {"prompt": np.array([PROMPT.encode()], object), "image": picture, "seed": np.array([SEED])}
+    values = {"prompt": np.array([PROMPT.encode()], object), "seed": np.array([SEED])}
+    values |= contract.pictures_named(pictures)
     asked = contract.ask(denoiser, "picture", {**values, "plan": np.array([b"FF"], object)})
     assert np.array_equal(asked.request.conditioning["image_latents"], request.conditioning["image_latents"])
     with models_over(denoiser, slots=1, queue=1, workers=1) as models, serving(models) as port:
-        file = io.BytesIO()
-        Image.fromarray(picture).save(file, format="PNG")
-        answer = client_of(port).images.edit(
-            image=("a.png", file.getvalue()), prompt=PROMPT, extra_body={"seed": SEED, "plan": "FF"}
-        )
+        given = [(path.name, path.read_bytes()) for path in files]
+        answer = client_of(port).images.edit(image=given, prompt=PROMPT, extra_body={"seed": SEED, "plan": "FF"})
     assert np.array_equal(picture_in(answer.data[0].b64_json), expected)
 
 

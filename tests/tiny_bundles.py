@@ -5,17 +5,21 @@ Whatever decides the bytes of a kept bundle stands here or in `tools/tiny_models
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tiny_models import MODELS, of_families
 from tiny_pipelines import (
+    LAYERS,
     dit_pipeline,
     flux_pipeline,
     kontext_pipeline,
     wan_image_pipeline,
     wan_pipeline,
     whole_chroma,
+    whole_flux2,
+    whole_flux2_base,
     whole_framepack,
     whole_hidream,
     whole_hunyuan,
@@ -73,6 +77,8 @@ EMBEDDED: dict[str, tuple[str, dict[str, Any]]] = {
 WHOLE = {
     "flux": flux_pipeline,
     "kontext": kontext_pipeline,
+    "flux2": whole_flux2,
+    "flux2-base": whole_flux2_base,
     "sd3": whole_sd3,
     "chroma": whole_chroma,
     "z-image": whole_z_image,
@@ -91,6 +97,8 @@ WHOLE = {
     "hunyuan-1.5-i2v": whole_hunyuan_15_image,
 }
 
+# Another family than that of the transformer alone: this one goes by pictures.
+WHOLE_AS = {"flux2-base": "flux2-edit"}
 # Latent pixels of whole bundles that have one size.
 WHOLE_SIZES = {"qwen-image": (4, 6)}
 # Pixels that pictures are brought to for the VAE and for the text encoder, where published models have a megapixel.
@@ -98,6 +106,8 @@ WHOLE_AREAS = {"qwen-image-edit": (160 * 192, 160 * 192), "qwen-image-edit-2511"
 # Latent pixels that others of any size are quoted at: servers warm up there, and that of published models' videos is
 # gigabytes of attention even in a tiny transformer.
 WHOLE_USUAL = {
+    "flux2": (8, 12),
+    "flux2-base": (32, 48),  # the pictures that it goes by are no smaller
     "sd3": (8, 12),
     "chroma": (8, 12),
     "z-image": (8, 12),
@@ -162,6 +172,7 @@ def embedded(name: str) -> tuple[Checkpoint, Options]:
 def write_whole(name: str, folder: Path) -> Path:
     """The bundle of an entry of `WHOLE` with all its parts, and the pipeline beside it in `folder`."""
     family, build, _ = MODELS[name]
+    family = WHOLE_AS.get(name, family)
     WHOLE[name](build()).save_pretrained(folder / "pipeline")
     if name in WHOLE_USUAL:
         (folder / "pipeline" / "card.json").write_text(json.dumps({"latent_size": WHOLE_USUAL[name]}))
@@ -169,13 +180,15 @@ def write_whole(name: str, folder: Path) -> Path:
     whole = checkpoint.family.whole
     assert whole is not None
     # It sees pictures at their own size, since those of published models take minutes.
-    smaller = replace(whole, seen_at=())
+    changes: dict[str, Any] = {"seen_at": ()}
+    if isinstance(whole.encode, partial) and whole.encode.args:  # of some layers
+        changes["encode"] = partial(whole.encode.func, LAYERS)
     if name in WHOLE_AREAS:
         area, read = WHOLE_AREAS[name]
-        smaller = replace(smaller, area=area, read=replace(whole.read, area=read))
+        changes |= {"area": area, "read": replace(whole.read, area=read)}
     if whole.cropped:
-        smaller = replace(smaller, cropped=64)
-    checkpoint = replace(checkpoint, family=replace(checkpoint.family, whole=smaller))
+        changes["cropped"] = 64
+    checkpoint = replace(checkpoint, family=replace(checkpoint.family, whole=replace(whole, **changes)))
     parts, latent = parts_of(checkpoint), WHOLE_SIZES.get(name)
     return write_bundle(draft(checkpoint, options_of(latent_size=latent, parts=parts)), folder, "whole")
 

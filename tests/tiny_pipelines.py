@@ -61,12 +61,15 @@ from transformers import (
     LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     SiglipImageProcessor,
     SiglipVisionConfig,
@@ -82,6 +85,11 @@ WORDS = {word: k for k, word in enumerate(["<pad>", "</s>", "<unk>", *string.asc
 MARKS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>"]
 PICTURE = "<|image_pad|>"  # what stands for a token of a picture in prompts of Qwen2.5-VL
 TALK = WORDS | {mark: len(WORDS) + k for k, mark in enumerate(MARKS)}
+# What that of Mistral has.
+ORDERS = ["<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG]"]
+TOLD = WORDS | {mark: len(WORDS) + k for k, mark in enumerate(ORDERS)}
+# Of the encoders of FLUX.2 that are looked at; those of the published ones lie so deep that their graphs take a minute.
+LAYERS = (1, 2, 3)
 
 
 def flux_pipeline(transformer, pipeline=FluxPipeline):
@@ -109,21 +117,45 @@ def kontext_pipeline(transformer):
     return flux_pipeline(transformer, FluxKontextPipeline)
 
 
-def flux2_pipeline(transformer, pipeline=Flux2Pipeline):
-    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings."""
+def flux2_pipeline(transformer, pipeline=Flux2Pipeline, text_encoder=None, tokenizer=None):
+    """Pictures of a multiple of 4 pixels; the prompt is given as embeddings where it has no encoder."""
     return _quiet(
         pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             vae=tiny_flux2_vae(transformer.config.in_channels // 4),
-            text_encoder=None,
-            tokenizer=None,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
             transformer=transformer,
         )
     )
 
 
-def flux2_base_pipeline(transformer):
-    return flux2_pipeline(transformer, Flux2KleinPipeline)
+def flux2_base_pipeline(transformer, text_encoder=None, tokenizer=None):
+    return flux2_pipeline(transformer, Flux2KleinPipeline, text_encoder, tokenizer)
+
+
+def whole_flux2(transformer):
+    """The same from a prompt, before which Mistral is told something."""
+    width = transformer.config.joint_attention_dim // 3
+    return _with_statistics(flux2_pipeline(transformer, text_encoder=tiny_mistral(width), tokenizer=orders(512)))
+
+
+def whole_flux2_base(transformer):
+    """The same with Qwen3, which is asked without a thought."""
+    width, tokenizer = transformer.config.joint_attention_dim // 3, words(512)
+    thought = "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    tokenizer.chat_template = _chat() + thought
+    return _with_statistics(
+        flux2_base_pipeline(transformer, tiny_qwen3(width, max(LAYERS) + 1, Qwen3ForCausalLM), tokenizer)
+    )
+
+
+def _with_statistics(pipe):
+    """Every channel of a token with a mean and a deviation of its own."""
+    norm, count = pipe.vae.bn, pipe.vae.bn.num_features
+    norm.running_mean.copy_(torch.linspace(-0.5, 0.5, count))
+    norm.running_var.copy_(torch.linspace(0.5, 2.0, count))
+    return pipe
 
 
 def chroma_pipeline(transformer, text_encoder=None, tokenizer=None):
@@ -499,10 +531,15 @@ def whole_chroma(transformer):
 def whole_z_image(transformer):
     """The same from a prompt, which its tokenizer puts into a chat."""
     tokenizer = letters(512)
+    tokenizer.chat_template = _chat()
+    return z_image_pipeline(transformer, tiny_qwen3(transformer.config.cap_feat_dim), tokenizer)
+
+
+def _chat():
+    """A chat template as Qwen's."""
     turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
     answer = "{{ '<|im_start|>assistant\n' }}"  # a template's own last line ends without one
-    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}{answer}"
-    return z_image_pipeline(transformer, tiny_qwen3(transformer.config.cap_feat_dim), tokenizer)
+    return f"{{% for m in messages %}}{turn}{{% endfor %}}{answer}"
 
 
 def tiny_vae(channels):
@@ -649,17 +686,36 @@ def tiny_qwen(width, marks=MappingProxyType({}), layers=2):
     return _seeded(lambda: Qwen2_5_VLForConditionalGeneration(config))
 
 
-def tiny_qwen3(width):
+def tiny_qwen3(width, layers=3, kind=Qwen3Model):
     config = Qwen3Config(
         vocab_size=len(WORDS),
         hidden_size=width,
         intermediate_size=8,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
     )
-    return _seeded(lambda: Qwen3Model(config))
+    return _seeded(lambda: kind(config))
+
+
+def tiny_mistral(width):
+    """One layer more than are looked at; its eyes are there and see nothing."""
+    text = {
+        "model_type": "mistral",
+        "vocab_size": len(TOLD),
+        "hidden_size": width,
+        "intermediate_size": 8,
+        "num_hidden_layers": max(LAYERS) + 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+        "sliding_window": None,
+    }
+    eyes = {"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    eyes |= {"num_attention_heads": 2, "head_dim": 4, "image_size": 28, "patch_size": 14}
+    config = Mistral3Config(text_config=text, vision_config=eyes, image_token_index=TOLD["[IMG]"])
+    return _seeded(lambda: Mistral3ForConditionalGeneration(config))
 
 
 def tiny_vision(width):
@@ -721,6 +777,21 @@ def talk(longest):
     tokenizer.post_processor = processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, TALK[begin])])
     names = {"bos_token": begin, "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **names)
+
+
+def orders(longest):
+    """One token per mark and per word, with the marks where Mistral's chat template has them; padding comes first."""
+    tokenizer = Tokenizer(models.WordLevel(TOLD, unk_token="<unk>"))
+    tokenizer.add_special_tokens(ORDERS)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    begin = ORDERS[0]
+    tokenizer.post_processor = processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, TOLD[begin])])
+    names = {"bos_token": begin, "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, padding_side="left", **names)
+    mark = "{% set mark = 'SYSTEM_PROMPT' if m.role == 'system' else 'INST' %}"
+    turn = mark + "{{ '[' + mark + ']' + m.content[0].text + '[/' + mark + ']' }}"
+    made.chat_template = "{{ bos_token }}{% for m in messages %}" + turn + "{% endfor %}"
+    return made
 
 
 def words(longest):

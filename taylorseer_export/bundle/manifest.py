@@ -28,6 +28,7 @@ from taylorseer_export.bundle.entries import (
 )
 from taylorseer_export.bundle.entries import Shape as Shape
 from taylorseer_export.bundle.part_entries import Filter as Filter
+from taylorseer_export.bundle.part_entries import Fitted as Fitted
 from taylorseer_export.bundle.part_entries import Patches as Patches
 from taylorseer_export.bundle.part_entries import Sections as Sections
 from taylorseer_export.bundle.part_entries import Shown as Shown
@@ -307,6 +308,7 @@ class PipelinePart(Part):
         description="Of encode of videos: side of the square whose pixels a video has where nobody asks for a size, if "
         "the picture keeps its shape and what is outside of the video is cut off; null: it is stretched.",
     )
+    fitted: Fitted | None = Field(default=None, description="Of encode, where pictures keep their shapes.")
     negative: Text | None = Field(
         default=None,
         description="Of text: the negative prompt where a request brings none; null: guidance is off without.",

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from math import isqrt
 from typing import TYPE_CHECKING
 
 from taylorseer_export.bundle.shapes import linear, names, resolve
 
 if TYPE_CHECKING:
     from taylorseer_export.bundle.manifest import Graph, Manifest, PartName, PipelinePart, Tensor
-    from taylorseer_export.bundle.part_entries import Sections
+    from taylorseer_export.bundle.part_entries import Fitted, Sections
 
 # Part -> (roles its inputs may have, roles its outputs may have).
 _PART_ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -92,12 +93,31 @@ def _of_encode(manifest: Manifest) -> str | None:
     if problem := _of_pictures("encode", part):
         return problem
     made = [t for t in part.graph.outputs if t.role == "latent"]
+    if part.fitted is not None:
+        return _of_fitted(part, part.fitted)
     if part.sections is not None:
         return _of_sections(manifest, part, part.sections)
     if part.later is not None or [t.name for t in made] == [CONDITION]:
         return _of_condition(manifest, part)
     if made and (tuple(t.name for t in part.graph.outputs) != BEGINNING or made[0].shape != made[1].shape):
         return f"part encode makes {listed(t.name for t in part.graph.outputs)}, a loop begins with mean and deviation"
+    return None
+
+
+def _of_fitted(part: PipelinePart, fitted: Fitted) -> str | None:
+    """Pictures that keep their shapes become constant inputs alone, and the graph takes whatever is left of one."""
+    beside = part.sizes or part.area or part.shown or part.sections or part.later
+    if beside or any(t.role != "constant" for t in part.graph.outputs):
+        return "part encode fits pictures, which goes with constant inputs of the transformer alone"
+    longest = isqrt(fitted.area * fitted.ratio)
+    for entry in part.graph.inputs[0].shape[2:]:
+        name, side, _ = (None, 0, 0) if isinstance(entry, int) else linear(entry)
+        allowed = None if name is None else part.dimensions[name]
+        if allowed is None or (allowed.minimum, allowed.maximum) != (fitted.shortest // side, longest // side):
+            return (
+                f"`{entry}` of `picture` of part encode has another range than fitted pictures, whose sides are "
+                f"{fitted.shortest} to {longest}"
+            )
     return None
 
 

@@ -21,6 +21,8 @@ class Tokens(Part):
     padding: Count | None = Field(default=None, description="Token that fills a prompt up to its length; or null.")
     side: Literal["left", "right"] = Field(default="right", description="Where it is filled up.")
     template: Template = Field(default="{}", description="What the prompt is put into, in the place of {}.")
+    special: bool = Field(default=True, description="Whether the tokenizer adds its own tokens around that.")
+    removed: tuple[Text, ...] = Field(default=(), description="What is taken out of a prompt first.")
     dropped: Count = Field(default=0, description="Leading tokens that the encoders leave out of what they return.")
     cleaned: bool = Field(default=False, description="Whether HTML entities and runs of spaces are resolved first.")
     quoted: bool = Field(
@@ -28,7 +30,6 @@ class Tokens(Part):
         description='Whether it is what the prompt has in quotes, each as `Text "...". `; without any all is padding.',
     )
     blank: Text = Field(default="", description="What stands for a prompt that is empty.")
-    special: bool = Field(default=True, description="Whether the tokenizer adds tokens of its own to the template.")
 
 
 class Tiles(Part):
@@ -78,6 +79,17 @@ class Patches(Part):
     merged: Size = Field(description="Patches along each side that become one token.")
     window: Size = Field(description="Tokens along each side of a window.")
     filter: Filter = Field(description="Of Pillow, that it is resized by after it was brought to its area.")
+
+
+class Fitted(Part):
+    """How pictures that a model goes by are brought to whole tokens, each in its own shape; of several the rows follow
+    each other, and their places begin with `first`, twice that, and so on.
+    """
+
+    area: Size = Field(description="Most pixels; a larger one is made smaller, in its shape.")
+    shortest: Size = Field(description="Fewest pixels along a side.")
+    ratio: Size = Field(description="Most that one side is of the other, dimensionless.")
+    pictures: Size = Field(description="How many a request may bring.")
 
 
 class Sections(Part):

@@ -32,7 +32,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="what to draw (models with text encoders)")
     parser.add_argument("--negative-prompt", help="what guidance leads away from (models that take one)")
     parser.add_argument(
-        "--image", type=Path, help="picture to edit, to animate or to begin with (models that take one)"
+        "--image",
+        type=Path,
+        nargs="+",
+        help="picture to edit, to animate or to begin with (models that take one; some take several)",
     )
     parser.add_argument("--strength", type=real(0), help="share of the steps that run after beginning with --image")
     parser.add_argument("--label", type=whole(0), help="class to draw (models of classes)")
@@ -99,7 +102,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _values(given: argparse.Namespace) -> dict[str, Any]:
-    from taylorseer_export.serve.contract import sides_named
+    from taylorseer_export.serve.contract import pictures_named, sides_named
 
     what = ("prompt", "negative_prompt", "label", "seed", "guidance_scale", "strength")
     values = {name: getattr(given, name) for name in what} | vars(request_options(given))
@@ -110,5 +113,5 @@ def _values(given: argparse.Namespace) -> dict[str, Any]:
         require_extra("whole", "PIL")
         from taylorseer_export.embedded.picture import read_picture
 
-        values["image"] = read_picture(given.image)
+        values |= pictures_named([read_picture(path) for path in given.image])
     return values | (read_tensors(given.inputs) if given.inputs else {})

@@ -47,7 +47,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", type=whole(0), nargs="+", help="classes to draw (models of classes)")
     parser.add_argument("--prompt", nargs="+", help="what to draw (bundles with text encoders)")
     parser.add_argument(
-        "--image", type=Path, help="picture to edit, to animate or to begin with (whole bundles that take one)"
+        "--image",
+        type=Path,
+        nargs="+",
+        help="picture to edit, to animate or to begin with (whole bundles that take one; some take several)",
     )
     parser.add_argument(
         "--strength",
@@ -111,7 +114,9 @@ def run(given: argparse.Namespace) -> int:
     denoiser = open_denoiser(given)
     if given.image:
         require_extra("whole", "PIL")
-    picture = given_picture(denoiser.manifest, given.image and read_picture(given.image), given.strength)
+    pictures = [read_picture(path) for path in given.image or ()]
+    first = pictures[0] if pictures else None
+    picture = given_picture(denoiser.manifest, first, given.strength, pictures[1:])
     options, picture = steps_that_run(request_options(given), denoiser, picture)
     forecasts = forecasts_from_options(options, denoiser.defaults, denoiser.profiles)
     guard = forecasts.guard

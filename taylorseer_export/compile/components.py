@@ -13,6 +13,7 @@ from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.checkpoint.files import INDEX, read_json
 from taylorseer_export.compile.draft import PRECISIONS, Options
 from taylorseer_export.errors import CheckpointError, first_line
+from taylorseer_export.families.whole import Chat
 from taylorseer_export.families.whole import Shown as DeclaredShown
 from taylorseer_export.families.whole import Tokens as Declared
 
@@ -65,7 +66,6 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
         with quiet():
             found = transformers.AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
             backend = _backend(found)
-            template = declared.template if not declared.system else _conversation(found, declared.system)
             backend.no_padding()
             backend.no_truncation()
             path = folder / f"{declared.tokenizer}.json"
@@ -75,6 +75,10 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
             f"{where} does not load as a tokenizer ({first_line(error)}), expected one that the tokenizers library "
             "has; download it again"
         ) from error
+    template, special = declared.template, declared.special
+    if declared.chat is not None:
+        template = _template(where, found, declared.chat)
+        special = special and not (found.bos_token and template.startswith(found.bos_token))
     fill = found.eos_token_id if declared.filled_with == "end" else found.pad_token_id
     if declared.padded and fill is None:
         raise CheckpointError(f"{where} has no token for padding, expected one; download it again")
@@ -87,21 +91,13 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
         padding=fill if declared.padded else None,
         side="left" if found.padding_side == "left" else "right",
         template=template,
+        removed=declared.removed,
         dropped=declared.dropped,
         cleaned=declared.cleaned,
         quoted=declared.quoted,
         blank=declared.blank,
-        special=not declared.system,
+        special=special,
     )
-
-
-def _conversation(found: Any, system: str) -> str:
-    """What the tokenizer's own template makes of a prompt, which is `{}`, behind what a system says."""
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": "{}"}]
-    template = str(found.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    if template.count("{}") != 1:
-        raise ValueError("its template of a conversation has no one place for a prompt")
-    return template
 
 
 def _backend(found: Any) -> Any:
@@ -124,6 +120,29 @@ def _backend(found: Any) -> Any:
     for text in ("", 'Text "a b". Text "\u00e9\u4e2d". ', "".join(map(str, special.values()))):
         if made.encode(text).ids != found(text).input_ids:
             raise ValueError("its bytes are numbered in another way")
+    return made
+
+
+def _template(where: Path, found: Any, chat: Chat) -> str:
+    """What a tokenizer's chat template puts a prompt into, in the place of `{}`.
+
+    Raises:
+        CheckpointError: It has none, or makes another text of a prompt than the one with the prompt in that place.
+    """
+
+    def text(prompt: str) -> str:
+        messages, options = chat(prompt)
+        return str(found.apply_chat_template(messages, tokenize=False, **options))
+
+    try:
+        made = text("{}")
+        if made.count("{}") != 1 or any(text(prompt) != made.replace("{}", prompt) for prompt in ("", " a\n\nb ")):
+            raise ValueError("it changes the prompt")
+    except Exception as error:  # whatever a template raises, and transformers where there is none
+        raise CheckpointError(
+            f"{where} has no chat template that a prompt is put into as it is ({first_line(error)}), expected the one "
+            "of the published pipeline; download it again"
+        ) from error
     return made
 
 

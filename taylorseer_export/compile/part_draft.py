@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from taylorseer_export.bundle.manifest import Patches, PipelinePart, Sections, Shown, Tiles, Tokens
+from taylorseer_export.bundle.manifest import Fitted, Patches, PipelinePart, Sections, Shown, Tiles, Tokens
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.draft import BaseDraft, Options
 from taylorseer_export.graph.cut import Cut
@@ -34,6 +34,7 @@ class PartDraft(BaseDraft):
         shown: How an image encoder is shown a picture; None where there is none.
         patches: How text encoders are shown any pictures; None where they are not.
         area: See `Whole.area`; None where it is none.
+        fitted: See `Whole.fitted`.
         cropped: See `Whole.cropped`; None where it is 0.
         sections: How videos are made section by section; None where they are not.
     """
@@ -56,6 +57,7 @@ class PartDraft(BaseDraft):
     shown: Shown | None = None
     patches: Patches | None = None
     area: int | None = None
+    fitted: Fitted | None = None
     cropped: int | None = None
     sections: Sections | None = None
 
@@ -92,6 +94,7 @@ class PartDraft(BaseDraft):
             shown=self.shown,
             patches=self.patches,
             area=self.area,
+            fitted=self.fitted,
             cropped=self.cropped,
             sections=self.sections,
             sizes=self.shown_at,

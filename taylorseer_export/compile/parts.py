@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from taylorseer_export.bundle.manifest import (
+    Fitted,
     PartName,
     PipelinePart,
     Role,
@@ -218,6 +220,9 @@ def _encode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
     vae = component(checkpoint, VAE, options)
     packing = checkpoint.family.packing
     side, ranges = checkpoint.latent_scale * packing, dict.fromkeys(_SIDES, (2, _LARGEST_SIDE // packing))
+    fitted = None if whole.fitted is None else Fitted(**asdict(whole.fitted))
+    if fitted is not None:  # the longest side that is left of any
+        ranges = dict.fromkeys(_SIDES, (fitted.shortest // side, isqrt(fitted.area * fitted.ratio) // side))
     if whole.see is None and options.latent_size is not None:  # the picture is of the size that is drawn
         own = zip(_SIDES, options.latent_size[-2:], strict=True)
         ranges = {name: (extent // packing,) * 2 for name, extent in own}
@@ -241,7 +246,7 @@ def _encode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
 
     cut, constants = trace_part("encode", {VAE: vae}, encode, [picture], ranges, role)
     made = drafted(checkpoint, options, {VAE: vae}, (cut,), constants, (ranges, typical))
-    return replace(made, shown_at=whole.seen_at, area=whole.area or None)
+    return replace(made, shown_at=whole.seen_at, area=whole.area or None, fitted=fitted)
 
 
 def _animate(

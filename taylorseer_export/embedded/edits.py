@@ -1,4 +1,4 @@
-"""Pictures that are given: what a model makes of one that it edits or animates, or what a loop begins with.
+"""Pictures that are given: what a model makes of those that it edits or animates, or what a loop begins with.
 
 Which of these a bundle does follows from what its part `encode` makes: constant inputs of the transformer, as Kontext
 has them; what a video has beside the noise, or the latents that its sections begin with; or mean and deviation of
@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Manifest, PipelinePart
+from taylorseer_export.bundle.manifest import Fitted, Manifest, PipelinePart
 from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
 from taylorseer_export.bundle.shapes import linear
 from taylorseer_export.embedded.patches import cut, sides_of_area
@@ -44,7 +45,7 @@ class Given(NamedTuple):
         picture: `[height, width, 3]` uint8; of several the first.
         strength: Of a loop that begins with it, the share of its steps that run.
         steps: Those in all; as many as leave those of the plan if None. See `steps_that_run`.
-        others: Those behind the first, for a model that edits several.
+        others: Those behind the first, for a model that takes several; each of a size of its own.
     """
 
     picture: np.ndarray
@@ -69,11 +70,11 @@ def use_of(manifest: Manifest) -> Use | None:
 
 
 def most_pictures(manifest: Manifest) -> int:
-    """How many pictures a request may bring."""
-    text = manifest.parts.get("text")
-    if text is None or text.patches is None:
-        return 0 if use_of(manifest) is None else 1
-    return text.patches.pictures
+    """How many pictures a request to a bundle may bring; 1 also where it takes none."""
+    text, encode = manifest.parts.get("text"), manifest.parts.get("encode")
+    if text is not None and text.patches is not None:
+        return text.patches.pictures
+    return 1 if encode is None or encode.fitted is None else encode.fitted.pictures
 
 
 def given_picture(
@@ -94,27 +95,27 @@ def given_picture(
         ConfigError: The bundle takes no picture or fewer, or none of such a shape, or there is nothing that the
             strength is of.
     """
-    use, name = use_of(manifest), f"{manifest.family}-{manifest.name}"
-    if picture is not None and use is None:
-        raise ConfigError(f"picture is given for {name}, expected none, since it draws from text alone; leave it out")
-    check_strength(name, use, picture is not None, strength)
-    if picture is None:
-        return None
-    given = Given(picture, STRENGTH if strength is None else strength, others=tuple(others))
-    check_pictures(manifest, given)
+    given = None
+    if picture is not None:
+        given = Given(picture, STRENGTH if strength is None else strength, others=tuple(others))
+        check_pictures(manifest, given)
+    check_strength(f"{manifest.family}-{manifest.name}", use_of(manifest), given is not None, strength)
     return given
 
 
 def check_pictures(manifest: Manifest, given: Given) -> None:
-    """Refuse more pictures than a bundle takes, and one of a shape that a bundle that edits does not take.
+    """Refuse pictures for a bundle that takes none or fewer, and one of a shape that a bundle that edits does not take.
 
     Raises:
         ConfigError: As it says.
     """
-    name, count, most = f"{manifest.family}-{manifest.name}", len(given.pictures), most_pictures(manifest)
+    use, most, count = use_of(manifest), most_pictures(manifest), len(given.pictures)
+    name = f"{manifest.family}-{manifest.name}"
+    if use is None:
+        raise ConfigError(f"picture is given for {name}, expected none, since it draws from text alone; leave it out")
     if count > most:
-        raise ConfigError(f"{count} pictures are given for {name}, expected at most {most}; leave some out")
-    if use_of(manifest) != "edits":
+        raise ConfigError(f"{count} pictures are given for {name}, expected {most_in_words(most)}; leave the rest out")
+    if use != "edits":
         return
     part = manifest.parts["encode"]
     for picture in given.pictures:
@@ -128,6 +129,11 @@ def check_pictures(manifest: Manifest, given: Given) -> None:
                     f"picture is {height}x{width}, which is brought to a side of {extent}, expected {low} to {high} "
                     "(pixels); cut it to another shape"
                 )
+
+
+def most_in_words(most: int) -> str:
+    """How many pictures are expected where more were given."""
+    return "one picture" if most == 1 else f"at most {most} pictures"
 
 
 def check_strength(name: str, use: Use | None, given: bool, strength: float | None) -> None:
@@ -168,26 +174,41 @@ def steps_that_run(
 def seen(
     denoiser: Denoiser, pictures: Sequence[np.ndarray], sides: tuple[int, int] | None = None
 ) -> dict[str, np.ndarray]:
-    """The constant inputs that a model that edits makes of pictures `[height, width, 3]` uint8, by their names.
+    """The constant inputs that a model that edits makes of pictures, each `[height, width, 3]` uint8, by their names.
 
     Args:
         denoiser: The loaded bundle.
         pictures: One, or as many as it takes.
         sides: (rows, columns) in tokens of the picture that is made.
+
+    Raises:
+        ConfigError: One is of a size that it does not take.
+        StepError: All of them have too many tokens.
     """
+    part, side = denoiser.manifest.parts["encode"], _side(denoiser.manifest)
     sizes = [brought_to(denoiser.manifest, picture) for picture in pictures]
-    made = [_encoded(denoiser, picture, size) for picture, size in zip(pictures, sizes, strict=True)]
-    tensors = {name: np.concatenate([one[name] for one in made], 1) for name in made[0]}
-    size = sizes[0]
+    tokens = [(height // side, width // side) for height, width in sizes]
+    count = sum(rows * columns for rows, columns in tokens)
+    denoiser.contract.check_sizes({str(denoiser.constants[t.name].shape[-2]): count for t in part.graph.outputs})
+    fit = resized if part.fitted is None else partial(cut_to, part.fitted)
+    shown = [fit(picture, *size) for picture, size in zip(pictures, sizes, strict=True)]
+    made = [_seen(denoiser, picture, number) for number, picture in enumerate(shown, 1)]
+    tensors = {name: np.concatenate([one[name] for one in made], -2) for name in made[0]}
     for key, tensor in denoiser.constants.items():
         if tensor.fill == "sides" and sides is not None:
-            tokens = [[extent // _side(denoiser.manifest) for extent in each] for each in sizes]
             tensors[key] = np.array([[(1, *pair) for pair in (sides, *tokens)]], np.int64)
+    return tensors
+
+
+def _seen(denoiser: Denoiser, picture: np.ndarray, number: int) -> dict[str, np.ndarray]:
+    """What the picture of that number becomes, of whole tokens: its rows, and their places."""
+    tensors = _encoded(denoiser, picture)
     counts = {entry for made in tensors for entry in denoiser.constants[made].shape if isinstance(entry, str)}
-    rows, columns = (extent // _side(denoiser.manifest) for extent in size)
+    rows, columns = (extent // _side(denoiser.manifest) for extent in picture.shape[:2])
     for key, tensor in denoiser.constants.items():
         if tensor.fill == "grid" and tensor.shape[-2] in counts:
-            ids = grid(tensor.first, rows, columns, int(tensor.shape[-1]))
+            ids = grid(number * tensor.first, rows, columns, int(tensor.shape[-1]))
+            ids = ids.astype(np.int64) if "int" in tensor.dtype else ids
             tensors[key] = ids if len(tensor.shape) == 2 else ids[None]
     return tensors
 
@@ -287,7 +308,7 @@ def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequen
         given: The picture, which is brought to that size.
         seeds: One per sample; both are drawn from one generator, as diffusers' pipelines do.
     """
-    made = _encoded(denoiser, given.picture, (request.height, request.width))
+    made = _encoded(denoiser, resized(given.picture, request.height, request.width))
     packing = denoiser.manifest.pipeline.packing
     clean, noise = [], []
     for seed in seeds:
@@ -300,10 +321,10 @@ def begun_with(denoiser: Denoiser, request: Request, given: Given, seeds: Sequen
     return replace(request, latents=noisy, beginning=Beginning(latents, given.strength, given.steps))
 
 
-def _encoded(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
+def _encoded(denoiser: Denoiser, picture: np.ndarray) -> dict[str, np.ndarray]:
     encoder = denoiser.picture_encoder
     assert isinstance(encoder, Part), "bug in taylorseer-export: an encoder of videos edits a picture"
-    return encoder({"picture": _unit(picture, size)})
+    return encoder({"picture": _as_input(picture)})
 
 
 def brought_to(manifest: Manifest, picture: np.ndarray) -> tuple[int, int]:
@@ -316,19 +337,57 @@ def size_to_see(described: PipelinePart, shape: tuple[int, ...], side: int) -> t
 
     Of the sizes that the part lists the one whose width to height is nearest, and of several the narrowest, as
     diffusers chooses; where none is listed its own shape with the area that the part says, or its own size, cut to
-    multiples of a token's side.
+    multiples of a token's side. A fitted one has its shape, and no more than the most pixels.
 
     Args:
         described: The part `encode`.
         shape: (height, width) in pixels.
         side: Pixels of a token.
+
+    Raises:
+        ConfigError: It is smaller or longer than fitted pictures may be.
     """
-    height, width = shape[:2]
     if described.area is not None:
-        return sides_of_area(described.area, height, width)
+        return sides_of_area(described.area, *shape[:2])
+    height, width = shape[:2] if described.fitted is None else size_in(described.fitted, *shape[:2])
     if not described.sizes:
         return max(height // side, 1) * side, max(width // side, 1) * side
     return min(described.sizes, key=lambda size: (abs(width / height - size[1] / size[0]), size[1], size[0]))
+
+
+def size_in(fitted: Fitted, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) in pixels of a picture that is no larger than it may be, as diffusers reckons for FLUX.2.
+
+    Raises:
+        ConfigError: It is smaller or longer than it may be.
+    """
+    if min(height, width) < fitted.shortest or max(height / width, width / height) > fitted.ratio:
+        raise ConfigError(
+            f"picture is {width}x{height}, expected sides of at least {fitted.shortest} pixels, one of them at most "
+            f"{fitted.ratio} times the other; scale it or cut it"
+        )
+    if height * width <= fitted.area:
+        return height, width
+    scale = math.sqrt(fitted.area / (width * height))
+    return int(height * scale), int(width * scale)
+
+
+def cut_to(fitted: Fitted, picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture `[..., ..., 3]` uint8, made smaller where it is larger than it may be, and of that the middle."""
+    made = resized(picture, *size_in(fitted, *picture.shape[:2]))
+    top, left = (made.shape[0] - height) // 2, (made.shape[1] - width) // 2
+    return made[top : top + height, left : left + width]
+
+
+def black_for(manifest: Manifest, size: tuple[int, ...]) -> Given | None:
+    """A black picture that a bundle takes, for a request of a size in pixels; None where it takes none."""
+    part = manifest.parts.get("encode")
+    if part is None:
+        return None
+    sides = size[-2:]
+    if part.fitted is not None:  # a picture of any size goes by one of a shape that it may have
+        sides = (min(max(min(sides), part.fitted.shortest), math.isqrt(part.fitted.area)),) * 2
+    return Given(np.zeros((*sides, 3), np.uint8))
 
 
 def _side(manifest: Manifest) -> int:

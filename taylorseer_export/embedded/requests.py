@@ -16,6 +16,7 @@ from taylorseer_export.embedded.edits import (
     Given,
     animated,
     begun_with,
+    black_for,
     brought_to,
     check_pictures,
     cut_for,
@@ -59,7 +60,8 @@ def prompt_request(
         negative: What guidance leads away from; what the family's pipeline takes if left out.
         length: Most tokens of a prompt, where the bundle leaves that open; its own if left out.
         cache: Where what prompts become is kept; the encoders run for each if left out.
-        given: The picture that a model is to edit or to animate, or that the loop of another begins with.
+        given: The picture, or for some models several, that a model is to edit or to animate, or that the loop of
+            another begins with.
 
     Raises:
         ConfigError: The size does not divide into tokens or is out of the bundle's range, or a negative prompt is given
@@ -115,7 +117,7 @@ def warm_parts(denoiser: Denoiser, size: tuple[int, ...] | None = None) -> None:
     if manifest.sampling.source != "prompts" or manifest.sampling.pictures != "decoder":
         return
     size = usual_size(manifest) if size is None else size
-    given = Given(np.zeros((*size[-2:], 3), np.uint8)) if use_of(manifest) is not None else None
+    given = black_for(manifest, size)
     guided = manifest.sampling.guidance in ("batched", "branches")  # by a second prompt, which is as long
     unguided = 1.0 - manifest.pipeline.guidance_offset
     request = prompt_request(
@@ -137,19 +139,21 @@ def frames_dropped(manifest: Manifest) -> int:
 def size_of(manifest: Manifest, given: Given | None) -> tuple[int, ...]:
     """(height, width) in pixels of what is made where nobody asks for another; (frames, height, width) of a video.
 
-    Without a picture the bundle's usual one. With one that of the picture, the last of several, as it is encoded; of a
-    video made from it the usual area in the shape of the picture, as the published models have it, each side rounded
-    down to tokens and kept in the bundle's range; where a picture is cut to a video, see `sides_of_shape`.
+    Without a picture the bundle's usual one. With one that of the picture as it is encoded, of several the last, of
+    fitted ones the first, as the published models have it; of a video made from it the usual area in the shape of the
+    picture, as they have it too, each side rounded down to tokens and kept in the bundle's range; where a picture is
+    cut to a video, see `sides_of_shape`.
     """
     usual = usual_size(manifest)
     if given is None:
         return usual
+    encode = manifest.parts["encode"]
     if use_of(manifest) != "animates":
-        return brought_to(manifest, given.pictures[-1])
+        return brought_to(manifest, given.pictures[-1 if encode.fitted is None else 0])
     latent, made = manifest.graphs["full"].input_of("latent").shape, [*usual]
     high, wide = given.picture.shape[:2]
     wished = [round(sqrt(usual[-2] * usual[-1] * ratio)) for ratio in (high / wide, wide / high)]
-    if (square := manifest.parts["encode"].cropped) is not None:
+    if (square := encode.cropped) is not None:
         wished = [*sides_of_shape(square, manifest.sampling.latent_scale, high, wide)]
     for axis, extent in zip((-2, -1), wished, strict=True):
         name, factor, _ = linear(latent[axis])

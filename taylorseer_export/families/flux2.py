@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, no_entries, packed, replaced, unhooked
 from taylorseer_export.families.flux import FLUX, rows_behind
+from taylorseer_export.families.whole import Fitted, Modules, Tensors, Tokens, Whole, in_tokens, unit
 
 _PLACES = 4  # of a token: picture, row, column, and the number of a word
 _PICTURE = 10  # what the first picture to go by has for the first of them; the second has 20, and so on
@@ -91,8 +93,72 @@ def _edit_dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return {**_dimensions(config), "condition_tokens": (4, 32768)}
 
 
-def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {} if config.get("guidance_embeds", True) else {"guidance": "branches"}
+def _by_config(klein: Whole, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {} if config.get("guidance_embeds", True) else {"guidance": "branches", "whole": klein}
+
+
+_SYSTEM = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+
+
+def _told(prompt: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What Mistral is told before the prompt; it is not asked to answer."""
+    said = (("system", _SYSTEM), ("user", prompt))
+    return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said], {}
+
+
+def _asked(prompt: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What Qwen3 is asked, up to where it would answer."""
+    return [{"role": "user", "content": prompt}], {"add_generation_prompt": True, "enable_thinking": False}
+
+
+def _encode(layers: tuple[int, ...], encoders: Modules, given: Tensors) -> dict[str, Any]:
+    """The states of some layers side by side, those of padding too: the transformer sees all of them."""
+    import torch
+
+    states = encoders["text_encoder"](
+        input_ids=given["tokens"], attention_mask=given["mask"], output_hidden_states=True, use_cache=False
+    ).hidden_states
+    return {"encoder_hidden_states": torch.cat([states[layer] for layer in layers], -1)}
+
+
+def _norm(vae: Any) -> tuple[Any, Any]:
+    """Mean and deviation of each channel of a token, which is 2 x 2 latent pixels: `[4 C]` each."""
+    return vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+
+
+def _picture(vae: Any, latents: Any) -> Any:
+    """Latents `[1, C, H, W]` -> `[1, 3, height, width]`. Every other row and column of pixels has one deviation."""
+    import torch
+
+    rows, columns = (torch.arange(extent) % 2 for extent in latents.shape[2:])
+    mean, deviation = (of.view(1, -1, 2, 2)[:, :, rows][:, :, :, columns] for of in _norm(vae))
+    return unit(vae.decode(latents * deviation + mean, return_dict=False)[0])
+
+
+def _see(vae: Any, picture: Any) -> dict[str, Any]:
+    mean, deviation = _norm(vae)
+    made = in_tokens(vae.encode(2 * picture - 1).latent_dist.mode())
+    return {"image_latents": (made - mean) / deviation}
+
+
+_TOKENS = Tokens("tokens", "tokenizer", 512, size="text_tokens", mask="mask", chat=_told, removed=("[IMG]",))
+_DEV = Whole(
+    decode=_picture,
+    encoders=("text_encoder",),
+    tokens=(_TOKENS,),
+    encode=partial(_encode, (10, 20, 30)),
+)
+_KLEIN = replace(
+    _DEV,
+    tokens=(replace(_TOKENS, chat=_asked, removed=()),),
+    encode=partial(_encode, (9, 18, 27)),
+    negative="",
+)
+# As many as `condition_tokens` holds of the largest.
+_FITTED = Fitted(area=1024 * 1024, shortest=64, ratio=8, pictures=8)
 
 
 FLUX2 = Family(
@@ -114,8 +180,9 @@ FLUX2 = Family(
     latent_size=(128, 128),
     timestep_divisor=1000.0,
     pipeline=Pipeline(noise="tokens", shift="tokens-and-steps", ignored_inputs=("guidance",)),
+    whole=_DEV,
     lora_loader="Flux2LoraLoaderMixin",
-    by_config=_by_config,
+    by_config=partial(_by_config, _KLEIN),
     # Of klein, only the base is not distilled.
     variants={
         "base": {},
@@ -132,6 +199,8 @@ FLUX2_EDIT = replace(
     typical={"text_tokens": 512, "condition_tokens": 4096},
     forward=rows_behind,
     pipeline=replace(FLUX2.pipeline, arguments="rows-behind", cast_inputs=("img_ids",)),
+    whole=replace(_DEV, see=_see, fitted=_FITTED),
+    by_config=partial(_by_config, replace(_KLEIN, see=_see, fitted=_FITTED)),
 )
 
 FLUX2_KV = replace(
@@ -146,6 +215,7 @@ FLUX2_KV = replace(
     guidance="none",
     guidance_scale=1.0,
     defaults=Defaults(4, interval=6, warmup=3, order=1),
+    whole=None,
     by_config=no_entries,
     variants={},
 )

@@ -126,7 +126,15 @@ _SYSTEM = (
     "4. background environment, light, style and atmosphere.         "
     "5. camera angles, movements, and transitions used in the video."
 )
-_QWEN = Tokens("tokens", "tokenizer", 1000, dropped=108, mask="mask", system=_SYSTEM, blank=" ")
+
+
+def _told(prompt: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What Qwen is told before the prompt, up to where it would answer."""
+    said = (("system", _SYSTEM), ("user", prompt))
+    return [{"role": role, "content": text} for role, text in said], {"add_generation_prompt": True}
+
+
+_QWEN = Tokens("tokens", "tokenizer", 1000, dropped=108, mask="mask", chat=_told, special=False, blank=" ")
 _GLYPHS = Tokens("glyphs", "tokenizer_2", 256, mask="glyph_mask", quoted=True)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 Modules = Mapping[str, Any]
 Tensors = Mapping[str, Any]
+Chat = Callable[[str], tuple[list[dict[str, Any]], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Tokens:
         padded: Whether a prompt is filled up to its length.
         filled_with: The token for padding, or that for the end of a text.
         template: What the prompt is put into, in the place of `{}`.
+        chat: `prompt -> (messages, options)` of the tokenizer's own chat template, which makes the template where it is
+            given; what that begins with is then not added once more.
+        special: Whether the tokenizer adds tokens of its own around the template.
+        removed: What is taken out of a prompt first.
         dropped: Leading tokens, of the template, that the encoders leave out of what they return.
         mask: Name of the input `[1, T]` int64 that is 1 where a token is no padding; empty where there is none.
         cleaned: Whether HTML entities and runs of spaces are resolved first.
         sought: Tokens that `encode` looks for: it is given their numbers, by these names.
-        system: What a conversation begins with, of which the prompt is the other half: the tokenizer's own template
-            puts them together, in the place of `template`. Empty where there is none.
         quoted: Whether what the prompt has in quotes is meant, each as `Text "...". `; without any all is padding.
         blank: What stands for a prompt that is empty.
     """
@@ -45,11 +48,13 @@ class Tokens:
     padded: bool = True
     filled_with: Literal["pad", "end"] = "pad"
     template: str = "{}"
+    chat: Chat | None = None
+    special: bool = True
+    removed: tuple[str, ...] = ()
     dropped: int = 0
     mask: str = ""
     cleaned: bool = False
     sought: tuple[str, ...] = ()
-    system: str = ""
     quoted: bool = False
     blank: str = ""
 
@@ -94,6 +99,24 @@ class Patches:
     each: str
     pictures: int
     area: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How pictures that a model goes by, each of a shape of its own, are brought to whole tokens.
+
+    Attributes:
+        area: Most pixels; a larger one is made smaller, until it has about as many. What is over whole tokens is then
+            cut off around its middle.
+        shortest: Fewest pixels along a side.
+        ratio: Most that one side is of the other.
+        pictures: How many a request may bring.
+    """
+
+    area: int
+    shortest: int
+    ratio: int
+    pictures: int
 
 
 @dataclass(frozen=True)
@@ -170,6 +193,8 @@ class Whole:
         seen_at: (height, width) in pixels that such a picture is brought to: that of the nearest shape. Where there are
             none, its own shape with `area` pixels, or its own size, cut to whole tokens.
         area: Pixels that such a picture is brought to, each side rounded to 32; 0 where it is not.
+        fitted: How it keeps its shape, where `see` may be given several pictures, one after the other. The rows of all
+            of them follow those of the first, and begin their places with a multiple of where those begin.
         encoders: Folders of the text encoders.
         tokens: What the tokenizers make of a prompt.
         encode: `(encoders, tokens and masks by name, what `read` names) -> inputs of the transformer by name`, each
@@ -195,6 +220,7 @@ class Whole:
     begin: Callable[[Any, Any], tuple[Any, Any]] | None = None
     seen_at: tuple[tuple[int, int], ...] = ()
     area: int = 0
+    fitted: Fitted | None = None
     encoders: tuple[str, ...] = ()
     tokens: tuple[Tokens, ...] = ()
     encode: Callable[[Modules, Tensors], dict[str, Any]] | None = None

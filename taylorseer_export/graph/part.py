@@ -16,7 +16,7 @@ from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.graph.casts import explicit_casts
 from taylorseer_export.graph.cut import Cut
-from taylorseer_export.graph.rewrite import mutates, out_of_place, plain
+from taylorseer_export.graph.rewrite import mutates, out_of_place, plain, unseeing_rows
 from taylorseer_export.graph.sizes import example_sizes, shape_entry_from_expression, simplified
 from taylorseer_export.graph.trace import dimension, drop_noise, eliminate_dead, fold_constants
 
@@ -99,6 +99,7 @@ def trace_part(
             ) from error
     assert isinstance(module, fx.GraphModule)
     plain(module.graph)
+    unseeing_rows(module.graph)
     eliminate_dead(module.graph)
     explicit_casts(module.graph)
     weights = {key for key, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}

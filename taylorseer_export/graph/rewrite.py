@@ -203,6 +203,27 @@ def _is_empty(value: torch.Tensor) -> bool:
     return any(isinstance(size, int) and size == 0 for size in value.shape)
 
 
+def unseeing_rows(graph: fx.Graph) -> None:
+    """Let attention of a row whose mask shows it nothing be zero, as in torch; engines take the mean of all rows.
+
+    Such are the rows of padding in front of a prompt.
+    """
+    blind: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.target is not aten.scaled_dot_product_attention.default:
+            continue
+        mask = node.kwargs.get("attn_mask") if len(node.args) < 4 else node.args[3]
+        if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != torch.bool:
+            continue
+        if mask not in blind:
+            with graph.inserting_before(node):
+                sees = call(graph, aten.any.dim, [mask, -1, True], like=node)
+                blind[mask] = call(graph, aten.logical_not.default, [sees], like=node)
+        with graph.inserting_after(node):
+            made = call(graph, aten.masked_fill.Scalar, [node, blind[mask], 0.0], like=node)
+        node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+
+
 def call(
     graph: fx.Graph,
     target: Any,

@@ -292,6 +292,8 @@ def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int) -> dict[s
         assert tokens.mask is not None and tokens.padding is not None, "bug in taylorseer-export: quotes without a mask"
         empty = np.zeros((1, most), np.int64)
         return {tokens.input: empty + tokens.padding, tokens.mask: empty}
+    for what in tokens.removed:
+        text = text.replace(what, "")
     made = tokenizer.encode(tokens.template.replace("{}", text), add_special_tokens=tokens.special)
     given = {tokens.input: np.array([made.ids], np.int64)}
     return given if tokens.mask is None else {**given, tokens.mask: np.array([made.attention_mask], np.int64)}

@@ -16,7 +16,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.profile import Profile
 from taylorseer_export.embedded.conditioning import ConditioningCache
-from taylorseer_export.embedded.edits import animated, given_picture, steps_that_run, use_of
+from taylorseer_export.embedded.edits import animated, given_picture, most_pictures, steps_that_run, use_of
 from taylorseer_export.embedded.requests import (
     frame_rate,
     frames_dropped,
@@ -127,7 +127,8 @@ def inputs(manifest: Manifest, role: Role, streams: bool = False) -> tuple[Port,
             what = (*what, *((Port("negative_prompt", "BYTES", (1,), True),) if guided else (_SCALE,)))
         if (use := use_of(manifest)) is not None:
             begins = use == "begins"
-            what = (*what, Port("image", "UINT8", (-1, -1, 3), begins))
+            more = [Port(name, "UINT8", (-1, -1, 3), True) for name in _named(most_pictures(manifest))[1:]]
+            what = (*what, Port("image", "UINT8", (-1, -1, 3), begins), *more)
             what = (*what, Port("strength", "FP64", (1,), True)) if begins else what
         size = _SIZE if frame_rate(manifest) is None else (_FRAMES, *_SIZE)
         return (*what, *size, Port("seed", "INT64", (1,), True), *asked, *(_STREAMED if streams else ()))
@@ -163,6 +164,15 @@ def sides_named(size: Sequence[int]) -> dict[str, int]:
     return dict(zip(_SIDES[-len(size) :], size, strict=True))
 
 
+def pictures_named(pictures: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Pictures `[height, width, 3]` uint8 by the names of their inputs: `image`, `image_2` and so on."""
+    return dict(zip(_named(len(pictures)), pictures, strict=True))
+
+
+def _named(count: int) -> list[str]:
+    return ["image", *(f"image_{number}" for number in range(2, count + 1))]
+
+
 def drawn(manifest: Manifest) -> Port:
     """What a model that draws returns: `picture` `[H, W, 3]`, or `video` `[F, H, W, 3]`."""
     picture, video = DRAWN
@@ -195,7 +205,8 @@ def ask(
         if port.name not in values and not port.optional:
             raise ConfigError(f"input `{port.name}` is missing, expected {port.datatype} {list(port.dims)}; send it")
     strength = float(values["strength"][0]) if "strength" in values else None
-    given = given_picture(denoiser.manifest, values.get("image"), strength)
+    others = [values[name] for name in _named(most_pictures(denoiser.manifest))[1:] if name in values]
+    given = given_picture(denoiser.manifest, values.get("image"), strength, others)
     options, given = steps_that_run(_options(values), denoiser, given)
     forecasts = forecasts_from_options(options, denoiser.defaults, known)
     scale = float(values["guidance_scale"][0]) if "guidance_scale" in values else None

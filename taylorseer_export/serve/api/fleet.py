@@ -28,7 +28,7 @@ from taylorseer_export.serve.api.fields import REFERENCE
 from taylorseer_export.serve.api.models import Done, Event, Failed, Models, Order, Queued, Stepped, retry_in
 from taylorseer_export.serve.api.problems import LOG, Refusal
 from taylorseer_export.serve.api.wishes import Takes
-from taylorseer_export.serve.contract import DRAWN, TOLD_TIMES, sides_named
+from taylorseer_export.serve.contract import DRAWN, TOLD_TIMES, pictures_named, sides_named
 from taylorseer_export.serve.fleet import Outputs, Served, Server
 from taylorseer_export.serve.refusals import Late, NoServer, QueueFull, Stopping, Unavailable
 
@@ -165,7 +165,8 @@ class Remote:
             needs: Use = "animates" if self.video else "edits"
             use = needs if "image" in served.needed else "begins"
         field = REFERENCE if self.video else "image"
-        return Takes(self.name, served.description["classes"], "negative_prompt" in served.inputs, use, field)
+        most = max(1, sum(name.startswith("image") for name in served.inputs))
+        return Takes(self.name, served.description["classes"], "negative_prompt" in served.inputs, use, field, most)
 
     def usual_size(self, picture: np.ndarray | None) -> tuple[int, int]:
         """As its repository has it; that of a picture its server alone knows."""
@@ -264,7 +265,7 @@ class Remote:
         if wish.size is not None:
             values |= sides_named(wish.size)
         if wish.pictures:
-            values["image"] = await asyncio.to_thread(opaque, wish.pictures[0])
+            values |= pictures_named([await asyncio.to_thread(opaque, picture) for picture in wish.pictures])
         more = {name: getattr(wish, name) for name in ("negative_prompt", "guidance_scale", "strength")}
         more |= asdict(order.options)
         return values | {name: value for name, value in more.items() if value is not None and value is not False}

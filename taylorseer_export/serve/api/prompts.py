@@ -43,7 +43,8 @@ def picture_for(denoiser: Denoiser, wish: Wish, options: RequestOptions) -> tupl
         Refusal, ConfigError: The model does not take what is wished, see `Takes.check`.
     """
     takes_of(denoiser.manifest).check(wish)
-    given = given_picture(denoiser.manifest, opaque(wish.pictures[0]) if wish.pictures else None, wish.strength)
+    pictures = [opaque(picture) for picture in wish.pictures]
+    given = given_picture(denoiser.manifest, pictures[0] if pictures else None, wish.strength, pictures[1:])
     return steps_that_run(options, denoiser, given)
 
 

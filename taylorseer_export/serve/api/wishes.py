@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
-from taylorseer_export.embedded.edits import Use, check_strength, use_of
+from taylorseer_export.embedded.edits import Use, check_strength, most_in_words, most_pictures, use_of
 from taylorseer_export.embedded.requests import frame_rate
 from taylorseer_export.serve.api.fields import REFERENCE
 from taylorseer_export.serve.api.problems import Refusal
@@ -48,6 +48,7 @@ class Takes(NamedTuple):
         negative: Whether it is guided away from a text.
         use: What it does with a picture, see `use_of`.
         field: By which name a request brings one.
+        most: How many a request may bring.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Takes(NamedTuple):
     negative: bool
     use: Use | None
     field: str = "image"
+    most: int = 1
 
     def label(self, prompt: str) -> int:
         """The class that a prompt names by its number.
@@ -76,8 +78,8 @@ class Takes(NamedTuple):
         """Refuse what it does not take.
 
         Raises:
-            Refusal: It takes no picture, lacks one, takes no mask or several, is not guided away from a text, or draws
-                classes and the prompt names none.
+            Refusal: It takes no picture, lacks one, takes no mask or not so many, is not guided away from a text, or
+                draws classes and the prompt names none.
             ConfigError: There is nothing that a strength is of.
         """
         if wish.pictures and self.use is None:
@@ -91,11 +93,12 @@ class Takes(NamedTuple):
                 f"{self.field} is missing for {self.name}, expected the picture that it is to {what}; send it{where}"
             )
             raise Refusal(message, 400, self.field)
-        if len(wish.pictures) > 1 or wish.mask is not None:
-            alone = len(wish.pictures) == 1
-            what, seen = ("mask", "given") if alone else (self.field, f"{len(wish.pictures)} pictures")
+        if len(wish.pictures) > self.most or wish.mask is not None:
+            few = len(wish.pictures) <= self.most
+            what, seen = ("mask", "given") if few else (self.field, f"{len(wish.pictures)} pictures")
+            which = "which changes as a whole" if self.most == 1 else "without a mask"
             raise Refusal(
-                f"{what} is {seen} for {self.name}, expected one picture, which changes as a whole; leave the rest out",
+                f"{what} is {seen} for {self.name}, expected {most_in_words(self.most)}, {which}; leave the rest out",
                 400,
                 what,
             )
@@ -117,4 +120,5 @@ def takes_of(manifest: Manifest) -> Takes:
     classes = int(manifest.model.config["num_embeds_ada_norm"]) if sampling.source == "labels" else None
     guided = sampling.source == "prompts" and sampling.guidance in ("batched", "branches")
     field = "image" if frame_rate(manifest) is None else REFERENCE
-    return Takes(f"{manifest.family}-{manifest.name}", classes, guided, use_of(manifest), field)
+    name, most = f"{manifest.family}-{manifest.name}", most_pictures(manifest)
+    return Takes(name, classes, guided, use_of(manifest), field, most)

@@ -77,7 +77,7 @@ HEAVY: dict[str, frozenset[str]] = {
     "tensorrt_rtx": frozenset({"bundle/tensorrt.py"}),
     "torch_tensorrt": frozenset({"compile/torch_tensorrt.py"}),
     "transformers": frozenset({"compile/components.py", "report/metrics.py"}),
-    "tokenizers": frozenset({"runtime/parts.py"}),
+    "tokenizers": frozenset({"runtime/parts.py", "compile/components.py"}),
     "PIL": frozenset({"report/metrics.py", "embedded/picture.py", "embedded/video.py", "serve/api/formats.py"}),
     "av": frozenset({"embedded/video.py"}),
     "tqdm": frozenset({"commands/terminal.py"}),

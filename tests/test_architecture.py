@@ -94,7 +94,7 @@ HEAVY: dict[str, frozenset[str]] = {
     "tensorrt": frozenset({"bundle/tensorrt.py"}),
     "tensorrt_rtx": frozenset({"bundle/tensorrt.py"}),
     "torch_tensorrt": frozenset({"compile/torch_tensorrt.py"}),
-    "transformers": frozenset({"compile/components.py", "compile/patches.py", "report/metrics.py"}),
+    "transformers": frozenset({"compile/components.py", "report/metrics.py"}),
     "tokenizers": frozenset({"compile/components.py", "runtime/parts.py"}),
     "PIL": frozenset({"report/metrics.py", "embedded/picture.py", "embedded/video.py", "serve/api/formats.py"}),
     "av": frozenset({"embedded/video.py"}),

@@ -241,6 +241,14 @@ def look(checkpoint: Checkpoint, declared: DeclaredShown) -> Look:
     return made
 
 
+def processor(where: Path) -> dict[str, Any]:
+    """What the image processor in a folder says of itself, whatever class it is of."""
+    import transformers
+
+    with quiet():
+        return dict(transformers.AutoImageProcessor.from_pretrained(where, local_files_only=True).to_dict())
+
+
 def shown_as(seen: Look | None, dtype: Any) -> list[Tensor]:
     """The input of a graph that an image encoder is shown a picture as; none where there is no such encoder."""
     if seen is None:

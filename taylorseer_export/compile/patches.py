@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from taylorseer_export.bundle.manifest import Patches, Tensor
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
-from taylorseer_export.compile.components import FILTERS, quiet
+from taylorseer_export.compile.components import FILTERS, processor
 from taylorseer_export.errors import CheckpointError, first_line
 from taylorseer_export.families.whole import Patches as Declared
 
@@ -55,12 +55,9 @@ def cutting(checkpoint: Checkpoint, declared: Declared, encoders: Mapping[str, A
     Raises:
         CheckpointError: It does not load, or does anything but resize, normalise and cut.
     """
-    import transformers
-
     where, eyes = checkpoint.root / declared.processor, encoders[declared.encoder].config.vision_config
     try:
-        with quiet():
-            said = transformers.AutoImageProcessor.from_pretrained(where, local_files_only=True).to_dict()
+        said = processor(where)
         size, side, merged = said["size"], said["patch_size"], said["merge_size"]
         usual = all(said[f"do_{what}"] for what in ("resize", "rescale", "normalize"))
         if not usual or round(1 / said["rescale_factor"]) != 255:

@@ -289,8 +289,8 @@ QWEN_IMAGE = Family(
 # The pixels that pictures are brought to: for the VAE, and of several for the text encoder.
 _AREA, _SMALLER = 1024 * 1024, 384 * 384
 _PICTURES = Patches(
-    name="patches",
-    places="places",
+    "patches",
+    "places",
     processor="processor",
     encoder="text_encoder",
     token=_PICTURE,

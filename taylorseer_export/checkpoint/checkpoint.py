@@ -78,10 +78,11 @@ def open_checkpoint(
             checkpoint = Checkpoint(reference, family, alone.parent, _config(alone, family), {}, weightless=True)
     refuse_other_pipeline(checkpoint.folder, family)
     known = checkpoint.shapes if loras else {}
-    family = replace(family, **family.by_config({**pipeline_config(checkpoint.folder), **checkpoint.config}))
+    index = pipeline_config(checkpoint.folder)
+    family = replace(family, **family.by_config({**index, **checkpoint.config}))
     family = replace(family, **family.by_pipeline.get(pipeline_of(checkpoint.folder), {}))
-    if not checkpoint.embedded:
-        named = family.variant(checkpoint.reference)  # a name says more than a config
+    if not checkpoint.embedded:  # a name says more than a config, and the pipeline's index more than a name
+        named = family.variant(checkpoint.reference, index.get("is_distilled"))
         if named is family:
             _refuse_unnamed_variant(checkpoint, family)
         family = named

@@ -132,6 +132,13 @@ FAMILIES = {
         ),
         call=flux,
     ),
+    "Flux3Transformer2DModel": Family(
+        (
+            (r"mode_blocks\.image\.\d+\.(attn|ff)", None),
+            (r"single_transformer_blocks\.\d+\.(attn|ff)", None),  # text then image rows
+        ),
+        first="mode_blocks.image.0",
+    ),
     "ChromaTransformer2DModel": Family(
         (
             (r"transformer_blocks\.\d+\.attn", (0, 1)),  # image, text

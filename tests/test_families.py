@@ -64,6 +64,10 @@ ROWS = {
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "pictures": ((5, 3),)}),
         frozenset({"encoder_hidden_states", "img_ids", "txt_ids", "image_latents", "image_ids"}),
     ),
+    "flux3": Row(
+        ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
+        frozenset({"encoder_hidden_states", "img_ids", "txt_ids"}),
+    ),
     "chroma": Row(
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "attention_mask", "img_ids", "txt_ids"}),

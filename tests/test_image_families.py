@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2Pipeline
+from diffusers.modular_pipelines.flux3.before_denoise import Flux3TextRoPEInputsStep, _prepare_image_ids
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids
 from harness import open_slot
 from hypothesis import given
 from hypothesis import strategies as st
@@ -473,3 +475,24 @@ def test_a_sana_with_places_has_one_size():
     assert changed["latent_sizes"](config, 64, 64) == {} and "rows" not in FAMILIES["sana"].dimensions(config)
     with pytest.raises(ConfigError, match=r"latent size is 64x32, expected 64x64"):
         changed["latent_sizes"](config, 64, 32)
+
+
+def test_flux3_distilled_is_refused():
+    with pytest.raises(ConfigError, match=r"`flow_map` is true, expected false; no family covers a model that is told"):
+        FAMILIES["flux3"].inputs({"flow_map": True})
+
+
+def test_places_of_flux3_s_tokens_are_the_pipeline_s(eager):
+    constants, sizes = eager("flux3").constants, {"batch": 1, "image_tokens": 6, "text_tokens": 5}
+    made = {n: value_from_fill(constants[n], sizes, (2, 3)) for n in ("img_ids", "txt_ids")}
+    expected = Flux3TextRoPEInputsStep._prepare_text_ids(torch.zeros(1, 5, 3))
+    assert np.array_equal(made["img_ids"], _prepare_image_ids(2, 3, 0.5).numpy())
+    assert np.array_equal(made["txt_ids"], expected.numpy())
+
+
+def test_places_of_longcat_image_s_tokens_are_the_pipeline_s(eager):
+    constants, sizes = eager("longcat-image").constants, {"batch": 1, "image_tokens": 6, "text_tokens": 5}
+    made = {n: value_from_fill(constants[n], sizes, (2, 3)) for n in ("img_ids", "txt_ids")}
+    picture = prepare_pos_ids(1, "image", start=(512, 512), height=2, width=3)
+    assert np.array_equal(made["img_ids"], picture.numpy())
+    assert np.array_equal(made["txt_ids"], prepare_pos_ids(0, "text", num_token=5).numpy())

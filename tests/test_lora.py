@@ -61,6 +61,7 @@ OWN = {
     "dit": "transformer_blocks.0.attn1.to_q",
     "framepack": "transformer_blocks.0.attn.to_q",
     "wan": "blocks.0.attn1.to_q",
+    "flux3": "mode_blocks.image.0.attn.to_q",
     "pixart": "transformer_blocks.0.attn1.to_q",
     "sana": "transformer_blocks.0.attn1.to_q",
     "hidream": "caption_projection.0.linear",

@@ -43,6 +43,7 @@ CONVERTED = (
     "flux2",
     "flux2-edit",
     "flux2-kv",
+    "flux3",
     "hidream",
     "hunyuan-video",
     "qwen-image",
@@ -269,6 +270,33 @@ def krea_2_layout():
     return shapes
 
 
+def flux3_layout():
+    """Those of the embedded FLUX.3 under the names of its authors."""
+    names = {
+        r"^x_embedders": "emb_in",
+        r"^context_embedder": "txt_in",
+        r"^mode_blocks": "content_mode_blocks",
+        r"^single_transformer_blocks": "single_blocks",
+        r"^timestep_embedder\.linear_1": "time_in.in_layer",
+        r"^timestep_embedder\.linear_2": "time_in.out_layer",
+        r"^proj_out": "final_layer.image.linear",
+        r"^norm_out\.linear": "final_layer.image.adaLN_modulation.1",
+        r"(modulations\.\w+)\.linear": r"\1.lin",
+        r"attn\.to_([qkv])\.": r"\1_proj.",
+        r"attn\.to_out\.0": "attn_out",
+        r"attn\.norm_q\.weight": "norm.query_norm.scale",
+        r"attn\.norm_k\.weight": "norm.key_norm.scale",
+        r"ff\.linear_in": "mlp_in",
+        r"ff\.linear_out": "mlp_out",
+    }
+    shapes = {}
+    for name, (_, shape) in plain("flux3")[1].items():
+        for ours, theirs in names.items():
+            name = re.sub(ours, theirs, name)
+        shapes[name] = shape
+    return shapes
+
+
 def wan_layout():
     shapes = {}
     for name, (_, shape) in plain("wan")[1].items():
@@ -284,7 +312,7 @@ def original(family):
     """Names and shapes in the layout of the family's authors, with few blocks."""
     known = {"flux": flux_layout, "flux-kontext": flux_layout, "hunyuan-video": hunyuan_layout, "sd3": sd3_layout}
     known |= {"chroma": chroma_layout, "krea-2": krea_2_layout, "z-image": z_image_layout}
-    known |= {"flux2": flux2_layout, "flux2-edit": flux2_layout, "flux2-kv": flux2_layout}
+    known |= {"flux2": flux2_layout, "flux2-edit": flux2_layout, "flux2-kv": flux2_layout, "flux3": flux3_layout}
     if family in ("hidream", "qwen-image", "qwen-image-edit", "qwen-image-2.1"):
         return {f"model.diffusion_model.{n}": s for n, (_, s) in plain(family)[1].items()}
     return (known | {"wan": wan_layout})[family]()

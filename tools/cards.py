@@ -75,6 +75,7 @@ MODELS = {
     "flux.2-dev-edit": Model("flux2-edit", "black-forest-labs/FLUX.2-dev"),
     "flux.2-klein-base-4b": Model("flux2", "black-forest-labs/FLUX.2-klein-base-4B"),
     "flux.2-klein-9b-kv": Model("flux2-kv", "black-forest-labs/FLUX.2-klein-9b-kv"),
+    "flux.3-dev": Model("flux3", "black-forest-labs/FLUX.3-dev"),
     "hunyuanvideo": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo"),
     "hunyuanvideo-i2v": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo-I2V-33ch"),
     "hunyuanvideo-i2v-token-replace": Model("hunyuan-video", "hunyuanvideo-community/HunyuanVideo-I2V"),

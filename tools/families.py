@@ -40,6 +40,7 @@ MODELS = {
     "flux2-base": "flux2 (klein base)",
     "flux2-edit": "flux2-edit",
     "flux2-kv": "flux2-kv",
+    "flux3": "flux3",
     "chroma": "chroma",
     "krea-2": "krea-2",
     "longcat-image": "longcat-image",

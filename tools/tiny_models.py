@@ -15,6 +15,7 @@ from diffusers import (
     ChromaTransformer2DModel,
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
+    Flux3Transformer2DModel,
     FluxTransformer2DModel,
     HiDreamImageTransformer2DModel,
     HunyuanVideo15Transformer3DModel,
@@ -146,6 +147,37 @@ def tiny_flux2_kv(seed=3):
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         block.attn.set_processor(type(block.attn)._available_processors[-1]())
     return model
+
+
+def tiny_flux3(seed=0):
+    """FLUX.3 of width 32, float32, eval."""
+    return randomised(
+        lambda: Flux3Transformer2DModel(
+            in_channels=16,
+            cond_in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            axes_dims_rope=(4, 4, 4, 4),
+        ),
+        seed,
+    )
+
+
+def flux3_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed=0):
+    """As `flux_inputs`; rows and columns are half a place apart, and words count along the last axis."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    sigma = torch.linspace(1.0, 1.0 / steps, steps)
+    txt_ids = torch.zeros(text_tokens, 4)
+    txt_ids[:, 3] = torch.arange(text_tokens)
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.joint_attention_dim, generator=rng),
+        "img_ids": _places(0, 1, height, width)[0] / 2,
+        "txt_ids": txt_ids,
+    }
+    return _trajectory(sigma, (batch, height * width, config.in_channels), rng), sigma, conditioning
 
 
 def tiny_chroma(seed=0):
@@ -680,6 +712,7 @@ MODELS = {
     "flux2-base": ("flux2", lambda: tiny_flux2(seed=1, guidance=False, double=1), flux2_inputs),
     "flux2-edit": ("flux2-edit", lambda: tiny_flux2(seed=2, double=1), flux2_edit_inputs),
     "flux2-kv": ("flux2-kv", tiny_flux2_kv, flux2_edit_inputs),
+    "flux3": ("flux3", tiny_flux3, flux3_inputs),
     "chroma": ("chroma", tiny_chroma, chroma_inputs),
     "z-image": ("z-image", tiny_z_image, z_image_inputs),
     "krea-2": ("krea-2", tiny_krea_2, krea_2_inputs),

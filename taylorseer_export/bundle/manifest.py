@@ -85,6 +85,7 @@ class Tensor(Part):
     )
     first: int = Field(default=0, description="Where the fills grid and frames begin.")
     corner: int = Field(default=0, description="Row and column of the first token of the fill grid.")
+    spacing: float = Field(default=1.0, description="Between rows and columns of the fill grid.")
 
 
 class Graph(Part):

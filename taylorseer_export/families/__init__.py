@@ -10,6 +10,7 @@ from taylorseer_export.families.dit import DIT
 from taylorseer_export.families.family import Family
 from taylorseer_export.families.flux import FLUX, FLUX_KONTEXT
 from taylorseer_export.families.flux2 import FLUX2, FLUX2_EDIT, FLUX2_KV
+from taylorseer_export.families.flux3 import FLUX3
 from taylorseer_export.families.framepack import FRAMEPACK
 from taylorseer_export.families.hidream import HIDREAM
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
@@ -33,6 +34,7 @@ _ALL = (
     FLUX2,
     FLUX2_EDIT,
     FLUX2_KV,
+    FLUX3,
     FRAMEPACK,
     HIDREAM,
     HUNYUAN_VIDEO,

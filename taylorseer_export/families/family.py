@@ -35,6 +35,7 @@ class Input:
             on; `guidance`, the guidance scale times `Pipeline.guidance_factor`.
         first: Where `grid` and `frames` begin.
         corner: (row, column) of the first token of `grid`, both the same.
+        spacing: Between rows and columns of `grid`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Input:
     fill: Fill | None = None
     first: int = 0
     corner: int = 0
+    spacing: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Input, Pipeline
+from taylorseer_export.families.family import Defaults, Input, Pipeline, no_counterpart
 from taylorseer_export.families.flux import FLUX
 
 _WORDS = 512  # of a prompt, filled up
@@ -28,6 +28,7 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
 
 LONGCAT_IMAGE = replace(
     FLUX,
+    comfy=no_counterpart,
     name="longcat-image",
     title="LongCat-Image",
     model_class="LongCatImageTransformer2DModel",

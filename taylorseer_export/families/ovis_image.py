@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Input, Pipeline
+from taylorseer_export.families.family import Defaults, Input, Pipeline, no_counterpart
 from taylorseer_export.families.flux import FLUX
 
 
@@ -22,6 +22,7 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
 
 OVIS_IMAGE = replace(
     FLUX,
+    comfy=no_counterpart,
     name="ovis-image",
     title="Ovis-Image",
     model_class="OvisImageTransformer2DModel",

@@ -160,7 +160,13 @@ class Splitter:
     def declared(self, node: fx.Node) -> Tensor:
         """Contract of a placeholder of the trace."""
         spec = self.specs[str(node.target)]
-        facts = {"values": spec.values, "fill": spec.fill, "first": spec.first, "corner": spec.corner}
+        facts = {
+            "values": spec.values,
+            "fill": spec.fill,
+            "first": spec.first,
+            "corner": spec.corner,
+            "spacing": spec.spacing,
+        }
         return self.tensor(spec.name, node, spec.role).model_copy(update=facts)
 
     # Tables --------------------------------------------------------------------------------------------------------

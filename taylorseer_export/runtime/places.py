@@ -40,10 +40,11 @@ def value_from_fill(
         case "grid":
             rows, columns = sides if sides is not None and tensor.shape[-2] == ROWS else sides_of(shape[-2])
             places = grid(tensor.first, rows, columns, shape[-1], tensor.corner)
+            places[:, 1:3] *= tensor.spacing
             return np.broadcast_to(places, shape).astype(dtype)
         case "line" | "diagonal":
             line = np.zeros(shape, dtype)
-            line[..., -1 if tensor.fill == "line" else slice(1, None)] = np.arange(shape[-2])[:, None]
+            line[..., (-1 if tensor.fill == "line" else 1) :] = np.arange(shape[-2])[:, None]
             return line
     return None
 

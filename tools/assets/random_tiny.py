@@ -61,6 +61,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "flux2": _FLUX2,
     "flux2-edit": _FLUX2,
     "flux2-kv": _FLUX2 | {"guidance_embeds": False},
+    "flux3": {
+        "num_layers": 1,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": (4, 4, 4, 4),
+    },
     "chroma": {
         "in_channels": 64,
         "num_layers": 2,
@@ -227,6 +235,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "flux2": {"latent_size": [16, 16], "text_tokens": 12},
     "flux2-edit": {"latent_size": [16, 16], "text_tokens": 12, "condition_tokens": 64},
     "flux2-kv": {"latent_size": [16, 16], "text_tokens": 12, "condition_tokens": 64},
+    "flux3": {"latent_size": [16, 16], "text_tokens": 12},
     "chroma": {"latent_size": [16, 16], "text_tokens": 12},
     "krea-2": {"latent_size": [16, 16], "text_tokens": 12},
     "longcat-image": {"latent_size": [16, 16], "text_tokens": 12},

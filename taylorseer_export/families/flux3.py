@@ -1,0 +1,103 @@
+"""FLUX.3: blocks over words and over the picture by themselves, then over both, each kind modulated by one vector.
+
+Words are modulated at timestep 0. The model modulates token by token, all of a kind alike; here one row serves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, packed, replaced
+
+_PLACES = 4  # of a token: time, row, column, and the number of a word
+_SPACING = 0.5  # between rows and columns
+
+
+def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    if config.get("flow_map"):
+        raise ConfigError(
+            "config entry `flow_map` is true, expected false; no family covers a model that is told the time of the "
+            "next step too, as FLUX.3 distilled is: pass the model that it is made from"
+        )
+    return (
+        Input("hidden_states", ("batch", "image_tokens", config["in_channels"]), "latent"),
+        Input("timestep", ("batch",), "step"),
+        Input("encoder_hidden_states", ("batch", "text_tokens", config["joint_attention_dim"]), "constant"),
+        Input("img_ids", ("image_tokens", _PLACES), "constant", "float32", fill="grid", spacing=_SPACING),
+        Input("txt_ids", ("text_tokens", _PLACES), "constant", "float32", fill="line"),
+    )
+
+
+@contextmanager
+def _row_by_row(model: Any) -> Iterator[None]:
+    with replaced(model, forward=partial(_traced, model)):
+        yield
+
+
+def _traced(
+    model: Any,
+    hidden_states: Any,
+    timestep: Any,
+    encoder_hidden_states: Any,
+    img_ids: Any,
+    txt_ids: Any,
+    return_dict: bool,
+) -> Any:
+    import torch
+
+    def embedded(of_which: Any) -> Any:
+        return model.timestep_embedder(model.time_proj(of_which).to(hidden_states.dtype))[:, None]
+
+    time = embedded(timestep.to(hidden_states.dtype) * 1000)
+    told = {"image": time, "txt": embedded(torch.zeros(1, dtype=hidden_states.dtype))}
+    told = {kind: torch.nn.functional.silu(row) for kind, row in told.items()}
+    early = {kind: model.early_stream_modulations[kind](row) for kind, row in told.items()}
+    joint = {kind: model.single_stream_modulations[kind](row) for kind, row in told.items()}
+    words, of_words = model.context_embedder(encoder_hidden_states), model.pos_embed(txt_ids)
+    picture, of_picture = model.x_embedders["image"](hidden_states), model.pos_embed(img_ids)
+    for block in model.txt_mode_blocks:
+        words = block(words, early["txt"], of_words)
+    for block in model.mode_blocks["image"]:
+        picture = block(picture, early["image"], of_picture)
+    turned = tuple(torch.cat(both) for both in zip(of_words, of_picture, strict=True))
+    for block in model.single_transformer_blocks:
+        words, picture = _joint(block, (words, picture), (joint["txt"], joint["image"]), turned)
+    return (model.proj_out(model.norm_out(picture, time)),)
+
+
+def _joint(block: Any, rows: tuple[Any, ...], modulations: tuple[Any, ...], turned: Any) -> tuple[Any, Any]:
+    """A block over both, whose result is cut by slices: through those the rows of words are left out of a forecast."""
+    import torch
+
+    told = [row.chunk(3, -1) for row in modulations]  # shift, scale and gate
+    normed = [(1 + scale) * block.norm(of) + shift for of, (shift, scale, _) in zip(rows, told, strict=True)]
+    both, count = torch.cat(normed, 1), rows[0].shape[1]
+    made = block.attn(hidden_states=both, image_rotary_emb=turned) + block.ff(both)
+    return rows[0] + told[0][2] * made[:, :count], rows[1] + told[1][2] * made[:, count:]
+
+
+FLUX3 = Family(
+    name="flux3",
+    title="FLUX.3",
+    model_class="Flux3Transformer2DModel",
+    reference="black-forest-labs/FLUX.3-dev",
+    sites=(r"(mode_blocks\.image|single_transformer_blocks)\.\d+\.(attn|ff)",),
+    stack_input=("mode_blocks.image.0", "hidden_states"),
+    stack_output=("norm_out", "hidden_states"),
+    inputs=_inputs,
+    dimensions=lambda config: {"batch": (1, 16), "image_tokens": (4, 16384), "text_tokens": (1, 1024)},
+    latent_sizes=packed,
+    defaults=Defaults(steps=50, interval=4, warmup=3, order=1),
+    scheduler="FlowMatchEulerDiscreteScheduler",
+    scheduler_config={"shift": 6.93},
+    guidance="branches",
+    guidance_scale=3.5,
+    latent_size=(128, 128),
+    timestep_divisor=1000.0,
+    pipeline=Pipeline(noise="tokens"),
+    patched=_row_by_row,
+)

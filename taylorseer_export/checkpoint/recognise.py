@@ -23,7 +23,7 @@ def family_of(reference: str) -> Family:
     Raises:
         CheckpointError: There is no config, or no family has its class; says how to name the family.
     """
-    path = _config(reference)
+    path = config_path(reference)
     entries = read_json(path)
     name = str(entries.get("_class_name"))
     found = sorted((f for f in FAMILIES.values() if f.model_class == name), key=lambda family: len(family.name))
@@ -67,7 +67,12 @@ def refuse_other_pipeline(folder: Path, family: Family) -> None:
     )
 
 
-def _config(reference: str) -> Path:
+def config_path(reference: str) -> Path:
+    """Where the config of a checkpoint lies: in a diffusers folder, or fetched of a hub id.
+
+    Raises:
+        CheckpointError: There is none.
+    """
     folder = Path(reference).expanduser()
     for path in (folder / "transformer" / "config.json", folder / "config.json"):
         if path.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from taylorseer_export.commands import (
+    auto,
     bench,
     calibrate,
     client,
@@ -19,6 +20,7 @@ from taylorseer_export.commands import (
 )
 
 VERBS: dict[str, ModuleType] = {
+    "auto": auto,
     "run": run,
     "replay": replay,
     "calibrate": calibrate,

@@ -167,11 +167,11 @@ def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def drop_noise(graph: fx.Graph) -> None:
-    """Drop shape guards, metadata checks, and casts that cast nothing."""
+    """Drop shape guards, metadata checks, casts that cast nothing, and a squeeze of a size above 1: ONNX knows none."""
     for node in list(graph.nodes):
         if node.op == "call_module" or node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-        elif _casts_nothing(node):
+        elif _casts_nothing(node) or _squeezes_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
@@ -209,6 +209,14 @@ def fold_constants(module: fx.GraphModule, weights: set[str], prefix: str = "con
             constants[name] = value
     eliminate_dead(module.graph)
     return constants
+
+
+def _squeezes_nothing(node: fx.Node) -> bool:
+    if node.target not in (aten.squeeze.dim, aten.squeeze.dims):
+        return False
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return bool(source.meta["val"].ndim == node.meta["val"].ndim)
 
 
 def _casts_nothing(node: fx.Node) -> bool:

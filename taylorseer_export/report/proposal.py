@@ -1,0 +1,117 @@
+"""A model that no family declares: its proposed declaration, verified against the model itself before it is exported.
+
+A proposal is told from names and shapes, so nothing of it is believed. The graphs that follow from it are run operator
+by operator over a plan with every kind of step, beside the untouched model with the forecasts put in by hooks; each step
+must agree within the bound of `verify`. What passes is exported as any family is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from taylorseer_export.checkpoint.checkpoint import Checkpoint
+from taylorseer_export.compile import export
+from taylorseer_export.compile.eager import eager_modules
+from taylorseer_export.errors import ExportError, ParityError, TaylorSeerError
+from taylorseer_export.graph.propose import Proposal, propose, settled
+from taylorseer_export.graph.trace import Trace
+from taylorseer_export.method import Granularity
+from taylorseer_export.report.verify import compare, plans, reference_model
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.eager import EagerRunner
+from taylorseer_export.runtime.trajectory import random_trajectory
+
+GRANULARITIES: tuple[Granularity, ...] = ("module", "residual", "last")
+_STEPS = 9
+_SIZES = {"batch": 2, "rows": 3, "columns": 4, "frames": 3, "image_tokens": 12}  # of the open dimensions
+_OTHER = 6
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A proposal that agrees with its model.
+
+    Attributes:
+        checkpoint: The model, with the proposal as its family.
+        proposal: The proposal, with the sizes that it leaves open.
+        granularity: The finest that verifies, or the one that was asked for.
+        ratio: Largest difference of a step over its bound, dimensionless, at most 1.
+        refused: Granularity -> why it was passed over.
+    """
+
+    checkpoint: Checkpoint
+    proposal: Proposal
+    granularity: Granularity
+    ratio: float
+    refused: dict[Granularity, str]
+
+
+def verified(checkpoint: Checkpoint, options: export.Options, wanted: Granularity | None = None) -> Verified:
+    """Propose a declaration for a checkpoint, and hold what follows from it against the model.
+
+    Args:
+        checkpoint: Of a class that no family declares; its weights are read.
+        options: Of the export; a size that cannot stay open is that of its latent, or of the checkpoint's config.
+        wanted: The one granularity that will do; the finest that verifies if left out.
+
+    Raises:
+        ExportError: What is missing, in one sentence.
+    """
+    model = checkpoint.skeleton(torch.float32)
+    proposal = propose(model)
+    family = proposal.family()
+    named = replace(checkpoint, family=family)
+    latent = family.latent_sizes(checkpoint.config, *(options.latent_size or named.latent_size))
+    proposal, traced = settled(model, proposal, {**family.typical, **latent})
+    named = replace(checkpoint, family=proposal.family())
+    config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}  # type: ignore[arg-type]
+    named = replace(named, config=config)
+    refused: dict[Granularity, str] = {}
+    for granularity in (wanted,) if wanted else GRANULARITIES:
+        try:
+            ratio = _agreement(named, traced, model, replace(options, granularity=granularity, precision="fp32"))
+        except TaylorSeerError as error:
+            refused[granularity] = str(error)
+            continue
+        return Verified(named, proposal, granularity, ratio, refused)
+    reason = next(iter(refused.values()))
+    raise ExportError(reason)
+
+
+def agreement(checkpoint: Checkpoint, options: export.Options) -> float:
+    """The same of a checkpoint whose family is declared: largest difference of a step over its bound.
+
+    Raises:
+        ParityError: It is above 1.
+    """
+    return _held(checkpoint, export.draft(checkpoint, options))
+
+
+def _agreement(checkpoint: Checkpoint, traced: Trace, model: torch.nn.Module, options: export.Options) -> float:
+    """Largest difference over its bound, of all steps of the plans of `verify`."""
+    stored = checkpoint.files.keys() | checkpoint.derived.keys()
+    computed = {name: value for name, value in model.named_buffers() if name not in stored}
+    return _held(checkpoint, export.draft(export.Traced(checkpoint, traced, "fp32", computed | traced.constants), options))
+
+
+def _held(checkpoint: Checkpoint, made: export.Draft) -> float:
+    manifest = export.describe(made, "proposal")
+    denoiser = Denoiser(manifest, EagerRunner(eager_modules(made), manifest.graphs))
+    ranges = made.ranges()
+    wanted = {name: _SIZES.get(name, _OTHER) for name in ranges if name != "steps"}
+    sizes = {name: min(max(size, ranges[name][0]), ranges[name][1]) for name, size in wanted.items()}
+    data = random_trajectory(denoiser, _STEPS, sizes)
+    reference = reference_model(checkpoint)
+    ratio = 0.0
+    for forecasts in plans(denoiser, _STEPS):
+        result = compare(reference, denoiser, data, forecasts)
+        if not result.ratio <= 1:
+            step = result.worst
+            raise ParityError(
+                f"step {step} of plan {result.executed} differs from the model by {result.seen[step]:.3g}, expected at "
+                f"most {result.bound[step]:.3g}; declare it by hand, see families/README.md"
+            )
+        ratio = max(ratio, result.ratio)
+    return ratio

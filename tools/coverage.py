@@ -25,7 +25,7 @@ from tiny_configs import LATENTS, tiny_config
 
 from taylorseer_export.errors import TaylorSeerError, first_line
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.graph.propose import Proposal
+from taylorseer_export.graph.propose import Proposal, propose
 
 PAGE = Path(__file__).resolve().parents[1] / "graphs" / "coverage.md"
 
@@ -45,6 +45,7 @@ EXCLUDED = {
     "Transformer2DModel": "it is a block of UNets; as a model of its own it became DiT and PixArt",
     "TransformerTemporalModel": "it is a block of UNets",
 }
+_SMALL = {2: (6, 8), 3: (3, 6, 8)}  # latents for classes that are traced at one size, by the number of its sides
 AUTO, DECLARED, REFUSED = "without a declaration", "with a declaration", "refused"
 
 
@@ -82,6 +83,7 @@ def transformers() -> Iterator[str]:
 def cover(name: str) -> Row:
     """Build, propose, export and verify one class."""
     import diffusers
+    import torch
 
     from taylorseer_export.checkpoint.checkpoint import open_checkpoint
     from taylorseer_export.compile.export import Options
@@ -89,12 +91,16 @@ def cover(name: str) -> Row:
     from taylorseer_export.report.proposal import verified
 
     model_class = getattr(diffusers, name)
-    options = Options(order=1, interval=3, warmup=2, latent_size=LATENTS.get(name))
     try:
         model = randomised(lambda: model_class(**tiny_config(model_class)), seed=0)
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            found = verified(open_checkpoint(folder, unknown(name)), options)
+            checkpoint = open_checkpoint(folder, unknown(name))
+            skeleton = checkpoint.skeleton(torch.float32)
+            proposal = propose(skeleton)
+            size = LATENTS.get(name) or proposal.size or _SMALL[len(proposal.family().latent_size)]
+            options = Options(order=1, interval=3, warmup=2, latent_size=size)
+            found = verified(checkpoint, skeleton, proposal, options)
     except TaylorSeerError as error:
         return declared(name) or Row(name, REFUSED, "", sentence(str(error)))
     except Exception as error:  # of torch or diffusers: no sentence of ours yet

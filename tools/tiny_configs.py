@@ -31,6 +31,7 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"sample_size|sample_height|sample_width", 8),
     (r"sample_frames", 9),
     (r"rope_max_seq_len|pos_embed_max_size|max_sequence_length|.*max_pos", 64),
+    (r"max_text_seq_length|text_len", 6),
     (r"num_experts", 4),
     (r"vocab_size|.*codebook_size", 64),
 )
@@ -38,6 +39,7 @@ _AXES = re.compile(r"axes_dims?(_rope)?|axes_dim_rope|rope_axes_dim|rope_dim(_li
 
 # Class -> what the rules do not give.
 TABLE: dict[str, dict[str, Any]] = {
+    "CosmosTransformer3DModel": {"concat_padding_mask": False},  # it resizes the mask with torchvision
     "EasyAnimateTransformer3DModel": {"in_channels": CHANNELS, "out_channels": CHANNELS, "patch_size": 2},
     "HiDreamImageTransformer2DModel": {
         "patch_size": 2,
@@ -51,7 +53,6 @@ TABLE: dict[str, dict[str, Any]] = {
         "patch_size": 2,
         "cross_attention_dim": WIDTH,
         "cross_attention_dim_t5": TEXT,
-        "text_len": 6,
         "text_len_t5": 7,
     },
     "LatteTransformer3DModel": {
@@ -78,7 +79,7 @@ TABLE: dict[str, dict[str, Any]] = {
 }
 
 # Class -> size of its latent where it can be traced at one alone and its config tells none.
-LATENTS: dict[str, tuple[int, ...]] = {}
+LATENTS: dict[str, tuple[int, ...]] = {"Kandinsky6SRTransformer3DModel": (2, 8, 16)}
 
 
 def tiny_config(model_class: type) -> dict[str, Any]:

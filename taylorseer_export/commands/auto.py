@@ -29,22 +29,26 @@ def run(given: argparse.Namespace) -> int:
 
 def _proposed(given: argparse.Namespace) -> Family:
     """What is proposed for the model, verified; the granularity that verifies is chosen where none is asked for."""
+    import torch
+
     from taylorseer_export.checkpoint.checkpoint import open_undeclared
-    from taylorseer_export.checkpoint.recognise import family_of
+    from taylorseer_export.checkpoint.recognise import class_of, family_of
     from taylorseer_export.compile.export import Options
+    from taylorseer_export.graph.propose import propose
     from taylorseer_export.report.proposal import GRANULARITIES, verified
 
-    checkpoint = open_undeclared(given.model, given.variant)
-    name = checkpoint.family.model_class
+    name = class_of(given.model)
     if any(family.model_class == name for family in FAMILIES.values()):
         family = family_of(given.model)
         raise CheckpointError(
             f"--model is of class {name}, which family {family.name} declares, expected one that none does; export it "
             f"with `{PROGRAM} {family.name} --model {given.model}`"
         )
+    checkpoint = open_undeclared(given.model, given.variant)
     options = Options(order=given.order, interval=given.interval, warmup=given.warmup, latent_size=given.latent_size)
     with progress("verifying the proposal", 1) as advance:
-        found = verified(checkpoint, options, given.state)
+        model = checkpoint.skeleton(torch.float32)
+        found = verified(checkpoint, model, propose(model), options, given.state)
         advance(1, 1)
     if not checkpoint.scheduler:
         print(f"no scheduler beside the model: taking {found.checkpoint.family.scheduler} with its defaults")

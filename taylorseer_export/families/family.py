@@ -201,7 +201,7 @@ def expanded_masks(model: Any) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in model.modules():
-            if hasattr(module, "prepare_attention_mask"):
+            if hasattr(module, "prepare_attention_mask") and hasattr(module, "heads"):
                 stack.enter_context(replaced(module, prepare_attention_mask=prepared(module)))
         yield
 

@@ -45,7 +45,7 @@ def narrow(trace: Trace) -> None:
         if node.target is aten.slice.Tensor and _step(node) == 1:
             with graph.inserting_before(node):
                 move = _Move(graph, *_counted_from_the_front(graph, node), last=node not in inside)
-                if move.reaches_tap(node.args[0]):
+                if move.reaches_tap(node.args[0]) or move.is_part(node.args[0]):
                     node.replace_all_uses_with(move.of(node.args[0]))
     eliminate_dead(graph)
     for tap, slices in readers(trace, taps).items():
@@ -131,6 +131,10 @@ class _Move:
                 found.append(part if whole else replace(self, start=inner[0], end=inner[1]).of(part))
             begin = stop
         return found
+
+    def is_part(self, source: Any) -> bool:
+        """Whether the rows are parts of a concatenation, of which the others are not needed: text beside the latent."""
+        return source.target is aten.cat.default and _cat_dim(source) == self.dim and bool(self._parts(source))
 
     def _operand(self, operand: Any, result: fx.Node) -> Any:
         if not isinstance(operand, fx.Node) or not isinstance(operand.meta.get("val"), torch.Tensor):

@@ -34,7 +34,7 @@ from taylorseer_export.graph.split import Split, split
 from taylorseer_export.graph.trace import Trace, trace
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
-_MLP = re.compile(r"feedforward|mlp|swiglu|moe", re.IGNORECASE)
+_MLP = re.compile(r"feedforward|feed_forward|ffn|mlp|swiglu|moe|glumb", re.IGNORECASE)
 _TEXT = re.compile(r"(^|_)(context|txt|text|encoder|t)($|_)")
 _OF_TEXT = "text rows: they have no path to the output of a forecast"
 
@@ -51,6 +51,8 @@ class Proposal:
         dimensions: Dimension -> (smallest, largest); equal where the size is fixed.
         clock: What the model multiplies its timestep by, dimensionless.
         trouble: What the model said of the inputs that were tried; empty where it took them.
+        made: Arguments that are made of the inputs at every call.
+        size: Of the latent, where the config says one.
     """
 
     model_class: str
@@ -62,6 +64,8 @@ class Proposal:
     dimensions: Mapping[str, tuple[int, int]]
     clock: float = 1.0
     trouble: str = ""
+    made: tuple[str, ...] = ()
+    size: tuple[int, ...] | None = None
 
     def family(self) -> Family:
         """The proposal as a family: all that a trace, an export and a comparison with the model need."""
@@ -76,8 +80,9 @@ class Proposal:
             inputs=lambda config: tuple(_at(spec, fixed) for spec in self.inputs),
             dimensions=lambda config: {name: span for name, span in self.dimensions.items() if name not in fixed},
             latent_sizes=packed if latent is not None and "image_tokens" in latent.shape else self._latent_sizes,
-            latent_size=(21, 60, 104) if video else (128, 128),
+            latent_size=self.size or ((21, 60, 104) if video else (128, 128)),
             timestep_divisor=self.clock,
+            forward=lambda model, given: inputs.call(model, given, self.inputs, self.made),
             patched=expanded_masks,
         )
 
@@ -125,16 +130,21 @@ def propose(model: nn.Module) -> Proposal:
         inputs.ranges(found.inputs),
         found.clock,
         found.trouble,
+        found.made,
+        found.size,
     )
 
 
-def settled(model: nn.Module, proposal: Proposal, sizes: Mapping[str, int]) -> tuple[Proposal, Trace]:
+def settled(
+    model: nn.Module, proposal: Proposal, sizes: Mapping[str, int], any_size: bool = True
+) -> tuple[Proposal, Trace]:
     """The proposal with as many sizes open as the model can be traced with, and its trace.
 
     Args:
         model: The transformer.
         proposal: Read off it.
         sizes: What a dimension is fixed at where it has to be.
+        any_size: Whether the latent's sizes are left open if they can be.
 
     Raises:
         ExportError: It cannot be traced even with every size but the batch fixed; says why.
@@ -148,8 +158,9 @@ def settled(model: nn.Module, proposal: Proposal, sizes: Mapping[str, int]) -> t
     latent = next(spec for spec in proposal.inputs if spec.role == "latent")
     in_latent = {name for entry in latent.shape for name in names(entry)} - {"batch"}
     others = set(proposal.dimensions) - {"batch"}
-    first, tried = None, set()
-    waiting: list[set[str]] = [set(), in_latent, others]
+    last: ExportError | ConfigError | None = None
+    tried: set[frozenset[str]] = set()
+    waiting: list[set[str]] = [set(), in_latent, others] if any_size else [in_latent, others]
     logging.disable(logging.CRITICAL)  # torch.export also logs what it raises
     try:
         while waiting:
@@ -160,15 +171,15 @@ def settled(model: nn.Module, proposal: Proposal, sizes: Mapping[str, int]) -> t
             candidate = proposal.fixed(dims, sizes)
             try:
                 return candidate, trace(model, candidate.family(), torch.float32)
-            except ExportError as error:
-                first = first or error
+            except (ExportError, ConfigError) as error:  # the latter of a size that is no multiple of one dimension
+                last = error
                 violated = re.search(r"Constraints violated \((.*?)\)", str(error))
                 if violated and (more := set(re.findall(r"\w+", violated[1])) & others - dims):
                     waiting.insert(0, dims | more)
     finally:
         logging.disable(logging.NOTSET)
-    assert first is not None
-    raise first
+    assert last is not None
+    raise last
 
 
 def check(model: nn.Module, proposal: Proposal) -> Split:
@@ -273,6 +284,7 @@ def _behind(model: nn.Module, stack: str) -> str:
     after = children[[name for name, _ in children].index(stack) + 1 :]
     heads = [name for name, child in after if not isinstance(child, nn.ModuleList) and not _TEXT.search(name)]
     heads += [name for name, _ in children if "final" in name]
+    heads += [name for name, _ in children if re.fullmatch(r"norm_out|out_layer|proj_out", name)]
     if not heads:
         raise ExportError(
             f"{type(model).__name__} has no module behind `{stack}`, expected the final norm or head; "

@@ -21,7 +21,7 @@ from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.families.family import Family, Input, replaced
 from taylorseer_export.graph.casts import explicit_casts
-from taylorseer_export.graph.rewrite import functional, plain
+from taylorseer_export.graph.rewrite import functional, inlined, plain
 from taylorseer_export.graph.sizes import example_sizes
 from taylorseer_export.graph.taps import tap_operator, tapped
 
@@ -107,6 +107,7 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
             ) from error
         module = program.module()
     assert isinstance(module, fx.GraphModule)
+    inlined(module)
     drop_noise(module.graph)
     functional(module.graph)
     plain(module.graph)

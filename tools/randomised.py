@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
-_OF_TIME = ("timestep_embedder.linear_1.weight", "time_embedder.linear_1.weight", "t_embedder.mlp.0.weight")
+_OF_TIME = (
+    "timestep_embedder.linear_1.weight",
+    "time_embedder.linear_1.weight",
+    "time_embeddings.in_layer.weight",
+    "t_embedder.mlp.0.weight",
+)
 
 
 def randomised(build: Callable[[], torch.nn.Module], seed: int) -> Any:

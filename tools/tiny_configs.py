@@ -39,7 +39,10 @@ _AXES = re.compile(r"axes_dims?(_rope)?|axes_dim_rope|rope_axes_dim|rope_dim(_li
 
 # Class -> what the rules do not give.
 TABLE: dict[str, dict[str, Any]] = {
-    "CosmosTransformer3DModel": {"concat_padding_mask": False},  # it resizes the mask with torchvision
+    "CosmosTransformer3DModel": {
+        "concat_padding_mask": False,  # it resizes the mask with torchvision
+        "extra_pos_embed_type": None,
+    },
     "EasyAnimateTransformer3DModel": {"in_channels": CHANNELS, "out_channels": CHANNELS, "patch_size": 2},
     "HiDreamImageTransformer2DModel": {
         "patch_size": 2,
@@ -55,6 +58,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "cross_attention_dim_t5": TEXT,
         "text_len_t5": 7,
     },
+    "Ideogram4Transformer2DModel": {"mrope_section": (4, 2, 2)},
     "LatteTransformer3DModel": {
         "in_channels": CHANNELS,
         "out_channels": CHANNELS,
@@ -66,8 +70,11 @@ TABLE: dict[str, dict[str, Any]] = {
         "norm_elementwise_affine": False,
     },
     "LuminaNextDiT2DModel": {"num_kv_heads": HEADS, "multiple_of": 16},
-    "NucleusMoEImageTransformer2DModel": {"num_layers": 4, "capacity_factors": [2.0] * 4},
-    "OmniGenTransformer2DModel": {"pad_token_id": 0},
+    "NucleusMoEImageTransformer2DModel": {"moe_enabled": False},
+    "OmniGenTransformer2DModel": {
+        "pad_token_id": 0,
+        "rope_scaling": {"type": "su", "short_factor": [1.0] * (HEAD_DIM // 2), "long_factor": [1.0] * (HEAD_DIM // 2)},
+    },
     "PRXTransformer2DModel": {"axes_dim": [8, 8]},
     "WanAnimateTransformer3DModel": {
         "in_channels": 2 * CHANNELS + 4,

@@ -35,7 +35,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from taylorseer_export.bundle.shapes import evaluate, linear, names, resolve
+from taylorseer_export.bundle.shapes import evaluate, is_linear, linear, names, resolve
 from taylorseer_export.errors import TaylorSeerError, first_line
 from taylorseer_export.families.family import Input
 
@@ -50,7 +50,13 @@ _SECOND_TIME = re.compile(r"r_timestep|timestep_r|target_timestep")  # the same 
 # Arguments that follow from the sizes, and pictures to go by, of which there are none.
 _MADE = re.compile(r"visual_rope_pos|text_rope_pos|chunk_partition|input_img_latents|input_image_sizes")
 _PER_FRAME = "timestep of each frame"  # made where a model has one for each: all the same
-_LISTS = re.compile(r"text_encoder_layers")  # a tensor for each block, here one tensor of them all
+# Several tensors, here one tensor of them all: of each block, or sine and cosine.
+_LISTS = re.compile(r"text_encoder_layers|.*rotary_emb")
+# How torch says that two last dimensions do not fit.
+_LENGTHS = (
+    r"dimension of length (\d+) at -1|broadcastable to \[(?:\d+, )*(\d+)\]"
+    r"|size of tensor a \((\d+)\)|size of tensor b \((\d+)\)"
+)
 _UNKNOWN = -1  # a width that no config tells; in a run, a prime that no model has
 _BY_VALUES = (DataDependentOutputException, DynamicOutputShapeException)  # sizes that follow from values
 _PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093, 10099, 10103)
@@ -101,6 +107,9 @@ def find(model: nn.Module) -> Found:
     told = _documented(model, config)
     as_told = [replace(spec, shape=told.get(spec.name, spec.shape)) for spec in base]
     bare = [spec for spec in base if "mask" not in spec.name or _needed(model, spec.name)]
+    if untold := [name for name in _arguments(model) if _needed(model, name) and not _is_told(name, base, always)]:
+        said = f"it needs {' and '.join(untold[:3])}{' and more' * (len(untold) > 3)}, of which no rule tells what they are"
+        return Found(tuple(spec for spec in base if _UNKNOWN not in spec.shape), skipped, said, 1.0, always)
     variants = [base, base + optional, *([*base, spec] for spec in optional), bare, as_told, as_told + optional]
     trouble, furthest, hopeless = "", -1, False
     for latent in _latents(model, config, told):
@@ -125,6 +134,10 @@ def find(model: nn.Module) -> Found:
         if hopeless:  # whatever the latent's shape
             break
     return Found(tuple(spec for spec in base if _UNKNOWN not in spec.shape), skipped, _said(trouble), 1.0, always)
+
+
+def _is_told(name: str, specs: Sequence[Input], made: Sequence[str]) -> bool:
+    return name in made or name in {spec.name for spec in specs}
 
 
 def _said(trouble: str) -> str:
@@ -156,7 +169,7 @@ def _sizes(inputs: Mapping[str, Any], specs: Sequence[Input]) -> dict[str, Any]:
     sizes = {}
     for spec in (spec for spec in specs if spec.role != "step"):
         for size, entry in zip(inputs[spec.name].shape, spec.shape, strict=True):
-            if isinstance(entry, str):
+            if isinstance(entry, str) and is_linear(entry):
                 of, factor, _ = linear(entry)
                 sizes[of] = size // factor
     return sizes
@@ -205,7 +218,7 @@ def _from_names(
             if guess is not None and needed:
                 found.append(guess)
             else:
-                optional += [] if guess is None else [guess]
+                optional += [] if guess is None or _LISTS.fullmatch(name) else [guess]
                 word = "needed" if needed else "optional"
                 skipped[f"argument {name}"] = f"{word}, and its shape is not told by a convention; add it if you pass it"
     return found, optional, tuple(made)
@@ -238,6 +251,8 @@ def _guess(name: str, latent: Input | None, config: Mapping[str, Any]) -> Input 
         return Input(name, ("batch", "image_tokens"), "constant", "int64", fill="ones")
     if re.search(r"image_embeds|hidden_states_image", name):
         return Input(name, ("batch", "vision_tokens", _UNKNOWN), "constant")
+    if name.endswith("rotary_emb"):
+        return Input(name, (2, "batch", "image_tokens", _UNKNOWN), "constant")
     if _LISTS.fullmatch(name):
         blocks = sum(config.get(key) or 0 for key in ("num_layers", "num_single_layers"))
         return Input(name, (blocks, "batch", tokens, _UNKNOWN), "constant")
@@ -367,6 +382,8 @@ def _entry(word: str, tokens: str, config: Mapping[str, Any]) -> int | str | Non
         return of_latent[word]
     if re.fullmatch(r"(num_)?channels?", word):
         return _channels(config)
+    if "+" in word and all(parts := [_entry(part.strip(), tokens, config) for part in word.split("+")]):
+        return "+".join(map(str, parts)) if any(isinstance(part, str) for part in parts) else sum(map(int, parts))  # type: ignore[arg-type]
     if word == tokens or re.search(r"image_seq|image_sequence", word):
         return "image_tokens" if re.search(r"len|tokens", word) else None
     if re.search(r"(seq|text|sequence).*len", word):
@@ -433,11 +450,12 @@ def _run(
                 marked = [_with(s, told) for s in marked]
                 continue
             except RuntimeError as error:  # a table of the model's own, which is no layer
-                length = re.search(r"dimension of length (\d+) at -1", str(error))
-                met = [prime for prime in _PRIMES if re.search(rf"\b{prime}\]", str(error))]
-                if length is None or len(met) != 1:
+                numbers = re.findall(_LENGTHS, str(error))
+                lengths = {int(number) for found in numbers for number in found if number}
+                if len(lengths) != 2 or len(lengths & set(_PRIMES)) != 1:
                     raise
-                marked = [_with(s, _ToldError(met[0], int(length[1]))) for s in marked]
+                (prime,), (width,) = lengths & set(_PRIMES), lengths - set(_PRIMES)
+                marked = [_with(s, _ToldError(prime, width)) for s in marked]
                 continue
         break
     left = [s.name for s in marked if set(s.shape) & set(_PRIMES)]

@@ -225,9 +225,16 @@ def declaration(proposal: Proposal, name: str) -> str:
 
 
 def _at(spec: Input, fixed: Mapping[str, int]) -> Input:
-    """An input with the sizes that are fixed as numbers."""
-    shape = (evaluate(e, fixed) if isinstance(e, str) and names(e) <= fixed.keys() else e for e in spec.shape)
-    return replace(spec, shape=tuple(shape))
+    """An input with the sizes that are fixed as numbers, alone or in a sum with one that is open."""
+
+    def at(entry: int | str) -> int | str:
+        if isinstance(entry, int) or not names(entry) & fixed.keys():
+            return entry
+        if names(entry) <= fixed.keys():
+            return evaluate(entry, fixed)
+        return re.sub(r"\w+", lambda name: str(fixed.get(name[0], name[0])), entry)
+
+    return replace(spec, shape=tuple(at(entry) for entry in spec.shape))
 
 
 # Modules -------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ no graph of ours has a side effect:
     out[..., 0::2] = a;  out[..., 1::2] = b      becomes   flatten(stack(a, b))
     mask[..., k] = value                         becomes   cat(mask[..., :k], value, mask[..., k + 1:])
     query[:, a:b] = value                        becomes   cat(query[:, :a], value, query[:, b:])
+    ids[..., k] = value                          becomes   the same of one column
 
 Whole tensors are changed too, as in `scores += bias`, which becomes `scores + bias`.
 """
@@ -158,12 +159,17 @@ def _set_rows(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
     view, value = _args(write)[:2]
     while view.target is aten.slice.Tensor and _whole(view):
         view = _args(view)[0]
-    if view.target is not aten.slice.Tensor or (len(view.args) > 4 and view.args[4] != 1):
+    one = view.target is aten.select.int and isinstance(view.args[2], int) and view.args[2] >= 0
+    if not one and (view.target is not aten.slice.Tensor or (len(view.args) > 4 and view.args[4] != 1)):
         return []
-    base, dim, start, end = (*_args(view), *(0, 0, TO_THE_END)[len(view.args) - 1 :])[:4]
+    if one:
+        base, dim, start = _args(view)
+        end = start + 1 if start + 1 != base.meta["val"].shape[dim] else TO_THE_END
+    else:
+        base, dim, start, end = (*_args(view), *(0, 0, TO_THE_END)[len(view.args) - 1 :])[:4]
     while base.target is aten.slice.Tensor and _whole(base):
         base = _args(base)[0]
-    for alias in _aliases(base) - {base}:
+    for alias in _aliases(base, write) - {base}:
         late = [user for user in alias.users if write < user or user is write]
         if [user for user in late if user is not write and not _is_view(user)]:
             return []
@@ -173,6 +179,8 @@ def _set_rows(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
             value = call(graph, aten.to.dtype, [value, rows.dtype], like=write)
         if value.meta["val"].ndim < rows.ndim or any(a != b for a, b in zip(value.meta["val"].shape, rows.shape, strict=True)):
             value = call(graph, aten.expand_as.default, [value, view], like=write)
+        if one:
+            value = call(graph, aten.unsqueeze.default, [value, dim], like=write)
         parts = [] if start == 0 else [call(graph, aten.slice.Tensor, [base, dim, 0, start], like=write)]
         parts.append(value)
         if end != TO_THE_END and end is not None:
@@ -193,15 +201,16 @@ def _is_view(node: fx.Node) -> bool:
     return any(result.alias_info for result in node.target._schema.returns)
 
 
-def _aliases(node: fx.Node) -> set[fx.Node]:
-    """All tensors that surely or possibly share the memory of one."""
+def _aliases(node: fx.Node, write: fx.Node) -> set[fx.Node]:
+    """All tensors that surely or possibly share the memory of one, but for what is taken of it after the write."""
     root = node
     while _is_view(root):
         root = root.all_input_nodes[0]
     found, stack = {root}, [root]
     while stack:
-        for user in stack.pop().users:
-            if _is_view(user) and user not in found:
+        taken = stack.pop()
+        for user in taken.users:
+            if _is_view(user) and user not in found and not (taken is node and write < user):
                 found.add(user)
                 stack.append(user)
     return found

@@ -121,7 +121,9 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
         for symbol in size.node.expr.free_symbols
     }
     weights = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    return Trace(module, inputs, sites, symbols, sizes, precision, fold_constants(module, weights))
+    reached = {node.args[1] for node in module.graph.nodes if is_tap(node)}  # some modules are there and never called
+    called = tuple(site for site in sites if site in reached)
+    return Trace(module, inputs, called, symbols, sizes, precision, fold_constants(module, weights))
 
 
 def dimension(entry: str, dims: Mapping[str, Any]) -> Any:

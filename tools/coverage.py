@@ -1,7 +1,7 @@
 """Which transformers of diffusers export: `python tools/coverage.py [CLASS ...]` writes graphs/coverage.md.
 
-Every class that denoises pictures or video is built tiny and random. What `taps` proposes for it is traced, split and held
-against the model, step by step, as `taylorseer-export auto` does; where that fails and a family declares the class, the
+Every class that denoises pictures or video is built tiny and random. What `taps` proposes for it is traced, split and
+held against the model, step by step, as `taylorseer-export auto` does; where that fails and a family declares it, the
 declaration is. Classes named on the command line replace their own rows alone.
 """
 
@@ -121,9 +121,9 @@ def declared(name: str) -> Row | None:
     """The row of a class that a family declares, verified with its own tiny model; None where none does."""
     from tiny_models import MODELS
 
+    from taylorseer_export.checkpoint.checkpoint import open_checkpoint
     from taylorseer_export.compile.export import Options
     from taylorseer_export.report.proposal import agreement
-    from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 
     for family, build, _ in MODELS.values():
         if FAMILIES[family].model_class != name:
@@ -159,14 +159,18 @@ def page(rows: Mapping[str, Row]) -> str:
     lines = [
         "# Coverage",
         "",
-        f"Of the {total} transformers of diffusers that denoise pictures or video, {auto + with_one} export and equal the "
-        f"eager model at every",
-        f"step ({100 * (auto + with_one) // total} %): {auto} without a declaration ({100 * auto // total} %), {with_one} with "
-        f"one of a family; {refused} are refused. Made with {versions()}.",
+        f"Of the {total} transformers of diffusers that denoise pictures or video, {auto + with_one} "
+        f"({100 * (auto + with_one) // total} %) are traced and",
+        f"split, and equal the eager model at every step: {auto} ({100 * auto // total} %) without a declaration, "
+        f"{with_one} with that of a family.",
+        f"{refused} are refused. Made with {versions()}.",
         "",
-        "Each is tiny and random, in float32; `taylorseer-export auto --model FOLDER` does the same with a real one. At",
-        "granularity `module` every attention and MLP is forecast; where the proposed sites are not complete, `residual` or",
-        "`last` is what verifies. `python tools/coverage.py` writes this page, `python tools/coverage.py CLASS` one row.",
+        "Each is tiny and random, in float32, and its graphs are run operator by operator, on a plan of full steps",
+        "and on one with forecasts. `taylorseer-export auto --model FOLDER` does so with a model before it exports it.",
+        "At granularity `module` every attention and MLP is forecast; where the proposed sites are not complete,",
+        "`residual` or `last` is what verifies. A class that needs no declaration may have one all the same.",
+        "",
+        "`python tools/coverage.py` writes this page, `python tools/coverage.py CLASS` one row of it.",
         "",
         "| class | exports | state | sizes, or why not |",
         "|---|---|---|---|",

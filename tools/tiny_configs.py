@@ -20,7 +20,10 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"(.*_)?(n|num)_?(attention_|cross_attention_)?heads", HEADS),
     (r"(.*_)?(attention_)?head_dim", HEAD_DIM),
     (r"(n|num)_(.*_)?(layers|blocks)|depth|(n|num)_refiner_layers|mmdit_layers", 2),
-    (r"(joint_attention|text_embed|text|in_text|text_in|caption|text_hidden|cap_feat|context_in|text_encoder)_dim2?", TEXT),
+    (
+        r"(joint_attention|text_embed|text|in_text|text_in|caption|text_hidden|cap_feat|context_in|text_encoder)_dim2?",
+        TEXT,
+    ),
     (r"cap_feat_dim|caption_channels|encoder_hidden_states_channels|text_embed_2_dim|llm_features_dim", TEXT),
     (r"(pooled_projection|image_embed|image|text_emb)_dim", 20),
     (r"(freq|time|time_embed|timestep_embed|adaln|condition|time_step)_dim|timestep_(guidance_)?channels", 32),
@@ -111,7 +114,11 @@ def _small(name: str, default: Any) -> Any:
 def _axes(axes: Any) -> Any:
     """Even sizes in about the same proportion whose sum is one head."""
     least = 2 * round(HEAD_DIM * axes[0] / sum(axes) / 2) or 2
-    rest = [least] * len(axes) if len(set(axes)) == 1 else [least, *[(HEAD_DIM - least) // (len(axes) - 1)] * (len(axes) - 1)]
+    rest = (
+        [least] * len(axes)
+        if len(set(axes)) == 1
+        else [least, *[(HEAD_DIM - least) // (len(axes) - 1)] * (len(axes) - 1)]
+    )
     rest = [2 * (size // 2) for size in rest]
     rest[0] += HEAD_DIM - sum(rest)
     return type(axes)(rest)

@@ -1,4 +1,4 @@
-"""What `forward` takes, for a transformer that no family declares: names tell roles, and a run on fake tensors the rest.
+"""What `forward` takes, where no family declares it: names tell roles, and a run on fake tensors the rest.
 
 Rules, in this order:
 
@@ -108,7 +108,7 @@ def find(model: nn.Module) -> Found:
     as_told = [replace(spec, shape=told.get(spec.name, spec.shape)) for spec in base]
     bare = [spec for spec in base if "mask" not in spec.name or _needed(model, spec.name)]
     if untold := [name for name in _arguments(model) if _needed(model, name) and not _is_told(name, base, always)]:
-        said = f"it needs {' and '.join(untold[:3])}{' and more' * (len(untold) > 3)}, of which no rule tells what they are"
+        said = f"it needs {' and '.join(untold[:3])}{' and more' * (len(untold) > 3)}, which no rule tells"
         return Found(tuple(spec for spec in base if _UNKNOWN not in spec.shape), skipped, said, 1.0, always)
     variants = [base, base + optional, *([*base, spec] for spec in optional), bare, as_told, as_told + optional]
     trouble, furthest, hopeless = "", -1, False
@@ -122,7 +122,7 @@ def find(model: nn.Module) -> Found:
             tried.append((specs, made))
             layers = [0]
             try:
-                found, clock = _run(model, specs, made, layers)
+                found, clock = _run(model, specs, made, layers, 8 if "divisible" in trouble else 1)
             except Exception as error:  # whatever a model makes of shapes that it was not written for
                 if layers[0] >= furthest:
                     trouble, furthest = first_line(error), layers[0]
@@ -220,7 +220,9 @@ def _from_names(
             else:
                 optional += [] if guess is None or _LISTS.fullmatch(name) else [guess]
                 word = "needed" if needed else "optional"
-                skipped[f"argument {name}"] = f"{word}, and its shape is not told by a convention; add it if you pass it"
+                skipped[f"argument {name}"] = (
+                    f"{word}, and its shape is not told by a convention; add it if you pass it"
+                )
     return found, optional, tuple(made)
 
 
@@ -262,7 +264,7 @@ def _guess(name: str, latent: Input | None, config: Mapping[str, Any]) -> Input 
 
 
 def _tokens(name: str, config: Mapping[str, Any]) -> int | str:
-    """How many tokens a text has: as many as the config says, or any number; several texts are told apart by endings."""
+    """How many tokens a text has: as many as the config says, or any number; an ending tells several texts apart."""
     (ending,) = re.findall(r"(?:_t?\d+)?$", name)[:1]
     known = (config.get(f"{key}{ending}") for key in ("text_len", "max_text_seq_length"))
     return next((count for count in known if isinstance(count, int)), f"text_tokens{ending}")
@@ -320,9 +322,7 @@ def _latent(model: nn.Module, config: Mapping[str, Any]) -> Input:
     return Input("hidden_states", ("batch", channels, *picture), "latent")
 
 
-def _latents(
-    model: nn.Module, config: Mapping[str, Any], told: Mapping[str, tuple[int | str, ...]]
-) -> Iterator[Input]:
+def _latents(model: nn.Module, config: Mapping[str, Any], told: Mapping[str, tuple[int | str, ...]]) -> Iterator[Input]:
     """What the latent may be: as the first embedder takes it, as the documentation says, then every other order."""
     first, picture, side = _latent(model, config), _picture(config), config.get("sample_size")
     seen = [first]
@@ -363,7 +363,9 @@ def _documented(model: nn.Module, config: Mapping[str, Any]) -> dict[str, tuple[
     """Argument -> shape, of those for which the documentation of `forward` says one in words that are known here."""
     text = inspect.getdoc(type(model).forward) or ""
     lines = re.findall(r"^\s*(\w+) \([^\n]*?of shape `\(([^`]*)\)`", text, re.MULTILINE)
-    tokens = next((re.split(r",\s*", shape)[1] for name, shape in lines if name == "hidden_states" and "," in shape), "")
+    tokens = next(
+        (re.split(r",\s*", shape)[1] for name, shape in lines if name == "hidden_states" and "," in shape), ""
+    )
     found = {}
     for name, shape in lines:
         entries = [_entry(word.strip(), tokens, config) for word in re.split(r",\s*", shape.rstrip(","))]
@@ -425,9 +427,11 @@ class _ToldError(Exception):
 
 
 def _run(
-    model: nn.Module, specs: list[Input], made: Sequence[str], layers: list[int]
+    model: nn.Module, specs: list[Input], made: Sequence[str], layers: list[int], side: int = 1
 ) -> tuple[list[Input], float]:
     """The inputs with all widths told, once the model took them, and the factor of its clock; counts the layers run.
+
+    Sides of a picture are multiples of `side`.
 
     Raises:
         Exception: The model does not take them, or does not answer in the latent's shape; whatever it raised.
@@ -435,13 +439,16 @@ def _run(
     primes = iter(_PRIMES)
     marked = [replace(s, shape=tuple(next(primes) if e == _UNKNOWN else e for e in s.shape)) for s in specs]
     sizes = {name: max(low, size) for (name, (low, _)), size in zip(ranges(marked).items(), _SIZES, strict=False)}
+    sizes = {name: size * side if name in ("rows", "columns") else size for name, size in sizes.items()}
     weights = [p for p in model.parameters() if isinstance(p, FakeTensor)]
     fake = weights[0].fake_mode if weights else FakeTensorMode(allow_non_fake_inputs=True)
     kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     while True:
         with fake, torch.no_grad(), _telling(layers), _listening() as heard:
             given = {
-                s.name: torch.zeros(resolve(s.shape, sizes), dtype=kind if s.dtype == "float" else getattr(torch, s.dtype))
+                s.name: torch.zeros(
+                    resolve(s.shape, sizes), dtype=kind if s.dtype == "float" else getattr(torch, s.dtype)
+                )
                 for s in marked
             }
             try:

@@ -1,8 +1,8 @@
 """Rewrites: what diffusers writes in place, or in operators that few engines have, as plain functional operators.
 
 Three kinds of writes into part of a tensor occur in the models: a rotary embedding fills an empty tensor element by
-element, an attention mask has one column set, and the rows of a picture are turned in place. All become a new tensor, so
-no graph of ours has a side effect:
+element, an attention mask has one column set, and the rows of a picture are turned in place. All become a new tensor,
+so no graph of ours has a side effect:
 
     out[..., 0::2] = a;  out[..., 1::2] = b      becomes   flatten(stack(a, b))
     mask[..., k] = value                         becomes   cat(mask[..., :k], value, mask[..., k + 1:])
@@ -81,7 +81,7 @@ def inlined(module: fx.GraphModule) -> None:
 
 
 def out_of_place(graph: fx.Graph) -> None:
-    """Write `x += y` as `x + y`, in place of the graph, where x is a new tensor that nothing else has read; so `*=`, `/=`.
+    """Write `x += y` as `x + y`, in place of the graph, where x is a new tensor that nothing else has read, and so on.
 
     A tensor that is detached in place is what it was: nothing here is differentiated. Other writes are left.
     """
@@ -153,8 +153,8 @@ def _set_column(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
 def _set_rows(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
     """`base[..., start:end].copy_(value)` over rows that follow on each other; nothing where it is another write.
 
-    What was read of the base before keeps its old value, and what is read after has the new one, so no other tensor that
-    shares its memory may be read after.
+    What was read of the base before keeps its old value, and what is read after has the new one, so no other tensor
+    that shares its memory may be read after.
     """
     view, value = _args(write)[:2]
     while view.target is aten.slice.Tensor and _whole(view):
@@ -177,7 +177,9 @@ def _set_rows(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
         rows = view.meta["val"]
         if value.meta["val"].dtype != rows.dtype:
             value = call(graph, aten.to.dtype, [value, rows.dtype], like=write)
-        if value.meta["val"].ndim < rows.ndim or any(a != b for a, b in zip(value.meta["val"].shape, rows.shape, strict=True)):
+        if value.meta["val"].ndim < rows.ndim or any(
+            a != b for a, b in zip(value.meta["val"].shape, rows.shape, strict=True)
+        ):
             value = call(graph, aten.expand_as.default, [value, view], like=write)
         if one:
             value = call(graph, aten.unsqueeze.default, [value, dim], like=write)

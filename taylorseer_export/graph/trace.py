@@ -175,6 +175,9 @@ def drop_noise(graph: fx.Graph) -> None:
         if node.op == "call_module" or node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
         elif _casts_nothing(node) or _squeezes_nothing(node):
+            for user in node.users:
+                if user.target is aten.view.default:  # of what may now be laid out otherwise
+                    user.target = aten.reshape.default
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 

@@ -1,7 +1,7 @@
 """A model that no family declares: its proposed declaration, verified against the model itself before it is exported.
 
 A proposal is told from names and shapes, so nothing of it is believed. The graphs that follow from it are run operator
-by operator over a plan with every kind of step, beside the untouched model with the forecasts put in by hooks; each step
+by operator over plans with every kind of step, beside the untouched model with the forecasts put in by hooks; each step
 must agree within the bound of `verify`. What passes is exported as any family is.
 """
 
@@ -104,7 +104,9 @@ def _agreement(checkpoint: Checkpoint, traced: Trace, model: nn.Module, options:
     """Largest difference over its bound, of all steps of the plans of `verify`."""
     stored = checkpoint.files.keys() | checkpoint.derived.keys()
     computed = {name: value for name, value in model.named_buffers() if name not in stored}
-    return _held(checkpoint, export.draft(export.Traced(checkpoint, traced, "fp32", computed | traced.constants), options))
+    return _held(
+        checkpoint, export.draft(export.Traced(checkpoint, traced, "fp32", computed | traced.constants), options)
+    )
 
 
 def _held(checkpoint: Checkpoint, made: export.Draft) -> float:

@@ -329,7 +329,9 @@ def _latents(model: nn.Module, config: Mapping[str, Any], told: Mapping[str, tup
     yield first
     shapes = [told[first.name]] if first.name in told else []
     frames = ["frames", *(n for n in (config.get("video_length"), _frames(config)) if isinstance(n, int))]
-    fixed = (side, side) if isinstance(side, int) else (config.get("sample_height"), config.get("sample_width"))
+    fixed: tuple[Any, ...] = (
+        (side, side) if isinstance(side, int) else (config.get("sample_height"), config.get("sample_width"))
+    )
     for channels in (_channels(config), _UNKNOWN):
         shapes += [("batch", "image_tokens", channels)]
         for sides in (picture, fixed):

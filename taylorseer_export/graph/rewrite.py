@@ -194,7 +194,7 @@ def _set_rows(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
 def _whole(view: fx.Node) -> bool:
     """Whether a slice takes all of what it slices."""
     _, _, start, end, step = (*view.args, *(0, 0, TO_THE_END, 1)[len(view.args) - 1 :])[:5]
-    return start in (0, None) and end == TO_THE_END and step == 1
+    return bool(start in (0, None) and end == TO_THE_END and step == 1)
 
 
 def _is_view(node: fx.Node) -> bool:

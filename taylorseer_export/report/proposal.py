@@ -111,7 +111,8 @@ def _agreement(checkpoint: Checkpoint, traced: Trace, model: nn.Module, options:
 
 def _held(checkpoint: Checkpoint, made: export.Draft) -> float:
     manifest = export.describe(made, "proposal")
-    denoiser = Denoiser(manifest, EagerRunner(eager_modules(made), manifest.graphs))
+    graphs = {str(name): graph for name, graph in manifest.graphs.items()}
+    denoiser = Denoiser(manifest, EagerRunner(eager_modules(made), graphs))
     ranges = made.ranges()
     wanted = {name: _SIZES.get(name, _OTHER) for name in ranges if name != "steps"}
     sizes = {name: min(max(size, ranges[name][0]), ranges[name][1]) for name, size in wanted.items()}

@@ -138,6 +138,7 @@ def declared(name: str) -> Row | None:
 def sentence(text: str) -> str:
     """What a refusal says, for one cell of a table."""
     text = re.sub(r"\s*(; (add|declare|see|call|run|change|mend)\b.*)", "", text)
+    text = re.sub(r" and mode <[^>]*>", "", text)  # of torch, with an address
     return text.replace("|", "\\|").replace("/tmp/", "")
 
 

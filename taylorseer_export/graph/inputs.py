@@ -143,7 +143,9 @@ def _is_told(name: str, specs: Sequence[Input], made: Sequence[str]) -> bool:
 def _said(trouble: str) -> str:
     """What a model said, where torch names an operator alone."""
     by_value = re.fullmatch(r"aten\.(\w+)\.\w+", trouble)
-    return f"it takes sizes from the values of a tensor, by `{by_value[1]}`" if by_value else trouble
+    if by_value:
+        return f"it takes sizes from the values of a tensor, by `{by_value[1]}`"
+    return re.sub(r"( and mode <.*|\.Hint: .*)", "", trouble)  # what torch says of its own parts, with addresses
 
 
 def call(model: Any, inputs: Mapping[str, Any], specs: Sequence[Input], made: Sequence[str]) -> Any:

@@ -42,6 +42,40 @@ def masked(fill):
     return compute
 
 
+def turned_rows(m, h, t, text, label):
+    """As the rows of a picture that CogView4 turns in place, behind those of the text."""
+    x = torch.cat([text, h], 1) * 2
+    count = text.shape[1]
+    x[:, count:] = x[:, count:] * 3
+    return m.site(x[:, count:]) + x[:, :count].sum(1, keepdim=True)
+
+
+def numbered(m, h, t, text, label):
+    """As places of tokens, one number after the other."""
+    places = torch.zeros(h.shape[1], 2)
+    places[..., 0] = torch.arange(h.shape[1])
+    places[..., 1] = torch.arange(h.shape[1])[:] * 2
+    return m.site(h) + places.sum(-1)[:, None]
+
+
+def halved(m, h, t, text, label):
+    x = text * 2
+    x /= 4
+    return m.site(h) + x.sum((1, 2))[:, None, None]
+
+
+def without_gradients(m, h, t, text, label):
+    """A region of its own in the trace, and a squeeze of a size that is not 1."""
+
+    @torch.no_grad()
+    def made():
+        return torch.arange(4) * 2.0
+
+    with torch.autocast("cuda", enabled=False), torch.enable_grad():
+        scale = made()
+    return m.site(h).squeeze(-1) * scale
+
+
 @pytest.mark.parametrize(
     ("compute", "gone"),
     [
@@ -50,8 +84,12 @@ def masked(fill):
         (inner_column, (aten.fill_.Tensor,)),
         (masked(True), (aten.masked_fill.Scalar,)),
         (masked(False), (aten.masked_fill.Scalar,)),
+        (turned_rows, (aten.copy_.default,)),
+        (numbered, (aten.copy_.default,)),
+        (halved, (aten.div_.Tensor,)),
+        (without_gradients, (aten.squeeze.dim,)),
     ],
-    ids=["interleaved", "first_column", "inner_column", "masked_true", "masked_false"],
+    ids="interleaved first inner masked_true masked_false turned_rows numbered halved without_gradients".split(),
 )
 def test_equals_the_model(compute, gone):
     toy, traced = toy_trace(compute)

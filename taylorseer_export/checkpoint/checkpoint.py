@@ -20,7 +20,7 @@ from taylorseer_export.checkpoint.files import (
 from taylorseer_export.checkpoint.formats import parts_of_a_pipeline, refuse_quantised, set_aside
 from taylorseer_export.checkpoint.lora import open_lora
 from taylorseer_export.checkpoint.original import Converted, Unread
-from taylorseer_export.checkpoint.recognise import pipeline_config, pipeline_of, refuse_other_pipeline
+from taylorseer_export.checkpoint.recognise import config_path, pipeline_config, pipeline_of, refuse_other_pipeline
 from taylorseer_export.checkpoint.weights import EMBEDDED as EMBEDDED
 from taylorseer_export.checkpoint.weights import Checkpoint as Checkpoint
 from taylorseer_export.errors import CheckpointError, ConfigError
@@ -121,19 +121,42 @@ def open_config(reference: str) -> Checkpoint:
     Raises:
         CheckpointError: There is no config.json, or its class is none of diffusers'.
     """
-    import diffusers
-
     folder = Path(reference).expanduser()
     candidates = (folder / "transformer" / "config.json", folder / "config.json", folder)
     path = next((file for file in candidates if file.is_file()), candidates[1])
     entries = read_json(path)
+    config = {key: value for key, value in entries.items() if not key.startswith("_")}
+    return Checkpoint(reference, unknown(_class_in(path, entries)), path.parent, config, {}, weightless=True)
+
+
+def open_undeclared(reference: str, variant: str | None = None) -> Checkpoint:
+    """A model of any class in diffusers with its weights, of a family of which nothing is known but the class.
+
+    Raises:
+        CheckpointError: Config or weights are missing, the class is none of diffusers', or it does not know an entry.
+    """
+    path = config_path(reference)
+    name = _class_in(path, read_json(path))
+    found = open_checkpoint(reference, unknown(name), variant)
+    known = signature(found.model_class.__init__).parameters
+    if strangers := [key for key in found.config if key not in known]:
+        raise CheckpointError(
+            f"{path} has the entry `{strangers[0]}`, expected those that {name} of this diffusers knows; remove it if "
+            "the model does not need it, or install the diffusers that it was made with"
+        )
+    return found
+
+
+def _class_in(path: Path, entries: dict[str, Any]) -> str:
+    """The class that a config names, which diffusers has."""
+    import diffusers
+
     name = str(entries.get("_class_name"))
     if not hasattr(diffusers, name):
         raise CheckpointError(
             f"{path} is of class {name}, expected a transformer of diffusers {diffusers.__version__}; check the path"
         )
-    config = {key: value for key, value in entries.items() if not key.startswith("_")}
-    return Checkpoint(reference, unknown(name), path.parent, config, {}, weightless=True)
+    return name
 
 
 def _open_named(

@@ -24,9 +24,8 @@ def family_of(reference: str) -> Family:
     Raises:
         CheckpointError: There is no config, or no family has its class; says how to name the family.
     """
-    path = _config(reference)
-    entries = read_json(path)
-    name = str(entries.get("_class_name"))
+    path = config_path(reference)
+    name = class_of(reference)
     found = sorted((f for f in FAMILIES.values() if f.model_class == name), key=lambda family: len(family.name))
     if not found:
         known = ", ".join(sorted({family.model_class for family in FAMILIES.values()}))
@@ -39,6 +38,15 @@ def family_of(reference: str) -> Family:
     own = [f for f in found if pipeline in f.pipelines]
     own += [f for f in found[1:] if f.name.removeprefix(base).strip("-") in reference.lower()]
     return own[0] if own else found[0]
+
+
+def class_of(reference: str) -> str:
+    """The model class that the config of a checkpoint names.
+
+    Raises:
+        CheckpointError: There is no config.
+    """
+    return str(read_json(config_path(reference)).get("_class_name"))
 
 
 def pipeline_of(folder: Path) -> str:
@@ -73,7 +81,12 @@ def refuse_other_pipeline(folder: Path, family: Family) -> None:
     )
 
 
-def _config(reference: str) -> Path:
+def config_path(reference: str) -> Path:
+    """Where the config of a checkpoint lies: in a diffusers folder, or fetched of a hub id.
+
+    Raises:
+        CheckpointError: There is none.
+    """
     folder = Path(reference).expanduser()
     for path in (folder / "transformer" / "config.json", folder / "config.json"):
         if path.is_file():

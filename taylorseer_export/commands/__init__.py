@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from taylorseer_export.commands import (
+    auto,
     bench,
     calibrate,
     client,
@@ -20,6 +21,7 @@ from taylorseer_export.commands import (
 )
 
 VERBS: dict[str, ModuleType] = {
+    "auto": auto,
     "run": run,
     "replay": replay,
     "calibrate": calibrate,

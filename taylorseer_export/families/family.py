@@ -336,10 +336,13 @@ class Family:
         return replace(self, **changes[0]) if changes else self
 
 
+AUTO = "auto"  # the name of what no family declares
+
+
 def unknown(model_class: str) -> Family:
     """A family of which nothing is known but its class, to be filled in."""
     return Family(
-        name="unknown",
+        name=AUTO,
         title=model_class,
         model_class=model_class,
         reference="",
@@ -350,7 +353,7 @@ def unknown(model_class: str) -> Family:
         dimensions=lambda config: {},
         latent_sizes=lambda config, *size: {},
         defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
-        scheduler="",
+        scheduler="FlowMatchEulerDiscreteScheduler",
         guidance="none",
         guidance_scale=1.0,
         latent_size=(128, 128),

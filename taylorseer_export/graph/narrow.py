@@ -45,7 +45,7 @@ def narrow(trace: Trace) -> None:
         if node.target is aten.slice.Tensor and _step(node) == 1:
             with graph.inserting_before(node):
                 move = _Move(graph, *_counted_from_the_front(graph, node), last=node not in inside)
-                if move.reaches_tap(node.args[0]):
+                if move.reaches_tap(node.args[0]) or move.is_part(node.args[0]):
                     node.replace_all_uses_with(move.of(node.args[0]))
     eliminate_dead(graph)
     for tap, slices in readers(trace, taps).items():
@@ -111,6 +111,9 @@ class _Move:
             parts = self._parts(source)
             if parts:
                 return parts[0] if len(parts) == 1 else call(self.graph, source.target, [parts, self.dim], like=source)
+        if (inside := self._under_unsqueeze(source)) is not None:
+            first = inside.of(source.args[0])  # type: ignore[arg-type]
+            return call(self.graph, source.target, [first, *source.args[1:]], source.kwargs, like=source)
         inner = _rows_of_rows(self.graph, source, self.dim, self.start, self.end)
         return inner or call(self.graph, aten.slice.Tensor, [source, self.dim, self.start, self.end], like=source)
 
@@ -131,6 +134,21 @@ class _Move:
                 found.append(part if whole else replace(self, start=inner[0], end=inner[1]).of(part))
             begin = stop
         return found
+
+    def is_part(self, source: Any) -> bool:
+        """Whether the rows are parts of a concatenation, of which the others are not needed: text beside the latent."""
+        if not isinstance(source, fx.Node):
+            return False
+        if source.target in _ELEMENTWISE:
+            return any(self.is_part(a) for a in source.args)
+        return source.target is aten.cat.default and _cat_dim(source) == self.dim and bool(self._parts(source))
+
+    def _under_unsqueeze(self, source: fx.Node) -> _Move | None:
+        """The same rows before a dimension of one was put in front of them: places of tokens, for every sample."""
+        if source.target is not aten.unsqueeze.default or source.args[1] != 0 or self.dim == 0:
+            return None
+        inside = replace(self, dim=self.dim - 1)
+        return inside if inside.is_part(source.args[0]) else None
 
     def _operand(self, operand: Any, result: fx.Node) -> Any:
         if not isinstance(operand, fx.Node) or not isinstance(operand.meta.get("val"), torch.Tensor):

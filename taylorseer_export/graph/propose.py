@@ -8,7 +8,8 @@ Rules, in the names and shapes that diffusers' transformers share:
    Where each has a norm of its own behind it, `..._norm2` beside `..._norm1`, those norms are the sites.
 3. The hidden state enters the first block of the first stack, and leaves into the first norm or head behind the last,
    or into one that is called final, wherever it is defined.
-4. The inputs are those arguments of `forward` whose meaning diffusers fixes and whose width the config gives.
+4. The inputs are told by `inputs.py`, from names and from runs on fake tensors.
+5. Sizes are open where the model can be traced so; those that its code turns into numbers are fixed.
 
 A proposal is a draft: the rules read names. `check` traces and splits the model with it, which proves the rest.
 """
@@ -18,25 +19,24 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from taylorseer_export.errors import ExportError
-from taylorseer_export.families.family import Family, Input, unknown
+from taylorseer_export.bundle.shapes import evaluate, linear, names
+from taylorseer_export.errors import ConfigError, ExportError
+from taylorseer_export.families.family import Family, Input, packed, unknown
+from taylorseer_export.graph import inputs
 from taylorseer_export.graph.split import Split, split
-from taylorseer_export.graph.trace import trace
+from taylorseer_export.graph.trace import Trace, trace
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
-_MLP = re.compile(r"feedforward|mlp|swiglu|moe|glumb", re.IGNORECASE)
+_MLP = re.compile(r"feedforward|feed_forward|ffn|mlp|swiglu|moe|glumb", re.IGNORECASE)
 _TEXT = re.compile(r"(^|_)(context|txt|text|encoder|t)($|_)")
 _OF_TEXT = "text rows: they have no path to the output of a forecast"
-# Arguments that change how `forward` runs and hold no tensor of the loop.
-_CONTROL = re.compile(r"return_dict|.*_kwargs|.*controlnet.*|skip_layers|img_sizes|hidden_states_masks|training")
-_TEXT_WIDTHS = ("caption_channels", "joint_attention_dim", "text_embed_dim", "text_dim", "cross_attention_dim")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Proposal:
         stack_input, stack_output: (module, argument), as in a family.
         inputs: The arguments whose shape could be told.
         skipped: Module or argument -> why it is not in the declaration.
+        dimensions: Dimension -> (smallest, largest); equal where the size is fixed.
+        clock: What the model multiplies its timestep by, dimensionless.
+        trouble: What the model said of the inputs that were tried; empty where it took them.
+        made: Arguments that are made of the inputs at every call.
+        size: Of the latent, where the config says one.
     """
 
     model_class: str
@@ -56,28 +61,45 @@ class Proposal:
     stack_output: tuple[str, str]
     inputs: tuple[Input, ...]
     skipped: dict[str, str]
+    dimensions: Mapping[str, tuple[int, int]]
+    clock: float = 1.0
+    trouble: str = ""
+    made: tuple[str, ...] = ()
+    size: tuple[int, ...] | None = None
 
     def family(self) -> Family:
-        """The proposal as a family, enough to trace with it."""
-        named = {name for spec in self.inputs for entry in spec.shape for name in re.findall(r"[a-z_]+", str(entry))}
+        """The proposal as a family: all that a trace, an export and a comparison with the model need."""
+        latent = next((spec for spec in self.inputs if spec.role == "latent"), None)
+        video = latent is not None and "frames" in latent.shape
+        fixed = {name: low for name, (low, high) in self.dimensions.items() if low == high}
         return replace(
             unknown(self.model_class),
             sites=self.sites,
             stack_input=self.stack_input,
             stack_output=self.stack_output,
-            inputs=lambda config: self.inputs,
-            dimensions=lambda config: {name: span for name, span in _RANGES.items() if name in named},
+            inputs=lambda config: tuple(_at(spec, fixed) for spec in self.inputs),
+            dimensions=lambda config: {name: span for name, span in self.dimensions.items() if name not in fixed},
+            latent_sizes=packed if latent is not None and "image_tokens" in latent.shape else self._latent_sizes,
+            latent_size=self.size or ((21, 60, 104) if video else (128, 128)),
+            timestep_divisor=self.clock,
+            forward=lambda model, given: inputs.call(model, given, self.inputs, self.made),
         )
 
+    def fixed(self, names: Collection[str], sizes: Mapping[str, int]) -> Proposal:
+        """The proposal with these dimensions fixed, at the given sizes or at the smallest."""
+        pinned = {name: sizes.get(name, self.dimensions[name][0]) for name in names if name in self.dimensions}
+        return replace(self, dimensions={**self.dimensions, **{name: (size, size) for name, size in pinned.items()}})
 
-_RANGES = {
-    "batch": (1, 16),
-    "image_tokens": (4, 4096),
-    "frames": (1, 64),
-    "rows": (2, 64),
-    "columns": (2, 64),
-    "text_tokens": (2, 512),
-}
+    def _latent_sizes(self, config: Mapping[str, Any], *size: int) -> dict[str, int]:
+        (latent,) = (spec for spec in self.inputs if spec.role == "latent")
+        named = [linear(entry) for entry in latent.shape if isinstance(entry, str) and entry != "batch"]
+        for (name, factor, _), pixels in zip(named, size, strict=False):
+            if pixels % factor:
+                raise ConfigError(
+                    f"latent size is {'x'.join(map(str, size))}, expected {name} in multiples of {factor} (latent "
+                    "pixels); change --size or --latent-size"
+                )
+        return {name: pixels // factor for (name, factor, _), pixels in zip(named, size, strict=False)}
 
 
 def propose(model: nn.Module) -> Proposal:
@@ -96,19 +118,71 @@ def propose(model: nn.Module) -> Proposal:
     sites = tuple(dict.fromkeys(pattern for stack in stacks for pattern in _sites(model, stack, skipped)))
     first = f"{stacks[0]}.0"
     leaving = _behind(model, stacks[-1])
-    inputs = _inputs(model, skipped)
+    found = inputs.find(model)
     return Proposal(
         type(model).__name__,
         sites,
         (first, _first_argument(model.get_submodule(first))),
         (leaving, _first_argument(model.get_submodule(leaving))),
-        inputs,
-        skipped,
+        found.inputs,
+        {**skipped, **found.skipped},
+        inputs.ranges(found.inputs),
+        found.clock,
+        found.trouble,
+        found.made,
+        found.size,
     )
 
 
+def settled(
+    model: nn.Module, proposal: Proposal, sizes: Mapping[str, int], any_size: bool = True
+) -> tuple[Proposal, Trace]:
+    """The proposal with as many sizes open as the model can be traced with, and its trace.
+
+    Args:
+        model: The transformer.
+        proposal: Read off it.
+        sizes: What a dimension is fixed at where it has to be.
+        any_size: Whether the latent's sizes are left open if they can be.
+
+    Raises:
+        ExportError: It cannot be traced even with every size but the batch fixed; says why.
+    """
+    if proposal.trouble:
+        raise ExportError(
+            f"{proposal.model_class} does not take the inputs that could be told ({proposal.trouble}), expected its "
+            f"`forward` to be called with {', '.join(s.name for s in proposal.inputs) or 'them'} alone; "
+            "declare it by hand, see families/README.md"
+        )
+    latent = next(spec for spec in proposal.inputs if spec.role == "latent")
+    in_latent = {name for entry in latent.shape for name in names(entry)} - {"batch"}
+    others = set(proposal.dimensions) - {"batch"}
+    last: ExportError | ConfigError | None = None
+    tried: set[frozenset[str]] = set()
+    waiting: list[set[str]] = [set(), in_latent, others] if any_size else [in_latent, others]
+    logging.disable(logging.CRITICAL)  # torch.export also logs what it raises
+    try:
+        while waiting:
+            dims = waiting.pop(0)
+            if frozenset(dims) in tried:
+                continue
+            tried.add(frozenset(dims))
+            candidate = proposal.fixed(dims, sizes)
+            try:
+                return candidate, trace(model, candidate.family(), torch.float32)
+            except (ExportError, ConfigError) as error:  # the latter of a size that is no multiple of one dimension
+                last = error
+                violated = re.search(r"Constraints violated \((.*?)\)", str(error))
+                if violated and (more := set(re.findall(r"\w+", violated[1])) & others - dims):
+                    waiting.insert(0, dims | more)
+    finally:
+        logging.disable(logging.NOTSET)
+    assert last is not None
+    raise last
+
+
 def check(model: nn.Module, proposal: Proposal) -> Split:
-    """Trace and split the model with the proposal, at granularity `module`.
+    """Trace and split the model with the proposal, at granularity `module`, all sizes open.
 
     Raises:
         ExportError: It cannot be traced so, or its sites are not complete; the message says why.
@@ -122,7 +196,7 @@ def check(model: nn.Module, proposal: Proposal) -> Split:
 
 def declaration(proposal: Proposal, name: str) -> str:
     """Python source of the declaration, to be completed where it says so."""
-    dimensions = proposal.family().dimensions({})
+    dimensions = dict(proposal.dimensions)
     lines = [
         f"{name.upper().replace('-', '_')} = Family(",
         f'    name="{name}",',
@@ -147,6 +221,19 @@ def declaration(proposal: Proposal, name: str) -> str:
         ")",
     ]
     return "\n".join(lines)
+
+
+def _at(spec: Input, fixed: Mapping[str, int]) -> Input:
+    """An input with the sizes that are fixed as numbers, alone or in a sum with one that is open."""
+
+    def at(entry: int | str) -> int | str:
+        if isinstance(entry, int) or not names(entry) & fixed.keys():
+            return entry
+        if names(entry) <= fixed.keys():
+            return evaluate(entry, fixed)
+        return re.sub(r"\w+", lambda name: str(fixed.get(name[0], name[0])), entry)
+
+    return replace(spec, shape=tuple(at(entry) for entry in spec.shape))
 
 
 # Modules -------------------------------------------------------------------------------------------------------------
@@ -203,6 +290,7 @@ def _behind(model: nn.Module, stack: str) -> str:
     after = children[[name for name, _ in children].index(stack) + 1 :]
     heads = [name for name, child in after if not isinstance(child, nn.ModuleList) and not _TEXT.search(name)]
     heads += [name for name, _ in children if "final" in name]
+    heads += [name for name, _ in children if re.fullmatch(r"norm_out|out_layer|proj_out", name)]
     if not heads:
         raise ExportError(
             f"{type(model).__name__} has no module behind `{stack}`, expected the final norm or head; "
@@ -215,77 +303,6 @@ def _behind(model: nn.Module, stack: str) -> str:
 
 def _first_argument(module: nn.Module) -> str:
     return next(iter(inspect.signature(module.forward).parameters))
-
-
-# Inputs --------------------------------------------------------------------------------------------------------------
-
-
-def _inputs(model: nn.Module, skipped: dict[str, str]) -> tuple[Input, ...]:
-    config = dict(model.config)  # type: ignore[arg-type]
-    known = _known(model, config)
-    found = []
-    for name, parameter in inspect.signature(model.forward).parameters.items():
-        if name in known:
-            if known[name] is not None:
-                found.append(known[name])
-        elif not _CONTROL.fullmatch(name):
-            needed = "needed" if parameter.default is inspect.Parameter.empty else "optional"
-            skipped[f"argument {name}"] = f"{needed}, and its shape is not told by a convention; add it if you pass it"
-    return tuple(spec for spec in found if spec is not None)
-
-
-def _known(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Input | None]:
-    """Argument -> its declaration; None where the config says that this variant does not take it."""
-    text = next((config[key] for key in _TEXT_WIDTHS if isinstance(config.get(key), int)), None)
-    pooled = config.get("pooled_projection_dim")
-    image = config.get("image_dim")
-    classes = config.get("num_embeds_ada_norm") if text is None else None
-    # How many numbers say where a token is; 0 where the model does not take them.
-    axes = [getattr(m, "axes_dim", None) for n, m in model.named_children() if "pos_embed" in n]
-    places = next((len(of_each) for of_each in axes if isinstance(of_each, tuple | list)), 0)
-    embeds = config.get("guidance_embeds")
-    masks = {
-        name: Input(name, ("batch", "text_tokens"), "constant", "int64", fill="ones")
-        for name in ("encoder_attention_mask", "encoder_hidden_states_mask")
-    }
-    labels = Input("class_labels", ("batch",), "constant", "int64", values=(0, classes or 0))
-    words = Input("encoder_hidden_states", ("batch", "text_tokens", text or 0), "constant")
-    vision = Input("encoder_hidden_states_image", ("batch", 257, image or 0), "constant")
-    return {
-        "hidden_states": _latent(model, config),
-        "timestep": Input("timestep", ("batch",), "step", "float32"),
-        "timesteps": Input("timesteps", ("batch",), "step", "float32"),
-        "guidance": Input("guidance", ("batch",), "constant", fill="guidance") if embeds else None,
-        "encoder_hidden_states": words if text else None,
-        "encoder_hidden_states_image": vision if image else None,
-        "pooled_projections": Input("pooled_projections", ("batch", pooled), "constant") if pooled else None,
-        "img_ids": Input("img_ids", ("image_tokens", places), "constant", "float32", fill="grid") if places else None,
-        "txt_ids": Input("txt_ids", ("text_tokens", places), "constant", "float32", fill="zeros") if places else None,
-        "class_labels": labels if classes else None,
-        "added_cond_kwargs": None,
-        "attention_mask": None,
-        **{name: spec if text else None for name, spec in masks.items()},
-    }
-
-
-def _latent(model: nn.Module, config: Mapping[str, Any]) -> Input:
-    """The latent as the first embedder takes it: rows of tokens, a picture, or frames of pictures."""
-    channels, patch = config["in_channels"], config.get("patch_size") or 1
-    side = patch[-1] if isinstance(patch, tuple | list) else patch
-    layer = next(m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d))
-    picture: tuple[int | str, ...] = (f"{side}*rows", f"{side}*columns") if side > 1 else ("rows", "columns")
-    if isinstance(layer, nn.Conv3d):
-        picture = ("frames", *picture)
-    elif isinstance(layer, nn.Linear) and _embedder_width(model, channels):
-        return Input("hidden_states", ("batch", "image_tokens", channels), "latent")
-    elif isinstance(config.get("sample_size"), int) and "pos_embed_max_size" not in config:
-        picture = (config["sample_size"], config["sample_size"])
-    return Input("hidden_states", ("batch", channels, *picture), "latent")
-
-
-def _embedder_width(model: nn.Module, channels: int) -> bool:
-    """Whether a linear layer of the model itself takes the channels as they come, already packed."""
-    return any(isinstance(m, nn.Linear) and m.in_features == channels for _, m in model.named_children())
 
 
 # Source --------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """Rewrites: what diffusers writes in place, or in operators that few engines have, as plain functional operators.
 
-Two kinds of writes into part of a tensor occur in the models: a rotary embedding fills an empty tensor element by
-element, and an attention mask has one column set. Both become a new tensor, so no graph of ours has a side effect:
+Three kinds of writes into part of a tensor occur in the models: a rotary embedding fills an empty tensor element by
+element, an attention mask has one column set, and the rows of a picture are turned in place. All become a new tensor,
+so no graph of ours has a side effect:
 
     out[..., 0::2] = a;  out[..., 1::2] = b      becomes   flatten(stack(a, b))
     mask[..., k] = value                         becomes   cat(mask[..., :k], value, mask[..., k + 1:])
+    query[:, a:b] = value                        becomes   cat(query[:, :a], value, query[:, b:])
+    ids[..., k] = value                          becomes   the same of one column
 
-Text encoders add to a whole tensor, as in `scores += bias`, which becomes `scores + bias`.
+Whole tensors are changed too, as in `scores += bias`, which becomes `scores + bias`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,13 @@ from taylorseer_export.errors import ExportError
 
 aten = torch.ops.aten
 TO_THE_END = 2**63 - 1
+_OUT_OF_PLACE = {
+    aten.add_.Tensor: aten.add.Tensor,
+    aten.sub_.Tensor: aten.sub.Tensor,
+    aten.mul_.Tensor: aten.mul.Tensor,
+    aten.div_.Tensor: aten.div.Tensor,
+    aten.index_put_.default: aten.index_put.default,
+}
 
 
 def functional(graph: fx.Graph) -> None:
@@ -30,6 +40,7 @@ def functional(graph: fx.Graph) -> None:
     Raises:
         ExportError: An operator changes a tensor in another way.
     """
+    out_of_place(graph)
     done: list[fx.Node] = []
     for node in list(graph.nodes):
         if node in done:
@@ -39,7 +50,7 @@ def functional(graph: fx.Graph) -> None:
         elif node.target is aten.fill_.Tensor:
             done += _set_column(graph, node)
         elif node.target is aten.copy_.default:
-            done += _interleave(graph, node)
+            done += _set_rows(graph, node) or _interleave(graph, node)
     for node in graph.nodes:
         if mutates(node):
             _refuse(node)
@@ -63,11 +74,15 @@ def inlined(module: fx.GraphModule) -> None:
                     "model's part into casts in `patched` of its family"
                 )
             inner: Any = module.get_submodule(str(_args(node)[place].target))
+            for name, value in (*inner.named_buffers(), *inner.named_parameters()):
+                if not hasattr(module, name):
+                    module.register_buffer(name, value)
             placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
             with graph.inserting_before(node):
                 values: Any = graph.graph_copy(
                     inner.graph, dict(zip(placeholders, _args(node)[place + 1 :], strict=True))
                 )
+            values = values if isinstance(values, tuple | list) else (values,)
             for user in list(node.users):
                 user.replace_all_uses_with(values[_args(user)[1]])
                 graph.erase_node(user)
@@ -101,16 +116,16 @@ def computed_once(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
 
 
 def out_of_place(graph: fx.Graph) -> None:
-    """Write `x += y` as `x + y`, in place of the graph, where x is a new tensor that nothing else has read.
+    """Write `x += y` as `x + y`, in place of the graph, where x is a new tensor that nothing else has read, and so on.
 
     Other writes are left.
     """
     for node in list(graph.nodes):
         if node.target is aten.detach_.default:
             _drop_detach(graph, node)
-        elif node.target is aten.add_.Tensor and not _shared(base := _args(node)[0], [], node):
+        elif node.target in _OUT_OF_PLACE and not _shared(base := _args(node)[0], [], node):
             with graph.inserting_before(node):
-                result = call(graph, aten.add.Tensor, node.args, node.kwargs, like=node)
+                result = call(graph, _OUT_OF_PLACE[node.target], node.args, node.kwargs, like=node)
                 if result.meta["val"].dtype != base.meta["val"].dtype:
                     result = call(graph, aten.to.dtype, [result, base.meta["val"].dtype], like=node)
             _finish(graph, base, result, [node])
@@ -255,6 +270,74 @@ def _set_column(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
         parts = [before, new, after] if column else [new, after]
         result = call(graph, aten.cat.default, [parts, dim], like=write)
     return _finish(graph, base, result, [write])
+
+
+def _set_rows(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
+    """`base[..., start:end].copy_(value)` over rows that follow on each other; nothing where it is another write.
+
+    What was read of the base before keeps its old value, and what is read after has the new one, so no other tensor
+    that shares its memory may be read after.
+    """
+    view, value = _args(write)[:2]
+    while view.target is aten.slice.Tensor and _whole(view):
+        view = _args(view)[0]
+    one = view.target is aten.select.int and isinstance(view.args[2], int) and view.args[2] >= 0
+    if not one and (view.target is not aten.slice.Tensor or (len(view.args) > 4 and view.args[4] != 1)):
+        return []
+    if one:
+        base, dim, start = _args(view)
+        end = start + 1 if start + 1 != base.meta["val"].shape[dim] else TO_THE_END
+    else:
+        base, dim, start, end = (*_args(view), *(0, 0, TO_THE_END)[len(view.args) - 1 :])[:4]
+    while base.target is aten.slice.Tensor and _whole(base):
+        base = _args(base)[0]
+    for alias in _aliases(base, write) - {base}:
+        late = [user for user in alias.users if write < user or user is write]
+        if [user for user in late if user is not write and not _is_view(user)]:
+            return []
+    with graph.inserting_before(write):
+        rows = view.meta["val"]
+        if value.meta["val"].dtype != rows.dtype:
+            value = call(graph, aten.to.dtype, [value, rows.dtype], like=write)
+        if value.meta["val"].ndim < rows.ndim or any(
+            a != b for a, b in zip(value.meta["val"].shape, rows.shape, strict=True)
+        ):
+            value = call(graph, aten.expand_as.default, [value, view], like=write)
+        if one:
+            value = call(graph, aten.unsqueeze.default, [value, dim], like=write)
+        parts = [] if start == 0 else [call(graph, aten.slice.Tensor, [base, dim, 0, start], like=write)]
+        parts.append(value)
+        if end != TO_THE_END and end is not None:
+            parts.append(call(graph, aten.slice.Tensor, [base, dim, end, TO_THE_END], like=write))
+        result = call(graph, aten.cat.default, [parts, dim], like=write) if len(parts) > 1 else value
+    return _finish(graph, base, result, [write])
+
+
+def _whole(view: fx.Node) -> bool:
+    """Whether a slice takes all of what it slices."""
+    _, _, start, end, step = (*view.args, *(0, 0, TO_THE_END, 1)[len(view.args) - 1 :])[:5]
+    return bool(start in (0, None) and end == TO_THE_END and step == 1)
+
+
+def _is_view(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or mutates(node):
+        return False
+    return any(result.alias_info for result in node.target._schema.returns)
+
+
+def _aliases(node: fx.Node, write: fx.Node) -> set[fx.Node]:
+    """All tensors that surely or possibly share the memory of one, but for what is taken of it after the write."""
+    root = node
+    while _is_view(root):
+        root = root.all_input_nodes[0]
+    found, stack = {root}, [root]
+    while stack:
+        taken = stack.pop()
+        for user in taken.users:
+            if _is_view(user) and user not in found and not (taken is node and write < user):
+                found.add(user)
+                stack.append(user)
+    return found
 
 
 def _interleave(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:

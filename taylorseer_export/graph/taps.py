@@ -121,7 +121,7 @@ def _kept_output_hook(tap: Any, argument: str, label: str) -> Any:
         if not isinstance(output, tuple):
             return tap(output, label)
         shape = (kwargs[argument] if argument in kwargs else args[0]).shape
-        (kept,) = (k for k, value in enumerate(output) if _same_shape(value.shape, shape))
+        (kept,) = (k for k, value in enumerate(output) if value is not None and _same_shape(value.shape, shape))
         return tuple(tap(value, label) if k == kept else value for k, value in enumerate(output))
 
     return hook

@@ -129,7 +129,9 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
         for symbol in size.node.expr.free_symbols
     }
     weights = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    return Trace(module, inputs, sites, symbols, sizes, precision, fold_constants(module, weights))
+    reached = {node.args[1] for node in module.graph.nodes if is_tap(node)}  # some modules are there and never called
+    called = tuple(site for site in sites if site in reached)
+    return Trace(module, inputs, called, symbols, sizes, precision, fold_constants(module, weights))
 
 
 def dimension(entry: str, dims: Mapping[str, Any]) -> Any:
@@ -176,11 +178,14 @@ def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def drop_noise(graph: fx.Graph) -> None:
-    """Drop shape guards, metadata checks, and casts and squeezes that change nothing."""
+    """Drop shape guards, metadata checks, casts that cast nothing, and a squeeze of a size above 1: ONNX knows none."""
     for node in list(graph.nodes):
         if node.op == "call_module" or node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
         elif _casts_nothing(node) or _squeezes_nothing(node):
+            for user in node.users:
+                if user.target is aten.view.default:  # of what may now be laid out otherwise
+                    user.target = aten.reshape.default
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
@@ -221,13 +226,11 @@ def fold_constants(module: fx.GraphModule, weights: set[str], prefix: str = "con
 
 
 def _squeezes_nothing(node: fx.Node) -> bool:
-    """Whether it takes out a dimension that is not of size 1, which torch leaves as it is and ONNX refuses."""
-    if node.target is not aten.squeeze.dim:
+    if node.target not in (aten.squeeze.dim, aten.squeeze.dims):
         return False
-    source, dim = node.args
+    source = node.args[0]
     assert isinstance(source, fx.Node)
-    size = source.meta["val"].shape[dim]
-    return isinstance(size, int) and size != 1
+    return bool(source.meta["val"].ndim == node.meta["val"].ndim)
 
 
 def _casts_nothing(node: fx.Node) -> bool:

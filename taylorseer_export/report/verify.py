@@ -22,6 +22,8 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.checkpoint.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
 from taylorseer_export.errors import CheckpointError, ParityError
 from taylorseer_export.families import family_named
+from taylorseer_export.families.family import AUTO, Family, unknown
+from taylorseer_export.graph.propose import propose
 from taylorseer_export.method import Forecasts, Guard, Plan, Rule, exact_weights, gain
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.trajectory import Trajectory
@@ -60,9 +62,10 @@ def checkpoint_of(denoiser: Denoiser, reference: str | None = None) -> Checkpoin
     """
     model = denoiser.manifest.model
     named = reference or (None if model.reference == EMBEDDED else model.reference)
+    family = denoiser.manifest.family
     checkpoint = open_checkpoint(
         named,
-        family_named(denoiser.manifest.family),
+        unknown(model.class_name) if family == AUTO else family_named(family),
         model.variant,
         model.config_file,
         model.loras,
@@ -81,6 +84,11 @@ def reference_model(checkpoint: Checkpoint) -> nn.Module:
     """The eager model: float64 if its weights are small, else float32."""
     size = sum(path.stat().st_size for path in set(checkpoint.files.values()))
     return checkpoint.load(torch.float64 if size < _FLOAT64_LIMIT else torch.float32)
+
+
+def family_of(model: nn.Module, name: str) -> Family:
+    """The declaration called `name`; of a bundle that was exported without one, what is proposed for its model."""
+    return propose(model).family() if name == AUTO else family_named(name)
 
 
 def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: Forecasts) -> Parity:
@@ -116,7 +124,8 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: F
 
 def roundoff_of(model: nn.Module, manifest: Manifest) -> float:
     """Share of its largest value by which an output may be off: `compare`'s bound without gain and scale."""
-    depth, length = max(len(_module_sites(model, manifest.family)), 1), _longest_contraction(model)
+    sites = _module_sites(model, family_of(model, manifest.family))
+    depth, length = max(len(sites), 1), _longest_contraction(model)
     roundoff = _ROUNDOFF[manifest.state.dtype]
     return math.sqrt(depth) * (math.sqrt(32) * roundoff + math.sqrt(length) * _ROUNDOFF["float32"])
 
@@ -176,13 +185,13 @@ class _Reference:
 
     def __init__(self, model: nn.Module, denoiser: Denoiser, forecasts: Forecasts) -> None:
         self.model, self.forecasts = model, forecasts
-        self.family = family_named(denoiser.manifest.family)
+        self.family = family_of(model, denoiser.manifest.family)
         self.latent, self.timestep = denoiser.latent.name, denoiser.timestep.name
         self.specs = {t.name: t for t in (denoiser.latent, denoiser.timestep, *denoiser.constants.values())}
         self.divisor = denoiser.manifest.sampling.timestep_divisor
         self.granularity = denoiser.manifest.state.granularity
         # The family's, not the manifest's: sites that share a gate, or have none, are one there, forecast alike.
-        self.sites = _module_sites(model, denoiser.manifest.family) if self.granularity == "module" else []
+        self.sites = _module_sites(model, self.family) if self.granularity == "module" else []
         widest = max(model.parameters(), key=lambda parameter: parameter.dtype.itemsize)  # some are kept in float32
         self.dtype, self.device = widest.dtype, widest.device
         self.record: dict[tuple[str, int], Tensor] = {}
@@ -266,11 +275,10 @@ def _on_argument(argument: str, rule: Callable[[Tensor], Tensor]) -> Any:
     return hook
 
 
-def _module_sites(model: nn.Module, family: str) -> list[str]:
+def _module_sites(model: nn.Module, family: Family) -> list[str]:
     import re
 
-    patterns = family_named(family).sites
-    return [name for name, _ in model.named_modules() if any(re.fullmatch(p, name) for p in patterns)]
+    return [name for name, _ in model.named_modules() if any(re.fullmatch(p, name) for p in family.sites)]
 
 
 def _longest_contraction(model: nn.Module) -> int:

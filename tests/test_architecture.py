@@ -117,6 +117,7 @@ TORCH_AT_THE_TOP = frozenset(
         "checkpoint",
         "graph",
         "compile",
+        "report/proposal.py",
         "report/verify.py",
         "report/polygraphy.py",
         "runtime/dropin.py",

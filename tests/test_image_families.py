@@ -238,6 +238,21 @@ def test_how_flux2_is_guided(tmp_path, name, guidance):
     assert sampling_of(checkpoint).guidance == guidance
 
 
+@pytest.mark.parametrize("family", ["flux2", "flux2-edit"])
+@pytest.mark.parametrize(
+    ("name", "distilled", "guidance"),
+    [("mine", True, "none"), ("klein-4b", False, "branches"), ("mine", None, "branches")],
+)
+def test_the_index_of_a_pipeline_says_whether_klein_is_distilled(tmp_path, family, name, distilled, guidance):
+    """More surely than its name: a hub's cache calls the folder by a hash."""
+    folder = tmp_path / name
+    (folder / "transformer").mkdir(parents=True)
+    shutil.copy(PUBLISHED / "flux.2-klein-base-4b.json", folder / "transformer" / "config.json")
+    (folder / "model_index.json").write_text(json.dumps({} if distilled is None else {"is_distilled": distilled}))
+    checkpoint = open_checkpoint(str(folder), FAMILIES[family], weightless=True)
+    assert sampling_of(checkpoint).guidance == guidance and checkpoint.family.whole.negative == ""
+
+
 @given(st.integers(4, 20000), st.integers(1, 200))
 def test_flux2_s_shift_is_the_pipeline_s(tokens, steps):
     assert _shift_by_steps(tokens, steps) == compute_empirical_mu(tokens, steps)

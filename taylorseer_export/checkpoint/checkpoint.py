@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from taylorseer_export.checkpoint.files import (
+    INDEX,
     PUBLISHED,
     published,
     read_json,
@@ -79,7 +80,9 @@ def open_checkpoint(
     known = checkpoint.shapes if loras else {}
     family = replace(family, **family.by_config(checkpoint.config))
     family = replace(family, **family.by_pipeline.get(pipeline_of(checkpoint.folder), {}))
-    family = family if checkpoint.embedded else family.variant(checkpoint.reference)  # a name says more than a config
+    if not checkpoint.embedded:  # a name says more than a config, and the pipeline's index more than a name
+        index = checkpoint.root / INDEX
+        family = family.variant(checkpoint.reference, read_json(index).get("is_distilled") if index.is_file() else None)
     added = tuple(open_lora(lora, family.model_class, family.lora_loader, known, lora_skip) for lora in loras)
     return replace(checkpoint, family=family, loras=added, lora_skip=tuple(lora_skip))
 

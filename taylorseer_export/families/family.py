@@ -256,6 +256,8 @@ class Family:
         forward: `(model, inputs) -> noise_pred`: how the declared inputs become a call of the model, where they are
             not its arguments one by one. The trace and the eager reference of `verify` both call it this way.
         variants: Word of a model's name -> what of this declaration is different for it.
+        distilled: That of `variants` which a pipeline means by the entry `is_distilled` of its index; empty where none
+            has that entry.
         by_config: `config -> what of this declaration is different for it`.
         by_pipeline: Class name in `diffusers` of a pipeline -> what of this declaration is different in its folder.
         derived: `config -> {name: tensor}` that the model gets for the length of the trace, to be used by `patched`.
@@ -295,6 +297,7 @@ class Family:
     lora_loader: str = ""
     forward: Callable[[Any, dict[str, Any]], Any] = call
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    distilled: str = ""
     by_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = no_entries
     by_pipeline: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     derived: Callable[[Mapping[str, Any]], Mapping[str, Derived]] = no_entries
@@ -306,8 +309,15 @@ class Family:
         """Side of the square of latent pixels that the pipeline makes one token; 1 where it packs none."""
         return _PACKING if self.latent_sizes is packed else 1
 
-    def variant(self, reference: str) -> Family:
-        """The declaration for a hub id, folder or file: `FLUX.1-schnell` has the word `schnell`."""
+    def variant(self, reference: str, distilled: bool | None = None) -> Family:
+        """The declaration for a hub id, folder or file: `FLUX.1-schnell` has the word `schnell`.
+
+        Args:
+            reference: It.
+            distilled: What the index of its pipeline says, which counts more than a name; None where it says nothing.
+        """
+        if self.distilled and distilled is not None:
+            return replace(self, **self.variants[self.distilled]) if distilled else self
         parts = [part for part in reference.split("/") if part not in ("", "transformer", "config.json")]
         words = re.findall(r"[a-z0-9]+", parts[-1].lower()) if parts else []
         changes = [change for word, change in self.variants.items() if word in words]

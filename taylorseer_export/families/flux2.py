@@ -184,6 +184,7 @@ FLUX2 = Family(
     lora_loader="Flux2LoraLoaderMixin",
     by_config=partial(_by_config, _KLEIN),
     # Of klein, only the base is not distilled.
+    distilled="klein",
     variants={
         "base": {},
         "klein": {"guidance": "none", "guidance_scale": 1.0, "defaults": Defaults(4, interval=6, warmup=3, order=1)},
@@ -217,5 +218,6 @@ FLUX2_KV = replace(
     defaults=Defaults(4, interval=6, warmup=3, order=1),
     whole=None,
     by_config=no_entries,
+    distilled="",
     variants={},
 )

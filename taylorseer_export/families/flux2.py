@@ -218,5 +218,6 @@ FLUX2_KV = replace(
     defaults=Defaults(4, interval=6, warmup=3, order=1),
     whole=None,
     by_config=no_entries,
+    distilled="",
     variants={},
 )

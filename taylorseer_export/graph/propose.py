@@ -29,7 +29,7 @@ from torch import nn
 from taylorseer_export.bundle.shapes import evaluate, linear, names
 from taylorseer_export.errors import ConfigError, ExportError
 from taylorseer_export.families.family import Family, Input, packed, unknown
-from taylorseer_export.graph import inputs
+from taylorseer_export.graph import fakes, inputs
 from taylorseer_export.graph.split import Split, split
 from taylorseer_export.graph.trace import Trace, trace
 
@@ -82,7 +82,7 @@ class Proposal:
             latent_sizes=packed if latent is not None and "image_tokens" in latent.shape else self._latent_sizes,
             latent_size=self.size or ((21, 60, 104) if video else (128, 128)),
             timestep_divisor=self.clock,
-            forward=lambda model, given: inputs.call(model, given, self.inputs, self.made),
+            forward=lambda model, given: fakes.call(model, given, self.inputs, self.made),
         )
 
     def fixed(self, names: Collection[str], sizes: Mapping[str, int]) -> Proposal:
@@ -126,7 +126,7 @@ def propose(model: nn.Module) -> Proposal:
         (leaving, _first_argument(model.get_submodule(leaving))),
         found.inputs,
         {**skipped, **found.skipped},
-        inputs.ranges(found.inputs),
+        fakes.ranges(found.inputs),
         found.clock,
         found.trouble,
         found.made,

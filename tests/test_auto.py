@@ -70,7 +70,11 @@ def test_what_does_not_verify_is_refused(stranger, tmp_path, capsys, undeclared,
     [
         ("FluxTransformer2DModel", {}, "which family flux declares, expected one that none does; export it with"),
         ("LuminaNextDiT2DModel", {}, "does not take the inputs that could be told ("),
-        ("LuminaNextDiT2DModel", {"layers_of_foam": 3}, "has the entry `layers_of_foam`, expected those that Lumina"),
+        (
+            "LuminaNextDiT2DModel",
+            {"layers_of_foam": 3},
+            "has `layers_of_foam`, which LuminaNextDiT2DModel of diffusers",
+        ),
         ("NoSuchModel", {}, "is of class NoSuchModel, expected a transformer of diffusers"),
     ],
 )

@@ -23,7 +23,7 @@ DIFFERS = {
     "flux2-edit": {"timestep", "img_ids", "txt_ids", "image_latents", "image_ids"},
     "flux2-kv": {"timestep", "img_ids", "txt_ids", "image_latents", "image_ids"},
     "chroma": {"timestep", "attention_mask"},  # the mask of the text alone
-    "krea-2": {"timestep", "encoder_hidden_states", "position_ids", "encoder_attention_mask"},  # the picture's alone
+    "krea-2": {"timestep", "position_ids", "encoder_attention_mask"},  # the picture's alone
     "longcat-image": {"timestep", "img_ids", "txt_ids"},  # words along a diagonal
     "ovis-image": {"timestep", "txt_ids"},
     "z-image": {"x", "t", "cap_feats", "cap_mask"},  # lists, for which tensors stand while tracing
@@ -33,7 +33,7 @@ DIFFERS = {
     # the words' width, and their mask, are called otherwise or of another dtype
     "pixart": {"encoder_attention_mask"},  # of the model's dtype
     "sana": {"hidden_states", "encoder_attention_mask"},  # its latent is cut into 1 x 1
-    "qwen-image-2.1": {"timestep", "img_shapes", "encoder_hidden_states", "encoder_hidden_states_mask"},
+    "qwen-image-2.1": {"img_mask", "timestep", "img_shapes", "encoder_hidden_states", "encoder_hidden_states_mask"},
     "hidream": {"hidden_states", "pooled_embeds", "encoder_hidden_states_t5", "encoder_hidden_states_llama3"},
     "hunyuan": {"encoder_attention_mask"},  # of another dtype
     "hunyuan-channels": {"encoder_attention_mask"},

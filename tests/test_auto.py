@@ -73,7 +73,7 @@ def test_what_does_not_verify_is_refused(stranger, tmp_path, capsys, undeclared,
         (
             "LuminaNextDiT2DModel",
             {"layers_of_foam": 3},
-            "has `layers_of_foam`, which LuminaNextDiT2DModel of diffusers",
+            "has `layers_of_foam`, which LuminaNextDiT2DModel of",
         ),
         ("NoSuchModel", {}, "is of class NoSuchModel, expected a transformer of diffusers"),
     ],

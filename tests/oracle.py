@@ -324,7 +324,7 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
 
     cg: output of the first block. fbcache: that less the block's input. teacache: input of its attention.
     Only rows of the latent, but for teacache: Kontext, FLUX.2 and Qwen-Image-Edit have those of conditioning images
-    behind them, FramePack those of its past before them.
+    behind them, FramePack those of its past before them; Qwen-Image 2.1 and Krea 2 have words there.
     """
     model = torch.nn.Module.to(copy.deepcopy(model), dtype).eval()
     kind = type(model).__name__
@@ -355,11 +355,12 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
             padding = now["in"][:, count : count + 1].expand(-1, 31, -1)
             now["in"] = torch.cat([now["in"][:, :count], padding], 1)
         if rule == "teacache":
-            found.append(now["in"])
+            apart = "QwenImage21" in kind  # its words are traced by themselves
+            found.append(now["in"][:, -latent.shape[1] :] if apart else now["in"])
             continue
         value = now["out"] - now["in"] if rule == "fbcache" else now["out"]
         rows = latent.shape[1] if latent.ndim == 3 else count or now["rows"]
-        found.append(value[:, -rows:] if "Framepack" in kind else value[:, :rows])
+        found.append(value[:, -rows:] if re.search("Framepack|QwenImage21|Krea2", kind) else value[:, :rows])
     return found
 
 

@@ -41,13 +41,18 @@ def flux(model, timestep, hidden_states, img_ids, image_latents=None, image_ids=
     """As FluxKontextPipeline: the rows of the conditioning image follow the latent's, and their result is dropped."""
     if image_latents is None:
         return plain(model, timestep, hidden_states=hidden_states, img_ids=img_ids, **inputs)
-    if type(model.transformer_blocks[0].attn.processor).__name__ == "Flux2KVAttnProcessor":
+    if keeps_pictures(model):
         # As Flux2KleinKVPipeline at its first step, here at every step: rows of pictures are ahead, and dropped.
         rows, ids = torch.cat([image_latents, hidden_states], 1), torch.cat([image_ids, img_ids], -2)
         inputs |= {"kv_cache_mode": "extract", "num_ref_tokens": image_latents.shape[1]}
         return plain(model, timestep, hidden_states=rows, img_ids=ids, **inputs)
     rows, ids = torch.cat([hidden_states, image_latents], 1), torch.cat([img_ids, image_ids], -2)
     return plain(model, timestep, hidden_states=rows, img_ids=ids, **inputs)[:, : hidden_states.shape[1]]
+
+
+def keeps_pictures(model):
+    """Whether it is a FLUX.2 klein KV, by the attention that its pipeline gives it."""
+    return any(type(getattr(m, "processor", None)).__name__ == "Flux2KVAttnProcessor" for m in model.modules())
 
 
 def qwen_image(model, timestep, hidden_states, img_shapes, image_latents=None, **inputs):
@@ -324,7 +329,8 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
 
     cg: output of the first block. fbcache: that less the block's input. teacache: input of its attention.
     Only rows of the latent, but for teacache: Kontext, FLUX.2 and Qwen-Image-Edit have those of conditioning images
-    behind them, FramePack those of its past before them; Qwen-Image 2.1 and Krea 2 have words there.
+    behind them, FramePack those of its past before them; Qwen-Image 2.1 and Krea 2 have words there,
+    and klein KV its pictures.
     """
     model = torch.nn.Module.to(copy.deepcopy(model), dtype).eval()
     kind = type(model).__name__
@@ -355,12 +361,13 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
             padding = now["in"][:, count : count + 1].expand(-1, 31, -1)
             now["in"] = torch.cat([now["in"][:, :count], padding], 1)
         if rule == "teacache":
-            apart = "QwenImage21" in kind  # its words are traced by themselves
+            apart = "QwenImage21" in kind or keeps_pictures(model)  # what is ahead is traced by itself
             found.append(now["in"][:, -latent.shape[1] :] if apart else now["in"])
             continue
         value = now["out"] - now["in"] if rule == "fbcache" else now["out"]
         rows = latent.shape[1] if latent.ndim == 3 else count or now["rows"]
-        found.append(value[:, -rows:] if re.search("Framepack|QwenImage21|Krea2", kind) else value[:, :rows])
+        behind = re.search("Framepack|QwenImage21|Krea2", kind) or keeps_pictures(model)
+        found.append(value[:, -rows:] if behind else value[:, :rows])
     return found
 
 

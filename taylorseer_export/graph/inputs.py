@@ -146,7 +146,7 @@ def _from_names(
             if guess is not None and needed:
                 found.append(guess)
             else:
-                optional += [] if guess is None or LISTS.fullmatch(name) else [guess]
+                optional += [] if guess is None or name.endswith("rotary_emb") else [guess]
                 word = "needed" if needed else "optional"
                 skipped[f"argument {name}"] = (
                     f"{word}, and its shape is not told by a convention; add it if you pass it"

@@ -119,11 +119,17 @@ class Model(torch.nn.Module):
         parts |= {name: entry[name] for name in ("attention_mask", "clip_fea", "ref_latents") if name in entry}
         return {name: parts[name] for name in self.names if parts.get(name) is not None}
 
+    def joined(self, x):
+        """With the channels that a picture would have, which is none."""
+        embedding = getattr(self.diffusion_model, "patch_embedding", None)
+        more = 0 if embedding is None else embedding.weight.shape[1] - x.shape[1]
+        return torch.cat([x, x.new_zeros(len(x), more, *x.shape[2:])], 1)
+
     def apply_model(self, x, t, c_crossattn=None, control=None, transformer_options=None, **kwargs):
         dtype = self.diffusion_model.dtype
         given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in kwargs.items()}
         velocity = self.diffusion_model(
-            x.to(dtype),
+            self.joined(x).to(dtype),
             self.model_sampling.timestep(t).float(),
             context=c_crossattn.to(dtype),
             control=control,

@@ -24,7 +24,9 @@ from filelock import FileLock
 ROOT = Path(__file__).resolve().parents[1]
 
 # Parts of the package that no export runs: `tests/test_architecture.py` refuses the making side an import of them.
-RUN_SIDE = frozenset({"runtime", "embedded", "report", "serve", "commands", "cli.py", "__init__.py", "__main__.py"})
+RUN_SIDE = frozenset(
+    {"runtime", "embedded", "report", "serve", "comfy", "commands", "cli.py", "__init__.py", "__main__.py"}
+)
 # What makes and exports the models of the tests.
 MAKERS = (
     "tests/kept.py",

@@ -1,14 +1,17 @@
 """LoRAs that are added while a bundle is loaded: the bundle of the updated model, without its export."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from harness import allowed, run
 from safetensors.torch import load_file, save_file
 
+import taylorseer_export
 from taylorseer_export import cli
 from taylorseer_export.bundle.external import initializers
 from taylorseer_export.bundle.store import open_bundle
@@ -20,6 +23,7 @@ from taylorseer_export.serve.api.loaded import load_models
 PLAN, ORDER, RANK, ALPHA = "FF..F.", 2, 3, 6.0
 # Weights of prepare (modulation), of full (attention, MLP), and one that all three could read.
 FLUX = ("transformer_blocks.0.norm1.linear", "transformer_blocks.1.attn.to_q", "x_embedder", "norm_out.linear")
+ASSETS = Path(taylorseer_export.__file__).parent / "assets"
 QWEN = ("transformer_blocks.0.attn.to_add_out", "transformer_blocks.1.attn.to_add_out")
 
 
@@ -208,10 +212,11 @@ def test_the_initializers_of_a_graph_are_its_weights(bundles):
     assert stored <= named
 
 
-def test_a_server_has_a_model_for_each_lora(tiny, whole_flux, tmp_path):
-    """By name: a request chooses it as its `model`; the plain one stays."""
-    path = written(tmp_path / "lora.safetensors", pairs(tiny("flux").model, FLUX))
-    models = load_models([whole_flux], loras={"red": str(path)})
+def test_a_server_has_a_model_for_each_lora(embedded, tmp_path):
+    """By name: a request chooses it as its `model`; the plain one stays. Of one size, at which servers warm up."""
+    folder, model = embedded("shapes"), FluxTransformer2DModel.from_pretrained(ASSETS / "flux" / "transformer")
+    path = written(tmp_path / "lora.safetensors", pairs(model, FLUX))
+    models = load_models([folder], loras={"red": str(path)})
     try:
         plain, red = models
         assert red.name == f"{plain.name}+red" and len(red.denoiser.lora.weights) == len(FLUX)
@@ -219,7 +224,7 @@ def test_a_server_has_a_model_for_each_lora(tiny, whole_flux, tmp_path):
     finally:
         models.close()
     with pytest.raises(ConfigError, match=r"--lora is given with 2 bundles, expected one; serve each by itself"):
-        load_models([whole_flux, whole_flux], loras={"red": str(path)})
+        load_models([folder, folder], loras={"red": str(path)})
 
 
 @pytest.mark.parametrize("given", ["file.safetensors", "=file.safetensors", "Red=file.safetensors", "red="])

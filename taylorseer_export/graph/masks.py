@@ -19,7 +19,8 @@ import torch
 from torch import fx, nn
 
 from taylorseer_export.families.family import replaced
-from taylorseer_export.graph.rewrite import call, computed_once
+from taylorseer_export.graph.merge import merge_equal
+from taylorseer_export.graph.rewrite import call
 from taylorseer_export.graph.sizes import equal
 
 aten = torch.ops.aten
@@ -48,13 +49,13 @@ _ARITHMETIC: Mapping[Any, Callable[[Any, Any], Any]] = {
 def small_masks(graph: fx.Graph) -> None:
     """Give every attention the smallest mask that says the same, in place of the graph."""
     attentions = [n for n in graph.nodes if n.target is aten.scaled_dot_product_attention.default and _mask(n)]
-    computed_once(graph, _cone(graph, attentions))
+    merge_equal(graph, _cone(graph, attentions))
     made: dict[fx.Node, fx.Node] = {}
     for node in attentions:
         mask = _of_keys(_small(graph, _mask(node), made))
         nothing = 1 if mask.meta["val"].dtype == torch.bool else 0
         _set_mask(node, None if _constant(mask) == nothing else mask)
-    computed_once(graph, _cone(graph, [node for node in attentions if _mask(node)]))
+    merge_equal(graph, _cone(graph, [node for node in attentions if _mask(node)]))
 
 
 @contextmanager

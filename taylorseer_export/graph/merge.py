@@ -8,7 +8,7 @@ before, so here they become one node: equal operators of equal arguments, and wi
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,17 @@ from taylorseer_export.graph.rewrite import mutates
 from taylorseer_export.graph.sizes import is_size
 
 
-def merge_equal(graph: fx.Graph) -> None:
+def merge_equal(graph: fx.Graph, nodes: Sequence[fx.Node] | None = None) -> None:
     """Let every node read the first of the nodes that are equal to what it reads, and drop the others, in place.
 
     Results stay equal bit by bit. What draws random numbers, or writes, is left alone.
+
+    Args:
+        graph: Of a trace.
+        nodes: Those among which equal ones are sought, in the order of the graph; all if left out.
     """
     first: dict[Hashable, fx.Node] = {}
-    for node in list(graph.nodes):
+    for node in list(graph.nodes if nodes is None else nodes):
         if not _is_pure(node):
             continue
         kept = first.setdefault((node.op, node.target, _key(node.args), _key(node.kwargs)), node)

@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from taylorseer_export.errors import ExportError
-from taylorseer_export.graph.rewrite import call, computed_once
+from taylorseer_export.graph.merge import merge_equal
+from taylorseer_export.graph.rewrite import call
 
 aten = torch.ops.aten
 _MOVES = frozenset(
@@ -60,7 +61,7 @@ def real(module: fx.GraphModule) -> None:
     for node in reversed(list(graph.nodes)):
         if node in before and (node in pairs or any(source in pairs for source in node.all_input_nodes)):
             graph.erase_node(node)
-    computed_once(graph, [node for node in graph.nodes if node not in before])
+    merge_equal(graph, [node for node in graph.nodes if node not in before])
 
 
 def _is_complex(node: fx.Node) -> bool:

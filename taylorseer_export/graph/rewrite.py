@@ -97,24 +97,6 @@ def _is_graph(value: Any) -> bool:
     return isinstance(value, fx.Node) and value.op == "get_attr" and str(value.target).startswith("submod_")
 
 
-def computed_once(graph: fx.Graph, nodes: Sequence[fx.Node]) -> None:
-    """Let the first of `nodes` that does the same to the same, or is the same size, be the only one.
-
-    Args:
-        nodes: In the order of the graph.
-    """
-    first: dict[str, fx.Node] = {}
-    for node in nodes:
-        if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
-            continue
-        value = node.meta.get("val")
-        size = isinstance(value, torch.SymInt)
-        same = first.setdefault(f"{value if size else (node.target, node.args, node.kwargs)}", node)
-        if same is not node:
-            node.replace_all_uses_with(same)
-            graph.erase_node(node)
-
-
 def out_of_place(graph: fx.Graph) -> None:
     """Write `x += y` as `x + y`, in place of the graph, where x is a new tensor that nothing else has read, and so on.
 

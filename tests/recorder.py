@@ -64,14 +64,14 @@ class Recorder:
             handle.remove()
         assert next(told, None) is None, "the untouched pipeline makes fewer calls"
 
-    def assert_plan(self, model, plan, order, granularity="module"):
+    def assert_plan(self, model, plan, order):
         """Every branch ran `plan` and agrees with the oracle on the latents that it was given."""
         assert set(self.transformer.executed.values()) == {plan}
         for name, calls in self.calls.items():
             latents, timestep, conditioning, seen = zip(*calls, strict=True)
             timestep = torch.stack([t[0] for t in timestep])
             seen = torch.stack(seen)
-            expected = oracle.replay(model, torch.stack(latents), timestep, conditioning[0], plan, order, granularity)
+            expected = oracle.replay(model, torch.stack(latents), timestep, conditioning[0], plan, order)
             expected = expected[:, :, : seen.shape[2]]  # of rows that only condition, a model predicts nothing of use
             limit = allowed(model, expected, plan, order)
             oracle.assert_close(f"branch {name}", seen, expected, limit)

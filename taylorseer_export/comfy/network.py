@@ -25,11 +25,10 @@ from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.comfy.loop import KEY, OpenLoop
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import RequestOptions
+from taylorseer_export.runtime.contract import request_constants
 from taylorseer_export.runtime.denoiser import Denoiser, load
-from taylorseer_export.runtime.dropin import DropIn
+from taylorseer_export.runtime.dropin import DTYPES, DropIn
 from taylorseer_export.runtime.tensors import completed
-
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Network(torch.nn.Module):
@@ -45,8 +44,10 @@ class Network(torch.nn.Module):
 
     def __init__(self, bundle: Bundle, told: Comfy) -> None:
         super().__init__()
-        self.bundle, self.dtype = bundle, _DTYPES[bundle.manifest.precision]
+        self.bundle, self.dtype = bundle, DTYPES[bundle.manifest.precision]
         self._told = told
+        constants = request_constants(bundle.manifest)
+        self._scaled = [name for name, tensor in constants.items() if tensor.fill == "guidance"]
         self._denoiser: Denoiser | None = None
         self._dropins: dict[RequestOptions, DropIn] = {}
         for name, shape in told.weights.items():  # ComfyUI asks how wide they are
@@ -141,7 +142,7 @@ class Network(torch.nn.Module):
 
     def _inputs(self, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """The transformer's inputs among the parts of a conditioning; every other part that is there is refused."""
-        manifest, names = self.bundle.manifest, self._told.inputs
+        names = self._told.inputs
         known = {*names.values(), *self._told.ignored}
         for name, value in given.items():
             if value is not None and name not in known:
@@ -150,10 +151,8 @@ class Network(torch.nn.Module):
                     "with; leave out the node that adds it, or use ComfyUI's own model"
                 )
         inputs = {name: given[theirs] for name, theirs in names.items() if given.get(theirs) is not None}
-        for tensor in manifest.graphs["full"].inputs + manifest.graphs["prepare"].inputs:
-            if tensor.fill == "guidance" and tensor.name in inputs:
-                inputs[tensor.name] = inputs[tensor.name] * manifest.pipeline.guidance_factor
-        return inputs
+        factor = self.bundle.manifest.pipeline.guidance_factor
+        return {name: value * factor if name in self._scaled else value for name, value in inputs.items()}
 
     def _packed(self, latents: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int] | None]:
         """(what the transformer takes, (rows, columns) in tokens where it is packed)."""
@@ -238,7 +237,7 @@ def model_of(bundle: Bundle, on_cpu: bool = False) -> BundlePatcher:
             f"bundle is of family {manifest.family}, expected {wanted}; use the images API or a diffusers pipeline"
         )
     config = known({**told.config, "disable_unet_model_creation": True})
-    config.set_inference_dtype(_DTYPES[manifest.precision], None)
+    config.set_inference_dtype(DTYPES[manifest.precision], None)
     model = config.get_model({})
     model.diffusion_model = Network(bundle, told)
     cpu = torch.device("cpu")

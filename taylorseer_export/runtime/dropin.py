@@ -38,7 +38,7 @@ from taylorseer_export.runtime.runner import Runner
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.values import check_prediction
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Loaded(Protocol):
@@ -110,7 +110,7 @@ class DropIn(EngineModule):
         accumulate: bool = False,
         guider: Any = None,
     ) -> None:
-        super().__init__(_DTYPES[denoiser.manifest.precision], denoiser.device)
+        super().__init__(DTYPES[denoiser.manifest.precision], denoiser.device)
         self.denoiser = denoiser
         self._options = RequestOptions(
             steps, plan, interval, warmup, dialect, order, form, profile, guard, threshold, guard_order, cap, accumulate

@@ -49,14 +49,18 @@ PUBLIC = (
 
 
 def write_reference(out: Path, modules: Sequence[str] = PUBLIC) -> dict[str, Module]:
-    """Write the pages of `modules` into `out`, and return what is on them; whatever pdoc warns of is raised."""
+    """Write the pages of `modules` into `out`, and return what is on them; whatever pdoc warns of is raised.
+
+    What others warn of is not: to find a source, every module that is loaded is asked for its file, and lazy ones warn.
+    """
     imported = [import_module(name) for name in modules]  # what libraries say at their import is not ours
     # Names are looked up when they are first used, and pdoc reads what is there.
     lazy = {name: getattr(taylorseer_export, name) for name in taylorseer_export.__all__}
     version = taylorseer_export.__version__
     pdoc.render.configure(docformat="google", show_source=False, footer_text=f"taylorseer-export {version}")
     with patch.dict(vars(taylorseer_export), lazy), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", module="pdoc")
         pages = {module.__name__: Module(module) for module in imported}
         for name, page in pages.items():
             page.name = name.removeprefix("taylorseer_export.")

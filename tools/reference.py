@@ -7,6 +7,7 @@ annotation that cannot be read.
 from __future__ import annotations
 
 import argparse
+import linecache
 import sys
 import warnings
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ def write_reference(out: Path, modules: Sequence[str] = PUBLIC) -> dict[str, Mod
     What others warn of is not: to find a source, every module that is loaded is asked for its file, and lazy ones warn.
     """
     imported = [import_module(name) for name in modules]  # what libraries say at their import is not ours
+    linecache.clearcache()  # sources are those on the disk, whatever ran in this process before
     # Names are looked up when they are first used, and pdoc reads what is there.
     lazy = {name: getattr(taylorseer_export, name) for name in taylorseer_export.__all__}
     version = taylorseer_export.__version__

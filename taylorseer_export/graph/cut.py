@@ -142,9 +142,8 @@ class Builder:
     def finish(self, outputs: Iterable[tuple[Tensor, fx.Node]]) -> Cut:
         outputs = tuple(outputs)
         self.graph.output(tuple(node for _, node in outputs))
+        eliminate_dead(self.graph)  # before there is a module, whose code is written from what is left
         module = fx.GraphModule(self.trace.module, self.graph)
-        eliminate_dead(module.graph)
-        module.recompile()
         return Cut(self.name, module, tuple(self.inputs), tuple(t for t, _ in outputs))
 
 

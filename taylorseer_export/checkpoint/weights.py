@@ -20,6 +20,7 @@ from taylorseer_export.checkpoint.files import Header, headers, opened, read_jso
 from taylorseer_export.checkpoint.formats import FLOATS
 from taylorseer_export.checkpoint.lora import Lora
 from taylorseer_export.checkpoint.original import Converted, Unread
+from taylorseer_export.checkpoint.quantised import Quantised
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families.family import Derived, Family
 
@@ -196,6 +197,15 @@ class Checkpoint:
         for lora in self.loras:
             tensor = lora.add_to(name, tensor)
         return tensor
+
+    def quantised(self, name: str) -> Quantised | None:
+        """One tensor in the quantised format that the files have it in, by its name in diffusers, cut and joined.
+
+        None where they hold numbers that need no scales, or where the tensor cannot be kept as it is: an update is
+        added to it, its conversion does more than cut and join rows, the parts of it differ in format or in a scale
+        of the whole tensor, or the format is one that no engine takes (GGUF, ConvRot).
+        """
+        return None
 
     def sha256(self, progress: Callable[[int], object] | None = None) -> str:
         """Hash of the weight files, in name order, and of the LoRAs; `progress` is called with the bytes just read."""

@@ -12,7 +12,8 @@ whatever that of the file: rows of blocks in order, and the first of two 4-bit v
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -48,6 +49,12 @@ class Quantised:
         *rows, columns = self.values.shape
         return (*rows, 2 * columns if self.format == "nvfp4" else columns)
 
+    def rows_of_scale(self) -> torch.Tensor:
+        """The scale with a row for each of the weight, in a dtype that cuts and joins work on."""
+        if self.format in BLOCK:
+            return self.scale.view(torch.uint8)
+        return self.scale.expand(self.shape[0]) if self.scale.ndim == 0 else self.scale
+
     def dequantised(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight."""
         if self.format == "nvfp4":
@@ -64,6 +71,34 @@ class Quantised:
         if self.rotation:
             found = (found.unflatten(1, (-1, self.rotation)) @ hadamard(self.rotation)).flatten(1)
         return found.to(dtype)
+
+
+def joined(parts: Mapping[str, Quantised], convert: Callable[..., torch.Tensor]) -> Quantised | None:
+    """What rows of some weights make; None where they differ in more than values and in scales of their rows.
+
+    Args:
+        parts: Name -> weight, of those it is made of.
+        convert: Cuts and joins along the first axis what a function gives by these names.
+    """
+    first, *others = parts.values()
+    alike = all(
+        (one.format, one.values.dtype, one.values.shape[1:])
+        == (first.format, first.values.dtype, first.values.shape[1:])
+        and _same(one.second, first.second)
+        and _same(one.input_scale, first.input_scale)
+        for one in others
+    )
+    if not alike:
+        return None
+    values = convert(lambda name: parts[name].values.view(torch.uint8)).view(first.values.dtype)
+    if first.scale.ndim == 0 and not others:
+        return replace(first, values=values)
+    scale = convert(lambda name: parts[name].rows_of_scale())
+    return replace(first, values=values, scale=scale.view(first.scale.dtype))
+
+
+def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and bool(one == other))
 
 
 def _pairs() -> torch.Tensor:

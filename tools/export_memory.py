@@ -26,6 +26,7 @@ from record import ROOT, circumstances, record_options, write_record
 from tqdm import tqdm
 
 from taylorseer_export.checkpoint.files import headers, tensor_names
+from taylorseer_export.checkpoint.packed import is_part
 
 LIMIT = 6e9  # bytes resident; the fp32 weights of the default model are 16e9
 PERIOD = 0.02  # seconds between two samples
@@ -123,7 +124,7 @@ def measure(command: list[str], out: Path, weights: int) -> dict[str, object]:
 def parameters_of(folder: Path) -> int:
     """Of a checkpoint, by the headers of its files."""
     files = {name: path for path in sorted(folder.glob("*.safetensors")) for name in tensor_names(path)}
-    return sum(math.prod(one.shape) for name, one in headers(files).items() if not name.endswith("_scale"))
+    return sum(math.prod(one.shape) for name, one in headers(files).items() if not is_part(name))
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     read = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     parameters = parameters_of(checkpoint)
     export = ["-m", "taylorseer_export.cli", "flux", "--model", str(checkpoint), "--order", str(args.order)]
-    export += ["--precision", args.precision]
+    export += ["--precision", args.precision, *(["--device", "cuda"] if args.precision == "fp16" else [])]
     export += ["--state", args.state, "--latent-size", args.latent_size, "--batch", "1", "--out", str(out)]
     found = measure([*python, *export], out, BYTES[args.precision] * parameters)
     written = sum(path.stat().st_size for path in out.rglob("weights.safetensors"))

@@ -93,7 +93,7 @@ def write_checkpoint(
 
     scaled = dtype == torch.float8_e4m3fn
     kinds = {n: dtype if len(shape) > 1 or not scaled else torch.bfloat16 for n, shape in shapes.items()}
-    scales = {f"{n.removesuffix('.weight')}.weight_scale": n for n, kind in kinds.items() if scaled and kind == dtype}
+    scales = {f"{n.removesuffix('.weight')}.scale_weight": n for n, kind in kinds.items() if scaled and kind == dtype}
 
     def read(name: str) -> torch.Tensor:
         if name in scales:

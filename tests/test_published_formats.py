@@ -78,16 +78,18 @@ def random_state(shapes, seed=0):
     return {name: torch.randn(shape, generator=rng) / math.sqrt(shape[-1]) for name, shape in shapes.items()}
 
 
+def wan_name(name):
+    """As Wan's authors publish a tensor of diffusers."""
+    name = name.replace("scale_shift_table", "modulation" if name.startswith("blocks") else "head.modulation")
+    for ours, theirs in WAN_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
 @pytest.mark.parametrize("name", ["comfy fp8", "comfy fp8 of before", "comfy nvfp4", "bfl fp8r", "bfl nvfp4"])
 def test_files_in_the_authors_layouts(models, tmp_path, name):
     """FLUX.2, whose fused weights are cut, Wan under other names, Qwen-Image under a prefix: with their scales."""
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-
-    def wan_name(name):
-        name = name.replace("scale_shift_table", "modulation" if name.startswith("blocks") else "head.modulation")
-        for ours, theirs in WAN_NAMES.items():
-            name = name.replace(ours, theirs)
-        return name
 
     states = {
         "flux2": random_state(flux2_layout()),
@@ -256,7 +258,14 @@ def test_what_is_refused(models, tmp_path):
 
 
 def test_a_layer_that_the_header_alone_names(models, tmp_path):
-    """One of another part of a pipeline that was set aside is none of the transformer."""
+    """It is one of the transformer, or of a part of a pipeline that was set aside; with hints nvfp4 needs its own."""
+    folder_of(tmp_path, models["flux"], FORMATS["bfl nvfp4"])
+    other = json.dumps({"layers": {"text_encoders.x": {"format": "nvfp4"}}})
+    save(tmp_path / WEIGHTS, load_file(tmp_path / WEIGHTS), {"_quantization_metadata": other})
+    with pytest.raises(
+        CheckpointError, match=r"weight` of .* is U8 with scales and has no hint, expected one as other"
+    ):
+        open_checkpoint(str(tmp_path), FAMILIES["flux"])
     folder_of(tmp_path, models["flux"], FORMATS["comfy fp8 e5m2"])
     tensors = load_file(tmp_path / WEIGHTS)
     for layer, text in (
@@ -329,9 +338,9 @@ def test_gguf(tmp_path):
             numbers = dequantize_functions[type_](rows, size, bytes_, torch.float32)
             expected[name] = numbers.reshape(value.shape).float()
         if value.ndim == 5:
-            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(value.shape))
+            writer.add_array(f"comfy.gguf.orig_shape.{wan_name(name)}", list(value.shape))
             data = data.reshape(value.shape[0], -1)
-        writer.add_tensor(name, data, raw_dtype=type_)
+        writer.add_tensor(wan_name(name), data, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -20,8 +20,9 @@ from taylorseer_export.checkpoint.files import (
 from taylorseer_export.checkpoint.formats import parts_of_a_pipeline, refuse_quantised, set_aside
 from taylorseer_export.checkpoint.gguf import gguf_tensors, is_gguf
 from taylorseer_export.checkpoint.lora import open_lora
+from taylorseer_export.checkpoint.modelopt import algorithm_of, modelopt_algorithm
 from taylorseer_export.checkpoint.original import Converted, Unread
-from taylorseer_export.checkpoint.packed import ALSO_READ, algorithm_of, is_part, modelopt_algorithm, packed_weights
+from taylorseer_export.checkpoint.packed import ALSO_READ, is_part, packed_weights
 from taylorseer_export.checkpoint.recognise import config_path, pipeline_config, pipeline_of, refuse_other_pipeline
 from taylorseer_export.checkpoint.weights import EMBEDDED as EMBEDDED
 from taylorseer_export.checkpoint.weights import Checkpoint as Checkpoint

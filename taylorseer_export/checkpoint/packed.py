@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from taylorseer_export.checkpoint.files import Header, opened, read_json
-from taylorseer_export.checkpoint.formats import refuse_quantised
+from taylorseer_export.checkpoint.files import Header, opened
+from taylorseer_export.checkpoint.formats import ONE_WITH_ALL, refuse_quantised
 from taylorseer_export.checkpoint.quantised import BLOCK, Quantised, plain_order
 from taylorseer_export.errors import CheckpointError
 
@@ -51,8 +51,6 @@ _HINTS = {
 # What else a hint may say: how products are taken, and what the weight was before.
 _NO_MATTER = {"format", "full_precision_matrix_mult", "orig_dtype", "orig_shape"}
 _METADATA = "_quantization_metadata"
-_CONFIGS = ("config.json", "hf_quant_config.json")
-_ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MIXED_PRECISION")  # of ModelOpt
 
 
 class Part(NamedTuple):
@@ -236,10 +234,12 @@ def packed_weights(
                     f"{where} has `{parts[role].name}` and `{name}`, expected one of them; download it again"
                 )
             parts[role] = part
-    hints = _hints(where, set(files.values()), headers, modules)
+    hints, hinted = _hints(where, set(files.values()), headers, modules)
     found = {}
     for module in (*modules, *(module for module in hints if module not in modules)):
-        one = _packed(where, module, files, headers, modules.get(module, {}), hints, (marked, algorithm))
+        one = _packed(
+            where, module, files, headers, modules.get(module, {}), hints.get(module), (marked, algorithm, hinted)
+        )
         one.check(where)
         found[one.weight.name] = one
     scaleless = [n for n, header in headers.items() if is_fp8(header.dtype) and n not in found and not is_part(n)]
@@ -265,11 +265,11 @@ def _packed(
     files: Mapping[str, Path],
     headers: Mapping[str, Header],
     parts: Mapping[str, Part],
-    hints: Mapping[str, Mapping[str, Any]],
-    said: tuple[bool, str | None],
+    hint: Mapping[str, Any] | None,
+    said: tuple[bool, str | None, bool],
 ) -> Packed:
-    """The weight of one module, from its parts and its hint."""
-    name, hint = f"{module}.weight", hints.get(module)
+    """The weight of one module, from parts and hint; `said`: the mark, the config, whether other layers have hints."""
+    name, (marked, algorithm, hinted) = f"{module}.weight", said
     seen = parts["hint"].name if "hint" in parts else next((part.name for part in parts.values()), _METADATA)
     if name not in headers:
         raise CheckpointError(
@@ -286,7 +286,7 @@ def _packed(
         if unsaid:  # several tools write these, in orders and rotations of their own
             refuse_quantised(where, {n: headers[n] for n in (name, *(p.name for p in parts.values()))}, ALSO_READ)
         expected = dtype if dtype in (*FP8, "U8") else expected
-        if dtype == "U8" and (hints or said[0]):
+        if dtype == "U8" and (hinted or marked):
             raise CheckpointError(
                 f"`{name}` of {where} is U8 with scales and has no hint, expected one as other layers have; download "
                 "it again"
@@ -311,9 +311,9 @@ def _packed(
             f"`{parts['second'].name}` of {where} is beside a weight in {dtype}, expected nvfp4 in U8; download "
             "it again"
         )
-    comfy = hint is not None or said[0] or parts["scale"].name.endswith(".scale_weight")
+    comfy = hint is not None or marked or parts["scale"].name.endswith(".scale_weight")
     kept = {role: part for role, part in parts.items() if role != "hint"}
-    return Packed(_label(kind, comfy, rotation, kept["scale"], said[1]), kind, weight, kept, comfy, rotation)
+    return Packed(_label(kind, comfy, rotation, kept["scale"], algorithm), kind, weight, kept, comfy, rotation)
 
 
 def _label(kind: str, comfy: bool, rotation: int, scale: Part, algorithm: str | None) -> str:
@@ -326,10 +326,11 @@ def _label(kind: str, comfy: bool, rotation: int, scale: Part, algorithm: str | 
 
 def _hints(
     where: object, paths: Iterable[Path], headers: Mapping[str, Header], modules: Mapping[str, Mapping[str, Part]]
-) -> dict[str, dict[str, Any]]:
-    """Module -> what ComfyUI says of its weight, from tensors and headers; both may, and then agree."""
+) -> tuple[dict[str, dict[str, Any]], bool]:
+    """Module -> what ComfyUI says of its weight, in tensors and headers, which agree; and whether it says anything."""
     found: dict[str, dict[str, Any]] = {}
     given: list[tuple[str, str, Any]] = []
+    hinted = False
     for path in sorted(paths):
         names = {
             parts["hint"].name: m for m, parts in modules.items() if "hint" in parts and parts["hint"].path == path
@@ -343,9 +344,8 @@ def _hints(
                 raise CheckpointError(
                     f"{_METADATA} of {path} has no map of layers, expected one of layers to formats; download it again"
                 )
-            given += [
-                (module, _METADATA, hint) for module, hint in layers.items() if _is_here(module, headers, modules)
-            ]
+            hinted = hinted or bool(layers)
+            given += [(m, _METADATA, hint) for layer, hint in layers.items() if (m := _module(layer, headers))]
     for module, name, hint in given:
         _check_hint(where, module, name, hint)
         if module in found and found[module]["format"] != hint["format"]:
@@ -354,13 +354,15 @@ def _hints(
                 "expected one format; download it again"
             )
         found[module] = {**found.get(module, {}), **hint}
-    return found
+    return found, hinted or bool(found)
 
 
-def _is_here(module: str, headers: Mapping[str, Header], modules: Mapping[str, Any]) -> bool:
-    """Whether a layer of a header is one to be read: that of a part of the pipeline that was set aside is not."""
-    tops = {name.split(".", 1)[0] for name in headers}
-    return module in modules or module.split(".", 1)[0] in tops
+def _module(layer: str, headers: Mapping[str, Header]) -> str | None:
+    """The module that a header means by a layer; None for that of a part of the pipeline that was set aside."""
+    for module in (layer, f"{ONE_WITH_ALL}{layer}", layer.removeprefix(ONE_WITH_ALL)):
+        if f"{module}.weight" in headers:
+            return module
+    return layer if layer.split(".", 1)[0] in {name.split(".", 1)[0] for name in headers} else None
 
 
 def _check_hint(where: object, module: str, name: str, hint: Any) -> None:
@@ -406,34 +408,3 @@ def _check_numbers(weights: Iterable[Packed]) -> None:
 
 def _padded(size: int, to: int) -> int:
     return -(-size // to) * to
-
-
-def modelopt_algorithm(folder: Path) -> str | None:
-    """What ModelOpt says that the weights of a folder are in, or None where it says nothing.
-
-    Raises:
-        CheckpointError: It is an algorithm that is not known here, or another tool's.
-    """
-    found = None
-    for name in _CONFIGS:
-        path = folder / name
-        if path.is_file() and (algorithm := algorithm_of(path, read_json(path))):
-            found = algorithm
-    return found
-
-
-def algorithm_of(path: Path, config: Mapping[str, Any]) -> str | None:
-    """The same of one file, a model's config or ModelOpt's own."""
-    given = config.get("quantization_config") or (config.get("quantization") if path.name == _CONFIGS[1] else None)
-    if not given:
-        return None
-    given = given if isinstance(given, dict) else {}
-    method = "modelopt" if path.name == _CONFIGS[1] else given.get("quant_method")
-    algorithm = given.get("quant_algo")
-    if method != "modelopt" or algorithm not in _ALGORITHMS:
-        by = f"{method or 'a method it does not name'}{f' to {str(algorithm)[:40]}' if algorithm else ''}"
-        raise CheckpointError(
-            f"{path} is of weights quantised by {by} (quantization_config), expected ModelOpt's "
-            f"{', '.join(_ALGORITHMS)}, or weights that need no scales; pass the checkpoint that they were made from"
-        )
-    return str(algorithm)

@@ -45,7 +45,7 @@ class Checkpoint:
         family: Its declaration.
         folder: The folder that holds the safetensors of the transformer.
         config: config.json without its private entries.
-        files: Tensor name in the files -> the safetensors file that holds it, of all that is read.
+        files: Tensor name in the files -> the file that holds it, of all weights; `packed` has their scales.
         weightless: Whether this is a config alone, which can be traced and described but not written.
         variant: Which of several precisions in the folder, as diffusers names its files.
         config_file: Where the config was read from, if not from the folder.

@@ -17,7 +17,8 @@ class Quantised(Part):
         "e2m1 in blocks of 16 of a row with an e4m3 scale each, and one scale for all."
     )
     activations: Literal["none", "token"] = Field(
-        description="What these layers read. none: as it comes. token: each row quantised to e4m3 when it is computed."
+        description="What these layers read. none: as it comes. token: each row quantised when it is computed, to e4m3; "
+        "with nvfp4 to e2m1 in blocks of 16, with int8 to int8 in blocks of 32."
     )
     layers: tuple[Text, ...] = Field(min_length=1, description="Names of the quantised weights.")
     bytes: Count = Field(description="What their values and scales take.")

@@ -30,6 +30,7 @@ _TAKES = {
 _ACTIVATIONS = {
     **{(kind, form): ("token", "none") for kind in _PLANS for form in ("fp8", "nvfp4")},
     **{("onnxruntime", form): ("none", "token") for form in ("fp8", "int8")},
+    ("inductor", "fp8"): ("none", "token"),
 }
 
 
@@ -115,7 +116,10 @@ def quantised_trace(trace: Trace, options: Options) -> Quantised:
     """
     if options.weights is None:
         return Quantised(trace)
-    return quantise(trace, options.weights, activations_of(options), options.keep_precision)
+    activations = activations_of(options)
+    if options.weights == "int8":  # ONNX Runtime's own kernels round what int8 weights are multiplied with
+        activations = "none"
+    return quantise(trace, options.weights, activations, options.keep_precision)
 
 
 def quantised_entry(plan: Draft) -> Entry | None:

@@ -235,13 +235,26 @@ def _by_token(graph: fx.Graph, layer: fx.Node, form: str) -> None:
         scale = call(graph, aten.div.Tensor, [largest, _LARGEST], like=layer)
         scale = call(graph, aten.clamp.default, [scale, torch.finfo(kind).smallest_normal], like=layer)  # a row of zeros
         share = call(graph, aten.div.Tensor, [x, scale], like=layer)
+        flat = form == "nvfp4" and share.meta["val"].ndim > 2
+        if flat:  # TensorRT-RTX 1.7 does not follow blocks through the rows of a concatenation of three dimensions
+            share = call(graph, aten.flatten.using_ints, [share, 0, -2], like=layer)
         inner = call(graph, round_operator(), [share, form], like=layer)
         product = call(graph, aten.linear.default, [inner, weight], like=layer)
+        if flat:
+            product = call(graph, aten.reshape.default, [product, _sizes(graph, layer)], like=layer)
         result = call(graph, aten.mul.Tensor, [product, scale], like=layer)
         if bias and bias[0] is not None:
             result = call(graph, aten.add.Tensor, [result, bias[0]], like=layer)
     layer.replace_all_uses_with(result)
     graph.erase_node(layer)
+
+
+def _sizes(graph: fx.Graph, node: fx.Node) -> list[Any]:
+    """The shape of what a node returns: numbers, and nodes where a size is open."""
+    shape, x = node.meta["val"].shape, node.args[0]
+    return [
+        call(graph, aten.sym_size.int, [x, k]) if isinstance(size, torch.SymInt) else size for k, size in enumerate(shape)
+    ]
 
 
 def _like(value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -34,6 +34,7 @@ from taylorseer_export.bundle.part_entries import Sections as Sections
 from taylorseer_export.bundle.part_entries import Shown as Shown
 from taylorseer_export.bundle.part_entries import Tiles as Tiles
 from taylorseer_export.bundle.part_entries import Tokens as Tokens
+from taylorseer_export.bundle.quantised import Quantised
 from taylorseer_export.bundle.sealed import Part, Sealed, Sha256
 from taylorseer_export.errors import BundleError
 from taylorseer_export.method.forecasts import Granularity, Layout
@@ -364,6 +365,7 @@ class Manifest(Sealed):
     parts: dict[PartName, PipelinePart] = Field(
         default_factory=dict, description="What of the pipeline is here besides the transformer, by name."
     )
+    quantised: Quantised | None = Field(default=None, description="How weights are quantised; null: they are not.")
     engine: Engine = Field(description="What the engines were built with and are tied to.")
     files: dict[RelativePath, File] = Field(
         description="Hash and size of every file but the manifest, by relative posix path."
@@ -424,6 +426,7 @@ class Manifest(Sealed):
             "engine": self.engine.kind,
             "precision": self.precision,
             "device": device,
+            **(self.quantised.given() if self.quantised else {}),
             **self.engine.options,
             **{name.replace("_", "-"): value for name, value in changes.items()},
         }

@@ -137,6 +137,24 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
         help="dtype of weights and arithmetic (default: %(default)s)",
     )
     engine.add_argument(
+        "--weights",
+        choices=("fp8", "nvfp4", "int8"),
+        help="format of the weights of the blocks' linear layers; all else keeps the precision (default: the precision)",
+    )
+    engine.add_argument(
+        "--activations",
+        choices=("none", "token"),
+        help="what these layers read: as it comes, or each token quantised to e4m3 (default: token for fp8 in TensorRT's "
+        "engines, else none)",
+    )
+    engine.add_argument(
+        "--keep-precision",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="layers whose weights keep the precision, like *.attn.to_q; may be repeated (default: none)",
+    )
+    engine.add_argument(
         "--state-dtype",
         choices=("fp32", "fp16", "bf16"),
         help="dtype of the Taylor buffers; sums over them stay float32 (default: the precision)",
@@ -236,6 +254,9 @@ def _export(family: Family, given: argparse.Namespace) -> int:
         polygraphy=given.polygraphy,
         guards=tuple(dict.fromkeys(given.guard)),
         parts=parts_asked(checkpoint, given.whole, given.without),
+        weights=given.weights,
+        activations=given.activations,
+        keep_precision=tuple(dict.fromkeys(given.keep_precision)),
     )
     export.check_options(options)
     if not given.dry_run:

@@ -57,6 +57,9 @@ def run(given: argparse.Namespace) -> int:
                 f"{result.executed}  order {how.order}{guard}  differs by {seen:.1e}, {result.ratio:.2f} of its bound"
             )
 
-        verify.verify(denoiser, checkpoint, data, on_plan)
-    print(f"{denoiser.manifest.family}-{denoiser.manifest.name} equals the eager model within its bounds")
+        lost = verify.verify(denoiser, checkpoint, data, on_plan)
+    if lost is not None:
+        print(lost)
+    held = "" if lost is None else f" with its {denoiser.manifest.quantised.weights} weights"  # type: ignore[union-attr]
+    print(f"{denoiser.manifest.family}-{denoiser.manifest.name} equals the eager model{held} within its bounds")
     return 0

@@ -17,6 +17,7 @@ from taylorseer_export.compile.engines import Progress, builder
 from taylorseer_export.compile.weights import WEIGHTS, Stored, write_weights
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.graph.cut import Cut
+from taylorseer_export.graph.quantise import Part
 from taylorseer_export.graph.split import Split
 from taylorseer_export.method import Granularity, Layout, Plan
 from taylorseer_export.method.guard import Rule
@@ -46,6 +47,9 @@ class Options:
         polygraphy: Whether the bundle gets example inputs and profiles for Polygraphy's command line.
         guards: The rules that a request may guard its forecasts by; each adds its part to the probe.
         parts: What of the pipeline the bundle holds besides the transformer, by name: see `PartName`.
+        weights: Format of the weights of the blocks' linear layers: `fp8`, `nvfp4` or `int8`; None takes the precision.
+        activations: How what these layers read is quantised: `none` or `token`; None takes what the engine does best.
+        keep_precision: Patterns of layers whose weights stay in the precision.
     """
 
     order: int
@@ -65,6 +69,9 @@ class Options:
     polygraphy: bool = False
     guards: tuple[Rule, ...] = ()
     parts: tuple[PartName, ...] = ()
+    weights: str | None = None
+    activations: str | None = None
+    keep_precision: tuple[str, ...] = ()
 
     def state_type(self) -> torch.dtype:
         """dtype of the Taylor buffers."""
@@ -131,8 +138,12 @@ class BaseDraft(ABC):
         """
         if name in self.buffers:
             return self.buffers[name]
+        return self.finite(name, self.stored[name][0])
+
+    def finite(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of the checkpoint in a dtype, refused as `read` says."""
         found = self.tensor(name)
-        value = found.to(self.stored[name][0])
+        value = found.to(dtype)
         if value.is_floating_point() and (bad := _not_finite(value)):
             kind, whole = str(value.dtype).removeprefix("torch."), not _not_finite(found)
             raise CheckpointError(
@@ -174,6 +185,7 @@ class Draft(BaseDraft):
     Attributes:
         checkpoint: The model.
         split: Its graphs.
+        quantised: Name of a stored tensor -> what it is of which quantised weight.
     """
 
     checkpoint: Checkpoint
@@ -183,10 +195,15 @@ class Draft(BaseDraft):
     typical: dict[str, int]
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     buffers: dict[str, torch.Tensor]
+    quantised: Mapping[str, Part] = field(default_factory=dict)
 
     @property
     def graphs(self) -> tuple[Cut, ...]:
         return self.split.graphs
+
+    def read(self, name: str) -> torch.Tensor:
+        part = self.quantised.get(name)
+        return super().read(name) if part is None else part.of(self.finite(part.weight, torch.float32))
 
     def origin(self) -> str:
         return self.checkpoint.reference

@@ -36,6 +36,7 @@ from taylorseer_export.compile.draft import Options as Options
 from taylorseer_export.compile.engines import Progress, builder, check_engine
 from taylorseer_export.compile.parts import refuse_missing, write_parts
 from taylorseer_export.compile.polygraphy import check_sizes, write_examples
+from taylorseer_export.compile.quantised import check_weights, quantised_entry, quantised_trace
 from taylorseer_export.errors import CheckpointError, ConfigError
 from taylorseer_export.graph.split import split
 from taylorseer_export.graph.trace import Trace, trace
@@ -68,6 +69,7 @@ def check_options(options: Options) -> None:
     if not 0 <= options.order <= 4:
         raise ConfigError(f"--order is {options.order}, expected 0 to 4 (dimensionless); the paper uses 1 to 4")
     check_engine(options)
+    check_weights(options)
     if options.batch is not None and options.batch < 1:
         raise ConfigError(f"--batch is {options.batch}, expected at least 1 (samples); leave it out for any batch")
 
@@ -105,10 +107,11 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     traced = source if isinstance(source, Traced) else trace_model(source, options)
     assert traced.precision == options.precision, "bug in taylorseer-export: the trace is of another precision"
     check_options(options)
-    checkpoint, module = traced.checkpoint, traced.trace.module
+    checkpoint = traced.checkpoint
     ranges, sizes = checkpoint.family.dimensions(checkpoint.config), _sizes(checkpoint, options)
     how = (options.granularity, options.layout, options.order, options.state_type(), options.guards)
-    pieces = split(traced.trace, *how)
+    quantised = quantised_trace(traced.trace, options)
+    pieces = split(quantised.trace, *how)
     default = checkpoint.family.latent_sizes(checkpoint.config, *checkpoint.latent_size)
     default |= checkpoint.family.typical
     default |= {name: checkpoint.card[name] for name in ranges if name in checkpoint.card}
@@ -118,9 +121,9 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     typical = {name: sizes[name] or within[name] for name in ranges} | {"steps": options.steps}
     stored = {}
     for name in dict.fromkeys(n for cut in pieces.graphs for n in cut.parameters()):
-        value = traced.buffers[name] if name in traced.buffers else attrgetter(name)(module)
+        value = traced.buffers[name] if name in traced.buffers else attrgetter(name)(quantised.trace.module)
         stored[name] = (value.dtype, tuple(value.shape))
-    return Draft(checkpoint, options, pieces, sizes, typical, stored, traced.buffers)
+    return Draft(checkpoint, options, pieces, sizes, typical, stored, traced.buffers, quantised.parts)
 
 
 def _sizes(checkpoint: Checkpoint, options: Options) -> dict[str, int | None]:
@@ -226,6 +229,7 @@ def describe(
         pipeline=pipeline_of(checkpoint),
         comfy=comfy_of(checkpoint),
         parts=dict(parts or {}),
+        quantised=quantised_entry(plan),
         engine=builder(options.engine).engine(options).model_copy(update={"options": _texts(options.engine_options)}),
         files=dict(files or {graph.file: File(sha256="0" * 64, size=0) for graph in graphs.values()}),
         cache_key=_cache_key(weights_sha256, options),

@@ -24,6 +24,7 @@ from taylorseer_export.compile.program import example_inputs, exported_program, 
 from taylorseer_export.compile.weights import WEIGHTS
 from taylorseer_export.errors import BuildError, first_line
 from taylorseer_export.graph.cut import Cut
+from taylorseer_export.graph.quantise import lowered
 
 PACKAGE = "graphs.pt2"
 # Sources stay behind. The wrapper's name does not: from it torch 2.11 works out where a graph's metadata lies.
@@ -112,7 +113,7 @@ def program_of(
     Raises:
         BuildError: It does not export.
     """
-    module = writing(pointwise_sums(weighted(cut, weights, device)), cut)
+    module = writing(pointwise_sums(weighted(lowered(cut), weights, device)), cut)
     return exported_program(cut, draft.graph_sizes, draft.ranges(), module, device)
 
 

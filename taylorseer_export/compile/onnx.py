@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from taylorseer_export.compile.draft import BaseDraft
@@ -14,9 +15,16 @@ from taylorseer_export.compile.program import exported_program, quiet_libraries,
 from taylorseer_export.compile.weights import WEIGHTS, Stored
 from taylorseer_export.errors import BuildError, first_line
 from taylorseer_export.graph.cut import Cut
+from taylorseer_export.graph.formats import BLOCK
+from taylorseer_export.graph.quantise import BLOCK_STEP, STEP, lowered
 
 OPSET = 20
+# With float8 that a quantisation makes, and with values of four bits in blocks.
+_QUANTISED_OPSET, _BLOCKS_OPSET, _BLOCKS_IR = 21, 23, 11
 _INSIDE = 1 << 13  # bytes
+_IN_BLOCKS = {"axis": -1, "block_size": BLOCK}
+_PLUGIN = "trt"  # domain of TensorRT's own operators
+_OURS = "taylorseer"  # domain of nodes that are none of ONNX until the graph is simplified
 
 
 def write_graphs(draft: BaseDraft, folder: Path, progress: Progress) -> dict[str, Path]:
@@ -48,7 +56,7 @@ def write_onnx(draft: BaseDraft, cut: Cut, weights: Mapping[str, Stored], path: 
     from onnxscript import optimizer
 
     sizes = draft.graph_sizes
-    program = exported_program(cut, sizes, draft.ranges())
+    program = exported_program(lowered(cut, _dequantise, _round), sizes, draft.ranges())
     try:
         with torch.no_grad(), quiet_libraries():
             exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
@@ -76,10 +84,10 @@ def write_onnx(draft: BaseDraft, cut: Cut, weights: Mapping[str, Stored], path: 
     for name in outside & graph.initializers.keys():
         place = weights[name]
         graph.initializers[name].const_value = ir.ExternalTensor(
-            WEIGHTS, place.offset, place.length, ir.DataType.from_numpy(_numpy_dtype(place.dtype))
-            if place.dtype != torch.bfloat16 else ir.DataType.BFLOAT16,
+            WEIGHTS, place.offset, place.length, _data_type(place.dtype),
             shape=ir.Shape(place.shape), name=name, base_dir=path.parent,
         )  # fmt: skip
+    _with_quantisation(model)
     for values, contract in ((graph.inputs, cut.inputs), (graph.outputs, cut.outputs)):
         for value, tensor in zip(values, contract, strict=True):
             value.name = tensor.name
@@ -115,5 +123,108 @@ def _without_sequences(graph: Any) -> None:
         graph.remove(node, safe=True)
 
 
-def _numpy_dtype(dtype: torch.dtype) -> Any:
-    return torch.empty(0, dtype=dtype).numpy().dtype
+def _dequantise(values: torch.Tensor, scale: torch.Tensor, whole: torch.Tensor | None) -> torch.Tensor:
+    """The marker as a node of our own, which `_with_quantisation` replaces: the exporter has no such operator."""
+    given = (values, scale) if whole is None else (values, scale, whole)
+    shape = (values.shape[0], values.shape[1] * (1 if whole is None else 2))
+    made: torch.Tensor = torch.onnx.ops.symbolic(
+        f"{_OURS}::Dequantise", given, dtype=given[-1].dtype, shape=shape, version=1
+    )
+    return made
+
+
+def _round(x: torch.Tensor, form: str) -> torch.Tensor:
+    made: torch.Tensor = torch.onnx.ops.symbolic(
+        f"{_OURS}::Round", (x,), {"form": form}, dtype=x.dtype, shape=x.shape, version=1
+    )
+    return made
+
+
+def _with_quantisation(model: Any) -> None:
+    """Put the operators of ONNX in the place of our own nodes, and raise the opset to theirs where there are any."""
+    import onnx_ir as ir
+
+    graph, found = model.graph, [node for node in model.graph if node.domain == _OURS]
+    opset = _QUANTISED_OPSET
+    for node in found:
+        kind, old = node.outputs[0].dtype, node.outputs[0]
+        if node.op_type == "Round":
+            four = node.attributes["form"].as_string() == "nvfp4"
+            made = (_four_bits if four else _eight_bits)(graph, node.inputs[0], kind)
+        else:
+            values, *scales = node.inputs
+            four = len(scales) == 2
+            made = [ir.node("DequantizeLinear", scales)] if four else []
+            inputs = [_as_pairs(values), made[0].outputs[0]] if four else [values, *scales]
+            made.append(ir.node("DequantizeLinear", inputs, _IN_BLOCKS if four else {"axis": 0}))
+            made[0].outputs[0].dtype = kind
+        opset = _BLOCKS_OPSET if four else opset
+        for k, one in enumerate(made):
+            one.name = f"{node.name}.{k}"
+            graph.insert_before(node, one)
+            for n, value in enumerate(one.outputs):
+                value.name = f"{old.name}.{k}.{n}"
+        last = made[-1].outputs[0]
+        last.dtype, last.shape = kind, old.shape
+        ir.convenience.replace_all_uses_with(old, last)
+        graph.remove(node, safe=True)
+    if found:
+        model.opset_imports[""] = opset
+        model.opset_imports.pop(_OURS, None)
+        if opset == _BLOCKS_OPSET:
+            model.ir_version = max(model.ir_version, _BLOCKS_IR)
+            model.opset_imports[_PLUGIN] = 1
+
+
+def _eight_bits(graph: Any, x: Any, kind: Any) -> list[Any]:
+    """x rounded to e4m3 in units of `STEP`."""
+    import onnx_ir as ir
+
+    step, to = _number(graph, "round.step", STEP, kind), {"output_dtype": int(ir.DataType.FLOAT8E4M3FN)}
+    there = ir.node("QuantizeLinear", [x, step], to)
+    there.outputs[0].dtype = ir.DataType.FLOAT8E4M3FN
+    return [there, ir.node("DequantizeLinear", [there.outputs[0], step])]
+
+
+def _four_bits(graph: Any, x: Any, kind: Any) -> list[Any]:
+    """x rounded to e2m1 in blocks, by the operator that TensorRT's parsers have for it: ONNX has none."""
+    import onnx_ir as ir
+
+    step = _number(graph, "round.block_step", BLOCK_STEP, kind)
+    how = {"axis": -1, "block_size": BLOCK, "scale_type": int(ir.DataType.FLOAT8E4M3FN)}
+    there = ir.node("TRT_FP4DynamicQuantize", [x, step], how, domain=_PLUGIN, num_outputs=2)
+    there.outputs[0].dtype, there.outputs[1].dtype = ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN
+    scales = ir.node("DequantizeLinear", [there.outputs[1], step])
+    scales.outputs[0].dtype = kind
+    return [there, scales, ir.node("DequantizeLinear", [there.outputs[0], scales.outputs[0]], _IN_BLOCKS)]
+
+
+def _number(graph: Any, name: str, number: float, kind: Any) -> Any:
+    """The initializer of one number, made once for a graph."""
+    import onnx_ir as ir
+
+    if name not in graph.initializers:
+        value = ir.tensor(np.array(number, kind.numpy()), name=name)
+        graph.register_initializer(ir.val(name, kind, ir.Shape(()), const_value=value))
+    return graph.initializers[name]
+
+
+def _as_pairs(packed: Any) -> Any:
+    """The initializer of bytes with two values each as one of four-bit values, over the same bytes of the file."""
+    import onnx_ir as ir
+
+    old, kind = packed.const_value, ir.DataType.FLOAT4E2M1
+    shape = ir.Shape((old.shape[0], 2 * old.shape[1]))
+    packed.const_value = ir.ExternalTensor(
+        old.location, old.offset, old.length, kind, shape=shape, name=packed.name, base_dir=old.base_dir
+    )
+    packed.dtype, packed.shape = kind, shape
+    return packed
+
+
+def _data_type(dtype: torch.dtype) -> Any:
+    """What ONNX calls a dtype; numpy lacks some."""
+    import onnx_ir as ir
+
+    others = {torch.bfloat16: ir.DataType.BFLOAT16, torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN}
+    return others.get(dtype) or ir.DataType.from_numpy(torch.empty(0, dtype=dtype).numpy().dtype)

@@ -23,6 +23,9 @@ _NAMES = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
+    torch.uint8: "U8",
 }
 _PAGE = 4096  # the data section starts on a page, so that loaders can map it
 

@@ -39,5 +39,7 @@ def float_types(node: fx.Node) -> set[torch.dtype]:
     """The float types among the tensors that an operator computes with."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return set()
+    if node.target.namespace in ("taylorseer", "onnx_symbolic"):  # markers: values and scales of a quantised weight
+        return set()
     values = [n.meta.get("val") for n in node.all_input_nodes]
     return {v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}

@@ -18,6 +18,7 @@ from taylorseer_export.bundle.shapes import names
 from taylorseer_export.errors import ExportError
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.narrow import upstream
+from taylorseer_export.graph.quantise import is_marker
 from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT
 from taylorseer_export.graph.trace import Trace, is_tap, module_paths
 
@@ -105,7 +106,7 @@ def _mixed_types(cut: Cut) -> list[str]:
     for node in cut.module.graph.nodes:
         read = [types[source] for source in node.all_input_nodes]
         kinds = sorted({str(t).removeprefix("torch.") for t in read if t is not None and t.is_floating_point})
-        if isinstance(node.target, torch._ops.OpOverload) and len(kinds) > 1:
+        if isinstance(node.target, torch._ops.OpOverload) and len(kinds) > 1 and not is_marker(node):
             mixed.append(f"`{node.target}` of {' and '.join(kinds)} at `{node.name}`")
         if node.op == "placeholder":
             types[node] = getattr(torch, next(contract).dtype)

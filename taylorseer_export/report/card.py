@@ -50,6 +50,12 @@ def card(manifest: Manifest) -> str:
         lines.append(f"  {name:<10} {size(graph.weights_bytes):>9} of weights, {when}")
         for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
             lines += _wrapped(kind, tensors)
+    if (quantised := manifest.quantised) is not None:
+        tokens = ", what they read by token" if quantised.activations == "token" else ""
+        lines.append(
+            f"  quantised  {size(quantised.bytes)} of weights in {quantised.weights}, {len(quantised.layers)} layers"
+            f"{tokens}; {size(quantised.unquantised_bytes)} in {manifest.precision}"
+        )
     for part, described in manifest.parts.items():
         lines += _of_part(part, described)
     state, kept = manifest.state, size(probe_bytes(manifest, sizes))

@@ -75,13 +75,18 @@ def compare_graphs(denoiser: Denoiser, checkpoint: Checkpoint, on_graph: Callabl
 def _options(denoiser: Denoiser) -> Options:
     """The options that give a bundle's graphs again; sizes are left open."""
     manifest = denoiser.manifest
+    quantised = manifest.quantised
+    given: dict[str, Any] = {}
+    if quantised is not None:
+        given = {"weights": quantised.weights, "activations": quantised.activations}
+        given |= {"keep_precision": quantised.keep_precision, "engine": "inductor", "device": "cpu"}  # takes every format
     return Options(
         order=manifest.state.order,
         interval=manifest.plan.interval,
         warmup=manifest.plan.warmup,
         granularity=manifest.state.granularity,
         layout=manifest.state.layout,
-        device="cuda",  # where every precision is allowed; nothing is built
+        **{"device": "cuda", **given},  # where every precision is allowed; nothing is built
         precision=manifest.precision,
         guards=manifest.state.guards,
         state_dtype={"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[manifest.state.dtype],

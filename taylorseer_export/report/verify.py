@@ -25,10 +25,13 @@ from taylorseer_export.families import family_named
 from taylorseer_export.families.family import AUTO, Family, unknown
 from taylorseer_export.graph.propose import propose
 from taylorseer_export.method import Forecasts, Guard, Plan, Rule, exact_weights, gain
+from taylorseer_export.report.quantised import Errors, errors, hold_quantised
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.trajectory import Trajectory
 
 _ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# Of what a quantised layer reads, row by row: half a step of e4m3, of int8 and of e2m1 as shares of a usual number.
+_OF_TOKENS = {"fp8": 2.0**-4, "int8": 2.0**-7, "nvfp4": 2.0**-2}
 _LEAST = 1e-30  # a threshold that no error is under
 _FLOAT64_LIMIT = 2 << 30  # bytes of float32 weights above which the reference stays in float32
 
@@ -103,6 +106,8 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: F
 
     with u the unit roundoff of the stored features and of the float32 sums, `length` the longest contraction, and
     `gain` the sum of |weights|, by which a forecast amplifies the errors of its snapshots.
+    Of quantised weights the reference holds what they stand for, and the bound is the same; where what they are
+    multiplied with is quantised too, it grows by sqrt(layers) times half a step of that format.
     """
     manifest = denoiser.manifest
     sizes = denoiser.sizes(data.latents.shape[1:], data.conditioning)
@@ -124,19 +129,31 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: F
 
 def roundoff_of(model: nn.Module, manifest: Manifest) -> float:
     """Share of its largest value by which an output may be off: `compare`'s bound without gain and scale."""
+    of_tokens, found = 0.0, manifest.quantised
+    if found is not None and found.activations == "token":
+        of_tokens = math.sqrt(len(found.layers)) * _OF_TOKENS[found.weights]
     sites = _module_sites(model, family_of(model, manifest.family))
     depth, length = max(len(sites), 1), _longest_contraction(model)
     roundoff = _ROUNDOFF[manifest.state.dtype]
-    return math.sqrt(depth) * (math.sqrt(32) * roundoff + math.sqrt(length) * _ROUNDOFF["float32"])
+    return math.sqrt(depth) * (math.sqrt(32) * roundoff + math.sqrt(length) * _ROUNDOFF["float32"]) + of_tokens
 
 
-def verify(denoiser: Denoiser, checkpoint: Checkpoint, data: Trajectory, on_plan: Callable[[Parity], object]) -> None:
+def verify(
+    denoiser: Denoiser, checkpoint: Checkpoint, data: Trajectory, on_plan: Callable[[Parity], object]
+) -> Errors | None:
     """Compare the plans that matter: all full, the default, order 0, an uneven one; and what every guard executes.
+
+    Returns:
+        What quantised weights cost beside that; None where there are none.
 
     Raises:
         ParityError: A bound is broken.
     """
     model = reference_model(checkpoint)
+    plain: list[np.ndarray] = []
+    if denoiser.manifest.quantised is not None:
+        plain = _predictions(model, denoiser, data)
+        hold_quantised(model, checkpoint, denoiser.manifest)
     state, steps = denoiser.manifest.state, len(data.timesteps)
     cases = plans(denoiser, steps)
     for rule in state.guards:
@@ -152,6 +169,25 @@ def verify(denoiser: Denoiser, checkpoint: Checkpoint, data: Trajectory, on_plan
                 f"{forecasts.order}), "
                 f"expected at most {result.bound[step]:.3g}; export again, and report it if it stays"
             )
+    if not plain:
+        return None
+    full, regular = (_answers(denoiser, data, forecasts) for forecasts in cases[:2])
+    return errors(plain, _predictions(model, denoiser, data), full, regular)
+
+
+def _predictions(model: nn.Module, denoiser: Denoiser, data: Trajectory) -> list[np.ndarray]:
+    """Of the eager model, all steps full."""
+    every = Forecasts(Plan.all_full(len(data.timesteps)), 0)
+    with _Reference(model, denoiser, every).hooked() as reference:
+        pairs = zip(data.latents, data.timesteps, strict=True)
+        return [reference.step(latent, timestep, data.conditioning) for latent, timestep in pairs]
+
+
+def _answers(denoiser: Denoiser, data: Trajectory, forecasts: Forecasts) -> list[np.ndarray]:
+    """Of the bundle."""
+    slot = denoiser.slot(denoiser.sizes(data.latents.shape[1:], data.conditioning))
+    slot.start(data.conditioning, forecasts, data.timesteps)
+    return [slot.step(latent) for latent in data.latents]
 
 
 def _middle_error(denoiser: Denoiser, data: Trajectory, rule: Rule) -> float:

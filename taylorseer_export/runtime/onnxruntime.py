@@ -30,6 +30,8 @@ _SLOW_FUSIONS = ["SkipLayerNormFusion"]
 _FLOAT32 = {"use_tf32": "0"}
 _ONNX_BFLOAT16 = 16
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+# How products of int8 weights are computed: 1 in float32, 4 in int8, which is what ONNX Runtime does if left alone.
+_INT8_PRODUCTS = "session.qdq_matmulnbits_accuracy_level"
 # What a session calls a dtype -> the contract's name.
 _DTYPES = {
     "tensor(float)": "float32",
@@ -62,8 +64,9 @@ def open_runner(
         bundle.check_listed(graph.file)
     files = {name: bundle.path(graph.file) for name, graph in graphs.items()}
     provider = bundle.manifest.engine.options.get("provider") if device.is_gpu else None
-    ranges = bundle.manifest.dimensions
-    return OnnxRuntimeRunner(files, graphs, device, threads, provider, cuda_graphs, ranges, weights)
+    ranges, quantised = bundle.manifest.dimensions, bundle.manifest.quantised
+    rounds = quantised is not None and quantised.activations == "token"
+    return OnnxRuntimeRunner(files, graphs, device, threads, provider, cuda_graphs, ranges, weights, rounds)
 
 
 def _library() -> Any:
@@ -91,6 +94,7 @@ class OnnxRuntimeRunner:
             Other libraries must keep off the GPUs of this process while a call is bound: they end the capture.
         dimensions: Ranges of the sizes, which the TensorRT provider builds for.
         weights: Tensor name -> values in the place of the files'; bfloat16 as its bits, uint16. All graphs share them.
+        rounds: Whether what int8 weights are multiplied with may be rounded to int8 too.
 
     Raises:
         BundleError: onnxruntime is not installed, has no such device, or refuses a file.
@@ -106,6 +110,7 @@ class OnnxRuntimeRunner:
         cuda_graphs: bool = True,
         dimensions: Mapping[str, Dimension] | None = None,
         weights: Mapping[str, np.ndarray] | None = None,
+        rounds: bool = False,
     ) -> None:
         onnxruntime = _library()
         self.graphs, self.device, self.fallbacks = graphs, device.at(0), 0
@@ -135,6 +140,7 @@ class OnnxRuntimeRunner:
                 captured = {} if self._numbers is None else {"enable_cuda_graph": "1"}
                 providers = [(first, {**place, **_FLOAT32, **captured})]
             options = _options(onnxruntime, threads)
+            options.add_session_config_entry(_INT8_PRODUCTS, "4" if rounds else "1")
             try:
                 source, folder = _source(path)
                 if folder is not None:

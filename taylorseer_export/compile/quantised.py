@@ -1,0 +1,140 @@
+"""Quantised weights as an option of an export: which engine takes which format, before any work is done."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from taylorseer_export.bundle.quantised import Quantised as Entry
+from taylorseer_export.errors import BuildError, ConfigError
+from taylorseer_export.graph.formats import FORMATS
+from taylorseer_export.graph.quantise import Quantised, quantise
+
+if TYPE_CHECKING:
+    from taylorseer_export.compile.draft import Draft, Options
+    from taylorseer_export.graph.trace import Trace
+
+ACTIVATIONS = ("none", "token")
+# Format -> the first compute capability whose matrix units have it; int8 weights are widened before they are multiplied.
+_SINCE = {"fp8": (8, 9), "nvfp4": (10, 0), "int8": (8, 0)}
+_PLANS = ("tensorrt", "tensorrt-rtx")
+# Kind of engine -> formats that it takes, the first of them what is named where another is asked for.
+_TAKES = {
+    "onnxruntime": ("fp8", "int8"),
+    "inductor": FORMATS,
+    "tensorrt": FORMATS,
+    "tensorrt-rtx": FORMATS,
+    "torch-tensorrt": (),
+}
+# (kind of engine, format) -> how it takes what the layers read, the first if nothing is said.
+_ACTIVATIONS = {
+    **{(kind, form): ("token", "none") for kind in _PLANS for form in ("fp8", "nvfp4")},
+    **{("onnxruntime", form): ("none", "token") for form in ("fp8", "int8")},
+    ("inductor", "fp8"): ("none", "token"),
+}
+
+
+def activations_of(options: Options) -> str:
+    """How what quantised layers read is quantised: as asked, else as the engine does best."""
+    return options.activations or _taken(options)[0]
+
+
+def check_weights(options: Options) -> None:
+    """Refuse a format that the engine or a GPU it is built for does not take.
+
+    Raises:
+        ConfigError: Names the format that it takes.
+    """
+    form = options.weights
+    if form is None:
+        for option, value in (("activations", options.activations), ("keep-precision", options.keep_precision)):
+            if value:
+                shown = value if isinstance(value, str) else value[0]
+                raise ConfigError(
+                    f"--{option} is {shown} without --weights, expected it too; add --weights fp8, or leave it out"
+                )
+        return
+    if form not in FORMATS:
+        raise ConfigError(f"--weights is {form}, expected {', '.join(FORMATS)}; choose one, or leave it out")
+    if form not in (takes := _TAKES[options.engine]):
+        remedy = f"use --weights {takes[0]}" if takes else "leave it out, or use --engine tensorrt"
+        raise ConfigError(
+            f"--weights is {form} with --engine {options.engine}, expected {' or '.join(takes) or 'none'}; {remedy}"
+        )
+    if options.activations not in (None, *_taken(options)):
+        raise ConfigError(
+            f"--activations is {options.activations} with --engine {options.engine} --weights {form}, expected "
+            f"{' or '.join(_taken(options))}; change one of them or leave it out"
+        )
+    if options.engine in _PLANS:
+        _check_capabilities(options, form)
+
+
+def _taken(options: Options) -> tuple[str, ...]:
+    return _ACTIVATIONS.get((options.engine, str(options.weights)), ("none",))
+
+
+def _check_capabilities(options: Options, form: str) -> None:
+    """Every GPU that plans are built for must have the format."""
+    since = (12, 0) if (options.engine, form) == ("tensorrt-rtx", "nvfp4") else _SINCE[form]
+    lacking = [entry for entry in _capabilities(options) if tuple(map(int, entry.split("."))) < since]
+    if not lacking:
+        return
+    least = ".".join(map(str, since))
+    if options.engine == "tensorrt-rtx":
+        having = [entry for entry in _capabilities(options, anywhere=True) if tuple(map(int, entry.split("."))) >= since]
+        remedy = f"add --gpu-arch {','.join(having)}, or use --weights {_for(lacking)}"
+    else:
+        remedy = f"use --weights {_for(lacking)}, or build on such a GPU"
+    raise ConfigError(
+        f"--weights is {form} for compute capability {', '.join(lacking)}, expected {least} or later; {remedy}"
+    )
+
+
+def _for(capabilities: list[str]) -> str:
+    """The format that all of these have, the smallest first."""
+    oldest = min(tuple(map(int, entry.split("."))) for entry in capabilities)
+    return next(form for form in ("fp8", "int8") if _SINCE[form] <= oldest)
+
+
+def _capabilities(options: Options, anywhere: bool = False) -> list[str]:
+    """What plans are built for, or with `anywhere` all that the library builds for."""
+    from taylorseer_export.bundle.tensorrt import library
+    from taylorseer_export.compile.tensorrt import architectures, this_gpu
+
+    if options.engine == "tensorrt-rtx":
+        return architectures(library(options.engine, BuildError), {} if anywhere else options.engine_options)
+    level = options.engine_options.get("hardware-compatibility-level", "none")
+    return [this_gpu(options.engine, level)["compute_capability"].rstrip("+")]
+
+
+def quantised_trace(trace: Trace, options: Options) -> Quantised:
+    """The trace with its weights quantised, or as it is where no format is asked for.
+
+    Raises:
+        ConfigError: See `quantise`.
+    """
+    if options.weights is None:
+        return Quantised(trace)
+    activations = activations_of(options)
+    if options.weights == "int8":  # ONNX Runtime's own kernels round what int8 weights are multiplied with
+        activations = "none"
+    return quantise(trace, options.weights, activations, options.keep_precision)
+
+
+def quantised_entry(plan: Draft) -> Entry | None:
+    """What the manifest says of a draft."""
+    if plan.options.weights is None:
+        return None
+    stored: dict[str, Any] = plan.stored
+    read = {name: part for name, part in plan.quantised.items() if name in stored}
+    layers = tuple(dict.fromkeys(part.weight for part in read.values()))
+    count = sum(part.count for part in read.values() if part.index == 0)
+    return Entry(
+        weights=plan.options.weights,  # type: ignore[arg-type]
+        activations=activations_of(plan.options),  # type: ignore[arg-type]
+        layers=layers,
+        bytes=sum(stored[name][0].itemsize * math.prod(stored[name][1]) for name in read),
+        unquantised_bytes=count * next(iter(read.values())).precision.itemsize,
+        keep_precision=plan.options.keep_precision,
+    )

@@ -70,6 +70,7 @@ EMBEDDED: dict[str, tuple[str, dict[str, Any]]] = {
     "digits": ("dit", {"order": 2}),
     "residual-digits": ("dit", {"order": 2, "granularity": "residual", "guards": ("cg",)}),
     "shapes": ("flux", {}),
+    "adapted": ("flux", {"lora_rank": 4}),
     "videos": ("wan", {}),
 }
 

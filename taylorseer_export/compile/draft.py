@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from taylorseer_export.bundle.manifest import Dimension, Graph, PartName
+from taylorseer_export.bundle.manifest import Dimension, Graph, LowRank, PartName
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.engines import Progress, builder
 from taylorseer_export.compile.weights import WEIGHTS, Stored, write_weights
@@ -46,6 +46,8 @@ class Options:
         polygraphy: Whether the bundle gets example inputs and profiles for Polygraphy's command line.
         guards: The rules that a request may guard its forecasts by; each adds its part to the probe.
         parts: What of the pipeline the bundle holds besides the transformer, by name: see `PartName`.
+        lora_rank: Highest rank of the LoRA that a request may bring, dimensionless; None takes none.
+        lora_targets: Regular expression found in the names of the layers that it may change; None takes all.
     """
 
     order: int
@@ -65,6 +67,8 @@ class Options:
     polygraphy: bool = False
     guards: tuple[Rule, ...] = ()
     parts: tuple[PartName, ...] = ()
+    lora_rank: int | None = None
+    lora_targets: str | None = None
 
     def state_type(self) -> torch.dtype:
         """dtype of the Taylor buffers."""
@@ -174,6 +178,7 @@ class Draft(BaseDraft):
     Attributes:
         checkpoint: The model.
         split: Its graphs.
+        lora: Its low-rank inputs.
     """
 
     checkpoint: Checkpoint
@@ -183,6 +188,7 @@ class Draft(BaseDraft):
     typical: dict[str, int]
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     buffers: dict[str, torch.Tensor]
+    lora: LowRank | None = None
 
     @property
     def graphs(self) -> tuple[Cut, ...]:

@@ -1,19 +1,34 @@
 """LoRA of a request: low-rank inputs of the graphs, against the model that peft itself gives the LoRA."""
 
 import copy
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import oracle
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from harness import advance, allowed, as_arrays, eager_denoiser, open_slot, run
-from test_lora_at_load import pairs, written
+from images_api import GENERATIONS, alone, asked, picture_in, serving
+from recorder import Recorder
+from safetensors.torch import load_file
+from test_dropin import paint
+from test_lora_at_load import ASSETS, pairs, updated, written
 from tiny_bundles import options_of, trace_of
+from tiny_pipelines import flux_pipeline
 
 from taylorseer_export.bundle.low_rank import LORA
 from taylorseer_export.cli import main
 from taylorseer_export.compile import export
+from taylorseer_export.embedded.requests import label_request
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Forecasts, Plan
+from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.sampling import sample
+from taylorseer_export.runtime.trajectory import random_trajectory
+from taylorseer_export.serve.api.loaded import load_models
+from taylorseer_export.serve.service import Limits
 
 PLAN, ORDER, R = "FF..F.", 2, 4  # the files are of rank 3
 # In prepare (modulation, text), in full (attention, MLP), and in all kinds of step (head).
@@ -148,6 +163,103 @@ def test_what_does_not_fit_is_refused_by_name(tiny, graphs, files, eager, tmp_pa
             drawn(open_slot(denoiser, model.inputs(2)), model.inputs(2), "FF", lora)
     with pytest.raises(ConfigError, match="lora strength is nan, expected a finite number"):
         lora.at(float("nan"))
+
+
+def test_a_pipeline_with_a_drop_in_paints_with_its_lora(tiny, graphs, files):
+    """As the pipeline whose model peft gives it, and another drop-in over the same engines paints without."""
+    model = with_loras(tiny("flux").model, {files[0]: 0.7})
+    pipe = flux_pipeline(tiny("flux").model)
+    pipe.transformer = graphs.as_transformer(interval=1, lora=f"{files[0]}:0.7")
+    seen = Recorder(pipe.transformer)
+    painted = paint(pipe)
+    with seen.retold_by(model):
+        assert torch.equal(painted, paint(flux_pipeline(model)))
+    seen.assert_plan(model, "FFFFF", 1)
+    pipe.transformer = graphs.as_transformer(interval=1)
+    assert not torch.equal(painted, paint(pipe))
+
+
+# Engines, and the doors to them: the embedded DiT, of one load ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory):
+    """The embedded transformer, and two LoRAs of it."""
+    folder, model = (
+        tmp_path_factory.mktemp("embedded"),
+        DiTTransformer2DModel.from_pretrained(ASSETS / "dit/transformer"),
+    )
+    some = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][::3]
+    return model, [written(folder / f"{n}.safetensors", pairs(model, some, n), alpha=None) for n in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def adapted(embedded):
+    with load(embedded("adapted"), threads=1) as denoiser:
+        yield denoiser
+
+
+def test_an_engine_with_inputs_is_the_model_and_the_one_with_the_lora_in_its_weights(embedded, adapted, loras):
+    model, (path, _) = loras
+    made = random_trajectory(adapted, len(PLAN), {"batch": 2})
+    conditioning = {name: torch.from_numpy(value) for name, value in made.conditioning.items()}
+    inputs = torch.from_numpy(made.latents), torch.from_numpy(made.timesteps), conditioning
+    expected = oracle.replay(updated(model, pairs_in(path), 0.5), *inputs, PLAN, ORDER)
+    limit = allowed(model, expected, PLAN, ORDER)
+    seen = drawn(open_slot(adapted, inputs), inputs, PLAN, adapted.adapter(f"{path}:0.5"))
+    oracle.assert_close("inputs", seen, expected, limit)
+    with load(embedded("digits"), threads=1, lora=f"{path}:0.5", check=False) as fused:
+        oracle.assert_close("fused", run(fused, inputs, PLAN, ORDER), seen, 2 * limit)
+    with load(embedded("adapted"), threads=1, lora=f"{path}:0.5") as usual:  # the check at load runs with it
+        assert torch.equal(run(usual, inputs, PLAN, ORDER), seen) and not usual.lora.weights
+
+
+def pairs_in(path):
+    """Module -> (B, A) of a file as `written` writes it."""
+    tensors = load_file(path)
+    modules = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    sides = {module: (tensors[f"{module}.lora_B.weight"], tensors[f"{module}.lora_A.weight"]) for module in modules}
+    return {module.removeprefix("transformer."): pair for module, pair in sides.items()}
+
+
+def test_run_draws_with_the_lora_it_is_given(embedded, adapted, loras, tmp_path, capsys):
+    _, (path, _) = loras
+    out = tmp_path / "latents.safetensors"
+    given = ["run", str(embedded("adapted")), "--lora", f"{path}:0.5", "--label", "7", "--steps", "4"]
+    assert main([*given, "--threads", "1", "--out", str(out)]) == 0
+    assert "layers changed by inputs" in capsys.readouterr().out
+    request = replace(label_request(adapted, [7], [0]), lora=adapted.adapter(f"{path}:0.5"))
+    made = sample(adapted, request, adapted.forecasts(steps=4))
+    assert torch.equal(load_file(out)["latents"], torch.from_numpy(made.latents))
+
+
+def test_a_server_loads_once_and_draws_each_request_with_its_lora(embedded, adapted, loras):
+    """Three at a time over two slots, each as it is drawn alone."""
+    _, (one, other) = loras
+    given = {"one": f"{one}:0.5", "other": str(other)}
+    models = load_models([embedded("adapted")], limits=Limits(slots=2), loras=given)
+    wishes = {"one": f"{one}:0.5", "other:-0.25": f"{other}:-0.25", None: None}
+    try:
+        assert [model.name for model in models] == ["dit-tiny"]
+        with serving(models) as port, ThreadPoolExecutor(3) as pool:
+            bodies = [{"prompt": "7", "seed": 1, "steps": 4} | ({"lora": name} if name else {}) for name in wishes]
+            answers = list(pool.map(lambda body: asked(port, GENERATIONS, body), bodies))
+            for (status, _, text), lora in zip(answers, wishes.values(), strict=True):
+                request = label_request(adapted, [7], [1])
+                request = replace(request, lora=lora and adapted.adapter(lora))
+                assert status == 200
+                drawn_alone, _ = alone(adapted, request, steps=4)
+                assert (picture_in(json.loads(text)["data"][0]["b64_json"]) == drawn_alone).all()
+            assert len({text for _, _, text in answers}) == 3
+            for wrong in ("blue", "one:strong", "one:nan"):
+                status, _, text = asked(port, GENERATIONS, {"prompt": "7", "lora": wrong})
+                error = json.loads(text)["error"]
+                assert (status, error["param"]) == (400, "lora")
+                assert (
+                    f"lora is `{wrong}` for dit-tiny, expected one or other, or one of them with a" in error["message"]
+                )
+    finally:
+        models.close()
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ ON_GPU = {
 # Name -> (family, what its export changes), of the embedded models; as `taylorseer-export <family>` makes them.
 EMBEDDED: dict[str, tuple[str, dict[str, Any]]] = {
     "digits": ("dit", {"order": 2}),
+    "adapted": ("dit", {"order": 2, "lora_rank": 4}),
     "residual-digits": ("dit", {"order": 2, "granularity": "residual", "guards": ("cg",)}),
     "shapes": ("flux", {}),
     "videos": ("wan", {}),

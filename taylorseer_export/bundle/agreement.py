@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from taylorseer_export.bundle.low_rank import of_low_rank
 from taylorseer_export.bundle.part_agreement import listed, of_parts, repeated, shown
 from taylorseer_export.bundle.shapes import match, names, resolve
 from taylorseer_export.errors import ConfigError, StepError
@@ -27,18 +28,18 @@ _FLOATS = ("float32", "float16", "bfloat16")
 
 # Graph -> (roles its inputs may have, roles its outputs may have).
 _ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
-    "prepare": (frozenset({"step", "constant"}), frozenset({"step", "constant"})),
+    "prepare": (frozenset({"step", "constant", "lora"}), frozenset({"step", "constant"})),
     "full": (
-        frozenset({"latent", "step", "constant", "weights", "taylor_in"}),
+        frozenset({"latent", "step", "constant", "weights", "taylor_in", "lora"}),
         frozenset({"noise_pred", "taylor_out"}),
     ),
-    "forecast": (frozenset({"latent", "step", "constant", "weights", "taylor_in"}), frozenset({"noise_pred"})),
+    "forecast": (frozenset({"latent", "step", "constant", "weights", "taylor_in", "lora"}), frozenset({"noise_pred"})),
     "probe": (
-        frozenset({"latent", "step", "constant", "weights", "probe_in"}),
+        frozenset({"latent", "step", "constant", "weights", "probe_in", "lora"}),
         frozenset({"error", "probe_out", "carried"}),
     ),
     "rest": (
-        frozenset({"latent", "step", "constant", "weights", "taylor_in", "carried", "probe_out"}),
+        frozenset({"latent", "step", "constant", "weights", "taylor_in", "carried", "probe_out", "lora"}),
         frozenset({"noise_pred", "taylor_out"}),
     ),
 }
@@ -48,7 +49,7 @@ def contradiction(manifest: Manifest) -> str | None:
     """The first thing that a manifest says twice and not alike, or that cannot be; None where it agrees with itself."""
     checks: tuple[Callable[[Manifest], str | None], ...] = (
         _of_files, _of_graphs, _of_roles, _of_dimensions, _of_one_name, _of_tables, _of_state, _of_guards, _of_sizes,
-        _of_plan, of_parts,
+        _of_plan, of_parts, of_low_rank,
     )  # fmt: skip
     try:
         return next((problem for check in checks if (problem := check(manifest))), None)

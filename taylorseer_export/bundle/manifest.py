@@ -27,6 +27,7 @@ from taylorseer_export.bundle.entries import (
     Whole,
 )
 from taylorseer_export.bundle.entries import Shape as Shape
+from taylorseer_export.bundle.low_rank import LowRank as LowRank
 from taylorseer_export.bundle.part_entries import Filter as Filter
 from taylorseer_export.bundle.part_entries import Fitted as Fitted
 from taylorseer_export.bundle.part_entries import Patches as Patches
@@ -48,7 +49,7 @@ GraphName = Literal["prepare", "full", "forecast", "probe", "rest"]
 PartName = Literal["text", "encode", "decode"]
 Role = Literal[
     "latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred",
-    "probe_in", "probe_out", "error", "carried", "tokens", "picture", "cache_in", "cache_out",
+    "probe_in", "probe_out", "error", "carried", "tokens", "picture", "cache_in", "cache_out", "lora",
 ]  # fmt: skip
 Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "guidance"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
@@ -70,7 +71,7 @@ class Tensor(Part):
         "probe_out: what the probe keeps, read and written. error: how far the probe's quantity is from what was "
         "expected. carried: from the probe to the rest of a full step. tokens: what a tokenizer makes of a prompt. "
         "picture: from 0 to 1. cache_in, cache_out: what the VAE of a video keeps of the latent frames before, "
-        "read and written, in buffers of their own."
+        "read and written, in buffers of their own. lora: low-rank weights of the request."
     )
     values: tuple[Whole, Whole] | None = Field(
         default=None, description="Smallest and largest value accepted, where it is an index into a table."
@@ -361,6 +362,7 @@ class Manifest(Sealed):
     pipeline: Pipeline = Field(
         default_factory=Pipeline, description="What the family's pipeline does around the transformer."
     )
+    lora: LowRank | None = Field(default=None, description="Layers that take the LoRA of a request; null: none does.")
     comfy: Comfy | None = Field(default=None, description="ComfyUI's model of the family; null where it has none.")
     parts: dict[PartName, PipelinePart] = Field(
         default_factory=dict, description="What of the pipeline is here besides the transformer, by name."
@@ -427,12 +429,12 @@ class Manifest(Sealed):
             "precision": self.precision,
             "device": device,
             **(self.quantised.given() if self.quantised else {}),
+            **({"lora-rank": self.lora.rank, "lora-targets": self.lora.pattern} if self.lora else {}),
             **self.engine.options,
             **{name.replace("_", "-"): value for name, value in changes.items()},
         }
         words = [f"--{name} {value}".rstrip() for name, value in given.items() if value is not None]
-        words += ["--whole"] * bool(self.parts)
-        return " ".join(["taylorseer-export", self.family, *words])
+        return " ".join(["taylorseer-export", self.family, *words, *["--whole"] * bool(self.parts)])
 
 
 def schema() -> dict[str, Any]:

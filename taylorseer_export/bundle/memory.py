@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+from taylorseer_export.bundle.low_rank import lora_input
 from taylorseer_export.bundle.manifest import Manifest, PipelinePart, Role, Tensor
 from taylorseer_export.bundle.shapes import resolve
 
@@ -37,8 +38,19 @@ def kept_by_probe(inputs: Iterable[Tensor], outputs: Iterable[Tensor], sizes: Ma
 
 
 def request_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
-    """Bytes of a request: Taylor buffers, step tables for `sizes["steps"]` steps, what a probe keeps."""
-    return state_bytes(manifest, sizes) + table_bytes(manifest, sizes) + probe_bytes(manifest, sizes)
+    """Bytes of a request: Taylor buffers, step tables for `sizes["steps"]` steps, what a probe keeps, and its LoRA."""
+    return (
+        state_bytes(manifest, sizes)
+        + table_bytes(manifest, sizes)
+        + probe_bytes(manifest, sizes)
+        + lora_bytes(manifest)
+    )
+
+
+def lora_bytes(manifest: Manifest) -> int:
+    """Bytes of the low-rank weights of one slot."""
+    tensor = lora_input(manifest)
+    return 0 if tensor is None else role_bytes([tensor], "lora", {})
 
 
 def video_bytes(described: PipelinePart, sizes: Mapping[str, int]) -> int:

@@ -49,6 +49,17 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
         help="what of the LoRAs to leave out on purpose: their updates of text encoders, which no bundle holds "
         "(default: nothing, such a file is refused)",
     )
+    what.add_argument(
+        "--lora-rank",
+        metavar="R",
+        type=whole(1),
+        help="highest rank of the LoRA that each request may bring to the engines, dimensionless (default: none does)",
+    )
+    what.add_argument(
+        "--lora-targets",
+        metavar="PATTERN",
+        help="regular expression found in the names of the layers that it may change (default: all linear layers)",
+    )
     form = "FxHxW" if len(family.latent_size) == 3 else "HxW"
     made = "video in frames and pixels" if len(family.latent_size) == 3 else "picture in pixels"
     what.add_argument("--size", metavar=form, type=size, help=f"{made}; makes the bundle static (default: any)")
@@ -257,6 +268,8 @@ def _export(family: Family, given: argparse.Namespace) -> int:
         weights=given.weights,
         activations=given.activations,
         keep_precision=tuple(dict.fromkeys(given.keep_precision)),
+        lora_rank=given.lora_rank,
+        lora_targets=given.lora_targets,
     )
     export.check_options(options)
     if not given.dry_run:

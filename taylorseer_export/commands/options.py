@@ -51,8 +51,8 @@ def lora_option(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:SCALE]",
         action="append",
         default=[],
-        help="LoRA to add to the weights while they are loaded, under diffusers' names; may be repeated (default: "
-        "none, scale 1)",
+        help="LoRA to add to the weights while they are loaded, or to give to every request of a bundle exported with "
+        "--lora-rank, under diffusers' names; may be repeated (default: none, scale 1)",
     )
 
 

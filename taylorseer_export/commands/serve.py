@@ -56,7 +56,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE[:SCALE]",
         action="append",
         default=[],
-        help="a further model BUNDLE+NAME with this LoRA added at load, which requests choose as their `model`; may be "
+        help="a LoRA that requests choose: by `lora` where the bundle was exported with --lora-rank, which is loaded "
+        "once; of any other a further model BUNDLE+NAME, loaded with it, which they choose as their `model`; may be "
         "repeated, with one bundle (default: none)",
     )
     parser.add_argument(

@@ -31,12 +31,17 @@ def open_denoiser(given: argparse.Namespace) -> Denoiser:
     lora = getattr(given, "lora", ())
     denoiser = load(given.bundle, given.device, given.threads, cuda_graphs=not given.no_cuda_graphs, lora=lora)
     if lora:
-        from taylorseer_export.bundle.memory import size
+        from taylorseer_export.bundle.memory import lora_bytes, size
 
-        changed = denoiser.lora
-        print(f"lora: {len(changed.weights)} weights changed, {size(changed.bytes)} of memory, no operation added")
-        if changed.unread:
-            print(f"left out: updates of {len(changed.unread)} weights that no graph reads, {changed.unread[0]} first")
+        changed, usual = denoiser.lora, denoiser.usual
+        if usual is None:
+            print(f"lora: {len(changed.weights)} weights changed, {size(changed.bytes)} of memory, no operation added")
+        else:
+            print(
+                f"lora: {usual.layers} layers changed by inputs, {size(lora_bytes(denoiser.manifest))} for each request"
+            )
+        if unread := (changed if usual is None else usual).unread:
+            print(f"left out: updates of {len(unread)} weights that no graph reads, {unread[0]} first")
     return denoiser
 
 

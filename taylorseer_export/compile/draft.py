@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from taylorseer_export.bundle.manifest import Dimension, Graph, PartName
+from taylorseer_export.bundle.manifest import Dimension, Graph, LowRank, PartName
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.engines import Progress, builder
 from taylorseer_export.compile.weights import WEIGHTS, Stored, write_weights
@@ -50,6 +50,8 @@ class Options:
         weights: Format of the weights of the blocks' linear layers: `fp8`, `nvfp4` or `int8`; None takes the precision.
         activations: How what these layers read is quantised: `none` or `token`; None takes what the engine does best.
         keep_precision: Patterns of layers whose weights stay in the precision.
+        lora_rank: Highest rank of the LoRA that a request may bring, dimensionless; None takes none.
+        lora_targets: Regular expression found in the names of the layers that it may change; None takes all.
     """
 
     order: int
@@ -72,6 +74,8 @@ class Options:
     weights: str | None = None
     activations: str | None = None
     keep_precision: tuple[str, ...] = ()
+    lora_rank: int | None = None
+    lora_targets: str | None = None
 
     def state_type(self) -> torch.dtype:
         """dtype of the Taylor buffers."""
@@ -186,6 +190,7 @@ class Draft(BaseDraft):
         checkpoint: The model.
         split: Its graphs.
         quantised: Name of a stored tensor -> what it is of which quantised weight.
+        lora: Its low-rank inputs.
     """
 
     checkpoint: Checkpoint
@@ -196,6 +201,7 @@ class Draft(BaseDraft):
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     buffers: dict[str, torch.Tensor]
     quantised: Mapping[str, Part] = field(default_factory=dict)
+    lora: LowRank | None = None
 
     @property
     def graphs(self) -> tuple[Cut, ...]:

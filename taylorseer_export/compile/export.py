@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from taylorseer_export.bundle.low_rank import Layer, LowRank
 from taylorseer_export.bundle.manifest import (
     MANIFEST,
     Comfy,
@@ -38,6 +39,7 @@ from taylorseer_export.compile.parts import refuse_missing, write_parts
 from taylorseer_export.compile.polygraphy import check_sizes, write_examples
 from taylorseer_export.compile.quantised import check_weights, quantised_entry, quantised_trace
 from taylorseer_export.errors import CheckpointError, ConfigError
+from taylorseer_export.graph.low_rank import check_rank, low_rank
 from taylorseer_export.graph.split import split
 from taylorseer_export.graph.trace import Trace, trace
 
@@ -51,12 +53,14 @@ class Traced:
         trace: The tapped graph; splitting narrows it once and leaves it alone after that.
         precision: `fp32`, `fp16` or `bf16`, fixed by the trace.
         buffers: Tensors that are computed when the model is built and are in no checkpoint.
+        layers: Those with low-rank inputs.
     """
 
     checkpoint: Checkpoint
     trace: Trace
     precision: str
     buffers: dict[str, torch.Tensor]
+    layers: tuple[Layer, ...] = ()
 
 
 def check_options(options: Options) -> None:
@@ -70,6 +74,7 @@ def check_options(options: Options) -> None:
         raise ConfigError(f"--order is {options.order}, expected 0 to 4 (dimensionless); the paper uses 1 to 4")
     check_engine(options)
     check_weights(options)
+    check_rank(options.lora_rank, options.lora_targets)
     if options.batch is not None and options.batch < 1:
         raise ConfigError(f"--batch is {options.batch}, expected at least 1 (samples); leave it out for any batch")
 
@@ -95,7 +100,10 @@ def trace_model(checkpoint: Checkpoint, options: Options) -> Traced:
     traced = trace(skeleton, checkpoint.family, dtype)
     stored = checkpoint.files.keys() | checkpoint.derived.keys()
     computed = {name: value for name, value in skeleton.named_buffers() if name not in stored}
-    return Traced(checkpoint, traced, options.precision, computed | traced.constants)
+    layers: tuple[Layer, ...] = ()
+    if options.lora_rank is not None:
+        traced, layers = low_rank(traced, options.lora_rank, options.lora_targets)
+    return Traced(checkpoint, traced, options.precision, computed | traced.constants, layers)
 
 
 def draft(source: Checkpoint | Traced, options: Options) -> Draft:
@@ -123,7 +131,19 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     for name in dict.fromkeys(n for cut in pieces.graphs for n in cut.parameters()):
         value = traced.buffers[name] if name in traced.buffers else attrgetter(name)(quantised.trace.module)
         stored[name] = (value.dtype, tuple(value.shape))
-    return Draft(checkpoint, options, pieces, sizes, typical, stored, traced.buffers, quantised.parts)
+    held = {*stored, *(part.weight for part in quantised.parts.values())}
+    lora = _low_rank(traced, options, held) if traced.layers else None
+    return Draft(checkpoint, options, pieces, sizes, typical, stored, traced.buffers, quantised.parts, lora)
+
+
+def _low_rank(traced: Traced, options: Options, held: Collection[str]) -> LowRank:
+    """The low-rank inputs, and the modules whose weights no graph reads: what a LoRA says of these changes nothing."""
+    checkpoint = traced.checkpoint
+    read = {*held, *(one.source for one in checkpoint.derived.values())}
+    weights = [n for n, shape in checkpoint.shapes.items() if n.endswith(".weight") and len(shape) == 2]
+    unread = tuple(sorted(n.removesuffix(".weight") for n in weights if n not in read))
+    assert options.lora_rank is not None, "bug in taylorseer-export: low-rank inputs of no rank"
+    return LowRank(rank=options.lora_rank, pattern=options.lora_targets, layers=traced.layers, unread=unread)
 
 
 def _sizes(checkpoint: Checkpoint, options: Options) -> dict[str, int | None]:
@@ -228,6 +248,7 @@ def describe(
         sampling=sampling_of(checkpoint, parts or {}),
         pipeline=pipeline_of(checkpoint),
         comfy=comfy_of(checkpoint),
+        lora=plan.lora,
         parts=dict(parts or {}),
         quantised=quantised_entry(plan),
         engine=builder(options.engine).engine(options).model_copy(update={"options": _texts(options.engine_options)}),

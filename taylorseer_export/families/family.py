@@ -11,7 +11,7 @@ from typing import Any, Literal
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.whole import Whole
 
-Role = Literal["latent", "step", "constant"]
+Role = Literal["latent", "step", "constant", "lora"]
 Guidance = Literal["none", "embedded", "batched", "branches"]
 _PACKING = 2
 Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "guidance"]
@@ -25,7 +25,7 @@ class Input:
         name: The diffusers argument name.
         shape: Sizes; a string names a dimension of the family, or is a multiple of one, like `2*rows`.
         role: When its value is known: `latent` changes with every step, `step` depends on the step alone,
-            `constant` is fixed for the request.
+            `constant` is fixed for the request. `lora` is of the low-rank pass alone, and no argument of a model.
         dtype: `float` follows the precision of the export; anything else is a fixed torch dtype name.
         values: (smallest, largest) value allowed, where the model looks something up by it.
         fill: What its values are where they follow from the sizes alone, so that a request may leave it out: `ones`

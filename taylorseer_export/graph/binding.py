@@ -33,7 +33,8 @@ class Time(IntEnum):
     LATENT = 3
 
 
-_OF_ROLE = {"constant": Time.REQUEST, "step": Time.STEP, "latent": Time.LATENT}
+# A LoRA comes with the request, and is read like the weights that it changes: by each graph itself.
+_OF_ROLE = {"lora": Time.WEIGHT, "constant": Time.REQUEST, "step": Time.STEP, "latent": Time.LATENT}
 
 
 def binding_times(trace: Trace) -> dict[fx.Node, Time]:

@@ -90,6 +90,8 @@ class Builder:
             return self.copies[node.args[0]]  # type: ignore[index]
         if node.op == "get_attr":
             return self.graph.get_attr(str(node.target))
+        if node.op == "placeholder":  # one that counts as a weight: all others are here before what reads them
+            return self.placeholder(_lora(node))
         return self.graph.node_copy(node, lambda n: self.copies[n])
 
     def size(self, value: Any) -> Any:
@@ -191,6 +193,12 @@ class StepBuilder:
         sizes = [self.steps, *[self.request.size(s) for s in shape]]
         wide = self._make(aten.expand.default, (self._make(aten.unsqueeze.default, (value, 0)), sizes))
         return self._make(aten.flatten.using_ints, (wide, 0, 1))
+
+
+def _lora(node: fx.Node) -> Tensor:
+    """Contract of the low-rank weights of a request."""
+    kind: Any = str(dtype_of(node)).removeprefix("torch.")
+    return Tensor(name=str(node.target), dtype=kind, shape=tuple(map(int, node.meta["val"].shape)), role="lora")
 
 
 def identifier(name: str) -> str:

@@ -19,9 +19,11 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from taylorseer_export.bundle.low_rank import LORA
 from taylorseer_export.bundle.manifest import GraphName, Tensor
 from taylorseer_export.bundle.shapes import names, resolve
 from taylorseer_export.errors import StepError
+from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.memory import Memory
 from taylorseer_export.runtime.runner import Buffer, Call
@@ -44,6 +46,7 @@ class _Bound(NamedTuple):
     """One graph bound for a number of samples: per tensor its buffer, and its parts by sample.
 
     `pairs` are those parts beside the parts of a slot's memory, by way, place in the call, and entry of Taylor buffers.
+    `adapted` holds the LoRA that is in place, nothing before the first call.
     """
 
     call: Call
@@ -51,6 +54,7 @@ class _Bound(NamedTuple):
     outputs: dict[str, Buffer]
     parts: dict[str, _Parts]
     pairs: WeakKeyDictionary[Memory, dict[tuple[_Place, int, int], list[_Pair]]]
+    adapted: list[Adapter | None]
 
 
 class SharedCalls:
@@ -132,12 +136,16 @@ class SharedCalls:
         outputs = {t.name: runner.buffer(resolve(t.shape, sizes), t.dtype) for t in contract.outputs}
         buffers = {**inputs, **outputs}
         parts = {t.name: _parts(t, buffers[t.name]) for t in (*contract.inputs, *contract.outputs) if BATCH in t.shape}
-        return _Bound(runner.bind(graph, inputs, outputs), inputs, outputs, parts, WeakKeyDictionary())
+        return _Bound(runner.bind(graph, inputs, outputs), inputs, outputs, parts, WeakKeyDictionary(), [])
 
     def _gather(self, graph: GraphName, slots: Sequence[Slot], bound: _Bound) -> None:
         inputs, first = self.denoiser.manifest.graphs[graph].inputs, slots[0]
         for tensor in inputs:
-            if BATCH not in tensor.shape:
+            if tensor.role == LORA and bound.adapted != [first.memory.adapted]:  # large, and seldom another
+                bound.adapted.clear()
+                bound.inputs[tensor.name].copy(first.memory.source(tensor, first.upcoming))
+                bound.adapted.append(first.memory.adapted)
+            elif tensor.role != LORA and BATCH not in tensor.shape:
                 bound.inputs[tensor.name].copy(first.memory.source(tensor, first.upcoming))
         for shared, own in self._pairs(inputs, slots, bound, Memory.source):
             shared.copy(own)
@@ -179,10 +187,10 @@ class SharedCalls:
         return found
 
 
-def ids_of(denoiser: Denoiser, conditioning: Mapping[str, np.ndarray]) -> Hashable:
+def ids_of(denoiser: Denoiser, conditioning: Mapping[str, np.ndarray], lora: Adapter | None = None) -> Hashable:
     """The inputs of a request that all samples of a batch have in common, as something to compare."""
     shared = [name for name, tensor in denoiser.constants.items() if BATCH not in tensor.shape]
-    return tuple((name, np.asarray(conditioning[name]).tobytes()) for name in shared)
+    return lora, *((name, np.asarray(conditioning[name]).tobytes()) for name in shared)
 
 
 def _separable(tensor: Tensor) -> bool:

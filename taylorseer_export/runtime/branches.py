@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from taylorseer_export.method import Forecasts
+from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.schedule import ForecastStep, FullStep
 from taylorseer_export.runtime.slot import Slot
 
@@ -29,26 +30,30 @@ class Branches:
         conditioning: Sequence[Mapping[str, Any]],
         forecasts: Forecasts,
         timesteps: Sequence[float] | np.ndarray | None = None,
+        lora: Adapter | None = None,
     ) -> None:
         """Begin a request, with constant inputs for each slot; the other arguments are those of `Slot.start`."""
         self._executed, self._errors = "", ()
         for slot, own in zip(self.slots, conditioning, strict=True):
-            slot.start(own, forecasts, timesteps)
+            slot.start(own, forecasts, timesteps, lora)
 
     def go_on(
         self,
         conditioning: Sequence[Mapping[str, Any]],
         forecasts: Forecasts,
         timesteps: Sequence[float] | np.ndarray | None = None,
+        lora: Adapter | None = None,
     ) -> None:
         """Begin the next loop of the request under way, as `start` does; what ran so far stays counted."""
         executed, errors = self.executed, self.errors
-        self.start(conditioning, forecasts, timesteps)
+        self.start(conditioning, forecasts, timesteps, lora)
         self._executed, self._errors = executed, errors
 
-    def holds(self, arrays: Sequence[Mapping[str, np.ndarray]], timesteps: np.ndarray) -> bool:
+    def holds(
+        self, arrays: Sequence[Mapping[str, np.ndarray]], timesteps: np.ndarray, lora: Adapter | None = None
+    ) -> bool:
         """Whether all slots are prepared for just this, as `Slot.holds` says."""
-        return all(slot.holds(own, timesteps) for slot, own in zip(self.slots, arrays, strict=True))
+        return all(slot.holds(own, timesteps, lora) for slot, own in zip(self.slots, arrays, strict=True))
 
     def step(self, latents: Any) -> np.ndarray:
         """`noise_pred` of all slots, one after the other along the batch."""

@@ -18,6 +18,7 @@ from taylorseer_export.bundle.manifest import GraphName, Tensor
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.errors import BundleError
 from taylorseer_export.method import Forecasts, Guard, Plan
+from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.places import value_from_fill
 from taylorseer_export.runtime.runner import Buffer, Runner
@@ -28,7 +29,9 @@ _ANY_ERROR = 1e30  # a threshold that every error is under
 _LARGEST = {"float16": 65504.0, "bfloat16": (2 - 2.0**-7) * 2.0**127, "float32": (2 - 2.0**-23) * 2.0**127}
 
 
-def check_engines(contract: Contract, runner: Runner, device: Device = CPU, seed: int = 0) -> None:
+def check_engines(
+    contract: Contract, runner: Runner, device: Device = CPU, seed: int = 0, lora: Adapter | None = None
+) -> None:
     """Run a full step, and a forecast step that repeats it, and look at every tensor that the graphs write.
 
         |value| < largest finite value of its dtype,        |forecast - full| <= max |full|
@@ -41,6 +44,7 @@ def check_engines(contract: Contract, runner: Runner, device: Device = CPU, seed
         contract, runner: Of the loaded bundle.
         device: Where its engines are.
         seed: Of the inputs: latents and conditioning of unit variance, and the timestep in the middle.
+        lora: What its requests get that bring none.
 
     Raises:
         BundleError: Names graph and tensor, and says what was seen.
@@ -54,7 +58,7 @@ def check_engines(contract: Contract, runner: Runner, device: Device = CPU, seed
     # Schedulers of diffusers count timesteps from 1000 where their config does not say otherwise.
     last = manifest.sampling.config.get("num_train_timesteps") or 1000
     middle = last / 2 / manifest.sampling.timestep_divisor
-    slot = Slot(contract, runner, contract.sizes(latents.shape, conditioning))
+    slot = Slot(contract, runner, contract.sizes(latents.shape, conditioning), lora)
     guards = [None, *(Guard(rule, _ANY_ERROR) for rule in manifest.state.guards[:1])]
     for guard in guards:
         slot.start(conditioning, Forecasts(Plan("F."), 0, guard=guard), np.full(2, middle, np.float32))

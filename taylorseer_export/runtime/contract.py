@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from taylorseer_export.bundle.low_rank import lora_input
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.shapes import match
 from taylorseer_export.errors import StepError
@@ -24,6 +25,7 @@ class Contract:
     Attributes:
         latent, timestep: The inputs that change with the step.
         constants: Those that a request keeps constant, by their diffusers argument names.
+        lora: The input that takes the LoRA of a request; None where the bundle has none.
         inputs: Graph -> the names of its inputs.
         defaults: What requests for forecasts that name nothing get, and what none may exceed.
     """
@@ -33,6 +35,7 @@ class Contract:
         self.latent = manifest.graphs["full"].input_of("latent")
         self.timestep = manifest.graphs["prepare"].input_of("step")
         self.constants = request_constants(manifest)
+        self.lora = lora_input(manifest)
         self.inputs = {name: frozenset(t.name for t in graph.inputs) for name, graph in manifest.graphs.items()}
         self.defaults = defaults_of(manifest)
 

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from taylorseer_export.bundle.device import CPU, Device
+from taylorseer_export.bundle.low_rank import lora_input
 from taylorseer_export.bundle.manifest import Manifest, PartName
 from taylorseer_export.bundle.profile import Profiles
 from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
 from taylorseer_export.errors import BundleError, first_line
 from taylorseer_export.method import Forecasts, RequestOptions, forecasts_from_options
+from taylorseer_export.runtime.adapter import Adapter, adapter
 from taylorseer_export.runtime.check import check_engines
 from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.decoding import Decoder, open_decoder
@@ -53,7 +55,8 @@ def load(
         devices: Where parts of the pipeline run that are not to run where the denoiser does, by name. They are loaded
             when they are first asked for.
         lora: LoRAs that are added to the weights of this load, `FILE` or `FILE:SCALE`, under diffusers' names; see
-            `lora.py`. A profile stays what it was calibrated without them.
+            `lora.py`; with low-rank inputs those that requests get which bring none, see `adapter.py`. A profile stays
+            what it was calibrated without them.
 
     Raises:
         BundleError: The bundle is missing, damaged, too new, not for this machine, or its engines overflow.
@@ -62,14 +65,16 @@ def load(
     asked = Device.parse(device)
     bundle = folder if isinstance(folder, Bundle) else open_bundle(Path(folder), progress)
     given = (lora,) if isinstance(lora, str | Path) else tuple(lora)
-    adapted = merged(given, bundle)
+    taken = bundle.manifest.lora is not None  # by inputs, so that the weights stay
+    adapted = Merged() if taken else merged(given, bundle)
+    usual = adapter_of(bundle.manifest, given) if taken and given else None
     runner = open_runner(bundle, asked, threads, cuda_graphs, adapted.weights)
     places = {name: Device.parse(place) for name, place in (devices or {}).items()}
     denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places)
-    denoiser.lora = adapted
+    denoiser.lora, denoiser.usual = adapted, usual
     if check:
         try:
-            check_engines(denoiser.contract, runner, denoiser.device)
+            check_engines(denoiser.contract, runner, denoiser.device, lora=usual)
         except MemoryError as error:
             denoiser.close()
             raise BundleError(
@@ -80,6 +85,12 @@ def load(
             denoiser.close()
             raise
     return denoiser
+
+
+def adapter_of(manifest: Manifest, lora: str | Path | Sequence[str | Path]) -> Adapter:
+    """The LoRA of a request, as `Denoiser.adapter` reads it."""
+    given, tensor = (lora,) if isinstance(lora, str | Path) else tuple(lora), lora_input(manifest)
+    return adapter(given, manifest.lora, "" if tensor is None else tensor.dtype)
 
 
 class Denoiser:
@@ -94,7 +105,8 @@ class Denoiser:
         devices: Where parts of the pipeline run, by name; where the denoiser does if left out.
 
     Attributes:
-        lora: What LoRAs changed when it was loaded.
+        lora: The weights that LoRAs changed when it was loaded.
+        usual: Where LoRAs are inputs, what requests get that bring none of their own.
     """
 
     def __init__(
@@ -109,6 +121,7 @@ class Denoiser:
         self.manifest, self.runner, self.bundle, self.device = manifest, runner, bundle, device
         self._threads, self._devices = threads, devices or {}
         self.lora = Merged()
+        self.usual: Adapter | None = None
         self.contract = Contract(manifest)
         self.latent, self.timestep = self.contract.latent, self.contract.timestep
         self.constants, self.defaults = self.contract.constants, self.contract.defaults
@@ -142,7 +155,14 @@ class Denoiser:
             StepError: A size is out of range; nothing was allocated.
         """
         self.check_sizes(sizes)
-        return Slot(self.contract, self.runner, sizes)
+        return Slot(self.contract, self.runner, sizes, self.usual)
+
+    def adapter(self, lora: str | Path | Sequence[str | Path]) -> Adapter:
+        """A LoRA for requests of this bundle, `FILE` or `FILE:STRENGTH`; raises what `adapter` of `adapter.py` raises.
+
+        replace(request, lora=denoiser.adapter("style.safetensors:0.8"))
+        """
+        return adapter_of(self.manifest, lora)
 
     def as_transformer(self, **options: Any) -> DropIn:
         """As the transformer of a diffusers pipeline; the options are those of `DropIn`."""

@@ -29,6 +29,7 @@ from taylorseer_export.method import (
     RequestOptions,
     forecasts_from_options,
 )
+from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.arguments import form_of, latent_of, rows_ahead
 from taylorseer_export.runtime.callers import Callers
 from taylorseer_export.runtime.calls import Branch, Context, LoopState, Seen, TransformerCall, host_array
@@ -62,6 +63,9 @@ class Loaded(Protocol):
     def slot(self, sizes: Mapping[str, int]) -> Slot:
         """As `Denoiser.slot`."""
 
+    def adapter(self, lora: Any) -> Adapter:
+        """As `Denoiser.adapter`."""
+
 
 class DropIn(EngineModule):
     """Runs a denoiser under the call signature of the diffusers transformer it was exported from.
@@ -83,6 +87,8 @@ class DropIn(EngineModule):
         threshold, guard_order, cap, accumulate: Of a guard given by name; a profile beside it brings the threshold.
         guider: The guider of the modular pipeline that it is put in, `pipe.guider`: its state then says the step, the
             length of the loop and the branch of a call, outside a `cache_context`.
+        lora: `FILE`, `FILE:STRENGTH` or several, or an `Adapter`, of a bundle with low-rank inputs; others over the
+            same denoiser may have others.
 
     Attributes:
         forecasts: What a loop begins with.
@@ -109,6 +115,7 @@ class DropIn(EngineModule):
         cap: int | None = None,
         accumulate: bool = False,
         guider: Any = None,
+        lora: Any = None,
     ) -> None:
         super().__init__(DTYPES[denoiser.manifest.precision], denoiser.device)
         self.denoiser = denoiser
@@ -121,6 +128,7 @@ class DropIn(EngineModule):
         self.config = _Config(denoiser.manifest.model.config)
         for name, value in pipeline.attributes.items():
             setattr(self, name, value)
+        self._lora = lora if lora is None or isinstance(lora, Adapter) else denoiser.adapter(lora)
         self._form = form_of(denoiser.manifest)
         self._known = frozenset((denoiser.timestep.name, *denoiser.constants, *pipeline.ignored_inputs))
         self._renewed = frozenset(pipeline.cast_inputs)
@@ -381,7 +389,7 @@ class DropIn(EngineModule):
                     "weights are for the snapshots of all full steps; use the drop-in without a profile"
                 )
             before = request.executed.get(name, "")
-            slot.start(conditioning, request.forecasts_from(request.step), timesteps)
+            slot.start(conditioning, request.forecasts_from(request.step), timesteps, self._lora)
             branch = request.branches[name] = Branch(call.conditioning, shape, request.step, request.step, before)
         elif len(request.plan) > branch.begun + len(slot.plan or ()):
             slot.extend(request.forecasts_from(branch.begun).plan)

@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ class Merged:
         return sum(value.nbytes for value in self.weights.values())
 
 
-class _Pair(NamedTuple):
+class Pair(NamedTuple):
     """B `[out, rank]`, A `[rank, in]`, and what their product is multiplied by; float32."""
 
     up: np.ndarray
@@ -80,12 +81,13 @@ def merged(given: Sequence[str | Path], bundle: Bundle) -> Merged:
     if not given:
         return Merged()
     stored = _Tensors(bundle.path(WEIGHTS))
+    shapes = {name: stored.shape(name) for name in stored.names}
     totals: dict[str, np.ndarray] = {}
     unread: dict[str, None] = {}
     for one in given:
-        path, scale = _file_and_scale(str(one))
-        pairs, absent = _pairs(path, stored)
-        unread |= dict.fromkeys(absent)
+        path, scale = file_and_scale(str(one))
+        pairs, absent = pairs_of(path, shapes, partial(_elsewhere, names=shapes))
+        unread |= dict.fromkeys(f"{module}.weight" for module in absent)
         for name, pair in pairs.items():
             total = totals.pop(name) if name in totals else stored.read(name)
             change = (pair.up @ pair.down) * np.float32(scale * pair.factor)
@@ -94,7 +96,12 @@ def merged(given: Sequence[str | Path], bundle: Bundle) -> Merged:
     return Merged(weights, tuple(unread))
 
 
-def _file_and_scale(given: str) -> tuple[Path, float]:
+def file_and_scale(given: str) -> tuple[Path, float]:
+    """(file, scale) of `FILE` or `FILE:SCALE`; the scale is 1 where there is none.
+
+    Raises:
+        ConfigError: The file is missing, or the scale no finite number.
+    """
     text, separator, last = given.rpartition(":")
     try:
         path, scale = (Path(text).expanduser(), float(last)) if separator else (Path(given).expanduser(), 1.0)
@@ -107,21 +114,37 @@ def _file_and_scale(given: str) -> tuple[Path, float]:
     return path, scale
 
 
-def _pairs(path: Path, stored: _Tensors) -> tuple[dict[str, _Pair], list[str]]:
-    """Tensor of the bundle -> its pair, and what of the model the bundle has not since no graph reads it."""
+def pairs_of(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    is_absent: Callable[[str], bool],
+    absent: Collection[str] = (),
+) -> tuple[dict[str, Pair], list[str]]:
+    """Tensor of the bundle -> its pair in a file, and the modules of the file that the bundle has not.
+
+    Args:
+        path: The file.
+        shapes: Tensor of the bundle -> its shape.
+        is_absent: Whether a module that is none of those may be in the file, and is then returned.
+        absent: Names of such modules, as far as they are known.
+
+    Raises:
+        ConfigError: The file is damaged, or holds something else than low-rank pairs that fit.
+    """
+    known = (*shapes, *(f"{module}.weight" for module in absent))
     file = _Tensors(path)
     modules: dict[str, dict[str, str]] = {}
     strangers = []
     for name in file.names:
         matches = ((part, pattern.fullmatch(name)) for part, pattern in _PARTS.items())
-        part, module = next(((part, _own(match["module"], stored.names)) for part, match in matches if match), ("", ""))
+        part, module = next(((part, _own(match["module"], known)) for part, match in matches if match), ("", ""))
         parts = modules.setdefault(module, {}) if part else {}
         if not part or part in parts or file.dtype(name) not in _STORED:
             strangers.append(name)
         parts[part] = name
     half = [module for module, parts in modules.items() if not {"up", "down"} <= parts.keys()]
-    unknown = [module for module in modules if f"{module}.weight" not in stored.names]
-    unread = [module for module in unknown if _elsewhere(module, stored.names)]
+    unknown = [module for module in modules if f"{module}.weight" not in shapes]
+    unread = [module for module in unknown if is_absent(module)]
     strangers += [f"{module}: half a pair" for module in half]
     strangers += [f"`{module}.weight` is not known" for module in unknown if module not in {*half, *unread}]
     settings = file.settings()
@@ -130,7 +153,7 @@ def _pairs(path: Path, stored: _Tensors) -> tuple[dict[str, _Pair], list[str]]:
     if strangers or not modules:
         raise ConfigError(
             f"lora {path} has {len(strangers)} tensors that are no low-rank pair of this bundle's model "
-            f"({_some(strangers)}), expected `<module>.lora_A.weight`, `<module>.lora_B.weight` and `<module>.alpha` "
+            f"({some(strangers)}), expected `<module>.lora_A.weight`, `<module>.lora_B.weight` and `<module>.alpha` "
             f"under the names of diffusers; export again with --lora {path}, which reads other layouts, or use another"
         )
     quantised = [name for module in modules.keys() - set(unread) if stored.dtype(name := f"{module}.weight") not in _STORED]
@@ -143,7 +166,7 @@ def _pairs(path: Path, stored: _Tensors) -> tuple[dict[str, _Pair], list[str]]:
     for module in modules.keys() - set(unread):
         parts, name = modules[module], f"{module}.weight"
         up, down = (file.read(parts[part]) for part in ("up", "down"))
-        shape = stored.shape(name)
+        shape = shapes[name]
         fits = up.ndim >= 2 and down.ndim >= 2 and up.shape[1] == down.shape[0]
         if not fits or (up.shape[0], math.prod(down.shape[1:])) != (shape[0], math.prod(shape[1:])):
             wrong.append(f"`{name}` is {list(shape)}, its pair {list(up.shape)} x {list(down.shape)}")
@@ -152,13 +175,13 @@ def _pairs(path: Path, stored: _Tensors) -> tuple[dict[str, _Pair], list[str]]:
             wrong.append(f"`{name}` gets numbers that are NaN or infinite")
         alpha = float(file.read(parts["alpha"]).reshape(-1)[0]) if "alpha" in parts else None
         factor = _factor(path, module, len(down), alpha, settings)
-        pairs[name] = _Pair(up.reshape(len(up), -1), down.reshape(len(down), -1), factor)
+        pairs[name] = Pair(up.reshape(len(up), -1), down.reshape(len(down), -1), factor)
     if wrong:
         raise ConfigError(
-            f"lora {path} has {len(wrong)} updates that do not fit the bundle ({_some(sorted(wrong))}), expected pairs "
+            f"lora {path} has {len(wrong)} updates that do not fit the bundle ({some(sorted(wrong))}), expected pairs "
             "for its weights; use an adapter of this model"
         )
-    return pairs, [f"{module}.weight" for module in unread]
+    return pairs, unread
 
 
 def _own(module: str, names: Iterable[str]) -> str:
@@ -258,7 +281,8 @@ def _place(entry: Mapping[str, Any], size: int) -> tuple[str, tuple[int, ...], i
     return dtype, shape, int(begin), int(end)
 
 
-def _some(complaints: Sequence[str]) -> str:
+def some(complaints: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
     return "; ".join(complaints[:_SHOWN]) + (
         f"; and {len(complaints) - _SHOWN} more" if len(complaints) > _SHOWN else ""
     )

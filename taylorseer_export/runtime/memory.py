@@ -13,8 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from taylorseer_export.bundle.low_rank import LORA
 from taylorseer_export.bundle.manifest import GraphName, Tensor
 from taylorseer_export.bundle.shapes import resolve
+from taylorseer_export.errors import StepError
+from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.probe import Probe
 from taylorseer_export.runtime.runner import Buffer, Call, Runner
@@ -46,6 +49,7 @@ class Memory:
         prediction: The buffer of `noise_pred`.
         numbers: Graph -> the buffer of what the schedule gives it: weights of a forecast, scales of an update.
         probe: What measures the errors of a guard; None in a bundle without guards.
+        adapted: The LoRA whose low-rank weights are in place; None for zeros.
     """
 
     def __init__(self, contract: Contract, runner: Runner, sizes: Mapping[str, int]) -> None:
@@ -53,7 +57,7 @@ class Memory:
         graphs, self._layout = contract.manifest.graphs, contract.manifest.state.layout
         self.buffers: dict[str, Buffer] = {}
         looped = [t for name, g in graphs.items() if name != "prepare" for t in (*g.inputs, *g.outputs)]
-        for tensor in (*looped, *contract.constants.values()):
+        for tensor in (*looped, *contract.constants.values(), *([contract.lora] if contract.lora else [])):
             if tensor.role not in ("taylor_in", "taylor_out", "probe_in") and tensor.name not in self.buffers:
                 self.buffers[tensor.name] = self._new(tensor)
         (prediction,) = (t for t in graphs["full"].outputs if t.role == "noise_pred")
@@ -71,6 +75,7 @@ class Memory:
         if "probe" in graphs:
             self.calls["rest"] = self._bind_full("rest")
             self.probe = Probe(contract.manifest, runner, self.buffers, self._new)
+        self.adapted: Adapter | None = None
         self._prepared: _Prepared | None = None
         self._number_tables: dict[GraphName, Buffer] = {}
 
@@ -84,6 +89,31 @@ class Memory:
         for buffers in self.taylor:
             for buffer in buffers.values():
                 buffer.clear()
+
+    def adapt(self, lora: Adapter | None) -> None:
+        """Put the low-rank weights of a LoRA in place, zeros for None, unless they are there.
+
+        Raises:
+            StepError: The bundle has no such inputs, or they are of another shape; nothing has changed.
+        """
+        if lora == self.adapted:
+            return
+        buffer = self.buffers.get(LORA)
+        if buffer is None or (lora is not None and lora.matrices.shape != buffer.shape):
+            raise StepError(
+                "lora is given, expected none, since the bundle has no low-rank inputs; export again with --lora-rank"
+                if buffer is None
+                else "lora is of another bundle, expected one that was read for this one; ask its own adapter() for it"
+            )
+        self.adapted = None
+        buffer.clear()  # whatever ends a copy halfway leaves what None says
+        if lora is not None:
+            try:
+                buffer.write(lora.values())
+            except BaseException:
+                buffer.clear()
+                raise
+        self.adapted = lora
 
     def source(self, tensor: Tensor, step: FullStep | ForecastStep) -> Buffer:
         """Where a step reads an input of its graph."""

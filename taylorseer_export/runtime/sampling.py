@@ -17,6 +17,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Pipeline
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Forecasts, Plan
+from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.denoiser import Denoiser
@@ -95,6 +96,7 @@ class Request:
         joined: What the transformer is given beside the latents.
         beginning: What the loop begins with beside the noise; noise alone if left out.
         course: How one section follows another; None where there is one loop.
+        lora: From `Denoiser.adapter`; what the bundle was loaded with if left out.
     """
 
     latents: np.ndarray
@@ -108,6 +110,7 @@ class Request:
     joined: Joined | None = None
     beginning: Beginning | None = None
     course: Course | None = None
+    lora: Adapter | None = None
 
     @property
     def branches(self) -> list[dict[str, np.ndarray]]:
@@ -293,7 +296,7 @@ class Loop:
     def begin(self, branches: Branches) -> None:
         """Begin the request, or its next loop, in slots of its sizes."""
         start = branches.go_on if self.step else branches.start
-        start(self.conditioning, self.forecasts, self.model_timesteps)
+        start(self.conditioning, self.forecasts, self.model_timesteps, self.request.lora)
 
     def check_executed(self, executed: str) -> None:
         """Fail if the steps that ran are not those planned: only a guard adds full ones."""

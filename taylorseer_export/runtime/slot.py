@@ -19,6 +19,7 @@ from taylorseer_export.bundle.manifest import GraphName, Tensor
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.errors import StepError
 from taylorseer_export.method import Forecasts, Guard, Plan
+from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.memory import Memory
 from taylorseer_export.runtime.runner import Buffer, Runner
@@ -33,6 +34,7 @@ class Slot:
         contract: Of the bundle.
         runner: The loaded engines.
         sizes: Of every dimension but the steps.
+        lora: What requests get that bring no LoRA of their own; none if left out.
 
     Attributes:
         reuses: Whether a request that is prepared like the one before is not prepared again; False at first.
@@ -42,8 +44,10 @@ class Slot:
         executed: The steps that ran, `F` full and `.` forecast.
     """
 
-    def __init__(self, contract: Contract, runner: Runner, sizes: Mapping[str, int]) -> None:
-        self.contract, self.sizes = contract, dict(sizes)
+    def __init__(
+        self, contract: Contract, runner: Runner, sizes: Mapping[str, int], lora: Adapter | None = None
+    ) -> None:
+        self.contract, self.sizes, self._lora = contract, dict(sizes), lora
         self.memory = Memory(contract, runner, sizes)
         self._capacity = contract.defaults.capacity
         self._latent_shape = resolve(contract.latent.shape, self.sizes)
@@ -65,6 +69,7 @@ class Slot:
         conditioning: Mapping[str, Any],
         forecasts: Forecasts,
         timesteps: Sequence[float] | np.ndarray | None = None,
+        lora: Adapter | None = None,
     ) -> None:
         """Begin a request: check and copy its conditioning, clear the state, prepare all steps.
 
@@ -72,6 +77,7 @@ class Slot:
             conditioning: Constant inputs by their diffusers argument names.
             forecasts: Which steps are full, and how the others are forecast.
             timesteps: `[S]`, the value passed to the transformer at each step. Left out, `step` takes them one by one.
+            lora: From `Denoiser.adapter`; that of the slot if left out.
 
         Raises:
             ConfigError: Forecasts and timesteps do not fit each other or the bundle.
@@ -91,9 +97,11 @@ class Slot:
                 )
             plan.check_length(len(timesteps))
         self.plan = None  # until all is in place: a request that could not be prepared must not run
-        self.reused = self.holds(arrays, timesteps)
+        self.reused = self.holds(arrays, timesteps, lora)
         if not self.reused:
             self._prepared = None
+        self.memory.adapt(lora or self._lora)
+        if not self.reused:
             for name, array in arrays.items():
                 self.memory.buffers[name].write(array)
         self.memory.clear()
@@ -109,18 +117,25 @@ class Slot:
                 self._prepared = {name: array.copy() for name, array in arrays.items()}, timesteps.copy()
         self.plan = plan
 
-    def holds(self, arrays: Mapping[str, np.ndarray], timesteps: np.ndarray | None) -> bool:
+    def holds(
+        self, arrays: Mapping[str, np.ndarray], timesteps: np.ndarray | None, lora: Adapter | None = None
+    ) -> bool:
         """Whether the slot is prepared for just this, value by value; never where it does not reuse.
 
         Args:
             arrays: Constant inputs, from `Contract.arrays`.
             timesteps: `[S]`; None where they come one by one.
+            lora: As of `start`.
         """
-        if self._prepared is None or timesteps is None or not self.reuses:
+        if self._prepared is None or timesteps is None or not self.reuses or not self.has(lora):
             return False
         constants, known = self._prepared
         same = np.array_equal(known, timesteps) and constants.keys() == arrays.keys()
         return same and all(np.array_equal(constants[name], value) for name, value in arrays.items())
+
+    def has(self, lora: Adapter | None) -> bool:
+        """Whether the low-rank weights that a request with this LoRA reads are in place, so that it copies none."""
+        return self.memory.adapted == (lora or self._lora)
 
     def extend(self, plan: Plan) -> None:
         """Go on with a longer plan, where the length of the loop is not known ahead; it begins as the one under way."""

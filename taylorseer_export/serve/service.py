@@ -210,7 +210,7 @@ class Service:
         """
         loop = Loop(self.denoiser, request, forecasts)
         self._check_size(loop)
-        ticket = _Ticket(loop, caller, ids_of(self.denoiser, request.conditioning))
+        ticket = _Ticket(loop, caller, ids_of(self.denoiser, request.conditioning, request.lora))
         deadline = inf if timeout is None else time.monotonic() + timeout
         job = Job(ticket, loop.sizes["batch"], deadline, _cost(loop), caller.cancelled)
         with self._changed:
@@ -322,7 +322,7 @@ class Service:
             job.work.caller.advanced(loop)
         if loop.begins:  # the next section, in the same slots
             loop.begin(job.work.branches)
-            job.work.ids = ids_of(self.denoiser, loop.conditioning[0])
+            job.work.ids = ids_of(self.denoiser, loop.conditioning[0], loop.request.lora)
 
     def _key(self, ticket: _Ticket, calls: SharedCalls) -> Hashable:
         """Requests with equal keys may share the call of their next step; several branches in a step share none."""
@@ -332,15 +332,16 @@ class Service:
     def _seat(self, loop: Loop) -> Branches:
         """Slots of its sizes: idle ones, or new ones, which take the place of idle ones of other sizes.
 
-        Of idle ones those that are prepared for such a request, else those that were used longest ago: so slots are an
-        LRU of what prepared them.
+        Of idle ones those that are prepared for such a request, else those that have its LoRA, else those that were
+        used longest ago: so slots are an LRU of what prepared them.
         """
-        asked = [self.denoiser.contract.arrays(own) for own in loop.conditioning]
+        asked, lora = [self.denoiser.contract.arrays(own) for own in loop.conditioning], loop.request.lora
         with self._changed:
             fitting = [branches for branches in self._idle if branches.sizes == loop.branches]
             if fitting:
-                prepared = (branches for branches in fitting if branches.holds(asked, loop.model_timesteps))
-                chosen = next(prepared, fitting[0])
+                prepared = (branches for branches in fitting if branches.holds(asked, loop.model_timesteps, lora))
+                adapted = (branches for branches in fitting if all(slot.has(lora) for slot in branches.slots))
+                chosen = next(prepared, None) or next(adapted, fitting[0])
                 self._idle.remove(chosen)
                 return chosen
             del self._idle[: max(0, len(self._idle) + self._batcher.in_use - self.limits.slots)]

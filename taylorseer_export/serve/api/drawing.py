@@ -72,6 +72,7 @@ class Drawing:
             self._pictures,
             self._mask,
             asked.strength,
+            asked.lora,
         )
         previews = asked.partial_images if asked.stream else 0
         return Order(number, wish, self._options, asked.stream, previews, asked.progress, left, self._id)

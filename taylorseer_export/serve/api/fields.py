@@ -33,12 +33,12 @@ _WHY = {
 }
 _OWN = (
     "prompt model n size output_format output_compression stream partial_images seed negative_prompt guidance_scale"
-    " strength timeout progress"
+    " strength timeout progress lora"
 ).split()
 _OPTIONS = tuple(field.name for field in fields(RequestOptions))
 NAMES = (*_OWN, *_OPTIONS, *_ALIASES, *_FIXED, *_LET_PASS)
 REFERENCE = "input_reference"  # the picture that a video is made from
-_OF_VIDEOS = ["prompt", "model", "size", "seconds", "frames", "seed", "negative_prompt", "guidance_scale", "timeout"]
+_OF_VIDEOS = "prompt model size seconds frames seed negative_prompt guidance_scale timeout lora".split()
 _DATA = re.compile(r"data:image/[a-z.+-]{1,32};base64")
 _LONGEST_VIDEO = 3600.0  # seconds
 VIDEO_NAMES = (*_OF_VIDEOS, REFERENCE, *_OPTIONS, *_ALIASES, *_LET_PASS)
@@ -65,7 +65,7 @@ class Asked:
         partial_images: How many previews of each.
         progress: Whether a stream, or the job of a video, tells of every step.
         seeds: One for each picture.
-        negative_prompt, guidance_scale, strength: As in `Wish`.
+        negative_prompt, guidance_scale, strength, lora: As in `Wish`.
         timeout: Seconds from the arrival; the server's if None.
         options: Of the forecasts.
     """
@@ -84,6 +84,7 @@ class Asked:
     timeout: float | None
     options: RequestOptions
     strength: float | None = None
+    lora: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ def asked_of(values: Mapping[str, Any], most_pictures: int, longest: float, form
         timeout=given.number("timeout", 0.0, longest),
         options=given.options(),
         strength=given.number("strength", 0.0, 1.0),
+        lora=given.text("lora"),
     )
 
 
@@ -157,6 +159,7 @@ def video_of(values: Mapping[str, Any], longest: float, form: bool = False) -> A
         guidance_scale=given.number("guidance_scale"),
         timeout=given.number("timeout", 0.0, longest),
         options=given.options(),
+        lora=given.text("lora"),
         seconds=given.number("seconds", 0.0, _LONGEST_VIDEO, text=True),
         frames=given.whole("frames", 1, _LARGEST),
         reference=given.reference(),

@@ -19,6 +19,7 @@ from taylorseer_export.embedded.edits import Given
 from taylorseer_export.embedded.requests import frame_rate, size_of, warm_parts
 from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
 from taylorseer_export.method import RequestOptions, forecasts_from_options
+from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.denoiser import Denoiser, load
 from taylorseer_export.runtime.sampling import Loop, preview_steps
 from taylorseer_export.serve import contract
@@ -88,6 +89,7 @@ class Loaded:
         denoiser: The loaded bundle.
         limits: Of its service.
         busy: When it takes a faster profile for requests that leave it the choice; never if left out.
+        loras: Name -> what requests may choose, of a bundle that takes it with each request.
 
     Attributes:
         name, video, created, takes, description, hurried, counted: As of `Model`.
@@ -101,9 +103,16 @@ class Loaded:
 
     counted = ("requests", "steps", "calls", "seconds", "fallbacks", "conditioning", "prepared", "full")
 
-    def __init__(self, denoiser: Denoiser, limits: Limits, busy: Busy | None = None) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        limits: Limits,
+        busy: Busy | None = None,
+        loras: Mapping[str, Adapter] | None = None,
+    ) -> None:
         check_draws(denoiser.manifest)
-        self.takes = takes_of(denoiser.manifest)
+        self._loras = dict(loras or {})
+        self.takes = takes_of(denoiser.manifest)._replace(loras=tuple(self._loras))
         self.name = self.takes.name
         self.video = frame_rate(denoiser.manifest) is not None
         self.created = int(time.time())
@@ -152,9 +161,12 @@ class Loaded:
         """Make a request of it and queue it; runs on the reader's thread."""
         if sender.left:
             raise ServeError("the client left, expected it to wait for its answer; send it again", "CANCELLED")
-        options, given = picture_for(self.denoiser, order.wish, order.options)
+        options, given = picture_for(self.denoiser, self.takes, order.wish, order.options)
         forecasts = forecasts_from_options(options, self.denoiser.defaults, self.profiles)
         request = request_of(self.denoiser, order.wish, self.service.conditioning, given)
+        if order.wish.lora is not None:
+            name, strength = self.takes.lora(order.wish.lora)
+            request = replace(request, lora=self._loras[name].at(strength))
         sender.times.read()
         self.service.submit(request, forecasts, sender, left)
         sender.queued()
@@ -209,7 +221,8 @@ def load_models(
         limits: Of each; their `slot_bytes` follow from the budget, and `batch` 0 chooses by the device.
         memory_budget: Bytes of the weights, Taylor buffers and step tables of one; None for the usual room.
         busy: As in `Loaded`, for all of them.
-        loras: Name -> `FILE` or `FILE:SCALE`; each adds a model `<bundle>+<name>` that a request may ask for.
+        loras: Name -> `FILE` or `FILE:SCALE`. A bundle with low-rank inputs is loaded once, and requests choose one by
+            their `lora`; of any other each adds a model `<bundle>+<name>` that they may ask for.
 
     Raises:
         BundleError: A bundle is missing, damaged or not for this machine.
@@ -228,6 +241,8 @@ def load_models(
     try:
         adapted = [(folder, name, lora) for folder in folders for name, lora in (loras or {}).items()]
         for folder, name, lora in [*((folder, "", ()) for folder in folders), *adapted]:
+            if name and models[0].takes.loras:  # it is loaded, and takes them with each request
+                break
             denoiser = load(folder, device, threads, lora=lora)
             try:
                 if name:
@@ -241,7 +256,8 @@ def load_models(
                     raise twice([f"{manifest.family}-{manifest.name}"])
                 room = slot_bytes(manifest, asked.slots, memory_budget)
                 own = replace(asked, batch=batch, slot_bytes=room)
-                models.append(Loaded(denoiser, own, busy))
+                taken = loras if loras and manifest.lora is not None else {}
+                models.append(Loaded(denoiser, own, busy, {key: denoiser.adapter(file) for key, file in taken.items()}))
             except BaseException:
                 denoiser.close()
                 raise

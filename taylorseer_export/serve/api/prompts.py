@@ -18,7 +18,7 @@ from taylorseer_export.method import RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Request
 from taylorseer_export.runtime.tensors import latent_sizes
-from taylorseer_export.serve.api.wishes import Wish, takes_of
+from taylorseer_export.serve.api.wishes import Takes, Wish, takes_of
 
 
 def check_draws(manifest: Manifest) -> None:
@@ -36,13 +36,15 @@ def check_draws(manifest: Manifest) -> None:
         )
 
 
-def picture_for(denoiser: Denoiser, wish: Wish, options: RequestOptions) -> tuple[RequestOptions, Given | None]:
+def picture_for(
+    denoiser: Denoiser, takes: Takes, wish: Wish, options: RequestOptions
+) -> tuple[RequestOptions, Given | None]:
     """The picture that a request brings, and what its options are then; see `steps_that_run`.
 
     Raises:
         Refusal, ConfigError: The model does not take what is wished, see `Takes.check`.
     """
-    takes_of(denoiser.manifest).check(wish)
+    takes.check(wish)
     pictures = [opaque(picture) for picture in wish.pictures]
     given = given_picture(denoiser.manifest, pictures[0] if pictures else None, wish.strength, pictures[1:])
     return steps_that_run(options, denoiser, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,6 +28,7 @@ class Wish(NamedTuple):
         pictures: `[H, W, 4]` uint8 that it is to be made from.
         mask: `[H, W, 4]` uint8, clear where the first of them is to change.
         strength: As of `Given`.
+        lora: `NAME` or `NAME:STRENGTH` of a LoRA that the model is served with; none if None.
     """
 
     prompt: str
@@ -37,6 +39,7 @@ class Wish(NamedTuple):
     pictures: Sequence[np.ndarray] = ()
     mask: np.ndarray | None = None
     strength: float | None = None
+    lora: str | None = None
 
 
 class Takes(NamedTuple):
@@ -49,6 +52,7 @@ class Takes(NamedTuple):
         use: What it does with a picture, see `use_of`.
         field: By which name a request brings one.
         most: How many a request may bring.
+        loras: Names of the LoRAs that a request may choose of.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Takes(NamedTuple):
     use: Use | None
     field: str = "image"
     most: int = 1
+    loras: tuple[str, ...] = ()
 
     def label(self, prompt: str) -> int:
         """The class that a prompt names by its number.
@@ -78,8 +83,8 @@ class Takes(NamedTuple):
         """Refuse what it does not take.
 
         Raises:
-            Refusal: It takes no picture, lacks one, takes no mask or not so many, is not guided away from a text, or
-                draws classes and the prompt names none.
+            Refusal: It takes no picture, lacks one, takes no mask or not so many, is not guided away from a text, has
+                no such LoRA, or draws classes and the prompt names none.
             ConfigError: There is nothing that a strength is of.
         """
         if wish.pictures and self.use is None:
@@ -110,8 +115,33 @@ class Takes(NamedTuple):
                 400,
                 "negative_prompt",
             )
+        if wish.lora is not None:
+            self.lora(wish.lora)
         if self.classes is not None:
             self.label(wish.prompt)
+
+    def lora(self, text: str) -> tuple[str, float]:
+        """(name, strength) of `NAME` or `NAME:STRENGTH`; the strength is 1 where there is none.
+
+        Raises:
+            Refusal: It is served with no LoRA of that name, or the strength is no finite number.
+        """
+        name, separator, last = text.partition(":")
+        try:
+            strength = float(last) if separator else 1.0
+        except ValueError:
+            strength = math.nan
+        if name in self.loras and math.isfinite(strength):
+            return name, strength
+        known = "none, since it is served with none"
+        if self.loras:
+            known = f"{' or '.join(self.loras)}, or one of them with a strength like {self.loras[0]}:0.8"
+        raise Refusal(
+            f"lora is `{text[:64]}` for {self.name}, expected {known}; "
+            f"{'choose one of those' if self.loras else 'leave it out, or ask for a `model` that has it'}",
+            400,
+            "lora",
+        )
 
 
 def takes_of(manifest: Manifest) -> Takes:

@@ -27,6 +27,7 @@ from taylorseer_export.bundle.entries import (
     Whole,
 )
 from taylorseer_export.bundle.entries import Shape as Shape
+from taylorseer_export.bundle.parallel import Parallel as Parallel
 from taylorseer_export.bundle.part_entries import Filter as Filter
 from taylorseer_export.bundle.part_entries import Fitted as Fitted
 from taylorseer_export.bundle.part_entries import Patches as Patches
@@ -361,6 +362,7 @@ class Manifest(Sealed):
         default_factory=Pipeline, description="What the family's pipeline does around the transformer."
     )
     comfy: Comfy | None = Field(default=None, description="ComfyUI's model of the family; null where it has none.")
+    parallel: Parallel | None = Field(default=None, description="How it is shared out over ranks; null: it is not.")
     parts: dict[PartName, PipelinePart] = Field(
         default_factory=dict, description="What of the pipeline is here besides the transformer, by name."
     )
@@ -424,6 +426,7 @@ class Manifest(Sealed):
             "engine": self.engine.kind,
             "precision": self.precision,
             "device": device,
+            **({"parallel": self.parallel.mode, "degree": self.parallel.degree} if self.parallel else {}),
             **self.engine.options,
             **{name.replace("_", "-"): value for name, value in changes.items()},
         }

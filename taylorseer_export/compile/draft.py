@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from taylorseer_export.bundle.manifest import Dimension, Graph, PartName
+from taylorseer_export.bundle.manifest import Dimension, Graph, Parallel, PartName
+from taylorseer_export.bundle.parallel import Mode, ranges_of_one
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.engines import Progress, builder
 from taylorseer_export.compile.weights import WEIGHTS, Stored, write_weights
@@ -46,6 +47,8 @@ class Options:
         polygraphy: Whether the bundle gets example inputs and profiles for Polygraphy's command line.
         guards: The rules that a request may guard its forecasts by; each adds its part to the probe.
         parts: What of the pipeline the bundle holds besides the transformer, by name: see `PartName`.
+        parallel: What attentions become where the latent's rows are shared out over ranks; None shares nothing out.
+        degree: Over how many.
     """
 
     order: int
@@ -65,6 +68,8 @@ class Options:
     polygraphy: bool = False
     guards: tuple[Rule, ...] = ()
     parts: tuple[PartName, ...] = ()
+    parallel: Mode | None = None
+    degree: int = 2
 
     def state_type(self) -> torch.dtype:
         """dtype of the Taylor buffers."""
@@ -174,6 +179,7 @@ class Draft(BaseDraft):
     Attributes:
         checkpoint: The model.
         split: Its graphs.
+        parallel: How they are shared out over ranks; sizes and ranges are those of one of them.
     """
 
     checkpoint: Checkpoint
@@ -183,6 +189,7 @@ class Draft(BaseDraft):
     typical: dict[str, int]
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     buffers: dict[str, torch.Tensor]
+    parallel: Parallel | None = None
 
     @property
     def graphs(self) -> tuple[Cut, ...]:
@@ -195,7 +202,8 @@ class Draft(BaseDraft):
         return self.checkpoint.tensor(name)
 
     def ranges(self) -> dict[str, tuple[int, int]]:
-        ranges = self.checkpoint.family.dimensions(self.checkpoint.config) | {"steps": (1, MOST_STEPS)}
+        ranges = ranges_of_one(self.parallel, self.checkpoint.family.dimensions(self.checkpoint.config))
+        ranges |= {"steps": (1, MOST_STEPS)}
         return {n: (self.sizes.get(n) or low, self.sizes.get(n) or high) for n, (low, high) in ranges.items()}
 
 

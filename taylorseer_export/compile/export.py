@@ -27,6 +27,7 @@ from taylorseer_export.bundle.manifest import (
     State,
     tool_version,
 )
+from taylorseer_export.bundle.parallel import ranges_of_one
 from taylorseer_export.bundle.schedulers import SCHEDULERS
 from taylorseer_export.bundle.store import hash_files, writing
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
@@ -34,9 +35,11 @@ from taylorseer_export.compile.draft import PRECISIONS as PRECISIONS
 from taylorseer_export.compile.draft import Draft as Draft
 from taylorseer_export.compile.draft import Options as Options
 from taylorseer_export.compile.engines import Progress, builder, check_engine
+from taylorseer_export.compile.parallel import check_parallel, parallel_of, sizes_of_one
 from taylorseer_export.compile.parts import refuse_missing, write_parts
 from taylorseer_export.compile.polygraphy import check_sizes, write_examples
 from taylorseer_export.errors import CheckpointError, ConfigError
+from taylorseer_export.graph.shard import shard
 from taylorseer_export.graph.split import split
 from taylorseer_export.graph.trace import Trace, trace
 
@@ -67,6 +70,7 @@ def check_options(options: Options) -> None:
     options.plan()
     if not 0 <= options.order <= 4:
         raise ConfigError(f"--order is {options.order}, expected 0 to 4 (dimensionless); the paper uses 1 to 4")
+    check_parallel(options)
     check_engine(options)
     if options.batch is not None and options.batch < 1:
         raise ConfigError(f"--batch is {options.batch}, expected at least 1 (samples); leave it out for any batch")
@@ -91,6 +95,8 @@ def trace_model(checkpoint: Checkpoint, options: Options) -> Traced:
     checkpoint = replace(checkpoint, config=config)
     _sizes(checkpoint, options)
     traced = trace(skeleton, checkpoint.family, dtype)
+    if shared := parallel_of(checkpoint, options):
+        traced = shard(traced, shared.mode, shared.degree, shared.dimension, checkpoint.family.name)
     stored = checkpoint.files.keys() | checkpoint.derived.keys()
     computed = {name: value for name, value in skeleton.named_buffers() if name not in stored}
     return Traced(checkpoint, traced, options.precision, computed | traced.constants)
@@ -106,7 +112,9 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     assert traced.precision == options.precision, "bug in taylorseer-export: the trace is of another precision"
     check_options(options)
     checkpoint, module = traced.checkpoint, traced.trace.module
-    ranges, sizes = checkpoint.family.dimensions(checkpoint.config), _sizes(checkpoint, options)
+    shared = parallel_of(checkpoint, options)
+    ranges = ranges_of_one(shared, checkpoint.family.dimensions(checkpoint.config))
+    sizes = sizes_of_one(shared, _sizes(checkpoint, options))
     how = (options.granularity, options.layout, options.order, options.state_type(), options.guards)
     pieces = split(traced.trace, *how)
     default = checkpoint.family.latent_sizes(checkpoint.config, *checkpoint.latent_size)
@@ -114,13 +122,14 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     default |= {name: checkpoint.card[name] for name in ranges if name in checkpoint.card}
     # Guidance by a batch of two halves doubles what a single picture needs.
     default |= {"batch": 2 if checkpoint.family.guidance == "batched" else 1}
+    default = sizes_of_one(shared, default)
     within = {name: min(max(default.get(name, low), low), high) for name, (low, high) in ranges.items()}
     typical = {name: sizes[name] or within[name] for name in ranges} | {"steps": options.steps}
     stored = {}
     for name in dict.fromkeys(n for cut in pieces.graphs for n in cut.parameters()):
         value = traced.buffers[name] if name in traced.buffers else attrgetter(name)(module)
         stored[name] = (value.dtype, tuple(value.shape))
-    return Draft(checkpoint, options, pieces, sizes, typical, stored, traced.buffers)
+    return Draft(checkpoint, options, pieces, sizes, typical, stored, traced.buffers, shared)
 
 
 def _sizes(checkpoint: Checkpoint, options: Options) -> dict[str, int | None]:
@@ -225,6 +234,7 @@ def describe(
         sampling=sampling_of(checkpoint, parts or {}),
         pipeline=pipeline_of(checkpoint),
         comfy=comfy_of(checkpoint),
+        parallel=plan.parallel,
         parts=dict(parts or {}),
         engine=builder(options.engine).engine(options).model_copy(update={"options": _texts(options.engine_options)}),
         files=dict(files or {graph.file: File(sha256="0" * 64, size=0) for graph in graphs.values()}),

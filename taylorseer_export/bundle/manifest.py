@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from taylorseer_export.bundle.agreement import contradiction
 from taylorseer_export.bundle.comfy import Comfy as Comfy
+from taylorseer_export.bundle.command import command_of
 from taylorseer_export.bundle.entries import BUNDLE_NAME as BUNDLE_NAME
 from taylorseer_export.bundle.entries import (
     BundleName,
@@ -28,6 +29,7 @@ from taylorseer_export.bundle.entries import (
 )
 from taylorseer_export.bundle.entries import Shape as Shape
 from taylorseer_export.bundle.low_rank import LowRank as LowRank
+from taylorseer_export.bundle.parallel import Parallel as Parallel
 from taylorseer_export.bundle.part_entries import Filter as Filter
 from taylorseer_export.bundle.part_entries import Fitted as Fitted
 from taylorseer_export.bundle.part_entries import Patches as Patches
@@ -364,6 +366,7 @@ class Manifest(Sealed):
     )
     lora: LowRank | None = Field(default=None, description="Layers that take the LoRA of a request; null: none does.")
     comfy: Comfy | None = Field(default=None, description="ComfyUI's model of the family; null where it has none.")
+    parallel: Parallel | None = Field(default=None, description="How it is shared out over ranks; null: it is not.")
     parts: dict[PartName, PipelinePart] = Field(
         default_factory=dict, description="What of the pipeline is here besides the transformer, by name."
     )
@@ -410,31 +413,7 @@ class Manifest(Sealed):
             device: Where they are to run; as before if left out.
             changes: Options of the engine that are to be others, `gpu_arch="8.6"` for `--gpu-arch`.
         """
-        devices = self.engine.device.get("devices", "").split()
-        device = device or (devices[0] if len(devices) == 1 else None)
-        given = {
-            "model": None if self.model.embedded else self.model.reference,
-            "variant": self.model.variant,
-            "config": self.model.config_file,
-            "lora": " --lora ".join(self.model.loras) or None,
-            "lora-skip": " --lora-skip ".join(self.model.lora_skip) or None,
-            "state": self.state.granularity,
-            "layout": self.state.layout,
-            "order": self.state.order,
-            "interval": self.plan.interval,
-            "warmup": self.plan.warmup,
-            "guard": " --guard ".join(self.state.guards) or None,
-            "steps": self.plan.steps,
-            "engine": self.engine.kind,
-            "precision": self.precision,
-            "device": device,
-            **(self.quantised.given() if self.quantised else {}),
-            **({"lora-rank": self.lora.rank, "lora-targets": self.lora.pattern} if self.lora else {}),
-            **self.engine.options,
-            **{name.replace("_", "-"): value for name, value in changes.items()},
-        }
-        words = [f"--{name} {value}".rstrip() for name, value in given.items() if value is not None]
-        return " ".join(["taylorseer-export", self.family, *words, *["--whole"] * bool(self.parts)])
+        return command_of(self, device, **changes)
 
 
 def schema() -> dict[str, Any]:

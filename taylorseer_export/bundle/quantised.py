@@ -23,7 +23,9 @@ class Quantised(Part):
     layers: tuple[Text, ...] = Field(min_length=1, description="Names of the quantised weights.")
     bytes: Count = Field(description="What their values and scales take.")
     unquantised_bytes: Count = Field(description="What they take in the bundle's precision.")
-    keep_precision: tuple[Text, ...] = Field(default=(), description="Patterns of layers that were left out on purpose.")
+    keep_precision: tuple[Text, ...] = Field(
+        default=(), description="Patterns of layers that were left out on purpose."
+    )
 
     def given(self) -> dict[str, str | None]:
         """The options that ask for it, as on the command line."""

@@ -189,6 +189,13 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
         default=[],
         help="a part that --whole leaves out; may be repeated (default: none)",
     )
+    engine.add_argument(
+        "--parallel",
+        choices=("gather", "ulysses"),
+        help="share the latent's rows out over ranks: every rank gets all keys and values, or all rows of some heads "
+        "(default: one process does all)",
+    )
+    engine.add_argument("--degree", metavar="N", type=whole(2, 64), help="how many ranks (default: 2)")
     engine.add_argument("--dry-run", action="store_true", help="print the card and the memory table, write nothing")
     engine_options(parser)
 
@@ -221,6 +228,8 @@ def _export(family: Family, given: argparse.Namespace) -> int:
 
     if given.lora_skip and not given.lora:
         raise ConfigError("--lora-skip is given without --lora, expected it too; add it, or leave --lora-skip out")
+    if given.degree and not given.parallel:
+        raise ConfigError("--degree is given without --parallel, expected it too; add it, or leave --degree out")
     if given.without and given.model and not given.whole:
         raise ConfigError("--without is given without --whole, expected it too; add it, or leave --without out")
     skip = tuple(dict.fromkeys(given.lora_skip))
@@ -270,6 +279,8 @@ def _export(family: Family, given: argparse.Namespace) -> int:
         keep_precision=tuple(dict.fromkeys(given.keep_precision)),
         lora_rank=given.lora_rank,
         lora_targets=given.lora_targets,
+        parallel=given.parallel,
+        degree=given.degree or export.Options.degree,
     )
     export.check_options(options)
     if not given.dry_run:

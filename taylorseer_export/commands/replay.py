@@ -37,6 +37,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
+    from zlib import crc32
+
     import numpy as np
 
     from taylorseer_export.errors import StepError
@@ -56,8 +58,13 @@ def run(given: argparse.Namespace) -> int:
             f"{list(latents.shape)}; give both the same first dimension"
         )
     denoiser = open_denoiser(given)
+    share = denoiser.share
     forecasts = forecasts_of(denoiser, given, len(latents))
     plan, guard = forecasts.plan, forecasts.guard
+    if share.group:
+        facts = {name: f"{value.dtype} {list(value.shape)} {crc32(value)}" for name, value in tensors.items()}
+        share.group.agree({**facts, "latents": list(latents.shape), "timestep": timesteps.tolist(), "plan": forecasts})
+    latents, tensors = share.latents(latents), share.conditioning(tensors)
     slot = denoiser.slot(denoiser.sizes(latents.shape[1:], tensors))
     slot.start(tensors, forecasts, timesteps)
     predictions = []
@@ -66,7 +73,10 @@ def run(given: argparse.Namespace) -> int:
             predictions.append(slot.step(latent))
             check_prediction(bool(np.isfinite(predictions[-1]).all()), step, plan)
             advance(step + 1, len(plan))
-    write_tensors(given.outputs, {"noise_pred": np.stack(predictions)}, {"plan": slot.executed})
+    whole = share.joined(np.stack(predictions))
+    if share.rank:
+        return 0  # what one process writes, rank 0 does
+    write_tensors(given.outputs, {"noise_pred": whole}, {"plan": slot.executed})
     if guard:
         report_guard(guard, str(plan), slot.executed, slot.errors)
     print(f"plan      {slot.executed}\nwrote     {given.outputs}")

@@ -25,11 +25,13 @@ _NUMPY = {"F16": "f2", "F32": "f4", "F64": "f8", "BOOL": "?"} | {
 
 def open_denoiser(given: argparse.Namespace) -> Denoiser:
     from taylorseer_export.runtime.denoiser import load
+    from taylorseer_export.runtime.group import Group
 
     if given.no_cuda_graphs and not given.device.is_gpu:
         raise ConfigError("--no-cuda-graphs is given for the CPU, expected it with --device cuda; leave it out")
     lora = getattr(given, "lora", ())
-    denoiser = load(given.bundle, given.device, given.threads, cuda_graphs=not given.no_cuda_graphs, lora=lora)
+    group = Group.from_environment(given.device)
+    denoiser = load(given.bundle, given.device, given.threads, None, not given.no_cuda_graphs, lora=lora, group=group)
     if lora:
         from taylorseer_export.bundle.memory import lora_bytes, size
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from taylorseer_export.bundle.manifest import Dimension, Graph, LowRank, PartName
+from taylorseer_export.bundle.manifest import Dimension, Graph, LowRank, Parallel, PartName
+from taylorseer_export.bundle.parallel import Mode, ranges_of_one
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.engines import Progress, builder
 from taylorseer_export.compile.weights import WEIGHTS, Stored, write_weights
@@ -52,6 +53,8 @@ class Options:
         keep_precision: Patterns of layers whose weights stay in the precision.
         lora_rank: Highest rank of the LoRA that a request may bring, dimensionless; None takes none.
         lora_targets: Regular expression found in the names of the layers that it may change; None takes all.
+        parallel: What attentions become where the latent's rows are shared out over ranks; None shares nothing out.
+        degree: Over how many.
     """
 
     order: int
@@ -76,6 +79,8 @@ class Options:
     keep_precision: tuple[str, ...] = ()
     lora_rank: int | None = None
     lora_targets: str | None = None
+    parallel: Mode | None = None
+    degree: int = 2
 
     def state_type(self) -> torch.dtype:
         """dtype of the Taylor buffers."""
@@ -191,6 +196,7 @@ class Draft(BaseDraft):
         split: Its graphs.
         quantised: Name of a stored tensor -> what it is of which quantised weight.
         lora: Its low-rank inputs.
+        parallel: How they are shared out over ranks; sizes and ranges are those of one of them.
     """
 
     checkpoint: Checkpoint
@@ -202,6 +208,7 @@ class Draft(BaseDraft):
     buffers: dict[str, torch.Tensor]
     quantised: Mapping[str, Part] = field(default_factory=dict)
     lora: LowRank | None = None
+    parallel: Parallel | None = None
 
     @property
     def graphs(self) -> tuple[Cut, ...]:
@@ -218,7 +225,8 @@ class Draft(BaseDraft):
         return self.checkpoint.tensor(name)
 
     def ranges(self) -> dict[str, tuple[int, int]]:
-        ranges = self.checkpoint.family.dimensions(self.checkpoint.config) | {"steps": (1, MOST_STEPS)}
+        ranges = ranges_of_one(self.parallel, self.checkpoint.family.dimensions(self.checkpoint.config))
+        ranges |= {"steps": (1, MOST_STEPS)}
         return {n: (self.sizes.get(n) or low, self.sizes.get(n) or high) for n, (low, high) in ranges.items()}
 
 

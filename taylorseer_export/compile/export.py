@@ -28,6 +28,7 @@ from taylorseer_export.bundle.manifest import (
     State,
     tool_version,
 )
+from taylorseer_export.bundle.parallel import ranges_of_one
 from taylorseer_export.bundle.schedulers import SCHEDULERS
 from taylorseer_export.bundle.store import hash_files, writing
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
@@ -35,11 +36,13 @@ from taylorseer_export.compile.draft import PRECISIONS as PRECISIONS
 from taylorseer_export.compile.draft import Draft as Draft
 from taylorseer_export.compile.draft import Options as Options
 from taylorseer_export.compile.engines import Progress, builder, check_engine
+from taylorseer_export.compile.parallel import check_parallel, parallel_of, sizes_of_one
 from taylorseer_export.compile.parts import refuse_missing, write_parts
 from taylorseer_export.compile.polygraphy import check_sizes, write_examples
 from taylorseer_export.compile.quantised import check_weights, quantised_entry, quantised_trace
 from taylorseer_export.errors import CheckpointError, ConfigError
 from taylorseer_export.graph.low_rank import check_rank, low_rank
+from taylorseer_export.graph.shard import shard
 from taylorseer_export.graph.split import split
 from taylorseer_export.graph.trace import Trace, trace
 
@@ -72,6 +75,7 @@ def check_options(options: Options) -> None:
     options.plan()
     if not 0 <= options.order <= 4:
         raise ConfigError(f"--order is {options.order}, expected 0 to 4 (dimensionless); the paper uses 1 to 4")
+    check_parallel(options)
     check_engine(options)
     check_weights(options)
     check_rank(options.lora_rank, options.lora_targets)
@@ -98,6 +102,8 @@ def trace_model(checkpoint: Checkpoint, options: Options) -> Traced:
     checkpoint = replace(checkpoint, config=config)
     _sizes(checkpoint, options)
     traced = trace(skeleton, checkpoint.family, dtype)
+    if shared := parallel_of(checkpoint, options):
+        traced = shard(traced, shared.mode, shared.degree, shared.dimension, checkpoint.family.name)
     stored = checkpoint.files.keys() | checkpoint.derived.keys()
     computed = {name: value for name, value in skeleton.named_buffers() if name not in stored}
     layers: tuple[Layer, ...] = ()
@@ -116,7 +122,9 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     assert traced.precision == options.precision, "bug in taylorseer-export: the trace is of another precision"
     check_options(options)
     checkpoint = traced.checkpoint
-    ranges, sizes = checkpoint.family.dimensions(checkpoint.config), _sizes(checkpoint, options)
+    shared = parallel_of(checkpoint, options)
+    ranges = ranges_of_one(shared, checkpoint.family.dimensions(checkpoint.config))
+    sizes = sizes_of_one(shared, _sizes(checkpoint, options))
     how = (options.granularity, options.layout, options.order, options.state_type(), options.guards)
     quantised = quantised_trace(traced.trace, options)
     pieces = split(quantised.trace, *how)
@@ -125,6 +133,7 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     default |= {name: checkpoint.card[name] for name in ranges if name in checkpoint.card}
     # Guidance by a batch of two halves doubles what a single picture needs.
     default |= {"batch": 2 if checkpoint.family.guidance == "batched" else 1}
+    default = sizes_of_one(shared, default)
     within = {name: min(max(default.get(name, low), low), high) for name, (low, high) in ranges.items()}
     typical = {name: sizes[name] or within[name] for name in ranges} | {"steps": options.steps}
     stored = {}
@@ -133,7 +142,7 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
         stored[name] = (value.dtype, tuple(value.shape))
     held = {*stored, *(part.weight for part in quantised.parts.values())}
     lora = _low_rank(traced, options, held) if traced.layers else None
-    return Draft(checkpoint, options, pieces, sizes, typical, stored, traced.buffers, quantised.parts, lora)
+    return Draft(checkpoint, options, pieces, sizes, typical, stored, traced.buffers, quantised.parts, lora, shared)
 
 
 def _low_rank(traced: Traced, options: Options, held: Collection[str]) -> LowRank:
@@ -249,6 +258,7 @@ def describe(
         pipeline=pipeline_of(checkpoint),
         comfy=comfy_of(checkpoint),
         lora=plan.lora,
+        parallel=plan.parallel,
         parts=dict(parts or {}),
         quantised=quantised_entry(plan),
         engine=builder(options.engine).engine(options).model_copy(update={"options": _texts(options.engine_options)}),

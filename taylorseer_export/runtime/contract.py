@@ -65,7 +65,7 @@ class Contract:
         self.check_sizes(sizes)
         for name, tensor in self.constants.items():
             if tensor.fill == "sides":
-                check_pictures(name, conditioning[name], sizes)
+                check_pictures(name, conditioning[name], self.of_all_ranks(sizes))
         return sizes
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
@@ -80,6 +80,12 @@ class Contract:
         for name, size in sizes.items():
             if name in self.manifest.dimensions:
                 self._check_range(name, size)
+
+    def of_all_ranks(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Sizes of the whole, from those of one rank."""
+        parallel = self.manifest.parallel
+        degree = {} if parallel is None else {parallel.dimension: parallel.degree}
+        return {name: size * degree.get(name, 1) for name, size in sizes.items()}
 
     def _check_range(self, name: str, size: int) -> None:
         allowed = self.manifest.dimensions[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +23,12 @@ from taylorseer_export.runtime.check import check_engines
 from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.decoding import Decoder, open_decoder
 from taylorseer_export.runtime.engines import open_runner
+from taylorseer_export.runtime.group import Group, together
 from taylorseer_export.runtime.frames import FrameEncoder, open_picture_encoder
 from taylorseer_export.runtime.lora import Merged, merged
 from taylorseer_export.runtime.parts import Encoder, Part, open_part
 from taylorseer_export.runtime.runner import Runner
+from taylorseer_export.runtime.share import Share, check_ranks
 from taylorseer_export.runtime.slot import Slot
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ def load(
     check: bool = True,
     devices: Mapping[PartName, str | Device] | None = None,
     lora: str | Path | Sequence[str | Path] = (),
+    group: Group | None = None,
 ) -> Denoiser:
     """Check a bundle, load its engines, and check what they compute.
 
@@ -57,6 +61,7 @@ def load(
         lora: LoRAs that are added to the weights of this load, `FILE` or `FILE:SCALE`, under diffusers' names; see
             `lora.py`; with low-rank inputs those that requests get which bring none, see `adapter.py`. A profile stays
             what it was calibrated without them.
+        group: The ranks that run a bundle which is shared out, all of which load it at the same time.
 
     Raises:
         BundleError: The bundle is missing, damaged, too new, not for this machine, or its engines overflow.
@@ -64,17 +69,21 @@ def load(
     """
     asked = Device.parse(device)
     bundle = folder if isinstance(folder, Bundle) else open_bundle(Path(folder), progress)
+    check_ranks(bundle.manifest, group)
+    if group is not None:
+        group.agree({"bundle": hashlib.sha256(bundle.manifest.to_json()).hexdigest()})
     given = (lora,) if isinstance(lora, str | Path) else tuple(lora)
     taken = bundle.manifest.lora is not None  # by inputs, so that the weights stay
     adapted = Merged() if taken else merged(given, bundle)
     usual = adapter_of(bundle.manifest, given) if taken and given else None
     runner = open_runner(bundle, asked, threads, cuda_graphs, adapted.weights)
     places = {name: Device.parse(place) for name, place in (devices or {}).items()}
-    denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places)
+    denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places, group)
     denoiser.lora, denoiser.usual = adapted, usual
     if check:
         try:
-            check_engines(denoiser.contract, runner, denoiser.device, lora=usual)
+            with together(group):
+                check_engines(denoiser.contract, runner, denoiser.device, lora=usual)
         except MemoryError as error:
             denoiser.close()
             raise BundleError(
@@ -103,8 +112,10 @@ class Denoiser:
         device: Where the engines are.
         threads: CPU threads of each engine of a part; 0 leaves it to the engine.
         devices: Where parts of the pipeline run, by name; where the denoiser does if left out.
+        group: The ranks that run it, where it is shared out.
 
     Attributes:
+        share: Which rows of a request are this rank's: all of them where nothing is shared out.
         lora: The weights that LoRAs changed when it was loaded.
         usual: Where LoRAs are inputs, what requests get that bring none of their own.
     """
@@ -117,12 +128,14 @@ class Denoiser:
         device: Device = CPU,
         threads: int = 0,
         devices: Mapping[PartName, Device] | None = None,
+        group: Group | None = None,
     ) -> None:
         self.manifest, self.runner, self.bundle, self.device = manifest, runner, bundle, device
         self._threads, self._devices = threads, devices or {}
         self.lora = Merged()
         self.usual: Adapter | None = None
         self.contract = Contract(manifest)
+        self.share = Share(self.contract, group)
         self.latent, self.timestep = self.contract.latent, self.contract.timestep
         self.constants, self.defaults = self.contract.constants, self.contract.defaults
 
@@ -155,7 +168,7 @@ class Denoiser:
             StepError: A size is out of range; nothing was allocated.
         """
         self.check_sizes(sizes)
-        return Slot(self.contract, self.runner, sizes, self.usual)
+        return Slot(self.contract, self.runner, sizes, self.usual, self.share.group)
 
     def adapter(self, lora: str | Path | Sequence[str | Path]) -> Adapter:
         """A LoRA for requests of this bundle, `FILE` or `FILE:STRENGTH`; raises what `adapter` of `adapter.py` raises.

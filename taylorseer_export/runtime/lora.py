@@ -82,11 +82,12 @@ def merged(given: Sequence[str | Path], bundle: Bundle) -> Merged:
         return Merged()
     stored = _Tensors(bundle.path(WEIGHTS))
     shapes = {name: stored.shape(name) for name in stored.names}
+    quantised = {name for name in shapes if stored.dtype(name) not in _STORED}
     totals: dict[str, np.ndarray] = {}
     unread: dict[str, None] = {}
     for one in given:
         path, scale = file_and_scale(str(one))
-        pairs, absent = pairs_of(path, shapes, partial(_elsewhere, names=shapes))
+        pairs, absent = pairs_of(path, shapes, partial(_elsewhere, names=shapes), quantised=quantised)
         unread |= dict.fromkeys(f"{module}.weight" for module in absent)
         for name, pair in pairs.items():
             total = totals.pop(name) if name in totals else stored.read(name)
@@ -119,6 +120,7 @@ def pairs_of(
     shapes: Mapping[str, tuple[int, ...]],
     is_absent: Callable[[str], bool],
     absent: Collection[str] = (),
+    quantised: Collection[str] = (),
 ) -> tuple[dict[str, Pair], list[str]]:
     """Tensor of the bundle -> its pair in a file, and the modules of the file that the bundle has not.
 
@@ -127,6 +129,7 @@ def pairs_of(
         shapes: Tensor of the bundle -> its shape.
         is_absent: Whether a module that is none of those may be in the file, and is then returned.
         absent: Names of such modules, as far as they are known.
+        quantised: Tensors that take no update, since they are held quantised.
 
     Raises:
         ConfigError: The file is damaged, or holds something else than low-rank pairs that fit.
@@ -156,11 +159,11 @@ def pairs_of(
             f"({some(strangers)}), expected `<module>.lora_A.weight`, `<module>.lora_B.weight` and `<module>.alpha` "
             f"under the names of diffusers; export again with --lora {path}, which reads other layouts, or use another"
         )
-    quantised = [name for module in modules.keys() - set(unread) if stored.dtype(name := f"{module}.weight") not in _STORED]
-    if quantised:
+    closed = sorted(f"{module}.weight" for module in modules if f"{module}.weight" in quantised)
+    if closed:
         raise ConfigError(
-            f"lora {path} updates {len(quantised)} weights that this bundle holds quantised ({_some(sorted(quantised))}), "
-            f"expected weights of its precision; export again with --lora {path}, which is added before they are quantised"
+            f"lora {path} updates {len(closed)} weights that this bundle holds quantised ({some(closed)}), expected "
+            f"weights of its precision; export again with --lora {path}, which is added before they are quantised"
         )
     pairs, wrong = {}, []
     for module in modules.keys() - set(unread):

@@ -21,6 +21,7 @@ from taylorseer_export.errors import StepError
 from taylorseer_export.method import Forecasts, Guard, Plan
 from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.contract import Contract
+from taylorseer_export.runtime.group import Group
 from taylorseer_export.runtime.memory import Memory
 from taylorseer_export.runtime.runner import Buffer, Runner
 from taylorseer_export.runtime.schedule import ForecastStep, FullStep, forecast_step, full_step, schedule
@@ -33,8 +34,9 @@ class Slot:
     Args:
         contract: Of the bundle.
         runner: The loaded engines.
-        sizes: Of every dimension but the steps.
+        sizes: Of every dimension but the steps; of one rank, where the bundle is shared out.
         lora: What requests get that bring no LoRA of their own; none if left out.
+        group: The ranks that run it.
 
     Attributes:
         reuses: Whether a request that is prepared like the one before is not prepared again; False at first.
@@ -45,9 +47,14 @@ class Slot:
     """
 
     def __init__(
-        self, contract: Contract, runner: Runner, sizes: Mapping[str, int], lora: Adapter | None = None
+        self,
+        contract: Contract,
+        runner: Runner,
+        sizes: Mapping[str, int],
+        lora: Adapter | None = None,
+        group: Group | None = None,
     ) -> None:
-        self.contract, self.sizes, self._lora = contract, dict(sizes), lora
+        self.contract, self.sizes, self._lora, self._group = contract, dict(sizes), lora, group
         self.memory = Memory(contract, runner, sizes)
         self._capacity = contract.defaults.capacity
         self._latent_shape = resolve(contract.latent.shape, self.sizes)
@@ -229,7 +236,12 @@ class Slot:
 
     def run(self) -> None:
         """The second third of `step`: the engine call. A call shared with other slots (`SharedCalls`) replaces it."""
-        self.memory.call(self.graph, self.upcoming)()
+        call = self.memory.call(self.graph, self.upcoming)
+        if self._group is None or self.graph == "forecast":
+            return call()  # of a forecast step no rank asks another anything
+        with self._group.together(len(self.executed)):
+            self._group.same(len(self.executed))
+            call()
 
     def finish(self) -> np.ndarray:
         """The last third of `step`: count the step and return its `noise_pred`, a new array."""

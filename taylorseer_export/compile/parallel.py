@@ -1,0 +1,70 @@
+"""Which size of a model is shared out over ranks, and what is refused before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from taylorseer_export.bundle.parallel import Parallel
+from taylorseer_export.bundle.shapes import names
+from taylorseer_export.checkpoint.checkpoint import Checkpoint
+from taylorseer_export.compile.draft import Options
+from taylorseer_export.errors import ConfigError
+
+_ENGINES = ("inductor",)
+_Size = TypeVar("_Size", int, int | None)
+
+
+def check_parallel(options: Options) -> None:
+    """Refuse what is not shared out over ranks.
+
+    Raises:
+        ConfigError: The kind of engine has no collectives here, or the bundle is to hold what no rank shares.
+    """
+    if options.parallel is None:
+        return
+    if not 2 <= options.degree <= 64:
+        raise ConfigError(f"--degree is {options.degree}, expected 2 to 64 (ranks); change it")
+    asked = f"--parallel is {options.parallel}"
+    if options.engine not in _ENGINES:
+        why = " (ONNX Runtime's packages hold no collectives)" if options.engine == "onnxruntime" else ""
+        raise ConfigError(
+            f"{asked} with --engine {options.engine}, expected --engine {_ENGINES[0]}, the one that sends between "
+            f"ranks{why}; choose it"
+        )
+    if options.guards:
+        raise ConfigError(f"{asked} with --guard, expected plans alone for ranks; leave one of them out")
+
+
+def parallel_of(checkpoint: Checkpoint, options: Options) -> Parallel | None:
+    """How a model is shared out: by the first size of its latent that the ranks divide, as it is fixed or usual.
+
+    The rows of a latent need not follow on each other, so a video of 21 latent frames may be cut along its height.
+
+    Raises:
+        ConfigError: They divide none.
+    """
+    if options.parallel is None:
+        return None
+    family, config = checkpoint.family, checkpoint.config
+    (latent,) = (spec for spec in family.inputs(config) if spec.role == "latent")
+    counted = [name for entry in latent.shape for name in sorted(names(entry)) if name != "batch"]
+    ranges = family.dimensions(config)
+    sizes = family.latent_sizes(config, *(options.latent_size or checkpoint.latent_size))
+    open_ = [name for name in counted if name in ranges and ranges[name][0] < ranges[name][1]]
+    divided = [name for name in open_ if sizes.get(name, 0) % options.degree == 0]
+    if not divided:
+        seen = " x ".join(f"{sizes[name]} {name}" for name in open_ if name in sizes) or "of one size alone"
+        raise ConfigError(
+            f"the latent of family {family.name} is {seen}, expected a size that --degree {options.degree} divides; "
+            "change --size or --degree"
+        )
+    return Parallel(mode=options.parallel, degree=options.degree, dimension=divided[0])
+
+
+def sizes_of_one(parallel: Parallel | None, sizes: Mapping[str, _Size]) -> dict[str, _Size]:
+    """Sizes on one rank, from those of the whole; None stays open."""
+    if parallel is None:
+        return dict(sizes)
+    name = parallel.dimension
+    return {n: size // parallel.degree if n == name and size is not None else size for n, size in sizes.items()}

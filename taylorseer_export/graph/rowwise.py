@@ -1,0 +1,300 @@
+"""Which rows of a traced graph are the latent's, and whether anything but attention looks from one of them at others.
+
+A rank holds some of the latent's rows and no others. Whatever treats each row alone may run on those as it is, and a
+graph says so by its operators: the extent of a dimension mentions the size that counts the rows, and an operator either
+leaves that dimension alone or it does not. So a model needs no mark of where its rows are.
+
+    segment   rows that follow on each other in one dimension: the latent's own, or those that every rank has
+              alike, such as a text's. `cat(text, latent)` has two.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import sympy
+import torch
+from torch import fx
+
+from taylorseer_export.errors import ExportError
+from taylorseer_export.graph.rewrite import TO_THE_END
+from taylorseer_export.graph.sizes import is_size, simplified
+from taylorseer_export.graph.trace import is_tap, module_paths
+
+aten = torch.ops.aten
+
+# What gives every row its own values back, or the same to all: moves, copies, lookups by what each row holds.
+_MOVES = frozenset(
+    {
+        "view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "unsqueeze", "squeeze", "expand",
+        "expand_as", "to", "clone", "contiguous", "detach", "alias", "stack", "cat", "meshgrid", "embedding", "outer",
+        "repeat", "dropout", "broadcast_to", "sym_size", "view_as_complex", "view_as_real",
+    }
+)  # fmt: skip
+_LIKE_POINTWISE = frozenset(
+    {"floor_divide", "remainder", "fmod", "__and__", "__or__", "__xor__"}
+)  # without torch's tag
+_CONSTANT = frozenset({"ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "ones_like", "zeros_like"})
+_NORMS = ("layer_norm", "rms_norm")
+_ALONG = frozenset({"unbind", "select", "chunk", "split", "index_select", "repeat_interleave", "softmax", "cumsum"})
+_REDUCED = frozenset({"mean", "sum", "amax", "amin", "any", "all", "argmax", "argmin"})
+_PATCHES = ("conv1d", "conv2d", "conv3d")
+_EINSUM = "einsum"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows that follow on each other: how many, whether they are the latent's, and what brought them.
+
+    Attributes:
+        source, dim: The tensor, and which of its dimensions they are.
+    """
+
+    length: Any
+    local: bool
+    source: fx.Node
+    dim: int
+
+
+class Rows:
+    """The rows of a latent in a traced graph.
+
+    Args:
+        graph: It; left alone.
+        symbol: Of the trace: the size that counts them.
+        name: Of that size in the family.
+        family: What refusals call the model.
+    """
+
+    def __init__(self, graph: fx.Graph, symbol: sympy.Symbol, name: str, family: str) -> None:
+        self.graph, self.symbol, self.name, self.family = graph, symbol, name, family
+
+    def holds(self, size: Any) -> bool:
+        """Whether a size is computed from the number of rows."""
+        return isinstance(size, torch.SymInt) and self.symbol in size.node.expr.free_symbols
+
+    def dims(self, node: fx.Node) -> list[int]:
+        """The dimensions of a tensor whose extent is computed from the number of rows."""
+        value = node.meta.get("val")
+        shape = value.shape if isinstance(value, torch.Tensor) else ()
+        return [k for k, size in enumerate(shape) if self.holds(size)]
+
+    def segments(self, node: fx.Node, length: Any) -> list[Segment]:
+        """The segments of a dimension of that length, found where they were joined.
+
+        Raises:
+            ExportError: It was not joined by a concatenation.
+        """
+        while self.holds(length) and sympy.expand(written(length)).coeff(self.symbol, 0) != 0:
+            if (parts := _joined_of(node, length)) is not None:
+                return [one for part, extent in parts for one in self.segments(part, extent)]
+            sources = [source for source in node.all_input_nodes if _has(source, length)]
+            if not sources:
+                self.refuse(node, "makes rows of the latent and others at once")
+            node = sources[0]
+        dim = next(k for k, size in enumerate(node.meta["val"].shape) if _same(size, length))
+        return [Segment(length, self.holds(length), node, dim)]  # of the latent where every term counts its rows
+
+    def check(self, placed: Collection[fx.Node] = ()) -> None:
+        """Refuse a graph in which anything but attention mixes the latent's rows, or tells one of them by its place.
+
+        Args:
+            placed: Nodes that are known to give this rank's rows their places among all.
+
+        Raises:
+            ExportError: Names the operator, and the module that it is part of.
+        """
+        for node in self.graph.nodes:
+            if node.op != "call_function" or is_size(node) or is_tap(node) or node.target is operator.getitem:
+                continue
+            if node in placed:
+                continue
+            self._check_sizes(node)
+            read = [source for source in node.all_input_nodes if self.dims(source)]
+            made = self._made(node)
+            if read or made:
+                self._check(node, read)
+
+    def _made(self, node: fx.Node) -> bool:
+        values = node.meta.get("val")
+        several = values if isinstance(values, tuple | list) else (values,)
+        return any(isinstance(v, torch.Tensor) and any(map(self.holds, v.shape)) for v in several)
+
+    def _check_sizes(self, node: fx.Node) -> None:
+        """A number of rows may be the extent of something, and nothing that is computed with."""
+        if any(is_size(n) and self.holds(n.meta["val"]) for n in node.all_input_nodes) and _pointwise(node):
+            self.refuse(node, "computes with the number of rows")
+
+    def _check(self, node: fx.Node, read: list[fx.Node]) -> None:
+        name = operator_of(node)
+        if name == "scaled_dot_product_attention" or (name in _MOVES and (read or name in ("expand", "repeat"))):
+            return
+        if name in _CONSTANT or (read and _pointwise(node)):
+            return
+        if not read:
+            self.refuse(node, "makes a row by its place")
+        source: Any = node.args[0]
+        dims = self.dims(source) if isinstance(source, fx.Node) else []
+        rank = source.meta["val"].ndim if isinstance(source, fx.Node) else 0
+        if name == "slice":
+            self._check_slice(node, source)
+        elif name == "split_with_sizes":
+            self._check_split(node, source)
+        elif name == "linear":
+            self._expect(node, rank - 1 not in dims and read == [source])
+        elif name in _NORMS:
+            whole: Any = node.args[1]
+            self._expect(node, all(dim < rank - len(whole) for dim in dims) and read == [source])
+        elif name in _REDUCED:
+            self._expect(node, not set(dims) & set(_reduced(node, rank)))
+        elif name in _ALONG:
+            along: Any = _argument(node, "dim", 0)
+            self._expect(node, along is not None and along % max(rank, 1) not in dims)
+        elif name in _PATCHES:
+            self._expect(node, _cuts_patches(node) and read == [source])
+        elif name == "matmul":
+            left, right = node.args[:2]
+            inner = (self.dims(left), left.meta["val"].ndim - 1), (self.dims(right), max(right.meta["val"].ndim - 2, 0))  # type: ignore
+            self._expect(node, all(dim not in held for held, dim in inner))
+        elif name == _EINSUM:
+            self._expect(node, self._einsum(node))
+        elif name == "index":
+            table, indices = node.args[:2]
+            self._expect(node, not self.dims(table) and all(i is not None for i in indices))  # type: ignore
+        else:
+            self.refuse(node, "may mix rows")
+
+    def _check_slice(self, node: fx.Node, source: fx.Node) -> None:
+        dim, start, end, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])[:4]
+        rank = source.meta["val"].ndim
+        if dim % rank not in self.dims(source):  # type: ignore[operator]
+            if self.holds(node.meta["val"].shape[dim % rank]):  # type: ignore[operator]
+                self.refuse(node, "takes as many entries of a table as there are rows")
+            return
+        bounds = self._bounds(source, source.meta["val"].shape[dim % rank])  # type: ignore[operator]
+        begin, stop = _size(start or 0), bounds[-1] if end is None or end == TO_THE_END else _size(end)
+        self._expect(node, step == 1 and begin in bounds and stop in bounds)
+
+    def _check_split(self, node: fx.Node, source: fx.Node) -> None:
+        sizes: Any = node.args[1]
+        dim = (node.args[2] if len(node.args) > 2 else 0) % source.meta["val"].ndim  # type: ignore[operator]
+        if dim in self.dims(source):
+            bounds, end = self._bounds(source, source.meta["val"].shape[dim]), sympy.Integer(0)
+            for size in sizes:
+                end = sympy.expand(end + _size(size))
+                self._expect(node, end in bounds)
+
+    def _bounds(self, node: fx.Node, length: Any) -> list[sympy.Expr]:
+        """Where a segment begins or ends."""
+        found = [sympy.Integer(0)]
+        for segment in self.segments(node, length):
+            found.append(sympy.expand(found[-1] + written(segment.length)))
+        return found
+
+    def _einsum(self, node: fx.Node) -> bool:
+        """Whether every dimension that counts rows is one of the result's."""
+        told, operands = node.args[:2]
+        terms, _, result = str(told).replace(" ", "").partition("->")
+        if not result or "." in terms:
+            return False
+        pairs = zip(terms.split(","), operands, strict=True)  # type: ignore[arg-type]
+        return all(letters[dim] in result for letters, operand in pairs for dim in self.dims(operand))
+
+    def _expect(self, node: fx.Node, held: bool) -> None:
+        if not held:
+            self.refuse(node, "mixes rows")
+
+    def refuse(self, node: fx.Node, why: str) -> NoReturn:
+        """Refuse to share the rows of this model out, because of that node."""
+        where = next(reversed([path for path in module_paths(node) if path]), self.family)
+        raise ExportError(
+            f"operator `{operator_of(node) or node.target}` of `{where}` {why} along `{self.name}`, expected each row of "
+            f"the latent to be treated alone but by attention; family {self.family} is not shared out over ranks yet, "
+            "leave --parallel out"
+        )
+
+
+def operator_of(node: fx.Node) -> str:
+    """Name of a node's operator without its overload; empty where it is none of torch."""
+    return node.target.__name__.split(".")[0] if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether a tensor has one value in all its places, whatever its size."""
+    while operator_of(node) in ("to", "expand", "unsqueeze", "reshape", "view"):
+        node = node.args[0]  # type: ignore[assignment]
+    return operator_of(node) in _CONSTANT
+
+
+def attentions(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The attentions of a graph."""
+    return (n for n in list(graph.nodes) if n.target is aten.scaled_dot_product_attention.default)
+
+
+def _pointwise(node: fx.Node) -> bool:
+    tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return tagged or operator_of(node) in _LIKE_POINTWISE
+
+
+def _reduced(node: fx.Node, rank: int) -> list[int]:
+    dims: Any = _argument(node, "dim", None)
+    given = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    return [dim % max(rank, 1) for dim in given]
+
+
+def _cuts_patches(node: fx.Node) -> bool:
+    """Whether a convolution takes every place once."""
+    weight: Any = node.args[1]
+    kernel = list(weight.meta["val"].shape[2:])
+    stride: Any = _argument(node, "stride", 1)
+    padding: Any = _argument(node, "padding", 0)
+    dilation: Any = _argument(node, "dilation", 1)
+    spread = [stride] * len(kernel) if isinstance(stride, int) else list(stride) * (len(kernel) // len(stride))
+    none = all(p in (0, "valid") for p in (padding if isinstance(padding, list | tuple) else [padding]))
+    close = all(d == 1 for d in (dilation if isinstance(dilation, list | tuple) else [dilation]))
+    return kernel == spread and none and close
+
+
+def _argument(node: fx.Node, name: str, default: Any) -> Any:
+    """An argument of a call by its name in the operator's schema."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    assert isinstance(node.target, torch._ops.OpOverload)
+    places = [argument.name for argument in node.target._schema.arguments]
+    if name not in places or places.index(name) >= len(node.args):
+        return default
+    return node.args[places.index(name)]
+
+
+def written(size: Any) -> sympy.Expr:
+    """A size as an expression over the symbols of the trace."""
+    return simplified(size.node.expr) if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _joined_of(node: fx.Node, length: Any) -> list[tuple[fx.Node, Any]] | None:
+    """The tensors that a dimension of that length was joined of, each with its own length; None if it was not here."""
+    if node.target is not aten.cat.default:
+        return None
+    parts: Any = node.args[0]
+    dim: Any = node.args[1] if len(node.args) > 1 else 0
+    dim %= node.meta["val"].ndim
+    return [(p, p.meta["val"].shape[dim]) for p in parts] if _same(node.meta["val"].shape[dim], length) else None
+
+
+def _has(node: fx.Node, length: Any) -> bool:
+    """Whether a dimension of a node's tensor, or of one of its tensors, has that length."""
+    values = node.meta.get("val")
+    several = values if isinstance(values, tuple | list) else (values,)
+    return any(isinstance(v, torch.Tensor) and any(_same(size, length) for size in v.shape) for v in several)
+
+
+def _size(value: Any) -> sympy.Expr:
+    """A size, or the node of one, as it is written."""
+    return sympy.expand(written(value.meta["val"] if isinstance(value, fx.Node) else value))
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(written(one) == written(other))

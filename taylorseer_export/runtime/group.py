@@ -1,0 +1,204 @@
+"""A group of ranks: the processes that run one bundle together, over torch.distributed.
+
+It is one of its own, made over a store that all ranks see, so whatever else of torch.distributed a process uses is left
+alone. Graphs find it by the name that is in them (`GROUP`). On the CPU it sends by gloo, on GPUs by NCCL.
+
+Nothing waits for ever: whatever one rank asks of the others ends within `timeout` seconds, in what it asked for or in
+one sentence that says which rank is missing, or differs. What ranks must agree about is compared over the store, where
+a rank that never comes is seen as what it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from taylorseer_export.bundle.device import CPU, Device
+from taylorseer_export.bundle.parallel import GROUP
+from taylorseer_export.errors import ConfigError, StepError, first_line
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+TIMEOUT = 60.0  # s
+_GRACE = 2.0  # s in which ranks that a collective failed on say so
+
+
+class Group:
+    """The ranks of one run.
+
+    Args:
+        store: That all ranks see, and no other group.
+        rank: Of this process, from 0.
+        size: How many there are.
+        device: Where the engines are.
+        timeout: After which a rank that does not answer is given up, in seconds.
+
+    Attributes:
+        sent: Bytes that this rank gave to others outside of graphs.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, device: Device = CPU, timeout: float = TIMEOUT) -> None:
+        from torch.distributed import PrefixStore
+
+        self.rank, self.size, self.timeout, self.sent = rank, size, timeout, 0
+        self._store, self._asked = PrefixStore(GROUP, store), 0
+        self._device = "cuda" if device.is_gpu else "cpu"
+        self._handle = _process_group(self._store, rank, size, device, timeout)
+
+    @classmethod
+    def from_environment(cls, device: Device = CPU, timeout: float = TIMEOUT) -> Group | None:
+        """The group that torchrun's environment tells of; None in a process that is alone.
+
+        Raises:
+            ConfigError: The other ranks did not come, or torch is not installed.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return None
+        try:
+            from torch.distributed import rendezvous
+
+            store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+            return cls(store, rank, size, device, timeout)
+        except (ImportError, RuntimeError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"the group of {os.environ['WORLD_SIZE']} ranks is not there ({first_line(error)}), expected all of "
+                f"them within {timeout:g} s; start them with torchrun"
+            ) from error
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Compare what all ranks are to have alike, before anything that depends on it.
+
+        Args:
+            facts: What it is -> what it is here.
+
+        Raises:
+            StepError: On every rank alike: one has something else than rank 0, or did not come in time.
+        """
+        self._asked += 1
+        self._store.set(f"facts/{self._asked}/{self.rank}", json.dumps({k: str(v) for k, v in facts.items()}))
+        told = [json.loads(self._wait_for(f"facts/{self._asked}/{rank}", rank)) for rank in range(self.size)]
+        for rank, other in enumerate(told):
+            for name in {**told[0], **other}:
+                seen, expected = other.get(name, "missing"), told[0].get(name, "missing")
+                if seen != expected:
+                    raise StepError(
+                        f"`{name}` of rank {rank} is {seen}, expected {expected} as of rank 0; start all ranks alike"
+                    )
+
+    def same(self, step: int) -> None:
+        """Hold that all ranks are at one step; 8 bytes to each other one.
+
+        Raises:
+            StepError: Names the rank that is elsewhere.
+        """
+        steps = self.gathered(np.array([step], np.int64))
+        for rank, (other,) in enumerate(steps):
+            if other != steps[0][0]:
+                raise StepError(
+                    f"rank {rank} is at step {other}, expected step {steps[0][0]} as rank 0; run one plan on all ranks"
+                )
+
+    def gathered(self, values: np.ndarray) -> list[np.ndarray]:
+        """Of every rank its values, all of one shape."""
+        import torch
+
+        mine = torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        self._handle.allgather([every], [mine]).wait()
+        self.sent += mine.nbytes * (self.size - 1)
+        return [one.cpu().numpy() for one in every]
+
+    def summed(self, values: np.ndarray) -> np.ndarray:
+        """The sum over all ranks, in their order and so alike on each."""
+        return np.sum(self.gathered(values), axis=0)
+
+    @contextmanager
+    def together(self, step: int | None = None) -> Iterator[None]:
+        """What all ranks do at the same time: where it fails, which of them is missing.
+
+        Args:
+            step: That is under way, for the sentence.
+
+        Raises:
+            StepError: In the place of what the library said.
+        """
+        begun = time.monotonic()
+        try:
+            yield
+        except (RuntimeError, StepError) as error:
+            cause = error if isinstance(error, RuntimeError) else error.__cause__
+            if not isinstance(cause, RuntimeError):
+                raise
+            where = "" if step is None else f" at step {step}"
+            raise StepError(
+                f"{self._missing()} after {time.monotonic() - begun:.1f} s{where} ({first_line(cause)}), expected all "
+                f"{self.size} ranks within {self.timeout:g} s; see what it says, and start all again"
+            ) from error
+
+    def close(self) -> None:
+        """Leave the group."""
+        from torch._C._distributed_c10d import _unregister_process_group
+
+        _unregister_process_group(GROUP)
+
+    def _missing(self) -> str:
+        """Which ranks did not find out that something is wrong: those that have died, or are late."""
+        import torch
+
+        self._store.set(f"failed/{self.rank}", "1")
+        end, left = time.monotonic() + _GRACE, set(range(self.size))
+        while left and time.monotonic() < end:
+            try:
+                left = {rank for rank in left if not self._store.check([f"failed/{rank}"])}
+            except (RuntimeError, torch.distributed.DistError):
+                return "rank 0, which holds the store, has died"
+            time.sleep(0.05)
+        if not left:
+            return "a collective of all ranks failed"
+        listed = " and ".join(map(str, sorted(left)))
+        return f"rank {listed} of {self.size} has died or is late"
+
+    def _wait_for(self, key: str, rank: int) -> bytes:
+        try:
+            self._store.wait([key], timedelta(seconds=self.timeout))
+            return bytes(self._store.get(key))
+        except RuntimeError as error:
+            raise StepError(
+                f"rank {rank} of {self.size} has died or is late, expected it within {self.timeout:g} s; see what it "
+                "says, and start all again"
+            ) from error
+
+
+def together(group: Group | None) -> AbstractContextManager[None]:
+    """`Group.together` where there are several ranks."""
+    return nullcontext() if group is None else group.together()
+
+
+def _process_group(store: Any, rank: int, size: int, device: Device, timeout: float) -> Any:
+    """A process group that graphs find by its name."""
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import _register_process_group
+
+    span, kind = timedelta(seconds=timeout), dist.ProcessGroup.BackendType
+    group = dist.ProcessGroup(store, rank, size)
+    if device.is_gpu:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = span
+        backend, chosen = dist.ProcessGroupNCCL(store, rank, size, options), kind.NCCL
+    else:
+        backend, chosen = dist.ProcessGroupGloo(store, rank, size, span), kind.GLOO
+    backend._set_sequence_number_for_group()
+    group._set_default_backend(chosen)
+    group._register_backend(torch.device("cuda" if device.is_gpu else "cpu"), chosen, backend)
+    group._set_group_name(GROUP)
+    _register_process_group(GROUP, group)
+    return group

@@ -111,6 +111,7 @@ class Denoiser:
         self.lora = Merged()
         self.contract = Contract(manifest)
         self.latent, self.timestep = self.contract.latent, self.contract.timestep
+        self.others = self.contract.others
         self.constants, self.defaults = self.contract.constants, self.contract.defaults
 
     @property

@@ -17,6 +17,9 @@ from tiny_pipelines import ltx_2_pipeline
 from taylorseer_export import cli
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.errors import StepError
+from taylorseer_export.report import verify
+from taylorseer_export.report.bench import bench
+from taylorseer_export.runtime.trajectory import random_trajectory
 
 pytestmark = pytest.mark.slow
 
@@ -128,7 +131,7 @@ def test_a_frame_without_noise_is_refused(tiny, eager):
 # The command line ----------------------------------------------------------------------------------------------------
 
 
-def test_replay_and_verify(bundles, onnx, tiny, tmp_path, capsys):
+def test_replay(bundles, onnx, tiny, tmp_path, capsys):
     """Both latents go in with steps, and a prediction of each comes out."""
     folder, plan = bundles("ltx-2"), "FF.F.."
     latents, timestep, conditioning = tiny("ltx-2").inputs(len(plan), batch=2)
@@ -146,15 +149,22 @@ def test_replay_and_verify(bundles, onnx, tiny, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["replay", str(folder), *names]) == 2
     assert f"tensor `{SOUND}` is missing, expected [6, batch, audio_tokens, 4], one for" in capsys.readouterr().err
-    assert cli.main(["verify", str(folder), "--steps", "8"]) == 0
-    assert cli.main(["bench", str(folder), "--steps", "4", "--repeats", "1"]) == 0
+
+
+def test_verify_and_bench_at_small_sizes(onnx):
+    denoiser, sizes, seen = onnx("ltx-2"), {"video_tokens": 12, "audio_tokens": 5, "text_tokens": 7}, []
+    data = random_trajectory(denoiser, 8, sizes)
+    verify.verify(denoiser, verify.checkpoint_of(denoiser), data, seen.append)
+    assert [len(result.seen) for result in seen] == [8] * len(verify.plans(denoiser, 8))
+    record = bench(denoiser, denoiser.forecasts(steps=4), sizes, repeats=1)
+    assert record["sizes"]["audio_tokens"] == 5 and record["full_steps"] == 3
 
 
 @pytest.mark.parametrize(
     ("verb", "asked"),
     [
         (["run"], "run"),
-        (["calibrate", "--full-steps", "4"], "calibrate"),
+        (["calibrate", "--full-steps", "4", "--name", "few"], "calibrate"),
         (["evaluate"], "evaluate"),
         (["triton", "--out", "models"], "Triton"),
         (["serve"], "the images API"),
@@ -171,7 +181,10 @@ def test_what_serves_one_latent_says_so(bundles, tmp_path, monkeypatch, capsys, 
 def test_what_is_not_declared_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["ltx-2", "--whole", "--out", str(tmp_path)]) == 2
-    assert "ltx-2" in capsys.readouterr().err and [*tmp_path.iterdir()] == []
+    assert (
+        "--whole is given for ltx-2, expected a family whose pipeline this version exports" in capsys.readouterr().err
+    )
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_manifest_of_two_latents_agrees_with_itself(onnx):

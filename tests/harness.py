@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -42,13 +43,24 @@ def eager_denoiser(draft: Draft) -> Denoiser:
     return Denoiser(manifest, EagerRunner(eager_modules(draft), manifest.graphs))
 
 
-def as_arrays(conditioning):
-    return {name: value.numpy() for name, value in conditioning.items()}
+def as_arrays(conditioning, without=()):
+    return {name: value.numpy() for name, value in conditioning.items() if name not in without}
+
+
+def beside(owner, conditioning, step):
+    """The further latents of a step, which the inputs of a tiny model have in its conditioning."""
+    return {name: conditioning[name][step].numpy() for name in owner.others}
+
+
+def together(slot, prediction: np.ndarray) -> np.ndarray:
+    """noise_pred [B, …]; of several latents all predictions, flat, in one [B, N]."""
+    others = [value.reshape(len(value), -1) for value in slot.others.values()]
+    return np.concatenate([prediction.reshape(len(prediction), -1), *others], 1) if others else prediction
 
 
 def open_slot(denoiser: Denoiser, inputs) -> Slot:
     latents, _, conditioning = inputs
-    return denoiser.slot(denoiser.sizes(tuple(latents.shape[1:]), as_arrays(conditioning)))
+    return denoiser.slot(denoiser.sizes(tuple(latents.shape[1:]), as_arrays(conditioning, denoiser.others)))
 
 
 def begin(slot: Slot, inputs, plan: str, order=None, ahead=True, **options) -> None:
@@ -57,13 +69,15 @@ def begin(slot: Slot, inputs, plan: str, order=None, ahead=True, **options) -> N
     timesteps = timestep.float().numpy() if ahead else None
     asked = forecasts_from_options(RequestOptions(plan=plan, order=order), slot.contract.defaults)
     forecasts = replace(asked, **options)
-    slot.start(as_arrays(conditioning), forecasts, timesteps)
+    slot.start(as_arrays(conditioning, slot.contract.others), forecasts, timesteps)
 
 
 def advance(slot: Slot, inputs, step: int, ahead=True) -> torch.Tensor:
     """noise_pred [B, …] of one step."""
-    latents, timestep, _ = inputs
-    return torch.from_numpy(slot.step(latents[step].numpy(), None if ahead else float(timestep[step])))
+    latents, timestep, conditioning = inputs
+    others = beside(slot.contract, conditioning, step)
+    prediction = slot.step(latents[step].numpy(), None if ahead else float(timestep[step]), others)
+    return torch.from_numpy(together(slot, prediction))
 
 
 def run(denoiser: Denoiser, inputs, plan: str, order=None, slot=None, ahead=True, **options) -> torch.Tensor:

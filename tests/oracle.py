@@ -105,6 +105,16 @@ def z_image(model, timestep, hidden_states, cap_feats, cap_mask):
     return torch.stack(model(list(hidden_states.unsqueeze(2)), timestep, words, return_dict=False)[0]).squeeze(2)
 
 
+def ltx_2(model, timestep, **inputs):
+    """As LTX2Pipeline: the timestep once more as sigma, and places in float32, from which come angles of up to 15708.
+
+    The predictions of video and sound are one, both flat.
+    """
+    inputs |= {name: inputs[name].float() for name in ("video_coords", "audio_coords")}
+    made = model(timestep=timestep, sigma=timestep, use_cross_timestep=True, return_dict=False, **inputs)
+    return torch.cat([one.flatten(1) for one in made], 1)
+
+
 def hidream(model, timestep, **inputs):
     """HiDream calls its timestep otherwise."""
     return model(timesteps=timestep, return_dict=False, **inputs)[0]
@@ -118,6 +128,7 @@ class Family(NamedTuple):
     last: str = "norm_out"  # its first argument leaves the block stack, image rows only
     call: Callable[..., torch.Tensor] = plain  # (model, timestep, **the bundle's inputs) -> noise_pred
     attention: str = ""  # the first one, where it is no site itself
+    others: tuple[tuple[str, str], ...] = ()  # (name, last) of further latents, which have steps in the conditioning
 
 
 FAMILIES = {
@@ -161,6 +172,14 @@ FAMILIES = {
                 (r"single_transformer_blocks\.\d+\.proj_out", None),  # text then image rows
             ),
         ),
+    ),
+    "LTX2VideoTransformer3DModel": Family(
+        (
+            (r"transformer_blocks\.\d+\.(attn1|attn2|audio_to_video_attn|ff)", None),  # video
+            (r"transformer_blocks\.\d+\.(audio_attn1|audio_attn2|video_to_audio_attn|audio_ff)", None),  # sound
+        ),
+        call=ltx_2,
+        others=(("audio_hidden_states", "audio_norm_out"),),
     ),
     "Krea2Transformer2DModel": Family(
         ((r"transformer_blocks\.\d+\.(attn|ff)", None),),  # text then image rows
@@ -265,16 +284,17 @@ class Oracle:
         self.plan, self.dtype = plan, dtype
         self.order, self.residual, self.now = order, granularity == "residual", -1
         self.start = max(len(plan) - len(plan.lstrip("F")) - 2, 0)
-        self.series, self.embedding = {}, None
+        self.series, self.embedding = {}, {}
         family = FAMILIES[type(model).__name__]
-        self.call = family.call
+        self.call, self.others = family.call, [name for name, _ in family.others]
         if granularity == "module":
             for name, module, elements in tapped(self.model):
                 module.register_forward_hook(self._site(name, elements))
         else:
-            first, last = map(self.model.get_submodule, (family.first, family.last))
-            first.register_forward_pre_hook(self._entry, with_kwargs=True)
-            last.register_forward_pre_hook(self._exit)
+            first = self.model.get_submodule(family.first)
+            for name, last in (("hidden_states", family.last), *family.others):
+                first.register_forward_pre_hook(self._entry(name), with_kwargs=True)
+                self.model.get_submodule(last).register_forward_pre_hook(self._exit(name))
 
     def _feature(self, key, value):
         """Record `value` on a full step; what the rest of the model must see instead of it."""
@@ -294,26 +314,37 @@ class Oracle:
 
         return hook
 
-    def _entry(self, module, args, kwargs):
-        self.embedding = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    def _entry(self, name):
+        def hook(module, args, kwargs):
+            self.embedding[name] = kwargs[name] if name in kwargs else args[0]
 
-    def _exit(self, module, args):
-        # FramePack puts tokens of the past first and drops them before the final norm.
-        # Z-Image has text behind the picture there, which it drops later.
-        rows = args[0].shape[1]
-        base = self.embedding[:, -rows:] if self.residual else torch.zeros_like(args[0])
-        base = torch.nn.functional.pad(base, (0, 0, 0, rows - base.shape[1]))
-        forecast = self._feature("stack", args[0] - base)
-        return (base + forecast, *args[1:]) if self.plan[self.now] == "." else None
+        return hook
+
+    def _exit(self, name):
+        def hook(module, args):
+            # FramePack puts tokens of the past first and drops them before the final norm.
+            # Z-Image has text behind the picture there, which it drops later.
+            rows = args[0].shape[1]
+            base = self.embedding[name][:, -rows:] if self.residual else torch.zeros_like(args[0])
+            base = torch.nn.functional.pad(base, (0, 0, 0, rows - base.shape[1]))
+            forecast = self._feature(name, args[0] - base)
+            return (base + forecast, *args[1:]) if self.plan[self.now] == "." else None
+
+        return hook
 
     @torch.no_grad()
     def step(self, latent, timestep, conditioning):
         """The next step's noise_pred [B, ...] from latent [B, ...] and a scalar timestep."""
         self.now += 1
-        rest = {"hidden_states": latent, **conditioning}
+        rest = {"hidden_states": latent, **at(conditioning, self.now, self.others)}
         rest = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in rest.items()}
         timestep = timestep.expand(latent.shape[0])  # the models cast it themselves
         return self.call(self.model, timestep, **rest)
+
+
+def at(conditioning, step, others):
+    """The conditioning with the further latents of one step."""
+    return {name: value[step] if name in others else value for name, value in conditioning.items()}
 
 
 def replay(model, latents, timestep, conditioning, plan, order, granularity="module", dtype=torch.float64):
@@ -352,8 +383,8 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
     if rule != "teacache":
         first.register_forward_hook(block)
         model.get_submodule(family.last).register_forward_pre_hook(leave)
-    for latent, t in zip(latents, timestep, strict=True):
-        rest = {"hidden_states": latent, **conditioning}
+    for step, (latent, t) in enumerate(zip(latents, timestep, strict=True)):
+        rest = {"hidden_states": latent, **at(conditioning, step, [name for name, _ in family.others])}
         rest = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rest.items()}
         family.call(model, t.expand(latent.shape[0]), **rest)
         count = latent[0, 0].numel() // 4 if kind.startswith("ZImage") else None  # 2 x 2 pixels make a token

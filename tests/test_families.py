@@ -8,7 +8,7 @@ from typing import NamedTuple
 import oracle
 import pytest
 import torch
-from harness import FLOAT32, TOY, allowed, as_arrays, begin, eager_denoiser, open_slot, run
+from harness import FLOAT32, TOY, allowed, as_arrays, begin, beside, eager_denoiser, open_slot, run, together
 from oracle import assert_close
 
 from taylorseer_export.bundle.shapes import names
@@ -86,6 +86,14 @@ ROWS = {
         ({"batch": 1, "height": 2, "width": 3, "text_tokens": 9}, {"batch": 3, "height": 5, "width": 3}),
         frozenset({"encoder_hidden_states", "position_ids", "encoder_attention_mask"}),
         frozenset({"rms_norm"}),  # the final norm
+    ),
+    "ltx-2": Row(
+        (
+            {"batch": 1, "height": 2, "audio_tokens": 3, "text_tokens": 15},
+            {"batch": 3, "frames": 3, "height": 1, "audio_tokens": 11},
+        ),
+        frozenset(f"{of}encoder_{it}" for of in ("", "audio_") for it in ("hidden_states", "attention_mask"))
+        | {"video_coords", "audio_coords"},
     ),
     **dict.fromkeys(
         ("longcat-image", "ovis-image"),
@@ -187,13 +195,13 @@ def test_two_requests_share_their_calls(onnx, tiny, name):
     seen, shared = [], 0
     for step in range(len(plan)):
         for slot, inputs in zip(slots, requests, strict=True):
-            slot.stage(inputs[0][step].numpy())
+            slot.stage(inputs[0][step].numpy(), others=beside(denoiser, inputs[2], step))
         done = calls.run(slots)
         shared += done
         if not done:
             for slot in slots:
                 slot.run()
-        seen.append([slot.finish() for slot in slots])
+        seen.append([together(slot, slot.finish()) for slot in slots])
     assert shared + bool(calls.unequal) > 0
     for k, inputs in enumerate(requests):
         alone = run(denoiser, inputs, plan, ORDER).numpy()
@@ -221,10 +229,12 @@ def test_other_sizes(eager, tiny, name):
 def test_all_full_is_the_untouched_model(eager, tiny, name):
     model, inputs = tiny(name).model, tiny(name).inputs(3, batch=2)
     latents, timestep, conditioning = inputs
-    call = oracle.FAMILIES[type(model).__name__].call
+    family = oracle.FAMILIES[type(model).__name__]
+    given = [oracle.at(conditioning, step, dict(family.others)) for step in range(3)]
     with torch.no_grad():
         plain = [
-            call(model, t.expand(2), hidden_states=x, **conditioning) for x, t in zip(latents, timestep, strict=True)
+            family.call(model, t.expand(2), hidden_states=x, **rest)
+            for x, t, rest in zip(latents, timestep, given, strict=True)
         ]
     reference = torch.stack(plain)
     # Both are float32, so both may err by the bound.
@@ -249,12 +259,14 @@ def test_what_reaches_a_forecast_step(eager, tiny, name):
     latents, timestep, conditioning = inputs
 
     def forecast(latent=latents[1], time=timestep[1], other=conditioning):
-        slot = open_slot(eager(name), inputs)
+        denoiser = eager(name)
+        slot = open_slot(denoiser, inputs)
         begin(slot, inputs, "F.", ahead=False)
-        slot.step(latents[0].numpy(), float(timestep[0]))
-        for key, value in as_arrays(other).items():
+        slot.step(latents[0].numpy(), float(timestep[0]), beside(denoiser, conditioning, 0))
+        for key, value in as_arrays(other, denoiser.others).items():
             slot.memory.buffers[key].write(value)  # timesteps come one by one, so each step prepares from these
-        return torch.from_numpy(slot.step(latent.numpy(), float(time)))
+        made = slot.step(latent.numpy(), float(time), beside(denoiser, other, 1))
+        return torch.from_numpy(together(slot, made))
 
     base = forecast()
     for key, value in conditioning.items():
@@ -270,7 +282,8 @@ def test_forecast_has_no_attention_no_mlp_no_text(drafts, tiny, name, granularit
     pieces = drafts(name, granularity).split
     found = pieces.forecast.operators()
     assert {op: found[op] for op in HEAVY - ROWS[name].light if found[op]} == {}
-    assert found["linear"] + found["conv2d"] + found["conv3d"] == 1 + (granularity != "last")
+    latents = sum(tensor.role == "latent" for tensor in pieces.forecast.inputs)
+    assert found["linear"] + found["conv2d"] + found["conv3d"] == latents * (1 + (granularity != "last"))
     assert found["matmul"] == len(pieces.sites)
     assert {t.role for t in pieces.forecast.inputs} == {"latent", "step", "weights", "taylor_in"}
     kept = {size for t in pieces.forecast.inputs for entry in t.shape for size in names(entry)}
@@ -289,6 +302,7 @@ def test_cfg_in_one_batch_is_both_halves_alone(eager, tiny, name):
     latents, timestep, conditioning = inputs
     both = run(eager(name), inputs, "FF..F.", 1)
     axes = {n: t.shape.index("batch") for n, t in eager(name).constants.items() if "batch" in t.shape}
+    axes |= dict.fromkeys(eager(name).others, 1)
     for k in range(2):
         alone = {n: v.narrow(axes[n], k, 1) if n in axes else v for n, v in conditioning.items()}
         seen = run(eager(name), (latents[:, k : k + 1], timestep, alone), "FF..F.", 1)

@@ -47,6 +47,10 @@ COMFY = {
     "framepack": HUNYUAN,
     "hidream": {"caption_projection.0.linear": ["caption_projection.0.linear"]},
     "hunyuan-video": HUNYUAN | {"double_blocks.0.img_attn_proj": ["transformer_blocks.0.attn.to_out.0"]},
+    "ltx-2": {
+        "transformer_blocks.0.attn1.to_q": ["transformer_blocks.0.attn1.to_q"],
+        "audio_patchify_proj": ["audio_proj_in"],
+    },
     "qwen-image": {name: [name] for name in SAME},
     "qwen-image-edit": {name: [name] for name in SAME},
     "sd3": {name: [name] for name in SAME},
@@ -64,6 +68,7 @@ OWN = {
     "flux3": "mode_blocks.image.0.attn.to_q",
     "pixart": "transformer_blocks.0.attn1.to_q",
     "sana": "transformer_blocks.0.attn1.to_q",
+    "ltx-2": "transformer_blocks.0.attn1.to_q",
     "hidream": "caption_projection.0.linear",
     "z-image": "layers.0.attention.to_q",
 }

@@ -14,6 +14,8 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     ChromaPipeline,
@@ -33,6 +35,7 @@ from diffusers import (
     HunyuanVideoPipeline,
     Krea2Pipeline,
     LongCatImagePipeline,
+    LTX2Pipeline,
     OvisImagePipeline,
     PixArtSigmaPipeline,
     QwenImage21Pipeline,
@@ -47,6 +50,7 @@ from diffusers import (
     ZImagePipeline,
 )
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     ByT5Tokenizer,
@@ -243,6 +247,23 @@ def wan_pipeline(transformer, second=None, boundary=None):
             scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
             transformer_2=second,
             boundary_ratio=boundary,
+        )
+    )
+
+
+def ltx_2_pipeline(transformer):
+    """Videos of 8 n + 1 frames and a multiple of 32 pixels, with sound; the prompt is given as embeddings."""
+    config = transformer.config
+    return _quiet(
+        LTX2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1),
+            vae=tiny_ltx_2_vae(config.in_channels),
+            audio_vae=tiny_ltx_2_audio_vae(config.audio_in_channels),
+            text_encoder=None,
+            tokenizer=None,
+            connectors=tiny_ltx_2_connectors(config.caption_channels),
+            transformer=transformer,
+            vocoder=None,
         )
     )
 
@@ -581,6 +602,50 @@ def tiny_wan_vae(channels):
             latents_std=[1.0 + 0.1 * k for k in range(channels)],
         )
     )
+
+
+def tiny_ltx_2_vae(channels):
+    return _seeded(
+        lambda: AutoencoderKLLTX2Video(
+            latent_channels=channels,
+            block_out_channels=(8,),
+            decoder_block_out_channels=(8,),
+            down_block_types=("LTX2VideoDownBlock3D",),
+            layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            spatio_temporal_scaling=(True,),
+            decoder_spatio_temporal_scaling=(True,),
+            decoder_inject_noise=(False, False),
+            downsample_type=("spatial",),
+            upsample_type=("spatial",),
+            upsample_residual=(False,),
+            upsample_factor=(1,),
+            patch_size=1,
+            spatial_compression_ratio=32,
+            temporal_compression_ratio=8,
+        )
+    )
+
+
+def tiny_ltx_2_audio_vae(channels):
+    """A token of sound is two channels at each of `channels` / 2 pitches, of which four make one."""
+    return _seeded(
+        lambda: AutoencoderKLLTX2Audio(
+            base_channels=channels, ch_mult=(1,), num_res_blocks=1, latent_channels=2, mel_bins=2 * channels
+        )
+    )
+
+
+def tiny_ltx_2_connectors(width):
+    """Of an encoder with two layers, for prompts of a multiple of 4 tokens."""
+    of_each = {
+        "num_attention_heads": 2,
+        "attention_head_dim": width // 2,
+        "num_layers": 1,
+        "num_learnable_registers": 4,
+    }
+    streams = {f"{stream}_connector_{name}": n for stream in ("video", "audio") for name, n in of_each.items()}
+    return _seeded(lambda: LTX2TextConnectors(caption_channels=width, text_proj_in_factor=2, **streams))
 
 
 def tiny_qwen_image_vae(channels):

@@ -23,6 +23,7 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     Krea2Transformer2DModel,
     LongCatImageTransformer2DModel,
+    LTX2VideoTransformer3DModel,
     OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImage21Transformer2DModel,
@@ -703,6 +704,63 @@ def hunyuan_15_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_t
     return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
 
 
+def tiny_ltx_2(seed=0, layers=2, heads=2, head_dim=12):
+    """LTX-2 with all that 2.3 has beside it: gates within attention, a modulated text. Float32, eval.
+
+    The video is heads * head_dim wide and its sound 2/3 of that.
+    """
+    return randomised(
+        lambda: LTX2VideoTransformer3DModel(
+            in_channels=6,
+            out_channels=6,
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            cross_attention_dim=heads * head_dim,
+            gated_attn=True,
+            cross_attn_mod=True,
+            audio_in_channels=4,
+            audio_out_channels=4,
+            audio_num_attention_heads=heads,
+            audio_attention_head_dim=head_dim * 2 // 3,
+            audio_cross_attention_dim=heads * head_dim * 2 // 3,
+            audio_gated_attn=True,
+            audio_cross_attn_mod=True,
+            num_layers=layers,
+            caption_channels=20,
+            rope_type="split",
+            perturbed_attn=True,
+        ),
+        seed,
+    )
+
+
+def ltx_2_inputs(model, steps, batch=1, frames=2, height=3, width=2, audio_tokens=5, text_tokens=7, seed=0):
+    """Latents [S, B, T, C], timesteps [S] (from 1000 down), conditioning; in it the sound [S, B, A, C], with steps too.
+
+    The last sample has two text tokens less than the others.
+    """
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    timestep = torch.linspace(1000.0, 1000.0 / steps, steps)
+    latents = _trajectory(timestep / 1000, (batch, frames * height * width, config.in_channels), rng)
+    sound = _trajectory(timestep / 1000, (batch, audio_tokens, config.audio_in_channels), rng)
+    mask = torch.ones(batch, text_tokens, dtype=torch.int64)
+    mask[-1, text_tokens - 2 :] = 0
+    text, spoken = (torch.randn(batch, text_tokens, config.caption_channels, generator=rng) for _ in range(2))
+    return (
+        latents,
+        timestep,
+        {
+            "audio_hidden_states": sound,
+            "encoder_hidden_states": text,
+            "audio_encoder_hidden_states": spoken,
+            "encoder_attention_mask": mask,
+            "audio_encoder_attention_mask": mask.clone(),
+            "video_coords": model.rope.prepare_video_coords(batch, frames, height, width, "cpu"),
+            "audio_coords": model.audio_rope.prepare_audio_coords(batch, audio_tokens, "cpu").contiguous(),
+        },
+    )
+
+
 # Name -> (family, how its tiny model is built, inputs for it).
 MODELS = {
     "flux": ("flux", tiny_flux, flux_inputs),
@@ -717,6 +775,7 @@ MODELS = {
     "z-image": ("z-image", tiny_z_image, z_image_inputs),
     "krea-2": ("krea-2", tiny_krea_2, krea_2_inputs),
     "longcat-image": ("longcat-image", tiny_longcat_image, longcat_image_inputs),
+    "ltx-2": ("ltx-2", tiny_ltx_2, ltx_2_inputs),
     "ovis-image": ("ovis-image", tiny_ovis_image, diagonal_inputs),
     "qwen-image": ("qwen-image", tiny_qwen_image, qwen_image_inputs),
     "qwen-image-edit": ("qwen-image-edit", lambda: tiny_qwen_image(seed=1), qwen_image_edit_inputs),

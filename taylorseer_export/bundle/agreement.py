@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from taylorseer_export.bundle.latents import NOISE_PRED, endings, latents_of
 from taylorseer_export.bundle.low_rank import of_low_rank
 from taylorseer_export.bundle.part_agreement import listed, of_parts, repeated, shown
 from taylorseer_export.bundle.shapes import match, names, resolve
@@ -98,25 +99,31 @@ def _of_roles(manifest: Manifest) -> str | None:
                     return f"{where} has role {tensor.role}, which it cannot have there"
                 if tensor.role not in ("constant", "carried") and tensor.dtype not in _FLOATS:
                     return f"`{tensor.name}` of role {tensor.role} is {tensor.dtype}, which is no float"
+    latents = latents_of(manifest.graphs["full"])
+    many = max(len(latents), 1)
     counts: tuple[tuple[GraphName, str, str, int, int], ...] = (
         ("prepare", "inputs", "step", 1, 1),
-        ("full", "inputs", "latent", 1, 1),
-        ("rest", "inputs", "latent", 0, 1),
-        ("probe", "inputs", "latent", 1, 1),
-        ("forecast", "inputs", "latent", 0, 1),
+        ("full", "inputs", "latent", 1, many),
+        ("rest", "inputs", "latent", 0, many),
+        ("probe", "inputs", "latent", 1, many),
+        ("forecast", "inputs", "latent", 0, many),
         ("forecast", "inputs", "weights", 1, 1),
-        ("full", "outputs", "noise_pred", 1, 1),
-        ("forecast", "outputs", "noise_pred", 1, 1),
-        ("rest", "outputs", "noise_pred", 1, 1),
+        ("full", "outputs", "noise_pred", many, many),
+        ("forecast", "outputs", "noise_pred", many, many),
+        ("rest", "outputs", "noise_pred", many, many),
     )
     for name, side, role, least, most in counts:
         if name in manifest.graphs:
             count = sum(t.role == role for t in getattr(manifest.graphs[name], side))
             if not least <= count <= most:
                 return f"graph {name} has {count} {side} of role {role}, it takes {least if count < least else most}"
-    for _, tensor in _tensors(manifest):
-        if tensor.role == "noise_pred" and tensor.name != "noise_pred":
-            return f"`{tensor.name}` has role noise_pred, which is called so"
+    called = [f"{NOISE_PRED}{end}" for end in endings(latents)]
+    for graph_name, tensor in _tensors(manifest):
+        if tensor.role == "noise_pred" and tensor.name not in called:
+            others = f", and with `.{latents[1]}` behind" if latents[1:] else ""
+            return f"`{tensor.name}` has role noise_pred, which is called so{others}"
+        if tensor.role == "latent" and tensor.name not in latents:
+            return f"`{tensor.name}` of graph {graph_name} has role latent, those of graph full are {listed(latents)}"
         if tensor.values is not None and (
             tensor.dtype not in ("int64", "int32") or tensor.values[0] > tensor.values[1]
         ):
@@ -279,7 +286,7 @@ def _of_guards(manifest: Manifest) -> str | None:
 def _of_sizes(manifest: Manifest) -> str | None:
     """At the ends of the ranges every shape can be counted, and the shapes of a request tell all sizes."""
     made = {t.name for t in manifest.graphs["prepare"].outputs}
-    asked = [manifest.graphs["full"].input_of("latent")]
+    asked = [t for t in manifest.graphs["full"].inputs if t.role == "latent"][:1]  # others tell nothing: see latents.py
     asked += [t for g in manifest.graphs.values() for t in g.inputs if t.role == "constant" and t.name not in made]
     for end in ("minimum", "typical", "maximum"):
         sizes = {name: getattr(d, end) for name, d in manifest.dimensions.items()}

@@ -69,7 +69,7 @@ class Tensor(Part):
     role: Role = Field(
         description="What it is for. latent: the noisy sample. step: changes with the step alone. "
         "constant: fixed for the request. weights: the forecast weights. taylor_in, taylor_out: "
-        "the Taylor buffers read and written. noise_pred: the prediction of the denoiser. probe_in, "
+        "the Taylor buffers read and written. noise_pred: the prediction for a latent. probe_in, "
         "probe_out: what the probe keeps, read and written. error: how far the probe's quantity is from what was "
         "expected. carried: from the probe to the rest of a full step. tokens: what a tokenizer makes of a prompt. "
         "picture: from 0 to 1. cache_in, cache_out: what the VAE of a video keeps of the latent frames before, "
@@ -270,6 +270,9 @@ class Pipeline(Part):
     )
     ignored_inputs: tuple[str, ...] = Field(
         default=(), description="Arguments that are passed and that the model does not look at."
+    )
+    modules: tuple[str, ...] = Field(
+        default=(), description="Of the transformer, without weights, that the pipeline calls by itself."
     )
     packing: int = Field(
         default=1, ge=1, description="Side of the square of latent pixels that is packed into a token; 1 packs none."

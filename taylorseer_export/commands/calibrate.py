@@ -50,7 +50,7 @@ def run(given: argparse.Namespace) -> int:
     check_name(given.name)
     prompts = read_prompts(given.prompts) if given.prompts else None
     tensors = read_tensors(given.inputs) if given.inputs else None
-    denoiser = open_denoiser(given)
+    denoiser = open_denoiser(given, "calibrate")
     assert denoiser.bundle is not None
     check_place_of_profile(denoiser.bundle, given.name)
     manifest = denoiser.manifest

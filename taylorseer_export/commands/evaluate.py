@@ -51,7 +51,7 @@ def run(given: argparse.Namespace) -> int:
 
     prompts = read_prompts(given.prompts) if given.prompts else None
     tensors = read_tensors(given.inputs) if given.inputs else None
-    denoiser = open_denoiser(given)
+    denoiser = open_denoiser(given, "evaluate")
     manifest = denoiser.manifest
     name = f"{manifest.family}-{manifest.name}"
     out = given.out or Path(f"evaluation-{name}.html")

@@ -2,13 +2,15 @@
 
 `latents` are the rows of `hidden_states` that change with the step. Rows that a pipeline joins to them and never
 changes, like the conditioning picture of FLUX-Kontext, are an input of their own (`image_latents`) and are not in
-`noise_pred`.
+`noise_pred`. Where a model has further latents, they stand under their diffusers argument names, with a step axis too,
+and what is predicted of them under `noise_pred.` and that name.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from taylorseer_export.commands.options import bundle_options, lora_option, plan_options
 from taylorseer_export.commands.terminal import (
@@ -20,6 +22,11 @@ from taylorseer_export.commands.terminal import (
     report_guard,
     write_tensors,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from taylorseer_export.bundle.manifest import Tensor
 
 SUMMARY = "Run given latents through a bundle, teacher-forced and without a sampler."
 
@@ -59,6 +66,7 @@ def run(given: argparse.Namespace) -> int:
         )
     denoiser = open_denoiser(given)
     share = denoiser.share
+    others = {name: _beside(tensors, tensor, latents) for name, tensor in denoiser.others.items()}
     forecasts = forecasts_of(denoiser, given, len(latents))
     plan, guard = forecasts.plan, forecasts.guard
     if share.group:
@@ -67,17 +75,33 @@ def run(given: argparse.Namespace) -> int:
     latents, tensors = share.latents(latents), share.conditioning(tensors)
     slot = denoiser.slot(denoiser.sizes(latents.shape[1:], tensors))
     slot.start(tensors, forecasts, timesteps)
-    predictions = []
+    predictions: dict[str, list[np.ndarray]] = {name: [] for name in denoiser.contract.predictions.values()}
     with progress("replaying", len(plan)) as advance:
         for step, latent in enumerate(latents):
-            predictions.append(slot.step(latent))
-            check_prediction(bool(np.isfinite(predictions[-1]).all()), step, plan)
+            first = slot.step(latent, others={name: values[step] for name, values in others.items()})
+            for made, prediction in zip(predictions.values(), (first, *slot.others.values()), strict=True):
+                check_prediction(bool(np.isfinite(prediction).all()), step, plan)
+                made.append(prediction)
             advance(step + 1, len(plan))
-    whole = share.joined(np.stack(predictions))
+    stacked = {name: share.joined(np.stack(made)) for name, made in predictions.items()}
     if share.rank:
         return 0  # what one process writes, rank 0 does
-    write_tensors(given.outputs, {"noise_pred": whole}, {"plan": slot.executed})
+    write_tensors(given.outputs, stacked, {"plan": slot.executed})
     if guard:
         report_guard(guard, str(plan), slot.executed, slot.errors)
     print(f"plan      {slot.executed}\nwrote     {given.outputs}")
     return 0
+
+
+def _beside(tensors: dict[str, np.ndarray], tensor: Tensor, latents: np.ndarray) -> np.ndarray:
+    """A further latent of every step, taken out of the tensors of the file."""
+    from taylorseer_export.errors import StepError
+
+    found = tensors.pop(tensor.name, None)
+    if found is None or len(found) != len(latents):
+        seen = "missing" if found is None else f"{list(found.shape)}"
+        shape = ", ".join(map(str, (len(latents), *tensor.shape)))
+        raise StepError(
+            f"tensor `{tensor.name}` is {seen}, expected [{shape}], one for each of the latents; give it beside them"
+        )
+    return found

@@ -111,7 +111,7 @@ def run(given: argparse.Namespace) -> int:
         if given.out.suffix != ".safetensors":
             require_extra(*(("video", "av") if film else ("sample", "PIL")))
         check_out(given.out, picture=given.out.suffix != ".safetensors" and not film)
-    denoiser = open_denoiser(given)
+    denoiser = open_denoiser(given, "run")
     if given.image:
         require_extra("whole", "PIL")
     pictures = [read_picture(path) for path in given.image or ()]

@@ -23,15 +23,21 @@ _NUMPY = {"F16": "f2", "F32": "f4", "F64": "f8", "BOOL": "?"} | {
 }
 
 
-def open_denoiser(given: argparse.Namespace) -> Denoiser:
+def open_denoiser(given: argparse.Namespace, one_latent: str = "") -> Denoiser:
+    """The bundle that was named, loaded as was asked; `one_latent` is a verb that serves no bundle of several."""
+    from taylorseer_export.bundle.latents import refuse_several
+    from taylorseer_export.bundle.store import open_bundle
     from taylorseer_export.runtime.denoiser import load
     from taylorseer_export.runtime.group import Group
 
     if given.no_cuda_graphs and not given.device.is_gpu:
         raise ConfigError("--no-cuda-graphs is given for the CPU, expected it with --device cuda; leave it out")
-    lora = getattr(given, "lora", ())
+    lora, bundle = getattr(given, "lora", ()), given.bundle
+    if one_latent:
+        bundle = open_bundle(bundle)
+        refuse_several(bundle.manifest, one_latent)
     group = Group.from_environment(given.device)
-    denoiser = load(given.bundle, given.device, given.threads, None, not given.no_cuda_graphs, lora=lora, group=group)
+    denoiser = load(bundle, given.device, given.threads, None, not given.no_cuda_graphs, lora=lora, group=group)
     if lora:
         from taylorseer_export.bundle.memory import lora_bytes, size
 

@@ -17,6 +17,7 @@ from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
 from taylorseer_export.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
 from taylorseer_export.families.krea_2 import KREA_2
 from taylorseer_export.families.longcat_image import LONGCAT_IMAGE
+from taylorseer_export.families.ltx_2 import LTX_2
 from taylorseer_export.families.ovis_image import OVIS_IMAGE
 from taylorseer_export.families.pixart import PIXART
 from taylorseer_export.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT
@@ -41,6 +42,7 @@ _ALL = (
     HUNYUAN_VIDEO_15,
     KREA_2,
     LONGCAT_IMAGE,
+    LTX_2,
     OVIS_IMAGE,
     PIXART,
     QWEN_IMAGE,

@@ -97,6 +97,7 @@ class Pipeline:
         positional: Inputs that are passed by place behind the latent, in order; all others by name.
         cast_inputs: Constant inputs that are cast or joined anew at every call, so that only their numbers stay.
         ignored_inputs: Arguments that are passed and that the model does not look at, unless they are inputs.
+        modules: Of the transformer, without weights, that the pipeline calls by itself.
     """
 
     guidance_factor: float = 1.0
@@ -117,6 +118,7 @@ class Pipeline:
     positional: tuple[str, ...] = ()
     cast_inputs: tuple[str, ...] = ()
     ignored_inputs: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,8 @@ class Family:
             attention and MLP outputs before their gate.
         stack_input: (module, argument) through which the hidden state enters the first block.
         stack_output: (module, argument) through which it leaves the last block.
+        others: Further latent -> the same two of its stream, where a model denoises several at once, in the order of
+            `inputs`; `forward` then returns a prediction for each.
         first_input: (module, argument) of the first attention, which a guard may read; the first site's if left out.
         inputs: `config -> inputs` of the transformer.
         dimensions: `config -> {dimension: (smallest, largest)}` that a bundle without a fixed size accepts.
@@ -262,8 +266,9 @@ class Family:
         source: What a request is made from: class `labels`, or the `tensors` that the pipeline's encoders make.
         attributes: `config -> {name: value}` that the pipeline reads from the transformer besides its config.
         lora_loader: Class in `diffusers.loaders` that knows how the LoRAs of the pipeline are named; none if empty.
-        forward: `(model, inputs) -> noise_pred`: how the declared inputs become a call of the model, where they are
-            not its arguments one by one. The trace and the eager reference of `verify` both call it this way.
+        forward: `(model, inputs) -> noise_pred`, or one for each latent: how the declared inputs become a call of the
+            model, where they are not its arguments one by one. The trace and the eager reference of `verify` both
+            call it this way.
         retired: Entries of published configs that the class no longer has, and that never changed what it computes.
         variants: Word of a model's name -> what of this declaration is different for it.
         distilled: That of `variants` which a pipeline means by the entry `is_distilled` of its index; empty where none
@@ -305,6 +310,7 @@ class Family:
     source: Literal["labels", "tensors"] = "tensors"
     attributes: Callable[[Mapping[str, Any]], Mapping[str, int | tuple[int, ...]]] = no_entries
     first_input: tuple[str, str] | None = None
+    others: Mapping[str, tuple[tuple[str, str], tuple[str, str]]] = field(default_factory=dict)
     lora_loader: str = ""
     forward: Callable[[Any, dict[str, Any]], Any] = call
     retired: tuple[str, ...] = ()

@@ -59,7 +59,8 @@ def ensure(trace: Trace, graphs: Collection[Cut], live: Collection[fx.Node]) -> 
                 "it, and export with --precision fp32 until it is mended"
             )
     taps = trace.taps()
-    blocks = upstream([taps[STACK_OUTPUT]]) - upstream([taps[STACK_INPUT]])
+    begin, end = ([taps[mark + stream] for stream in trace.streams] for mark in (STACK_INPUT, STACK_OUTPUT))
+    blocks = upstream(end) - upstream(begin)
     latent = {size for spec in trace.inputs if spec.role == "latent" for entry in spec.shape for size in names(entry)}
     sites = {taps[name]: name for name in trace.sites if name in taps}
 

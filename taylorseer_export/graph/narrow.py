@@ -28,7 +28,7 @@ from torch import fx
 
 from taylorseer_export.graph.rewrite import TO_THE_END, call
 from taylorseer_export.graph.sizes import equal, is_size
-from taylorseer_export.graph.taps import FIRST_INPUT, FIRST_OUTPUT, STACK_INPUT, STACK_OUTPUT
+from taylorseer_export.graph.taps import is_mark
 from taylorseer_export.graph.trace import Trace, eliminate_dead, is_tap
 
 aten = torch.ops.aten
@@ -56,7 +56,7 @@ def narrow(trace: Trace) -> None:
 def readers(trace: Trace, taps: Collection[fx.Node]) -> dict[fx.Node, set[fx.Node]]:
     """Tap -> through what the output reads it, with no other of `taps` between: slices of the tap, or the tap."""
     found: dict[fx.Node, set[fx.Node]] = {}
-    seen, stack = set(), [trace.noise_pred]
+    seen, stack = set(), list(trace.predictions.values())
     while stack:
         node = stack.pop()
         if node in seen:
@@ -187,7 +187,7 @@ class _Move:
 
 def _is_mark(node: fx.Node) -> bool:
     """Whether the node is a tap that marks a place and is no site."""
-    return is_tap(node) and node.args[1] in (STACK_INPUT, STACK_OUTPUT, FIRST_INPUT, FIRST_OUTPUT)
+    return is_tap(node) and is_mark(str(node.args[1]))
 
 
 def _rows_of_rows(graph: fx.Graph, inner: fx.Node, dim: int, start: Any, end: Any) -> fx.Node | None:

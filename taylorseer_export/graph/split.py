@@ -74,7 +74,7 @@ def split(
     parts = Splitter(trace, granularity, layout, order, state_dtype or trace.precision)
     late_full = parts.late(parts.full_targets, stop=())
     gates = parts.sums.gates
-    late_forecast = parts.late([parts.noise_pred, *parts.base_nodes, *gates], stop=parts.stops)
+    late_forecast = parts.late([*parts.predictions.values(), *parts.bases.values(), *gates], stop=parts.stops)
     early_full, early_forecast = parts.frontier(late_full), parts.frontier(late_forecast, also=gates)
     prober = Prober(parts, guards) if guards else None
     early_probe = prober.early_probe if prober else set()

@@ -60,7 +60,7 @@ class Splitter:
         sites: Name -> shape of one snapshot.
         cuts: Site -> the nodes whose sum is forecast.
         sums: The sites that are sums.
-        full_targets: What the full graph is computed for: the prediction and what the Taylor buffers keep.
+        full_targets: What the full graph is computed for: the predictions and what the Taylor buffers keep.
     """
 
     def __init__(
@@ -69,16 +69,19 @@ class Splitter:
         self.trace, self.layout, self.order, self.state_dtype = trace, layout, order, state_dtype
         self.taps = trace.taps()
         self.times = binding_times(trace)
-        self.noise_pred = trace.noise_pred
+        self.predictions, self.noise_pred = trace.predictions, trace.noise_pred
         self.specs = {spec.name: spec for spec in trace.inputs}
-        names = trace.sites if granularity == "module" else (STACK_OUTPUT,)
-        self.base = self.taps[STACK_INPUT] if granularity == "residual" else None
+        coarse = {f"{granularity}{stream}": stream for stream in trace.streams}
+        ends = {site: self.taps[STACK_OUTPUT + stream] for site, stream in coarse.items()}
+        tapped = {name: self.taps[name] for name in trace.sites} if granularity == "module" else ends
+        # What a site is counted from.
+        begins = {site: self.taps[STACK_INPUT + stream] for site, stream in coarse.items()}
+        self.bases = begins if granularity == "residual" else {}
         # Site -> the nodes whose sum is forecast: a tap, or the one slice of it that reaches the output.
-        cuts = self._cut_points({self.taps[name]: name for name in names})
-        cuts = cuts if granularity == "module" else {granularity: cuts[STACK_OUTPUT]}
-        reaching = self.late([self.noise_pred], stop=cuts.values())
-        end, gated = self.taps[STACK_OUTPUT], state_dtype != torch.float16
-        self.sums = Sums(trace.module.graph, cuts, end, reaching, self.times, self._shape, gated)
+        cuts = self._cut_points({tap: name for name, tap in tapped.items()})
+        reaching = self.late(list(self.predictions.values()), stop=cuts.values())
+        gated = state_dtype != torch.float16
+        self.sums = Sums(trace.module.graph, cuts, [*ends.values()], reaching, self.times, self._shape, gated)
         self.times = binding_times(trace)  # of the parts of gates too
         self.cuts: dict[str, tuple[fx.Node, ...]] = {}
         self.cuts |= {name: (node,) for name, node in cuts.items() if name not in self.sums.branches}
@@ -91,8 +94,8 @@ class Splitter:
         self.stops = {*(node for nodes in self.cuts.values() for node in nodes), *values}
 
         # What the full graph returns, and what it is computed from.
-        self.base_nodes = [self.base] if self.base else []
-        self.full_targets = [self.noise_pred, *(n for nodes in self.cuts.values() for n in nodes), *self.base_nodes]
+        cut = [node for nodes in self.cuts.values() for node in nodes]
+        self.full_targets = [*self.predictions.values(), *cut, *self.bases.values()]
 
     # What is cut ---------------------------------------------------------------------------------------------------
 
@@ -227,12 +230,11 @@ class Splitter:
         self.latent_inputs(builder)
         self.bind_early(builder, early, tables)
         sums = self._sums(builder)
-        outputs = [(self.tensor("noise_pred", self.noise_pred, "noise_pred"), builder.copy(self.noise_pred))]
-        scales = None
+        outputs, scales = self._predicted(builder), None
         for site, nodes in self.cuts.items():
             value, made_in = (sums[site], SUM) if site in sums else (builder.copy(nodes[0]), dtype_of(nodes[0]))
-            if self.base is not None:
-                value, made_in = difference(builder, nodes[0], self.base)
+            if site in self.bases:
+                value, made_in = difference(builder, nodes[0], self.bases[site])
             shape = self.sites[site]
             if self.layout == "derivatives":
                 if scales is None and self.order > 0:
@@ -280,18 +282,22 @@ class Splitter:
             if site in self.sums.found:
                 self._add_forecast(builder, self.sums.found[site], row, buffer)
                 continue
-            if self.base is None:
+            if site not in self.bases:
                 value = weighted_sum(builder, row, buffer, self.state_dtype, wanted, nodes[0])
             else:
-                wide = wider(nodes[0], self.base)
+                begin = self.bases[site]
+                wide = wider(nodes[0], begin)
                 change = weighted_sum(builder, row, buffer, self.state_dtype, wide, nodes[0])
-                base = cast(builder, builder.copy(self.base), dtype_of(self.base), wide)
+                base = cast(builder, builder.copy(begin), dtype_of(begin), wide)
                 value = cast(builder, builder.graph.call_function(aten.add.Tensor, (base, change)), wide, wanted)
             builder.copies[nodes[0]] = value
         for addition, rest in self.sums.dropped().items():
             builder.copies[addition] = builder.copy(rest)
-        output = builder.copy(self.noise_pred)
-        return builder.finish([(self.tensor("noise_pred", self.noise_pred, "noise_pred"), output)])
+        return builder.finish(self._predicted(builder))
+
+    def _predicted(self, builder: Builder) -> list[tuple[Tensor, fx.Node]]:
+        """The prediction of each latent, as an output."""
+        return [(self.tensor(name, node, "noise_pred"), builder.copy(node)) for name, node in self.predictions.items()]
 
     def _add_forecast(self, builder: Builder, one: Sum, row: fx.Node, buffer: fx.Node) -> None:
         """Put the forecast of a sum, times its gate, in the place of what its home adds, or add it to that."""

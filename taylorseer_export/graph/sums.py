@@ -17,7 +17,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ class Sums:
     Args:
         graph: Of the trace. Parts of gates that it has not yet are added to it.
         cuts: Site -> the node that is forecast.
-        end: Behind the last addition to the hidden state.
+        ends: Behind the last addition to the hidden state of each stream.
         reaching: The nodes of a forecast step.
         times: Of every node.
         shape: `node -> shape` by the family's dimensions.
@@ -88,13 +88,13 @@ class Sums:
         self,
         graph: fx.Graph,
         cuts: Mapping[str, fx.Node],
-        end: fx.Node,
+        ends: Collection[fx.Node],
         reaching: set[fx.Node],
         times: Mapping[fx.Node, Time],
         shape: Callable[[fx.Node], Shape],
         gated: bool,
     ) -> None:
-        self._graph, self._end, self._reaching, self._times, self._shape = graph, end, reaching, times, shape
+        self._graph, self._ends, self._reaching, self._times, self._shape = graph, ends, reaching, times, shape
         self._picked: dict[Any, fx.Node] = {}
         branches = {name: branch for name, node in cuts.items() if (branch := self._branch(node))}
         members: dict[Any, list[tuple[str, fx.Node | None]]] = defaultdict(list)
@@ -180,7 +180,7 @@ class Sums:
         addition, rest = reader, _other(reader, value)
         if rest is None or self._shape(rest) != self._shape(addition):
             return None
-        while reader is not self._end:
+        while reader not in self._ends:
             reader = self._reader(reader)
             if reader is None or reader.target not in (aten.add.Tensor, aten.to.dtype, tap_operator()):
                 return None

@@ -22,6 +22,12 @@ STACK_INPUT = "stack.input"
 STACK_OUTPUT = "stack.output"
 FIRST_INPUT = "first.input"
 FIRST_OUTPUT = "first.output"
+_MARKS = (STACK_INPUT, STACK_OUTPUT, FIRST_INPUT, FIRST_OUTPUT)
+
+
+def is_mark(name: str) -> bool:
+    """Whether a tap of this name marks a place, of whatever stream, and is no site."""
+    return any(name == mark or name.startswith(f"{mark}.") for mark in _MARKS)
 
 
 @cache
@@ -44,7 +50,8 @@ def tapped(model: nn.Module, family: Family) -> Iterator[tuple[str, ...]]:
     """Place the family's taps on `model` for the length of the block; yields the site names in block order.
 
     A site is the output of a module before its gate and before the residual add. Two more taps mark where the
-    hidden state enters the first block and where it leaves for the final norm; the coarser granularities use them.
+    hidden state enters the first block and where it leaves for the final norm, two for each further latent; the coarser
+    granularities use them.
     Two are for guards: the modulated input of the first site, and the hidden state behind the first block.
 
     Args:
@@ -73,9 +80,12 @@ def tapped(model: nn.Module, family: Family) -> Iterator[tuple[str, ...]]:
             for name in names:
                 hooks.callback(modules[name].register_forward_hook(_output_hook(tap, name)).remove)
             sites += names
-        for name, argument, label in (
-            (*family.stack_input, STACK_INPUT),
-            (*family.stack_output, STACK_OUTPUT),
+        streams = {"": (family.stack_input, family.stack_output)}
+        streams |= {f".{latent}": stack for latent, stack in family.others.items()}
+        for (name, argument), label in (
+            (place, mark + end)
+            for end, stack in streams.items()
+            for place, mark in zip(stack, (STACK_INPUT, STACK_OUTPUT), strict=True)
         ):
             hook = _argument_hook(tap, argument, label)
             hooks.callback(modules[name].register_forward_pre_hook(hook, with_kwargs=True).remove)

@@ -17,6 +17,7 @@ import sympy
 import torch
 from torch import fx, nn
 
+from taylorseer_export.bundle.latents import NOISE_PRED, endings
 from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.families.family import Family, Input, replaced
@@ -57,12 +58,25 @@ class Trace:
     constants: dict[str, torch.Tensor]
 
     @property
-    def noise_pred(self) -> fx.Node:
-        """The node whose value the transformer returns."""
+    def streams(self) -> tuple[str, ...]:
+        """What the names of each latent's prediction, marks and coarse sites end on: nothing for the first."""
+        return endings(spec.name for spec in self.inputs if spec.role == "latent")
+
+    @property
+    def predictions(self) -> dict[str, fx.Node]:
+        """Name -> the node whose value the transformer returns, one for each latent, that of the first first."""
         (values,) = self.module.graph.output_node().args
-        result = values[0] if isinstance(values, tuple | list) else values
-        assert isinstance(result, fx.Node), "bug in taylorseer-export: the traced model returns a constant"
-        return result
+        results = values if isinstance(values, tuple | list) else (values,)
+        found = {f"{NOISE_PRED}{end}": result for end, result in zip(self.streams, results, strict=False)}
+        assert len(found) == len(self.streams) and all(isinstance(node, fx.Node) for node in found.values()), (
+            "bug in taylorseer-export: the traced model returns a constant, or less than it has latents"
+        )
+        return found  # type: ignore[return-value]
+
+    @property
+    def noise_pred(self) -> fx.Node:
+        """The node whose value the transformer returns for the first latent."""
+        return self.predictions[NOISE_PRED]
 
     def taps(self) -> dict[str, fx.Node]:
         """Tap name -> its node."""

@@ -13,7 +13,7 @@ from taylorseer_export.errors import ParityError
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.slot import Slot
-from taylorseer_export.runtime.trajectory import random_trajectory
+from taylorseer_export.runtime.trajectory import Trajectory, random_trajectory
 
 
 def bench(
@@ -55,7 +55,7 @@ def bench(
             began = time.perf_counter()
             slot.start(data.conditioning, loops_of[current], data.timesteps)
             prepared = time.perf_counter()
-            times = _run(slot, data.latents)
+            times = _run(slot, data)
             total = 1e3 * (time.perf_counter() - began)
             if repeat:
                 prepares.append(1e3 * (prepared - began))
@@ -119,11 +119,12 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(f"  {name:<14}{value}" for name, value in rows)
 
 
-def _run(slot: Slot, latents: np.ndarray) -> list[float]:
+def _run(slot: Slot, data: Trajectory) -> list[float]:
     times = []
-    for latent in latents:
+    for step, latent in enumerate(data.latents):
+        beside = data.beside(step)
         began = time.perf_counter()
-        prediction = slot.step(latent)
+        prediction = slot.step(latent, others=beside)
         times.append(1e3 * (time.perf_counter() - began))
         if not np.isfinite(prediction).all():
             raise ParityError(

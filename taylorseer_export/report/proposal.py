@@ -134,7 +134,7 @@ def _refuse_deaf(denoiser: Denoiser, data: Trajectory) -> None:
     """Refuse a model that answers two latents alike: its other inputs are not what a pipeline passes."""
     slot = denoiser.slot(denoiser.sizes(data.latents.shape[1:], data.conditioning))
     slot.start(data.conditioning, Forecasts(Plan.parse("FF"), 0), np.repeat(data.timesteps[:1], 2))
-    one, other = (slot.step(latent).copy() for latent in data.latents[[0, -1]])
+    one, other = (slot.step(data.latents[step], others=data.beside(step)).copy() for step in (0, -1))
     if np.array_equal(one, other):
         raise ExportError(
             "the prediction does not depend on the latent with the inputs that could be told, expected it to; "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,17 +114,23 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: F
     sizes = denoiser.sizes(data.latents.shape[1:], data.conditioning)
     slot = denoiser.slot(sizes)
     slot.start(data.conditioning, forecasts, data.timesteps)
-    answers = [slot.step(latent) for latent in data.latents]
+    answers = [
+        [slot.step(latent, others=data.beside(step)), *slot.others.values()] for step, latent in enumerate(data.latents)
+    ]
     ran = replace(forecasts, plan=Plan(slot.executed))
     unit = roundoff_of(model, manifest)
     seen, bounds = [], []
     with _Reference(model, denoiser, ran).hooked() as reference:
         for step, (latent, timestep) in enumerate(zip(data.latents, data.timesteps, strict=True)):
-            expected = reference.step(latent, timestep, data.conditioning)
-            found = answers[step]
+            expected = reference.step(latent, timestep, {**data.conditioning, **data.beside(step)})
             amplified = 1.0 if ran.plan.is_full(step) else gain(_weights(ran, step))
-            seen.append(float(np.abs(found.astype(np.float64) - expected).max()))
-            bounds.append(unit * amplified * float(np.abs(expected).max()))
+            pairs = [
+                (float(np.abs(found.astype(np.float64) - one).max()), unit * amplified * float(np.abs(one).max()))
+                for found, one in zip(answers[step], expected, strict=True)
+            ]
+            off, bound = max(pairs, key=lambda pair: pair[0] / pair[1])  # of several latents the one that is worst
+            seen.append(off)
+            bounds.append(bound)
     return Parity(forecasts, slot.executed, tuple(seen), tuple(bounds))
 
 
@@ -195,8 +202,8 @@ def _middle_error(denoiser: Denoiser, data: Trajectory, rule: Rule) -> float:
     slot = denoiser.slot(denoiser.sizes(data.latents.shape[1:], data.conditioning))
     plan = Plan.guarded(len(data.timesteps), min(2, len(data.timesteps)))
     slot.start(data.conditioning, Forecasts(plan, denoiser.defaults.order, guard=Guard(rule, _LEAST)), data.timesteps)
-    for latent in data.latents:
-        slot.step(latent)
+    for step, latent in enumerate(data.latents):
+        slot.step(latent, others=data.beside(step))
     errors = [error for error in slot.errors if math.isfinite(error)]
     return max(float(np.median(errors)), _LEAST) if errors else 1.0
 
@@ -223,7 +230,8 @@ class _Reference:
         self.model, self.forecasts = model, forecasts
         self.family = family_of(model, denoiser.manifest.family)
         self.latent, self.timestep = denoiser.latent.name, denoiser.timestep.name
-        self.specs = {t.name: t for t in (denoiser.latent, denoiser.timestep, *denoiser.constants.values())}
+        read = (denoiser.latent, denoiser.timestep, *denoiser.others.values(), *denoiser.constants.values())
+        self.specs = {t.name: t for t in read}
         self.divisor = denoiser.manifest.sampling.timestep_divisor
         self.granularity = denoiser.manifest.state.granularity
         # The family's, not the manifest's: sites that share a gate, or have none, are one there, forecast alike.
@@ -232,15 +240,16 @@ class _Reference:
         self.dtype, self.device = widest.dtype, widest.device
         self.record: dict[tuple[str, int], Tensor] = {}
         self.number = 0
-        self.entering: Tensor | None = None
+        self.entering: dict[str, Tensor] = {}
 
-    def step(self, latent: np.ndarray, timestep: float, conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
+    def step(self, latent: np.ndarray, timestep: float, conditioning: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The predictions of all latents; those beside the first are in `conditioning`."""
         given = {self.latent: latent, self.timestep: np.full(len(latent), timestep, np.float32), **conditioning}
         with torch.no_grad():
             inputs = {name: self._as_seen(name, value) for name, value in given.items()}
-            result: Tensor = self.family.forward(self.model, inputs)
+            result: Any = self.family.forward(self.model, inputs)
         self.number += 1
-        return result.double().cpu().numpy()
+        return [one.double().cpu().numpy() for one in (result if isinstance(result, tuple) else (result,))]
 
     def _as_seen(self, name: str, values: Any) -> Tensor:
         """An input as the bundle sees it: rounded to its contract's type, and again where the model scales it up.
@@ -262,10 +271,12 @@ class _Reference:
             for name in self.sites:
                 hooks.callback(modules[name].register_forward_hook(self._output(name)).remove)
             if self.granularity != "module":
-                entry, leave = self.family.stack_input, self.family.stack_output
-                for (name, argument), rule in ((entry, self._enter), (leave, self._leave)):
-                    handle = modules[name].register_forward_pre_hook(_on_argument(argument, rule), with_kwargs=True)
-                    hooks.callback(handle.remove)
+                streams = {"": (self.family.stack_input, self.family.stack_output), **self.family.others}
+                for stream, (entry, leave) in streams.items():
+                    for (name, argument), rule in ((entry, self._enter), (leave, self._leave)):
+                        hook = _on_argument(argument, partial(rule, stream))
+                        handle = modules[name].register_forward_pre_hook(hook, with_kwargs=True)
+                        hooks.callback(handle.remove)
             yield self
 
     def _forecast(self, name: str, value: Tensor) -> Tensor:
@@ -287,19 +298,19 @@ class _Reference:
 
         return hook
 
-    def _enter(self, value: Tensor) -> Tensor:
-        self.entering = value
+    def _enter(self, stream: str, value: Tensor) -> Tensor:
+        self.entering[stream] = value
         return value
 
-    def _leave(self, value: Tensor) -> Tensor:
+    def _leave(self, stream: str, value: Tensor) -> Tensor:
+        site = f"{self.granularity} {stream}"
         if self.granularity == "last":
-            return self._forecast("last", value)
-        assert self.entering is not None
+            return self._forecast(site, value)
         # FramePack drops the tokens of the past before the final norm; Z-Image has those of the text behind, which it
         # drops later, so that it is no matter what they are added to.
-        entered = self.entering[:, -value.shape[1] :]
+        entered = self.entering[stream][:, -value.shape[1] :]
         entered = torch.nn.functional.pad(entered, (0, 0, 0, value.shape[1] - entered.shape[1]))
-        return entered + self._forecast("residual", value - entered)
+        return entered + self._forecast(site, value - entered)
 
 
 def _on_argument(argument: str, rule: Callable[[Tensor], Tensor]) -> Any:

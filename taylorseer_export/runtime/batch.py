@@ -120,7 +120,7 @@ class SharedCalls:
             bound.call()
         except StepError:
             return False
-        if not np.isfinite(bound.outputs["noise_pred"].read()).all():
+        if not all(np.isfinite(bound.outputs[name].read()).all() for name in slots[0].contract.predictions.values()):
             return False
         if combination in self._equal:
             self._scatter(graph, slots, bound)

@@ -54,7 +54,11 @@ def check_engines(
     sizes = {name: getattr(d, end) for name, d in manifest.dimensions.items()}
     generator = np.random.default_rng(seed)
     conditioning = random_constants(contract, sizes, generator)
-    latents = generator.standard_normal(resolve(contract.latent.shape, sizes)).astype(np.float32)
+    latents, *beside = (
+        generator.standard_normal(resolve(tensor.shape, sizes)).astype(np.float32)
+        for tensor in (contract.latent, *contract.others.values())
+    )
+    others = dict(zip(contract.others, beside, strict=True))
     # Schedulers of diffusers count timesteps from 1000 where their config does not say otherwise.
     last = manifest.sampling.config.get("num_train_timesteps") or 1000
     middle = last / 2 / manifest.sampling.timestep_divisor
@@ -62,15 +66,15 @@ def check_engines(
     guards = [None, *(Guard(rule, _ANY_ERROR) for rule in manifest.state.guards[:1])]
     for guard in guards:
         slot.start(conditioning, Forecasts(Plan("F."), 0, guard=guard), np.full(2, middle, np.float32))
-        _check_two_steps(contract, slot, latents)
+        _check_two_steps(contract, slot, latents, others)
 
 
-def _check_two_steps(contract: Contract, slot: Slot, latents: np.ndarray) -> None:
+def _check_two_steps(contract: Contract, slot: Slot, latents: np.ndarray, others: Mapping[str, np.ndarray]) -> None:
     manifest = contract.manifest
     prepared = {tensor.name for tensor in manifest.graphs["prepare"].outputs}
     predictions = []
     for _ in range(2):
-        slot.stage(latents)
+        slot.stage(latents, others=others)
         graph = slot.graph
         tensors = manifest.graphs[graph]
         read = [(tensor, slot.source(tensor)) for tensor in tensors.inputs if tensor.name in prepared]
@@ -80,15 +84,15 @@ def _check_two_steps(contract: Contract, slot: Slot, latents: np.ndarray) -> Non
         slot.run()
         for tensor, buffer in written:
             _check(contract, graph, tensor, buffer)
-        predictions.append(slot.finish().astype(np.float64))
-    full, forecast = predictions
-    off, most = np.abs(forecast - full).max(), np.abs(full).max()
-    if off >= most and off > 0:
-        raise BundleError(
-            f"output `noise_pred` of graph `forecast` is off by {off:.3g} where it repeats a full step of up to "
-            f"{most:.3g}, expected the same up to rounding; export again with `{manifest.command()}`, and report it "
-            "if it stays"
-        )
+        predictions.append([value.astype(np.float64) for value in (slot.finish(), *slot.others.values())])
+    for name, full, forecast in zip(contract.predictions.values(), *predictions, strict=True):
+        off, most = np.abs(forecast - full).max(), np.abs(full).max()
+        if off >= most and off > 0:
+            raise BundleError(
+                f"output `{name}` of graph `forecast` is off by {off:.3g} where it repeats a full step of up to "
+                f"{most:.3g}, expected the same up to rounding; export again with `{manifest.command()}`, and report "
+                "it if it stays"
+            )
 
 
 def random_constants(

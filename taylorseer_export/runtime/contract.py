@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from taylorseer_export.bundle.latents import predictions_of
 from taylorseer_export.bundle.low_rank import lora_input
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.shapes import match
@@ -24,6 +25,8 @@ class Contract:
 
     Attributes:
         latent, timestep: The inputs that change with the step.
+        others: Further latents by name, where the model denoises several; they tell no sizes.
+        predictions: Latent -> the name of its prediction.
         constants: Those that a request keeps constant, by their diffusers argument names.
         lora: The input that takes the LoRA of a request; None where the bundle has none.
         inputs: Graph -> the names of its inputs.
@@ -32,7 +35,9 @@ class Contract:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.latent = manifest.graphs["full"].input_of("latent")
+        self.latent, *others = (t for t in manifest.graphs["full"].inputs if t.role == "latent")
+        self.others = {tensor.name: tensor for tensor in others}
+        self.predictions = predictions_of(manifest)
         self.timestep = manifest.graphs["prepare"].input_of("step")
         self.constants = request_constants(manifest)
         self.lora = lora_input(manifest)

@@ -137,6 +137,7 @@ class Denoiser:
         self.contract = Contract(manifest)
         self.share = Share(self.contract, group)
         self.latent, self.timestep = self.contract.latent, self.contract.timestep
+        self.others = self.contract.others
         self.constants, self.defaults = self.contract.constants, self.contract.defaults
 
     @property

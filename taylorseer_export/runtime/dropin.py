@@ -35,7 +35,8 @@ from taylorseer_export.runtime.callers import Callers
 from taylorseer_export.runtime.calls import Branch, Context, LoopState, Seen, TransformerCall, host_array
 from taylorseer_export.runtime.engine_module import EngineModule
 from taylorseer_export.runtime.guiders import Guidance, Signed
-from taylorseer_export.runtime.runner import Runner
+from taylorseer_export.runtime.modules import modules_of
+from taylorseer_export.runtime.runner import Buffer, Runner
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.values import check_prediction
 
@@ -49,6 +50,7 @@ class Loaded(Protocol):
     runner: Runner
     device: Device
     latent: Tensor
+    others: dict[str, Tensor]
     timestep: Tensor
     constants: dict[str, Tensor]
     defaults: BundleDefaults
@@ -126,7 +128,7 @@ class DropIn(EngineModule):
         self._tensors = hasattr(denoiser.runner.buffer((1,), "float32"), "tensor")
         pipeline = denoiser.manifest.pipeline
         self.config = _Config(denoiser.manifest.model.config)
-        for name, value in pipeline.attributes.items():
+        for name, value in {**pipeline.attributes, **modules_of(denoiser.manifest)}.items():
             setattr(self, name, value)
         self._lora = lora if lora is None or isinstance(lora, Adapter) else denoiser.adapter(lora)
         self._form = form_of(denoiser.manifest)
@@ -147,10 +149,11 @@ class DropIn(EngineModule):
                 and some take them in a list, one entry for each sample; then so does the answer come.
             placed: What the model's pipeline passes by place behind them.
             return_dict: Whether to return diffusers' output class instead of a tuple.
-            inputs: The timestep and the conditioning.
+            inputs: The timestep and the conditioning, and further latents where the model has some.
 
         Returns:
-            The prediction, in the dtype of `hidden_states`, and behind it what a call asks for beside it.
+            The prediction, in the dtype of `hidden_states`, and behind it what a call asks for beside it, or that of
+            each further latent.
 
         Raises:
             StepError: An argument is missing, unknown to the bundle, or does not fit it; loops take turns; or on the
@@ -160,16 +163,19 @@ class DropIn(EngineModule):
             inputs |= self._by_place(placed)
             given = inputs.pop(self.denoiser.latent.name) if hidden_states is None else hidden_states
             given, inputs, kept = rows_ahead(given, inputs) if self._ahead else (given, inputs, None)
-            predicted = self._predict(_together(given) if self._lists else given, inputs)
+            others = {name: inputs.pop(name, None) for name in self.denoiser.others}
+            predicted, *beside = self._predict(_together(given) if self._lists else given, inputs, others)
             sample: Any = list(predicted.unsqueeze(2)) if self._lists else predicted
         except BaseException:
             self._abort()
             raise
         if not return_dict:
-            return (sample,) if kept is None else (sample, kept)
+            return (sample, *beside) if kept is None else (sample, kept)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         answer: Any = Transformer2DModelOutput(sample=sample)
+        for name, prediction in zip(others, beside, strict=True):
+            setattr(answer, name.replace("hidden_states", "sample"), prediction)
         if kept is not None:
             answer.kv_cache = kept
         return answer
@@ -272,7 +278,7 @@ class DropIn(EngineModule):
 
     # One call --------------------------------------------------------------------------------------------------------
 
-    def _predict(self, latents: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    def _predict(self, latents: torch.Tensor, inputs: dict[str, Any], others: dict[str, Any]) -> list[torch.Tensor]:
         here = self._callers.here
         call, steps = self._call(here.context, latents, inputs), None
         if call.context is None and self._guidance is not None:
@@ -288,11 +294,15 @@ class DropIn(EngineModule):
         branch, slot = self._branch(request, name, call)
         taken = latent_of(latents, branch.latent)
         stays = self._tensors and latents.is_cuda  # a GPU's values never come to the host
-        prediction = slot.advance(taken if stays else host_array(taken), call.timestep, request.decided)
+        first, *rest = (value if stays or value is None else host_array(value) for value in (taken, *others.values()))
+        prediction = slot.advance(first, call.timestep, request.decided, dict(zip(others, rest, strict=True)))
         if request.forecasts.guard is not None:
             request.decided = slot.executed[-1]
         request.executed[name] = branch.before + slot.executed
         branch.next = request.step + 1
+        return [self._answer(one, latents, request) for one in (prediction, *slot.memory.others.values())]
+
+    def _answer(self, prediction: Buffer, latents: torch.Tensor, request: LoopState) -> torch.Tensor:
         if not self._tensors:
             read = prediction.read()
             check_prediction(bool(np.isfinite(read).all()), request.step, request.plan)

@@ -47,6 +47,7 @@ class Memory:
         calls: Graph -> its bound calls: of `full` and `rest` one for each entry that it may write, of `forecast` one
             for each set that it may read.
         prediction: The buffer of `noise_pred`.
+        others: Further latent -> the buffer of its prediction.
         numbers: Graph -> the buffer of what the schedule gives it: weights of a forecast, scales of an update.
         probe: What measures the errors of a guard; None in a bundle without guards.
         adapted: The LoRA whose low-rank weights are in place; None for zeros.
@@ -60,8 +61,8 @@ class Memory:
         for tensor in (*looped, *contract.constants.values(), *([contract.lora] if contract.lora else [])):
             if tensor.role not in ("taylor_in", "taylor_out", "probe_in") and tensor.name not in self.buffers:
                 self.buffers[tensor.name] = self._new(tensor)
-        (prediction,) = (t for t in graphs["full"].outputs if t.role == "noise_pred")
-        self.prediction = self.buffers[prediction.name]
+        self.prediction, *others = (self.buffers[name] for name in contract.predictions.values())
+        self.others = dict(zip(contract.others, others, strict=True))
         self.numbers: dict[GraphName, Buffer] = {
             name: self.buffers[tensor.name]
             for name in ("full", "forecast", "rest")

@@ -57,7 +57,8 @@ class Slot:
         self.contract, self.sizes, self._lora, self._group = contract, dict(sizes), lora, group
         self.memory = Memory(contract, runner, sizes)
         self._capacity = contract.defaults.capacity
-        self._latent_shape = resolve(contract.latent.shape, self.sizes)
+        self._latents = {t.name: t for t in (contract.latent, *contract.others.values())}
+        self._shapes = {name: resolve(tensor.shape, self.sizes) for name, tensor in self._latents.items()}
         self._guard: Guard | None = None
         self._compared = False
         self._steps: list[FullStep | ForecastStep] = []
@@ -92,7 +93,7 @@ class Slot:
         """
         steps, plan = self._steps_of(forecasts), forecasts.plan
         arrays = self.contract.arrays(conditioning)
-        sizes = self.contract.sizes(self._latent_shape, {**conditioning, **arrays})
+        sizes = self.contract.sizes(self._shapes[self.contract.latent.name], {**conditioning, **arrays})
         if sizes != self.sizes:
             raise StepError(f"sizes are {sizes}, expected {self.sizes}, those of the slot; open a slot of that size")
         if timesteps is not None:
@@ -166,50 +167,80 @@ class Slot:
         self._capacity.check(forecasts)
         return []
 
-    def step(self, latents: Any, timestep: float | None = None) -> np.ndarray:
+    def step(self, latents: Any, timestep: float | None = None, others: Mapping[str, Any] | None = None) -> np.ndarray:
         """Run the next step of the plan.
 
         Args:
             latents: The transformer's `hidden_states`.
             timestep: Needed where `start` was not given the timesteps; checked against them where it was.
+            others: Further latents by their diffusers argument names, where the model has some.
 
         Returns:
-            `noise_pred`, a new array.
+            `noise_pred`, a new array. What is predicted of further latents is in `others`.
 
         Raises:
             StepError: No request was started, its plan is at its end, or the latents do not fit.
         """
-        return self.advance(latents, timestep).read()
+        return self.advance(latents, timestep, others=others).read()
 
-    def advance(self, latents: Any, timestep: float | None = None, decided: str | None = None) -> Buffer:
+    @property
+    def others(self) -> dict[str, np.ndarray]:
+        """Further latent -> its prediction by the step that ran last, a new array."""
+        return {name: buffer.read() for name, buffer in self.memory.others.items()}
+
+    def advance(
+        self,
+        latents: Any,
+        timestep: float | None = None,
+        decided: str | None = None,
+        others: Mapping[str, Any] | None = None,
+    ) -> Buffer:
         """As `step`, and all of it on the device: nothing comes back to the host but the error that a guard waits for.
 
         `latents` may be a tensor on a GPU, whose values are then not checked. `decided` is as of `stage`. Returns the
         buffer of `noise_pred`, which the next step overwrites.
         """
-        self.stage(latents, timestep, decided)
+        self.stage(latents, timestep, decided, others)
         self.run()
         return self._count()
 
-    def stage(self, latents: Any, timestep: float | None = None, decided: str | None = None) -> None:
+    def stage(
+        self,
+        latents: Any,
+        timestep: float | None = None,
+        decided: str | None = None,
+        others: Mapping[str, Any] | None = None,
+    ) -> None:
         """The first third of `step`: check the latents and put all inputs of the next step in place.
 
         Under a guard it is settled here which kind of step it is. `decided` is what the guard of another branch of the
         same step decided, `F` or `.`, and holds for this one too.
         """
         number = self._number()
-        on_device = getattr(latents, "is_cuda", False)  # to look at its values would be to wait for them
-        array = latents if on_device else array_for(self.contract.latent, latents, f" at step {number}")
-        if array.shape != self._latent_shape:
-            raise StepError(
-                f"input `{self.contract.latent.name}` is {list(array.shape)} at step {number}, expected "
-                f"{list(self._latent_shape)} as when the slot was opened; open a slot of that size"
-            )
+        given = {self.contract.latent.name: latents, **(others or {})}
+        arrays = {name: self._array(tensor, given.get(name), number) for name, tensor in self._latents.items()}
         self._write_rows(number, timestep)
-        self.memory.buffers[self.contract.latent.name].write(array)
+        for name, array in arrays.items():
+            self.memory.buffers[name].write(array)
         if self._guard is not None:
             self._decide(number, decided)
         self._write_numbers(number)
+
+    def _array(self, tensor: Tensor, latents: Any, number: int) -> Any:
+        """A latent of a step, of the shape that the slot is for."""
+        if latents is None:
+            raise StepError(
+                f"input `{tensor.name}` is missing at step {number}, expected {tensor.dtype} "
+                f"{list(self._shapes[tensor.name])}, a latent beside `{self.contract.latent.name}`; pass both"
+            )
+        on_device = getattr(latents, "is_cuda", False)  # to look at its values would be to wait for them
+        array = latents if on_device else array_for(tensor, latents, f" at step {number}")
+        if array.shape != self._shapes[tensor.name]:
+            raise StepError(
+                f"input `{tensor.name}` is {list(array.shape)} at step {number}, expected "
+                f"{list(self._shapes[tensor.name])} as when the slot was opened; open a slot of that size"
+            )
+        return array
 
     def _write_numbers(self, number: int) -> None:
         """Give the graph the numbers of its step: a row of what was sent, unless they were settled since."""

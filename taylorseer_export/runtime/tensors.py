@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from taylorseer_export.bundle.latents import refuse_several
 from taylorseer_export.bundle.manifest import Manifest, Pipeline
 from taylorseer_export.bundle.part_agreement import CONDITION as CONDITION
 from taylorseer_export.bundle.shapes import match, resolve
@@ -239,6 +240,7 @@ def latent_sizes(
     """
     if pixels is None:
         return {}, None
+    refuse_several(manifest, option)
     latent, sampling, packing = manifest.graphs["full"].input_of("latent"), manifest.sampling, manifest.pipeline.packing
     shown, video = "x".join(map(str, pixels)), len(latent.shape) == 5
     if len(pixels) != 2 + video:

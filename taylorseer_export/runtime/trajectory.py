@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from taylorseer_export.bundle.manifest import Tensor
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.runtime.check import random_constants
 from taylorseer_export.runtime.clock import clock
@@ -25,11 +26,17 @@ class Trajectory:
         latents: `[S, ...]`, the transformer's `hidden_states`.
         timesteps: `[S]`, as passed to the transformer.
         conditioning: Constant inputs by name.
+        others: Further latents by name, `[S, ...]` each.
     """
 
     latents: np.ndarray
     timesteps: np.ndarray
     conditioning: dict[str, np.ndarray]
+    others: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def beside(self, step: int) -> dict[str, np.ndarray]:
+        """The further latents of a step."""
+        return {name: values[step] for name, values in self.others.items()}
 
 
 def random_trajectory(
@@ -50,11 +57,18 @@ def random_trajectory(
     sizes = {name: d.typical for name, d in manifest.dimensions.items()} | dict(sizes or {})
     conditioning = random_conditioning(denoiser, sizes, seed)
     generator = np.random.default_rng(seed + 1)
-    shape = resolve(denoiser.latent.shape, sizes)
-    start, end = generator.standard_normal((2, *shape)).astype(np.float32)
-    angle = np.linspace(0, np.pi / 2, steps, dtype=np.float32).reshape(-1, *[1] * len(shape))
-    latents = np.cos(angle) * start + np.sin(angle) * end
-    return Trajectory(latents, clock(manifest, shape, steps), conditioning)
+    angles = np.linspace(0, np.pi / 2, steps, dtype=np.float32)
+
+    def path(tensor: Tensor) -> np.ndarray:
+        shape = resolve(tensor.shape, sizes)
+        start, end = generator.standard_normal((2, *shape)).astype(np.float32)
+        angle = angles.reshape(-1, *[1] * len(shape))
+        turned: np.ndarray = np.cos(angle) * start + np.sin(angle) * end
+        return turned
+
+    latents = path(denoiser.latent)
+    others = {name: path(tensor) for name, tensor in denoiser.others.items()}
+    return Trajectory(latents, clock(manifest, latents.shape[1:], steps), conditioning, others)
 
 
 def random_conditioning(

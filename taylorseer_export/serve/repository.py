@@ -25,6 +25,7 @@ from typing import Any
 
 from taylorseer_export.bundle.atomic import aside, flush, sweep
 from taylorseer_export.bundle.device import CPU, Device
+from taylorseer_export.bundle.latents import refuse_several
 from taylorseer_export.bundle.manifest import MANIFEST, Manifest
 from taylorseer_export.bundle.memory import CONDITIONING_ROOM, request_bytes, size
 from taylorseer_export.bundle.profile import PROFILES, profile_names, read_profile
@@ -85,6 +86,7 @@ def write_repository(folder: Path, out: Path, deployment: Deployment) -> list[Pa
     """
     bundle = open_bundle(folder)
     manifest = bundle.manifest
+    refuse_several(manifest, "Triton")
     for profile in profile_names(bundle):
         read_profile(bundle, profile)
     profiles = profile_names(bundle)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from taylorseer_export.bundle.latents import refuse_several
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.embedded.conditioning import ConditioningCache
 from taylorseer_export.embedded.edits import Given, given_picture, steps_that_run
@@ -25,8 +26,9 @@ def check_draws(manifest: Manifest) -> None:
     """Refuse a bundle that makes no picture or video of a prompt.
 
     Raises:
-        ConfigError: It takes tensors, has no decoder, or makes videos, which PyAV is missing for.
+        ConfigError: It takes tensors, has no decoder or several latents, or makes videos, which PyAV is missing for.
     """
+    refuse_several(manifest, "the images API")
     if frame_rate(manifest) is not None:
         check_mp4()
     if manifest.sampling.pictures is None or manifest.sampling.source == "tensors":

@@ -208,6 +208,7 @@ def krea_2_pipeline(transformer, is_distilled=False):
             text_encoder=None,
             tokenizer=None,
             transformer=transformer,
+            text_encoder_select_layers=LAYERS,
             is_distilled=is_distilled,
         )
     )
@@ -572,7 +573,7 @@ def whole_longcat_image(transformer):
     pipe = LongCatImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=tiny_vae(16),
-        text_encoder=tiny_qwen(transformer.config.joint_attention_dim),
+        text_encoder=tiny_qwen(transformer.config.joint_attention_dim, known=CHATS),
         tokenizer=chats(),
         text_processor=None,
         transformer=transformer,
@@ -584,8 +585,6 @@ def whole_krea_2(transformer):
     """The same from a prompt."""
     pipe = krea_2_pipeline(transformer)
     pipe.register_modules(text_encoder=tiny_qwen3_vl(transformer.config.text_hidden_dim), tokenizer=chats())
-    pipe.register_to_config(text_encoder_select_layers=LAYERS)
-    pipe.text_encoder_select_layers = LAYERS
     return pipe
 
 
@@ -740,12 +739,12 @@ def tiny_processor(tokenizer):
     return type("Qwen2VLProcessor", (Qwen2VLProcessor,), own)(tokenizer)
 
 
-def tiny_qwen(width, marks=MappingProxyType({}), layers=2):
+def tiny_qwen(width, marks=MappingProxyType({}), layers=2, known=WORDS):
     """Qwen2.5-VL. Its eyes see nothing where no mark stands for a picture; in the second of their layers patches see
     those of other windows."""
     third = width // 12  # of the pairs that turn, in each of both heads
     text = {
-        "vocab_size": len(WORDS) + len(marks),
+        "vocab_size": len(known) + len(marks),
         "hidden_size": width,
         "intermediate_size": 8,
         "num_hidden_layers": layers,

@@ -48,6 +48,10 @@ class Case(NamedTuple):
 # Neither of whole tokens nor of the size that is drawn.
 EDITED = np.random.default_rng(5).integers(0, 256, (26, 38, 3), dtype=np.uint8)
 
+GUIDED = {"guidance_scale": 4.0, "negative_prompt": OTHER}
+# No picture of a size that is close to the one that is asked for, and no words of a web page left out of a caption.
+AS_THEY_ARE = {"use_resolution_binning": False, "clean_caption": False}
+
 CASES = {
     "flux": Case((32, 48), 16),
     "sd3": Case((16, 24), 16, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
@@ -62,6 +66,11 @@ CASES = {
     "chroma": Case((16, 24), 16, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
     "z-image": Case((16, 24), None, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
     "hidream": Case((16, 16), None, 5.0, {"guidance_scale": 5.0, "negative_prompt": OTHER}),
+    "pixart": Case((32, 32), 16, 4.0, {**GUIDED, **AS_THEY_ARE}),
+    "sana": Case((96, 160), 16, 4.0, {**GUIDED, **AS_THEY_ARE}),
+    "ovis-image": Case((20, 28), 16, 4.0, GUIDED),
+    "longcat-image": Case((16, 24), None, 4.0, {**GUIDED, "enable_prompt_rewrite": False}),
+    "krea-2": Case((32, 48), 16, 3.0, {"guidance_scale": 3.0, "negative_prompt": OTHER}),
 }
 TEXT_ALONE = {"flux2-base": 48, "wan": 32, "hunyuan": 200}  # most tokens of a prompt
 

@@ -18,7 +18,7 @@ from taylorseer_export.families import FAMILIES
 from taylorseer_export.runtime.noise import BLOCK, HIGHEST_SEED, LOWEST_SEED, normals
 from taylorseer_export.runtime.sampling import noise_of
 from taylorseer_export.runtime.schedulers import FlowEuler
-from taylorseer_export.runtime.solvers import DDIM, UniPC, linear
+from taylorseer_export.runtime.solvers import DDIM, DPMSolver, UniPC, linear
 
 UNIT = 2.0**-24  # half of what lies between 1 and the next float32
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -57,6 +57,9 @@ class Rounded:
 
     def expm1(self):
         return Rounded.of(np.expm1(self.value), np.exp(self.value) * np.expm1(self.error), 2)
+
+    def exp(self):
+        return Rounded.of(np.exp(self.value), np.exp(self.value) * np.expm1(self.error), 2)
 
     def sqrt(self):
         root = np.sqrt(self.value)
@@ -235,6 +238,114 @@ def test_a_loop_begins_anew():
     np.testing.assert_array_equal(first, again)
 
 
+# DPM-Solver++
+
+
+def dpm(levels, flow, last, noise, answers, exact):
+    """(latents, end) after each step, as in the paper: algorithm 2, whose last step is of first order where `last`.
+
+    Args:
+        levels: `[S + 1]`.
+        flow: Whether answers are of a flow.
+        last: Whether the last step is of first order.
+        noise, answers: `[N]` and `[S, N]`.
+        exact: Whether weights are rounded once, or each of their parts as diffusers has them.
+    """
+    steps, made, before = len(answers), [], None
+    added = [Rounded(value) for value in levels.astype(np.float64)]
+    share = [ONE - t if flow else ONE / (t * t + ONE).sqrt() for t in added]
+    level = added if flow else [t * a for t, a in zip(added, share, strict=True)]
+    ratio = [a.log() - s.log() if s.value else None for a, s in zip(share, level, strict=True)]
+    weight = Rounded.once if exact else lambda value: value
+    latents = Rounded(noise)
+    for k, answer in enumerate(answers):
+        answer = Rounded(answer)
+        if flow:
+            end = latents - level[k] * answer
+        elif exact:
+            end = weight(ONE / share[k]) * latents - added[k] * answer
+        else:
+            end = (latents - level[k] * answer) / share[k]
+        h = None if ratio[k + 1] is None else ratio[k + 1] - ratio[k]
+        growth = share[k + 1] * (Rounded(-1.0) if h is None else Rounded(-h.value, h.error).exp() - ONE)
+        following = weight(level[k + 1] / level[k]) * latents - weight(growth) * end
+        if k and not (last and k == steps - 1):
+            slope = ONE / ((ratio[k] - ratio[k - 1]) / h)
+            if exact:
+                following = following - weight(HALF * growth * slope) * (end - before)
+            else:
+                following = following - HALF * growth * (slope * (end - before))
+        latents, before = following, end
+        made.append((latents, end))
+    return made
+
+
+def both_dpm(steps, **config):
+    """(ours, diffusers' over our levels), set: of a flow they have the same bits, and else the rounding of a root."""
+    ours, theirs = DPMSolver.of(config), diffusers.DPMSolverMultistepScheduler(**config)
+    ours.set(steps)
+    if not config.get("use_flow_sigmas"):
+        products = DDIM.of(PLAIN)
+        products.set(1000)
+        theirs.alphas_cumprod = torch.from_numpy(products._products[::-1].copy())
+    theirs.set_timesteps(steps)
+    theirs.set_begin_index(0)
+    np.testing.assert_array_equal(ours.timesteps, theirs.timesteps.numpy())
+    np.testing.assert_allclose(
+        ours._levels, theirs.sigmas.numpy(), rtol=0 if config.get("use_flow_sigmas") else 8 * UNIT
+    )
+    theirs.sigmas = torch.from_numpy(ours._levels.copy())
+    return ours, theirs
+
+
+def last_is_plain(steps, config):
+    return (
+        config.get("final_sigmas_type", "zero") == "zero"
+        or config.get("euler_at_final", False)
+        or (config.get("lower_order_final", True) and steps < 15)
+    )
+
+
+@given(
+    st.integers(1, 40),
+    st.sampled_from([{}, {"timestep_spacing": "leading", "steps_offset": 1}, {"timestep_spacing": "trailing"}])
+    | st.builds(lambda shift: FLOW | {"flow_shift": shift}, st.floats(0.5, 12) | st.integers(1, 7)),
+    st.sampled_from([{}, *({"final_sigmas_type": "sigma_min"} | more for more in (
+        {}, {"euler_at_final": True}, {"lower_order_final": False},
+    ))]),
+    st.integers(0, 9),
+)  # fmt: skip
+@example(20, {}, {}, 0)
+@example(20, FLOW | {"flow_shift": 3.0}, {}, 0)
+def test_dpm_solver_is_within_the_rounding_of_diffusers(steps, config, final, seed):
+    config = config | final
+    ours, theirs = both_dpm(steps, **config)
+    noise, answers = drawn(steps, seed)
+    how = ours._levels, "use_flow_sigmas" in config, last_is_plain(steps, config), noise, answers
+    near, far = (dpm(*how, exact) for exact in (True, False))
+    found, expected = loop(ours, noise, answers), loop_of_diffusers(theirs, noise, answers)
+    for k, ((latents, end), (other, _)) in enumerate(zip(found, expected, strict=True)):
+        assert near[k][0].holds(latents) and near[k][1].holds(end), k
+        assert far[k][0].holds(other), k
+
+
+@pytest.mark.parametrize("config", [{}, FLOW | {"flow_shift": 3.0}], ids=["noise", "flow"])
+def test_the_comparison_with_dpm_solver_is_narrow_and_can_fail(config):
+    """Of the last latents: some units for each step, and a few times that for the parts that diffusers rounds."""
+    noise, answers = drawn(10, 0)
+    ours, _ = both_dpm(10, **config)
+    how = ours._levels, "use_flow_sigmas" in config, True, noise, answers
+    near, far = (dpm(*how, exact) for exact in (True, False))
+    (most, _), (more, _) = near[-1], far[-1]
+    assert most.error.max() < 40 * 10 * UNIT * abs(most.value).max() and more.error.max() < 10 * most.error.max()
+    first, turned = loop(ours, noise, answers), answers.copy()
+    turned[4] *= 1 + 1e-3
+    ours._plain_at = lambda step: step != 3
+    for other in (loop(both_dpm(10, **config)[0], noise, turned), loop(ours, noise, answers)):
+        assert not all(one.holds(latents) for (one, _), (latents, _) in zip(far, other, strict=True))
+    assert all(one.holds(latents) for (one, _), (latents, _) in zip(near, first, strict=True))
+
+
 # DDIM
 
 
@@ -335,12 +446,9 @@ def declared():
 
 def test_every_scheduler_of_a_family_needs_no_diffusers():
     """Under its own config, and under all entries that diffusers stores of it."""
-    kinds = {kind.name: kind for kind in (FlowEuler, UniPC, DDIM)}
+    kinds = {kind.name: kind for kind in (FlowEuler, UniPC, DPMSolver, DDIM)}
     seen = set()
     for family, kind, config in declared():
-        if kind not in kinds:
-            assert family in ("pixart", "sana")  # DPM-Solver is diffusers' own here
-            continue
         stored = dict(getattr(diffusers, kind)(**config).config)
         assert kinds[kind].of(config) is not None, family
         assert kinds[kind].of(stored) is not None, family
@@ -362,6 +470,15 @@ def test_every_scheduler_of_a_family_needs_no_diffusers():
         {"beta_schedule": "scaled_linear"}, {"trained_betas": [0.1]}, {"set_alpha_to_one": False}, {"steps_offset": 1},
         {"timestep_spacing": "trailing"}, {"rescale_betas_zero_snr": True}, {"beta_start": 0}, {"beta_end": 1},
         {"beta_start": "x"}, {"num_train_timesteps": True},
+    )),
+    *((DPMSolver, change) for change in (
+        {"solver_order": 3}, {"solver_type": "heun"}, {"algorithm_type": "sde-dpmsolver++"}, {"thresholding": True},
+        {"beta_schedule": "scaled_linear"}, {"trained_betas": [0.1]}, {"rescale_betas_zero_snr": True},
+        {"variance_type": "learned"}, {"lambda_min_clipped": -5.1}, {"use_karras_sigmas": True},
+        {"use_lu_lambdas": True}, {"prediction_type": "v_prediction"}, {"prediction_type": "flow_prediction"},
+        {"use_flow_sigmas": True}, {"use_flow_sigmas": 0}, {"timestep_spacing": "x"}, {"steps_offset": -1},
+        {"steps_offset": True}, {"beta_start": 0}, {"num_train_timesteps": 0}, {"flow_shift": 0},
+        {"final_sigmas_type": None}, {"lower_order_final": 1},
     )),
     (UniPC, {}), (UniPC, {"use_flow_sigmas": True}), (DDIM, {}),
 ])  # fmt: skip
@@ -470,12 +587,13 @@ import sys, hashlib
 import numpy as np
 from taylorseer_export.runtime.noise import normals
 from taylorseer_export.runtime.schedulers import FlowEuler
-from taylorseer_export.runtime.solvers import DDIM, UniPC
+from taylorseer_export.runtime.solvers import DDIM, DPMSolver, UniPC
 
 flow = {"use_dynamic_shifting": True}
 unipc = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 print(np.__version__)
-for made, more in ((FlowEuler.of(flow), {"mu": 0.7}), (UniPC.of(unipc), {}), (DDIM.of({"clip_sample": False}), {})):
+others = UniPC.of(unipc), DPMSolver.of({}), DPMSolver.of(unipc), DDIM.of({"clip_sample": False})
+for made, more in ((FlowEuler.of(flow), {"mu": 0.7}), *((one, {}) for one in others)):
     total = hashlib.sha256()
     for steps in (7, 35, 50):
         made.set(steps, np.linspace(1, 1 / steps, steps) if more else None, **more)

@@ -82,6 +82,20 @@ def encoded(pipe, name, length):
             case "z-image":
                 (states,), _ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)
                 return {"cap_feats": states[None]}
+            case "pixart" | "sana":
+                told = inspect.signature(pipe.__call__).parameters.get("complex_human_instruction")
+                told = {} if told is None else {"complex_human_instruction": told.default}
+                states, mask, *_ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False, **told, **more)
+                return {"encoder_hidden_states": states, "encoder_attention_mask": mask.float()}
+            case "ovis-image":
+                return {
+                    "encoder_hidden_states": pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False, **more)[0]
+                }
+            case "longcat-image":
+                return {"encoder_hidden_states": pipe.encode_prompt(PROMPT)[0]}
+            case "krea-2":
+                states, mask = pipe.encode_prompt(PROMPT, **more)
+                return {"encoder_hidden_states": states, "encoder_attention_mask": mask.long()}
             case "hidream":
                 t5, _, llama, _, pooled, _ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)
                 return {"encoder_hidden_states_t5": t5, "encoder_hidden_states_llama3": llama, "pooled_embeds": pooled}

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
@@ -60,6 +61,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Gemma2Config,
+    Gemma2Model,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -75,6 +78,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -92,6 +97,9 @@ TALK = WORDS | {mark: len(WORDS) + k for k, mark in enumerate(MARKS)}
 # What that of Mistral has.
 ORDERS = ["<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG]"]
 TOLD = WORDS | {mark: len(WORDS) + k for k, mark in enumerate(ORDERS)}
+# What those of Qwen have.
+TURNS = ["<|im_start|>", "<|im_end|>"]
+CHATS = WORDS | {mark: len(WORDS) + k for k, mark in enumerate([*TURNS, "\n", "'", '"'])}
 # Of the encoders of FLUX.2 that are looked at; those of the published ones lie so deep that their graphs take a minute.
 LAYERS = (1, 2, 3)
 
@@ -204,6 +212,7 @@ def krea_2_pipeline(transformer, is_distilled=False):
             text_encoder=None,
             tokenizer=None,
             transformer=transformer,
+            text_encoder_select_layers=LAYERS,
             is_distilled=is_distilled,
         )
     )
@@ -556,6 +565,50 @@ def whole_z_image(transformer):
     return z_image_pipeline(transformer, tiny_qwen3(transformer.config.cap_feat_dim), tokenizer)
 
 
+def whole_ovis_image(transformer):
+    """The same from a prompt, which its tokenizer puts into a chat; Qwen3 is asked without a thought."""
+    pipe, tokenizer = ovis_image_pipeline(transformer), words(512)
+    tokenizer.chat_template = _chat() + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    pipe.register_modules(text_encoder=tiny_qwen3(transformer.config.joint_attention_dim), tokenizer=tokenizer)
+    return pipe
+
+
+def whole_pixart(transformer):
+    """The same from a prompt."""
+    pipe = pixart_pipeline(transformer)
+    pipe.register_modules(text_encoder=tiny_t5(transformer.config.caption_channels), tokenizer=letters(300))
+    return pipe
+
+
+def whole_sana(transformer):
+    """The same from a prompt to a picture."""
+    pipe, config = sana_pipeline(transformer), transformer.config
+    pipe.register_modules(
+        vae=tiny_dc(config.in_channels), text_encoder=tiny_gemma(config.caption_channels), tokenizer=words(1000)
+    )
+    return pipe
+
+
+def whole_longcat_image(transformer):
+    """From a prompt."""
+    pipe = LongCatImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_vae(16),
+        text_encoder=tiny_qwen(transformer.config.joint_attention_dim, known=CHATS),
+        tokenizer=chats(),
+        text_processor=None,
+        transformer=transformer,
+    )
+    return _quiet(pipe)
+
+
+def whole_krea_2(transformer):
+    """The same from a prompt."""
+    pipe = krea_2_pipeline(transformer)
+    pipe.register_modules(text_encoder=tiny_qwen3_vl(transformer.config.text_hidden_dim), tokenizer=chats())
+    return pipe
+
+
 def _chat():
     """A chat template as Qwen's."""
     turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -572,6 +625,28 @@ def tiny_vae(channels):
             latent_channels=channels,
             norm_num_groups=2,
             shift_factor=0.0,
+        )
+    )
+
+
+def tiny_dc(channels):
+    """Latent pixels of 32 pixels a side."""
+    levels, attention = 6, 2
+    kinds = ("ResBlock",) * (levels - attention) + ("EfficientViTBlock",) * attention
+    scales = ((),) * (levels - attention) + ((5,),) * attention
+    return _seeded(
+        lambda: AutoencoderDC(
+            latent_channels=channels,
+            attention_head_dim=4,
+            encoder_block_types=kinds,
+            decoder_block_types=kinds,
+            encoder_block_out_channels=(8,) * levels,
+            decoder_block_out_channels=(8,) * levels,
+            encoder_layers_per_block=(1,) * levels,
+            decoder_layers_per_block=(1,) * levels,
+            encoder_qkv_multiscales=scales,
+            decoder_qkv_multiscales=scales,
+            scaling_factor=0.4,
         )
     )
 
@@ -729,12 +804,12 @@ def tiny_processor(tokenizer):
     return type("Qwen2VLProcessor", (Qwen2VLProcessor,), own)(tokenizer)
 
 
-def tiny_qwen(width, marks=MappingProxyType({}), layers=2):
+def tiny_qwen(width, marks=MappingProxyType({}), layers=2, known=WORDS):
     """Qwen2.5-VL. Its eyes see nothing where no mark stands for a picture; in the second of their layers patches see
     those of other windows."""
     third = width // 12  # of the pairs that turn, in each of both heads
     text = {
-        "vocab_size": len(WORDS) + len(marks),
+        "vocab_size": len(known) + len(marks),
         "hidden_size": width,
         "intermediate_size": 8,
         "num_hidden_layers": layers,
@@ -762,6 +837,40 @@ def tiny_qwen3(width, layers=3, kind=Qwen3Model):
         head_dim=8,
     )
     return _seeded(lambda: kind(config))
+
+
+def tiny_qwen3_vl(width, kind=Qwen3VLModel):
+    """One layer more than are looked at; its eyes are there and see nothing."""
+    text = {
+        "vocab_size": len(CHATS),
+        "hidden_size": width,
+        "intermediate_size": 8,
+        "num_hidden_layers": max(LAYERS) + 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
+    }
+    eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": width}
+    eyes |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    config = Qwen3VLConfig(text_config=text, vision_config=eyes)
+    return _seeded(lambda: kind(config))
+
+
+def tiny_gemma(width):
+    config = Gemma2Config(
+        vocab_size=len(WORDS),
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=WORDS["<pad>"],
+        bos_token_id=WORDS["</s>"],
+        eos_token_id=WORDS["</s>"],
+    )
+    return _seeded(lambda: Gemma2Model(config))
 
 
 def tiny_mistral(width):
@@ -857,6 +966,18 @@ def orders(longest):
     turn = mark + "{{ '[' + mark + ']' + m.content[0].text + '[/' + mark + ']' }}"
     made.chat_template = "{{ bos_token }}{% for m in messages %}" + turn + "{% endfor %}"
     return made
+
+
+def chats():
+    """One token per mark of Qwen's chats, per line break or several, per word and per sign, and none around them."""
+    tokenizer = Tokenizer(models.WordLevel(CHATS, unk_token="<unk>"))
+    tokenizer.add_special_tokens(TURNS)
+    splits = [
+        pre_tokenizers.Split(Regex(pattern), how) for pattern, how in ((" +", "removed"), (r"\n+|\w+", "isolated"))
+    ]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=2048, **names)
 
 
 def words(longest):

@@ -208,7 +208,7 @@ def _of_text(manifest: Manifest) -> str | None:
     if part is None:
         return None
     inputs = {tensor.name: tensor for tensor in part.graph.inputs}
-    named = [name for tokens in part.tokens for name in (tokens.input, tokens.mask) if name is not None]
+    named = [name for one in part.tokens for name in (one.input, one.mask, one.kept) if name is not None]
     if part.shown is not None:
         named.append(part.shown.input)
         encode = manifest.parts.get("encode")
@@ -229,10 +229,14 @@ def _of_text(manifest: Manifest) -> str | None:
             return f"size of `{tokens.input}` is {tokens.size}, which is no dimension of part text"
         extent = {tokens.size: tokens.length} if tokens.size else {}
         shape = (1, tokens.length + tokens.dropped)
-        for name in (tokens.input, tokens.mask):
-            if name is not None and (resolve(inputs[name].shape, extent) != shape or inputs[name].dtype != "int64"):
+        for name, made in ((tokens.input, shape), (tokens.mask, shape), (tokens.kept, (1, tokens.length))):
+            if name is not None and (resolve(inputs[name].shape, extent) != made or inputs[name].dtype != "int64"):
                 seen = inputs[name]
-                return f"`{name}` is {seen.dtype} {shown(seen.shape)}, its tokenizer makes int64 {shown(shape)}"
+                return f"`{name}` is {seen.dtype} {shown(seen.shape)}, its tokenizer makes int64 {shown(made)}"
+        if tokens.padding is None and (tokens.suffix is not None or tokens.kept is not None or tokens.spelled):
+            return f"`{tokens.input}` has no padding, which a suffix, letters and states that are kept go with"
+        if tokens.spelled and tokens.suffix is None:
+            return f"`{tokens.input}` is spelled in quotes, which goes with a suffix"
     return None
 
 

@@ -23,7 +23,20 @@ class Tokens(Part):
     template: Template = Field(default="{}", description="What the prompt is put into, in the place of {}.")
     special: bool = Field(default=True, description="Whether the tokenizer adds its own tokens around that.")
     removed: tuple[Text, ...] = Field(default=(), description="What is taken out of a prompt first.")
+    lowered: bool = Field(default=False, description="Whether it is in lower case, without spaces at its ends, first.")
+    suffix: Template | None = Field(
+        default=None, description="What follows once the prompt is filled up; its tokens count within `length`."
+    )
+    spelled: bool = Field(
+        default=False,
+        description="Whether what it has in quotes is tokens of single letters, and the template's are made apart.",
+    )
     dropped: Count = Field(default=0, description="Leading tokens that the encoders leave out of what they return.")
+    kept: Text | None = Field(
+        default=None,
+        description="Name of the input that says of which tokens states are returned: the first and, but for so many "
+        "that are dropped, those behind it; of a negative prompt, which has no template, the first ones.",
+    )
     cleaned: bool = Field(default=False, description="Whether HTML entities and runs of spaces are resolved first.")
     quoted: bool = Field(
         default=False,

@@ -108,7 +108,8 @@ class Checkpoint:
         """Where its config says it, by the rule of diffusers' pipelines: each level but the last halves the sides."""
         path = self.root / "vae" / "config.json"
         config = read_json(path) if path.is_file() else {}
-        levels, ratio = config.get("block_out_channels"), config.get("spatial_compression_ratio")
+        levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+        ratio = config.get("spatial_compression_ratio")
         return ratio or (2 ** (len(levels) - 1) if isinstance(levels, list) and levels else None)
 
     @property

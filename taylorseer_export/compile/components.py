@@ -79,6 +79,12 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
     if declared.chat is not None:
         template = _template(where, found, declared.chat)
         special = special and not (found.bos_token and template.startswith(found.bos_token))
+    length, dropped = declared.length, declared.dropped
+    if isinstance(dropped, str):
+        # Of a template that is not for negative prompts, the first token and the last are kept.
+        dropped = len(found.encode(dropped, add_special_tokens=special)) - (2 if declared.kept else 0)
+    if declared.spelled:
+        length += len(found.encode(declared.suffix, add_special_tokens=special))
     fill = found.eos_token_id if declared.filled_with == "end" else found.pad_token_id
     if declared.padded and fill is None:
         raise CheckpointError(f"{where} has no token for padding, expected one; download it again")
@@ -86,13 +92,17 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
         input=declared.name,
         mask=declared.mask or None,
         file=f"text/{path.name}",
-        length=declared.length,
+        length=length,
         size=declared.size or None,
         padding=fill if declared.padded else None,
-        side="left" if found.padding_side == "left" else "right",
+        side="left" if (declared.side or found.padding_side) == "left" else "right",
         template=template,
         removed=declared.removed,
-        dropped=declared.dropped,
+        lowered=declared.lowered,
+        suffix=declared.suffix or None,
+        spelled=declared.spelled,
+        dropped=dropped,
+        kept=declared.kept or None,
         cleaned=declared.cleaned,
         quoted=declared.quoted,
         blank=declared.blank,

@@ -21,6 +21,7 @@ from taylorseer_export.graph.quantise import BLOCK_STEP, STEP, lowered
 OPSET = 20
 # With float8 that a quantisation makes, and with values of four bits in blocks.
 _QUANTISED_OPSET, _BLOCKS_OPSET, _BLOCKS_IR = 21, 23, 11
+_SMALL = 1e-8  # what the simplifier takes for 0
 _INSIDE = 1 << 13  # bytes
 _IN_BLOCKS = {"axis": -1, "block_size": BLOCK}
 _PLUGIN = "trt"  # domain of TensorRT's own operators
@@ -77,6 +78,7 @@ def write_onnx(draft: BaseDraft, cut: Cut, weights: Mapping[str, Stored], path: 
     # While the graph is simplified its weights have no value: nothing computed from them can be baked in.
     for name in outside:
         graph.initializers[name].const_value = None
+    _keep_small_terms(graph)
     with quiet_libraries():
         optimizer.optimize(model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=1 << 16)
         _without_sequences(graph)
@@ -103,6 +105,29 @@ def write_onnx(draft: BaseDraft, cut: Cut, weights: Mapping[str, Stored], path: 
     graph.name = cut.name
     model.producer_name, model.producer_version = "taylorseer-export", None
     ir.save(model, path)
+
+
+def _keep_small_terms(graph: Any) -> None:
+    """Give numbers close to 0 that are added an axis: without one the simplifier takes them for 0 and leaves them out.
+
+    They are what keeps a division by a sum that may be 0 finite.
+    """
+    import onnx_ir as ir
+
+    for node in list(graph):
+        out = node.outputs[0].shape
+        for place, value in enumerate(node.inputs if node.op_type in ("Add", "Sub") else ()):
+            known = None if value is None else ir.convenience.get_const_tensor(value)
+            if known is None or known.size != 1 or not out:
+                continue
+            number = known.numpy().reshape(1)
+            if 0 < abs(float(number[0])) < _SMALL:
+                name = f"{node.outputs[0].name}_term_{place}"
+                term = ir.Value(
+                    name=name, type=value.type, shape=ir.Shape([1]), const_value=ir.tensor(number, name=name)
+                )
+                graph.register_initializer(term)
+                node.replace_input_with(place, term)
 
 
 def _without_sequences(graph: Any) -> None:

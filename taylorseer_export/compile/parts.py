@@ -193,12 +193,15 @@ def _text(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) 
         inputs += [
             Tensor(name=name, dtype="int64", shape=(1, extent), role="tokens") for name in (one.input, one.mask) if name
         ]
+        if one.kept:
+            inputs.append(Tensor(name=one.kept, dtype="int64", shape=(1, one.size or one.length), role="tokens"))
     cut = cutting(checkpoint, whole.read, encoders) if isinstance(whole.read, DeclaredPatches) else None
     seen = look(checkpoint, whole.read) if isinstance(whole.read, DeclaredShown) else None
     inputs += shown_as(seen, _dtype(options)) if cut is None else cut.inputs(_dtype(options))
     if cut is not None:
         ranges[SEEN] = (1, max(one.length for one in tokens))
     sought = {name: k for one in whole.tokens for name, k in numbers(checkpoint, one, folder).items()}
+    sought |= {f"{one.input}_dropped": one.dropped for one in tokens}
 
     def encode(given: Mapping[str, Any]) -> Mapping[str, Any]:
         assert whole.encode is not None

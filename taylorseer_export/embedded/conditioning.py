@@ -29,12 +29,14 @@ class Key(NamedTuple):
         prompt: Its text.
         length: Most tokens; None is the bundle's own.
         picture: Digest of the picture that its encoders see beside the text; None where there is none, or a black one.
+        negative: Whether guidance leads away from it, where that makes it another.
     """
 
     denoiser: Denoiser
     prompt: str
     length: int | None
     picture: bytes | None = None
+    negative: bool = False
 
 
 class Counts(NamedTuple):

@@ -209,20 +209,22 @@ def _encoded(
         pictures, shown = [cut], [*cut.inputs.values()]
     digest = hashlib.sha256(b"".join(value.tobytes() for value in shown)).digest() if shown else None
 
-    def encode(prompt: str, digest: bytes | None = None, *picture: np.ndarray | Cut) -> Encoded:
+    def encode(prompt: str, digest: bytes | None = None, *picture: np.ndarray | Cut, negative: bool = False) -> Encoded:
+        apart = {"negative": True} if negative and denoiser.encoder.distinguishes else {}
         if cache is None:
-            return denoiser.encoder.encode(prompt, length, *picture)
-        key = Key(denoiser, prompt, length, digest)
-        return cache.of(key, lambda: denoiser.encoder.encode(prompt, length, *picture))
+            return denoiser.encoder.encode(prompt, length, *picture, **apart)
+        key = Key(denoiser, prompt, length, digest, bool(apart))
+        return cache.of(key, lambda: denoiser.encoder.encode(prompt, length, *picture, **apart))
 
     rows = [encode(prompt, digest, *pictures) for prompt in prompts]
     if not guided or scale == 1.0 or away is None:
         return _together(denoiser, rows)
     beside = () if cut is None else (digest, cut)  # a negative prompt sees these too
     if manifest.sampling.guidance == "batched":  # halves of one batch are as long as each other
-        made, twins = _parted(denoiser, _together(denoiser, [*rows, encode(away, *beside)]), len(rows))
+        every = [*rows, encode(away, *beside, negative=True)]
+        made, twins = _parted(denoiser, _together(denoiser, every), len(rows))
     else:
-        made, twins = _together(denoiser, rows), _together(denoiser, [encode(away, *beside)])
+        made, twins = _together(denoiser, rows), _together(denoiser, [encode(away, *beside, negative=True)])
     return {**made, **{NEGATIVE + name: value for name, value in twins.items()}}
 
 

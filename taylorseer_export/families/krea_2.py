@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed, replaced
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, still
 
 _SHIFT = 1.15  # of the sigmas of the distilled model, whatever the size
 
@@ -33,6 +35,49 @@ def _forward(model: Any, inputs: dict[str, Any]) -> Any:
     every = torch.cat([places.new_zeros(words, places.shape[1]), places])
     mask = inputs["encoder_attention_mask"].bool()
     return call(model, {**inputs, "position_ids": every, "encoder_attention_mask": mask})
+
+
+_TOKENS = Tokens(
+    "tokens",
+    "tokenizer",
+    512,
+    size="text_tokens",
+    mask="mask",
+    template="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}",
+    suffix="<|im_end|>\n<|im_start|>assistant\n",
+    dropped=34,
+)
+
+
+def _encode(layers: tuple[int, ...], encoders: Modules, given: Tensors) -> dict[str, Any]:
+    """The states of some layers of Qwen3-VL, one beside the other. Padding, before the end of the template, takes no
+    place; and time, row and column of a word are one place, so that there is nothing to choose among them."""
+    import torch
+
+    model, mask, start = encoders["text_encoder"].language_model, given["mask"], given["tokens_dropped"]
+    places = (mask.cumsum(1) - 1).clamp(min=0).expand(3, 1, -1)
+    with replaced(model.rotary_emb, recomposition_frequencies=lambda turns: torch.cat([turns[0], turns[0]], -1)):
+        states = model(
+            given["tokens"], attention_mask=mask, position_ids=places, output_hidden_states=True, use_cache=False
+        ).hidden_states
+    words = torch.stack([states[layer] for layer in layers], 2)
+    return {"encoder_hidden_states": words[:, start:], "encoder_attention_mask": mask[:, start:]}
+
+
+_WHOLE = Whole(
+    decode=still,
+    encoders=("text_encoder",),
+    tokens=(_TOKENS,),
+    encode=partial(_encode, (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)),
+    negative="",
+)
+
+
+def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    layers = config.get("text_encoder_select_layers")
+    whole = _WHOLE if layers is None else replace(_WHOLE, encode=partial(_encode, tuple(layers)))
+    return {**(_DISTILLED if config.get("is_distilled") else {}), "whole": whole}
 
 
 _PIPELINE = Pipeline(guidance_offset=1.0, arguments="places-of-all")
@@ -64,6 +109,7 @@ KREA_2 = Family(
     pipeline=_PIPELINE,
     lora_loader="Krea2LoraLoaderMixin",
     forward=_forward,
-    by_config=lambda config: _DISTILLED if config.get("is_distilled") else {},
+    whole=_WHOLE,
+    by_config=_by_config,
     variants={"turbo": _DISTILLED},
 )

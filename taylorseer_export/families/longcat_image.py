@@ -1,6 +1,8 @@
 """LongCat-Image: FLUX's blocks without pooled text and guidance as an input, guidance by a second call.
 
-Places of words run along the diagonal, and those of the picture begin where the longest prompt ends.
+Words in quotes are spelled. Its pipeline has its text encoder write the prompt anew first, unless
+`enable_prompt_rewrite` is false, as it is here. Places of words run along the diagonal, and those of the picture begin
+where the longest prompt ends.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any
 
 from taylorseer_export.families.family import Defaults, Input, Pipeline, no_counterpart
 from taylorseer_export.families.flux import FLUX
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
 
 _WORDS = 512  # of a prompt, filled up
 
@@ -26,6 +29,32 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
     )
 
 
+_BEFORE = (
+    "<|im_start|>system\nAs an image captioning expert, generate a descriptive text prompt based on an image content, "
+    "suitable for input to a text-to-image model.<|im_end|>\n<|im_start|>user\n"
+)
+_TOKENS = Tokens(
+    "tokens",
+    "tokenizer",
+    _WORDS,
+    mask="mask",
+    template=_BEFORE + "{}",
+    suffix="<|im_end|>\n<|im_start|>assistant\n",
+    spelled=True,
+    special=False,
+    dropped=_BEFORE,
+)
+
+
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    """The states of the prompt and of its padding."""
+    states = encoders["text_encoder"](
+        given["tokens"], attention_mask=given["mask"], output_hidden_states=True, use_cache=False
+    ).hidden_states
+    start = given["tokens_dropped"]
+    return {"encoder_hidden_states": states[-1][:, start : start + _WORDS]}
+
+
 LONGCAT_IMAGE = replace(
     FLUX,
     comfy=no_counterpart,
@@ -39,7 +68,7 @@ LONGCAT_IMAGE = replace(
     guidance_scale=4.5,
     pipeline=Pipeline(guidance_cuts_norm=True, ignored_inputs=("guidance",)),
     pipelines=("LongCatImagePipeline",),
-    whole=None,
+    whole=Whole(decode=picture, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode, negative=""),
     lora_loader="",
     variants={},
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 from taylorseer_export.families.family import Defaults, Input, Pipeline, no_counterpart
 from taylorseer_export.families.flux import FLUX
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -19,6 +20,26 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
         Input("txt_ids", ("text_tokens", 3), "constant", "float32", fill="diagonal"),
     )
 
+
+_ASKED = (
+    "Describe the image by detailing the color, quantity, text, shape, size, texture, spatial relationships of the "
+    "objects and background: "
+)
+
+
+def _asked(prompt: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What Qwen3 is asked, up to where it would answer."""
+    return [{"role": "user", "content": _ASKED + prompt}], {"add_generation_prompt": True, "enable_thinking": False}
+
+
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    """The last states, those of padding zero: the transformer sees all of them."""
+    mask = given["mask"]
+    states = encoders["text_encoder"](given["tokens"], attention_mask=mask, use_cache=False).last_hidden_state
+    return {"encoder_hidden_states": (states * mask[..., None])[:, given["tokens_dropped"] :]}
+
+
+_TOKENS = Tokens("tokens", "tokenizer", 256, size="text_tokens", mask="mask", chat=_asked, special=False, dropped=28)
 
 OVIS_IMAGE = replace(
     FLUX,
@@ -33,7 +54,7 @@ OVIS_IMAGE = replace(
     guidance="branches",
     guidance_scale=5.0,
     pipeline=Pipeline(),
-    whole=None,
+    whole=Whole(decode=picture, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode, negative=""),
     lora_loader="",
     typical={"text_tokens": 256},
     variants={},

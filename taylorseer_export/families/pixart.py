@@ -1,12 +1,18 @@
-"""PixArt: blocks of self-attention, cross-attention to the text and an MLP, guidance by a batch of two halves."""
+"""PixArt: blocks of self-attention, cross-attention to the text and an MLP, guidance by a batch of two halves.
+
+Its pipelines put prompts in lower case and, where the libraries for that are installed, clean them of what web pages
+leave in captions; here they are in lower case.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, fixed
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -24,9 +30,18 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
     )
 
 
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    """T5's words, padding too, and which of them count."""
+    states = encoders["text_encoder"](given["t5"], attention_mask=given["mask"])[0]
+    return {"encoder_hidden_states": states, "encoder_attention_mask": given["mask"].to(states.dtype)}
+
+
+_TOKENS = Tokens("t5", "tokenizer", 300, size="text_tokens", mask="mask", lowered=True)
+_WHOLE = Whole(decode=picture, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode, negative="")
+
 PIXART = Family(
     name="pixart",
-    title="PixArt-Sigma",
+    title="PixArt-Sigma, and PixArt-Alpha up to 512 pixels",
     model_class="PixArtTransformer2DModel",
     reference="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
     sites=(r"transformer_blocks\.\d+\.(attn1|attn2|ff)",),
@@ -42,4 +57,6 @@ PIXART = Family(
     latent_size=(128, 128),
     typical={"text_tokens": 300},
     pipeline=Pipeline(ignored_inputs=("added_cond_kwargs",)),
+    whole=_WHOLE,
+    by_pipeline={"PixArtAlphaPipeline": {"whole": replace(_WHOLE, tokens=(replace(_TOKENS, length=120),))}},
 )

@@ -1,13 +1,19 @@
 """Sana: linear attention over the picture, attention to the text, an MLP of convolutions; guidance by two halves of a
-batch."""
+batch.
+
+Gemma is told how to enhance a prompt before it reads one, but for a negative one; it does not write.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, fixed, patches
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, fixed, patches, replaced
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -37,6 +43,75 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return {"batch": (1, 16), **sides, "text_tokens": (2, 512)}
 
 
+_TOLD = "\n".join(
+    (
+        "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for "
+        "image generation. Evaluate the level of detail in the user prompt:",
+        "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and spatial "
+        "relationships to create vivid and concrete scenes.",
+        "- If the prompt is already detailed, refine and enhance the existing details slightly without "
+        "overcomplicating.",
+        "Here are examples of how to transform or refine prompts:",
+        "- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, sleeping "
+        "peacefully on a warm sunny windowsill, surrounded by pots of blooming red flowers.",
+        "- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street "
+        "lamps, a diverse crowd of people in colorful clothing, and a double-decker bus passing by towering glass "
+        "skyscrapers.",
+        "Please generate only the enhanced description for the prompt below and avoid including any additional "
+        "commentary or evaluations:",
+        "User Prompt: ",
+    )
+)
+_TOKENS = Tokens(
+    "tokens",
+    "tokenizer",
+    300,
+    size="text_tokens",
+    side="right",
+    template=_TOLD + "{}",
+    lowered=True,
+    dropped=_TOLD,
+    mask="mask",
+    kept="kept",
+)
+
+
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    mask, kept = given["mask"], given["kept"][0]
+    states = encoders["text_encoder"](given["tokens"], attention_mask=mask, use_cache=False)[0]
+    return {
+        "encoder_hidden_states": states.index_select(1, kept),
+        "encoder_attention_mask": mask.index_select(1, kept).to(states.dtype),
+    }
+
+
+def _picture(vae: Any, latents: Any) -> Any:
+    """As `picture`. Of a few latent pixels its attention sums the same products in another order than of many, which
+    a graph of all sizes cannot; here it is that of many."""
+    with ExitStack() as stack:
+        for module in vae.decoder.modules():
+            if hasattr(module, "apply_quadratic_attention"):
+                stack.enter_context(replaced(module, forward=partial(_linear, module)))
+        return picture(vae, latents)
+
+
+def _linear(attention: Any, states: Any) -> Any:
+    import torch
+
+    _, _, height, width = states.shape
+    rows = states.movedim(1, -1)
+    made = torch.cat([project(rows) for project in (attention.to_q, attention.to_k, attention.to_v)], 3).movedim(-1, 1)
+    made = torch.cat([made, *(scale(made) for scale in attention.to_qkv_multiscale)], 1).float()
+    query, key, value = made.reshape(1, -1, 3 * attention.attention_head_dim, height * width).chunk(3, 2)
+    made = attention.apply_linear_attention(attention.nonlinearity(query), attention.nonlinearity(key), value)
+    made = attention.to_out(made.to(states.dtype).reshape(1, -1, height, width).movedim(1, -1))
+    if attention.norm_type != "rms_norm":
+        made = attention.norm_out(made.movedim(-1, 1))
+    else:
+        made = attention.norm_out(made).movedim(-1, 1)
+    return made + states if attention.residual_connection else made
+
+
 SANA = Family(
     name="sana",
     title="Sana and Sana 1.5",
@@ -58,5 +133,7 @@ SANA = Family(
     typical={"text_tokens": 300},
     pipeline=Pipeline(cast_inputs=("encoder_hidden_states",)),
     pipelines=("SanaPipeline", "SanaPAGPipeline"),
+    whole=Whole(decode=_picture, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode, negative=""),
+    by_pipeline={"SanaPAGPipeline": {"whole": None}},
     by_config=lambda config: {"latent_sizes": fixed} if _placed(config) else {},
 )

@@ -28,12 +28,21 @@ class Tokens:
         size: Dimension of the family that this number is; empty where it is the same for all requests.
         padded: Whether a prompt is filled up to its length.
         filled_with: The token for padding, or that for the end of a text.
+        side: Where it is filled up; as the tokenizer says if empty.
         template: What the prompt is put into, in the place of `{}`.
         chat: `prompt -> (messages, options)` of the tokenizer's own chat template, which makes the template where it is
             given; what that begins with is then not added once more.
         special: Whether the tokenizer adds tokens of its own around the template.
         removed: What is taken out of a prompt first.
-        dropped: Leading tokens, of the template, that the encoders leave out of what they return.
+        lowered: Whether it is put in lower case first, without spaces at its ends.
+        suffix: What follows once the prompt is filled up; its tokens count within `length`.
+        spelled: Whether what the prompt has in quotes becomes tokens of single letters. Its tokens are then made apart
+            from those of the template, and `length` is of the prompt alone.
+        dropped: Leading tokens, of the template, that the encoders leave out of what they return: how many, or the text
+            that they are of. `encode` is given their number, by the name of the input and `_dropped`.
+        kept: Name of the input `[1, T]` int64: of which tokens the encoders return the states, where the template is
+            not for negative prompts. Those are the first and, of a prompt, all but the first behind it of as many as
+            are dropped: two less than those of the text.
         mask: Name of the input `[1, T]` int64 that is 1 where a token is no padding; empty where there is none.
         cleaned: Whether HTML entities and runs of spaces are resolved first.
         sought: Tokens that `encode` looks for: it is given their numbers, by these names.
@@ -47,11 +56,16 @@ class Tokens:
     size: str = ""
     padded: bool = True
     filled_with: Literal["pad", "end"] = "pad"
+    side: Literal["", "left", "right"] = ""
     template: str = "{}"
     chat: Chat | None = None
     special: bool = True
     removed: tuple[str, ...] = ()
-    dropped: int = 0
+    lowered: bool = False
+    suffix: str = ""
+    spelled: bool = False
+    dropped: int | str = 0
+    kept: str = ""
     mask: str = ""
     cleaned: bool = False
     sought: tuple[str, ...] = ()

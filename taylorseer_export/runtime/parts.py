@@ -193,7 +193,11 @@ class Encoder:
         self._turn = Lock()
 
     def encode(
-        self, prompt: str, length: int | None = None, picture: np.ndarray | Cut | None = None
+        self,
+        prompt: str,
+        length: int | None = None,
+        picture: np.ndarray | Cut | None = None,
+        negative: bool = False,
     ) -> dict[str, np.ndarray]:
         """Inputs of the transformer by name, each of one sample, float32.
 
@@ -203,6 +207,7 @@ class Encoder:
             picture: What encoders that see one are shown beside the prompt, `[1, 3, height, width]` from 0 to 1; black
                 if left out, as pipelines have it for a negative prompt. For those that see any pictures in patches,
                 these, which cannot be left out.
+            negative: Whether guidance leads away from it; see `distinguishes`.
 
         Raises:
             ConfigError: The length is out of range, or there is but one; or pictures leave no room for the prompt.
@@ -225,8 +230,13 @@ class Encoder:
                 most = tokens.length
                 if tokens.size is not None:
                     most = self.part.described.dimensions[tokens.size].typical if length is None else length
-                given |= _tokens_of(prompt, tokens, tokenizer, most)
+                given |= _tokens_of(prompt, tokens, tokenizer, most, negative)
         return self.part(given)
+
+    @property
+    def distinguishes(self) -> bool:
+        """Whether a negative prompt becomes something else than the same text as a prompt."""
+        return any(tokens.kept is not None for tokens, _ in self._tokenizers)
 
     def _beside(self, prompt: str, length: int | None, cut: Cut, patches: Patches) -> dict[str, np.ndarray]:
         """Of pictures and a prompt, of which the pipeline cuts nothing off."""
@@ -278,12 +288,13 @@ def _tokenizer(bundle: Bundle, tokens: Tokens) -> Any:
         ) from error
 
 
-def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int) -> dict[str, np.ndarray]:
-    """`[1, T]` int64: the tokens of a prompt, at most as many, and their mask where there is one."""
+def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int, negative: bool) -> dict[str, np.ndarray]:
+    """`[1, T]` int64: the tokens of a prompt, at most as many, their mask and which are kept, where there are such."""
     if not 1 <= most <= tokens.length:
         raise ConfigError(f"length of the prompt is {most}, expected 1 to {tokens.length} (tokens); change it")
-    most += tokens.dropped
-    tokenizer.enable_truncation(most)
+    rows, most = np.arange(most), most + tokens.dropped
+    plain = negative and tokens.kept is not None
+    tokenizer.enable_truncation(len(rows) if plain else most)
     tokenizer.no_padding()
     if tokens.padding is not None:
         tokenizer.enable_padding(direction=tokens.side, pad_id=tokens.padding, length=most)
@@ -294,9 +305,49 @@ def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int) -> dict[s
         return {tokens.input: empty + tokens.padding, tokens.mask: empty}
     for what in tokens.removed:
         text = text.replace(what, "")
-    made = tokenizer.encode(tokens.template.replace("{}", text), add_special_tokens=tokens.special)
-    given = {tokens.input: np.array([made.ids], np.int64)}
-    return given if tokens.mask is None else {**given, tokens.mask: np.array([made.attention_mask], np.int64)}
+    if tokens.lowered:
+        text = text.lower().strip()
+    if tokens.suffix is None:
+        template = "{}" if plain else tokens.template
+        made = tokenizer.encode(template.replace("{}", text), add_special_tokens=tokens.special)
+        ids, mask = made.ids, made.attention_mask
+    else:
+        ids, mask = _filled_before_its_end(text, tokens, tokenizer, most, tokens.suffix)
+    given = {tokens.input: np.array([ids], np.int64)}
+    if tokens.mask is not None:
+        given[tokens.mask] = np.array([mask], np.int64)
+    if tokens.kept is not None:
+        rows[1:] += 0 if plain else tokens.dropped
+        given[tokens.kept] = rows[None]
+    return given
+
+
+def _filled_before_its_end(
+    text: str, tokens: Tokens, tokenizer: Any, most: int, suffix: str
+) -> tuple[list[int], list[int]]:
+    """As many tokens, and their mask: a prompt in its template, padding, and what follows it."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+
+    def numbers(of: str) -> list[int]:
+        return list(tokenizer.encode(of, add_special_tokens=tokens.special).ids)
+
+    behind = numbers(suffix)
+    room = most - len(behind)
+    head: list[int] = []
+    if tokens.spelled:
+        head = numbers(tokens.template.split("{}")[0])
+        words = [number for piece in spelled(text) for number in numbers(piece)][: room - len(head)]
+    else:
+        tokenizer.enable_truncation(room)
+        words = numbers(tokens.template.replace("{}", text))
+    assert tokens.padding is not None, "bug in taylorseer-export: what is filled up without a token for it"
+    empty = room - len(head) - len(words)
+    parts = [(words, 1), ([tokens.padding] * empty, 0)]
+    if tokens.side == "left":
+        parts.reverse()
+    parts = [(head, 1), *parts, (behind, 1)]
+    return [number for part, _ in parts for number in part], [seen for part, seen in parts for _ in part]
 
 
 def cleaned(prompt: str) -> str:
@@ -308,3 +359,22 @@ def quoted(prompt: str) -> str | None:
     """What a prompt has in quotes, each once, as diffusers puts it for HunyuanVideo 1.5; None if there is nothing."""
     found = [straight or curly for straight, curly in re.findall(r'"(.*?)"|\u201c(.*?)\u201d', prompt)]
     return "".join(f'Text "{text}". ' for text in dict.fromkeys(found)) or None
+
+
+_QUOTED = re.compile(r"""'[^']*?'|"[^"]*?"|\u2018[^\u2018\u2019]*?\u2019|\u201c[^\u201c\u201d]*?\u201d""")
+
+
+def spelled(prompt: str) -> list[str]:
+    """The pieces of a prompt that become tokens one by one: letters of what it has in quotes, and what is between.
+
+    An apostrophe within a word begins and ends no quote. As diffusers puts it for LongCat-Image, but that it takes
+    several different words with an apostrophe for each other, in an order of chance.
+    """
+    words = re.sub(r"[a-zA-Z]+'[a-zA-Z]+", lambda word: word[0].replace("'", "_"), prompt)
+    spans = [found.span() for found in _QUOTED.finditer(words)]
+    pieces: list[str] = []
+    for begin, end in zip((0, *(end for _, end in spans)), (*(begin for begin, _ in spans), len(prompt)), strict=True):
+        between = prompt[begin:end]
+        pieces += [*between] if _QUOTED.match(between) else [between]
+        pieces += [*prompt[end : dict(spans).get(end, end)]]
+    return [piece for piece in pieces if piece]

@@ -1,4 +1,4 @@
-"""Schedulers of diffusers that take more than one product, in numpy: UniPC under flow matching, and DDIM.
+"""Schedulers of diffusers that take more than one product, in numpy: UniPC under flow matching, DPM-Solver++, and DDIM.
 
 Each is here as the families use it. A config that asks for more is left to diffusers, see `of`.
 
@@ -22,6 +22,18 @@ _UNIPC_USUAL: dict[str, Any] = {
     "solver_p": None, "thresholding": False, "final_sigmas_type": "zero", "shift_terminal": None,
     "use_dynamic_shifting": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
+}  # fmt: skip
+_DPM_USUAL: dict[str, Any] = {
+    "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "thresholding": False,
+    "beta_schedule": "linear", "trained_betas": None, "rescale_betas_zero_snr": False, "variance_type": None,
+    "lambda_min_clipped": -float("inf"), "use_dynamic_shifting": False, "use_karras_sigmas": False,
+    "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
+}  # fmt: skip
+# Entries of which a class here knows several values; the first is diffusers' default.
+_DPM_KNOWN: dict[str, tuple[Any, ...]] = {
+    "use_flow_sigmas": (False, True), "prediction_type": ("epsilon", "flow_prediction"),
+    "timestep_spacing": ("linspace", "leading", "trailing"), "final_sigmas_type": ("zero", "sigma_min"),
+    "lower_order_final": (True, False), "euler_at_final": (False, True),
 }  # fmt: skip
 _DDIM_ASKED = {"clip_sample": False}
 _DDIM_USUAL: dict[str, Any] = {
@@ -159,6 +171,140 @@ class UniPC:
         return moved
 
 
+class DPMSolver:
+    """Denoising by DPM-Solver++ of second order in many steps, from a prediction of the noise or of a flow.
+
+    With noise levels `s` and shares `a` of the picture (`a = 1 - s` of a flow; else `s = a t` and
+    `a = 1 / sqrt(1 + t^2)` at levels `t` of noise added to a picture), `l[k] = log(a[k] / s[k])`, and the step's end of
+    the loop `m[k]`, which is `x[k] - s[k] v[k]` of a flow and else `(x[k] - s[k] v[k]) / a[k]`, a step from k to b is
+
+        x[b] = (s[b] / s[k]) x[k] + w (m[k] + (l[b] - l[k]) / (2 (l[k] - l[k - 1])) (m[k] - m[k - 1]))
+        w = a[b] - a[k] s[b] / s[k] = -a[b] (exp(l[k] - l[b]) - 1)
+
+    The first step has no sum, and neither has the last where the loop ends without noise, where the config asks for it,
+    or where it says so of loops of less than 15 steps.
+
+    Timesteps have the bits of diffusers'; levels and ends too, of a flow. Weights are computed in float64 and rounded
+    once, where diffusers rounds every part of them to float32.
+
+    Source: Lu et al. 2022 (arXiv 2211.01095), algorithm 2; `DPMSolverMultistepScheduler` of diffusers.
+    """
+
+    name = "DPMSolverMultistepScheduler"
+
+    def __init__(self, known: Mapping[str, Any], count: int, betas: tuple[float, float], shift: float, offset: int):
+        self._known, self._count, self._betas, self._shift, self._offset = known, count, betas, shift, offset
+        self.config: Mapping[str, Any] = {
+            **_DPM_USUAL, **known, "num_train_timesteps": count, "beta_start": betas[0], "beta_end": betas[1],
+            "flow_shift": shift, "steps_offset": offset,
+        }  # fmt: skip
+        self._flow = bool(known["use_flow_sigmas"])
+        self.timesteps, self._levels = np.empty(0, np.int64), np.empty(0, np.float32)
+        self._ends: tuple[np.ndarray, ...] = ()
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> DPMSolver | None:
+        """Under a config of diffusers; None where it asks for what is not here, or is none of that class."""
+        count, shift, offset = (
+            config.get(name, usual)
+            for name, usual in (("num_train_timesteps", 1000), ("flow_shift", 1.0), ("steps_offset", 0))
+        )
+        betas = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+        known = {name: config.get(name, values[0]) for name, values in _DPM_KNOWN.items()}
+        alike = (
+            any(type(known[name]) is type(value) and known[name] == value for value in values)
+            for name, values in _DPM_KNOWN.items()
+        )
+        if not _fits(config, {}, _DPM_USUAL) or not all(alike) or not _is_count(count) or not _is_positive(shift):
+            return None
+        if known["use_flow_sigmas"] != (known["prediction_type"] == "flow_prediction"):
+            return None
+        if not all(_is_positive(beta) and beta < 1 for beta in betas) or not (offset == 0 or _is_count(offset)):
+            return None
+        return cls(known, count, (float(betas[0]), float(betas[1])), float(shift), int(offset))
+
+    def set(self, steps: int, sigmas: np.ndarray | None = None, mu: float | None = None) -> None:
+        """Fix the steps; it takes a number of them alone."""
+        products = _products(*self._betas, self._count)
+        added = np.sqrt((_ONE - products) / products)  # noise to a picture
+        if self._flow:
+            even = 1.0 - np.linspace(1, 1 / self._count, steps + 1)
+            levels = (self._shift * even / (1 + (self._shift - 1) * even))[:0:-1]
+            self.timesteps = (levels * self._count).astype(np.int64)
+        else:
+            self.timesteps = self._spaced(steps)
+            levels = added[self.timesteps.clip(0, self._count - 1)]
+        last = added[0] if self._known["final_sigmas_type"] == "sigma_min" else 0
+        self._levels = np.append(levels, last).astype(np.float32)
+        self._ends = ()
+
+    def _spaced(self, steps: int) -> np.ndarray:
+        """`[S]` int64: timesteps by the three rules of diffusers."""
+        count, spacing = self._count, self._known["timestep_spacing"]
+        if spacing == "linspace":
+            return np.linspace(0, count - 1, steps + 1).round()[:0:-1].astype(np.int64)
+        if spacing == "leading":
+            return np.arange(steps + 1)[:0:-1] * (count // (steps + 1)) + self._offset
+        return np.arange(count, 0, -count / steps).round().astype(np.int64) - 1
+
+    def start(self, noise: np.ndarray) -> np.ndarray:
+        self._ends = ()
+        return noise.copy()
+
+    def model_input(self, latents: np.ndarray, step: int) -> np.ndarray:
+        return latents
+
+    def advance(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
+        self._ends = self._with(answer, step, latents)
+        return self._moved(self._ends, step, latents)
+
+    def ahead(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
+        return self._moved(self._with(answer, step, latents), step, latents)
+
+    def estimate(self) -> np.ndarray:
+        assert self._ends, "bug in taylorseer-export: no step was taken"
+        return self._ends[-1]
+
+    def _with(self, answer: np.ndarray, step: int, latents: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Where the step before and this one think that the loop will end."""
+        level = self._levels[step]
+        if not self._flow:
+            latents = np.float32(1 / self._share(step)) * latents
+        return *self._ends[-1:], latents - level * answer
+
+    def _share(self, step: int) -> float:
+        """That of the picture at the level of a step."""
+        level = float(self._levels[step])
+        return 1 - level if self._flow else (1 + level**2) ** -0.5
+
+    def _noise(self, step: int) -> float:
+        """Level of noise beside that share."""
+        return float(self._levels[step]) * (1 if self._flow else self._share(step))
+
+    def _moved(self, ends: tuple[np.ndarray, ...], step: int, latents: np.ndarray) -> np.ndarray:
+        """From the level of a step to the next one."""
+        kept = self._noise(step + 1) / self._noise(step)
+        weight = self._share(step + 1) - self._share(step) * kept
+        moved = np.float32(kept) * latents
+        moved += np.float32(weight) * ends[-1]
+        if len(ends) == 2 and not self._plain_at(step):
+            with np.errstate(
+                all="ignore"
+            ):  # equal levels have no weights, and who samples looks for what is not finite
+                before, now, after = (
+                    np.log(np.float64(self._share(k)) / self._noise(k)) for k in range(step - 1, step + 2)
+                )
+                slope = (after - now) / (2 * (now - before))
+                moved += np.float32(weight * slope) * (ends[-1] - ends[-2])
+        return moved
+
+    def _plain_at(self, step: int) -> bool:
+        """Whether a step is the last one and of first order."""
+        steps, known = len(self.timesteps), self._known
+        short = known["lower_order_final"] and steps < 15
+        return step == steps - 1 and (short or known["euler_at_final"] or known["final_sigmas_type"] == "zero")
+
+
 class DDIM:
     """Denoising by DDIM without added noise, from a prediction of the noise.
 
@@ -204,8 +350,7 @@ class DDIM:
         if steps > self._count:
             raise ValueError(f"`steps` is {steps}, expected at most {self._count}, the number of training timesteps")
         self.timesteps = (np.arange(steps) * (self._count // steps))[::-1].copy()
-        products = np.cumprod((1 - linear(*self._betas, self._count)).astype(np.float64)).astype(np.float32)
-        self._products = products[self.timesteps]
+        self._products = _products(*self._betas, self._count)[self.timesteps]
         self._after = np.append(self._products[1:], np.float32(1))
         self._end = None
 
@@ -247,6 +392,11 @@ def linear(first: float, last: float, count: int) -> np.ndarray:
     # In float64 the product is exact and the sum nearly so.
     spaced = np.where(place < count // 2, ends[0] + gap * place, ends[1] - gap * (count - 1 - place))
     return spaced.astype(np.float32)
+
+
+def _products(first: float, last: float, count: int) -> np.ndarray:
+    """`[T]` float32: of 1 - beta up to each timestep, betas evenly spaced from first to last."""
+    return np.cumprod((1 - linear(first, last, count)).astype(np.float64)).astype(np.float32)
 
 
 def _fits(config: Mapping[str, Any], asked: Mapping[str, Any], usual: Mapping[str, Any]) -> bool:

@@ -44,6 +44,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
+    WanVACEPipeline,
     ZImagePipeline,
 )
 from diffusers.guiders import ClassifierFreeGuidance
@@ -243,6 +244,26 @@ def wan_pipeline(transformer, second=None, boundary=None):
             scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
             transformer_2=second,
             boundary_ratio=boundary,
+        )
+    )
+
+
+def wan_first_frame_pipeline(transformer):
+    """From a picture that is the first frame, with a timestep for each token, as Wan 2.2 5B."""
+    pipe = wan_image_pipeline(transformer)
+    pipe.register_to_config(expand_timesteps=True)
+    return pipe
+
+
+def wan_vace_pipeline(transformer):
+    """From a video, a mask and pictures."""
+    return _quiet(
+        WanVACEPipeline(
+            tokenizer=letters(512),
+            text_encoder=tiny_umt5(transformer.config.text_dim),
+            vae=tiny_wan_vae(transformer.config.out_channels),
+            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+            transformer=transformer,
         )
     )
 

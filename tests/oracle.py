@@ -115,6 +115,17 @@ def ltx_2(model, timestep, **inputs):
     return torch.cat([one.flatten(1) for one in made], 1)
 
 
+def wan(model, timestep, hidden_states, **inputs):
+    """Where it is the model of 48 channels, as WanImageToVideoPipeline: a timestep for each token, none in the first
+    frame."""
+    if model.config.in_channels == 48:
+        frames, height, width = hidden_states.shape[2:]
+        mark = torch.ones(frames, height // 2, width // 2)
+        mark[0] = 0
+        timestep = timestep[:, None] * mark.flatten()
+    return plain(model, timestep, hidden_states=hidden_states, **inputs)
+
+
 def hidream(model, timestep, **inputs):
     """HiDream calls its timestep otherwise."""
     return model(timesteps=timestep, return_dict=False, **inputs)[0]
@@ -246,7 +257,10 @@ FAMILIES = {
             (r"single_transformer_blocks\.\d+\.proj_out", None),
         ),
     ),
-    "WanTransformer3DModel": Family(((r"blocks\.\d+\.(attn1|attn2|ffn)", None),), first="blocks.0"),
+    "WanTransformer3DModel": Family(((r"blocks\.\d+\.(attn1|attn2|ffn)", None),), first="blocks.0", call=wan),
+    "WanVACETransformer3DModel": Family(
+        ((r"blocks\.\d+\.(attn1|attn2|ffn)|vace_blocks\.\d+\.proj_out", None),), first="blocks.0"
+    ),
 }
 
 

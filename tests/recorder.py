@@ -69,7 +69,7 @@ class Recorder:
         assert set(self.transformer.executed.values()) == {plan}
         for name, calls in self.calls.items():
             latents, timestep, conditioning, seen = zip(*calls, strict=True)
-            timestep = torch.stack([t[0] for t in timestep])
+            timestep = torch.stack([t.flatten()[-1] for t in timestep])  # where tokens have their own, that of the last
             seen = torch.stack(seen)
             expected = oracle.replay(model, torch.stack(latents), timestep, conditioning[0], plan, order)
             expected = expected[:, :, : seen.shape[2]]  # of rows that only condition, a model predicts nothing of use

@@ -44,8 +44,10 @@ from tiny_pipelines import (
     qwen_image_pipeline,
     sana_pipeline,
     sd3_pipeline,
+    wan_first_frame_pipeline,
     wan_image_pipeline,
     wan_pipeline,
+    wan_vace_pipeline,
     z_image_pipeline,
 )
 
@@ -143,6 +145,7 @@ HUNYUAN_15 = {
     **guided("prompt_embeds", "prompt_embeds_2", prompt_embeds=text(6, 20), prompt_embeds_2=text(4, 16)),
 }
 PREDICTED = {"pred_cond", "pred_uncond"}
+EMBEDDED_WAN = {"guidance_scale": 4.0, **guided("prompt_embeds", prompt_embeds=text(6, 20))}
 FRAMEPACK = {
     "height": 128,
     "width": 128,
@@ -211,6 +214,22 @@ CASES = {
         VIDEO
         | {"image": PICTURE, "prompt": None, "prompt_embeds": text(512, 20), "guidance_scale": 4.0}
         | {"negative_prompt_embeds": -text(512, 20), "max_sequence_length": 512},
+        {"cond", "uncond"},
+    ),
+    "wan-first-frame": (
+        "wan-first-frame",
+        wan_first_frame_pipeline,
+        VIDEO | {"image": PICTURE} | EMBEDDED_WAN,
+        {"cond", "uncond"},
+    ),
+    # A picture to go by is a latent frame more, in front.
+    "wan-vace": (
+        "wan-vace",
+        wan_vace_pipeline,
+        VIDEO
+        | EMBEDDED_WAN
+        | {"video": [PICTURE.resize((48, 32))] * 5, "mask": [PICTURE.resize((48, 32))] * 5}
+        | {"reference_images": [PICTURE], "conditioning_scale": [1.0, 0.5]},
         {"cond", "uncond"},
     ),
     "qwen-image": ("qwen-image", qwen_image_pipeline, QWEN, {"cond", "uncond"}),

@@ -60,11 +60,14 @@ COMFY = {
         "blocks.0.ffn.0": ["blocks.0.ffn.net.0.proj"],
     },
 }
+COMFY |= dict.fromkeys(("wan-first-frame", "wan-vace"), COMFY["wan"])
 # Family -> a module by its own name, of every family.
 OWN = {
     "dit": "transformer_blocks.0.attn1.to_q",
     "framepack": "transformer_blocks.0.attn.to_q",
     "wan": "blocks.0.attn1.to_q",
+    "wan-first-frame": "blocks.0.attn1.to_q",
+    "wan-vace": "vace_blocks.0.attn1.to_q",
     "flux3": "mode_blocks.image.0.attn.to_q",
     "pixart": "transformer_blocks.0.attn1.to_q",
     "sana": "transformer_blocks.0.attn1.to_q",

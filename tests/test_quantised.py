@@ -51,6 +51,8 @@ CONVERTED = (
     "qwen-image-2.1",
     "sd3",
     "wan",
+    "wan-first-frame",
+    "wan-vace",
 )
 
 
@@ -287,11 +289,11 @@ def flux3_layout():
     return shapes
 
 
-def wan_layout():
+def wan_layout(family):
     shapes = {}
-    for name, (_, shape) in plain("wan")[1].items():
+    for name, (_, shape) in plain(family)[1].items():
         if name.endswith("scale_shift_table"):
-            name = name.replace("scale_shift_table", "modulation" if name.startswith("blocks") else "head.modulation")
+            name = name.replace("scale_shift_table", "modulation" if "blocks" in name else "head.modulation")
         for ours, theirs in WAN_NAMES.items():
             name = name.replace(ours, theirs)
         shapes[name] = shape
@@ -305,7 +307,7 @@ def original(family):
     known |= {"flux2": flux2_layout, "flux2-edit": flux2_layout, "flux2-kv": flux2_layout, "flux3": flux3_layout}
     if family in ("hidream", "qwen-image", "qwen-image-edit", "qwen-image-2.1"):
         return {f"model.diffusion_model.{n}": s for n, (_, s) in plain(family)[1].items()}
-    return (known | {"wan": wan_layout})[family]()
+    return wan_layout(family) if family.startswith("wan") else known[family]()
 
 
 def test_every_family_with_a_converter_is_here():

@@ -48,6 +48,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
+    WanVACEPipeline,
     ZImagePipeline,
 )
 from diffusers.guiders import ClassifierFreeGuidance
@@ -273,6 +274,26 @@ def ltx_2_pipeline(transformer):
             connectors=tiny_ltx_2_connectors(config.caption_channels),
             transformer=transformer,
             vocoder=None,
+        )
+    )
+
+
+def wan_first_frame_pipeline(transformer):
+    """From a picture that is the first frame, with a timestep for each token, as Wan 2.2 5B."""
+    pipe = wan_image_pipeline(transformer)
+    pipe.register_to_config(expand_timesteps=True)
+    return pipe
+
+
+def wan_vace_pipeline(transformer):
+    """From a video, a mask and pictures."""
+    return _quiet(
+        WanVACEPipeline(
+            tokenizer=letters(512),
+            text_encoder=tiny_umt5(transformer.config.text_dim),
+            vae=tiny_wan_vae(transformer.config.out_channels),
+            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+            transformer=transformer,
         )
     )
 

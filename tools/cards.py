@@ -92,6 +92,8 @@ MODELS = {
     "wan2.2-t2v-a14b": Model("wan", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
     "wan2.2-i2v-a14b": Model("wan", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
     "wan2.2-ti2v-5b": Model("wan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+    "wan2.2-ti2v-5b-first-frame": Model("wan-first-frame", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+    "wan2.1-vace-14b": Model("wan-vace", "Wan-AI/Wan2.1-VACE-14B-diffusers"),
     "hidream-i1-full": Model("hidream", "HiDream-ai/HiDream-I1-Full"),
     "qwen-image": Model("qwen-image", "Qwen/Qwen-Image"),
     "qwen-image-edit": Model("qwen-image-edit", "Qwen/Qwen-Image-Edit"),
@@ -127,6 +129,8 @@ def shallow(entries: Mapping[str, Any], layers: int) -> dict[str, Any]:
     twin = {k: min(v, layers) if kind.fullmatch(k) else v for k, v in entries.items()}
     if "llama_layers" in twin:  # HiDream: one entry for each block, of both kinds
         twin["llama_layers"] = twin["llama_layers"][: 2 * layers]
+    if "vace_layers" in twin:  # the blocks that are given hints
+        twin["vace_layers"] = [layer for layer in twin["vace_layers"] if layer < layers]
     return twin
 
 

@@ -56,6 +56,8 @@ MODELS = {
     "framepack": "framepack",
     "wan": "wan (text to video)",
     "wan-image": "wan (image to video)",
+    "wan-first-frame": "wan-first-frame",
+    "wan-vace": "wan-vace",
     "qwen-image": "qwen-image",
     "qwen-image-edit": "qwen-image-edit",
     "qwen-image-edit-2511": "qwen-image-edit (2511)",

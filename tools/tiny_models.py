@@ -31,6 +31,7 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     WanTransformer3DModel,
+    WanVACETransformer3DModel,
     ZImageTransformer2DModel,
 )
 from randomised import randomised
@@ -587,14 +588,14 @@ def framepack_inputs(model, steps, batch=1, frames=2, height=2, width=2, text_to
     return latents, timestep, conditioning
 
 
-def tiny_wan(seed=0, layers=2, heads=2, head_dim=12, in_channels=4, image_dim=None, text_dim=20):
+def tiny_wan(seed=0, layers=2, heads=2, head_dim=12, in_channels=4, image_dim=None, text_dim=20, out_channels=4):
     """Wan, patch (1, 2, 2), float32, eval; `image_dim` makes it image-to-video, as in Wan 2.1."""
     return randomised(
         lambda: WanTransformer3DModel(
             num_attention_heads=heads,
             attention_head_dim=head_dim,
             in_channels=in_channels,
-            out_channels=4,
+            out_channels=out_channels,
             text_dim=text_dim,
             freq_dim=64,
             ffn_dim=48,
@@ -617,6 +618,36 @@ def wan_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_tokens=6
     if config.image_dim is not None:
         conditioning["encoder_hidden_states_image"] = torch.randn(batch, 257, config.image_dim, generator=rng)
     return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
+
+
+def tiny_wan_vace(seed=0):
+    """Wan VACE of three blocks, hints for the first and the last of them, float32, eval."""
+    return randomised(
+        lambda: WanVACETransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=20,
+            freq_dim=64,
+            ffn_dim=48,
+            num_layers=3,
+            rope_max_seq_len=32,
+            vace_layers=[0, 2],
+            vace_in_channels=2 * 4 + 64,
+        ),
+        seed,
+    )
+
+
+def wan_vace_inputs(model, steps, **sizes):
+    """As `wan_inputs`, with what the hints are made of, one stronger than the other."""
+    latents, timestep, conditioning = wan_inputs(model, steps, **sizes)
+    rng = torch.Generator().manual_seed(sizes.get("seed", 0) + 100)
+    shape = (latents.shape[1], model.config.vace_in_channels, *latents.shape[3:])
+    conditioning["control_hidden_states"] = torch.randn(shape, generator=rng)
+    conditioning["control_hidden_states_scale"] = torch.tensor([1.0, 0.5])
+    return latents, timestep, conditioning
 
 
 def tiny_hunyuan(seed=0, condition=None, in_channels=4, guidance=True, double=1, single=2, heads=2, head_dim=12):
@@ -798,6 +829,8 @@ MODELS = {
     "hunyuan-1.5-i2v": ("hunyuan-video-1.5", lambda: tiny_hunyuan_15(1, "i2v"), hunyuan_15_inputs),
     "wan": ("wan", tiny_wan, wan_inputs),
     "wan-image": ("wan", lambda: tiny_wan(seed=1, in_channels=12, image_dim=10), wan_inputs),
+    "wan-first-frame": ("wan-first-frame", lambda: tiny_wan(2, in_channels=48, out_channels=48), wan_inputs),
+    "wan-vace": ("wan-vace", tiny_wan_vace, wan_vace_inputs),
 }
 
 

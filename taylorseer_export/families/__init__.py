@@ -25,6 +25,8 @@ from taylorseer_export.families.qwen_image_21 import QWEN_IMAGE_21
 from taylorseer_export.families.sana import SANA
 from taylorseer_export.families.sd3 import SD3
 from taylorseer_export.families.wan import WAN
+from taylorseer_export.families.wan_first_frame import WAN_FIRST_FRAME
+from taylorseer_export.families.wan_vace import WAN_VACE
 from taylorseer_export.families.z_image import Z_IMAGE
 
 _ALL = (
@@ -51,6 +53,8 @@ _ALL = (
     SANA,
     SD3,
     WAN,
+    WAN_FIRST_FRAME,
+    WAN_VACE,
     Z_IMAGE,
 )
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}

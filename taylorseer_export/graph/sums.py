@@ -151,7 +151,7 @@ class Sums:
         own, shared = sorted(whole.all_input_nodes, key=lambda node: self._times[node])
         if self._times[own] is not Time.WEIGHT or self._times[shared] is Time.WEIGHT:
             return None
-        if any(self._shape(term)[1:] != self._shape(whole)[1:] for term in (own, shared)):
+        if picks and any(self._shape(term)[1:] != self._shape(whole)[1:] for term in (own, shared)):
             return None
         for pick in reversed(picks):
             own, shared = self._pick(pick, own), self._pick(pick, shared)

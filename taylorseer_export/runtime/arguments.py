@@ -180,6 +180,23 @@ def _shapes(inputs: dict[str, Any]) -> Any:
     return None if shapes is None else host_array(shapes[0]).reshape(-1, 3)
 
 
+def clock_of(manifest: Manifest) -> Callable[[Any, Any], Any]:
+    """`(hidden_states, timestep) -> timestep` of a bundle: one or several that are equal."""
+    return _of_later_frames if manifest.pipeline.arguments == "first-frame" else lambda latents, timestep: timestep
+
+
+def _of_later_frames(latents: Any, timestep: Any) -> Any:
+    """Those of the tokens of all frames but the first, which is without noise."""
+    shape, frames = list(getattr(timestep, "shape", ())), latents.shape[2]
+    first = shape[1] // frames if len(shape) == 2 else 0
+    if not first or shape[1] % frames or timestep[:, :first].any():
+        raise StepError(
+            f"input `timestep` is {shape}, expected one for each token of {frames} frames, 0 for those of the first, "
+            "which is a picture; use a pipeline from a picture, or a bundle of the model from text"
+        )
+    return timestep[:, first:]
+
+
 _FORMS: dict[str, Form] = {
     "declared": _declared,
     "rows-behind": _rows_behind,
@@ -188,5 +205,6 @@ _FORMS: dict[str, Form] = {
     "mask-of-all": _mask_of_all,
     "places-of-all": _places_of_all,
     "lists": _lists,
+    "first-frame": _declared,  # `clock_of` tells the timestep
     "pictures-behind": _pictures_behind,
 }

@@ -30,7 +30,7 @@ from taylorseer_export.method import (
     forecasts_from_options,
 )
 from taylorseer_export.runtime.adapter import Adapter
-from taylorseer_export.runtime.arguments import form_of, latent_of, rows_ahead
+from taylorseer_export.runtime.arguments import clock_of, form_of, latent_of, rows_ahead
 from taylorseer_export.runtime.callers import Callers
 from taylorseer_export.runtime.calls import Branch, Context, LoopState, Seen, TransformerCall, host_array
 from taylorseer_export.runtime.engine_module import EngineModule
@@ -131,7 +131,7 @@ class DropIn(EngineModule):
         for name, value in {**pipeline.attributes, **modules_of(denoiser.manifest)}.items():
             setattr(self, name, value)
         self._lora = lora if lora is None or isinstance(lora, Adapter) else denoiser.adapter(lora)
-        self._form = form_of(denoiser.manifest)
+        self._form, self._clock = form_of(denoiser.manifest), clock_of(denoiser.manifest)
         self._known = frozenset((denoiser.timestep.name, *denoiser.constants, *pipeline.ignored_inputs))
         self._renewed = frozenset(pipeline.cast_inputs)
         self._lists, self._ahead = (pipeline.arguments == word for word in ("lists", "rows-ahead"))
@@ -341,7 +341,7 @@ class DropIn(EngineModule):
                 f"input `{self.denoiser.latent.name}` is {seen}, expected a tensor on `{self.device}`, where the "
                 "engines were loaded; move the pipeline there or load the bundle with another device"
             )
-        timestep = self._timestep(inputs.get(clock))
+        timestep = self._timestep(self._clock(latents, inputs.get(clock)))
         return TransformerCall(context, Seen.of(latents), latents.shape, timestep, conditioning)
 
     def _timestep(self, given: Any) -> float:

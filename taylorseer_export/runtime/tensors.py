@@ -157,7 +157,8 @@ def condition_shape(manifest: Manifest, latent: tuple[int, ...]) -> tuple[int, .
     config = manifest.model.config
     if len(latent) != 5:
         return None
-    if config.get("image_condition_type") == "token_replace":  # the first frame, in the place of the noise's
+    # the first frame, in the place of the noise's
+    if config.get("image_condition_type") == "token_replace" or manifest.pipeline.arguments == "first-frame":
         return (*latent[:2], 1, *latent[3:])
     channels = latent[1] - int(config.get("out_channels") or latent[1])
     return (latent[0], channels, *latent[2:]) if channels else None

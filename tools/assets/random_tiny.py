@@ -243,6 +243,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_layers": 3,
         "rope_max_seq_len": 64,
     },
+    "wan-first-frame": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "in_channels": 48,
+        "out_channels": 48,
+        "text_dim": 32,
+        "freq_dim": 64,
+        "ffn_dim": 96,
+        "num_layers": 2,
+        "rope_max_seq_len": 64,
+    },
+    "wan-vace": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "text_dim": 32,
+        "freq_dim": 64,
+        "ffn_dim": 96,
+        "num_layers": 2,
+        "rope_max_seq_len": 64,
+        "vace_layers": [0],
+    },
 }
 # Dimensions at which estimates are quoted, latent size first; all else the config says.
 SIZES: dict[str, dict[str, Any]] = {
@@ -268,6 +289,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "sana": {"latent_size": [8, 8], "text_tokens": 12},
     "sd3": {"latent_size": [16, 16], "text_tokens": 12},
     "wan": {"latent_size": [3, 8, 12], "text_tokens": 12},
+    "wan-first-frame": {"latent_size": [3, 8, 12], "text_tokens": 12},
+    "wan-vace": {"latent_size": [3, 8, 12], "text_tokens": 12},
 }
 
 

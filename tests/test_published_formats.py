@@ -207,6 +207,12 @@ WRONG = [
         r"weight_scale_2` of .* is beside a weight in F8_E4M3, expected nv",
     ),
     (
+        "comfy int8",
+        {"weight_scale_2": torch.ones(())},
+        r"weight_scale_2` of .* is beside a weight in I8, expected nvfp4",
+    ),
+    ("comfy fp8", {"weight": torch.zeros(()).to(FP8)}, r"weight` is \[\], expected \[256, 64\]"),
+    (
         "comfy fp8 e5m2",
         {"comfy_quant": hint(format="float8_e4m3fn")},
         r" of .* is float8_e4m3fn by one hint and float8_e5",

@@ -89,8 +89,8 @@ class Packed:
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
-        *rows, columns = self.weight.header.shape
-        return (*rows, 2 * columns if self.format == "nvfp4" else columns)
+        shape = self.weight.header.shape
+        return (*shape[:-1], 2 * shape[-1]) if self.format == "nvfp4" and shape else shape
 
     @property
     def header(self) -> Header:
@@ -306,7 +306,7 @@ def _packed(
                 f"`{name}` of {where} is {dtype} and has no `{module}.{missing}`, expected it in {kind}; download it "
                 "again, or pass the checkpoint that it was made from"
             )
-    if kind == "fp8" and "second" in parts:
+    if kind != "nvfp4" and "second" in parts:
         raise CheckpointError(
             f"`{parts['second'].name}` of {where} is beside a weight in {dtype}, expected nvfp4 in U8; download "
             "it again"

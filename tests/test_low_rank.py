@@ -28,6 +28,8 @@ from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.trajectory import random_trajectory
 from taylorseer_export.serve.api.loaded import load_models
+from taylorseer_export.serve.api.problems import Refusal
+from taylorseer_export.serve.api.wishes import Wish, takes_of
 from taylorseer_export.serve.service import Limits
 
 PLAN, ORDER, R = "FF..F.", 2, 4  # the files are of rank 3
@@ -260,6 +262,8 @@ def test_a_server_loads_once_and_draws_each_request_with_its_lora(embedded, adap
                 )
     finally:
         models.close()
+    with pytest.raises(Refusal, match="lora is `one` for dit-tiny, expected none, since it is served with none; leave"):
+        takes_of(adapted.manifest).check(Wish("7", lora="one"))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from tiny_bundles import options_of, trace_of
 from tiny_pipelines import flux_pipeline
 
 from taylorseer_export.bundle.low_rank import LORA
+from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.cli import main
 from taylorseer_export.compile import export
 from taylorseer_export.embedded.requests import label_request
@@ -28,6 +29,8 @@ from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.trajectory import random_trajectory
 from taylorseer_export.serve.api.loaded import load_models
+from taylorseer_export.serve.api.problems import Refusal
+from taylorseer_export.serve.api.wishes import Wish, takes_of
 from taylorseer_export.serve.service import Limits
 
 PLAN, ORDER, R = "FF..F.", 2, 4  # the files are of rank 3
@@ -260,6 +263,24 @@ def test_a_server_loads_once_and_draws_each_request_with_its_lora(embedded, adap
                 )
     finally:
         models.close()
+    with pytest.raises(Refusal, match="lora is `one` for dit-tiny, expected none, since it is served with none; leave"):
+        takes_of(adapted.manifest).check(Wish("7", lora="one"))
+
+
+@pytest.mark.slow
+def test_engines_that_hold_their_weights_take_them_too(tiny, once):
+    """TensorRT-RTX's parser and builder: `build` refuses a network whose inputs are not the contract's."""
+    pytest.importorskip("tensorrt_rtx")
+    options = options_of(engine="tensorrt-rtx", precision="bf16", lora_rank=R, engine_options={"gpu-arch": "8.6"})
+
+    def write(folder):
+        return export.write_bundle(export.draft(trace_of("dit", tiny("dit").folder, options), options), folder, "dit")
+
+    manifest = open_bundle(once("tensorrt-rtx-low-rank", write)).manifest
+    assert {(t.dtype, t.shape) for g in manifest.graphs.values() for t in g.inputs if t.role == LORA} == {
+        ("bfloat16", manifest.lora.shape)
+    }
+    assert f"--lora-rank {R}" in manifest.command()
 
 
 @pytest.mark.parametrize(

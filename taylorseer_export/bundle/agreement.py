@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from taylorseer_export.bundle.latents import NOISE_PRED, endings, latents_of
-from taylorseer_export.bundle.low_rank import of_low_rank
+from taylorseer_export.bundle.low_rank import LORA
 from taylorseer_export.bundle.part_agreement import listed, of_parts, repeated, shown
 from taylorseer_export.bundle.shapes import match, names, resolve
 from taylorseer_export.errors import ConfigError, StepError
@@ -50,7 +50,7 @@ def contradiction(manifest: Manifest) -> str | None:
     """The first thing that a manifest says twice and not alike, or that cannot be; None where it agrees with itself."""
     checks: tuple[Callable[[Manifest], str | None], ...] = (
         _of_files, _of_graphs, _of_roles, _of_dimensions, _of_one_name, _of_tables, _of_state, _of_guards, _of_sizes,
-        _of_plan, of_parts, of_low_rank,
+        _of_plan, _of_low_rank, of_parts,
     )  # fmt: skip
     try:
         return next((problem for check in checks if (problem := check(manifest))), None)
@@ -312,6 +312,19 @@ def _of_plan(manifest: Manifest) -> str | None:
         return f"plan order {plan.order} exceeds state order {manifest.state.order}"
     if not steps.minimum <= plan.steps <= steps.maximum:
         return f"plan has {plan.steps} steps, dimension `{STEPS}` is {steps.minimum} to {steps.maximum}"
+    return None
+
+
+def _of_low_rank(manifest: Manifest) -> str | None:
+    """The graphs have the input that the layers and their rank give; whether all of them read it is the graphs' own."""
+    tensor, low_rank = next((t for _, t in _tensors(manifest) if t.role == LORA), None), manifest.lora
+    if tensor is None or low_rank is None:
+        seen = "null, and the graphs have an" if low_rank is None else "given, and the graphs have no"
+        return None if tensor is low_rank else f"lora is {seen} input of that role"
+    if twice := repeated(layer.module for layer in low_rank.layers):
+        return f"layers of lora has {twice} twice"
+    if (tensor.name, tensor.shape) != (LORA, low_rank.shape):
+        return f"`{tensor.name}` is {shown(tensor.shape)}, its layers and rank give `{LORA}` {shown(low_rank.shape)}"
     return None
 
 

@@ -6,16 +6,12 @@ Shapes: R the highest rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from pydantic import Field
 
 from taylorseer_export.bundle.entries import Size, Text
-from taylorseer_export.bundle.part_agreement import repeated, shown
 from taylorseer_export.bundle.sealed import Part
-
-if TYPE_CHECKING:
-    from taylorseer_export.bundle.manifest import Manifest, Tensor
 
 LORA = "lora"  # the input of the graphs, and its role
 
@@ -63,22 +59,3 @@ class LowRank(Part):
     def shape(self) -> tuple[int, int]:
         """Of the input: `[rows, R]`."""
         return sum(layer.inputs + layer.outputs for layer in self.layers), self.rank
-
-
-def lora_input(manifest: Manifest) -> Tensor | None:
-    """The input of that role, where the bundle has one."""
-    return next((t for graph in manifest.graphs.values() for t in graph.inputs if t.role == LORA), None)
-
-
-def of_low_rank(manifest: Manifest) -> str | None:
-    """The first thing that the low-rank inputs and the graphs do not say alike; None where they agree."""
-    tensor, low_rank = lora_input(manifest), manifest.lora
-    if (tensor is None) != (low_rank is None):
-        return f"lora is {'null' if low_rank is None else 'given'}, the graphs have {'no' if low_rank else 'an'} input"
-    if tensor is None or low_rank is None:
-        return None
-    if twice := repeated(layer.module for layer in low_rank.layers):
-        return f"layers of lora has {twice} twice"
-    if (tensor.name, tensor.shape) != (LORA, low_rank.shape):
-        return f"`{tensor.name}` is {shown(tensor.shape)}, its layers and rank give `{LORA}` {shown(low_rank.shape)}"
-    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from taylorseer_export.bundle.low_rank import lora_input
+from taylorseer_export.bundle.low_rank import LORA
 from taylorseer_export.bundle.manifest import Manifest, PipelinePart, Role, Tensor
 from taylorseer_export.bundle.shapes import resolve
 
@@ -49,8 +49,8 @@ def request_bytes(manifest: Manifest, sizes: Mapping[str, int]) -> int:
 
 def lora_bytes(manifest: Manifest) -> int:
     """Bytes of the low-rank weights of one slot."""
-    tensor = lora_input(manifest)
-    return 0 if tensor is None else role_bytes([tensor], "lora", {})
+    taken = {t.name: t for graph in manifest.graphs.values() for t in graph.inputs if t.role == LORA}
+    return role_bytes(taken.values(), "lora", {})
 
 
 def video_bytes(described: PipelinePart, sizes: Mapping[str, int]) -> int:

@@ -57,12 +57,8 @@ def _forward(model: Any, inputs: dict[str, Any]) -> Any:
 
 @contextmanager
 def _in_two(model: Any) -> Iterator[None]:
-    code = sys.modules[type(model).__module__]
-    caches = code.QwenImage21KVCache
-    with (
-        replaced(model, forward=partial(_traced, model, caches)),
-        replaced(code, apply_rotary_emb_qwen=_rotated),
-    ):
+    caches = sys.modules[type(model).__module__].QwenImage21KVCache
+    with replaced(model, forward=partial(_traced, model, caches)):
         yield
 
 
@@ -86,8 +82,8 @@ def _traced(
     word, token = torch.arange(length), torch.arange(count)
     _, height, width = img_shapes[0, 0].unbind()
     row, column = token // width - (height - height // 2), token % width - (width - width // 2)
-    of_words = _turns(model.pos_embed, (word, word, word))
-    of_picture = _turns(model.pos_embed, (torch.full_like(token, length), row, column))
+    of_words = _turns(model.pos_embed, word, word, word)
+    of_picture = _turns(model.pos_embed, torch.full_like(token, length), row, column)
     valid = encoder_hidden_states_mask.bool()
     before = (word <= word[:, None]) & valid[:, None, None]
     seen = torch.cat([valid, valid.new_ones(valid.shape[0], count)], 1)[:, None, None]
@@ -119,24 +115,12 @@ def _words(block: Any, words: Any, modulation: Any, **of_attention: Any) -> Any:
     return words.clip(-65504, 65504) if words.dtype == torch.float16 else words
 
 
-def _turns(embedder: Any, places: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Cosines and sines `[T, 1, D / 2]` of places `[T]` along each axis, in the place of the model's complex tables."""
+def _turns(rope: Any, *places: Any) -> Any:
+    """Rows `[T, D / 2]` of the model's complex tables, for places `[T]` along each axis."""
     import torch
 
-    angles = []
-    for place, width in zip(places, embedder.axes_dim, strict=True):
-        frequency = 1.0 / torch.pow(embedder.theta, torch.arange(0, width, 2).float().div(width))
-        angles.append(torch.outer(place.float(), frequency))
-    angle = torch.cat(angles, -1)[:, None]
-    return angle.cos(), angle.sin()
-
-
-def _rotated(x: Any, freqs_cis: tuple[Any, Any], use_real: bool) -> Any:
-    import torch
-
-    cos, sin = freqs_cis
-    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(3).type_as(x)
+    axes = zip(places, rope.axes_dim, strict=True)
+    return torch.cat([rope.rope_params(place.float(), width, rope.theta) for place, width in axes], -1)
 
 
 QWEN_IMAGE_21 = Family(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from taylorseer_export.bundle.manifest import GraphName, Manifest, PartName, PipelinePart, Tensor
-from taylorseer_export.bundle.memory import probe_bytes, size, state_bytes, table_bytes, video_bytes
+from taylorseer_export.bundle.memory import lora_bytes, probe_bytes, size, state_bytes, table_bytes, video_bytes
 from taylorseer_export.method import Forecasts, Plan, forecast_weights, gain
 from taylorseer_export.method.plan import FEW_STEPS
 
@@ -65,10 +65,19 @@ def card(manifest: Manifest) -> str:
         f"{state.layout} at granularity {state.granularity}, {state.dtype}",
         f"  tables     {size(table_bytes(manifest, sizes))} per request",
         *guards,
+        *_lora(manifest),
         "  sizes      " + ", ".join(_range(n, d.minimum, d.maximum) for n, d in manifest.dimensions.items()),
         "             quoted at " + ", ".join(f"{name} {value}" for name, value in sizes.items()),
     ]
     return "\n".join(lines)
+
+
+def _lora(manifest: Manifest) -> list[str]:
+    """What a request may bring, where it may."""
+    if (lora := manifest.lora) is None:
+        return []
+    taken = size(lora_bytes(manifest))
+    return [f"  lora       {taken} per slot: rank {lora.rank} at most, in {len(lora.layers)} layers"]
 
 
 def _few_steps(plan: Plan) -> list[str]:

@@ -9,6 +9,7 @@ copies of weights, known to the engine alone) and the inputs of a request.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -40,6 +41,7 @@ class Choice:
         gain: Highest noise amplification of the plan at this order, dimensionless.
         quoted: The sizes that the numbers hold for, and which of them are merely typical.
         probe_bytes: What the probe of one slot keeps; 0 without guards.
+        lora_bytes: Low-rank weights of one slot; 0 where requests bring no LoRA.
     """
 
     granularity: Granularity
@@ -53,6 +55,7 @@ class Choice:
     gain: float
     quoted: str
     probe_bytes: int = 0
+    lora_bytes: int = 0
 
     @property
     def options(self) -> str:
@@ -61,7 +64,7 @@ class Choice:
 
     def total(self, slots: int = 1) -> int:
         """Bytes of the weights and of `slots` requests at one time."""
-        return self.weights_bytes + slots * (self.state_bytes + self.table_bytes + self.probe_bytes)
+        return self.weights_bytes + slots * (self.state_bytes + self.table_bytes + self.probe_bytes + self.lora_bytes)
 
 
 def choices(traced: Traced, options: Options) -> tuple[Choice, ...]:
@@ -93,6 +96,7 @@ def choices(traced: Traced, options: Options) -> tuple[Choice, ...]:
             ceiling=plan.ceiling,
             gain=gains[0],
             quoted=_quoted(made),
+            lora_bytes=0 if made.lora is None else math.prod(made.lora.shape) * traced.trace.precision.itemsize,
         )
         for layout in LAYOUTS:
             sets = 2 if layout == "derivatives" else 1

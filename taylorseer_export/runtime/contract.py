@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from taylorseer_export.bundle.latents import predictions_of
-from taylorseer_export.bundle.low_rank import lora_input
+from taylorseer_export.bundle.low_rank import LORA
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.shapes import match
 from taylorseer_export.errors import StepError
@@ -110,6 +110,11 @@ def request_constants(manifest: Manifest) -> dict[str, Tensor]:
     produced = {t.name for t in manifest.graphs["prepare"].outputs}
     declared = [t for g in manifest.graphs.values() for t in g.inputs if t.role == "constant"]
     return {t.name: t for t in declared if t.name not in produced}
+
+
+def lora_input(manifest: Manifest) -> Tensor | None:
+    """The input that takes the LoRA of a request, where the bundle has one; the graphs share its buffer."""
+    return next((t for graph in manifest.graphs.values() for t in graph.inputs if t.role == LORA), None)
 
 
 def defaults_of(manifest: Manifest) -> BundleDefaults:

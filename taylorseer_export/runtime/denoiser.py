@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from taylorseer_export.bundle.device import CPU, Device
-from taylorseer_export.bundle.low_rank import lora_input
 from taylorseer_export.bundle.manifest import Manifest, PartName
 from taylorseer_export.bundle.profile import Profiles
 from taylorseer_export.bundle.store import Bundle, Progress, open_bundle
@@ -20,7 +19,7 @@ from taylorseer_export.errors import BundleError, first_line
 from taylorseer_export.method import Forecasts, RequestOptions, forecasts_from_options
 from taylorseer_export.runtime.adapter import Adapter, adapter
 from taylorseer_export.runtime.check import check_engines
-from taylorseer_export.runtime.contract import Contract
+from taylorseer_export.runtime.contract import Contract, lora_input
 from taylorseer_export.runtime.decoding import Decoder, open_decoder
 from taylorseer_export.runtime.engines import open_runner
 from taylorseer_export.runtime.group import Group, together

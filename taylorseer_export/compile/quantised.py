@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from taylorseer_export.graph.trace import Trace
 
 ACTIVATIONS = ("none", "token")
-# Format -> the first compute capability whose matrix units have it; int8 weights are widened before they are multiplied.
+# Format -> the first compute capability whose matrix units have it; int8 weights are widened before that.
 _SINCE = {"fp8": (8, 9), "nvfp4": (10, 0), "int8": (8, 0)}
 _PLANS = ("tensorrt", "tensorrt-rtx")
 # Kind of engine -> formats that it takes, the first of them what is named where another is asked for.
@@ -82,7 +82,9 @@ def _check_capabilities(options: Options, form: str) -> None:
         return
     least = ".".join(map(str, since))
     if options.engine == "tensorrt-rtx":
-        having = [entry for entry in _capabilities(options, anywhere=True) if tuple(map(int, entry.split("."))) >= since]
+        having = [
+            entry for entry in _capabilities(options, anywhere=True) if tuple(map(int, entry.split("."))) >= since
+        ]
         remedy = f"add --gpu-arch {','.join(having)}, or use --weights {_for(lacking)}"
     else:
         remedy = f"use --weights {_for(lacking)}, or build on such a GPU"

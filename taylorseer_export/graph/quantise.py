@@ -6,9 +6,9 @@ and with activations quantised by token, the largest value of a row of x being a
 
     s = a / 448 * 2**8,   linear(round(x / s), dequantise(weight, weight_scale)) * s + bias
 
-where `round` is a quantisation by the constant 2**-8 and back, for nvfp4 to e2m1 in blocks of 16: engines that multiply in
-few bits ask for a constant, and no sum of products leaves the range of float16. `dequantise` and `round` are markers; every engine has its own
-operators in their place (`lowered`).
+where `round` is a quantisation by the constant 2**-8 and back, for nvfp4 to e2m1 in blocks of 16: engines that multiply
+in few bits ask for a constant, and no sum of products leaves the range of float16. `dequantise` and `round` are
+markers; every engine has its own operators in their place (`lowered`).
 
 The rule, which names no model: quantised is a linear layer that
 
@@ -109,7 +109,7 @@ def round_operator() -> Any:
     """The marker `taylorseer::round(x, form) -> x`, see `rounded`; defined once per process on first use."""
 
     @torch.library.custom_op("taylorseer::round", mutates_args=())
-    def round(x: Tensor, form: str) -> Tensor:  # noqa: A001  # named as the operator is
+    def round(x: Tensor, form: str) -> Tensor:
         return rounded(x, form)
 
     @round.register_fake
@@ -186,7 +186,9 @@ def _layers(trace: Trace, form: str) -> dict[str, list[fx.Node]]:
 
 
 def _is_linear_over(node: fx.Node, weight: fx.Node) -> bool:
-    return node.target is aten.linear.default and node.args[1] is weight and weight not in (node.args[0], *node.args[2:])
+    return (
+        node.target is aten.linear.default and node.args[1] is weight and weight not in (node.args[0], *node.args[2:])
+    )
 
 
 def _layer(weight: str) -> str:
@@ -233,7 +235,9 @@ def _by_token(graph: fx.Graph, layer: fx.Node, form: str) -> None:
         size = call(graph, aten.abs.default, [x], like=layer)
         largest = call(graph, aten.amax.default, [size, [-1], True], like=layer)
         scale = call(graph, aten.div.Tensor, [largest, _LARGEST], like=layer)
-        scale = call(graph, aten.clamp.default, [scale, torch.finfo(kind).smallest_normal], like=layer)  # a row of zeros
+        scale = call(
+            graph, aten.clamp.default, [scale, torch.finfo(kind).smallest_normal], like=layer
+        )  # a row of zeros
         share = call(graph, aten.div.Tensor, [x, scale], like=layer)
         flat = form == "nvfp4" and share.meta["val"].ndim > 2
         if flat:  # TensorRT-RTX 1.7 does not follow blocks through the rows of a concatenation of three dimensions
@@ -253,7 +257,8 @@ def _sizes(graph: fx.Graph, node: fx.Node) -> list[Any]:
     """The shape of what a node returns: numbers, and nodes where a size is open."""
     shape, x = node.meta["val"].shape, node.args[0]
     return [
-        call(graph, aten.sym_size.int, [x, k]) if isinstance(size, torch.SymInt) else size for k, size in enumerate(shape)
+        call(graph, aten.sym_size.int, [x, k]) if isinstance(size, torch.SymInt) else size
+        for k, size in enumerate(shape)
     ]
 
 
@@ -262,7 +267,7 @@ def _like(value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty_like(value).new_empty(shape, dtype=dtype)
 
 
-def lowered(cut: Cut, dequantise: Callable[..., Tensor] = dequantised, round: Callable[..., Tensor] = rounded) -> Cut:  # noqa: A002
+def lowered(cut: Cut, dequantise: Callable[..., Tensor] = dequantised, round: Callable[..., Tensor] = rounded) -> Cut:
     """A graph with calls in the place of its markers, which `torch.export` looks into; the graph itself without any.
 
     Args:

@@ -79,7 +79,11 @@ def _options(denoiser: Denoiser) -> Options:
     given: dict[str, Any] = {}
     if quantised is not None:
         given = {"weights": quantised.weights, "activations": quantised.activations}
-        given |= {"keep_precision": quantised.keep_precision, "engine": "inductor", "device": "cpu"}  # takes every format
+        given |= {
+            "keep_precision": quantised.keep_precision,
+            "engine": "inductor",
+            "device": "cpu",
+        }  # takes every format
     return Options(
         order=manifest.state.order,
         interval=manifest.plan.interval,

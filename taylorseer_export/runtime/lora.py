@@ -133,11 +133,12 @@ def _pairs(path: Path, stored: _Tensors) -> tuple[dict[str, _Pair], list[str]]:
             f"({_some(strangers)}), expected `<module>.lora_A.weight`, `<module>.lora_B.weight` and `<module>.alpha` "
             f"under the names of diffusers; export again with --lora {path}, which reads other layouts, or use another"
         )
-    quantised = [name for module in modules.keys() - set(unread) if stored.dtype(name := f"{module}.weight") not in _STORED]
+    read = [f"{module}.weight" for module in modules.keys() - set(unread)]
+    quantised = sorted(name for name in read if stored.dtype(name) not in _STORED)
     if quantised:
         raise ConfigError(
-            f"lora {path} updates {len(quantised)} weights that this bundle holds quantised ({_some(sorted(quantised))}), "
-            f"expected weights of its precision; export again with --lora {path}, which is added before they are quantised"
+            f"lora {path} updates {len(quantised)} weights that this bundle holds quantised ({_some(quantised)}), "
+            f"expected weights of its precision; export again with --lora {path}, which is added before that"
         )
     pairs, wrong = {}, []
     for module in modules.keys() - set(unread):

@@ -82,6 +82,7 @@ HEAVY: dict[str, frozenset[str]] = {
         }
     ),
     "accelerate": frozenset({"checkpoint/weights.py"}),
+    "gguf": frozenset({"checkpoint/gguf.py"}),
     # Its modules, inside ComfyUI's own process.
     "comfy": frozenset({"comfy/network.py", "comfy/loop.py", "comfy/nodes.py"}),
     "comfy_api": frozenset({"comfy/nodes.py"}),

@@ -1,4 +1,4 @@
-"""No tensor of a checkpoint goes unread: quantised formats are refused by name, in every family and layout."""
+"""No tensor of a checkpoint goes unread: formats that are not read are refused by name, in every family and layout."""
 
 import json
 import re
@@ -8,7 +8,6 @@ import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_checkpoint import INDEX, WEIGHTS, edit_json
 from test_layouts import WAN_NAMES, WIDTH, flux_layout, hunyuan_layout, linear
@@ -17,6 +16,7 @@ from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.checkpoint.files import PUBLISHED, Header
 from taylorseer_export.checkpoint.formats import refuse_quantised, set_aside
 from taylorseer_export.checkpoint.original import Converted, Unread
+from taylorseer_export.checkpoint.packed import is_part
 from taylorseer_export.cli import main
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
@@ -94,20 +94,10 @@ def rows(shape):
     return (shape[0],)
 
 
-MARKER = {"scaled_fp8": ("F8_E4M3", (2,))}
-# Sentence -> how a file in that format is told from the plain one.
+# Sentence -> how a file in that format is told from the plain one. Those that are read are in test_published_formats.
 FORMATS = {
-    "ComfyUI's scaled fp8": lambda t: (
-        packed(t, "F8_E4M3", scale_weight=("F32", one)) | {"scaled_fp8": ("F8_E4M3", (2,))}
-    ),
-    "ComfyUI's scaled fp8 (": lambda t: packed(t, "F8_E4M3", weight_scale=("F32", one), comfy_quant=("U8", rows)),
-    "scaled fp8, as ComfyUI's": lambda t: packed(t, "F8_E5M2", weight_scale=("F32", one)),
-    "ModelOpt's FP8 or": lambda t: packed(t, "F8_E4M3", weight_scale=("F32", one), input_scale=("F32", one)),
     "ModelOpt's format": lambda t: packed(t, "BF16", weight_quantizer___amax=("F32", one)),
-    "NVFP4": lambda t: packed(t, "U8", weight_scale=("F8_E4M3", rows), weight_scale_2=("F32", one)),
-    "NVFP4 (": lambda t: packed(t, "U8", weight_scale=("F8_E4M3", rows)),
     "MXFP8 or MXFP4": lambda t: packed(t, "F8_E4M3", weight_scale=("F8_E8M0", rows)),
-    "as BFL's fp8r": lambda t: packed(t, "F8_E4M3", weight_scale=("F32", rows)),
     "block-scaled fp8": lambda t: packed(t, "F8_E4M3", weight_scale_inv=("F32", rows)),
     "int8 with scales": lambda t: packed(t, "I8", weight_scale=("F32", rows)),
     "bitsandbytes": lambda t: packed(t, "U8", weight__absmax=("F32", rows), weight__quant_map=("F32", rows)),
@@ -378,14 +368,15 @@ def test_quantised_formats_of_one_file_in_the_authors_layout(tmp_path, flux_conf
             assert kind in str(error.value)
 
 
-@pytest.mark.parametrize("marker", ["scaled_fp8", "model.diffusion_model.scaled_fp8"])
-def test_plain_float8_with_an_empty_marker(tmp_path, flux_config, marker):
-    """A cast says all there is; its numbers arrive as they are, cut and joined."""
-    path, prefix = tmp_path / "flux.safetensors", marker.removesuffix("scaled_fp8")
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_plain_float8(tmp_path, flux_config, prefix):
+    """A cast says all there is; its numbers arrive as they are, cut and joined. With a marker its scales are lost."""
+    path = tmp_path / "flux.safetensors"
     tensors = packed({f"{prefix}{n}": ("BF16", s) for n, s in flux_layout().items()}, "F8_E4M3")
-    write(path, tensors | {marker: ("F8_E4M3", (0,))})
-    with safe_open(path, "pt") as file:
-        begin = len(file.keys())
+    write(path, tensors | {f"{prefix}scaled_fp8": ("F8_E4M3", (0,))})
+    with pytest.raises(CheckpointError, match=r"` of .* is F8_E4M3 without a scale, expected `.*weight_scale` or `"):
+        open_checkpoint(str(path), FAMILIES["flux"], config=str(flux_config))
+    write(path, tensors)
     rng = torch.Generator().manual_seed(0)
     name = f"{prefix}final_layer.adaLN_modulation.1.weight"
     value = torch.randn(tensors[name][1], generator=rng).to(torch.float8_e4m3fn)
@@ -396,7 +387,7 @@ def test_plain_float8_with_an_empty_marker(tmp_path, flux_config, marker):
         file.write(value.view(torch.uint8).numpy().tobytes())
     checkpoint = open_checkpoint(str(path), FAMILIES["flux"], config=str(flux_config))
     checkpoint.skeleton(torch.bfloat16)
-    assert len(checkpoint.files) == begin - 1 and checkpoint.aside == {}
+    assert checkpoint.files.keys() == tensors.keys() and checkpoint.aside == {}
     shift, scale = value.float().chunk(2)
     assert torch.equal(checkpoint.tensor("norm_out.linear.weight").float(), torch.cat([scale, shift]))
 
@@ -477,14 +468,14 @@ def test_published_models_are_in_no_quantised_format(path):
         model = getattr(diffusers, config["_class_name"]).from_config(config)
     found = {name: Header(tuple(value.shape), "BF16") for name, value in model.state_dict().items()}
     refuse_quantised(path, found)
-    assert set_aside(found) == {}
+    assert set_aside(found) == {} and not any(map(is_part, found))
 
 
 @pytest.mark.parametrize("family", CONVERTED)
 def test_authors_layouts_are_in_no_quantised_format(family):
     shapes = original(family)
     refuse_quantised(family, {name: Header(shape, "F8_E4M3") for name, shape in shapes.items()})
-    assert set_aside(shapes) == {}
+    assert set_aside(shapes) == {} and not any(map(is_part, shapes))
 
 
 def test_what_diffusers_itself_drops(tmp_path):
@@ -503,7 +494,6 @@ def test_what_diffusers_itself_drops(tmp_path):
 @pytest.mark.parametrize(
     ("start", "what"),
     [
-        (b"GGUF\3\0\0\0", "a GGUF file"),
         (b"PK\3\4\0\0", "a PyTorch pickle"),
         (b"\x80\x02\x8a\nl\xfc\x9cF\xf9", "a PyTorch pickle"),
         (b"\x80\x04\x95", "a PyTorch pickle"),
@@ -514,11 +504,11 @@ def test_what_diffusers_itself_drops(tmp_path):
 )
 def test_a_file_of_another_kind(tmp_path, start, what):
     """At each door: weights, a file of a folder, a LoRA."""
-    name = "flux1-dev-Q4_K_S.gguf" if what == "a GGUF file" else "flux1.safetensors"
+    name = "flux1.safetensors"
     (tmp_path / name).write_bytes(start + b"\0" * 100)
     folder = shutil.copytree(plain("flux")[0].parent, tmp_path / "folder")
     next(folder.glob("*.safetensors")).write_bytes(start + b"\0" * 100)
-    text = rf"is {what}, expected safetensors with weights that are not quantised; pass" if what else "is damaged"
+    text = rf"is {what}, expected safetensors; pass the checkpoint that it was made from" if what else "is damaged"
     for reference in (tmp_path / name, folder):
         with pytest.raises(CheckpointError, match=text):
             open_checkpoint(str(reference), FAMILIES["flux"])
@@ -531,9 +521,7 @@ def test_a_file_of_another_kind(tmp_path, start, what):
 def test_a_folder_with_weights_of_another_kind_alone(tmp_path, family, name, what):
     shutil.copy(plain(family)[0], tmp_path / "config.json")
     (tmp_path / name).write_bytes({"a GGUF file": b"GGUF\3\0\0\0", "a PyTorch pickle": b"PK\3\4"}[what])
-    with pytest.raises(
-        CheckpointError, match=rf"{name} is {what}, expected safetensors with weights that are not quan"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{name} is {what}, expected safetensors; pass the "):
         open_checkpoint(str(tmp_path), FAMILIES[family])
     assert open_checkpoint(str(tmp_path), FAMILIES[family], weightless=True).weightless
 
@@ -547,9 +535,8 @@ def test_a_config_of_quantised_weights(tmp_path, family, method):
     write(tmp_path / WEIGHTS, packed(tensors, "F8_E4M3"))
     open_checkpoint(str(tmp_path), FAMILIES[family])
     edit_json(tmp_path / "config.json", lambda c: c.update(quantization_config={"quant_method": method, "bits": 4}))
-    text = (
-        rf"config.json is of weights quantised by {method or 'a method it does not name'} \(quantization_config\), exp"
-    )
+    by = method or "a method it does not name"
+    text = rf"config.json is of weights quantised by {by} \(quantization_config\), expected ModelOpt's FP8, "
     with pytest.raises(CheckpointError, match=text):
         open_checkpoint(str(tmp_path), FAMILIES[family])
 
@@ -576,7 +563,7 @@ def test_scales_that_the_index_leaves_out(tmp_path):
     """They lie in the shards; an index without them would let them go unread."""
     config, tensors = plain("dit")
     shutil.copy(config, tmp_path / "config.json")
-    scaled = FORMATS["scaled fp8, as ComfyUI's"](tensors)
+    scaled = packed(tensors, "F8_E5M2", weight_scale=("F32", one))
     write(tmp_path / "a.safetensors", scaled)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "a.safetensors")}))
     text = rf"holds {len(scaled) - len(tensors)} tensors that .* does not place in it \(`.*weight_scale` is missing\)"

@@ -1,6 +1,7 @@
 """Export memory: how much of a large checkpoint is ever resident while it is exported.
 
     python tools/export_memory.py                          a FLUX of 4 B parameters in bf16; needs 26 GB of disk
+    python tools/export_memory.py --parameters 12e9 --dtype fp8 --precision fp16      with scales; needs 37 GB of disk
 
 Makes a random checkpoint, exports it in a process of its own, samples that process's resident memory until it ends, and
 deletes both. Resident memory has two parts. Anonymous pages are what the process allocated; file pages are what it
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,8 +25,12 @@ from pathlib import Path
 from record import ROOT, circumstances, record_options, write_record
 from tqdm import tqdm
 
+from taylorseer_export.checkpoint.files import headers, tensor_names
+from taylorseer_export.checkpoint.packed import is_part
+
 LIMIT = 6e9  # bytes resident; the fp32 weights of the default model are 16e9
 PERIOD = 0.02  # seconds between two samples
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}  # of a parameter
 GRAPHS = ("prepare", "full", "forecast")  # in the order they are written
 _FIELDS = {"VmHWM": "peak", "VmRSS": "total", "RssAnon": "anonymous", "RssFile": "file"}
 
@@ -115,6 +121,12 @@ def measure(command: list[str], out: Path, weights: int) -> dict[str, object]:
     }
 
 
+def parameters_of(folder: Path) -> int:
+    """Of a checkpoint, by the headers of its files."""
+    files = {name: path for path in sorted(folder.glob("*.safetensors")) for name in tensor_names(path)}
+    return sum(math.prod(one.shape) for name, one in headers(files).items() if not is_part(name))
+
+
 def run(args: argparse.Namespace, folder: Path) -> dict[str, object]:
     checkpoint, out = folder / "random-flux", folder / "engines"
     python = [sys.executable]
@@ -125,15 +137,17 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         make += ["--double", str(args.double), "--single", str(args.single)]
     subprocess.run([*python, *make], cwd=ROOT, check=True)  # its own process: the sampled one inherits no memory
     read = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-    parameters = read // {"fp32": 4, "fp16": 2, "bf16": 2}[args.dtype]
+    parameters = parameters_of(checkpoint)
     export = ["-m", "taylorseer_export.cli", "flux", "--model", str(checkpoint), "--order", str(args.order)]
+    export += ["--precision", args.precision, *(["--device", "cuda"] if args.precision == "fp16" else [])]
     export += ["--state", args.state, "--latent-size", args.latent_size, "--batch", "1", "--out", str(out)]
-    found = measure([*python, *export], out, 4 * parameters)
+    found = measure([*python, *export], out, BYTES[args.precision] * parameters)
     written = sum(path.stat().st_size for path in out.rglob("weights.safetensors"))
     shutil.rmtree(out, ignore_errors=True)
     return {
         "parameters": parameters,
         "dtype": args.dtype,
+        "precision": args.precision,
         "checkpoint_bytes": read,
         "weights_file_bytes": written,
         "order": args.order,
@@ -150,7 +164,8 @@ def main() -> int:
     parser.add_argument("--double", type=int, help="double blocks (default: from --parameters)")
     parser.add_argument("--single", type=int, help="single blocks (default: from --parameters)")
     parser.add_argument("--heads", type=int, default=24, help="of 128 channels (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="bf16", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(BYTES), default="bf16", help="(default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="(default: %(default)s)")
     parser.add_argument("--shards", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--order", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--state", choices=("module", "residual", "last"), default="module")
@@ -160,7 +175,7 @@ def main() -> int:
     record_options(parser)
     args = parser.parse_args()
     where = circumstances(args.out, args.allow_dirty)
-    needed = 6 * args.parameters + 1e9 if not args.double else 0
+    needed = (BYTES[args.dtype] + BYTES[args.precision]) * args.parameters + 1e9 if not args.double else 0
     with tempfile.TemporaryDirectory(dir=args.work, prefix="export-memory-") as folder:
         if shutil.disk_usage(folder).free < needed:
             parser.error(

@@ -18,8 +18,11 @@ from taylorseer_export.checkpoint.files import (
     tensor_names,
 )
 from taylorseer_export.checkpoint.formats import parts_of_a_pipeline, refuse_quantised, set_aside
+from taylorseer_export.checkpoint.gguf import gguf_tensors, is_gguf
 from taylorseer_export.checkpoint.lora import open_lora
+from taylorseer_export.checkpoint.modelopt import algorithm_of, modelopt_algorithm
 from taylorseer_export.checkpoint.original import Converted, Unread
+from taylorseer_export.checkpoint.packed import ALSO_READ, is_part, packed_weights
 from taylorseer_export.checkpoint.recognise import config_path, pipeline_config, pipeline_of, refuse_other_pipeline
 from taylorseer_export.checkpoint.weights import EMBEDDED as EMBEDDED
 from taylorseer_export.checkpoint.weights import Checkpoint as Checkpoint
@@ -203,20 +206,26 @@ def _open_folder(
 
 
 def _without_others(found: Checkpoint, where: Path) -> Checkpoint:
-    """A checkpoint without what is no part of the transformer; a quantised one is refused."""
+    """A checkpoint without what is no part of the transformer, each scale with its weight; others are refused."""
     aside = set_aside(found.files, found.model_class._keys_to_ignore_on_load_unexpected or ())
     left = {name for names in aside.values() for name in names}
     files = {name: path for name, path in found.files.items() if name not in left}
     found = replace(found, files=files, aside=parts_of_a_pipeline(aside))
-    refuse_quantised(where, found.headers)
-    return found
+    if found.packed:  # of GGUF, whose types say all
+        return found
+    weights = {name: header for name, header in found.headers.items() if not is_part(name)}
+    refuse_quantised(where, weights, ALSO_READ)
+    algorithm = modelopt_algorithm(where) if where.is_dir() else None
+    packed = packed_weights(where, files, found.headers, "scaled_fp8" in aside, algorithm)
+    return replace(found, files={name: path for name, path in files.items() if not is_part(name)}, packed=packed)
 
 
 def _open_file(reference: str, family: Family, path: Path, config: str | None, variant: str | None) -> Checkpoint:
     if variant is not None:
         raise CheckpointError(f"--variant is {variant} for one file, expected a folder of several; leave it out")
-    files = dict.fromkeys(tensor_names(path), path)
-    found = _without_others(Checkpoint(reference, family, path.parent, {}, files), path)
+    packed = gguf_tensors(path) if is_gguf(path) else {}
+    files = dict.fromkeys(packed or tensor_names(path), path)
+    found = _without_others(Checkpoint(reference, family, path.parent, {}, files, packed=packed), path)
     if config is not None:
         return _other_layout(found, config)
     fitting = _fitting(found)
@@ -279,13 +288,8 @@ def _config(path: Path, family: Family) -> dict[str, Any]:
             f"{path} is of class {name}, expected {family.model_class} for family {family.name}; "
             "check --model and the family"
         )
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise CheckpointError(
-            f"{path} is of weights quantised by {method or 'a method it does not name'} (quantization_config), "
-            "expected weights that need no scales; pass the checkpoint that they were made from"
-        )
-    entries = {key: value for key, value in config.items() if not key.startswith("_")}
+    algorithm_of(path, config)  # or refuse it
+    entries = {k: value for k, value in config.items() if not k.startswith("_") and k != "quantization_config"}
     _refuse_unknown(path, entries, family)
     return entries
 

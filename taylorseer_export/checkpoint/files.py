@@ -156,10 +156,12 @@ def _other_kind(path: Path) -> CheckpointError | None:
         return None
     for mark, what in _OTHERS.items():
         if start.startswith(mark):
-            return CheckpointError(
-                f"{path} is {what}, expected safetensors with weights that are not quantised; pass the checkpoint that "
-                "it was made from"
+            fix = (
+                "pass the file itself, with --config"
+                if mark == b"GGUF"
+                else "pass the checkpoint that it was made from"
             )
+            return CheckpointError(f"{path} is {what}, expected safetensors; {fix}")
     return None
 
 

@@ -2,7 +2,8 @@
 
 A checkpoint is read as it stands: one tensor of the model from the tensors of the files that make it. Whatever a
 format keeps beside its weights (scales, zero points, codebooks) would go unread, and the weights would be off by it.
-Formats are told by names that their authors publish: ComfyUI's scaled fp8, NVIDIA ModelOpt, BFL, bitsandbytes, torchao,
+Formats whose scales are read are in `packed`; the others are told here, and all of them where a LoRA has one. They are
+told by names that their authors publish: ComfyUI's scaled fp8, NVIDIA ModelOpt, BFL, bitsandbytes, torchao,
 optimum-quanto, GPTQ, AWQ and Nunchaku.
 """
 
@@ -31,7 +32,7 @@ _FORMATS = {
 }
 _SCALE = re.compile(r"(^|[._])(?P<part>weight_scale|input_scale)$")
 _MARKER = re.compile(r"(^|\.)scaled_fp8$")
-_ONE_WITH_ALL = "model.diffusion_model."  # the transformer, in a file that has the other parts of a pipeline too
+ONE_WITH_ALL = "model.diffusion_model."  # the transformer, in a file that has the other parts of a pipeline too
 _OTHER_PARTS = ("text_encoders.", "cond_stage_model.", "conditioner.", "first_stage_model.", "vae.")
 
 
@@ -47,7 +48,7 @@ def set_aside(names: Iterable[str], ignored: Iterable[str] = ()) -> dict[str, tu
         ignored: Patterns of names that the model's class drops (`_keys_to_ignore_on_load_unexpected`).
     """
     names = list(names)
-    whole = any(name.startswith(_ONE_WITH_ALL) for name in names)
+    whole = any(name.startswith(ONE_WITH_ALL) for name in names)
     found: dict[str, list[str]] = {}
     for name in names:
         part = next((part for part in _OTHER_PARTS if whole and name.startswith(part)), None)
@@ -65,12 +66,13 @@ def parts_of_a_pipeline(aside: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
     return {part.rstrip("."): len(names) for part, names in aside.items() if part in _OTHER_PARTS}
 
 
-def refuse_quantised(where: object, found: Mapping[str, Header]) -> None:
+def refuse_quantised(where: object, found: Mapping[str, Header], also: str = "") -> None:
     """A file in a quantised format, by name.
 
     Args:
         where: The file or folder, to be named.
         found: Tensor name -> header, of what is to be read.
+        also: Quantised formats that are read there, for the error.
 
     Raises:
         CheckpointError: Its tensors are those of a quantised format, or in a dtype that holds no weights.
@@ -81,8 +83,8 @@ def refuse_quantised(where: object, found: Mapping[str, Header]) -> None:
         kind = "a format with {}".format(" and ".join(sorted({found[name].dtype for name in names})))
     if names:
         raise CheckpointError(
-            f"{where} is in {kind} ({len(names)} tensors like {_some(names)}), expected weights that need no scales, "
-            "in float32, float16, bfloat16 or plain float8; pass the checkpoint that it was made from"
+            f"{where} is in {kind} ({len(names)} tensors like {_some(names)}), expected {also}weights that need no "
+            "scales, in float32, float16, bfloat16 or plain float8; pass the checkpoint that it was made from"
         )
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from taylorseer_export.checkpoint.formats import ONE_WITH_ALL
 from taylorseer_export.errors import CheckpointError
 
 
@@ -50,6 +51,14 @@ class _Tape(TorchDispatchMode):
         return result
 
 
+_CUTS = (
+    torch.ops.aten.split.Tensor,
+    torch.ops.aten.split_with_sizes.default,
+    torch.ops.aten.slice.Tensor,
+    torch.ops.aten.cat.default,
+)
+
+
 class Unread(CheckpointError):
     """A checkpoint has all that the model needs, and more: of its tensors, or of the numbers of one."""
 
@@ -75,8 +84,9 @@ class Converted:
 
     def __init__(self, model_class: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         convert = converter_of(model_class, shapes)
-        leaves = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-        self._names = {id(tensor): name for name, tensor in leaves.items()}
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        self._names = {id(tensor): name for name, tensor in tensors.items()}
+        leaves = {_bare(name, shapes): tensor for name, tensor in tensors.items()}  # not every converter does that
         self._leaves = tuple(leaves.values())
         options = {"config": dict(config)} if "config" in inspect.signature(convert).parameters else {}
         try:
@@ -123,6 +133,20 @@ class Converted:
                 "save_pretrained"
             )
 
+    def along_rows(self, name: str) -> bool:
+        """Whether a tensor is made by cuts and joins along the first axis alone, which fit scales of rows too."""
+
+        def cut(tensor: torch.Tensor) -> bool:
+            if id(tensor) in self._names:
+                return True
+            made = self._made[id(tensor)]
+            schema = [argument.name for argument in made.operation._schema.arguments]
+            given = {**dict(zip(schema, made.args, strict=False)), **made.options}
+            inputs = [t for t in tree_leaves(given) if isinstance(t, torch.Tensor)]
+            return made.operation in _CUTS and given.get("dim", 0) == 0 and all(map(cut, inputs))
+
+        return cut(self._tensors[name])
+
     def tensor(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
         """One tensor by its name in diffusers; `read` gives those of the files."""
 
@@ -149,6 +173,12 @@ def converter_of(model_class: str, names: Iterable[str]) -> Callable[..., dict[s
         )
     convert: Callable[..., dict[str, torch.Tensor]] = known["checkpoint_mapping_fn"]
     return convert
+
+
+def _bare(name: str, names: Container[str]) -> str:
+    """A name without the prefix of a file that may hold a whole pipeline, where no other tensor is called so."""
+    bare = name.removeprefix(ONE_WITH_ALL)
+    return name if bare in names else bare
 
 
 def _some(names: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,22 @@ from torch import nn
 
 from taylorseer_export.checkpoint.files import Header, headers, opened, read_json
 from taylorseer_export.checkpoint.formats import FLOATS
+from taylorseer_export.checkpoint.gguf import GgufTensor
 from taylorseer_export.checkpoint.lora import Lora
 from taylorseer_export.checkpoint.original import Converted, Unread
+from taylorseer_export.checkpoint.packed import Packed, is_fp8
+from taylorseer_export.checkpoint.quantised import Quantised, joined
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families.family import Derived, Family
 
 EMBEDDED = "embedded"
 _HASH_BLOCK = 1 << 22
+_CASTS = {  # dtype of a cast without scales, by its name in safetensors -> what a reader would call it
+    "F8_E4M3": "plain float8_e4m3fn",
+    "F8_E5M2": "plain float8_e5m2",
+    "F8_E4M3FNUZ": "plain float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "plain float8_e5m2fnuz",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Checkpoint:
         family: Its declaration.
         folder: The folder that holds the safetensors of the transformer.
         config: config.json without its private entries.
-        files: Tensor name in the files -> the safetensors file that holds it, of all that is read.
+        files: Tensor name in the files -> the file that holds it, of all weights; `packed` has their scales.
         weightless: Whether this is a config alone, which can be traced and described but not written.
         variant: Which of several precisions in the folder, as diffusers names its files.
         config_file: Where the config was read from, if not from the folder.
@@ -45,6 +54,7 @@ class Checkpoint:
         loras: What is added to the weights, in this order.
         lora_skip: What of them is left out on purpose.
         aside: Other parts of the pipeline that the files hold and that are not read -> their number of tensors.
+        packed: Tensor name in the files -> where it lies and how, of those in a quantised format and of all of GGUF.
     """
 
     reference: str
@@ -60,6 +70,7 @@ class Checkpoint:
     loras: tuple[Lora, ...] = ()
     lora_skip: tuple[str, ...] = ()
     aside: Mapping[str, int] = field(default_factory=dict)
+    packed: Mapping[str, Packed | GgufTensor] = field(default_factory=dict)
 
     @property
     def embedded(self) -> bool:
@@ -160,8 +171,9 @@ class Checkpoint:
 
     @cached_property
     def headers(self) -> dict[str, Header]:
-        """Tensor name in the files -> shape and dtype."""
-        return headers(self.files)
+        """Tensor name in the files -> shape and dtype, of those in a quantised format once they are dequantised."""
+        plain = {name: path for name, path in self.files.items() if name not in self.packed}
+        return headers(plain) | {name: one.header for name, one in self.packed.items() if name in self.files}
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -197,10 +209,52 @@ class Checkpoint:
             tensor = lora.add_to(name, tensor)
         return tensor
 
+    def quantised(self, name: str) -> Quantised | None:
+        """One tensor in the quantised format that the files have it in, by its name in diffusers, cut and joined.
+
+        None where they hold numbers that need no scales, or where the tensor cannot be kept as it is: an update is
+        added to it, its conversion does more than cut and join rows, the parts of it differ in format or in a scale
+        of the whole tensor, or the format is one that no engine takes (GGUF, ConvRot).
+        """
+        if name in self.derived or any(name in lora.updates for lora in self.loras):
+            return None
+        if self.converted is None:
+            return self._kept(name)
+        if not self.converted.along_rows(name):
+            return None
+        parts = {source: self._kept(source) for source in sorted(self.converted.sources[name])}
+        kept = {source: part for source, part in parts.items() if part is not None}
+        return joined(kept, partial(self.converted.tensor, name)) if len(kept) == len(parts) else None
+
+    def _kept(self, name: str) -> Quantised | None:
+        """One tensor of the files as it is; a plain cast to fp8 has a scale of 1."""
+        if name in self.packed:
+            return self.packed[name].kept()
+        return Quantised("fp8", self._read(name), torch.ones(())) if is_fp8(self.headers[name].dtype) else None
+
+    def said_of_formats(self, precision: str) -> str | None:
+        """One sentence on the formats of weights that are not numbers of the usual precisions; None without any.
+
+        Args:
+            precision: What the export makes of them.
+        """
+        found: dict[str, int] = {}
+        for name, header in self.headers.items():
+            packed = self.packed.get(name)
+            label = packed.label if packed else _CASTS.get(header.dtype, "")
+            found |= {label: found.get(label, 0) + 1} if label else {}
+        if not found:
+            return None
+        total = len(self.files)
+        parts = " and ".join(f"{label}, {count} of {total} tensors" for label, count in sorted(found.items()))
+        how = "cast" if found.keys() <= {*_CASTS.values()} else "dequantised"
+        return f"weights: {parts}, {how} to {precision}"
+
     def sha256(self, progress: Callable[[int], object] | None = None) -> str:
         """Hash of the weight files, in name order, and of the LoRAs; `progress` is called with the bytes just read."""
         digest = hashlib.sha256()
-        for path in (*sorted(set(self.files.values())), *(lora.path for lora in self.loras)):
+        files = set(self.files.values()).union(*(one.paths for one in self.packed.values()))
+        for path in (*sorted(files), *(lora.path for lora in self.loras)):
             with path.open("rb") as file:
                 while block := file.read(_HASH_BLOCK):
                     digest.update(block)
@@ -211,6 +265,8 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _read(self, name: str) -> torch.Tensor:
+        if name in self.packed:
+            return self.packed[name].dequantised()
         with opened(self.files[name], "pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor

@@ -45,6 +45,8 @@ def _proposed(given: argparse.Namespace) -> Family:
             f"with `{PROGRAM} {family.name} --model {given.model}`"
         )
     checkpoint = open_undeclared(given.model, given.variant)
+    if formats := checkpoint.said_of_formats(given.precision):
+        print(formats)
     options = Options(order=given.order, interval=given.interval, warmup=given.warmup, latent_size=given.latent_size)
     with progress("verifying the proposal", 1) as advance:
         model = checkpoint.skeleton(torch.float32)

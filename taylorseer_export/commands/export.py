@@ -24,8 +24,8 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     what.add_argument(
         "--model",
         metavar="REF",
-        help="diffusers folder, hub id, or safetensors file of any layout; with --dry-run also a config.json alone "
-        "(default: the embedded tiny model)",
+        help="diffusers folder, hub id, or safetensors or GGUF file of any layout; with --dry-run also a config.json "
+        "alone (default: the embedded tiny model)",
     )
     what.add_argument("--variant", metavar="NAME", help="which weights of several, like fp16 (default: the plain ones)")
     what.add_argument(
@@ -216,6 +216,8 @@ def _export(family: Family, given: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(
         given.model, family, given.variant, given.config, given.lora, given.dry_run, skip, given.whole
     )
+    if formats := checkpoint.said_of_formats(given.precision):
+        print(formats)
     if given.model is None:
         print(
             f"no --model: exporting the tiny {family.name} embedded in this package; "

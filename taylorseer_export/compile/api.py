@@ -40,7 +40,7 @@ def export(
         denoiser = tse.load(folder)
 
     Args:
-        model: A diffusers folder, hub id or safetensors file; the tiny model embedded for `family` if left out.
+        model: A diffusers folder, hub id, safetensors or GGUF file; the tiny model embedded for `family` if left out.
         family: Name of the family; found by the class in the model's config if left out.
         out: Folder that gets `<family>-<name>/`.
         name: Name of the bundle; the model's if left out.
@@ -95,7 +95,8 @@ def bundle_name(reference: str | None, name: str | None = None) -> str:
     Raises:
         ConfigError: The name given is no plain file name.
     """
-    path = Path((reference or "tiny").rstrip("/").removesuffix(".safetensors").removesuffix(".json"))
+    path = Path((reference or "tiny").rstrip("/"))
+    path = path.with_suffix("") if path.suffix in (".safetensors", ".json", ".gguf") else path
     found = name or re.sub(r"[^a-z0-9._+-]+", "-", path.name.lower()).lstrip("._+-")[:100] or "model"
     if not re.fullmatch(BUNDLE_NAME, found):
         raise ConfigError(

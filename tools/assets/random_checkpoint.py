@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from taylorseer_export.compile.weights import write_weights
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 HEAD = 128  # channels of one attention head
 DEVIATION = 0.02  # of the weights, dimensionless
+FP8_DEVIATION = 64.0  # of the values that a scale multiplies
 _FILE = "diffusion_pytorch_model"
 
 
@@ -75,6 +76,8 @@ def write_checkpoint(
 ) -> int:
     """Write config.json, the shards and their index; returns the number of parameters.
 
+    In float8 every matrix has one scale beside it, as ComfyUI publishes them, and what is no matrix is bfloat16.
+
     Args:
         folder: Where; made if missing.
         config: From `flux_config`.
@@ -88,19 +91,29 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
+    scaled = dtype == torch.float8_e4m3fn
+    kinds = {n: dtype if len(shape) > 1 or not scaled else torch.bfloat16 for n, shape in shapes.items()}
+    scales = {f"{n.removesuffix('.weight')}.scale_weight": n for n, kind in kinds.items() if scaled and kind == dtype}
+
     def read(name: str) -> torch.Tensor:
+        if name in scales:
+            return torch.tensor(DEVIATION / FP8_DEVIATION)
         if name.endswith(".bias"):
-            return torch.zeros(shapes[name], dtype=dtype)
+            return torch.zeros(shapes[name], dtype=kinds[name])
         if len(shapes[name]) == 1:
-            return torch.ones(shapes[name], dtype=dtype)
+            return torch.ones(shapes[name], dtype=kinds[name])
         generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
-        return torch.empty(shapes[name], dtype=dtype).normal_(0.0, DEVIATION, generator=generator)
+        made = torch.empty(shapes[name], dtype=torch.bfloat16 if scaled else dtype)
+        made.normal_(0.0, FP8_DEVIATION if scaled else DEVIATION, generator=generator)
+        return made.to(dtype)
 
     place: dict[str, int] = {}
     done = 0
     for name, shape in shapes.items():
         place[name] = min(shards - 1, done * shards // total)
         done += torch.Size(shape).numel()
+    place |= {scale: place[name] for scale, name in scales.items()}
+    stored = {n: (kinds[n], shape) for n, shape in shapes.items()} | dict.fromkeys(scales, (torch.float32, ()))
     names = [f"{_FILE}.safetensors"]
     if shards > 1:
         names = [f"{_FILE}-{k + 1:05d}-of-{shards:05d}.safetensors" for k in range(shards)]
@@ -112,7 +125,7 @@ def write_checkpoint(
         (folder / f"{_FILE}.safetensors.index.json").write_text(text, encoding="utf-8")
     with tqdm(total=total * dtype.itemsize, desc="weights", unit="B", unit_scale=True, disable=quiet or None) as bar:
         for k, name in enumerate(names):
-            own = {n: (dtype, shapes[n]) for n in shapes if place[n] == k}
+            own = {n: kind for n, kind in stored.items() if place[n] == k}
             write_weights(folder / name, own, read, bar.update)
     return total
 

@@ -5,6 +5,7 @@ holds what the weights stand for.
 """
 
 import re
+import shutil
 from dataclasses import replace
 
 import ml_dtypes
@@ -12,8 +13,9 @@ import numpy as np
 import onnx as onnx_library
 import pytest
 import torch
+from harness import eager_denoiser
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_bundles import options_of
 
 from taylorseer_export import cli
@@ -122,7 +124,7 @@ def test_what_several_layers_read_is_rounded_once_and_no_marker_is_lowered(draft
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ({"weights": "fp4"}, r"--weights is fp4, expected fp8, int8, nvfp4; choose one, or leave it out"),
+        ({"weights": "fp4"}, r"--weights is fp4, expected fp8, int8, nvfp4 or keep; choose one, or leave it out"),
         (
             {"weights": "nvfp4"},
             r"nvfp4 with --engine onnxruntime, expected fp8 or int8; use --weights fp8",
@@ -171,6 +173,39 @@ def test_a_pattern_that_keeps_nothing_or_all_is_refused(drafts):
         drafts("plain", "last", weights="fp8", keep_precision=("*.atn",))
     with pytest.raises(ConfigError, match=r"fp8 with 17 layers .* and 1 patterns .* expected one layer at least"):
         drafts("plain", "last", weights="fp8", keep_precision=("*",))
+
+
+# Checkpoints that are quantised already
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_the_values_of_a_checkpoint_are_kept_as_they_are(drafts, tiny, tmp_path, form):
+    """Bit for bit, and the graphs over them compute what the model with the dequantised weights does."""
+    names = export.describe(drafts("plain", weights="fp8"), "x").quantised.layers
+    folder = tmp_path / "plain"
+    shutil.copytree(tiny("plain").folder, folder)
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    for name in names:
+        values, scale, *whole = quantised(tensors[name], form, torch.float32)
+        tensors |= {name: values, f"{name}_scale": scale, **{f"{name}_scale_2": second for second in whole}}
+        tensors[name.replace("weight", "input_scale")] = torch.ones(())  # which nvfp4 has beside scales in plain order
+    save_file(tensors, path)
+    checkpoint = open_checkpoint(str(folder), FAMILIES["flux"])
+    options = options_of(weights="keep", engine="inductor")
+    made = export.draft(checkpoint, options)
+    described = export.describe(made, "x")
+    assert (described.quantised.weights, described.quantised.kept) == (form, True)
+    assert described.quantised.layers == names and "--weights keep" in described.command()
+    for name in names:
+        assert torch.equal(made.read(name).view(torch.uint8), tensors[name].view(torch.uint8))
+        assert torch.equal(made.read(f"{name}_scale").float(), tensors[f"{name}_scale"].float())
+    denoiser = eager_denoiser(made)
+    data, every = random_trajectory(denoiser, 2), Forecasts(Plan.all_full(2), 0)
+    assert verify.compare(verify.reference_model(checkpoint), denoiser, data, every).ratio < 1
+    plain = open_checkpoint(str(tiny("plain").folder), FAMILIES["flux"])
+    with pytest.raises(ConfigError, match=r"--weights is keep, and the blocks of .* are in no format, expected one of"):
+        export.draft(plain, options)
 
 
 # Bundles

@@ -138,8 +138,9 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     )
     engine.add_argument(
         "--weights",
-        choices=("fp8", "nvfp4", "int8"),
-        help="format of the weights of the blocks' linear layers; all others keep the precision (default: all do)",
+        choices=("fp8", "nvfp4", "int8", "keep"),
+        help="format of the weights of the blocks' linear layers, or keep for what a quantised checkpoint has; all "
+        "others keep the precision (default: all do)",
     )
     engine.add_argument(
         "--activations",

@@ -110,7 +110,7 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     checkpoint = traced.checkpoint
     ranges, sizes = checkpoint.family.dimensions(checkpoint.config), _sizes(checkpoint, options)
     how = (options.granularity, options.layout, options.order, options.state_type(), options.guards)
-    quantised = quantised_trace(traced.trace, options)
+    quantised = quantised_trace(traced.trace, options, checkpoint)
     pieces = split(quantised.trace, *how)
     default = checkpoint.family.latent_sizes(checkpoint.config, *checkpoint.latent_size)
     default |= checkpoint.family.typical

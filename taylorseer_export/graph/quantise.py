@@ -57,6 +57,7 @@ class Part:
         precision: dtype of its scales.
         index: Which of the tensors of `formats.stored`.
         count: Numbers of the weight.
+        kept: Whether the checkpoint's own values and scales are taken.
     """
 
     weight: str
@@ -64,6 +65,7 @@ class Part:
     precision: torch.dtype
     index: int
     count: int
+    kept: bool = False
 
     def of(self, weight: Tensor) -> Tensor:
         """This part of the weight."""
@@ -132,7 +134,9 @@ def is_marker(node: fx.Node) -> bool:
     return node.target in (dequantise_operator(), round_operator())
 
 
-def quantise(trace: Trace, form: str, activations: str = "none", keep: Collection[str] = ()) -> Quantised:
+def quantise(
+    trace: Trace, form: str, activations: str = "none", keep: Collection[str] = (), own: Collection[str] | None = None
+) -> Quantised:
     """A trace with the weights of its linear layers quantised, by the rule above.
 
     Args:
@@ -140,6 +144,7 @@ def quantise(trace: Trace, form: str, activations: str = "none", keep: Collectio
         form: `fp8`, `nvfp4` or `int8`.
         activations: `none`: as they come. `token`: row by row to e4m3, with nvfp4 to e2m1 in blocks.
         keep: Patterns of the shell (`*.attn.to_q`) over names of layers that stay in the model's precision.
+        own: The weights that the checkpoint has in this format, which alone are taken, as they are; None takes all.
 
     Raises:
         ConfigError: A pattern matches no layer that would be quantised, or none is left.
@@ -149,6 +154,7 @@ def quantise(trace: Trace, form: str, activations: str = "none", keep: Collectio
     module = fx.GraphModule(trace.module, graph)
     copied = replace(trace, module=module)
     found = _layers(copied, form)
+    found = {name: nodes for name, nodes in found.items() if own is None or name in own}
     chosen = {name: nodes for name, nodes in found.items() if not any(_matches(name, pattern) for pattern in keep)}
     for pattern in keep:
         if not any(_matches(name, pattern) for name in found):
@@ -163,7 +169,8 @@ def quantise(trace: Trace, form: str, activations: str = "none", keep: Collectio
         )
     parts: dict[str, Part] = {}
     for name, layers in chosen.items():
-        parts |= _with_markers(module, name, layers, form, trace.precision, activations)
+        made = _with_markers(module, name, layers, form, trace.precision, activations)
+        parts |= {part: replace(of, kept=own is not None) for part, of in made.items()}
     graph.lint()
     module.recompile()
     return Quantised(copied, parts)
@@ -183,6 +190,11 @@ def _layers(trace: Trace, form: str) -> dict[str, list[fx.Node]]:
         if whole and readers and len(readers) == len(node.users):
             found[str(node.target)] = readers
     return found
+
+
+def layers_of(trace: Trace) -> tuple[str, ...]:
+    """The weights of the linear layers that the rule chooses, in any format."""
+    return tuple(_layers(trace, "int8"))
 
 
 def _is_linear_over(node: fx.Node, weight: fx.Node) -> bool:

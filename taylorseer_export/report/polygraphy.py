@@ -78,7 +78,7 @@ def _options(denoiser: Denoiser) -> Options:
     quantised = manifest.quantised
     given: dict[str, Any] = {}
     if quantised is not None:
-        given = {"weights": quantised.weights, "activations": quantised.activations}
+        given = {"weights": "keep" if quantised.kept else quantised.weights, "activations": quantised.activations}
         given |= {
             "keep_precision": quantised.keep_precision,
             "engine": "inductor",

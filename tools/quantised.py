@@ -1,6 +1,7 @@
 """Quantised weights on the CPU: what each format costs in fidelity, and what it saves in bytes and in time.
 
-    python tools/quantised.py                 both tables, about ten minutes on two idle cores
+    python tools/quantised.py                                both tables, about ten minutes on two idle cores
+    python tools/quantised.py --table fidelity --way fp8     one of them, of float32 and fp8 alone
 
 Fidelity, on the embedded FLUX with its defaults: the same noise and prompts in bundles of each format. PSNR of all
 steps full against the unquantised bundle is the quantisation error; that of the plan against the format's own all-full
@@ -17,8 +18,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,11 @@ WAYS: dict[str, tuple[str | None, str | None]] = {
 SAMPLES, SIZE, STEPS = 16, (64, 64), 3
 
 
-def written(checkpoint: Any, options: dict[str, Any], folder: Path) -> Iterator[tuple[str, Path]]:
-    """Way and bundle; the model is traced once."""
+def written(checkpoint: Any, options: dict[str, Any], folder: Path, ways: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Way and bundle, float32 first; the model is traced once."""
     traced = None
-    for name, (weights, activations) in WAYS.items():
+    for name in dict.fromkeys(("fp32", *ways)):
+        weights, activations = WAYS[name]
         chosen = Options(**options, weights=weights, activations=activations)
         traced = traced or trace_model(checkpoint, chosen)
         yield name, write_bundle(draft(traced, chosen), folder, name.replace(" ", "-"))
@@ -62,7 +65,7 @@ def psnr(seen: np.ndarray, expected: np.ndarray) -> float | None:
     return round(10 * np.log10(255.0**2 / square), 2) if square else None
 
 
-def fidelity(folder: Path) -> list[dict[str, Any]]:
+def fidelity(folder: Path, ways: Sequence[str]) -> list[dict[str, Any]]:
     """A row for each way, on the embedded FLUX."""
     checkpoint = open_checkpoint(None, FAMILIES["flux"])
     default = checkpoint.family.defaults
@@ -70,7 +73,7 @@ def fidelity(folder: Path) -> list[dict[str, Any]]:
     options["parts"] = parts_asked(checkpoint, False)
     rows: list[dict[str, Any]] = []
     exact: np.ndarray | None = None
-    for name, bundle in written(checkpoint, options, folder):
+    for name, bundle in written(checkpoint, options, folder, ways):
         with load(bundle, threads=1) as denoiser:
             plan = denoiser.forecasts().plan
             ways = [Case("all full", Forecasts(Plan.all_full(len(plan)), 0)), Case("plan", denoiser.forecasts())]
@@ -86,13 +89,13 @@ def fidelity(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cost(folder: Path, repeats: int) -> list[dict[str, Any]]:
+def cost(folder: Path, ways: Sequence[str], repeats: int) -> list[dict[str, Any]]:
     """A row for each way, on the bench FLUX."""
     model = mid_flux()
     model.save_pretrained(folder / "model")
     checkpoint = open_checkpoint(str(folder / "model"), FAMILIES["flux"])
     options: dict[str, Any] = {"order": 1, "interval": 6, "warmup": 3, "latent_size": SIZE, "batch": 1}
-    bundles = dict(written(checkpoint, options, folder))
+    bundles = dict(written(checkpoint, options, folder, ways))
     with ExitStack() as stack:
         loaded = {name: stack.enter_context(load(bundle, threads=1)) for name, bundle in bundles.items()}
         times: dict[str, list[float]] = {name: [] for name in loaded}
@@ -145,17 +148,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="turns of each way, for times (default: %(default)s)")
     parser.add_argument("--resident", type=Path, metavar="BUNDLE", help="print the memory of one bundle alone")
+    parser.add_argument("--table", choices=("cost", "fidelity"), nargs="+", default=["cost", "fidelity"])
+    parser.add_argument("--way", choices=WAYS, nargs="+", default=list(WAYS), help="beside float32 (default: all)")
     record_options(parser)
     args = parser.parse_args()
     if args.resident:
         print(resident(args.resident))
         return 0
     record = circumstances(args.out, args.allow_dirty)
-    with tempfile.TemporaryDirectory() as folder:
-        record["cost"] = cost(Path(folder, "cost"), args.repeats)
-    with tempfile.TemporaryDirectory() as folder:
-        record["fidelity"] = fidelity(Path(folder))
-    path = write_record("quantised", record, args.out, args.allow_dirty)
+    tables = {"cost": partial(cost, repeats=args.repeats), "fidelity": fidelity}
+    for name in args.table:
+        with tempfile.TemporaryDirectory() as folder:
+            record[name] = tables[name](Path(folder), args.way)
+    path = write_record(f"quantised-{'-'.join(args.table)}", record, args.out, args.allow_dirty)
     print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
     return 0
 

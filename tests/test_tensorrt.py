@@ -8,8 +8,10 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
+from inspect_rtx import layers, listening
 from tiny_bundles import MODELS, TENSORRT_RTX
 
 from taylorseer_export.bundle.contract import unlike
@@ -20,6 +22,8 @@ from taylorseer_export.compile import export
 from taylorseer_export.compile import tensorrt as plans
 from taylorseer_export.compile import torch_tensorrt as torch_plans
 from taylorseer_export.compile.export import Options, check_options
+from taylorseer_export.compile.onnx import write_onnx
+from taylorseer_export.compile.weights import WEIGHTS, write_weights
 from taylorseer_export.errors import BuildError, ConfigError
 from taylorseer_export.families import FAMILIES
 
@@ -54,6 +58,53 @@ def test_every_graph_of_every_family_builds(drafts, once, name, precision):
     narrow = {"bf16": "bfloat16", "fp16": "float16"}[precision]
     assert {t.dtype for t in manifest.graphs["full"].outputs if t.role == "taylor_out"} == {narrow}
     assert {stage for stage, _, _ in said} == {"weights", "graphs", *(f"plan of {g}" for g in graphs)}
+
+
+# What the matrix units read where a layer is quantised, and what each family's smallest model is built for: FLUX's for
+# all of them, since a layer is a layer.
+FEW_BITS = {"fp8": "FP8", "nvfp4": "FP4E2M1"}
+QUANTISED = [("plain", "fp8", "8.9"), ("plain", "fp8", "12.0"), ("plain", "nvfp4", "12.0")]
+QUANTISED += [(name, "fp8", "8.9") for name, _ in TENSORRT_RTX if name != "plain" and _ == "bf16"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "weights", "capability"), QUANTISED)
+def test_quantised_layers_multiply_in_few_bits(drafts, tmp_path, name, weights, capability):
+    """The builder's own list of layers: each product of a quantised weight reads that format, none was cast back."""
+    chosen = {**TENSORRT_RTX[name, "bf16"], "guards": ()}
+    how = {"gpu-arch": capability, "profiling-verbosity": "detailed", "builder-optimization-level": 0}
+    chosen |= {"engine": "tensorrt-rtx", "precision": "bf16", "weights": weights, "engine_options": how}
+    draft = drafts(name, "residual", order=1, **chosen)
+    cut = draft.split.full
+    places = write_weights(tmp_path / WEIGHTS, {n: draft.stored[n] for n in cut.parameters()}, draft.read)
+    write_onnx(draft, cut, places, tmp_path / "full.onnx")
+    products = quantised_products(tmp_path / "full.onnx")
+    assert len(products) >= len({part.weight for n, part in draft.quantised.items() if n in places})
+    log = listening(trt)
+    builder = trt.Builder(log)
+    network, parser = plans.parse(trt, builder, log, tmp_path / "full.onnx")
+    config = plans.configure(trt, builder, draft.options)
+    plans.add_profile(builder, config, cut, draft.dimensions())
+    assert builder.build_serialized_network(network, config) is not None, log.last()
+    del parser
+    running = {
+        product: [one for one in layers(log.layers) if f"[ONNX Layer: {product}]" in one.nodes] for product in products
+    }
+    wide = [n for n, found in running.items() if not any(FEW_BITS[weights] in one.inputs.values() for one in found)]
+    assert not wide, f"{len(wide)} of {len(products)} products of {name} are not of {weights}: {wide[:5]}"
+
+
+def quantised_products(path):
+    """Names of the products of a graph that read a dequantised weight."""
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    made = {output: node for node in nodes for output in node.output}
+
+    def dequantised(name):
+        node = made.get(name)
+        passes = node is not None and node.op_type in ("Transpose", "Reshape")
+        return dequantised(node.input[0]) if passes else node is not None and node.op_type == "DequantizeLinear"
+
+    return [n.name for n in nodes if n.op_type in ("MatMul", "Gemm") and dequantised(n.input[1])]
 
 
 def test_one_case_is_built_as_the_command_line_does_by_itself():
@@ -224,7 +275,6 @@ def network_of(builder, dtype):
 
 def test_the_parser_names_what_it_refuses(builder, tmp_path):
     """A sum of float32 and float16: what a forgotten cast looks like."""
-    import onnx
     from onnx import helper
 
     half, full = (helper.make_tensor_value_info(n, d, [2]) for n, d in (("a", 10), ("b", 1)))

@@ -17,17 +17,20 @@ class Quantised(Part):
         "e2m1 in blocks of 16 of a row with an e4m3 scale each, and one scale for all."
     )
     activations: Literal["none", "token"] = Field(
-        description="What these layers read. none: as it comes. token: each row quantised when it is computed, to e4m3; "
-        "with nvfp4 to e2m1 in blocks of 16, with int8 to int8 in blocks of 32."
+        description="What these layers read. none: as it comes. token: each row quantised when it is computed, to "
+        "e4m3; with nvfp4 to e2m1 in blocks of 16, with int8 to int8 in blocks of 32."
     )
+    kept: bool = Field(default=False, description="Whether values and scales are those of the checkpoint.")
     layers: tuple[Text, ...] = Field(min_length=1, description="Names of the quantised weights.")
     bytes: Count = Field(description="What their values and scales take.")
     unquantised_bytes: Count = Field(description="What they take in the bundle's precision.")
-    keep_precision: tuple[Text, ...] = Field(
-        default=(), description="Patterns of layers that were left out on purpose."
-    )
+    keep_precision: tuple[Text, ...] = Field(default=(), description="Patterns of layers left out on purpose.")
 
     def given(self) -> dict[str, str | None]:
         """The options that ask for it, as on the command line."""
         kept = " --keep-precision ".join(map(shlex.quote, self.keep_precision)) or None
-        return {"weights": self.weights, "activations": self.activations, "keep-precision": kept}
+        return {
+            "weights": "keep" if self.kept else self.weights,
+            "activations": self.activations,
+            "keep-precision": kept,
+        }

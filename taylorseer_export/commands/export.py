@@ -149,14 +149,15 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     )
     engine.add_argument(
         "--weights",
-        choices=("fp8", "nvfp4", "int8"),
-        help="format of the weights of the blocks' linear layers; all else keeps the precision (default: the precision)",
+        choices=("fp8", "nvfp4", "int8", "keep"),
+        help="format of the weights of the blocks' linear layers, or keep for what a quantised checkpoint has; all "
+        "others keep the precision (default: all do)",
     )
     engine.add_argument(
         "--activations",
         choices=("none", "token"),
-        help="what these layers read: as it comes, or each token quantised to e4m3 (default: token for fp8 in TensorRT's "
-        "engines, else none)",
+        help="what these layers read: as it comes, or each token quantised (default: token for fp8 and nvfp4 in "
+        "TensorRT's engines, else none)",
     )
     engine.add_argument(
         "--keep-precision",

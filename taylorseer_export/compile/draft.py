@@ -15,6 +15,7 @@ from taylorseer_export.bundle.manifest import Dimension, Graph, LowRank, Paralle
 from taylorseer_export.bundle.parallel import Mode, ranges_of_one
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.engines import Progress, builder
+from taylorseer_export.compile.kept import kept
 from taylorseer_export.compile.weights import WEIGHTS, Stored, write_weights
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.graph.cut import Cut
@@ -48,7 +49,8 @@ class Options:
         polygraphy: Whether the bundle gets example inputs and profiles for Polygraphy's command line.
         guards: The rules that a request may guard its forecasts by; each adds its part to the probe.
         parts: What of the pipeline the bundle holds besides the transformer, by name: see `PartName`.
-        weights: Format of the weights of the blocks' linear layers: `fp8`, `nvfp4` or `int8`; None takes the precision.
+        weights: Format of the weights of the blocks' linear layers: `fp8`, `nvfp4` or `int8`, or `keep` for the values
+            and scales that the checkpoint has; None takes the precision.
         activations: How what these layers read is quantised: `none` or `token`; None takes what the engine does best.
         keep_precision: Patterns of layers whose weights stay in the precision.
         lora_rank: Highest rank of the LoRA that a request may bring, dimensionless; None takes none.
@@ -216,7 +218,9 @@ class Draft(BaseDraft):
 
     def read(self, name: str) -> torch.Tensor:
         part = self.quantised.get(name)
-        return super().read(name) if part is None else part.of(self.finite(part.weight, torch.float32))
+        if part is None:
+            return super().read(name)
+        return kept(self.checkpoint, part) if part.kept else part.of(self.finite(part.weight, torch.float32))
 
     def origin(self) -> str:
         return self.checkpoint.reference

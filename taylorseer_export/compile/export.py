@@ -126,7 +126,7 @@ def draft(source: Checkpoint | Traced, options: Options) -> Draft:
     ranges = ranges_of_one(shared, checkpoint.family.dimensions(checkpoint.config))
     sizes = sizes_of_one(shared, _sizes(checkpoint, options))
     how = (options.granularity, options.layout, options.order, options.state_type(), options.guards)
-    quantised = quantised_trace(traced.trace, options)
+    quantised = quantised_trace(traced.trace, options, checkpoint)
     pieces = split(quantised.trace, *how)
     default = checkpoint.family.latent_sizes(checkpoint.config, *checkpoint.latent_size)
     default |= checkpoint.family.typical

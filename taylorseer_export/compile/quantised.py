@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from taylorseer_export.bundle.quantised import Quantised as Entry
+from taylorseer_export.compile.kept import formats_of
 from taylorseer_export.errors import BuildError, ConfigError
 from taylorseer_export.graph.formats import FORMATS
-from taylorseer_export.graph.quantise import Quantised, quantise
+from taylorseer_export.graph.quantise import Quantised, layers_of, quantise
 
 if TYPE_CHECKING:
+    from taylorseer_export.checkpoint.checkpoint import Checkpoint
     from taylorseer_export.compile.draft import Draft, Options
     from taylorseer_export.graph.trace import Trace
 
-ACTIVATIONS = ("none", "token")
-# Format -> the first compute capability whose matrix units have it; int8 weights are widened before they are multiplied.
+KEEP = "keep"
+# Format -> the first compute capability whose matrix units have it; int8 weights are widened before that.
 _SINCE = {"fp8": (8, 9), "nvfp4": (10, 0), "int8": (8, 0)}
 _PLANS = ("tensorrt", "tensorrt-rtx")
 # Kind of engine -> formats that it takes, the first of them what is named where another is asked for.
@@ -54,8 +57,10 @@ def check_weights(options: Options) -> None:
                     f"--{option} is {shown} without --weights, expected it too; add --weights fp8, or leave it out"
                 )
         return
+    if form == KEEP:
+        return  # the format is known once the checkpoint is open
     if form not in FORMATS:
-        raise ConfigError(f"--weights is {form}, expected {', '.join(FORMATS)}; choose one, or leave it out")
+        raise ConfigError(f"--weights is {form}, expected {', '.join(FORMATS)} or keep; choose one, or leave it out")
     if form not in (takes := _TAKES[options.engine]):
         remedy = f"use --weights {takes[0]}" if takes else "leave it out, or use --engine tensorrt"
         raise ConfigError(
@@ -82,7 +87,9 @@ def _check_capabilities(options: Options, form: str) -> None:
         return
     least = ".".join(map(str, since))
     if options.engine == "tensorrt-rtx":
-        having = [entry for entry in _capabilities(options, anywhere=True) if tuple(map(int, entry.split("."))) >= since]
+        having = [
+            entry for entry in _capabilities(options, anywhere=True) if tuple(map(int, entry.split("."))) >= since
+        ]
         remedy = f"add --gpu-arch {','.join(having)}, or use --weights {_for(lacking)}"
     else:
         remedy = f"use --weights {_for(lacking)}, or build on such a GPU"
@@ -108,18 +115,23 @@ def _capabilities(options: Options, anywhere: bool = False) -> list[str]:
     return [this_gpu(options.engine, level)["compute_capability"].rstrip("+")]
 
 
-def quantised_trace(trace: Trace, options: Options) -> Quantised:
+def quantised_trace(trace: Trace, options: Options, checkpoint: Checkpoint) -> Quantised:
     """The trace with its weights quantised, or as it is where no format is asked for.
 
     Raises:
-        ConfigError: See `quantise`.
+        ConfigError: See `quantise`, `formats_of` and `check_weights`.
     """
     if options.weights is None:
         return Quantised(trace)
+    own = None
+    if options.weights == KEEP:
+        own = formats_of(checkpoint, layers_of(trace))
+        options = replace(options, weights=next(iter(own.values())))
+        check_weights(options)
     activations = activations_of(options)
     if options.weights == "int8":  # ONNX Runtime's own kernels round what int8 weights are multiplied with
         activations = "none"
-    return quantise(trace, options.weights, activations, options.keep_precision)
+    return quantise(trace, str(options.weights), activations, options.keep_precision, own)
 
 
 def quantised_entry(plan: Draft) -> Entry | None:
@@ -130,11 +142,13 @@ def quantised_entry(plan: Draft) -> Entry | None:
     read = {name: part for name, part in plan.quantised.items() if name in stored}
     layers = tuple(dict.fromkeys(part.weight for part in read.values()))
     count = sum(part.count for part in read.values() if part.index == 0)
+    first = next(iter(read.values()))
     return Entry(
-        weights=plan.options.weights,  # type: ignore[arg-type]
-        activations=activations_of(plan.options),  # type: ignore[arg-type]
+        weights=first.form,  # type: ignore[arg-type]
+        kept=first.kept,
+        activations=activations_of(replace(plan.options, weights=first.form)),  # type: ignore[arg-type]
         layers=layers,
         bytes=sum(stored[name][0].itemsize * math.prod(stored[name][1]) for name in read),
-        unquantised_bytes=count * next(iter(read.values())).precision.itemsize,
+        unquantised_bytes=count * first.precision.itemsize,
         keep_precision=plan.options.keep_precision,
     )

@@ -6,9 +6,9 @@ and with activations quantised by token, the largest value of a row of x being a
 
     s = a / 448 * 2**8,   linear(round(x / s), dequantise(weight, weight_scale)) * s + bias
 
-where `round` is a quantisation by the constant 2**-8 and back, for nvfp4 to e2m1 in blocks of 16: engines that multiply in
-few bits ask for a constant, and no sum of products leaves the range of float16. `dequantise` and `round` are markers; every engine has its own
-operators in their place (`lowered`).
+where `round` is a quantisation by the constant 2**-8 and back, for nvfp4 to e2m1 in blocks of 16: engines that multiply
+in few bits ask for a constant, and no sum of products leaves the range of float16. `dequantise` and `round` are
+markers; every engine has its own operators in their place (`lowered`).
 
 The rule, which names no model: quantised is a linear layer that
 
@@ -57,6 +57,7 @@ class Part:
         precision: dtype of its scales.
         index: Which of the tensors of `formats.stored`.
         count: Numbers of the weight.
+        kept: Whether the checkpoint's own values and scales are taken.
     """
 
     weight: str
@@ -64,6 +65,7 @@ class Part:
     precision: torch.dtype
     index: int
     count: int
+    kept: bool = False
 
     def of(self, weight: Tensor) -> Tensor:
         """This part of the weight."""
@@ -109,7 +111,7 @@ def round_operator() -> Any:
     """The marker `taylorseer::round(x, form) -> x`, see `rounded`; defined once per process on first use."""
 
     @torch.library.custom_op("taylorseer::round", mutates_args=())
-    def round(x: Tensor, form: str) -> Tensor:  # noqa: A001  # named as the operator is
+    def round(x: Tensor, form: str) -> Tensor:
         return rounded(x, form)
 
     @round.register_fake
@@ -132,7 +134,9 @@ def is_marker(node: fx.Node) -> bool:
     return node.target in (dequantise_operator(), round_operator())
 
 
-def quantise(trace: Trace, form: str, activations: str = "none", keep: Collection[str] = ()) -> Quantised:
+def quantise(
+    trace: Trace, form: str, activations: str = "none", keep: Collection[str] = (), own: Collection[str] | None = None
+) -> Quantised:
     """A trace with the weights of its linear layers quantised, by the rule above.
 
     Args:
@@ -140,6 +144,7 @@ def quantise(trace: Trace, form: str, activations: str = "none", keep: Collectio
         form: `fp8`, `nvfp4` or `int8`.
         activations: `none`: as they come. `token`: row by row to e4m3, with nvfp4 to e2m1 in blocks.
         keep: Patterns of the shell (`*.attn.to_q`) over names of layers that stay in the model's precision.
+        own: The weights that the checkpoint has in this format, which alone are taken, as they are; None takes all.
 
     Raises:
         ConfigError: A pattern matches no layer that would be quantised, or none is left.
@@ -149,6 +154,7 @@ def quantise(trace: Trace, form: str, activations: str = "none", keep: Collectio
     module = fx.GraphModule(trace.module, graph)
     copied = replace(trace, module=module)
     found = _layers(copied, form)
+    found = {name: nodes for name, nodes in found.items() if own is None or name in own}
     chosen = {name: nodes for name, nodes in found.items() if not any(_matches(name, pattern) for pattern in keep)}
     for pattern in keep:
         if not any(_matches(name, pattern) for name in found):
@@ -163,7 +169,8 @@ def quantise(trace: Trace, form: str, activations: str = "none", keep: Collectio
         )
     parts: dict[str, Part] = {}
     for name, layers in chosen.items():
-        parts |= _with_markers(module, name, layers, form, trace.precision, activations)
+        made = _with_markers(module, name, layers, form, trace.precision, activations)
+        parts |= {part: replace(of, kept=own is not None) for part, of in made.items()}
     graph.lint()
     module.recompile()
     return Quantised(copied, parts)
@@ -185,8 +192,15 @@ def _layers(trace: Trace, form: str) -> dict[str, list[fx.Node]]:
     return found
 
 
+def layers_of(trace: Trace) -> tuple[str, ...]:
+    """The weights of the linear layers that the rule chooses, in any format."""
+    return tuple(_layers(trace, "int8"))
+
+
 def _is_linear_over(node: fx.Node, weight: fx.Node) -> bool:
-    return node.target is aten.linear.default and node.args[1] is weight and weight not in (node.args[0], *node.args[2:])
+    return (
+        node.target is aten.linear.default and node.args[1] is weight and weight not in (node.args[0], *node.args[2:])
+    )
 
 
 def _layer(weight: str) -> str:
@@ -233,7 +247,9 @@ def _by_token(graph: fx.Graph, layer: fx.Node, form: str) -> None:
         size = call(graph, aten.abs.default, [x], like=layer)
         largest = call(graph, aten.amax.default, [size, [-1], True], like=layer)
         scale = call(graph, aten.div.Tensor, [largest, _LARGEST], like=layer)
-        scale = call(graph, aten.clamp.default, [scale, torch.finfo(kind).smallest_normal], like=layer)  # a row of zeros
+        scale = call(
+            graph, aten.clamp.default, [scale, torch.finfo(kind).smallest_normal], like=layer
+        )  # a row of zeros
         share = call(graph, aten.div.Tensor, [x, scale], like=layer)
         flat = form == "nvfp4" and share.meta["val"].ndim > 2
         if flat:  # TensorRT-RTX 1.7 does not follow blocks through the rows of a concatenation of three dimensions
@@ -253,7 +269,8 @@ def _sizes(graph: fx.Graph, node: fx.Node) -> list[Any]:
     """The shape of what a node returns: numbers, and nodes where a size is open."""
     shape, x = node.meta["val"].shape, node.args[0]
     return [
-        call(graph, aten.sym_size.int, [x, k]) if isinstance(size, torch.SymInt) else size for k, size in enumerate(shape)
+        call(graph, aten.sym_size.int, [x, k]) if isinstance(size, torch.SymInt) else size
+        for k, size in enumerate(shape)
     ]
 
 
@@ -262,7 +279,7 @@ def _like(value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty_like(value).new_empty(shape, dtype=dtype)
 
 
-def lowered(cut: Cut, dequantise: Callable[..., Tensor] = dequantised, round: Callable[..., Tensor] = rounded) -> Cut:  # noqa: A002
+def lowered(cut: Cut, dequantise: Callable[..., Tensor] = dequantised, round: Callable[..., Tensor] = rounded) -> Cut:
     """A graph with calls in the place of its markers, which `torch.export` looks into; the graph itself without any.
 
     Args:

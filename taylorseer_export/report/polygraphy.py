@@ -78,8 +78,12 @@ def _options(denoiser: Denoiser) -> Options:
     quantised = manifest.quantised
     given: dict[str, Any] = {}
     if quantised is not None:
-        given = {"weights": quantised.weights, "activations": quantised.activations}
-        given |= {"keep_precision": quantised.keep_precision, "engine": "inductor", "device": "cpu"}  # takes every format
+        given = {"weights": "keep" if quantised.kept else quantised.weights, "activations": quantised.activations}
+        given |= {
+            "keep_precision": quantised.keep_precision,
+            "engine": "inductor",
+            "device": "cpu",
+        }  # takes every format
     return Options(
         order=manifest.state.order,
         interval=manifest.plan.interval,

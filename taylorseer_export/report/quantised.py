@@ -21,6 +21,7 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.graph.formats import dequantised, quantised
 
+Predictions = Sequence[np.ndarray]
 _PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -39,7 +40,7 @@ class Errors:
         )
 
 
-def errors(plain: Sequence[np.ndarray], exact: Sequence[np.ndarray], full: Sequence[np.ndarray], by_plan: Sequence[np.ndarray]) -> Errors:
+def errors(plain: Predictions, exact: Predictions, full: Predictions, by_plan: Predictions) -> Errors:
     """The three errors.
 
     Args:

@@ -163,14 +163,15 @@ def verify(
     """Compare the plans that matter: all full, the default, order 0, an uneven one; and what every guard executes.
 
     Returns:
-        What quantised weights cost beside that; None where there are none.
+        What quantised weights cost beside that; None where there are none, or the checkpoint has no others.
 
     Raises:
         ParityError: A bound is broken.
     """
     model = reference_model(checkpoint)
     plain: list[np.ndarray] = []
-    if denoiser.manifest.quantised is not None:
+    quantised = denoiser.manifest.quantised
+    if quantised is not None and not quantised.kept:  # else the checkpoint has no other weights to compare with
         plain = _predictions(model, denoiser, data)
         hold_quantised(model, checkpoint, denoiser.manifest)
     state, steps = denoiser.manifest.state, len(data.timesteps)

@@ -163,7 +163,7 @@ def pairs_of(
     if closed:
         raise ConfigError(
             f"lora {path} updates {len(closed)} weights that this bundle holds quantised ({some(closed)}), expected "
-            f"weights of its precision; export again with --lora {path}, which is added before they are quantised"
+            f"weights of its precision; export again with --lora {path}, which is added before that"
         )
     pairs, wrong = {}, []
     for module in modules.keys() - set(unread):

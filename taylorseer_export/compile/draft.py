@@ -89,6 +89,7 @@ class BaseDraft(ABC):
         typical: Dimension -> the size that estimates are quoted at.
         stored: Tensor name -> (dtype, shape) of every weight that some graph reads.
         buffers: Tensors that are computed when the model is built and are in no checkpoint.
+        parallel: How they are shared out over ranks; sizes and ranges are those of one of them. None: they are not.
     """
 
     options: Options
@@ -96,6 +97,7 @@ class BaseDraft(ABC):
     typical: dict[str, int]
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     buffers: dict[str, torch.Tensor]
+    parallel: Parallel | None = None
 
     @property
     @abstractmethod
@@ -179,7 +181,6 @@ class Draft(BaseDraft):
     Attributes:
         checkpoint: The model.
         split: Its graphs.
-        parallel: How they are shared out over ranks; sizes and ranges are those of one of them.
     """
 
     checkpoint: Checkpoint

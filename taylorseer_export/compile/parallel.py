@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
-from taylorseer_export.bundle.parallel import Parallel
+from taylorseer_export.bundle.parallel import GROUP, Parallel
 from taylorseer_export.bundle.shapes import names
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.draft import Options
@@ -68,3 +69,23 @@ def sizes_of_one(parallel: Parallel | None, sizes: Mapping[str, _Size]) -> dict[
         return dict(sizes)
     name = parallel.dimension
     return {n: size // parallel.degree if n == name and size is not None else size for n, size in sizes.items()}
+
+
+@contextmanager
+def named_group(parallel: Parallel | None) -> Iterator[None]:
+    """For the length of the block there is a group by the name that graphs hold, of so many ranks; nothing is sent.
+
+    Compilers ask a collective how large its group is.
+    """
+    if parallel is None:
+        yield
+        return
+    from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
+    from torch.distributed import HashStore, ProcessGroup
+
+    group = ProcessGroup(HashStore(), 0, parallel.degree)  # it is not kept by being known
+    _register_process_group(GROUP, group)
+    try:
+        yield
+    finally:
+        _unregister_process_group(GROUP)

@@ -65,8 +65,8 @@ class Share:
             size, left = divmod(values.shape[dim] - offset, factor)
             if left or size % self.ranks:
                 raise StepError(
-                    f"size `{name}` is {size}, expected a multiple of {self.ranks}, the ranks that share it; use such a "
-                    "size, or export again with another --degree"
+                    f"size `{name}` is {size}, expected a multiple of {self.ranks}, the ranks that share it; use "
+                    "such a size, or export again with another --degree"
                 )
             own = size // self.ranks * factor
             values = np.take(values, range(self.rank * own, (self.rank + 1) * own), axis=dim)

@@ -1,0 +1,90 @@
+"""Several ranks in one process: threads, each with a group of its own over gloo, which sends as between processes."""
+
+import threading
+from collections import Counter
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from harness import as_arrays
+from torch import distributed
+from torch._C._distributed_c10d import _register_process_group, _set_thread_isolation_mode
+
+from taylorseer_export.bundle.parallel import GROUP
+from taylorseer_export.compile.eager import eager_modules
+from taylorseer_export.compile.export import describe
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.eager import EagerRunner
+from taylorseer_export.runtime.group import Group
+
+
+def on_ranks(count, work, timeout=30.0):
+    """What `work(group)` returned on each rank, or raised."""
+    store, results = distributed.HashStore(), [None] * count
+
+    def one(rank):
+        try:
+            results[rank] = work(Group(store, rank, count, timeout=timeout))
+        except Exception as error:
+            results[rank] = error
+
+    with _names_by_thread():
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return results
+
+
+def replay_on_ranks(draft, inputs, plan, order=None, work=None):
+    """noise_pred [S, ...] of every rank of a sharded draft, with its eager graphs; `work(group)` before each."""
+    manifest, modules = describe(draft, "eager"), eager_modules(draft)
+    latents, timesteps, conditioning = inputs
+
+    def one(group):
+        if work is not None:
+            work(group)
+        denoiser = Denoiser(manifest, EagerRunner(modules, manifest.graphs), group=group)
+        share = denoiser.share
+        mine, given = share.latents(latents.numpy()), share.conditioning(as_arrays(conditioning))
+        slot = denoiser.slot(denoiser.sizes(mine.shape[1:], given))
+        slot.start(given, denoiser.forecasts(plan=plan, order=order), timesteps.float().numpy())
+        return torch.from_numpy(share.joined(np.stack([slot.step(latent) for latent in mine])))
+
+    results = on_ranks(draft.parallel.degree, one)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+class Counting(distributed.ProcessGroup):
+    """A process group that counts what its rank sends through another: collectives, and bytes to other ranks."""
+
+    def __init__(self, group):
+        super().__init__(group.rank, group.size)
+        self.inner, self.ranks, self.calls, self.bytes = group._handle, group.size, Counter(), 0
+        _register_process_group(GROUP, self)
+
+    def all_gather_single(self, output, given, *options):
+        self.calls["gather"] += 1
+        self.bytes += given.nbytes * (self.ranks - 1)
+        return self.inner._allgather_base(output, given)
+
+    def all_to_all_single(self, output, given, *options):
+        self.calls["exchange"] += 1
+        self.bytes += given.nbytes * (self.ranks - 1) // self.ranks
+        return self.inner.alltoall_base(output, given, [], [])
+
+    _allgather_base, alltoall_base = all_gather_single, all_to_all_single
+
+
+@contextmanager
+def _names_by_thread():
+    """In the block, the name of a group means another one in each thread."""
+    _set_thread_isolation_mode(True)
+    try:
+        yield
+    finally:
+        _set_thread_isolation_mode(False)

@@ -161,6 +161,7 @@ class Denoiser:
         """As the transformer of a diffusers pipeline; the options are those of `DropIn`."""
         from taylorseer_export.runtime.dropin import DropIn
 
+        self.share.expect_one("a drop-in")
         return DropIn(self, **options)
 
     @cached_property

@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from time import monotonic
 
@@ -43,16 +44,20 @@ def on_ranks(count, work, timeout=30.0):
     return results
 
 
-def replay_on_ranks(draft, inputs, plan, order=None, work=None):
-    """noise_pred [S, ...] of every rank of a sharded draft, with its eager graphs; `work(group)` before each."""
+def replay_on_ranks(draft, inputs, plan, order=None, work=None, **options):
+    """noise_pred [S, ...] of every rank of a sharded draft, with its eager graphs; `work(group)` before each.
+
+    With a `guard` among the options each has (noise_pred, executed steps).
+    """
     manifest, modules = describe(draft, "eager"), eager_modules(draft)
 
     def one(group):
         if work is not None:
             work(group)
         denoiser = Denoiser(manifest, EagerRunner(modules, manifest.graphs), group=group)
-        slot, latents = begun(denoiser, inputs, plan, order)
-        return torch.from_numpy(denoiser.share.joined(np.stack([slot.step(latent) for latent in latents])))
+        slot, latents = begun(denoiser, inputs, plan, order, **options)
+        seen = torch.from_numpy(denoiser.share.joined(np.stack([slot.step(latent) for latent in latents])))
+        return (seen, slot.executed) if "guard" in options else seen
 
     results = on_ranks(draft.parallel.degree, one)
     for result in results:
@@ -97,13 +102,13 @@ def killed(draft, inputs, plan, rank, step, timeout=20.0):
             process.join()
 
 
-def begun(denoiser, inputs, plan, order=None):
+def begun(denoiser, inputs, plan, order=None, **options):
     """(slot, latents) of the share of one rank in a request."""
     latents, timesteps, conditioning = inputs
     share = denoiser.share
     mine, given = share.latents(latents.numpy()), share.conditioning(as_arrays(conditioning))
     slot = denoiser.slot(denoiser.sizes(mine.shape[1:], given))
-    slot.start(given, denoiser.forecasts(plan=plan, order=order), timesteps.float().numpy())
+    slot.start(given, replace(denoiser.forecasts(plan=plan, order=order), **options), timesteps.float().numpy())
     return slot, mine
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from harness import allowed, eager_denoiser, run, toy_trace
 from oracle import assert_close
-from ranks import Counting, killed, on_ranks, replay_on_ranks
+from ranks import Counting, begun, killed, on_ranks, replay_on_ranks
 from tiny_bundles import options_of, trace_of
 
 from taylorseer_export.compile.export import check_options, describe, draft
 from taylorseer_export.errors import BundleError, ConfigError, ExportError, StepError
 from taylorseer_export.graph.shard import counted, sent, shard
+from taylorseer_export.method import Guard
 from taylorseer_export.runtime.share import check_ranks
 
 PLAN, ORDER = "FF.F..", 2
@@ -39,6 +40,14 @@ def shared(tiny):
             traced(name, mode, ranks), parallel_options(mode, ranks, granularity, layout)
         )
     )
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny):
+    """Ranks (1 is the model alone) -> draft with a guard."""
+    how = {1: {}, 2: {"engine": "inductor", "parallel": "gather", "degree": 2}}
+    made = {n: options_of("last", order=ORDER, guards=("fbcache",), **changes) for n, changes in how.items()}
+    return cache(lambda ranks: draft(trace_of("plain", tiny("plain").folder, made[ranks]), made[ranks]))
 
 
 def parallel_options(mode, ranks, granularity="module", layout="snapshots"):
@@ -95,6 +104,25 @@ def test_only_full_steps_send_and_as_much_as_their_graph_says(shared, tiny, mode
     width = config.num_attention_heads * config.attention_head_dim * 4  # bytes of a row of keys
     rows = 2 * 5 * 2 if mode == "gather" else 2 * (3 * 5 + 5 + 6) / 2  # sent to the one other rank, of both samples
     assert groups[0].bytes == full * attentions * rows * width
+
+
+def test_ranks_decide_alike_by_the_error_of_all_rows(guarded, tiny):
+    """As the model alone does; a rank that went by its own rows would decide otherwise, and the other would wait."""
+    inputs, plan = tiny("plain").inputs(8, batch=2), "FF......"
+    denoiser = eager_denoiser(guarded(1))
+
+    def alone(threshold):
+        slot, latents = begun(denoiser, inputs, plan, guard=Guard("fbcache", threshold))
+        return torch.from_numpy(np.stack([slot.step(latent) for latent in latents])), slot
+
+    errors = [error for error in alone(1e30)[1].errors if error == error]
+    threshold = float(np.median(errors))
+    reference, slot = alone(threshold)
+    assert 0 < slot.executed[2:].count("F") < 6
+    ranks = replay_on_ranks(guarded(2), inputs, plan, guard=Guard("fbcache", threshold))
+    assert [executed for _, executed in ranks] == [slot.executed] * 2
+    bound = 2 * allowed(tiny("plain").model, reference, slot.executed, ORDER)
+    assert_close("guarded", ranks[0][0], reference, bound)
 
 
 def test_state_and_tables_of_rows_are_of_one_rank(shared, drafts):

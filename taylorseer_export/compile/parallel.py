@@ -20,21 +20,18 @@ def check_parallel(options: Options) -> None:
     """Refuse what is not shared out over ranks.
 
     Raises:
-        ConfigError: The kind of engine has no collectives here, or the bundle is to hold what no rank shares.
+        ConfigError: The kind of engine has no collectives here, or there are too many ranks.
     """
     if options.parallel is None:
         return
     if not 2 <= options.degree <= 64:
         raise ConfigError(f"--degree is {options.degree}, expected 2 to 64 (ranks); change it")
-    asked = f"--parallel is {options.parallel}"
     if options.engine not in _ENGINES:
         why = " (ONNX Runtime's packages hold no collectives)" if options.engine == "onnxruntime" else ""
         raise ConfigError(
-            f"{asked} with --engine {options.engine}, expected --engine {_ENGINES[0]}, the one that sends between "
+            f"--parallel is {options.parallel} with --engine {options.engine}, expected --engine {_ENGINES[0]}, the one that sends between "
             f"ranks{why}; choose it"
         )
-    if options.guards:
-        raise ConfigError(f"{asked} with --guard, expected plans alone for ranks; leave one of them out")
 
 
 def parallel_of(checkpoint: Checkpoint, options: Options) -> Parallel | None:

@@ -16,6 +16,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import GraphName, Tensor
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.runtime.contract import Contract
+from taylorseer_export.runtime.group import Group
 from taylorseer_export.runtime.probe import Probe
 from taylorseer_export.runtime.runner import Buffer, Call, Runner
 from taylorseer_export.runtime.schedule import ForecastStep, FullStep
@@ -36,6 +37,7 @@ class Memory:
         contract: Of the bundle.
         runner: The loaded engines.
         sizes: Of every dimension but the steps.
+        group: The ranks that run it, where it is shared out.
 
     Attributes:
         buffers: Name -> buffer of every tensor of the graphs in the loop, but the Taylor buffers.
@@ -48,7 +50,9 @@ class Memory:
         probe: What measures the errors of a guard; None in a bundle without guards.
     """
 
-    def __init__(self, contract: Contract, runner: Runner, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, contract: Contract, runner: Runner, sizes: Mapping[str, int], group: Group | None = None
+    ) -> None:
         self._contract, self._runner, self._sizes = contract, runner, dict(sizes)
         graphs, self._layout = contract.manifest.graphs, contract.manifest.state.layout
         self.buffers: dict[str, Buffer] = {}
@@ -70,7 +74,7 @@ class Memory:
         self.probe: Probe | None = None
         if "probe" in graphs:
             self.calls["rest"] = self._bind_full("rest")
-            self.probe = Probe(contract.manifest, runner, self.buffers, self._new)
+            self.probe = Probe(contract.manifest, runner, self.buffers, self._new, group)
         self._prepared: _Prepared | None = None
         self._number_tables: dict[GraphName, Buffer] = {}
 

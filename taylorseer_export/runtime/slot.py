@@ -48,7 +48,7 @@ class Slot:
         self, contract: Contract, runner: Runner, sizes: Mapping[str, int], group: Group | None = None
     ) -> None:
         self.contract, self.sizes, self._group = contract, dict(sizes), group
-        self.memory = Memory(contract, runner, sizes)
+        self.memory = Memory(contract, runner, sizes, group)
         self._capacity = contract.defaults.capacity
         self._latent_shape = resolve(contract.latent.shape, self.sizes)
         self._guard: Guard | None = None

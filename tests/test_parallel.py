@@ -2,6 +2,8 @@
 
 # Shapes: S steps, B batch
 
+import subprocess
+import sys
 from functools import cache
 
 import numpy as np
@@ -11,12 +13,14 @@ import torch
 from harness import allowed, eager_denoiser, run, toy_trace
 from oracle import assert_close
 from ranks import Counting, begun, killed, on_ranks, replay_on_ranks
+from safetensors.torch import load_file, save_file
 from tiny_bundles import options_of, trace_of
 
-from taylorseer_export.compile.export import check_options, describe, draft
+from taylorseer_export.compile.export import check_options, describe, draft, write_bundle
 from taylorseer_export.errors import BundleError, ConfigError, ExportError, StepError
 from taylorseer_export.graph.shard import counted, sent, shard
 from taylorseer_export.method import Guard
+from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.share import check_ranks
 
 PLAN, ORDER = "FF.F..", 2
@@ -138,7 +142,7 @@ def test_what_is_not_shared_out_is_refused(shared, tiny):
     manifest = describe(shared("flux", "gather", 2), "a")
     with pytest.raises(BundleError, match=r"1 rank runs a bundle .* over 2, expected 2; run it with `torchrun"):
         check_ranks(manifest, None)
-    with pytest.raises(ConfigError, match="--engine inductor, the one that sends between ranks .ONNX Runtime"):
+    with pytest.raises(ConfigError, match=r"--engine inductor, which sends between ranks .ONNX Runtime"):
         check_options(options_of(parallel="gather"))
     with pytest.raises(ConfigError, match="is 4096 image_tokens, expected a size that --degree 3 divides"):
         trace_of("flux", tiny("flux").folder, parallel_options("gather", 3))
@@ -201,6 +205,39 @@ def test_a_rank_that_is_killed_in_mid_loop_ends_the_other_with_its_name(shared, 
     said, seconds = killed(shared("flux", "gather", 2), tiny("flux").inputs(len(plan)), plan, rank, 20)
     assert f"rank {rank} of 2 has died or is late after " in said and "expected all 2 ranks within 20 s" in said
     assert seconds < 20
+
+
+@pytest.fixture(scope="module")
+def package(tiny, once):
+    """Folder of an AOTInductor bundle for two ranks that exchange heads, of every size."""
+    options = options_of("residual", order=ORDER, engine="inductor", parallel="ulysses", degree=2)
+
+    def write(folder):
+        return write_bundle(draft(trace_of("plain", tiny("plain").folder, options), options), folder, "ranks")
+
+    return once("parallel-ulysses", write)
+
+
+@pytest.mark.slow
+def test_torchrun_writes_what_one_process_writes(package, tiny, tmp_path):
+    """Two processes with compiled graphs, of odd rows each and a batch of two; then one of them has other inputs."""
+    inputs = tiny("plain").inputs(len(PLAN), batch=2, height=2, width=5)
+    latents, timestep, conditioning = inputs
+    tensors = {"latents": latents, "timestep": timestep, **conditioning}
+    given, written = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, given)
+    replay = ["-m", "taylorseer_export", "replay", str(package), "--inputs", str(given), "--outputs", str(written)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, *replay, "--plan", PLAN], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1
+    reference = oracle.replay(tiny("plain").model, *inputs, PLAN, ORDER, "residual")
+    bound = allowed(tiny("plain").model, reference, PLAN, ORDER)
+    assert_close("torchrun", load_file(written)["noise_pred"], reference, bound)
+    alone = subprocess.run([sys.executable, *replay], capture_output=True, text=True, timeout=600)
+    assert alone.returncode == 2 and "1 rank runs a bundle that is shared out over 2, expected 2" in alone.stderr
+    with pytest.raises(BundleError, match="1 rank runs a bundle"):
+        load(package)
 
 
 def test_one_rank_is_what_it_was(drafts, tiny):

@@ -212,8 +212,8 @@ class Rows:
         where = next(reversed([path for path in module_paths(node) if path]), self.family)
         raise ExportError(
             f"operator `{operator_of(node) or node.target}` of `{where}` {why} along `{self.name}`, expected each row "
-            f"of the latent to be treated alone but by attention; family {self.family} is not shared out over ranks yet, "
-            "leave --parallel out"
+            f"of the latent to be treated alone but by attention; family {self.family} is not shared out over ranks "
+            "yet, leave --parallel out"
         )
 
 

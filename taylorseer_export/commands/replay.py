@@ -64,7 +64,7 @@ def run(given: argparse.Namespace) -> int:
             f"tensor `timestep` is {list(timesteps.shape)}, expected [{len(latents)}], one for each of the latents "
             f"{list(latents.shape)}; give both the same first dimension"
         )
-    denoiser = open_denoiser(given)
+    denoiser = open_denoiser(given, ranks=True)
     share = denoiser.share
     others = {name: _beside(tensors, tensor, latents) for name, tensor in denoiser.others.items()}
     forecasts = forecasts_of(denoiser, given, len(latents))

@@ -23,8 +23,14 @@ _NUMPY = {"F16": "f2", "F32": "f4", "F64": "f8", "BOOL": "?"} | {
 }
 
 
-def open_denoiser(given: argparse.Namespace, one_latent: str = "") -> Denoiser:
-    """The bundle that was named, loaded as was asked; `one_latent` is a verb that serves no bundle of several."""
+def open_denoiser(given: argparse.Namespace, one_latent: str = "", ranks: bool = False) -> Denoiser:
+    """The bundle that was named, loaded as was asked.
+
+    Args:
+        given: The command line.
+        one_latent: A verb that serves no bundle of several latents.
+        ranks: Whether the command may be run by several ranks.
+    """
     from taylorseer_export.bundle.latents import refuse_several
     from taylorseer_export.bundle.store import open_bundle
     from taylorseer_export.runtime.denoiser import load
@@ -36,7 +42,7 @@ def open_denoiser(given: argparse.Namespace, one_latent: str = "") -> Denoiser:
     if one_latent:
         bundle = open_bundle(bundle)
         refuse_several(bundle.manifest, one_latent)
-    group = Group.from_environment(given.device)
+    group = Group.from_environment(given.device) if ranks else None
     denoiser = load(bundle, given.device, given.threads, None, not given.no_cuda_graphs, lora=lora, group=group)
     if lora:
         from taylorseer_export.bundle.memory import lora_bytes, size

@@ -102,6 +102,7 @@ class BaseDraft(ABC):
         typical: Dimension -> the size that estimates are quoted at.
         stored: Tensor name -> (dtype, shape) of every weight that some graph reads.
         buffers: Tensors that are computed when the model is built and are in no checkpoint.
+        parallel: How they are shared out over ranks; sizes and ranges are those of one of them. None: they are not.
     """
 
     options: Options
@@ -109,6 +110,7 @@ class BaseDraft(ABC):
     typical: dict[str, int]
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     buffers: dict[str, torch.Tensor]
+    parallel: Parallel | None = None
 
     @property
     @abstractmethod
@@ -198,7 +200,6 @@ class Draft(BaseDraft):
         split: Its graphs.
         quantised: Name of a stored tensor -> what it is of which quantised weight.
         lora: Its low-rank inputs.
-        parallel: How they are shared out over ranks; sizes and ranges are those of one of them.
     """
 
     checkpoint: Checkpoint

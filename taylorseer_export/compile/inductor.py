@@ -20,6 +20,7 @@ from taylorseer_export.bundle.manifest import Engine
 from taylorseer_export.compile.draft import BaseDraft, Options
 from taylorseer_export.compile.eager import pointwise_sums, weighted, writing
 from taylorseer_export.compile.engines import Progress, library_versions
+from taylorseer_export.compile.parallel import named_group
 from taylorseer_export.compile.program import example_inputs, exported_program, quiet_libraries
 from taylorseer_export.compile.weights import WEIGHTS
 from taylorseer_export.errors import BuildError, first_line
@@ -133,7 +134,7 @@ def compile_program(
         "max_autotune": bool(draft.options.engine_options.get("max-autotune")),
     }
     try:
-        with torch.no_grad(), quiet_libraries():
+        with torch.no_grad(), quiet_libraries(), named_group(draft.parallel):
             inputs = example_inputs((*cut.inputs, *cut.outputs), draft.graph_sizes, draft.ranges(), device)
             files = torch._inductor.aot_compile(program.module(check_guards=False), inputs, options=settings)
     except Exception as error:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
-from taylorseer_export.bundle.parallel import Parallel
+from taylorseer_export.bundle.parallel import GROUP, Parallel
 from taylorseer_export.bundle.shapes import names
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.draft import Options
@@ -19,21 +20,18 @@ def check_parallel(options: Options) -> None:
     """Refuse what is not shared out over ranks.
 
     Raises:
-        ConfigError: The kind of engine has no collectives here, or the bundle is to hold what no rank shares.
+        ConfigError: The kind of engine has no collectives here, or there are too many ranks.
     """
     if options.parallel is None:
         return
     if not 2 <= options.degree <= 64:
         raise ConfigError(f"--degree is {options.degree}, expected 2 to 64 (ranks); change it")
-    asked = f"--parallel is {options.parallel}"
     if options.engine not in _ENGINES:
         why = " (ONNX Runtime's packages hold no collectives)" if options.engine == "onnxruntime" else ""
         raise ConfigError(
-            f"{asked} with --engine {options.engine}, expected --engine {_ENGINES[0]}, the one that sends between "
+            f"--parallel is {options.parallel} with --engine {options.engine}, expected --engine {_ENGINES[0]}, which sends between "
             f"ranks{why}; choose it"
         )
-    if options.guards:
-        raise ConfigError(f"{asked} with --guard, expected plans alone for ranks; leave one of them out")
 
 
 def parallel_of(checkpoint: Checkpoint, options: Options) -> Parallel | None:
@@ -68,3 +66,23 @@ def sizes_of_one(parallel: Parallel | None, sizes: Mapping[str, _Size]) -> dict[
         return dict(sizes)
     name = parallel.dimension
     return {n: size // parallel.degree if n == name and size is not None else size for n, size in sizes.items()}
+
+
+@contextmanager
+def named_group(parallel: Parallel | None) -> Iterator[None]:
+    """For the length of the block there is a group by the name that graphs hold, of so many ranks; nothing is sent.
+
+    Compilers ask a collective how large its group is.
+    """
+    if parallel is None:
+        yield
+        return
+    from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
+    from torch.distributed import HashStore, ProcessGroup
+
+    group = ProcessGroup(HashStore(), 0, parallel.degree)  # it is not kept by being known
+    _register_process_group(GROUP, group)
+    try:
+        yield
+    finally:
+        _unregister_process_group(GROUP)

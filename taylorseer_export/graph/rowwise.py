@@ -211,9 +211,9 @@ class Rows:
         """Refuse to share the rows of this model out, because of that node."""
         where = next(reversed([path for path in module_paths(node) if path]), self.family)
         raise ExportError(
-            f"operator `{operator_of(node) or node.target}` of `{where}` {why} along `{self.name}`, expected each row of "
-            f"the latent to be treated alone but by attention; family {self.family} is not shared out over ranks yet, "
-            "leave --parallel out"
+            f"operator `{operator_of(node) or node.target}` of `{where}` {why} along `{self.name}`, expected each row "
+            f"of the latent to be treated alone but by attention; family {self.family} is not shared out over ranks "
+            "yet, leave --parallel out"
         )
 
 

@@ -22,15 +22,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import fx
 
 from taylorseer_export.bundle.parallel import GROUP, RANK, Mode
-from taylorseer_export.bundle.shapes import is_linear, names
+from taylorseer_export.bundle.shapes import is_linear, names, resolve
 from taylorseer_export.errors import ExportError
 from taylorseer_export.families.family import Input
+from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.rewrite import call
 from taylorseer_export.graph.rowwise import Rows, Segment, attentions, is_constant, operator_of, written
 from taylorseer_export.graph.trace import Trace, eliminate_dead
@@ -91,7 +93,7 @@ class _Pass:
 
     def share(self, node: fx.Node) -> None:
         """One attention over all ranks' rows, where its keys are rows of the latent."""
-        query, key, value, mask, dropout, causal, *_ = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])
+        query, key, value, mask, _, causal, *_ = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])
         mask = node.kwargs.get("attn_mask", mask)
         length = key.meta["val"].shape[-2]  # type: ignore[union-attr]
         if not self.rows.holds(length):
@@ -305,3 +307,28 @@ def counted(graphs: Mapping[str, fx.Graph]) -> dict[str, int]:
         name: sum(str(n.target).startswith("_c10d_functional.") and "wait" not in str(n.target) for n in graph.nodes)
         for name, graph in graphs.items()
     }
+
+
+def sent(cut: Cut, sizes: Mapping[str, int], ranks: int) -> int:
+    """Bytes that one rank sends the others in a call of a graph, counted from what its collectives are given.
+
+        gather: (N - 1) times what it is given        exchange: (N - 1) / N of it
+
+    Args:
+        cut: The graph.
+        sizes: Of one rank.
+        ranks: N.
+    """
+    given: list[tuple[str, int]] = []
+
+    class _Counter(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if str(target).startswith("_c10d_functional.") and "wait" not in str(target):
+                given.append((str(target), args[0].numel() * args[0].element_size()))
+            return super().call_function(target, args, kwargs)
+
+    weight = next(n for n in cut.module.graph.nodes if n.op == "get_attr")
+    with attrgetter(str(weight.target))(cut.module).fake_mode, torch.no_grad():
+        inputs = [torch.empty(resolve(t.shape, sizes), dtype=getattr(torch, t.dtype)) for t in cut.inputs]
+        _Counter(cut.module).run(*inputs)
+    return sum(size * (ranks - 1) // (ranks if "all_to_all" in target else 1) for target, size in given)

@@ -22,8 +22,8 @@ from taylorseer_export.runtime.check import check_engines
 from taylorseer_export.runtime.contract import Contract, lora_input
 from taylorseer_export.runtime.decoding import Decoder, open_decoder
 from taylorseer_export.runtime.engines import open_runner
-from taylorseer_export.runtime.group import Group, together
 from taylorseer_export.runtime.frames import FrameEncoder, open_picture_encoder
+from taylorseer_export.runtime.group import Group, together
 from taylorseer_export.runtime.lora import Merged, merged
 from taylorseer_export.runtime.parts import Encoder, Part, open_part
 from taylorseer_export.runtime.runner import Runner
@@ -181,6 +181,7 @@ class Denoiser:
         """As the transformer of a diffusers pipeline; the options are those of `DropIn`."""
         from taylorseer_export.runtime.dropin import DropIn
 
+        self.share.expect_one("a drop-in")
         return DropIn(self, **options)
 
     @cached_property

@@ -177,9 +177,9 @@ class Group:
             ) from error
 
 
-def together(group: Group | None) -> AbstractContextManager[None]:
+def together(group: Group | None, step: int | None = None) -> AbstractContextManager[None]:
     """`Group.together` where there are several ranks."""
-    return nullcontext() if group is None else group.together()
+    return nullcontext() if group is None else group.together(step)
 
 
 def _process_group(store: Any, rank: int, size: int, device: Device, timeout: float) -> Any:

@@ -19,6 +19,7 @@ from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.errors import StepError
 from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.contract import Contract
+from taylorseer_export.runtime.group import Group
 from taylorseer_export.runtime.probe import Probe
 from taylorseer_export.runtime.runner import Buffer, Call, Runner
 from taylorseer_export.runtime.schedule import ForecastStep, FullStep
@@ -39,6 +40,7 @@ class Memory:
         contract: Of the bundle.
         runner: The loaded engines.
         sizes: Of every dimension but the steps.
+        group: The ranks that run it, where it is shared out.
 
     Attributes:
         buffers: Name -> buffer of every tensor of the graphs in the loop, but the Taylor buffers.
@@ -53,7 +55,9 @@ class Memory:
         adapted: The LoRA whose low-rank weights are in place; None for zeros.
     """
 
-    def __init__(self, contract: Contract, runner: Runner, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, contract: Contract, runner: Runner, sizes: Mapping[str, int], group: Group | None = None
+    ) -> None:
         self._contract, self._runner, self._sizes = contract, runner, dict(sizes)
         graphs, self._layout = contract.manifest.graphs, contract.manifest.state.layout
         self.buffers: dict[str, Buffer] = {}
@@ -75,7 +79,7 @@ class Memory:
         self.probe: Probe | None = None
         if "probe" in graphs:
             self.calls["rest"] = self._bind_full("rest")
-            self.probe = Probe(contract.manifest, runner, self.buffers, self._new)
+            self.probe = Probe(contract.manifest, runner, self.buffers, self._new, group)
         self.adapted: Adapter | None = None
         self._prepared: _Prepared | None = None
         self._number_tables: dict[GraphName, Buffer] = {}

@@ -15,6 +15,7 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Role, Tensor
 from taylorseer_export.method import Capacity, Forecasts, Guard, Plan, Rule
+from taylorseer_export.runtime.group import Group, together
 from taylorseer_export.runtime.runner import Buffer, Runner
 from taylorseer_export.runtime.schedule import forecast_step, full_step
 
@@ -27,14 +28,21 @@ class Probe:
         runner: The loaded engines.
         buffers: Name -> buffer of every tensor that the probe shares with the slot.
         new: Allocates a buffer for a tensor of the contract.
+        group: The ranks that share the rows out: all of them decide by the error of all rows.
 
     Attributes:
         errors: Of every step of the request so far, dimensionless; NaN where nothing was compared.
     """
 
     def __init__(
-        self, manifest: Manifest, runner: Runner, buffers: Mapping[str, Buffer], new: Callable[[Tensor], Buffer]
+        self,
+        manifest: Manifest,
+        runner: Runner,
+        buffers: Mapping[str, Buffer],
+        new: Callable[[Tensor], Buffer],
+        group: Group | None = None,
     ) -> None:
+        self._group = group
         graph = manifest.graphs["probe"]
         rings = {t.name: new(t) for t in graph.inputs if t.role == "probe_in"}
         inputs = {t.name: rings.get(t.name) or buffers[t.name] for t in graph.inputs}
@@ -72,12 +80,17 @@ class Probe:
             past = "F" if guard.every_step else executed
             expected = forecast_step(Forecasts(Plan(past + "."), self._order), len(past), self._capacity)
             self._weights[guard.rule].write(expected.weights)
-        self._call()
+        with together(self._group, len(executed)):
+            self._call()
 
     def forecasts(self) -> bool:
         """Whether the measured step, planned as a forecast step, stays one: the one value that the host waits for."""
         assert self._guard is not None
-        difference, against = self._measured[self._guard.rule].read().astype(np.float64).sum(0)
+        sums = self._measured[self._guard.rule].read().astype(np.float64).sum(0)
+        if self._group is not None:
+            with self._group.together(len(self.errors)):
+                sums = self._group.summed(sums)  # of means over equally many rows
+        difference, against = sums
         with np.errstate(divide="ignore", invalid="ignore"):
             self.errors.append(float(difference / against))
         self._since_full.append(self.errors[-1])

@@ -249,9 +249,11 @@ class Loop:
 
     Raises:
         StepError: An input does not fit the bundle.
+        ConfigError: It is shared out over ranks.
     """
 
     def __init__(self, denoiser: Denoiser, request: Request, forecasts: Forecasts) -> None:
+        denoiser.share.expect_one("sampling")
         self.request, self.forecasts = request, forecasts
         self._manifest, self._pipeline = denoiser.manifest, denoiser.manifest.pipeline
         self.plan = request.planned(forecasts.plan)

@@ -38,6 +38,14 @@ class Share:
     def ranks(self) -> int:
         return 1 if self._parallel is None else self._parallel.degree
 
+    def expect_one(self, what: str) -> None:
+        """Refuse to do on several ranks what one does alone so far; raises `ConfigError`."""
+        if self.ranks > 1:
+            raise ConfigError(
+                f"{what} is asked of a bundle that is shared out over {self.ranks} ranks, expected `replay` or slots "
+                "alone; export again without --parallel for it"
+            )
+
     def latents(self, values: np.ndarray) -> np.ndarray:
         """This rank's rows of latents, or of several in their leading dimensions."""
         return self._rows(self._contract.latent, values)
@@ -65,8 +73,8 @@ class Share:
             size, left = divmod(values.shape[dim] - offset, factor)
             if left or size % self.ranks:
                 raise StepError(
-                    f"size `{name}` is {size}, expected a multiple of {self.ranks}, the ranks that share it; use such a "
-                    "size, or export again with another --degree"
+                    f"size `{name}` is {size}, expected a multiple of {self.ranks}, the ranks that share it; use "
+                    "such a size, or export again with another --degree"
                 )
             own = size // self.ranks * factor
             values = np.take(values, range(self.rank * own, (self.rank + 1) * own), axis=dim)
@@ -97,5 +105,5 @@ def check_ranks(manifest: Manifest, group: Group | None) -> None:
         )
     raise BundleError(
         f"{seen} rank{'s' * (seen > 1)} run{'s' * (seen == 1)} a bundle that is shared out over {wanted}, expected "
-        f"{wanted}; start it with `torchrun --nproc-per-node {wanted} -m taylorseer_export …`"
+        f"{wanted}; run it with `torchrun --nproc-per-node {wanted} -m taylorseer_export replay …`"
     )

@@ -55,7 +55,7 @@ class Slot:
         group: Group | None = None,
     ) -> None:
         self.contract, self.sizes, self._lora, self._group = contract, dict(sizes), lora, group
-        self.memory = Memory(contract, runner, sizes)
+        self.memory = Memory(contract, runner, sizes, group)
         self._capacity = contract.defaults.capacity
         self._latents = {t.name: t for t in (contract.latent, *contract.others.values())}
         self._shapes = {name: resolve(tensor.shape, self.sizes) for name, tensor in self._latents.items()}

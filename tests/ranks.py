@@ -1,0 +1,144 @@
+"""Several ranks in one process: threads, each with a group of its own over gloo, which sends as between processes."""
+
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from time import monotonic
+
+import numpy as np
+import torch
+from harness import as_arrays
+from torch import distributed
+from torch._C._distributed_c10d import (
+    _register_process_group,
+    _set_thread_isolation_mode,
+    _unregister_process_group,
+)
+
+from taylorseer_export.bundle.parallel import GROUP
+from taylorseer_export.compile.eager import eager_modules
+from taylorseer_export.compile.export import describe
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.eager import EagerRunner
+from taylorseer_export.runtime.group import Group
+
+
+def on_ranks(count, work, timeout=30.0):
+    """What `work(group)` returned on each rank, or raised."""
+    store, results = distributed.HashStore(), [None] * count
+
+    def one(rank):
+        try:
+            results[rank] = work(Group(store, rank, count, timeout=timeout))
+        except Exception as error:
+            results[rank] = error
+
+    with _names_by_thread():
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return results
+
+
+def replay_on_ranks(draft, inputs, plan, order=None, work=None, **options):
+    """noise_pred [S, ...] of every rank of a sharded draft, with its eager graphs; `work(group)` before each.
+
+    With a `guard` among the options each has (noise_pred, executed steps).
+    """
+    manifest, modules = describe(draft, "eager"), eager_modules(draft)
+
+    def one(group):
+        if work is not None:
+            work(group)
+        denoiser = Denoiser(manifest, EagerRunner(modules, manifest.graphs), group=group)
+        slot, latents = begun(denoiser, inputs, plan, order, **options)
+        seen = torch.from_numpy(denoiser.share.joined(np.stack([slot.step(latent) for latent in latents])))
+        return (seen, slot.executed) if "guard" in options else seen
+
+    results = on_ranks(draft.parallel.degree, one)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+def killed(draft, inputs, plan, rank, step, timeout=20.0):
+    """Two ranks as processes, of which one is killed at a step: (what the other one said, seconds until it did).
+
+    The processes are forks of this one, which keeps the store.
+    """
+    manifest, modules = describe(draft, "eager"), eager_modules(draft)
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = get_context("fork")
+    steps, said = context.Queue(), context.Queue()
+
+    def one(mine):
+        torch.set_num_threads(1)  # a fork has none of the threads that would share the work
+        try:
+            group = Group(distributed.TCPStore("127.0.0.1", store.port), mine, 2, timeout=timeout)
+            slot, latents = begun(Denoiser(manifest, EagerRunner(modules, manifest.graphs), group=group), inputs, plan)
+            for number, latent in enumerate(latents):
+                steps.put((mine, number))
+                slot.step(latent)
+        except Exception as error:
+            said.put(str(error))
+
+    processes = [context.Process(target=one, args=(mine,), daemon=True) for mine in range(2)]
+    try:
+        for process in processes:
+            process.start()
+        while steps.get(timeout=timeout) != (rank, step):
+            pass
+        processes[rank].kill()
+        begin = monotonic()
+        return said.get(timeout=2 * timeout), monotonic() - begin
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def begun(denoiser, inputs, plan, order=None, **options):
+    """(slot, latents) of the share of one rank in a request."""
+    latents, timesteps, conditioning = inputs
+    share = denoiser.share
+    mine, given = share.latents(latents.numpy()), share.conditioning(as_arrays(conditioning))
+    slot = denoiser.slot(denoiser.sizes(mine.shape[1:], given))
+    slot.start(given, replace(denoiser.forecasts(plan=plan, order=order), **options), timesteps.float().numpy())
+    return slot, mine
+
+
+class Counting(distributed.ProcessGroup):
+    """A process group that counts what its rank sends through another: collectives, and bytes to other ranks."""
+
+    def __init__(self, group):
+        super().__init__(group.rank, group.size)
+        self.inner, self.ranks, self.calls, self.bytes = group._handle, group.size, Counter(), 0
+        _unregister_process_group(GROUP)
+        _register_process_group(GROUP, self)
+
+    def all_gather_single_coalesced(self, outputs, given, *options):
+        self.calls["gather"] += 1
+        self.bytes += sum(one.nbytes for one in given) * (self.ranks - 1)
+        return self.inner.allgather_into_tensor_coalesced(outputs, given)
+
+    def all_to_all_single(self, output, given, *options):
+        self.calls["exchange"] += 1
+        self.bytes += given.nbytes * (self.ranks - 1) // self.ranks
+        return self.inner.alltoall_base(output, given, [], [])
+
+    allgather_into_tensor_coalesced, alltoall_base = all_gather_single_coalesced, all_to_all_single
+
+
+@contextmanager
+def _names_by_thread():
+    """In the block, the name of a group means another one in each thread."""
+    _set_thread_isolation_mode(True)
+    try:
+        yield
+    finally:
+        _set_thread_isolation_mode(False)

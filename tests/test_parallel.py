@@ -1,0 +1,249 @@
+"""Ranks: a model that is shared out over several gives what it gives alone, and sends what its graphs say."""
+
+# Shapes: S steps, B batch
+
+import subprocess
+import sys
+from functools import cache
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from harness import allowed, eager_denoiser, run, toy_trace
+from oracle import assert_close
+from ranks import Counting, begun, killed, on_ranks, replay_on_ranks
+from safetensors.torch import load_file, save_file
+from tiny_bundles import options_of, trace_of
+
+from taylorseer_export.compile.export import check_options, describe, draft, write_bundle
+from taylorseer_export.errors import BundleError, ConfigError, ExportError, StepError
+from taylorseer_export.graph.shard import counted, sent, shard
+from taylorseer_export.method import Guard
+from taylorseer_export.runtime.denoiser import load
+from taylorseer_export.runtime.share import check_ranks
+
+PLAN, ORDER = "FF.F..", 2
+# (model, mode, ranks) -> (granularity, layout, sizes of the request); one trace each.
+CASES = {
+    ("flux", "gather", 2): [("module", "snapshots", {"height": 2, "width": 5}), ("residual", "derivatives", {})],
+    ("flux", "ulysses", 2): [("module", "derivatives", {"height": 2, "width": 5}), ("last", "snapshots", {})],
+    ("flux", "gather", 4): [("module", "snapshots", {})],
+    ("qwen-image", "gather", 2): [("module", "snapshots", {})],
+    ("wan", "ulysses", 2): [("module", "snapshots", {"height": 4})],
+}
+RUNS = [(*key, *how) for key, runs in CASES.items() for how in runs]
+
+
+@pytest.fixture(scope="module")
+def shared(tiny):
+    """(model, mode, ranks, granularity, layout) -> draft of what one rank runs."""
+    traced = cache(lambda name, mode, ranks: trace_of(name, tiny(name).folder, parallel_options(mode, ranks)))
+    return cache(
+        lambda name, mode, ranks, granularity="module", layout="snapshots": draft(
+            traced(name, mode, ranks), parallel_options(mode, ranks, granularity, layout)
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny):
+    """Ranks (1 is the model alone) -> draft with a guard."""
+    how = {1: {}, 2: {"engine": "inductor", "parallel": "gather", "degree": 2}}
+    made = {n: options_of("last", order=ORDER, guards=("fbcache",), **changes) for n, changes in how.items()}
+    return cache(lambda ranks: draft(trace_of("plain", tiny("plain").folder, made[ranks]), made[ranks]))
+
+
+def parallel_options(mode, ranks, granularity="module", layout="snapshots"):
+    return options_of(granularity, layout, ORDER, engine="inductor", parallel=mode, degree=ranks)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "ranks", "granularity", "layout", "sizes"), RUNS, ids=["-".join(map(str, r[:5])) for r in RUNS]
+)
+def test_ranks_give_what_the_model_gives(shared, tiny, name, mode, ranks, granularity, layout, sizes):
+    """Every rank joins the same rows; odd numbers of them, a batch of two, guidance where the model is told of it."""
+    model, inputs = tiny(name).model, tiny(name).inputs(len(PLAN), batch=2, **sizes)
+    made = shared(name, mode, ranks, granularity, layout)
+    reference = oracle.replay(model, *inputs, PLAN, ORDER, granularity)
+    seen = replay_on_ranks(made, inputs, PLAN, ORDER)
+    assert_close(f"{ranks} ranks", seen[0], reference, allowed(model, reference, PLAN, ORDER))
+    assert all(torch.equal(other, seen[0]) for other in seen[1:])
+    swapped = torch.roll(seen[0], 1, -2)  # rows at other places are seen
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_close("swapped rows", swapped, reference, allowed(model, reference, PLAN, ORDER))
+
+
+@pytest.mark.parametrize("mode", ["gather", "ulysses"])
+def test_all_full_on_ranks_is_the_untouched_model(shared, tiny, mode):
+    inputs = tiny("flux").inputs(2, batch=1)
+    latents, timestep, conditioning = inputs
+    (seen, *_) = replay_on_ranks(shared("flux", mode, 2), inputs, "FF")
+    with torch.no_grad():
+        model = tiny("flux").model
+        plain = [
+            model(hidden_states=x, timestep=t.expand(len(x)), return_dict=False, **conditioning)[0]
+            for x, t in zip(latents, timestep, strict=True)
+        ]
+    reference = torch.stack(plain)
+    assert_close("all full", seen, reference, 2 * allowed(model, reference, "FF", ORDER))
+
+
+@pytest.mark.parametrize(("mode", "each"), [("gather", 2), ("ulysses", 4)])
+def test_only_full_steps_send_and_as_much_as_their_graph_says(shared, tiny, mode, each):
+    """2 or 4 collectives for each attention, none to prepare or to forecast; bytes as counted from the graph."""
+    made, groups = shared("flux", mode, 2), []
+    attentions = made.split.full.operators()["scaled_dot_product_attention"]
+    assert attentions > 2
+    assert counted({cut.name: cut.module.graph for cut in made.graphs}) == {
+        "prepare": 0, "full": each * attentions, "forecast": 0,
+    }  # fmt: skip
+    inputs = tiny("flux").inputs(len(PLAN), batch=2, height=2, width=5)
+    replay_on_ranks(made, inputs, PLAN, ORDER, lambda group: groups.append(Counting(group)))
+    full, sizes = PLAN.count("F"), {"batch": 2, "image_tokens": 5, "text_tokens": 6}
+    for group in groups:
+        assert sum(group.calls.values()) == full * each * attentions
+        assert group.bytes == full * sent(made.split.full, sizes, 2) > 0
+    config = tiny("flux").model.config
+    width = config.num_attention_heads * config.attention_head_dim * 4  # bytes of a row of keys
+    rows = 2 * 5 * 2 if mode == "gather" else 2 * (3 * 5 + 5 + 6) / 2  # sent to the one other rank, of both samples
+    assert groups[0].bytes == full * attentions * rows * width
+
+
+def test_ranks_decide_alike_by_the_error_of_all_rows(guarded, tiny):
+    """As the model alone does; a rank that went by its own rows would decide otherwise, and the other would wait."""
+    inputs, plan = tiny("plain").inputs(8, batch=2), "FF......"
+    denoiser = eager_denoiser(guarded(1))
+
+    def alone(threshold):
+        slot, latents = begun(denoiser, inputs, plan, guard=Guard("fbcache", threshold))
+        return torch.from_numpy(np.stack([slot.step(latent) for latent in latents])), slot
+
+    errors = [error for error in alone(1e30)[1].errors if error == error]
+    threshold = float(np.median(errors))
+    reference, slot = alone(threshold)
+    assert 0 < slot.executed[2:].count("F") < 6
+    ranks = replay_on_ranks(guarded(2), inputs, plan, guard=Guard("fbcache", threshold))
+    assert [executed for _, executed in ranks] == [slot.executed] * 2
+    bound = 2 * allowed(tiny("plain").model, reference, slot.executed, ORDER)
+    assert_close("guarded", ranks[0][0], reference, bound)
+
+
+def test_state_and_tables_of_rows_are_of_one_rank(shared, drafts):
+    alone, one = describe(drafts("flux", "module", "snapshots", ORDER), "a"), describe(shared("flux", "gather", 4), "b")
+    assert one.parallel.degree == 4 and one.parallel.dimension == "image_tokens"
+    assert one.sites == alone.sites
+    for name in ("minimum", "typical", "maximum"):
+        assert getattr(one.dimensions["image_tokens"], name) * 4 == getattr(alone.dimensions["image_tokens"], name)
+    assert "--parallel gather --degree 4" in one.command()
+
+
+def test_what_is_not_shared_out_is_refused(shared, tiny):
+    manifest = describe(shared("flux", "gather", 2), "a")
+    with pytest.raises(BundleError, match=r"1 rank runs a bundle .* over 2, expected 2; run it with `torchrun"):
+        check_ranks(manifest, None)
+    with pytest.raises(ConfigError, match=r"--engine inductor, which sends between ranks .ONNX Runtime"):
+        check_options(options_of(parallel="gather"))
+    with pytest.raises(ConfigError, match="is 4096 image_tokens, expected a size that --degree 3 divides"):
+        trace_of("flux", tiny("flux").folder, parallel_options("gather", 3))
+    with pytest.raises(StepError, match="size `image_tokens` is 15, expected a multiple of 2"):
+        replay_on_ranks(shared("flux", "gather", 2), tiny("flux").inputs(2, height=3, width=5), "FF")
+    with pytest.raises(ConfigError, match="2 ranks run a bundle that is not shared out, expected one process"):
+        check_ranks(manifest.model_copy(update={"parallel": None}), on_ranks(2, lambda group: group)[0])
+
+
+MIXING = {
+    "a mean over rows": lambda m, x, t, text, label: m.site(x) + x.mean(1, True),
+    "a product over rows": lambda m, x, t, text, label: m.site(x) + x @ (x.transpose(1, 2) @ x),
+    "a sum of rows so far": lambda m, x, t, text, label: m.site(x).cumsum(1),
+    "the number of rows": lambda m, x, t, text, label: m.site(x) / x.shape[1],
+    "the first row": lambda m, x, t, text, label: m.site(x) + x[:, :1],
+    "rows turned around": lambda m, x, t, text, label: m.site(x).flip(1),
+}
+
+
+@pytest.mark.parametrize("mixing", MIXING)
+def test_a_model_that_mixes_rows_is_refused_by_name(mixing):
+    _, trace = toy_trace(MIXING[mixing])
+    with pytest.raises(ExportError, match=r"along `image_tokens`, expected each row .* leave --parallel out"):
+        shard(trace, "gather", 2, "image_tokens", "toy")
+
+
+def test_ranks_that_differ_say_so_alike_and_one_that_never_comes_is_named():
+    def differ(group):
+        group.agree({"bundle": "a", "plan": "FF." if group.rank == 2 else "FFF"})
+
+    assert {str(e) for e in on_ranks(3, differ)} == {
+        "`plan` of rank 2 is FF., expected FFF as of rank 0; start all ranks alike"
+    }
+    elsewhere = on_ranks(2, lambda group: group.same(4 + group.rank))
+    assert {str(e) for e in elsewhere} == {"rank 1 is at step 5, expected step 4 as rank 0; run one plan on all ranks"}
+
+    def late(group):
+        if group.rank == 0:
+            group.agree({"plan": "FF"})
+
+    error, other = on_ranks(2, late, timeout=0.5)
+    assert other is None and "rank 1 of 2 has died or is late, expected it within 0.5 s" in str(error)
+
+
+def test_a_rank_that_does_not_come_to_a_collective_is_named():
+    def work(group):
+        if group.rank == 0:
+            with group.together(7):
+                group.gathered(np.zeros(1))
+
+    error, other = on_ranks(2, work, timeout=0.5)
+    assert other is None and isinstance(error, StepError)
+    assert "rank 1 of 2 has died or is late after " in str(error) and "at step 7" in str(error)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_in_mid_loop_ends_the_other_with_its_name(shared, tiny, rank):
+    """On a full step, which waits for it, long before the group's timeout; `tools/kill_ranks.py` does it 20 times."""
+    plan = "F" * 40
+    said, seconds = killed(shared("flux", "gather", 2), tiny("flux").inputs(len(plan)), plan, rank, 20)
+    assert f"rank {rank} of 2 has died or is late after " in said and "expected all 2 ranks within 20 s" in said
+    assert seconds < 20
+
+
+@pytest.fixture(scope="module")
+def package(tiny, once):
+    """Folder of an AOTInductor bundle for two ranks that exchange heads, of every size."""
+    options = options_of("residual", order=ORDER, engine="inductor", parallel="ulysses", degree=2)
+
+    def write(folder):
+        return write_bundle(draft(trace_of("plain", tiny("plain").folder, options), options), folder, "ranks")
+
+    return once("parallel-ulysses", write)
+
+
+@pytest.mark.slow
+def test_torchrun_writes_what_one_process_writes(package, tiny, tmp_path):
+    """Two processes with compiled graphs, of odd rows each and a batch of two; then one of them has other inputs."""
+    inputs = tiny("plain").inputs(len(PLAN), batch=2, height=2, width=5)
+    latents, timestep, conditioning = inputs
+    tensors = {"latents": latents, "timestep": timestep, **conditioning}
+    given, written = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, given)
+    replay = ["-m", "taylorseer_export", "replay", str(package), "--inputs", str(given), "--outputs", str(written)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, *replay, "--plan", PLAN], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote") == 1
+    reference = oracle.replay(tiny("plain").model, *inputs, PLAN, ORDER, "residual")
+    bound = allowed(tiny("plain").model, reference, PLAN, ORDER)
+    assert_close("torchrun", load_file(written)["noise_pred"], reference, bound)
+    alone = subprocess.run([sys.executable, *replay], capture_output=True, text=True, timeout=600)
+    assert alone.returncode == 2 and "1 rank runs a bundle that is shared out over 2, expected 2" in alone.stderr
+    with pytest.raises(BundleError, match="1 rank runs a bundle"):
+        load(package)
+
+
+def test_one_rank_is_what_it_was(drafts, tiny):
+    """A bundle that is not shared out is the share of one rank: everything."""
+    denoiser = eager_denoiser(drafts("plain"))
+    inputs = tiny("plain").inputs(2)
+    share, latents = denoiser.share, inputs[0].numpy()
+    assert share.ranks == 1 and share.latents(latents) is latents and share.joined(latents) is latents
+    assert run(denoiser, inputs, "FF").shape == inputs[0].shape

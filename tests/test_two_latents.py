@@ -16,9 +16,11 @@ from tiny_pipelines import ltx_2_pipeline
 
 from taylorseer_export import cli
 from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.compile.export import write_bundle
 from taylorseer_export.errors import StepError
 from taylorseer_export.report import verify
 from taylorseer_export.report.bench import bench
+from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.trajectory import random_trajectory
 
 pytestmark = pytest.mark.slow
@@ -126,6 +128,17 @@ def test_a_frame_without_noise_is_refused(tiny, eager):
     timestep[:, :6] = 0
     with pytest.raises(StepError, match=r"input `timestep` has 2 different values, expected one for all samples and t"):
         eager("ltx-2").as_transformer()(timestep=timestep, **given)
+
+
+def test_a_package_of_torch(drafts, tiny, tmp_path):
+    """AOTInductor, with a buffer for each stream: two inputs and two outputs more than a family of one latent."""
+    model, plan, inputs = tiny("ltx-2").model, "FFF..F", tiny("ltx-2").inputs(6, batch=2)
+    folder = write_bundle(drafts("ltx-2", "residual", batch=2, engine="inductor"), tmp_path, "package")
+    reference = oracle.replay(model, *inputs, plan, 2, "residual")
+    with load(folder, threads=1) as denoiser:
+        assert [site.name for site in denoiser.manifest.sites] == ["residual", f"residual.{SOUND}"]
+        seen = run(denoiser, inputs, plan, 2)
+    assert_close("AOTInductor", seen, reference, allowed(model, reference, plan, 2))
 
 
 # The command line ----------------------------------------------------------------------------------------------------

@@ -295,6 +295,7 @@ class DropIn(EngineModule):
         return [self._answer(one, latents, request) for one in (prediction, *slot.memory.others.values())]
 
     def _answer(self, prediction: Buffer, latents: torch.Tensor, request: LoopState) -> torch.Tensor:
+        """A prediction in the dtype of the latents."""
         if not self._tensors:
             read = prediction.read()
             check_prediction(bool(np.isfinite(read).all()), request.step, request.plan)

@@ -147,6 +147,7 @@ def test_a_package_of_torch(drafts, tiny, tmp_path):
 def test_replay(bundles, onnx, tiny, tmp_path, capsys):
     """Both latents go in with steps, and a prediction of each comes out."""
     folder, plan = bundles("ltx-2"), "FF.F.."
+    assert cli.main(["inspect", str(folder)]) == 0
     latents, timestep, conditioning = tiny("ltx-2").inputs(len(plan), batch=2)
     tensors = {"latents": latents, "timestep": timestep, **conditioning}
     save_file({name: np.ascontiguousarray(value.numpy()) for name, value in tensors.items()}, tmp_path / "in")

@@ -155,8 +155,7 @@ class DropIn(EngineModule):
             inputs |= self._by_place(placed)
             given = inputs.pop(self.denoiser.latent.name) if hidden_states is None else hidden_states
             given, inputs, kept = rows_ahead(given, inputs) if self._ahead else (given, inputs, None)
-            others = {name: inputs.pop(name, None) for name in self.denoiser.others}
-            predicted, *beside = self._predict(_together(given) if self._lists else given, inputs, others)
+            predicted, *beside = self._predict(_together(given) if self._lists else given, inputs)
             sample: Any = list(predicted.unsqueeze(2)) if self._lists else predicted
         except BaseException:
             self._abort()
@@ -166,7 +165,7 @@ class DropIn(EngineModule):
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         answer: Any = Transformer2DModelOutput(sample=sample)
-        for name, prediction in zip(others, beside, strict=True):
+        for name, prediction in zip(self.denoiser.others, beside, strict=True):
             setattr(answer, name.replace("hidden_states", "sample"), prediction)
         if kept is not None:
             answer.kv_cache = kept
@@ -270,8 +269,10 @@ class DropIn(EngineModule):
 
     # One call --------------------------------------------------------------------------------------------------------
 
-    def _predict(self, latents: torch.Tensor, inputs: dict[str, Any], others: dict[str, Any]) -> list[torch.Tensor]:
+    def _predict(self, latents: torch.Tensor, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """The predictions of all latents; those beside the first are among the inputs."""
         here = self._callers.here
+        others = {name: inputs.pop(name, None) for name in self.denoiser.others}
         call, steps = self._call(here.context, latents, inputs), None
         if call.context is None and self._guidance is not None:
             context, steps = self._guidance.context(here.loop, call.timestep)

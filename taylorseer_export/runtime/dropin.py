@@ -144,8 +144,7 @@ class DropIn(EngineModule):
             inputs: The timestep and the conditioning, and further latents where the model has some.
 
         Returns:
-            The prediction, in the dtype of `hidden_states`, and behind it what a call asks for beside it, or that of
-            each further latent.
+            The prediction, in the dtype of `hidden_states`, that of each further latent, and what a call asks for.
 
         Raises:
             StepError: An argument is missing, unknown to the bundle, or does not fit it; loops take turns; or on the

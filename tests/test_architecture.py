@@ -78,6 +78,7 @@ HEAVY: dict[str, frozenset[str]] = {
             "compile/components.py",
             "runtime/dropin.py",
             "runtime/guiders.py",
+            "runtime/modules.py",
             "runtime/schedulers.py",
         }
     ),

@@ -46,6 +46,7 @@ CONVERTED = (
     "flux3",
     "hidream",
     "hunyuan-video",
+    "ltx-2",
     "qwen-image",
     "qwen-image-edit",
     "qwen-image-2.1",
@@ -229,6 +230,24 @@ def z_image_layout():
     return shapes
 
 
+def ltx_2_layout():
+    """Those of the embedded LTX-2 under the names of its authors."""
+    names = {
+        r"^(audio_)?proj_in": r"\1patchify_proj",
+        r"^(audio_)?time_embed": r"\1adaln_single",
+        r"^av_cross_attn_(video|audio)_(\w+)": r"av_ca_\1_\2_adaln_single",
+        r"_ca_(video|audio)_(a2v|v2a)": r"_ca_\2",
+        r"(video|audio)_a2v_cross_attn_scale_shift_table": r"scale_shift_table_a2v_ca_\1",
+        r"norm_([qk])\.": r"\1_norm.",
+    }
+    found = {}
+    for name, (_, shape) in plain("ltx-2")[1].items():
+        for pattern, theirs in names.items():
+            name = re.sub(pattern, theirs, name)
+        found[f"model.diffusion_model.{name}"] = shape
+    return found
+
+
 def krea_2_layout():
     """Those of the embedded Krea 2 under the names of its authors."""
     names = {
@@ -303,7 +322,7 @@ def wan_layout(family):
 def original(family):
     """Names and shapes in the layout of the family's authors, with few blocks."""
     known = {"flux": flux_layout, "flux-kontext": flux_layout, "hunyuan-video": hunyuan_layout, "sd3": sd3_layout}
-    known |= {"chroma": chroma_layout, "krea-2": krea_2_layout, "z-image": z_image_layout}
+    known |= {"chroma": chroma_layout, "krea-2": krea_2_layout, "ltx-2": ltx_2_layout, "z-image": z_image_layout}
     known |= {"flux2": flux2_layout, "flux2-edit": flux2_layout, "flux2-kv": flux2_layout, "flux3": flux3_layout}
     if family in ("hidream", "qwen-image", "qwen-image-edit", "qwen-image-2.1"):
         return {f"model.diffusion_model.{n}": s for n, (_, s) in plain(family)[1].items()}

@@ -16,9 +16,11 @@ from tiny_pipelines import ltx_2_pipeline
 
 from taylorseer_export import cli
 from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.compile.export import write_bundle
 from taylorseer_export.errors import StepError
 from taylorseer_export.report import verify
 from taylorseer_export.report.bench import bench
+from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.trajectory import random_trajectory
 
 pytestmark = pytest.mark.slow
@@ -128,12 +130,24 @@ def test_a_frame_without_noise_is_refused(tiny, eager):
         eager("ltx-2").as_transformer()(timestep=timestep, **given)
 
 
+def test_a_package_of_torch(drafts, tiny, tmp_path):
+    """AOTInductor, with a buffer for each stream: two inputs and two outputs more than a family of one latent."""
+    model, plan, inputs = tiny("ltx-2").model, "FFF..F", tiny("ltx-2").inputs(6, batch=2)
+    folder = write_bundle(drafts("ltx-2", "residual", batch=2, engine="inductor"), tmp_path, "package")
+    reference = oracle.replay(model, *inputs, plan, 2, "residual")
+    with load(folder, threads=1) as denoiser:
+        assert [site.name for site in denoiser.manifest.sites] == ["residual", f"residual.{SOUND}"]
+        seen = run(denoiser, inputs, plan, 2)
+    assert_close("AOTInductor", seen, reference, allowed(model, reference, plan, 2))
+
+
 # The command line ----------------------------------------------------------------------------------------------------
 
 
 def test_replay(bundles, onnx, tiny, tmp_path, capsys):
     """Both latents go in with steps, and a prediction of each comes out."""
     folder, plan = bundles("ltx-2"), "FF.F.."
+    assert cli.main(["inspect", str(folder)]) == 0
     latents, timestep, conditioning = tiny("ltx-2").inputs(len(plan), batch=2)
     tensors = {"latents": latents, "timestep": timestep, **conditioning}
     save_file({name: np.ascontiguousarray(value.numpy()) for name, value in tensors.items()}, tmp_path / "in")
@@ -157,7 +171,7 @@ def test_verify_and_bench_at_small_sizes(onnx):
     verify.verify(denoiser, verify.checkpoint_of(denoiser), data, seen.append)
     assert [len(result.seen) for result in seen] == [8] * len(verify.plans(denoiser, 8))
     record = bench(denoiser, denoiser.forecasts(steps=4), sizes, repeats=1)
-    assert record["sizes"]["audio_tokens"] == 5 and record["full_steps"] == 3
+    assert record["sizes"]["audio_tokens"] == 5 and record["executed"] == record["plan"]
 
 
 @pytest.mark.parametrize(

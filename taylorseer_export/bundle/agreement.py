@@ -118,12 +118,12 @@ def _of_roles(manifest: Manifest) -> str | None:
             if not least <= count <= most:
                 return f"graph {name} has {count} {side} of role {role}, it takes {least if count < least else most}"
     called = [f"{NOISE_PRED}{end}" for end in endings(latents)]
-    for graph_name, tensor in _tensors(manifest):
+    for place, tensor in _tensors(manifest):
         if tensor.role == "noise_pred" and tensor.name not in called:
             others = f", and with `.{latents[1]}` behind" if latents[1:] else ""
             return f"`{tensor.name}` has role noise_pred, which is called so{others}"
         if tensor.role == "latent" and tensor.name not in latents:
-            return f"`{tensor.name}` of graph {graph_name} has role latent, those of graph full are {listed(latents)}"
+            return f"`{tensor.name}` of graph {place} has role latent, those of graph full are {listed(latents)}"
         if tensor.values is not None and (
             tensor.dtype not in ("int64", "int32") or tensor.values[0] > tensor.values[1]
         ):

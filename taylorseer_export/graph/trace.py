@@ -72,7 +72,7 @@ class Trace:
         assert len(found) == len(self.streams) and all(isinstance(node, fx.Node) for node in found.values()), (
             "bug in taylorseer-export: the traced model returns a constant, or less than it has latents"
         )
-        return found  # type: ignore[return-value]
+        return found
 
     @property
     def noise_pred(self) -> fx.Node:

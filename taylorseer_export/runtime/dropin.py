@@ -152,8 +152,7 @@ class DropIn(EngineModule):
             inputs: The timestep and the conditioning, and further latents where the model has some.
 
         Returns:
-            The prediction, in the dtype of `hidden_states`, and behind it what a call asks for beside it, or that of
-            each further latent.
+            The prediction, in the dtype of `hidden_states`, that of each further latent, and what a call asks for.
 
         Raises:
             StepError: An argument is missing, unknown to the bundle, or does not fit it; loops take turns; or on the
@@ -163,8 +162,7 @@ class DropIn(EngineModule):
             inputs |= self._by_place(placed)
             given = inputs.pop(self.denoiser.latent.name) if hidden_states is None else hidden_states
             given, inputs, kept = rows_ahead(given, inputs) if self._ahead else (given, inputs, None)
-            others = {name: inputs.pop(name, None) for name in self.denoiser.others}
-            predicted, *beside = self._predict(_together(given) if self._lists else given, inputs, others)
+            predicted, *beside = self._predict(_together(given) if self._lists else given, inputs)
             sample: Any = list(predicted.unsqueeze(2)) if self._lists else predicted
         except BaseException:
             self._abort()
@@ -174,7 +172,7 @@ class DropIn(EngineModule):
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         answer: Any = Transformer2DModelOutput(sample=sample)
-        for name, prediction in zip(others, beside, strict=True):
+        for name, prediction in zip(self.denoiser.others, beside, strict=True):
             setattr(answer, name.replace("hidden_states", "sample"), prediction)
         if kept is not None:
             answer.kv_cache = kept
@@ -278,8 +276,10 @@ class DropIn(EngineModule):
 
     # One call --------------------------------------------------------------------------------------------------------
 
-    def _predict(self, latents: torch.Tensor, inputs: dict[str, Any], others: dict[str, Any]) -> list[torch.Tensor]:
+    def _predict(self, latents: torch.Tensor, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """The predictions of all latents; those beside the first are among the inputs."""
         here = self._callers.here
+        others = {name: inputs.pop(name, None) for name in self.denoiser.others}
         call, steps = self._call(here.context, latents, inputs), None
         if call.context is None and self._guidance is not None:
             context, steps = self._guidance.context(here.loop, call.timestep)
@@ -303,6 +303,7 @@ class DropIn(EngineModule):
         return [self._answer(one, latents, request) for one in (prediction, *slot.memory.others.values())]
 
     def _answer(self, prediction: Buffer, latents: torch.Tensor, request: LoopState) -> torch.Tensor:
+        """A prediction in the dtype of the latents."""
         if not self._tensors:
             read = prediction.read()
             check_prediction(bool(np.isfinite(read).all()), request.step, request.plan)

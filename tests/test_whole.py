@@ -8,6 +8,8 @@ Bundles run on ONNX Runtime, and `test_whole_doors.py` asks the same ones throug
 import inspect
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -74,7 +76,7 @@ def encoded(pipe, name, length):
                 return {"encoder_hidden_states": states, "pooled_projections": pooled}
             case "flux2" | "flux2-base":
                 return {"encoder_hidden_states": pipe.encode_prompt(PROMPT, **more, text_encoder_out_layers=LAYERS)[0]}
-            case "qwen-image":
+            case "qwen-image" | "qwen-image-2.1":
                 return {"encoder_hidden_states": pipe.encode_prompt(PROMPT)[0]}
             case "chroma":
                 states, _, mask, *_ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False, **more)
@@ -150,6 +152,30 @@ def test_the_picture_is_the_pipelines(whole, name):
     limit = bound_of_picture(expected, pipe, STEPS * (1 if case.scale is None else 2), case.scale)
     oracle.assert_close(name, drawn(denoiser, request, "F" * STEPS), expected, limit)
     wrong = drawn(denoiser, replace(request, latents=-request.latents), "F" * STEPS)
+    assert (wrong - expected).abs().max() > limit
+
+
+def test_latents_of_qwen_image_21_are_the_pipelines(whole):
+    """Guided; the picture that its VAE makes of them has transparency, which a bundle does not decode."""
+    (pipe, denoiser), height, width = whole("qwen-image-2.1"), 32, 96
+    with torch.no_grad():
+        expected = pipe(
+            prompt=PROMPT,
+            negative_prompt=OTHER,
+            true_cfg_scale=3.0,
+            height=height,
+            width=width,
+            num_inference_steps=STEPS,
+            generator=torch.Generator().manual_seed(SEED),
+            output_type="latent",
+        ).images
+    assert list(denoiser.manifest.parts) == ["text"]
+    request = prompt_request(denoiser, [PROMPT], [SEED], (height, width), 3.0, OTHER)
+    made = torch.from_numpy(sample(denoiser, request, denoiser.forecasts(plan="F" * STEPS)).latents)
+    limit = oracle.bound(expected, 5.0, torch.float32, *depth_and_length(pipe.text_encoder, *[pipe.transformer] * 4))
+    oracle.assert_close("qwen-image-2.1", made, expected, limit)
+    other = prompt_request(denoiser, [OTHER], [SEED], (height, width), 3.0, OTHER)
+    wrong = torch.from_numpy(sample(denoiser, other, denoiser.forecasts(plan="F" * STEPS)).latents)
     assert (wrong - expected).abs().max() > limit
 
 
@@ -379,6 +405,64 @@ def test_any_prompt_has_the_tokens_of_transformers(whole, prompt, monkeypatch):
         assert given[key].tolist() == [ids]
 
 
+class Stop(Exception):
+    """Raised by an encoder that was given its tokens."""
+
+
+PROMPTS = ("", "A b ", "z " * 600, """say 'a b' or "c\nd" it's""", "\u201cq r\u201dx\u2018s\u2019", "'don't", "a 'b c")
+
+
+@pytest.mark.parametrize("name", ["pixart", "sana", "ovis-image", "longcat-image", "krea-2"])
+def test_any_prompt_has_the_tokens_of_its_pipeline(whole, name, monkeypatch):
+    """In its template, in lower case, spelled in quotes, cut off and filled up as each pipeline does it."""
+    (pipe, denoiser), told, given = whole(name), {}, {}
+
+    def stop(input_ids, attention_mask, **_):
+        told.update(ids=input_ids, mask=attention_mask)
+        raise Stop
+
+    def asked(prompt, negative):
+        if name == "sana":
+            most = {"max_sequence_length": 16}
+            instruction = None if negative else inspect.signature(pipe.__call__).parameters["complex_human_instruction"]
+            most |= {"complex_human_instruction": instruction and instruction.default}
+            return pipe._get_gemma_prompt_embeds(prompt, "cpu", torch.float32, **most)
+        return pipe.encode_prompt(prompt, **({} if name == "longcat-image" else {"max_sequence_length": 16}))
+
+    monkeypatch.setattr(pipe.text_encoder, "forward", stop)
+    monkeypatch.setattr(type(denoiser.encoder.part), "__call__", lambda part, tokens: given.update(tokens))
+    for prompt, negative in product(PROMPTS, (False, True)):
+        with pytest.raises(Stop):
+            asked(prompt, negative)
+        denoiser.encoder.encode(prompt, None if name == "longcat-image" else 16, negative=negative)
+        ids, mask = (given[key] for key in ("t5" if name == "pixart" else "tokens", "mask"))
+        if name == "sana":
+            total = told["ids"].shape[1]
+            assert given["kept"].tolist() == [[0, *range(total - 15, total)]]
+            assert not mask[:, total:].any() and negative == (total == 16) == (total < ids.shape[1])
+            ids, mask = ids[:, :total], mask[:, :total]
+        assert ids.tolist() == told["ids"].tolist(), prompt
+        assert mask.tolist() == told["mask"].long().tolist(), prompt
+
+
+def test_templates_and_lengths_are_those_of_diffusers(whole):
+    from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, SanaPipeline
+
+    for kind, changes in ((PixArtSigmaPipeline, {}), (PixArtAlphaPipeline, FAMILIES["pixart"].by_pipeline)):
+        (tokens,) = {"whole": FAMILIES["pixart"].whole, **changes.get(kind.__name__, {})}["whole"].tokens
+        assert tokens.length == inspect.signature(kind.__call__).parameters["max_sequence_length"].default
+    (tokens,) = FAMILIES["sana"].whole.tokens
+    told = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    assert tokens.template == tokens.dropped + "{}" == "\n".join(told) + "{}"
+    (tokens,), pipe = FAMILIES["ovis-image"].whole.tokens, whole("ovis-image")[0]
+    assert tokens.chat("a")[0][0]["content"] == pipe.system_prompt + "a" and tokens.dropped == pipe.user_prompt_begin_id
+    for name in ("longcat-image", "krea-2"):
+        (tokens,), pipe = FAMILIES[name].whole.tokens, whole(name)[0]
+        assert tokens.template == pipe.prompt_template_encode_prefix + "{}"
+        assert tokens.suffix == pipe.prompt_template_encode_suffix
+    assert tokens.dropped == pipe.prompt_template_encode_start_idx
+
+
 def test_what_cannot_be_asked_is_refused(whole):
     _, denoiser = whole("flux")
     for change, problem in (
@@ -407,6 +491,32 @@ def test_run_draws_from_a_prompt(whole_flux, tmp_path, capsys):
     assert [str(file) in said for file in files] == [True, True] and not out.exists()
     for file, one in zip(files, made, strict=True):
         assert np.array_equal(np.asarray(Image.open(file)), one)
+
+
+def test_run_draws_without_the_libraries_of_its_pipeline(whole_bundles, tmp_path):
+    """Gemma, DPM-Solver and DC-AE, without torch, diffusers and transformers; to the bits that it has with them."""
+    folder, out = whole_bundles("sana"), tmp_path / "a.png"
+    absent = "import sys; sys.modules.update(torch=None, diffusers=None, transformers=None)\n"
+    start = "from taylorseer_export.cli import main; sys.exit(main(sys.argv[1:]))"
+    asked = [
+        "--prompt",
+        PROMPT,
+        "--negative-prompt",
+        OTHER,
+        "--guidance-scale",
+        "4",
+        "--size",
+        "96x160",
+        "--plan",
+        "FF",
+    ]
+    command = [sys.executable, "-c", absent + start, "run", str(folder), *asked, "--threads", "1", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with load(folder, threads=1) as denoiser:
+        request = prompt_request(denoiser, [PROMPT], [0], (96, 160), 4.0, OTHER)
+        made = pictures_of(denoiser, request, sample(denoiser, request, denoiser.forecasts(plan="FF")).latents)
+    assert np.array_equal(np.asarray(Image.open(out)), made[0])
 
 
 def test_run_writes_previews_while_it_draws(whole_flux, tmp_path, capsys, monkeypatch):

@@ -80,6 +80,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
     SiglipImageProcessor,
     SiglipVisionConfig,
@@ -99,7 +100,7 @@ TALK = WORDS | {mark: len(WORDS) + k for k, mark in enumerate(MARKS)}
 ORDERS = ["<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG]"]
 TOLD = WORDS | {mark: len(WORDS) + k for k, mark in enumerate(ORDERS)}
 # What those of Qwen have.
-TURNS = ["<|im_start|>", "<|im_end|>"]
+TURNS = ["<|im_start|>", "<|im_end|>", PICTURE]
 CHATS = WORDS | {mark: len(WORDS) + k for k, mark in enumerate([*TURNS, "\n", "'", '"'])}
 # Of the encoders of FLUX.2 that are looked at; those of the published ones lie so deep that their graphs take a minute.
 LAYERS = (1, 2, 3)
@@ -630,6 +631,36 @@ def whole_krea_2(transformer):
     return pipe
 
 
+def whole_qwen_image_21(transformer):
+    """The same from a prompt."""
+    return _quiet(
+        QwenImage21Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=None,
+            text_encoder=tiny_qwen3_vl(transformer.config.context_in_dim, Qwen3VLForConditionalGeneration),
+            processor=chats(_Processor),
+            transformer=transformer,
+        )
+    )
+
+
+class _Processor(PreTrainedTokenizerFast):
+    """A tokenizer as the processor that the pipeline has, of which it asks nothing but tokens."""
+
+    __module__ = "transformers"
+
+    @property
+    def tokenizer(self):
+        return self
+
+    def apply_chat_template(self, messages, **options):
+        (message,) = messages
+        return [self.encode(f"<|im_start|>system\n{message['content'][0]['text']}<|im_end|>\n")]
+
+
+_Processor.__name__ = "PreTrainedTokenizerFast"  # as an index of the pipeline is to say
+
+
 def _chat():
     """A chat template as Qwen's."""
     turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -989,7 +1020,7 @@ def orders(longest):
     return made
 
 
-def chats():
+def chats(kind=PreTrainedTokenizerFast):
     """One token per mark of Qwen's chats, per line break or several, per word and per sign, and none around them."""
     tokenizer = Tokenizer(models.WordLevel(CHATS, unk_token="<unk>"))
     tokenizer.add_special_tokens(TURNS)
@@ -998,7 +1029,7 @@ def chats():
     ]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=2048, **names)
+    return kind(tokenizer_object=tokenizer, model_max_length=2048, **names)
 
 
 def words(longest):

@@ -210,11 +210,14 @@ def _encoded(
     digest = hashlib.sha256(b"".join(value.tobytes() for value in shown)).digest() if shown else None
 
     def encode(prompt: str, digest: bytes | None = None, *picture: np.ndarray | Cut, negative: bool = False) -> Encoded:
-        apart = {"negative": True} if negative and denoiser.encoder.distinguishes else {}
-        if cache is None:
-            return denoiser.encoder.encode(prompt, length, *picture, **apart)
-        key = Key(denoiser, prompt, length, digest, bool(apart))
-        return cache.of(key, lambda: denoiser.encoder.encode(prompt, length, *picture, **apart))
+        apart = negative and denoiser.encoder.distinguishes
+
+        def read() -> Encoded:
+            if apart:
+                return denoiser.encoder.encode(prompt, length, *picture, negative=True)
+            return denoiser.encoder.encode(prompt, length, *picture)
+
+        return read() if cache is None else cache.of(Key(denoiser, prompt, length, digest, apart), read)
 
     rows = [encode(prompt, digest, *pictures) for prompt in prompts]
     if not guided or scale == 1.0 or away is None:

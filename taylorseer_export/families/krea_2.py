@@ -7,6 +7,7 @@ Its pipeline passes the places of words, all zero, before those of the picture; 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -50,14 +51,21 @@ _TOKENS = Tokens(
 )
 
 
+def one_place(model: Any) -> AbstractContextManager[None]:
+    """Time, row and column of a word are one place: Qwen3-VL need not choose among their turns, as it does in place."""
+    import torch
+
+    return replaced(model.rotary_emb, recomposition_frequencies=lambda turns: torch.cat([turns[0], turns[0]], -1))
+
+
 def _encode(layers: tuple[int, ...], encoders: Modules, given: Tensors) -> dict[str, Any]:
     """The states of some layers of Qwen3-VL, one beside the other. Padding, before the end of the template, takes no
-    place; and time, row and column of a word are one place, so that there is nothing to choose among them."""
+    place."""
     import torch
 
     model, mask, start = encoders["text_encoder"].language_model, given["mask"], given["tokens_dropped"]
     places = (mask.cumsum(1) - 1).clamp(min=0).expand(3, 1, -1)
-    with replaced(model.rotary_emb, recomposition_frequencies=lambda turns: torch.cat([turns[0], turns[0]], -1)):
+    with one_place(model):
         states = model(
             given["tokens"], attention_mask=mask, position_ids=places, output_hidden_states=True, use_cache=False
         ).hidden_states

@@ -3,6 +3,8 @@
 Words see only the words before them and are modulated at timestep 0, so their keys and values are the same at every
 step. The model keeps them in a cache; here it is traced in two: the words alone, which fill the cache, then the
 picture. What the words become is thus known before the first step.
+
+Its VAE makes pictures with transparency, which no bundle decodes.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed, replaced
+from taylorseer_export.families.krea_2 import one_place
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole
 
 _SLOT = 4  # tokens of the picture that one slot of the words' mask stands for
 
@@ -123,6 +127,27 @@ def _turns(rope: Any, *places: Any) -> Any:
     return torch.cat([rope.rope_params(place.float(), width, rope.theta) for place, width in axes], -1)
 
 
+_TOLD = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
+_TOKENS = Tokens(
+    "tokens",
+    "processor",
+    1024,
+    size="text_tokens",
+    padded=False,
+    template=_TOLD + "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    dropped=_TOLD,
+    blank=" ",
+)
+
+
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    """The last states of Qwen3-VL before they are normed."""
+    model = encoders["text_encoder"].model.language_model
+    with one_place(model), replaced(model.norm, forward=lambda states: states):
+        states = model(given["tokens"], use_cache=False).last_hidden_state
+    return {"encoder_hidden_states": states[:, given["tokens_dropped"] :]}
+
+
 QWEN_IMAGE_21 = Family(
     name="qwen-image-2.1",
     title="Qwen-Image 2.1",
@@ -144,6 +169,7 @@ QWEN_IMAGE_21 = Family(
     pipeline=Pipeline(
         noise="tokens", arguments="first-shape", ignored_inputs=("img_mask", "kv_cache", "kv_cache_mode")
     ),
+    whole=Whole(encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode),
     attributes=lambda config: {"transformer_blocks": tuple(range(config["num_layers"]))},
     forward=_forward,
     by_config=_by_config,

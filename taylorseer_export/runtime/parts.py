@@ -197,6 +197,7 @@ class Encoder:
         prompt: str,
         length: int | None = None,
         picture: np.ndarray | Cut | None = None,
+        *,
         negative: bool = False,
     ) -> dict[str, np.ndarray]:
         """Inputs of the transformer by name, each of one sample, float32.

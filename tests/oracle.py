@@ -116,6 +116,13 @@ def wan(model, timestep, hidden_states, **inputs):
     return plain(model, timestep, hidden_states=hidden_states, **inputs)
 
 
+def cogvideox(model, timestep, image_rotary_emb=None, **inputs):
+    """As its pipelines: cosines and sines of each token's place in two tables."""
+    if image_rotary_emb is not None:
+        image_rotary_emb = tuple(image_rotary_emb.reshape(2, -1, image_rotary_emb.shape[-1]))
+    return plain(model, timestep, image_rotary_emb=image_rotary_emb, **inputs)
+
+
 def hidream(model, timestep, **inputs):
     """HiDream calls its timestep otherwise."""
     return model(timesteps=timestep, return_dict=False, **inputs)[0]
@@ -237,6 +244,14 @@ FAMILIES = {
             (r"transformer_blocks\.\d+\.(ff|ff_context)", None),
             (r"single_transformer_blocks\.\d+\.proj_out", None),
         ),
+    ),
+    "CogVideoXTransformer3DModel": Family(
+        (
+            (r"transformer_blocks\.\d+\.attn1", (0, 1)),  # video, text
+            (r"transformer_blocks\.\d+\.ff", None),  # text then video rows
+        ),
+        last="norm_final",
+        call=cogvideox,
     ),
     "WanTransformer3DModel": Family(((r"blocks\.\d+\.(attn1|attn2|ffn)", None),), first="blocks.0", call=wan),
     "WanVACETransformer3DModel": Family(

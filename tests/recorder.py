@@ -26,7 +26,7 @@ class Recorder:
             mask = pad_sequence([torch.ones(len(words)).long() for words in inputs["cap_feats"]], batch_first=True)
             inputs |= {"cap_feats": pad_sequence(inputs["cap_feats"], batch_first=True), "cap_mask": mask}
         conditioning = {
-            n: v if isinstance(v, torch.Tensor) else torch.tensor(v)
+            n: v if isinstance(v, torch.Tensor) else torch.stack(v) if n == "image_rotary_emb" else torch.tensor(v)
             for n, v in inputs.items()
             if n in module.denoiser.constants and v is not None
         }

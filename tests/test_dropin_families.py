@@ -26,6 +26,8 @@ from recorder import Recorder
 from tiny_models import tiny_hunyuan
 from tiny_pipelines import (
     chroma_pipeline,
+    cogvideox_image_pipeline,
+    cogvideox_pipeline,
     flux2_base_pipeline,
     flux2_pipeline,
     framepack_pipeline,
@@ -59,7 +61,7 @@ from taylorseer_export.families import FAMILIES
 from taylorseer_export.runtime.calls import host_array
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.schedulers import diffusers_scheduler
-from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
+from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, channel_axis, condition_shape, tensor_request
 from taylorseer_export.serve import contract
 
 pytestmark = pytest.mark.slow
@@ -206,6 +208,14 @@ CASES = {
     ),
     "z-image": ("z-image", z_image_pipeline, Z_IMAGE, {"0"}),
     "z-image-two": ("z-image", z_image_pipeline, Z_IMAGE | {"num_images_per_prompt": 2, "guidance_scale": 0.0}, {"0"}),
+    "cogvideox": ("cogvideox", cogvideox_pipeline, VIDEO | {"width": 64} | EMBEDDED_WAN, {"cond_uncond"}),
+    "cogvideox-table": ("cogvideox-table", cogvideox_pipeline, VIDEO | EMBEDDED_WAN, {"cond_uncond"}),
+    "cogvideox-image": (
+        "cogvideox-image",
+        cogvideox_image_pipeline,
+        VIDEO | {"image": PICTURE} | EMBEDDED_WAN,
+        {"cond_uncond"},
+    ),
     "wan": ("wan", wan_pipeline, VIDEO | GUIDED, {"cond", "uncond"}),
     "wan-picture": ("wan", wan_pipeline, VIDEO | {"num_frames": 1, "guidance_scale": 1.0}, {"cond"}),
     "wan-image": (
@@ -447,7 +457,8 @@ def tensors_of(denoiser, calls):
     given = [{name: host_array(value) for name, value in inputs.items() if name in constants} for _, inputs in calls]
     if guidance == "batched":  # unconditional first, as most pipelines of diffusers have it
         order = (0, 1) if denoiser.manifest.pipeline.guidance_offset else (1, 0)
-        halves = {name: np.split(value, 2, constants[name].shape.index("batch")) for name, value in given[0].items()}
+        axes = {name: tensor.shape.index("batch") for name, tensor in constants.items() if "batch" in tensor.shape}
+        halves = {n: np.split(v, 2, axes[n]) if n in axes else (v, v) for n, v in given[0].items()}
         given = [{name: half[k] for name, half in halves.items()} for k in order]
     tensors = {name: value for name, value in given[0].items() if name != "guidance"}
     if guidance in ("batched", "branches") and len(given) > 1:
@@ -455,8 +466,9 @@ def tensors_of(denoiser, calls):
     latents = calls[0][0]
     beside = condition_shape(denoiser.manifest, tuple(latents.shape))
     if beside is not None:
-        frames = beside[2] < latents.shape[2]
-        tensors[CONDITION] = (latents[:, :, : beside[2]] if frames else latents[:, -beside[1] :]).numpy()
+        axis = channel_axis(denoiser.manifest)
+        begin, axis = (-beside[axis], axis) if beside[axis] < latents.shape[axis] else (0, 2)
+        tensors[CONDITION] = latents[:1].narrow(axis, begin, beside[axis]).numpy()
     return tensors
 
 
@@ -483,6 +495,8 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     request = tensor_request(denoiser, tensors_of(denoiser, calls), [0], sizes, sides, asked)
     if case == "framepack":  # it draws from the same generator to encode the picture, and adds the picture at the end
         request, painted = replace(request, latents=latents.numpy()), painted[:, :, 1:]
+    if case == "cogvideox-image":  # it encodes the picture by the same generator
+        request = replace(request, latents=latents[:1, :, : request.latents.shape[2]].numpy())
     made = torch.from_numpy(sample(denoiser, request, denoiser.forecasts(plan="FFFF")).latents)
     if name == "hunyuan-channels":
         made = made[:, :, 1:]  # the pipeline drops the picture

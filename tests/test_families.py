@@ -147,6 +147,17 @@ ROWS = {
         ({"frames": 1, "height": 2, "width": 5, "text_tokens": 9}, {"batch": 3, "frames": 3, "height": 3}),
         frozenset({"encoder_hidden_states"}),
     ),
+    "cogvideox": Row(
+        (
+            {"batch": 1, "frames": 1, "height": 3, "text_tokens": 9},
+            {"batch": 3, "frames": 3, "height": 4, "width": 5, "text_tokens": 3},
+        ),
+        frozenset({"encoder_hidden_states", "image_rotary_emb"}),
+    ),
+    "cogvideox-table": Row(({"batch": 3},), frozenset({"encoder_hidden_states"})),
+    "cogvideox-image": Row(
+        ({"batch": 3, "frames": 3, "text_tokens": 9},), frozenset({"encoder_hidden_states", "image_rotary_emb"})
+    ),
     "wan-first-frame": Row(
         ({"batch": 3, "height": 2, "text_tokens": 9}, {"frames": 4, "height": 3, "width": 5}),
         frozenset({"encoder_hidden_states"}),

@@ -56,6 +56,7 @@ COMFY = {
         "blocks.0.ffn.0": ["blocks.0.ffn.net.0.proj"],
     },
 }
+COMFY["cogvideox"] = {"transformer_blocks.0.attn1.to_q": ["transformer_blocks.0.attn1.to_q"]}
 COMFY |= dict.fromkeys(("wan-first-frame", "wan-vace"), COMFY["wan"])
 # Family -> a module by its own name, of every family.
 OWN = {
@@ -64,6 +65,7 @@ OWN = {
     "wan": "blocks.0.attn1.to_q",
     "wan-first-frame": "blocks.0.attn1.to_q",
     "wan-vace": "vace_blocks.0.attn1.to_q",
+    "cogvideox": "transformer_blocks.0.attn1.to_q",
     "flux3": "mode_blocks.image.0.attn.to_q",
     "pixart": "transformer_blocks.0.attn1.to_q",
     "sana": "transformer_blocks.0.attn1.to_q",

@@ -54,6 +54,10 @@ DIFFERS = {
         "latents_history_2x",
         "latents_history_4x",
     },
+    # places in two tables; the table of one size; channels of a picture, frames in pairs
+    "cogvideox": {"encoder_hidden_states", "image_rotary_emb"},
+    "cogvideox-table": {"hidden_states"},
+    "cogvideox-image": {"encoder_hidden_states", "image_rotary_emb", "hidden_states", "ofs"},
     "wan-image": {"encoder_hidden_states"},  # of a fixed number of tokens
 }
 PIXART = {

@@ -45,6 +45,12 @@ def refused(capsys, family, folder):
         ("flux", "flux.1-kontext-dev", "FluxKontextPipeline", "export it as family flux-kontext"),
         ("flux", "flux.2-dev", None, "is of class Flux2Transformer2DModel, expected FluxTransformer2DModel for family"),
         ("wan-first-frame", "wan2.2-t2v-a14b", None, "`out_channels` are 16 and 16, expected 48 both"),
+        (
+            "cogvideox",
+            "wan2.1-t2v-14b",
+            None,
+            "is of class WanTransformer3DModel, expected CogVideoXTransformer3DModel",
+        ),
         ("wan-vace", "wan2.1-t2v-14b", None, "is of class WanTransformer3DModel, expected WanVACETransformer3DModel"),
         ("z-image", "flux.1-dev", None, "is of class FluxTransformer2DModel, expected ZImageTransformer2DModel"),
     ],

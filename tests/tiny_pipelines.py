@@ -11,12 +11,16 @@ from types import MappingProxyType
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     ChromaPipeline,
+    CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
     DDIMScheduler,
     DiTPipeline,
     DPMSolverMultistepScheduler,
@@ -245,6 +249,34 @@ def wan_pipeline(transformer, second=None, boundary=None):
             transformer_2=second,
             boundary_ratio=boundary,
         )
+    )
+
+
+def cogvideox_pipeline(transformer):
+    """Videos of 4 n + 1 frames; the prompt is given as embeddings, and latents are not decoded."""
+    return _quiet(CogVideoXPipeline(None, None, None, transformer, _cogvideox_scheduler()))
+
+
+def cogvideox_image_pipeline(transformer):
+    """The same from a picture."""
+    vae = _seeded(
+        lambda: AutoencoderKLCogVideoX(
+            block_out_channels=(2, 2, 2, 2),
+            latent_channels=transformer.config.out_channels,
+            layers_per_block=1,
+            norm_num_groups=2,
+        )
+    )
+    return _quiet(CogVideoXImageToVideoPipeline(None, None, vae, transformer, _cogvideox_scheduler()))
+
+
+def _cogvideox_scheduler():
+    return CogVideoXDDIMScheduler(
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0,
+        timestep_spacing="trailing",
     )
 
 

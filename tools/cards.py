@@ -85,6 +85,9 @@ MODELS = {
     "hunyuanvideo-1.5-720p-i2v": Model(
         "hunyuan-video-1.5", "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v"
     ),
+    "cogvideox-2b": Model("cogvideox", "zai-org/CogVideoX-2b"),
+    "cogvideox-5b": Model("cogvideox", "zai-org/CogVideoX-5b"),
+    "cogvideox1.5-5b-i2v": Model("cogvideox", "zai-org/CogVideoX1.5-5B-I2V"),
     "wan2.1-t2v-1.3b": Model("wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     "wan2.1-t2v-14b": Model("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
     "wan2.1-i2v-14b-480p": Model("wan", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"),

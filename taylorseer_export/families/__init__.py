@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.chroma import CHROMA
+from taylorseer_export.families.cogvideox import COGVIDEOX
 from taylorseer_export.families.dit import DIT
 from taylorseer_export.families.family import Family
 from taylorseer_export.families.flux import FLUX, FLUX_KONTEXT
@@ -30,6 +31,7 @@ from taylorseer_export.families.z_image import Z_IMAGE
 
 _ALL = (
     CHROMA,
+    COGVIDEOX,
     DIT,
     FLUX,
     FLUX_KONTEXT,

@@ -94,7 +94,8 @@ class Pipeline:
             text and of the latent behind it, of which every token counts; `places-of-all`, with places of the text,
             which are zero, before those of the latent; `lists`, with latents `[C, 1, H, W]` and
             words `[T, D]` of each sample in lists, and so the answer; `first-frame`, with a timestep for each token,
-            which is 0 in the first frame, that of a picture.
+            which is 0 in the first frame, that of a picture; `rotary`, with cosines and sines of places in two tables
+            that have a row for each token of the latent `[N, F, C, H, W]`.
         positional: Inputs that are passed by place behind the latent, in order; all others by name.
         cast_inputs: Constant inputs that are cast or joined anew at every call, so that only their numbers stay.
         ignored_inputs: Arguments that are passed and that the model does not look at, unless they are inputs.
@@ -113,7 +114,7 @@ class Pipeline:
     condition_share: float = 0.0
     arguments: Literal[
         "declared", "rows-behind", "rows-ahead", "first-shape", "pictures-behind", "noise-alone", "mask-of-all",
-        "places-of-all", "lists", "first-frame",
+        "places-of-all", "lists", "first-frame", "rotary",
     ] = "declared"  # fmt: skip
     positional: tuple[str, ...] = ()
     cast_inputs: tuple[str, ...] = ()

@@ -228,6 +228,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_layers": 3,
         "rope_max_seq_len": 64,
     },
+    "cogvideox": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "time_embed_dim": 32,
+        "text_embed_dim": 32,
+        "num_layers": 2,
+        "sample_width": 12,
+        "sample_height": 8,
+        "sample_frames": 9,
+        "use_rotary_positional_embeddings": True,
+    },
     "wan-first-frame": {
         "num_attention_heads": 2,
         "attention_head_dim": 24,
@@ -273,6 +284,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "sana": {"latent_size": [8, 8], "text_tokens": 12},
     "sd3": {"latent_size": [16, 16], "text_tokens": 12},
     "wan": {"latent_size": [3, 8, 12], "text_tokens": 12},
+    "cogvideox": {"latent_size": [3, 8, 12], "text_tokens": 12},
     "wan-first-frame": {"latent_size": [3, 8, 12], "text_tokens": 12},
     "wan-vace": {"latent_size": [3, 8, 12], "text_tokens": 12},
 }

@@ -17,7 +17,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline, QwenImageEditPlusPipeline
+from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline, Kandinsky5I2VPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from harness import allowed, eager_denoiser
 from oracle import assert_close
@@ -36,6 +36,7 @@ from tiny_pipelines import (
     hunyuan_15_pipeline,
     hunyuan_image_pipeline,
     hunyuan_pipeline,
+    kandinsky_5_pipeline,
     kontext_pipeline,
     krea_2_pipeline,
     longcat_image_pipeline,
@@ -148,6 +149,16 @@ HUNYUAN_15 = {
 }
 PREDICTED = {"pred_cond", "pred_uncond"}
 EMBEDDED_WAN = {"guidance_scale": 4.0, **guided("prompt_embeds", prompt_embeds=text(6, 20))}
+KANDINSKY_5 = {"height": 32, "width": 48, "num_frames": 5, "prompt": None, "guidance_scale": 2.0}
+KANDINSKY_5 |= {
+    f"{sign}prompt_{name}": value
+    for sign, by, words in (("", 1, 6), ("negative_", -1, 4))
+    for name, value in (
+        ("embeds_qwen", by * text(words, 20)),
+        ("embeds_clip", by * text(12)),
+        ("cu_seqlens", torch.tensor([0, words], dtype=torch.int32)),
+    )
+}
 FRAMEPACK = {
     "height": 128,
     "width": 128,
@@ -208,6 +219,13 @@ CASES = {
     ),
     "z-image": ("z-image", z_image_pipeline, Z_IMAGE, {"0"}),
     "z-image-two": ("z-image", z_image_pipeline, Z_IMAGE | {"num_images_per_prompt": 2, "guidance_scale": 0.0}, {"0"}),
+    "kandinsky-5": ("kandinsky-5", kandinsky_5_pipeline, KANDINSKY_5, {"0", "1"}),
+    "kandinsky-5-picture": (
+        "kandinsky-5",
+        partial(kandinsky_5_pipeline, pipeline=Kandinsky5I2VPipeline),
+        KANDINSKY_5 | {"image": PICTURE, "width": 32, "num_frames": 17},  # it compares the first four with the rest
+        {"0", "1"},
+    ),
     "cogvideox": ("cogvideox", cogvideox_pipeline, VIDEO | {"width": 64} | EMBEDDED_WAN, {"cond_uncond"}),
     "cogvideox-table": ("cogvideox-table", cogvideox_pipeline, VIDEO | EMBEDDED_WAN, {"cond_uncond"}),
     "cogvideox-image": (

@@ -35,6 +35,7 @@ from diffusers import (
     HunyuanVideoFramepackPipeline,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
+    Kandinsky5T2VPipeline,
     Krea2Pipeline,
     LongCatImagePipeline,
     OvisImagePipeline,
@@ -250,6 +251,12 @@ def wan_pipeline(transformer, second=None, boundary=None):
             boundary_ratio=boundary,
         )
     )
+
+
+def kandinsky_5_pipeline(transformer, pipeline=Kandinsky5T2VPipeline):
+    """Videos of 4 n + 1 frames and a multiple of 16 pixels; the prompt is given as embeddings."""
+    vae, scheduler = tiny_hunyuan_vae(transformer.config.in_visual_dim), FlowMatchEulerDiscreteScheduler(shift=5.0)
+    return _quiet(pipeline(transformer, vae, None, None, None, None, scheduler))
 
 
 def cogvideox_pipeline(transformer):

@@ -54,6 +54,7 @@ MODELS = {
     "hunyuan-1.5": "hunyuan-video-1.5 (text to video)",
     "hunyuan-1.5-i2v": "hunyuan-video-1.5 (image to video)",
     "framepack": "framepack",
+    "kandinsky-5": "kandinsky-5",
     "cogvideox": "cogvideox",
     "cogvideox-table": "cogvideox (2B)",
     "cogvideox-image": "cogvideox (1.5, image to video)",

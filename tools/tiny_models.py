@@ -22,6 +22,7 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoTransformer3DModel,
+    Kandinsky5Transformer3DModel,
     Krea2Transformer2DModel,
     LongCatImageTransformer2DModel,
     OvisImageTransformer2DModel,
@@ -651,6 +652,37 @@ def wan_vace_inputs(model, steps, **sizes):
     return latents, timestep, conditioning
 
 
+def tiny_kandinsky_5(seed=0):
+    """Kandinsky 5 of width 32, patches of 2 x 2, with channels for a picture, float32, eval."""
+    return randomised(
+        lambda: Kandinsky5Transformer3DModel(
+            in_text_dim=20,
+            in_text_dim2=12,
+            time_dim=24,
+            model_dim=32,
+            ff_dim=48,
+            num_text_blocks=1,
+            num_visual_blocks=2,
+            axes_dims=(4, 6, 6),
+            visual_cond=True,
+        ),
+        seed,
+    )
+
+
+def kandinsky_5_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_tokens=6, seed=0):
+    """Latents [S, B, F, H, W, C], timesteps [S] (from 1000 down), conditioning; height and width in patches."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    timestep = torch.linspace(1000.0, 1000.0 / steps, steps)
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.in_text_dim, generator=rng),
+        "pooled_projections": torch.randn(batch, config.in_text_dim2, generator=rng),
+        "scale_factor": torch.tensor([1.0, 2.0, 2.0]),
+    }
+    shape = (batch, frames, 2 * height, 2 * width, 2 * config.in_visual_dim + 1)
+    return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
+
+
 def tiny_cogvideox(seed=0, turned=True, layers=2, **more):
     """CogVideoX of width 32, patches of 2 x 2, float32, eval; `turned` has no table of places and any size."""
     config = {"in_channels": 4, "out_channels": 4, **more}
@@ -806,6 +838,7 @@ MODELS = {
     "hunyuan-replace": ("hunyuan-video", lambda: tiny_hunyuan(2, "token_replace"), hunyuan_inputs),
     "hunyuan-1.5": ("hunyuan-video-1.5", tiny_hunyuan_15, hunyuan_15_inputs),
     "hunyuan-1.5-i2v": ("hunyuan-video-1.5", lambda: tiny_hunyuan_15(1, "i2v"), hunyuan_15_inputs),
+    "kandinsky-5": ("kandinsky-5", tiny_kandinsky_5, kandinsky_5_inputs),
     "cogvideox": ("cogvideox", tiny_cogvideox, cogvideox_inputs),
     "cogvideox-table": ("cogvideox", lambda: tiny_cogvideox(1, turned=False, layers=1), cogvideox_inputs),
     "cogvideox-image": (

@@ -16,6 +16,7 @@ from taylorseer_export.families.framepack import FRAMEPACK
 from taylorseer_export.families.hidream import HIDREAM
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
 from taylorseer_export.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
+from taylorseer_export.families.kandinsky_5 import KANDINSKY_5
 from taylorseer_export.families.krea_2 import KREA_2
 from taylorseer_export.families.longcat_image import LONGCAT_IMAGE
 from taylorseer_export.families.ovis_image import OVIS_IMAGE
@@ -43,6 +44,7 @@ _ALL = (
     HIDREAM,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_15,
+    KANDINSKY_5,
     KREA_2,
     LONGCAT_IMAGE,
     OVIS_IMAGE,

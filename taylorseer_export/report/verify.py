@@ -8,6 +8,7 @@ recorded. Every other part of the model runs live, so the reference shares no gr
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -101,6 +102,7 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: F
 
         bound = sqrt(depth) (sqrt(32) u_store + sqrt(length) u_sum) gain max|reference|
 
+    and where modules round to bfloat16 in any precision, sqrt(2 of each) u_bfloat16 beside it,
     with u the unit roundoff of the stored features and of the float32 sums, `length` the longest contraction, and
     `gain` the sum of |weights|, by which a forecast amplifies the errors of its snapshots.
     """
@@ -124,10 +126,13 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: F
 
 def roundoff_of(model: nn.Module, manifest: Manifest) -> float:
     """Share of its largest value by which an output may be off: `compare`'s bound without gain and scale."""
-    sites = _module_sites(model, family_of(model, manifest.family))
+    family = family_of(model, manifest.family)
+    sites = _module_sites(model, family)
+    rounded = sum(any(re.fullmatch(p, name) for p in family.rounded) for name, _ in model.named_modules())
     depth, length = max(len(sites), 1), _longest_contraction(model)
     roundoff = _ROUNDOFF[manifest.state.dtype]
-    return math.sqrt(depth) * (math.sqrt(32) * roundoff + math.sqrt(length) * _ROUNDOFF["float32"])
+    inside = math.sqrt(2 * rounded) * _ROUNDOFF["bfloat16"]
+    return math.sqrt(depth) * (math.sqrt(32) * roundoff + math.sqrt(length) * _ROUNDOFF["float32"]) + inside
 
 
 def verify(denoiser: Denoiser, checkpoint: Checkpoint, data: Trajectory, on_plan: Callable[[Parity], object]) -> None:

@@ -225,6 +225,7 @@ _FORMS: dict[str, Form] = {
     "mask-of-all": _mask_of_all,
     "places-of-all": _places_of_all,
     "lists": _lists,
+    "channels-last": _declared,
     "first-frame": _declared,  # `clock_of` tells the timestep
     "pictures-behind": _pictures_behind,
 }

@@ -169,15 +169,14 @@ def _replaces(manifest: Manifest) -> bool:
 
 def channel_axis(manifest: Manifest) -> int:
     """Where the channels of the latent of a picture or video stand."""
-    return 2 if manifest.pipeline.arguments == "rotary" else 1
+    return {"rotary": 2, "channels-last": 4}.get(manifest.pipeline.arguments, 1)
 
 
 def noise_shape(manifest: Manifest, latent: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of what is sampled, for a transformer's latent of this shape, which may have more channels."""
     axis, graph = channel_axis(manifest), manifest.graphs["full"]
     (made,) = (t.shape for t in graph.outputs if t.role == "noise_pred")
-    given = graph.input_of("latent").shape[axis]
-    if len(latent) != 5 or given == made[axis]:
+    if len(latent) != 5 or graph.input_of("latent").shape[axis] == made[axis]:
         return latent
     return (*latent[:axis], int(made[axis]), *latent[axis + 1 :])
 

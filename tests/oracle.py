@@ -126,6 +126,26 @@ def wan(model, timestep, hidden_states, **inputs):
     return plain(model, timestep, hidden_states=hidden_states, **inputs)
 
 
+def kandinsky_5(model, timestep, hidden_states, scale_factor, encoder_hidden_states, **inputs):
+    """As Kandinsky5T2VPipeline: places from the sizes. What its code has in float32 meets the weights in theirs."""
+    meeting = [m for m in model.modules() if isinstance(m, torch.nn.RMSNorm)] + [model.time_embeddings.in_layer]
+    for module in meeting:
+        if not module._forward_pre_hooks:
+            module.register_forward_pre_hook(lambda m, given: tuple(x.to(m.weight.dtype) for x in given))
+    frames, height, width = hidden_states.shape[1:4]
+    inputs |= {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+    inputs["visual_rope_pos"] = [torch.arange(side) for side in (frames, height // 2, width // 2)]
+    inputs["text_rope_pos"] = torch.arange(encoder_hidden_states.shape[1])
+    return model(timestep=timestep, scale_factor=scale_factor.tolist(), return_dict=False, **inputs)
+
+
+def cogvideox(model, timestep, image_rotary_emb=None, **inputs):
+    """As its pipelines: cosines and sines of each token's place in two tables."""
+    if image_rotary_emb is not None:
+        image_rotary_emb = tuple(image_rotary_emb.reshape(2, -1, image_rotary_emb.shape[-1]))
+    return plain(model, timestep, image_rotary_emb=image_rotary_emb, **inputs)
+
+
 def hidream(model, timestep, **inputs):
     """HiDream calls its timestep otherwise."""
     return model(timesteps=timestep, return_dict=False, **inputs)[0]
@@ -257,6 +277,20 @@ FAMILIES = {
             (r"single_transformer_blocks\.\d+\.proj_out", None),
         ),
     ),
+    "Kandinsky5Transformer3DModel": Family(
+        ((r"visual_transformer_blocks\.\d+\.(self_attention|cross_attention|feed_forward)", None),),
+        first="visual_transformer_blocks.0",
+        last="out_layer.norm",
+        call=kandinsky_5,
+    ),
+    "CogVideoXTransformer3DModel": Family(
+        (
+            (r"transformer_blocks\.\d+\.attn1", (0, 1)),  # video, text
+            (r"transformer_blocks\.\d+\.ff", None),  # text then video rows
+        ),
+        last="norm_final",
+        call=cogvideox,
+    ),
     "WanTransformer3DModel": Family(((r"blocks\.\d+\.(attn1|attn2|ffn)", None),), first="blocks.0", call=wan),
     "WanVACETransformer3DModel": Family(
         ((r"blocks\.\d+\.(attn1|attn2|ffn)|vace_blocks\.\d+\.proj_out", None),), first="blocks.0"
@@ -338,11 +372,13 @@ class Oracle:
         def hook(module, args):
             # FramePack puts tokens of the past first and drops them before the final norm.
             # Z-Image has text behind the picture there, which it drops later.
-            rows = args[0].shape[1]
-            base = self.embedding[name][:, -rows:] if self.residual else torch.zeros_like(args[0])
+            # Kandinsky 5 has tokens as a video there.
+            tokens = args[0].flatten(1, -2)
+            rows = tokens.shape[1]
+            base = self.embedding[name][:, -rows:] if self.residual else torch.zeros_like(tokens)
             base = torch.nn.functional.pad(base, (0, 0, 0, rows - base.shape[1]))
-            forecast = self._feature(name, args[0] - base)
-            return (base + forecast, *args[1:]) if self.plan[self.now] == "." else None
+            made = base + self._feature(name, tokens - base)
+            return (made.view_as(args[0]), *args[1:]) if self.plan[self.now] == "." else None
 
         return hook
 
@@ -477,16 +513,19 @@ def seen_by(value, dtype):
 
 
 def extent(model):
-    """(depth, length) for `bound`: number of sites, longest contraction of a linear layer."""
+    """(depth, length, rounded) for `bound`: number of sites, longest contraction of a linear layer, and how many
+    tensors its code rounds to bfloat16 in any precision: the turned queries and keys of Kandinsky 5."""
     linears = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
-    return len(tapped(model)), max(m.in_features for m in linears)
+    turning = [name for name, _ in model.named_modules() if name.endswith(".self_attention")]
+    return len(tapped(model)), max(m.in_features for m in linears), 2 * len(turning)
 
 
-def bound(reference, gain, dtype, depth, length):
+def bound(reference, gain, dtype, depth, length, rounded=0):
     """Largest error expected of arithmetic in `dtype`, a float; [S] of them for a list of gains.
 
         bound = c * gain * u * max|reference|
-        c = sqrt(depth) * (sqrt(32) + sqrt(length) * 2^-24 / u),   u the unit roundoff of `dtype`
+        c = sqrt(depth) * (sqrt(32) + sqrt(length) * 2^-24 / u) + sqrt(rounded) * 2^-8 / u,
+                                                                   u the unit roundoff of `dtype`
 
     Errors add as random signs do, hence square roots: over `depth` sites; over the roundings
     stored per site (about 16 from norm to residual add, doubled because the modulation has its
@@ -496,7 +535,7 @@ def bound(reference, gain, dtype, depth, length):
     float32 and 0.15 to 0.5 in float16 and bfloat16; on `mid_flux` 0.05 and 0.13.
     """
     u = ROUNDOFF[dtype]
-    c = sqrt(depth) * (sqrt(32) + sqrt(length) * 2.0**-24 / u)
+    c = sqrt(depth) * (sqrt(32) + sqrt(length) * 2.0**-24 / u) + sqrt(rounded) * 2.0**-8 / u
     if isinstance(gain, list):
         return c * u * torch.tensor(gain).double() * reference.double().abs().flatten(1).amax(1)
     return c * u * gain * reference.double().abs().max().item()

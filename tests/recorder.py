@@ -16,6 +16,7 @@ class Recorder:
     def __init__(self, transformer):
         self.calls = {}
         self.told = []  # (latents, prediction) of every call, in turn
+        self.first = []  # (latents, version) of the calls of the first nameless branch
         self.transformer = transformer
         transformer.register_forward_hook(self._note, with_kwargs=True)
 
@@ -26,7 +27,7 @@ class Recorder:
             mask = pad_sequence([torch.ones(len(words)).long() for words in inputs["cap_feats"]], batch_first=True)
             inputs |= {"cap_feats": pad_sequence(inputs["cap_feats"], batch_first=True), "cap_mask": mask}
         conditioning = {
-            n: v if isinstance(v, torch.Tensor) else torch.tensor(v)
+            n: v if isinstance(v, torch.Tensor) else torch.stack(v) if n == "image_rotary_emb" else torch.tensor(v)
             for n, v in inputs.items()
             if n in module.denoiser.constants and v is not None
         }
@@ -34,8 +35,11 @@ class Recorder:
         latents, sample = (torch.stack(v).squeeze(2) if isinstance(v, list) else v for v in (given, answer))
         timestep = inputs[module.denoiser.timestep.name]
         # Two nameless calls on the same latents are two branches.
-        nameless = str(int(any(latents is c[0] for c in self.calls.get("0", []))))
+        version = getattr(given, "_version", 0)  # some pipelines write the next latents over those before
+        nameless = str(int(any(given is one and version == of for one, of in self.first)))
         context = module._callers.here.context
+        self.first += [(given, version)] if nameless == "0" else []
+        given, latents = (x.clone() if isinstance(x, torch.Tensor) else x for x in (given, latents))
         self.calls.setdefault(context.name if context else nameless, []).append(
             (latents, timestep, conditioning, sample)
         )

@@ -17,7 +17,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline, QwenImageEditPlusPipeline
+from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline, Kandinsky5I2VPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from harness import allowed, eager_denoiser
 from oracle import assert_close
@@ -26,6 +26,8 @@ from recorder import Recorder
 from tiny_models import tiny_hunyuan
 from tiny_pipelines import (
     chroma_pipeline,
+    cogvideox_image_pipeline,
+    cogvideox_pipeline,
     flux2_base_pipeline,
     flux2_pipeline,
     framepack_pipeline,
@@ -34,6 +36,7 @@ from tiny_pipelines import (
     hunyuan_15_pipeline,
     hunyuan_image_pipeline,
     hunyuan_pipeline,
+    kandinsky_5_pipeline,
     kontext_pipeline,
     krea_2_pipeline,
     longcat_image_pipeline,
@@ -59,7 +62,7 @@ from taylorseer_export.families import FAMILIES
 from taylorseer_export.runtime.calls import host_array
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.schedulers import diffusers_scheduler
-from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, tensor_request
+from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, channel_axis, condition_shape, tensor_request
 from taylorseer_export.serve import contract
 
 pytestmark = pytest.mark.slow
@@ -146,6 +149,16 @@ HUNYUAN_15 = {
 }
 PREDICTED = {"pred_cond", "pred_uncond"}
 EMBEDDED_WAN = {"guidance_scale": 4.0, **guided("prompt_embeds", prompt_embeds=text(6, 20))}
+KANDINSKY_5 = {"height": 32, "width": 48, "num_frames": 5, "prompt": None, "guidance_scale": 2.0}
+KANDINSKY_5 |= {
+    f"{sign}prompt_{name}": value
+    for sign, by, words in (("", 1, 6), ("negative_", -1, 4))
+    for name, value in (
+        ("embeds_qwen", by * text(words, 20)),
+        ("embeds_clip", by * text(12)),
+        ("cu_seqlens", torch.tensor([0, words], dtype=torch.int32)),
+    )
+}
 FRAMEPACK = {
     "height": 128,
     "width": 128,
@@ -206,6 +219,21 @@ CASES = {
     ),
     "z-image": ("z-image", z_image_pipeline, Z_IMAGE, {"0"}),
     "z-image-two": ("z-image", z_image_pipeline, Z_IMAGE | {"num_images_per_prompt": 2, "guidance_scale": 0.0}, {"0"}),
+    "kandinsky-5": ("kandinsky-5", kandinsky_5_pipeline, KANDINSKY_5, {"0", "1"}),
+    "kandinsky-5-picture": (
+        "kandinsky-5",
+        partial(kandinsky_5_pipeline, pipeline=Kandinsky5I2VPipeline),
+        KANDINSKY_5 | {"image": PICTURE, "width": 32, "num_frames": 17},  # it compares the first four with the rest
+        {"0", "1"},
+    ),
+    "cogvideox": ("cogvideox", cogvideox_pipeline, VIDEO | {"width": 64} | EMBEDDED_WAN, {"cond_uncond"}),
+    "cogvideox-table": ("cogvideox-table", cogvideox_pipeline, VIDEO | EMBEDDED_WAN, {"cond_uncond"}),
+    "cogvideox-image": (
+        "cogvideox-image",
+        cogvideox_image_pipeline,
+        VIDEO | {"image": PICTURE} | EMBEDDED_WAN,
+        {"cond_uncond"},
+    ),
     "wan": ("wan", wan_pipeline, VIDEO | GUIDED, {"cond", "uncond"}),
     "wan-picture": ("wan", wan_pipeline, VIDEO | {"num_frames": 1, "guidance_scale": 1.0}, {"cond"}),
     "wan-image": (
@@ -449,7 +477,8 @@ def tensors_of(denoiser, calls):
     given = [{name: host_array(value) for name, value in inputs.items() if name in constants} for _, inputs in calls]
     if guidance == "batched":  # unconditional first, as most pipelines of diffusers have it
         order = (0, 1) if denoiser.manifest.pipeline.guidance_offset else (1, 0)
-        halves = {name: np.split(value, 2, constants[name].shape.index("batch")) for name, value in given[0].items()}
+        axes = {name: tensor.shape.index("batch") for name, tensor in constants.items() if "batch" in tensor.shape}
+        halves = {n: np.split(v, 2, axes[n]) if n in axes else (v, v) for n, v in given[0].items()}
         given = [{name: half[k] for name, half in halves.items()} for k in order]
     tensors = {name: value for name, value in given[0].items() if name != "guidance"}
     if guidance in ("batched", "branches") and len(given) > 1:
@@ -457,8 +486,9 @@ def tensors_of(denoiser, calls):
     latents = calls[0][0]
     beside = condition_shape(denoiser.manifest, tuple(latents.shape))
     if beside is not None:
-        frames = beside[2] < latents.shape[2]
-        tensors[CONDITION] = (latents[:, :, : beside[2]] if frames else latents[:, -beside[1] :]).numpy()
+        axis = channel_axis(denoiser.manifest)
+        begin, axis = (-beside[axis], axis) if beside[axis] < latents.shape[axis] else (0, 2)
+        tensors[CONDITION] = latents[:1].narrow(axis, begin, beside[axis]).numpy()
     return tensors
 
 
@@ -485,6 +515,8 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     request = tensor_request(denoiser, tensors_of(denoiser, calls), [0], sizes, sides, asked)
     if case == "framepack":  # it draws from the same generator to encode the picture, and adds the picture at the end
         request, painted = replace(request, latents=latents.numpy()), painted[:, :, 1:]
+    if case == "cogvideox-image":  # it encodes the picture by the same generator
+        request = replace(request, latents=latents[:1, :, : request.latents.shape[2]].numpy())
     made = torch.from_numpy(sample(denoiser, request, denoiser.forecasts(plan="FFFF")).latents)
     if name == "hunyuan-channels":
         made = made[:, :, 1:]  # the pipeline drops the picture

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import oracle
 import pytest
 import torch
+from diffusers.models.transformers import transformer_kandinsky
 from harness import FLOAT32, TOY, allowed, as_arrays, begin, beside, eager_denoiser, open_slot, run, together
 from oracle import assert_close
 
@@ -154,6 +155,21 @@ ROWS = {
     "wan": Row(
         ({"frames": 1, "height": 2, "width": 5, "text_tokens": 9}, {"batch": 3, "frames": 3, "height": 3}),
         frozenset({"encoder_hidden_states"}),
+    ),
+    "cogvideox": Row(
+        (
+            {"batch": 1, "frames": 1, "height": 3, "text_tokens": 9},
+            {"batch": 3, "frames": 3, "height": 4, "width": 5, "text_tokens": 3},
+        ),
+        frozenset({"encoder_hidden_states", "image_rotary_emb"}),
+    ),
+    "kandinsky-5": Row(
+        ({"frames": 1, "height": 2, "width": 5, "text_tokens": 9}, {"batch": 3, "frames": 3}),
+        frozenset({"encoder_hidden_states", "scale_factor"}),
+    ),
+    "cogvideox-table": Row(({"batch": 3},), frozenset({"encoder_hidden_states"})),
+    "cogvideox-image": Row(
+        ({"batch": 3, "frames": 3, "text_tokens": 9},), frozenset({"encoder_hidden_states", "image_rotary_emb"})
     ),
     "wan-first-frame": Row(
         ({"batch": 3, "height": 2, "text_tokens": 9}, {"frames": 4, "height": 3, "width": 5}),
@@ -350,6 +366,25 @@ def test_bfloat16_with_parts_kept_in_float32(tiny, traced, monkeypatch, granular
     limit = oracle.bound(reference, oracle.gains("FFF..F..", 1), torch.bfloat16, *oracle.extent(model))
     seen = run(eager_denoiser(made), inputs, "FFF..F..", 1)
     assert 0.01 < assert_close("bfloat16", seen, reference, limit)
+
+
+@pytest.mark.slow
+def test_without_its_rounding_kandinsky_5_is_as_exact_as_any(tiny, monkeypatch):
+    """What its code rounds to bfloat16, queries and keys, is all that its bound is wider for."""
+    monkeypatch.setattr(transformer_kandinsky, "torch", Unrounded())
+    family, model, inputs = FAMILIES["kandinsky-5"], tiny("kandinsky-5").model, tiny("kandinsky-5").inputs(8, batch=2)
+    made = export.draft(open_checkpoint(str(tiny("kandinsky-5").folder), family), export.Options(ORDER, 4, 2))
+    reference = oracle.replay(model, *inputs, "FFF..F..", ORDER)
+    depth, length, rounded = oracle.extent(model)
+    limit = oracle.bound(reference, oracle.gains("FFF..F..", ORDER), FLOAT32, depth, length)
+    assert rounded and assert_close("unrounded", run(eager_denoiser(made), inputs, "FFF..F..", ORDER), reference, limit)
+
+
+class Unrounded:
+    """torch, where bfloat16 is float32."""
+
+    def __getattr__(self, name):
+        return torch.float32 if name == "bfloat16" else getattr(torch, name)
 
 
 @pytest.mark.slow

@@ -60,6 +60,9 @@ COMFY = {
         "blocks.0.ffn.0": ["blocks.0.ffn.net.0.proj"],
     },
 }
+OWN_KANDINSKY = "visual_transformer_blocks.0.self_attention.to_query"
+COMFY["cogvideox"] = {"transformer_blocks.0.attn1.to_q": ["transformer_blocks.0.attn1.to_q"]}
+COMFY["kandinsky-5"] = {OWN_KANDINSKY: [OWN_KANDINSKY]}
 COMFY |= dict.fromkeys(("wan-first-frame", "wan-vace"), COMFY["wan"])
 # Family -> a module by its own name, of every family.
 OWN = {
@@ -68,6 +71,8 @@ OWN = {
     "wan": "blocks.0.attn1.to_q",
     "wan-first-frame": "blocks.0.attn1.to_q",
     "wan-vace": "vace_blocks.0.attn1.to_q",
+    "cogvideox": "transformer_blocks.0.attn1.to_q",
+    "kandinsky-5": OWN_KANDINSKY,
     "flux3": "mode_blocks.image.0.attn.to_q",
     "pixart": "transformer_blocks.0.attn1.to_q",
     "sana": "transformer_blocks.0.attn1.to_q",

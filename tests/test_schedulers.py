@@ -449,6 +449,9 @@ def test_every_scheduler_of_a_family_needs_no_diffusers():
     kinds = {kind.name: kind for kind in (FlowEuler, UniPC, DPMSolver, DDIM)}
     seen = set()
     for family, kind, config in declared():
+        if kind not in kinds:
+            assert family == "cogvideox"  # its DDIM is diffusers' own here
+            continue
         stored = dict(getattr(diffusers, kind)(**config).config)
         assert kinds[kind].of(config) is not None, family
         assert kinds[kind].of(stored) is not None, family

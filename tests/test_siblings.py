@@ -45,6 +45,13 @@ def refused(capsys, family, folder):
         ("flux", "flux.1-kontext-dev", "FluxKontextPipeline", "export it as family flux-kontext"),
         ("flux", "flux.2-dev", None, "is of class Flux2Transformer2DModel, expected FluxTransformer2DModel for family"),
         ("wan-first-frame", "wan2.2-t2v-a14b", None, "`out_channels` are 16 and 16, expected 48 both"),
+        (
+            "cogvideox",
+            "wan2.1-t2v-14b",
+            None,
+            "is of class WanTransformer3DModel, expected CogVideoXTransformer3DModel",
+        ),
+        ("kandinsky-5", "wan2.1-t2v-14b", None, "is of class WanTransformer3DModel, expected Kandinsky5Transformer3"),
         ("wan-vace", "wan2.1-t2v-14b", None, "is of class WanTransformer3DModel, expected WanVACETransformer3DModel"),
         ("z-image", "flux.1-dev", None, "is of class FluxTransformer2DModel, expected ZImageTransformer2DModel"),
     ],
@@ -59,6 +66,12 @@ def test_a_model_that_no_family_covers_is_refused(tmp_path, capsys, option, said
     folder = pipeline(tmp_path / "model", PUBLISHED / "qwen-image.json", **{option: True})
     error = refused(capsys, "qwen-image", folder)
     assert f"config entry `{option}` is true, expected false; no family covers" in error and said in error
+
+
+def test_sparse_attention_is_refused_by_name(tmp_path, capsys):
+    published = PUBLISHED / "kandinsky-5.0-t2v-lite-5s.json"
+    error = refused(capsys, "kandinsky-5", pipeline(tmp_path / "model", published, attention_type="nabla"))
+    assert "`attention_type` is nabla, expected regular; its sparse attention chooses blocks" in error
 
 
 def test_a_distilled_model_under_the_name_of_its_base_is_refused(tmp_path, capsys):

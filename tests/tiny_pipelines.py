@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
     AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo,
     AutoencoderKLHunyuanVideo15,
@@ -20,6 +21,9 @@ from diffusers import (
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     ChromaPipeline,
+    CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
     DDIMScheduler,
     DiTPipeline,
     DPMSolverMultistepScheduler,
@@ -34,6 +38,7 @@ from diffusers import (
     HunyuanVideoFramepackPipeline,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
+    Kandinsky5T2VPipeline,
     Krea2Pipeline,
     LongCatImagePipeline,
     LTX2Pipeline,
@@ -276,6 +281,40 @@ def ltx_2_pipeline(transformer):
             transformer=transformer,
             vocoder=None,
         )
+    )
+
+
+def kandinsky_5_pipeline(transformer, pipeline=Kandinsky5T2VPipeline):
+    """Videos of 4 n + 1 frames and a multiple of 16 pixels; the prompt is given as embeddings."""
+    vae, scheduler = tiny_hunyuan_vae(transformer.config.in_visual_dim), FlowMatchEulerDiscreteScheduler(shift=5.0)
+    return _quiet(pipeline(transformer, vae, None, None, None, None, scheduler))
+
+
+def cogvideox_pipeline(transformer):
+    """Videos of 4 n + 1 frames; the prompt is given as embeddings, and latents are not decoded."""
+    return _quiet(CogVideoXPipeline(None, None, None, transformer, _cogvideox_scheduler()))
+
+
+def cogvideox_image_pipeline(transformer):
+    """The same from a picture."""
+    vae = _seeded(
+        lambda: AutoencoderKLCogVideoX(
+            block_out_channels=(2, 2, 2, 2),
+            latent_channels=transformer.config.out_channels,
+            layers_per_block=1,
+            norm_num_groups=2,
+        )
+    )
+    return _quiet(CogVideoXImageToVideoPipeline(None, None, vae, transformer, _cogvideox_scheduler()))
+
+
+def _cogvideox_scheduler():
+    return CogVideoXDDIMScheduler(
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0,
+        timestep_spacing="trailing",
     )
 
 

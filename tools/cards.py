@@ -86,6 +86,10 @@ MODELS = {
     "hunyuanvideo-1.5-720p-i2v": Model(
         "hunyuan-video-1.5", "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v"
     ),
+    "kandinsky-5.0-t2v-lite-5s": Model("kandinsky-5", "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers"),
+    "cogvideox-2b": Model("cogvideox", "zai-org/CogVideoX-2b"),
+    "cogvideox-5b": Model("cogvideox", "zai-org/CogVideoX-5b"),
+    "cogvideox1.5-5b-i2v": Model("cogvideox", "zai-org/CogVideoX1.5-5B-I2V"),
     "wan2.1-t2v-1.3b": Model("wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     "wan2.1-t2v-14b": Model("wan", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
     "wan2.1-i2v-14b-480p": Model("wan", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"),
@@ -125,7 +129,7 @@ def digest(name: str) -> str:
 
 def shallow(entries: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """A config with at most so many layers of each kind."""
-    kind = re.compile(r"(num|n)_(.*_)?layers")
+    kind = re.compile(r"(num|n)_(.*_)?(layers|blocks)")
     twin = {k: min(v, layers) if kind.fullmatch(k) else v for k, v in entries.items()}
     if "llama_layers" in twin:  # HiDream: one entry for each block, of both kinds
         twin["llama_layers"] = twin["llama_layers"][: 2 * layers]

@@ -13,6 +13,7 @@ _OF_TIME = (
     "time_embedder.linear_1.weight",
     "t_embedder.mlp.0.weight",
     "time_embed.linear_1.weight",
+    "time_embedding.linear_1.weight",
     "time_embeddings.in_layer.weight",
 )
 

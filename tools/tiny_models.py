@@ -13,6 +13,7 @@ import math
 import torch
 from diffusers import (
     ChromaTransformer2DModel,
+    CogVideoXTransformer3DModel,
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
     Flux3Transformer2DModel,
@@ -21,6 +22,7 @@ from diffusers import (
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoTransformer3DModel,
+    Kandinsky5Transformer3DModel,
     Krea2Transformer2DModel,
     LongCatImageTransformer2DModel,
     LTX2VideoTransformer3DModel,
@@ -34,6 +36,7 @@ from diffusers import (
     WanVACETransformer3DModel,
     ZImageTransformer2DModel,
 )
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from randomised import randomised
 
 
@@ -650,6 +653,73 @@ def wan_vace_inputs(model, steps, **sizes):
     return latents, timestep, conditioning
 
 
+def tiny_kandinsky_5(seed=0):
+    """Kandinsky 5 of width 32, patches of 2 x 2, with channels for a picture, float32, eval."""
+    return randomised(
+        lambda: Kandinsky5Transformer3DModel(
+            in_text_dim=20,
+            in_text_dim2=12,
+            time_dim=24,
+            model_dim=32,
+            ff_dim=48,
+            num_text_blocks=1,
+            num_visual_blocks=2,
+            axes_dims=(4, 6, 6),
+            visual_cond=True,
+        ),
+        seed,
+    )
+
+
+def kandinsky_5_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_tokens=6, seed=0):
+    """Latents [S, B, F, H, W, C], timesteps [S] (from 1000 down), conditioning; height and width in patches."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    timestep = torch.linspace(1000.0, 1000.0 / steps, steps)
+    conditioning = {
+        "encoder_hidden_states": torch.randn(batch, text_tokens, config.in_text_dim, generator=rng),
+        "pooled_projections": torch.randn(batch, config.in_text_dim2, generator=rng),
+        "scale_factor": torch.tensor([1.0, 2.0, 2.0]),
+    }
+    shape = (batch, frames, 2 * height, 2 * width, 2 * config.in_visual_dim + 1)
+    return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
+
+
+def tiny_cogvideox(seed=0, turned=True, layers=2, **more):
+    """CogVideoX of width 32, patches of 2 x 2, float32, eval; `turned` has no table of places and any size."""
+    config = {"in_channels": 4, "out_channels": 4, **more}
+    return randomised(
+        lambda: CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            time_embed_dim=24,
+            text_embed_dim=20,
+            num_layers=layers,
+            sample_width=6,
+            sample_height=4,
+            sample_frames=5,
+            max_text_seq_length=6,
+            use_rotary_positional_embeddings=turned,
+            **config,
+        ),
+        seed,
+    )
+
+
+def cogvideox_inputs(model, steps, batch=1, frames=2, height=2, width=3, text_tokens=6, seed=0):
+    """Latents [S, B, F, C, H, W], timesteps [S] (from 999 down), conditioning; sizes in patches."""
+    config, rng = model.config, torch.Generator().manual_seed(seed)
+    timestep = torch.linspace(999.0, 999.0 / steps, steps).round()
+    conditioning = {"encoder_hidden_states": torch.randn(batch, text_tokens, config.text_embed_dim, generator=rng)}
+    if config.ofs_embed_dim:
+        conditioning["ofs"] = torch.tensor([2.0])
+    if config.use_rotary_positional_embeddings:
+        grid, width_of_head = (height, width), config.attention_head_dim
+        tables = get_3d_rotary_pos_embed(width_of_head, None, grid, frames, grid_type="slice", max_size=grid)
+        conditioning["image_rotary_emb"] = torch.stack(tables).view(2, frames, *grid, width_of_head)
+    shape = (batch, frames * (config.patch_size_t or 1), config.in_channels, 2 * height, 2 * width)
+    return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
+
+
 def tiny_hunyuan(seed=0, condition=None, in_channels=4, guidance=True, double=1, single=2, heads=2, head_dim=12):
     """HunyuanVideo, patch (1, 2, 2), float32, eval; `condition` is its `image_condition_type`."""
     return randomised(
@@ -827,6 +897,14 @@ MODELS = {
     "hunyuan-replace": ("hunyuan-video", lambda: tiny_hunyuan(2, "token_replace"), hunyuan_inputs),
     "hunyuan-1.5": ("hunyuan-video-1.5", tiny_hunyuan_15, hunyuan_15_inputs),
     "hunyuan-1.5-i2v": ("hunyuan-video-1.5", lambda: tiny_hunyuan_15(1, "i2v"), hunyuan_15_inputs),
+    "kandinsky-5": ("kandinsky-5", tiny_kandinsky_5, kandinsky_5_inputs),
+    "cogvideox": ("cogvideox", tiny_cogvideox, cogvideox_inputs),
+    "cogvideox-table": ("cogvideox", lambda: tiny_cogvideox(1, turned=False, layers=1), cogvideox_inputs),
+    "cogvideox-image": (
+        "cogvideox",
+        lambda: tiny_cogvideox(2, layers=1, in_channels=8, patch_size_t=2, ofs_embed_dim=24),
+        cogvideox_inputs,
+    ),
     "wan": ("wan", tiny_wan, wan_inputs),
     "wan-image": ("wan", lambda: tiny_wan(seed=1, in_channels=12, image_dim=10), wan_inputs),
     "wan-first-frame": ("wan-first-frame", lambda: tiny_wan(2, in_channels=48, out_channels=48), wan_inputs),

@@ -250,7 +250,7 @@ class Pipeline(Part):
     )
     arguments: Literal[
         "declared", "rows-behind", "rows-ahead", "first-shape", "pictures-behind", "noise-alone", "mask-of-all",
-        "places-of-all", "lists", "first-frame",
+        "places-of-all", "lists", "first-frame", "rotary", "channels-last",
     ] = Field(
         default="declared",
         description="How the pipeline calls the transformer. declared: with the inputs of the graphs. rows-behind: "
@@ -261,7 +261,8 @@ class Pipeline(Part):
         "a picture behind those of the latent, which are zeros. mask-of-all: the mask has a one for each "
         "token of the latent behind those of the text. places-of-all: places of the text, all zero, stand before those "
         "of the latent. lists: latents and words of each sample in lists. first-frame: a timestep for each token, 0 in "
-        "the first frame, which is that of a picture.",
+        "the first frame, which is that of a picture. rotary: cosines and sines of places in two tables of rows. "
+        "channels-last: the latent's channels behind its sides.",
     )  # fmt: skip
     positional: tuple[str, ...] = Field(
         default=(), description="Inputs that are passed by place behind the latent, in order."

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.chroma import CHROMA
+from taylorseer_export.families.cogvideox import COGVIDEOX
 from taylorseer_export.families.dit import DIT
 from taylorseer_export.families.family import Family
 from taylorseer_export.families.flux import FLUX, FLUX_KONTEXT
@@ -15,6 +16,7 @@ from taylorseer_export.families.framepack import FRAMEPACK
 from taylorseer_export.families.hidream import HIDREAM
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
 from taylorseer_export.families.hunyuan_video_15 import HUNYUAN_VIDEO_15
+from taylorseer_export.families.kandinsky_5 import KANDINSKY_5
 from taylorseer_export.families.krea_2 import KREA_2
 from taylorseer_export.families.longcat_image import LONGCAT_IMAGE
 from taylorseer_export.families.ltx_2 import LTX_2
@@ -31,6 +33,7 @@ from taylorseer_export.families.z_image import Z_IMAGE
 
 _ALL = (
     CHROMA,
+    COGVIDEOX,
     DIT,
     FLUX,
     FLUX_KONTEXT,
@@ -42,6 +45,7 @@ _ALL = (
     HIDREAM,
     HUNYUAN_VIDEO,
     HUNYUAN_VIDEO_15,
+    KANDINSKY_5,
     KREA_2,
     LONGCAT_IMAGE,
     LTX_2,

@@ -94,7 +94,9 @@ class Pipeline:
             text and of the latent behind it, of which every token counts; `places-of-all`, with places of the text,
             which are zero, before those of the latent; `lists`, with latents `[C, 1, H, W]` and
             words `[T, D]` of each sample in lists, and so the answer; `first-frame`, with a timestep for each token,
-            which is 0 in the first frame, that of a picture.
+            which is 0 in the first frame, that of a picture; `rotary`, with cosines and sines of places in two tables
+            that have a row for each token of the latent `[N, F, C, H, W]`; `channels-last`, with the latent
+            `[N, F, H, W, C]`.
         positional: Inputs that are passed by place behind the latent, in order; all others by name.
         cast_inputs: Constant inputs that are cast or joined anew at every call, so that only their numbers stay.
         ignored_inputs: Arguments that are passed and that the model does not look at, unless they are inputs.
@@ -114,7 +116,7 @@ class Pipeline:
     condition_share: float = 0.0
     arguments: Literal[
         "declared", "rows-behind", "rows-ahead", "first-shape", "pictures-behind", "noise-alone", "mask-of-all",
-        "places-of-all", "lists", "first-frame",
+        "places-of-all", "lists", "first-frame", "rotary", "channels-last",
     ] = "declared"  # fmt: skip
     positional: tuple[str, ...] = ()
     cast_inputs: tuple[str, ...] = ()
@@ -270,6 +272,8 @@ class Family:
         forward: `(model, inputs) -> noise_pred`, or one for each latent: how the declared inputs become a call of the
             model, where they are not its arguments one by one. The trace and the eager reference of `verify` both
             call it this way.
+        rounded: Regular expressions over modules whose code rounds two tensors to bfloat16 in any precision, so that
+            what is off by less than float32's roundoff before may be off by bfloat16's behind.
         retired: Entries of published configs that the class no longer has, and that never changed what it computes.
         variants: Word of a model's name -> what of this declaration is different for it.
         distilled: That of `variants` which a pipeline means by the entry `is_distilled` of its index; empty where none
@@ -314,6 +318,7 @@ class Family:
     others: Mapping[str, tuple[tuple[str, str], tuple[str, str]]] = field(default_factory=dict)
     lora_loader: str = ""
     forward: Callable[[Any, dict[str, Any]], Any] = call
+    rounded: tuple[str, ...] = ()
     retired: tuple[str, ...] = ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     distilled: str = ""

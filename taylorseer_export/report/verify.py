@@ -8,6 +8,7 @@ recorded. Every other part of the model runs live, so the reference shares no gr
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -117,6 +118,7 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: F
 
         bound = sqrt(depth) (sqrt(32) u_store + sqrt(length) u_sum) gain max|reference|
 
+    and where modules round to bfloat16 in any precision, sqrt(2 of each) u_bfloat16 beside it,
     with u the unit roundoff of the stored features and of the float32 sums, `length` the longest contraction, and
     `gain` the sum of |weights|, by which a forecast amplifies the errors of its snapshots.
     Of quantised weights the reference holds what they stand for, and the bound is the same; where what they are
@@ -151,10 +153,13 @@ def roundoff_of(model: nn.Module, manifest: Manifest) -> float:
     of_tokens, found = 0.0, manifest.quantised
     if found is not None and found.activations == "token":
         of_tokens = math.sqrt(len(found.layers)) * _OF_TOKENS[found.weights]
-    sites = _module_sites(model, family_of(model, manifest))
+    family = family_of(model, manifest)
+    sites = _module_sites(model, family)
+    rounded = sum(any(re.fullmatch(p, name) for p in family.rounded) for name, _ in model.named_modules())
     depth, length = max(len(sites), 1), _longest_contraction(model)
     roundoff = _ROUNDOFF[manifest.state.dtype]
-    return math.sqrt(depth) * (math.sqrt(32) * roundoff + math.sqrt(length) * _ROUNDOFF["float32"]) + of_tokens
+    inside = of_tokens + math.sqrt(2 * rounded) * _ROUNDOFF["bfloat16"]
+    return math.sqrt(depth) * (math.sqrt(32) * roundoff + math.sqrt(length) * _ROUNDOFF["float32"]) + inside
 
 
 def verify(

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.errors import StepError
 from taylorseer_export.runtime.calls import host_array
@@ -21,6 +23,8 @@ def form_of(manifest: Manifest) -> Form:
     """`(hidden_states, arguments) -> (latent, inputs)` of a bundle."""
     if manifest.pipeline.arguments == "noise-alone":
         return partial(_noise_alone, int(manifest.graphs["full"].input_of("latent").shape[1]))
+    if manifest.pipeline.arguments == "rotary":
+        return partial(_rotary, manifest.model.config)
     return _FORMS[manifest.pipeline.arguments]
 
 
@@ -167,6 +171,22 @@ def _noise_alone(channels: int, latents: Any, inputs: dict[str, Any]) -> tuple[A
     return latents[:, :channels], inputs
 
 
+def _rotary(config: dict[str, Any], latents: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Tables of places, a row for each token, as one tensor over frames, rows and columns."""
+    tables = inputs.get("image_rotary_emb")
+    if tables is None:
+        return latents, inputs
+    (frames, _, height, width), side = latents.shape[1:], config["patch_size"]
+    grid = (frames // (config.get("patch_size_t") or 1), height // side, width // side)
+    if any(len(table) != np.prod(grid) for table in tables):
+        raise StepError(
+            f"argument `image_rotary_emb` has {', '.join(str(len(table)) for table in tables)} rows, expected "
+            f"{np.prod(grid)}, one for each token of the latent; pass those of the pipeline"
+        )
+    whole = np.stack([host_array(table) for table in tables])
+    return latents, {**inputs, "image_rotary_emb": whole.reshape(2, *grid, whole.shape[-1])}
+
+
 def _masked(inputs: dict[str, Any]) -> dict[str, Any]:
     given, text = dict(inputs), inputs.get("encoder_hidden_states")
     if text is not None:
@@ -205,6 +225,7 @@ _FORMS: dict[str, Form] = {
     "mask-of-all": _mask_of_all,
     "places-of-all": _places_of_all,
     "lists": _lists,
+    "channels-last": _declared,
     "first-frame": _declared,  # `clock_of` tells the timestep
     "pictures-behind": _pictures_behind,
 }

@@ -32,12 +32,14 @@ class Joined:
     """What a model from pictures has beside the noise, the same at every step.
 
     Attributes:
-        axis: 1 for channels that follow those of the latents, 2 for frames in the place of their first ones.
-        value: `[N, C, F, H, W]` float32, in latent pixels.
+        axis: Of channels that follow those of the latents, or of frames in the place of their first ones.
+        value: `[N, C, F, H, W]` float32, in latent pixels, or in what order the latents have it.
+        ahead: Whether it is frames.
     """
 
     axis: int
     value: np.ndarray
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -310,9 +312,8 @@ class Loop:
         """What the transformer takes of the latents, the loop's own if left out."""
         latents = self.latents if latents is None else latents
         if (joined := self.request.joined) is not None:
-            behind = joined.axis == 1
-            own = latents if behind else latents[:, :, joined.value.shape[2] :]
-            latents = np.concatenate([own, joined.value] if behind else [joined.value, own], joined.axis)
+            own = latents[:, :, joined.value.shape[2] :] if joined.ahead else latents
+            latents = np.concatenate([joined.value, own] if joined.ahead else [own, joined.value], joined.axis)
         if self.step < len(self.plan):
             latents = self._scheduler.model_input(latents, self._place)
         return _doubled(latents) if self.request.guided and self.request.negative is None else latents
@@ -355,7 +356,7 @@ class Loop:
     def _following(self, step: Callable[[np.ndarray, int, np.ndarray], np.ndarray], answer: np.ndarray) -> np.ndarray:
         """The next latents, by a step of the scheduler; frames that are no part of what is sampled stay."""
         latents, joined = self.latents, self.request.joined
-        if joined is None or joined.axis != 2:
+        if joined is None or not joined.ahead:
             return step(answer, self._place, latents)
         frames = joined.value.shape[2]
         following = step(answer[:, :, frames:], self._place, latents[:, :, frames:])

@@ -154,14 +154,32 @@ def completed(
 
 def condition_shape(manifest: Manifest, latent: tuple[int, ...]) -> tuple[int, ...] | None:
     """Shape of what an image-to-video model has beside the noise, for its latent `[N, C, F, H, W]`; None for others."""
-    config = manifest.model.config
     if len(latent) != 5:
         return None
-    # the first frame, in the place of the noise's
-    if config.get("image_condition_type") == "token_replace" or manifest.pipeline.arguments == "first-frame":
+    if _replaces(manifest):
         return (*latent[:2], 1, *latent[3:])
-    channels = latent[1] - int(config.get("out_channels") or latent[1])
-    return (latent[0], channels, *latent[2:]) if channels else None
+    axis, noise = channel_axis(manifest), noise_shape(manifest, latent)
+    return None if noise == latent else (*latent[:axis], latent[axis] - noise[axis], *latent[axis + 1 :])
+
+
+def _replaces(manifest: Manifest) -> bool:
+    """Whether it is the first frame, in the place of the noise's."""
+    kind = manifest.model.config.get("image_condition_type")
+    return kind == "token_replace" or manifest.pipeline.arguments == "first-frame"
+
+
+def channel_axis(manifest: Manifest) -> int:
+    """Where the channels of the latent of a picture or video stand."""
+    return {"rotary": 2, "channels-last": 4}.get(manifest.pipeline.arguments, 1)
+
+
+def noise_shape(manifest: Manifest, latent: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of what is sampled, for a transformer's latent of this shape, which may have more channels."""
+    axis, graph = channel_axis(manifest), manifest.graphs["full"]
+    (made,) = (t.shape for t in graph.outputs if t.role == "noise_pred")
+    if len(latent) != 5 or graph.input_of("latent").shape[axis] == made[axis]:
+        return latent
+    return (*latent[:axis], int(made[axis]), *latent[axis + 1 :])
 
 
 def _rows(name: str, shape: tuple[int | str, ...], value: np.ndarray, count: int) -> np.ndarray:
@@ -197,9 +215,9 @@ def joined_to(
     value = _rows(CONDITION, ("batch", *expected[1:]), np.asarray(condition, np.float32), expected[0])
     if value.shape != expected:
         raise ConfigError(f"input `{CONDITION}` is {list(value.shape)}, expected {list(expected)}; prepare it so")
-    if expected[1] < latent[1]:
-        return Joined(1, value), (latent[0], latent[1] - expected[1], *latent[2:])
-    return Joined(2, value), latent
+    if _replaces(manifest):
+        return Joined(2, value, ahead=True), latent
+    return Joined(channel_axis(manifest), value), noise_shape(manifest, latent)
 
 
 def _frames_of_section(manifest: Manifest, frames: int, option: str) -> list[int]:
@@ -260,7 +278,8 @@ def latent_sizes(
         )
     rows, columns = height // side, width // side
     made = [rows * columns] if packing > 1 else [*((f - 1) // sampling.time_scale + 1 for f in frames), rows, columns]
-    shape = latent.shape[1:2] if packing > 1 else latent.shape[2:]
+    axis = 2 if packing > 1 else channel_axis(manifest)
+    shape = latent.shape[1:2] if packing > 1 else latent.shape[1:axis] + latent.shape[axis + 1 :]
     try:
         sizes = match(shape, tuple(made), {}, option)
     except StepError as error:

@@ -33,7 +33,15 @@ from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Loop, Request, preview_steps
 from taylorseer_export.runtime.sections import frames_of_section, sections_of
-from taylorseer_export.runtime.tensors import CONDITION, NEGATIVE, condition_shape, joined_to, latent_sizes
+from taylorseer_export.runtime.tensors import (
+    CONDITION,
+    NEGATIVE,
+    channel_axis,
+    condition_shape,
+    joined_to,
+    latent_sizes,
+    noise_shape,
+)
 from taylorseer_export.serve.times import STAGES
 
 Role = Literal["picture", "denoiser"]
@@ -289,7 +297,8 @@ def _loop_request(
     negative = {**conditioning, **twins} if twins and scale != 1.0 else None
     joined = None
     if CONDITION in values:
-        whole = (len(latents), int(denoiser.latent.shape[1]), *latents.shape[2:])
+        axis = channel_axis(manifest)
+        whole = (*latents.shape[:axis], int(denoiser.latent.shape[axis]), *latents.shape[axis + 1 :])
         joined, sampled = joined_to(manifest, whole, values[CONDITION])
         if latents.shape != sampled:
             raise ConfigError(f"input `latents` is {list(latents.shape)}, expected {list(sampled)}; send them so")
@@ -427,9 +436,7 @@ def _latents(manifest: Manifest) -> tuple[tuple[int, ...], tuple[int, ...] | Non
     (latent,) = (t for t in manifest.graphs["full"].inputs if t.role == "latent")
     dims = _dims(latent)
     beside = condition_shape(manifest, dims)
-    if beside is not None and beside[1] < dims[1]:  # channels behind the noise
-        dims = (dims[0], dims[1] - beside[1], *dims[2:])
-    return dims, beside
+    return dims if beside is None else noise_shape(manifest, dims), beside
 
 
 def _datatype(tensor: Tensor) -> str:

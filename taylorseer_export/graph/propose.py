@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from taylorseer_export.bundle.shapes import evaluate, is_single, linear, names
+from taylorseer_export.bundle.shapes import evaluate, in_products, linear, names
 from taylorseer_export.errors import ConfigError, ExportError
 from taylorseer_export.families.family import Family, Input, packed, patches, unknown
 from taylorseer_export.graph import fakes, inputs
@@ -90,9 +90,8 @@ class Proposal:
         )
 
     def products(self) -> set[str]:
-        """The dimensions that stand in a product, such as the tokens of a picture, which only one size makes a number."""
-        entries = [entry for spec in self.inputs for entry in spec.shape]
-        return {name for entry in entries if not is_single(entry) for name in names(entry)}
+        """The dimensions that stand in a product, such as the tokens of a picture: it has no other form at a trace."""
+        return in_products(spec.shape for spec in self.inputs)
 
     def fixed(self, names: Collection[str], sizes: Mapping[str, int]) -> Proposal:
         """The proposal with these dimensions fixed, at the given sizes or at the smallest."""
@@ -173,11 +172,15 @@ def settled(
     in_latent = {name for entry in latent.shape for name in names(entry)} - {BATCH} | products
     others = set(proposal.dimensions) - {BATCH}
     last: ExportError | ConfigError | None = None
-    takes_apart = False
     tried: set[frozenset[str]] = set()
     waiting: list[set[str]] = [products, in_latent, others] if any_size else [in_latent, others]
-    if BATCH in sizes:  # the last resort: it costs the table of what depends on the step alone
-        waiting += [dims | {BATCH} for dims in waiting]
+    if not any(BATCH in spec.shape for spec in proposal.inputs if spec.role == "constant"):
+        if BATCH not in sizes:
+            raise ExportError(
+                f"{proposal.model_class} takes no input that is constant for a request, expected one that tells the "
+                "batch; add --batch 1, or declare it by hand, see families/README.md"
+            )
+        waiting = [dims | {BATCH} for dims in waiting]
     logging.disable(logging.CRITICAL)  # torch.export also logs what it raises
     try:
         while waiting:
@@ -194,15 +197,16 @@ def settled(
                 of_these = set(re.findall(r"\w+", violated[1])) if violated else set()
                 if more := of_these & others - dims:
                     waiting.insert(0, dims | more)
-                takes_apart |= of_these == {BATCH}
+                elif of_these == {BATCH} and BATCH in sizes:  # it costs the table of what depends on the step alone
+                    waiting = [wanted | {BATCH} for wanted in (dims, *waiting)]
+                elif of_these == {BATCH}:
+                    raise ExportError(
+                        f"{proposal.model_class} takes the samples of a batch one by one, expected a batch of one "
+                        "size; add --batch 1, or declare it by hand, see families/README.md"
+                    ) from error
     finally:
         logging.disable(logging.NOTSET)
     assert last is not None
-    if takes_apart and BATCH not in sizes:
-        raise ExportError(
-            f"{proposal.model_class} takes the samples of a batch one by one, expected a batch of one size; add --batch "
-            "1, or declare it by hand, see families/README.md"
-        ) from last
     raise last
 
 

@@ -3,6 +3,7 @@ text and an MLP, and looks at the other by an attention of its own; guidance by 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -62,10 +63,8 @@ def _modulation(table: Any, temb: Any, batch_size: int) -> tuple[Any, ...]:
 
 @contextmanager
 def _patched(model: Any) -> Iterator[None]:
-    from diffusers.models.transformers import transformer_ltx2
-
     with ExitStack() as stack:
-        stack.enter_context(replaced(transformer_ltx2, apply_split_rotary_emb=_rotated))
+        stack.enter_context(replaced(sys.modules[type(model).__module__], apply_split_rotary_emb=_rotated))
         for block in model.transformer_blocks:
             stack.enter_context(replaced(block, get_mod_params=_modulation))
         yield

@@ -425,7 +425,7 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
         (now["out"],) = (v for v in values if v.shape[1] == now["in"].shape[1])
 
     def leave(module, args):
-        now["rows"] = args[0].shape[1]
+        now["rows"] = args[0].flatten(1, -2).shape[1]
 
     first = model.get_submodule(family.first)
     attention = model.get_submodule(family.attention) if family.attention else tapped(model)[0][1]

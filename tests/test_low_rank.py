@@ -18,6 +18,7 @@ from test_lora_at_load import ASSETS, pairs, updated, written
 from tiny_bundles import options_of, trace_of
 from tiny_pipelines import flux_pipeline
 
+from taylorseer_export.bundle.agreement import contradiction
 from taylorseer_export.bundle.low_rank import LORA
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.cli import main
@@ -158,6 +159,13 @@ def test_what_does_not_fit_is_refused_by_name(tiny, graphs, files, eager, tmp_pa
                        r"again with other targets, or use another"):  # fmt: skip
         chosen.adapter(written(tmp_path / "dit.safetensors", pairs(dit.model, ("proj_out_1",))))
     plain = eager("flux", guards=("cg",))
+    few = chosen.manifest.lora.model_copy(update={"layers": chosen.manifest.lora.layers[1:]})
+    for manifest, lora, said in (
+        (chosen.manifest, None, "lora is null, and the graphs have an input of that role"),
+        (plain.manifest, few, "lora is given, and the graphs have no input of that role"),
+        (chosen.manifest, few, "its layers and rank give `lora` ["),
+    ):
+        assert said in contradiction(manifest.model_copy(update={"lora": lora}))
     with pytest.raises(ConfigError, match=r"bundle without low-rank inputs, expected one .*with --lora-rank R"):
         plain.adapter(files[0])
     lora = graphs.adapter(files[0])

@@ -321,7 +321,7 @@ def _of_low_rank(manifest: Manifest) -> str | None:
     tensor, low_rank = next((t for _, t in _tensors(manifest) if t.role == LORA), None), manifest.lora
     if tensor is None or low_rank is None:
         seen = "null, and the graphs have an" if low_rank is None else "given, and the graphs have no"
-        return None if tensor is low_rank else f"lora is {seen} input of that role"
+        return None if tensor is None and low_rank is None else f"lora is {seen} input of that role"
     if twice := repeated(layer.module for layer in low_rank.layers):
         return f"layers of lora has {twice} twice"
     if (tensor.name, tensor.shape) != (LORA, low_rank.shape):

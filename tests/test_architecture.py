@@ -122,6 +122,7 @@ TORCH_AT_THE_TOP = frozenset(
         "report/proposal.py",
         "report/verify.py",
         "report/polygraphy.py",
+        "report/quantised.py",
         "runtime/dropin.py",
         "runtime/engine_module.py",
         "comfy/network.py",

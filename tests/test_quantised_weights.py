@@ -23,6 +23,7 @@ from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile import export
 from taylorseer_export.compile.eager import eager_modules
+from taylorseer_export.compile.kept import formats_of
 from taylorseer_export.compile.weights import WEIGHTS
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
@@ -206,6 +207,8 @@ def test_the_values_of_a_checkpoint_are_kept_as_they_are(drafts, tiny, tmp_path,
     plain = open_checkpoint(str(tiny("plain").folder), FAMILIES["flux"])
     with pytest.raises(ConfigError, match=r"--weights is keep, and the blocks of .* are in no format, expected one of"):
         export.draft(plain, options)
+    with pytest.raises(ConfigError, match=r"--weights is keep, and .* is a config without weights, expected"):
+        formats_of(replace(plain, weightless=True), names)
 
 
 # Bundles

@@ -20,8 +20,13 @@ def formats_of(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]
     """Weight -> its format, of those that the checkpoint has quantised; each is read once, and none is held.
 
     Raises:
-        ConfigError: There is none, or they are in several formats, or in one that no graph holds.
+        ConfigError: There are no weights, or none is, or they are in several formats, or in one that no graph holds.
     """
+    if checkpoint.weightless:
+        raise ConfigError(
+            f"--weights is keep, and {checkpoint.reference} is a config without weights, expected a checkpoint that is "
+            "quantised; pass it as --model, or use --weights fp8"
+        )
     found = {name: _form(own) for name in names if (own := checkpoint.quantised(name)) is not None}
     kinds = sorted(set(found.values()))
     if len(kinds) != 1 or kinds[0] not in FORMATS:

@@ -62,7 +62,8 @@ def hold_quantised(model: nn.Module, checkpoint: Checkpoint, manifest: Manifest)
     """Put into a model, in place, the numbers that the quantised weights of a bundle stand for."""
     found = manifest.quantised
     for name in found.layers if found else ():
-        parts = quantised(checkpoint.tensor(name), found.weights, _PRECISIONS[manifest.precision])  # type: ignore[union-attr]
+        form = found.weights  # type: ignore[union-attr]
+        values, scale, *whole = quantised(checkpoint.tensor(name), form, _PRECISIONS[manifest.precision])
         parameter = model.get_parameter(name)
         with torch.no_grad():
-            parameter.copy_(dequantised(*parts, dtype=parameter.dtype))
+            parameter.copy_(dequantised(values, scale, whole[0] if whole else None, parameter.dtype))

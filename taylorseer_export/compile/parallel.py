@@ -29,8 +29,8 @@ def check_parallel(options: Options) -> None:
     if options.engine not in _ENGINES:
         why = " (ONNX Runtime's packages hold no collectives)" if options.engine == "onnxruntime" else ""
         raise ConfigError(
-            f"--parallel is {options.parallel} with --engine {options.engine}, expected --engine {_ENGINES[0]}, which sends between "
-            f"ranks{why}; choose it"
+            f"--parallel is {options.parallel} with --engine {options.engine}, expected --engine {_ENGINES[0]}, which "
+            f"sends between ranks{why}; choose it"
         )
 
 

@@ -167,20 +167,22 @@ class Rows:
         else:
             self.refuse(node, "may mix rows")
 
-    def _check_slice(self, node: fx.Node, source: fx.Node) -> None:
-        dim, start, end, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])[:4]
-        rank = source.meta["val"].ndim
-        if dim % rank not in self.dims(source):  # type: ignore[operator]
-            if self.holds(node.meta["val"].shape[dim % rank]):  # type: ignore[operator]
+    def _check_slice(self, node: fx.Node, source: Any) -> None:
+        given: Any = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+        dim, start, end, step = given
+        dim %= source.meta["val"].ndim
+        if dim not in self.dims(source):
+            if self.holds(node.meta["val"].shape[dim]):
                 self.refuse(node, "takes as many entries of a table as there are rows")
             return
-        bounds = self._bounds(source, source.meta["val"].shape[dim % rank])  # type: ignore[operator]
+        bounds = self._bounds(source, source.meta["val"].shape[dim])
         begin, stop = _size(start or 0), bounds[-1] if end is None or end == TO_THE_END else _size(end)
         self._expect(node, step == 1 and begin in bounds and stop in bounds)
 
-    def _check_split(self, node: fx.Node, source: fx.Node) -> None:
-        sizes: Any = node.args[1]
-        dim = (node.args[2] if len(node.args) > 2 else 0) % source.meta["val"].ndim  # type: ignore[operator]
+    def _check_split(self, node: fx.Node, source: Any) -> None:
+        given: Any = (*node.args[1:], 0)
+        sizes, dim, *_ = given
+        dim %= source.meta["val"].ndim
         if dim in self.dims(source):
             bounds, end = self._bounds(source, source.meta["val"].shape[dim]), sympy.Integer(0)
             for size in sizes:

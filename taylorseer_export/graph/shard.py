@@ -93,22 +93,23 @@ class _Pass:
 
     def share(self, node: fx.Node) -> None:
         """One attention over all ranks' rows, where its keys are rows of the latent."""
-        query, key, value, mask, _, causal, *_ = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])
+        given: Any = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])
+        query, key, value, mask, _, causal, *_ = given
         mask = node.kwargs.get("attn_mask", mask)
-        length = key.meta["val"].shape[-2]  # type: ignore[union-attr]
+        length = key.meta["val"].shape[-2]
         if not self.rows.holds(length):
             return
         if node.kwargs.get("is_causal", causal):
             self.rows.refuse(node, "is causal")
-        segments = self.rows.segments(key, length)  # type: ignore[arg-type]
+        segments = self.rows.segments(key, length)
         with self.graph.inserting_before(node):
             if self.mode == "gather":
-                whole = [self._gathered(x, segments) for x in (key, value)]  # type: ignore[arg-type]
+                whole = [self._gathered(x, segments) for x in (key, value)]
                 made = self._attention(node, [query, *whole], self._seeing(mask, node, (-1,)))
             else:
-                given = [self._heads(x, node) for x in (query, key, value)]  # type: ignore[arg-type]
+                given = [self._heads(x, node) for x in (query, key, value)]
                 found = self._attention(node, given, self._seeing(mask, node, (-1, -2)))
-                made = self._returned(found, self.rows.segments(query, query.meta["val"].shape[-2]))  # type: ignore
+                made = self._returned(found, self.rows.segments(query, query.meta["val"].shape[-2]))
         node.replace_all_uses_with(made)
         self.graph.erase_node(node)
 
@@ -215,9 +216,10 @@ class _Pass:
 
     def _place_entries(self, node: fx.Node) -> None:
         """`table[start : start + R]` as the entries of this rank."""
-        source, dim, start, end = node.args
-        dim %= source.meta["val"].ndim  # type: ignore
-        if self.rows.holds(source.meta["val"].shape[dim]) or not isinstance(end, fx.Node):  # type: ignore
+        given: Any = node.args
+        source, dim, start, end = given
+        dim %= source.meta["val"].ndim
+        if self.rows.holds(source.meta["val"].shape[dim]) or not isinstance(end, fx.Node):
             return
         with self.graph.inserting_before(node):
             count = self._call(operator.sub, end, start) if start else end

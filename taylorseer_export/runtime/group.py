@@ -147,7 +147,7 @@ class Group:
         """Leave the group."""
         from torch._C._distributed_c10d import _unregister_process_group
 
-        _unregister_process_group(GROUP)
+        _unregister_process_group(_name())
 
     def _missing(self) -> str:
         """Which ranks did not find out that something is wrong: those that have died, or are late."""
@@ -189,6 +189,7 @@ def _process_group(store: Any, rank: int, size: int, device: Device, timeout: fl
     from torch._C._distributed_c10d import _register_process_group
 
     span, kind = timedelta(seconds=timeout), dist.ProcessGroup.BackendType
+    backend: Any
     group = dist.ProcessGroup(store, rank, size)
     if device.is_gpu:
         options = dist.ProcessGroupNCCL.Options()
@@ -199,6 +200,11 @@ def _process_group(store: Any, rank: int, size: int, device: Device, timeout: fl
     backend._set_sequence_number_for_group()
     group._set_default_backend(chosen)
     group._register_backend(torch.device("cuda" if device.is_gpu else "cpu"), chosen, backend)
-    group._set_group_name(GROUP)
-    _register_process_group(GROUP, group)
+    group._set_group_name(_name())
+    _register_process_group(_name(), group)
     return group
+
+
+def _name() -> Any:
+    """`GROUP`, of which torch has a type of its own."""
+    return GROUP

@@ -33,7 +33,7 @@ from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.arguments import clock_of, form_of, latent_of, rows_ahead
 from taylorseer_export.runtime.callers import Callers
 from taylorseer_export.runtime.calls import Branch, Context, LoopState, Seen, TransformerCall, host_array
-from taylorseer_export.runtime.engine_module import EngineModule
+from taylorseer_export.runtime.engine_module import Config, EngineModule
 from taylorseer_export.runtime.guiders import Guidance, Signed
 from taylorseer_export.runtime.modules import modules_of
 from taylorseer_export.runtime.runner import Buffer, Runner
@@ -127,7 +127,7 @@ class DropIn(EngineModule):
         self.forecasts = self._forecasts_of(self._options)
         self._tensors = hasattr(denoiser.runner.buffer((1,), "float32"), "tensor")
         pipeline = denoiser.manifest.pipeline
-        self.config = _Config(denoiser.manifest.model.config)
+        self.config = Config(denoiser.manifest.model.config)
         for name, value in {**pipeline.attributes, **modules_of(denoiser.manifest)}.items():
             setattr(self, name, value)
         self._lora = lora if lora is None or isinstance(lora, Adapter) else denoiser.adapter(lora)
@@ -437,19 +437,6 @@ def _together(latents: Any) -> Any:
         shapes = ", ".join(sorted({str(list(one.shape)) for one in latents}))
         raise StepError(f"latents are {shapes}, expected [C, 1, H, W] of one size; make a call for each size")
     return torch.stack([one.squeeze(1) for one in latents])
-
-
-class _Config(dict[str, Any]):
-    """A config whose entries are attributes too, as diffusers has it; nothing in it can be set that way."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the config has no entry `{name}`") from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"config entry `{name}` cannot be set: the graphs were traced with it")
 
 
 def _is_nothing(value: Any) -> bool:

@@ -49,6 +49,19 @@ _REFUSED = {
 }
 
 
+class Config(dict[str, Any]):
+    """A config whose entries are attributes too, as diffusers has it; nothing in it can be set that way."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the config has no entry `{name}`") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"config entry `{name}` cannot be set: the graphs were traced with it")
+
+
 class EngineModule(torch.nn.Module):
     """A module without weights: they are the engines', which stay in their precision and on their device.
 

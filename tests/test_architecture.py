@@ -329,15 +329,9 @@ def test_arrows_themselves_make_no_circle() -> None:
 
 
 def test_files_make_no_circle() -> None:
-    """But for two: a manifest asks whether it agrees with itself, and the maker of drafts which builders there are."""
+    """But for two: a manifest is asked what it says of itself, and the maker of drafts which builders there are."""
     known = [
-        [
-            "bundle/agreement.py",
-            "bundle/command.py",
-            "bundle/latents.py",
-            "bundle/manifest.py",
-            "bundle/part_agreement.py",
-        ],
+        [f"bundle/{name}.py" for name in ("agreement", "command", "latents", "manifest", "part_agreement")],
         ["compile/draft.py", "compile/engines.py"],
     ]
     assert [circle for circle in circles(OURS) if circle not in known] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from taylorseer_export.bundle.parallel import GROUP, Parallel
 from taylorseer_export.bundle.shapes import names
@@ -80,9 +80,10 @@ def named_group(parallel: Parallel | None) -> Iterator[None]:
     from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
     from torch.distributed import HashStore, ProcessGroup
 
+    name: Any = GROUP  # to torch a type of its own, which is no class
     group = ProcessGroup(HashStore(), 0, parallel.degree)  # it is not kept by being known
-    _register_process_group(GROUP, group)
+    _register_process_group(name, group)
     try:
         yield
     finally:
-        _unregister_process_group(GROUP)
+        _unregister_process_group(name)

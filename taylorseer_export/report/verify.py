@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -204,15 +204,23 @@ def _predictions(model: nn.Module, denoiser: Denoiser, data: Trajectory) -> list
     """Of the eager model, all steps full."""
     every = Forecasts(Plan.all_full(len(data.timesteps)), 0)
     with _Reference(model, denoiser, every).hooked() as reference:
-        pairs = zip(data.latents, data.timesteps, strict=True)
-        return [reference.step(latent, timestep, data.conditioning) for latent, timestep in pairs]
+        pairs = enumerate(zip(data.latents, data.timesteps, strict=True))
+        return [_joined(reference.step(x, t, {**data.conditioning, **data.beside(step)})) for step, (x, t) in pairs]
 
 
 def _answers(denoiser: Denoiser, data: Trajectory, forecasts: Forecasts) -> list[np.ndarray]:
     """Of the bundle."""
     slot = denoiser.slot(denoiser.sizes(data.latents.shape[1:], data.conditioning))
     slot.start(data.conditioning, forecasts, data.timesteps)
-    return [slot.step(latent) for latent in data.latents]
+    return [
+        _joined([slot.step(latent, others=data.beside(step)), *slot.others.values()])
+        for step, latent in enumerate(data.latents)
+    ]
+
+
+def _joined(predictions: Sequence[np.ndarray]) -> np.ndarray:
+    """Those of all latents as one vector."""
+    return np.concatenate([one.ravel() for one in predictions])
 
 
 def _middle_error(denoiser: Denoiser, data: Trajectory, rule: Rule) -> float:

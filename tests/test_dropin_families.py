@@ -47,7 +47,7 @@ from tiny_pipelines import (
     qwen_image_pipeline,
     sana_pipeline,
     sd3_pipeline,
-    wan_first_frame_pipeline,
+    wan_5b_image_pipeline,
     wan_image_pipeline,
     wan_pipeline,
     wan_vace_pipeline,
@@ -244,9 +244,9 @@ CASES = {
         | {"negative_prompt_embeds": -text(512, 20), "max_sequence_length": 512},
         {"cond", "uncond"},
     ),
-    "wan-first-frame": (
-        "wan-first-frame",
-        wan_first_frame_pipeline,
+    "wan-5b-image": (
+        "wan-5b-image",
+        wan_5b_image_pipeline,
         VIDEO | {"image": PICTURE} | EMBEDDED_WAN,
         {"cond", "uncond"},
     ),

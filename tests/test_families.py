@@ -171,7 +171,7 @@ ROWS = {
     "cogvideox-image": Row(
         ({"batch": 3, "frames": 3, "text_tokens": 9},), frozenset({"encoder_hidden_states", "image_rotary_emb"})
     ),
-    "wan-first-frame": Row(
+    "wan-5b-image": Row(
         ({"batch": 3, "height": 2, "text_tokens": 9}, {"frames": 4, "height": 3, "width": 5}),
         frozenset({"encoder_hidden_states"}),
         frozenset({"cat"}),  # which tokens are of the first frame

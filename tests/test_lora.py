@@ -63,13 +63,13 @@ COMFY = {
 OWN_KANDINSKY = "visual_transformer_blocks.0.self_attention.to_query"
 COMFY["cogvideox"] = {"transformer_blocks.0.attn1.to_q": ["transformer_blocks.0.attn1.to_q"]}
 COMFY["kandinsky-5"] = {OWN_KANDINSKY: [OWN_KANDINSKY]}
-COMFY |= dict.fromkeys(("wan-first-frame", "wan-vace"), COMFY["wan"])
+COMFY |= dict.fromkeys(("wan-5b-image", "wan-vace"), COMFY["wan"])
 # Family -> a module by its own name, of every family.
 OWN = {
     "dit": "transformer_blocks.0.attn1.to_q",
     "framepack": "transformer_blocks.0.attn.to_q",
     "wan": "blocks.0.attn1.to_q",
-    "wan-first-frame": "blocks.0.attn1.to_q",
+    "wan-5b-image": "blocks.0.attn1.to_q",
     "wan-vace": "vace_blocks.0.attn1.to_q",
     "cogvideox": "transformer_blocks.0.attn1.to_q",
     "kandinsky-5": OWN_KANDINSKY,

@@ -52,7 +52,7 @@ CONVERTED = (
     "qwen-image-2.1",
     "sd3",
     "wan",
-    "wan-first-frame",
+    "wan-5b-image",
     "wan-vace",
 )
 

@@ -44,7 +44,7 @@ def refused(capsys, family, folder):
         ("qwen-image-edit", "qwen-image", "QwenImagePipeline", "is of QwenImagePipeline, expected QwenImageEdit"),
         ("flux", "flux.1-kontext-dev", "FluxKontextPipeline", "export it as family flux-kontext"),
         ("flux", "flux.2-dev", None, "is of class Flux2Transformer2DModel, expected FluxTransformer2DModel for family"),
-        ("wan-first-frame", "wan2.2-t2v-a14b", None, "`out_channels` are 16 and 16, expected 48 both"),
+        ("wan-5b-image", "wan2.2-t2v-a14b", None, "`out_channels` are 16 and 16, expected 48 both"),
         (
             "cogvideox",
             "wan2.1-t2v-14b",

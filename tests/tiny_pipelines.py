@@ -318,7 +318,7 @@ def _cogvideox_scheduler():
     )
 
 
-def wan_first_frame_pipeline(transformer):
+def wan_5b_image_pipeline(transformer):
     """From a picture that is the first frame, with a timestep for each token, as Wan 2.2 5B."""
     pipe = wan_image_pipeline(transformer)
     pipe.register_to_config(expand_timesteps=True)

@@ -96,7 +96,7 @@ MODELS = {
     "wan2.2-t2v-a14b": Model("wan", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
     "wan2.2-i2v-a14b": Model("wan", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
     "wan2.2-ti2v-5b": Model("wan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
-    "wan2.2-ti2v-5b-first-frame": Model("wan-first-frame", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+    "wan2.2-ti2v-5b-first-frame": Model("wan-5b-image", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
     "wan2.1-vace-14b": Model("wan-vace", "Wan-AI/Wan2.1-VACE-14B-diffusers"),
     "hidream-i1-full": Model("hidream", "HiDream-ai/HiDream-I1-Full"),
     "qwen-image": Model("qwen-image", "Qwen/Qwen-Image"),

@@ -60,7 +60,7 @@ MODELS = {
     "cogvideox-image": "cogvideox (1.5, image to video)",
     "wan": "wan (text to video)",
     "wan-image": "wan (image to video)",
-    "wan-first-frame": "wan-first-frame",
+    "wan-5b-image": "wan-5b-image",
     "wan-vace": "wan-vace",
     "qwen-image": "qwen-image",
     "qwen-image-edit": "qwen-image-edit",

@@ -907,7 +907,7 @@ MODELS = {
     ),
     "wan": ("wan", tiny_wan, wan_inputs),
     "wan-image": ("wan", lambda: tiny_wan(seed=1, in_channels=12, image_dim=10), wan_inputs),
-    "wan-first-frame": ("wan-first-frame", lambda: tiny_wan(2, in_channels=48, out_channels=48), wan_inputs),
+    "wan-5b-image": ("wan-5b-image", lambda: tiny_wan(2, in_channels=48, out_channels=48), wan_inputs),
     "wan-vace": ("wan-vace", tiny_wan_vace, wan_vace_inputs),
 }
 

@@ -27,7 +27,7 @@ from taylorseer_export.families.qwen_image_21 import QWEN_IMAGE_21
 from taylorseer_export.families.sana import SANA
 from taylorseer_export.families.sd3 import SD3
 from taylorseer_export.families.wan import WAN
-from taylorseer_export.families.wan_first_frame import WAN_FIRST_FRAME
+from taylorseer_export.families.wan_5b_image import WAN_5B_IMAGE
 from taylorseer_export.families.wan_vace import WAN_VACE
 from taylorseer_export.families.z_image import Z_IMAGE
 
@@ -57,7 +57,7 @@ _ALL = (
     SANA,
     SD3,
     WAN,
-    WAN_FIRST_FRAME,
+    WAN_5B_IMAGE,
     WAN_VACE,
     Z_IMAGE,
 )

@@ -267,7 +267,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sample_frames": 9,
         "use_rotary_positional_embeddings": True,
     },
-    "wan-first-frame": {
+    "wan-5b-image": {
         "num_attention_heads": 2,
         "attention_head_dim": 24,
         "in_channels": 48,
@@ -315,7 +315,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "wan": {"latent_size": [3, 8, 12], "text_tokens": 12},
     "kandinsky-5": {"latent_size": [3, 8, 12], "text_tokens": 12},
     "cogvideox": {"latent_size": [3, 8, 12], "text_tokens": 12},
-    "wan-first-frame": {"latent_size": [3, 8, 12], "text_tokens": 12},
+    "wan-5b-image": {"latent_size": [3, 8, 12], "text_tokens": 12},
     "wan-vace": {"latent_size": [3, 8, 12], "text_tokens": 12},
 }
 

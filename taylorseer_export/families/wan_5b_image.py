@@ -100,9 +100,9 @@ def _block(block: Any, hidden_states: Any, encoder_hidden_states: Any, temb: Any
     return (hidden_states.float() + block.ffn(normed).float() * gate_mlp).type_as(hidden_states)
 
 
-WAN_FIRST_FRAME = replace(
+WAN_5B_IMAGE = replace(
     WAN,
-    name="wan-first-frame",
+    name="wan-5b-image",
     title="Wan 2.2 TI2V-5B with a picture as its first frame",
     reference="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     inputs=_inputs,

@@ -129,7 +129,7 @@ class Sums:
         for (gate, shape), those in members.items():
             if gate is not None and len(those) == 1 and (terms := self._terms(gate)):
                 apart[terms[0], shape].append((gate, terms[1]))
-        for shape in {shape for _, shape in apart}:
+        for shape in dict.fromkeys(shape for _, shape in apart):  # in their order, the same in every process
             groups = {shared: gates for (shared, of), gates in apart.items() if of == shape and len(gates) > 1}
             saved = sum(len(gates) - 1 for gates in groups.values())
             if saved <= ((None, shape) not in members):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from taylorseer_export.bundle.parallel import GROUP, Parallel
 from taylorseer_export.bundle.shapes import names
@@ -81,8 +81,9 @@ def named_group(parallel: Parallel | None) -> Iterator[None]:
     from torch.distributed import HashStore, ProcessGroup
 
     group = ProcessGroup(HashStore(), 0, parallel.degree)  # it is not kept by being known
-    _register_process_group(GROUP, group)
+    name: Any = GROUP  # of which torch has a type of its own
+    _register_process_group(name, group)
     try:
         yield
     finally:
-        _unregister_process_group(GROUP)
+        _unregister_process_group(name)

@@ -16,7 +16,7 @@ CHANNELS = 4
 
 # Parameter names (full match) -> value. The first rule that matches holds; a rule leaves None and False alone.
 _RULES: tuple[tuple[str, Any], ...] = (
-    (r"n(um)?_(kv|key_value|key_value_attention)_heads", HEADS),
+    (r"(.*_)?n(um)?_(kv|key_value|key_value_attention)_heads", HEADS),
     (r"(.*_)?(n|num)_?(attention_|cross_attention_)?heads", HEADS),
     (r"(.*_)?(attention_)?head_dim", HEAD_DIM),
     (r"(n|num)_(.*_)?(layers|blocks)|depth|(n|num)_refiner_layers|mmdit_layers", 2),
@@ -73,7 +73,8 @@ TABLE: dict[str, dict[str, Any]] = {
         "norm_elementwise_affine": False,
     },
     "LuminaNextDiT2DModel": {"num_kv_heads": HEADS, "multiple_of": 16},
-    "NucleusMoEImageTransformer2DModel": {"moe_enabled": False},
+    # A dense MLP is as wide as a multiple of 128, rounded down.
+    "NucleusMoEImageTransformer2DModel": {"mlp_ratio": 6.0, "dense_moe_strategy": "leave_first_block_dense"},
     "OmniGenTransformer2DModel": {
         "pad_token_id": 0,
         "rope_scaling": {"type": "su", "short_factor": [1.0] * (HEAD_DIM // 2), "long_factor": [1.0] * (HEAD_DIM // 2)},

@@ -92,6 +92,18 @@ def is_linear(expression: Entry) -> bool:
     return factor > 0
 
 
+def is_single(expression: Entry) -> bool:
+    """Whether the entry is a number, or a sum of multiples of names: no product of two sizes."""
+    return isinstance(expression, int) or _degree(_parse(expression)) <= 1
+
+
+def _degree(node: ast.expr) -> int:
+    if isinstance(node, ast.BinOp):
+        both = _degree(node.left), _degree(node.right)
+        return sum(both) if isinstance(node.op, ast.Mult) else max(both)
+    return int(isinstance(node, ast.Name))
+
+
 def linear(expression: Entry) -> tuple[str, int, int]:
     """(name, factor, offset) of an entry that says `factor*name + offset`, with a factor above 0.
 

@@ -154,14 +154,14 @@ class StepBuilder:
     def __init__(self, times: dict[fx.Node, Time], request: Builder, timesteps: fx.Node, step_node: fx.Node) -> None:
         self.times, self.request, self.graph = times, request, request.graph
         self.steps = self.graph.call_function(aten.sym_size.int, (timesteps, 0))
-        symbol = next(s for s, name in request.trace.names.items() if name == "batch")
-        self.batch = request.size_of(symbol)
+        symbol = next((s for s, name in request.trace.names.items() if name == "batch"), None)
+        self.batch = request.trace.example_sizes["batch"] if symbol is None else request.size_of(symbol)
         rows = self._make(
             aten.expand.default, (self._make(aten.unsqueeze.default, (timesteps, 1)), [self.steps, self.batch])
         )
         self.copies: dict[fx.Node, Any] = {step_node: self._make(aten.flatten.using_ints, (rows,))}
         self.rows = self._make(operator.mul, (self.steps, self.batch))
-        self.sizes = {symbol: self.rows}
+        self.sizes = {} if symbol is None else {symbol: self.rows}  # of a batch of one size, the timestep alone
 
     def _make(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
         return self.graph.call_function(target, args)

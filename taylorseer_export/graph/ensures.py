@@ -18,6 +18,7 @@ from taylorseer_export.bundle.shapes import names
 from taylorseer_export.errors import ExportError
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.narrow import upstream
+from taylorseer_export.graph.sizes import is_size
 from taylorseer_export.graph.taps import STACK_INPUT, STACK_OUTPUT
 from taylorseer_export.graph.trace import Trace, is_tap, module_paths
 
@@ -38,7 +39,8 @@ def ensure(trace: Trace, graphs: Collection[Cut], live: Collection[fx.Node]) -> 
     3. There is no attention in the forecast graph.
     4. Nor is there a product, of tensors or with a weight, that belongs to the blocks: what `stack.output` is computed
        from and `stack.input` is not. What stands before the blocks (the embedders of the latent) and behind them (the
-       final norm and the head) is live on every step.
+       final norm and the head) is live on every step, and so is what the timestep moves, not the latent, and fits in
+       no table: a row for each frame, or of a batch of one size.
     5. Nor is there a row of the text, or of anything else whose number no latent has.
 
     Args:
@@ -62,8 +64,10 @@ def ensure(trace: Trace, graphs: Collection[Cut], live: Collection[fx.Node]) -> 
     latent = {size for spec in trace.inputs if spec.role == "latent" for entry in spec.shape for size in names(entry)}
     sites = {taps[name]: name for name in trace.sites if name in taps}
 
+    of_step = _of_step(trace)
+
     def left(node: fx.Node) -> bool:
-        product = node in blocks and _operator(node) in _PRODUCTS
+        product = node in blocks - of_step and _operator(node) in _PRODUCTS
         foreign = _sizes(trace, node) - latent - {"batch"}
         return node in sites or product or _operator(node) in _ATTENTIONS or bool(foreign)
 
@@ -76,6 +80,18 @@ def ensure(trace: Trace, graphs: Collection[Cut], live: Collection[fx.Node]) -> 
             "attention, no MLP and no text of the blocks in it; add their modules to the family's `sites`, see "
             "families/README.md"
         )
+
+
+def _of_step(trace: Trace) -> set[fx.Node]:
+    """The nodes that the timestep moves and the latent does not."""
+    roles = {spec.name: spec.role for spec in trace.inputs}
+    behind: dict[str, set[fx.Node]] = {"step": set(), "latent": set()}
+    for node in trace.module.graph.nodes:
+        for role, found in behind.items():
+            own = node.op == "placeholder" and roles.get(str(node.target)) == role
+            if own or (not is_size(node) and any(source in found for source in node.all_input_nodes)):
+                found.add(node)
+    return behind["step"] - behind["latent"]
 
 
 def _first(live: Collection[fx.Node], wanted: Callable[[fx.Node], bool]) -> list[fx.Node]:

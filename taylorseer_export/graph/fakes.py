@@ -5,10 +5,11 @@ Unknown widths are large primes. The first linear layer, convolution or norm tha
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from taylorseer_export.bundle.shapes import is_linear, linear, names, resolve
 from taylorseer_export.families.family import Input
+from taylorseer_export.graph.untraceable import EveryTokenCounts, dense_attention, unchanged
 
 SECOND_TIME = re.compile(r"r_timestep|timestep_r|target_timestep")  # the same as the first: no step is skipped
 PER_FRAME = "timestep of each frame"  # made where a model has one for each: all the same
+PER_FRAME_OF_ONE = "timestep of each frame of one"  # the same, with a dimension of size 1 between
+SHAPES = re.compile(r"img_shapes|shape_list")  # of the picture of each sample, in tokens
+TOKENS = "rows*columns"  # of a packed latent whose sides the model is told
+COMPLEX = "complex"
 # Several tensors, here one tensor of them all: of each block, or sine and cosine.
 LISTS = re.compile(r"text_encoder_layers|.*rotary_emb")
 # How torch says that two last dimensions do not fit.
@@ -48,7 +54,13 @@ def ranges(inputs: Sequence[Input]) -> dict[str, tuple[int, int]]:
     return known | {name: _OF_OTHERS for name in named if name not in RANGES}
 
 
-def call(model: Any, inputs: Mapping[str, Any], specs: Sequence[Input], made: Sequence[str]) -> Any:
+def call(
+    model: Any,
+    inputs: Mapping[str, Any],
+    specs: Sequence[Input],
+    made: Sequence[str],
+    one: Mapping[str, int] | None = None,
+) -> Any:
     """noise_pred of a model whose `forward` takes the inputs, and arguments that are made of them.
 
     Args:
@@ -56,15 +68,46 @@ def call(model: Any, inputs: Mapping[str, Any], specs: Sequence[Input], made: Se
         inputs: Name -> tensor.
         specs: Their declarations, with every size that is open by name.
         made: The arguments that are none of them.
+        one: Sizes that no input tells: dimension -> its one size.
     """
-    given = {name: list(value.unbind(0)) if LISTS.fullmatch(name) else value for name, value in inputs.items()}
+    first = next(iter(inputs.values()))
+    sizes = {**(one or {}), **_sizes(inputs, specs)}
+    given = {name: _as_taken(model, name, value) for name, value in inputs.items()}
+    (step,) = (spec.name for spec in specs if spec.role == "step")
+    given[step] = _of_frames(inputs[step], made, sizes)
+    counts = EveryTokenCounts()
+    with counts if isinstance(first, FakeTensor) or torch.compiler.is_exporting() else nullcontext():
+        for name in made:
+            if name not in (PER_FRAME, PER_FRAME_OF_ONE):
+                given[name] = _made(name, given[step], sizes, counts)
+        answer = model(**given, return_dict=False)
+    answer = answer if isinstance(answer, torch.Tensor) else answer[0]
+    return answer if isinstance(answer, torch.Tensor) else torch.stack(list(answer))
+
+
+def _as_taken(model: Any, name: str, value: Any) -> Any:
+    """One tensor as the model takes it: in a list of several, or of complex numbers."""
+    kind = kind_of(model, name)
+    if kind == COMPLEX and value.shape[-1] == 2:
+        return torch.view_as_complex(value)
+    return list(value.unbind(0)) if LISTS.fullmatch(name) or kind == "list" else value
+
+
+def kind_of(model: Any, name: str) -> str | None:
+    """What the annotation of an argument says: a `list` with a tensor of each sample, turns as `complex` numbers."""
+    forward = model.forward if isinstance(model, nn.Module) else model
+    parameter = inspect.signature(forward).parameters.get(name)
+    said = "" if parameter is None else str(parameter.annotation)
+    if re.match(r"(typing\.)?[Ll]ist\[torch\.Tensor", said):
+        return "list"
+    plain = parameter is not None and (parameter.annotation is torch.Tensor or said in ("torch.Tensor", "Tensor"))
+    return COMPLEX if plain and name.endswith("rotary_emb") else None
+
+
+def _of_frames(step: Any, made: Sequence[str], sizes: Mapping[str, Any]) -> Any:
     if PER_FRAME in made:
-        (step,) = (spec.name for spec in specs if spec.role == "step")
-        inputs = {**inputs, step: inputs[step][:, None].expand(-1, _sizes(inputs, specs)["frames"])}
-        given[step] = inputs[step]
-    given |= {name: _made(name, inputs, specs) for name in made if name != PER_FRAME}
-    answer = model(**given, return_dict=False)
-    return answer if isinstance(answer, torch.Tensor) else answer[0]
+        return step[:, None].expand(-1, sizes["frames"])
+    return step[:, None, None].expand(-1, 1, sizes["frames"]) if PER_FRAME_OF_ONE in made else step
 
 
 def _sizes(inputs: Mapping[str, Any], specs: Sequence[Input]) -> dict[str, Any]:
@@ -72,16 +115,20 @@ def _sizes(inputs: Mapping[str, Any], specs: Sequence[Input]) -> dict[str, Any]:
     for spec in (spec for spec in specs if spec.role != "step"):
         for size, entry in zip(inputs[spec.name].shape, spec.shape, strict=True):
             if isinstance(entry, str) and is_linear(entry):
-                of, factor, _ = linear(entry)
-                sizes[of] = size // factor
+                of, factor, offset = linear(entry)
+                sizes[of] = (size - offset) // factor
     return sizes
 
 
-def _made(name: str, inputs: Mapping[str, Any], specs: Sequence[Input]) -> Any:
-    sizes = _sizes(inputs, specs)
-    device = next(iter(inputs.values())).device
+def _made(name: str, step: Any, sizes: Mapping[str, Any], counts: EveryTokenCounts) -> Any:
+    device = step.device
+    if "mask" in name:
+        (ending,) = re.findall(r"(?:_t?\d+)?$", name)[:1]
+        return counts.ones(sizes["batch"], sizes[f"text_tokens{ending}"], dtype=torch.int64, device=device)
     if SECOND_TIME.fullmatch(name):
-        return next(inputs[spec.name] for spec in specs if spec.role == "step")
+        return step
+    if SHAPES.fullmatch(name):  # of each sample; models that take any batch look at the first
+        return [[(1, sizes["rows"], sizes["columns"])]] * (sizes["batch"] if isinstance(sizes["batch"], int) else 1)
     if name == "visual_rope_pos":
         return tuple(torch.arange(sizes[of], device=device) for of in ("frames", "rows", "columns"))
     if name == "text_rope_pos":
@@ -117,7 +164,7 @@ def run(
     fake = weights[0].fake_mode if weights else FakeTensorMode(allow_non_fake_inputs=True)
     kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     while True:
-        with fake, torch.no_grad(), _telling(layers), _listening() as heard:
+        with dense_attention(model), unchanged(model), fake, torch.no_grad(), _telling(layers), _listening() as heard:
             given = {
                 s.name: torch.zeros(
                     resolve(s.shape, sizes), dtype=kind if s.dtype == "float" else getattr(torch, s.dtype)
@@ -125,7 +172,7 @@ def run(
                 for s in marked
             }
             try:
-                answer = call(model, given, marked, made)
+                answer = call(model, given, marked, made, sizes)
             except _ToldError as told:
                 marked = [_with(s, told) for s in marked]
                 continue

@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -30,10 +31,21 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
 )
 
-from taylorseer_export.bundle.shapes import evaluate
+from taylorseer_export.bundle.shapes import evaluate, names
 from taylorseer_export.errors import TaylorSeerError, first_line
 from taylorseer_export.families.family import Input
-from taylorseer_export.graph.fakes import LISTS, PER_FRAME, SECOND_TIME, UNKNOWN, run
+from taylorseer_export.graph.fakes import (
+    COMPLEX,
+    LISTS,
+    PER_FRAME,
+    PER_FRAME_OF_ONE,
+    SECOND_TIME,
+    SHAPES,
+    TOKENS,
+    UNKNOWN,
+    kind_of,
+    run,
+)
 
 # Arguments that change how `forward` runs and hold no tensor of the loop.
 _CONTROL = re.compile(
@@ -73,18 +85,17 @@ def find(model: nn.Module) -> Found:
     config = dict(model.config)  # type: ignore[arg-type]
     skipped: dict[str, str] = {}
     base, optional, always = _from_names(model, config, skipped)
-    told = _documented(model, config)
-    as_told = [replace(spec, shape=told.get(spec.name, spec.shape)) for spec in base]
-    bare = [spec for spec in base if "mask" not in spec.name or _needed(model, spec.name)]
     if untold := [name for name in _arguments(model) if _needed(model, name) and not _is_told(name, base, always)]:
         said = f"it needs {' and '.join(untold[:3])}{' and more' * (len(untold) > 3)}, which no rule tells"
         return Found(tuple(spec for spec in base if UNKNOWN not in spec.shape), skipped, said, 1.0, always)
-    variants = [base, base + optional, *([*base, spec] for spec in optional), bare, as_told, as_told + optional]
+    told = _documented(model, config)
+    variants = _variants(model, config, base, optional, always, told)
     trouble, furthest, hopeless = "", -1, False
-    for latent in _latents(model, config, told):
+    for latent in _latents(model, config, told, always):
         tried: list[object] = []
-        also = [always, (*always, PER_FRAME)] if "frames" in latent.shape else [always]
-        for variant, made in product(variants, also):
+        also = _clocks(told, latent)
+        for (variant, shared), more in product(variants, also):
+            made = (*shared, *more)
             specs = [replace(latent, name=spec.name) if spec.role == "latent" else spec for spec in variant]
             if (specs, made) in tried:
                 continue
@@ -95,7 +106,8 @@ def find(model: nn.Module) -> Found:
             except Exception as error:  # whatever a model makes of shapes that it was not written for
                 if layers[0] >= furthest:
                     trouble, furthest = first_line(error), layers[0]
-                hopeless |= isinstance(error, _BY_VALUES) or "required positional argument" in str(error)
+                by_value = isinstance(error, _BY_VALUES) and variant is variants[-1][0]
+                hopeless |= by_value or "required positional argument" in str(error)
                 continue
             ordered = tuple(spec for name in _arguments(model) for spec in found if spec.name == name)
             left = {key: why for key, why in skipped.items() if key not in {f"argument {s.name}" for s in found}}
@@ -103,6 +115,42 @@ def find(model: nn.Module) -> Found:
         if hopeless:  # whatever the latent's shape
             break
     return Found(tuple(spec for spec in base if UNKNOWN not in spec.shape), skipped, _said(trouble), 1.0, always)
+
+
+Variant = tuple[list[Input], tuple[str, ...]]  # inputs, and what is made of them
+
+
+def _variants(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    base: list[Input],
+    optional: list[Input],
+    always: tuple[str, ...],
+    told: Mapping[str, tuple[int | str, ...]],
+) -> list[Variant]:
+    """What the inputs may be beside the latent, the plainest first."""
+    as_told = [replace(spec, shape=told.get(spec.name, spec.shape)) for spec in base]
+    bare = [spec for spec in base if "mask" not in spec.name or _needed(model, spec.name)]
+    found = [(specs, always) for specs in (base, base + optional, *([*base, spec] for spec in optional), bare)]
+    found += [(specs, always) for specs in (as_told, as_told + optional)]
+    if any(spec.name == "position_ids" for spec in base):  # of the text and of the picture in one row
+        tokens = TOKENS if _needed(model, "position_ids") else "image_tokens"
+        for between in ("", "+1"):  # with a token of the time between them
+            row = f"text_tokens{between}+{tokens}"
+            shapes = {"position_ids": ("batch", row), "attention_mask": ("batch", row, row)}
+            found += [([replace(spec, shape=shapes.get(spec.name, spec.shape)) for spec in base], always)]
+    # The masks of texts of which every token counts, where the code looks at their values.
+    counted = [spec for spec in base if "mask" not in spec.name]
+    if masks := tuple(spec.name for spec in base if spec not in counted and "text_tokens" in spec.shape):
+        found += [(counted, (*always, *masks))]
+    return found
+
+
+def _clocks(told: Mapping[str, tuple[int | str, ...]], latent: Input) -> list[tuple[str, ...]]:
+    """How the timestep may be given: of a sample, or of each of its frames."""
+    if not any("frames" in names(entry) for entry in latent.shape):
+        return [()]
+    return [(), (PER_FRAME,), (PER_FRAME_OF_ONE,)] if len(told.get("timestep", ())) == 3 else [(), (PER_FRAME,)]
 
 
 def _is_told(name: str, specs: Sequence[Input], made: Sequence[str]) -> bool:
@@ -139,10 +187,10 @@ def _from_names(
         if name in known and (known[name] is not None or not needed):
             if (spec := known[name]) is not None:
                 found.append(spec)
-        elif needed and (_MADE.fullmatch(name) or SECOND_TIME.fullmatch(name)):
+        elif SHAPES.fullmatch(name) or needed and (_MADE.fullmatch(name) or SECOND_TIME.fullmatch(name)):
             made.append(name)
         elif not _CONTROL.fullmatch(name) or needed:
-            guess = _guess(name, known["hidden_states"], config)
+            guess = _guess(model, name, known["hidden_states"], config)
             if guess is not None and needed:
                 found.append(guess)
             else:
@@ -154,9 +202,17 @@ def _from_names(
     return found, optional, tuple(made)
 
 
-def _guess(name: str, latent: Input | None, config: Mapping[str, Any]) -> Input | None:
+def _guess(model: nn.Module, name: str, latent: Input | None, config: Mapping[str, Any]) -> Input | None:
     """What an argument is by its name alone; its width may be unknown."""
     tokens = _tokens(name, config)
+    if re.search(r"token_ids?$|input_ids$", name):
+        words = next((size for key, size in config.items() if re.search(r"vocab_size|codebook_size", key)), 2)
+        many = "text_tokens" if name.endswith("s") else TOKENS  # a token of another model for each of the picture
+        return Input(name, ("batch", many), "constant", "int64", values=(0, words - 1))
+    if name.endswith("_token_drop"):
+        return Input(name, ("batch", TOKENS), "constant", "bool", fill="zeros")
+    if kind_of(model, name) == COMPLEX:
+        return Input(name, (*_picture(config), UNKNOWN, 2), "constant", "float32")
     if name == "padding_mask":
         return Input(name, (1, 1, *_picture(config)), "constant", fill="zeros")
     if latent is not None and re.match(r"(control|condition|inpaint|pose)_", name):
@@ -164,7 +220,7 @@ def _guess(name: str, latent: Input | None, config: Mapping[str, Any]) -> Input 
         shape = [UNKNOWN if place == channels else entry for place, entry in enumerate(latent.shape)]
         return Input(name, tuple(shape), "constant")
     if re.search(r"mask", name):
-        return Input(name, ("batch", tokens), "constant", "int64", fill="ones")
+        return Input(name, ("batch", tokens), "constant", _of_mask(model, name), fill="ones")
     if re.search(r"pooled", name):
         return Input(name, ("batch", UNKNOWN), "constant")
     if re.fullmatch(r"(original|target)_size|crop_coords", name):
@@ -177,6 +233,8 @@ def _guess(name: str, latent: Input | None, config: Mapping[str, Any]) -> Input 
         return Input(name, ("batch",), "constant", "int64", fill="ones")
     if re.search(r"_coords$", name):
         return Input(name, ("batch", 3, "image_tokens"), "constant", "float32")
+    if name.endswith("indicator") and (words_for := _indicators(model)):
+        return Input(name, ("batch", "image_tokens"), "constant", "int64", values=(min(words_for), max(words_for)))
     if re.search(r"(^|_)ids$|indicator$", name):
         return Input(name, ("batch", "image_tokens"), "constant", "int64", fill="ones")
     if re.search(r"image_embeds|hidden_states_image", name):
@@ -191,11 +249,22 @@ def _guess(name: str, latent: Input | None, config: Mapping[str, Any]) -> Input 
     return None
 
 
+def _indicators(model: nn.Module) -> list[int]:
+    """What the model's code calls an indicator: the numbers that tell kinds of tokens apart, but for padding."""
+    code = vars(sys.modules[type(model).__module__])
+    return [value for name, value in code.items() if name.endswith("_INDICATOR") and type(value) is int and value >= 0]
+
+
 def _tokens(name: str, config: Mapping[str, Any]) -> int | str:
     """How many tokens a text has: as many as the config says, or any number; an ending tells several texts apart."""
     (ending,) = re.findall(r"(?:_t?\d+)?$", name)[:1]
     known = (config.get(f"{key}{ending}") for key in ("text_len", "max_text_seq_length"))
     return next((count for count in known if isinstance(count, int)), f"text_tokens{ending}")
+
+
+def _of_mask(model: nn.Module, name: str) -> str:
+    """dtype of a mask, as the documentation says."""
+    return "bool" if re.search(r"\b[Bb]ool", _documentation(model).get(name, "")) else "int64"
 
 
 def _known(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Input | None]:
@@ -210,15 +279,18 @@ def _known(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Input | Non
     places = next((len(of_each) for of_each in axes if isinstance(of_each, tuple | list)), 0)
     embeds = config.get("guidance_embeds")
     masks = {
-        name: Input(name, ("batch", "text_tokens"), "constant", "int64", fill="ones")
+        name: Input(name, ("batch", "text_tokens"), "constant", _of_mask(model, name), fill="ones")
         for name in ("encoder_attention_mask", "encoder_hidden_states_mask")
     }
     labels = Input("class_labels", ("batch",), "constant", "int64", values=(0, classes or 0))
     tokens = _tokens("encoder_hidden_states", config)
     words = Input("encoder_hidden_states", ("batch", tokens, text or 0), "constant")
     vision = Input("encoder_hidden_states_image", ("batch", 257, image or 0), "constant")
+    latent = _latent(model, config)
     return {
-        "hidden_states": _latent(model, config),
+        "hidden_states": latent,
+        "x": replace(latent, name="x"),
+        "t": Input("t", ("batch",), "step", "float32"),
         "timestep": Input("timestep", ("batch",), "step", "float32"),
         "timesteps": Input("timesteps", ("batch",), "step", "float32"),
         "guidance": Input("guidance", ("batch",), "constant", fill="guidance") if embeds else None,
@@ -250,8 +322,18 @@ def _latent(model: nn.Module, config: Mapping[str, Any]) -> Input:
     return Input("hidden_states", ("batch", channels, *picture), "latent")
 
 
-def _latents(model: nn.Module, config: Mapping[str, Any], told: Mapping[str, tuple[int | str, ...]]) -> Iterator[Input]:
+def _latents(
+    model: nn.Module, config: Mapping[str, Any], told: Mapping[str, tuple[int | str, ...]], made: Sequence[str]
+) -> Iterator[Input]:
     """What the latent may be: as the first embedder takes it, as the documentation says, then every other order."""
+    for latent in _every_latent(model, config, told):
+        sided = any(map(SHAPES.fullmatch, made))  # tokens of a picture whose sides the model is told
+        yield replace(latent, shape=tuple(TOKENS if sided and e == "image_tokens" else e for e in latent.shape))
+
+
+def _every_latent(
+    model: nn.Module, config: Mapping[str, Any], told: Mapping[str, tuple[int | str, ...]]
+) -> Iterator[Input]:
     first, picture, side = _latent(model, config), _picture(config), config.get("sample_size")
     seen = [first]
     yield first
@@ -292,8 +374,12 @@ def _size(config: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 def _documented(model: nn.Module, config: Mapping[str, Any]) -> dict[str, tuple[int | str, ...]]:
     """Argument -> shape, of those for which the documentation of `forward` says one in words that are known here."""
-    text = inspect.getdoc(type(model).forward) or ""
-    lines = re.findall(r"^\s*(\w+) \([^\n]*?of shape `\(([^`]*)\)`", text, re.MULTILINE)
+    lines = []
+    for name, text in _documentation(model).items():
+        for pattern in (r"of shape `\(([^`]*)\)`", r"(?:: |``|[Ss]hape(?:d|:| is)? )[\[(]((?:B|N|batch_size)(?:, *\w+)*,?)[\])]"):
+            if said := re.search(pattern, text):
+                lines.append((name, said[1]))
+                break
     tokens = next(
         (re.split(r",\s*", shape)[1] for name, shape in lines if name == "hidden_states" and "," in shape), ""
     )
@@ -305,12 +391,34 @@ def _documented(model: nn.Module, config: Mapping[str, Any]) -> dict[str, tuple[
     return found
 
 
+def _documentation(model: nn.Module) -> dict[str, str]:
+    """Argument -> what the documentation of `forward` says of it."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in (inspect.getdoc(type(model).forward) or "").splitlines():
+        begins = re.match(r"\s*(\w+)\s*(\(|:)", line)
+        if begins and (begins[1] in _arguments(model) or begins[1] in ("Returns", "Args")):
+            name = begins[1]
+        found[name] = f"{found.get(name, '')} {line.strip()}"
+    return found
+
+
+_LETTERS: Mapping[str, int | str] = {
+    "C": UNKNOWN, "T": "frames", "F": "frames", "H": "rows", "W": "columns", "L": "text_tokens", "D": UNKNOWN,
+    "D_caption": UNKNOWN, "max_patches": TOKENS,
+}  # fmt: skip
+
+
 def _entry(word: str, tokens: str, config: Mapping[str, Any]) -> int | str | None:
     """A size in the words of a documentation: a dimension, a number, or arithmetic over entries of the config."""
     rows, columns = _picture(config)
     of_latent = {"height": rows, "width": columns, "num_frames": "frames", "frames": "frames", "num_frame": "frames"}
-    if re.fullmatch(r"batch[_ ]size|B", word):
+    if re.fullmatch(r"batch[_ ]size|B|N", word):
         return "batch"
+    if word in _LETTERS:
+        return {"C": _channels(config), "H": rows, "W": columns}.get(word, _LETTERS[word])
+    if word in ("pt", "ph", "pw") and len(patch := config.get("patch_size") or ()) == 3:
+        return int(patch[("pt", "ph", "pw").index(word)])
     if word in of_latent:
         return of_latent[word]
     if re.fullmatch(r"(num_)?channels?", word):

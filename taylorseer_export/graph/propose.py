@@ -19,23 +19,25 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from taylorseer_export.bundle.shapes import evaluate, linear, names
+from taylorseer_export.bundle.shapes import evaluate, is_single, linear, names
 from taylorseer_export.errors import ConfigError, ExportError
-from taylorseer_export.families.family import Family, Input, packed, unknown
+from taylorseer_export.families.family import Family, Input, packed, patches, unknown
 from taylorseer_export.graph import fakes, inputs
+from taylorseer_export.graph.fakes import TOKENS
 from taylorseer_export.graph.split import Split, split
 from taylorseer_export.graph.trace import Trace, trace
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _MLP = re.compile(r"feedforward|feed_forward|ffn|mlp|swiglu|moe|glumb", re.IGNORECASE)
 _TEXT = re.compile(r"(^|_)(context|txt|text|encoder|t)($|_)")
+BATCH = "batch"
 _OF_TEXT = "text rows: they have no path to the output of a forecast"
 
 
@@ -71,7 +73,9 @@ class Proposal:
         """The proposal as a family: all that a trace, an export and a comparison with the model need."""
         latent = next((spec for spec in self.inputs if spec.role == "latent"), None)
         video = latent is not None and "frames" in latent.shape
-        fixed = {name: low for name, (low, high) in self.dimensions.items() if low == high}
+        one = {name: low for name, (low, high) in self.dimensions.items() if low == high}
+        kept = {BATCH, *self.products()}  # by name, so that a bundle says how large they are
+        fixed = {name: size for name, size in one.items() if name not in kept}
         return replace(
             unknown(self.model_class),
             sites=self.sites,
@@ -79,16 +83,26 @@ class Proposal:
             stack_output=self.stack_output,
             inputs=lambda config: tuple(_at(spec, fixed) for spec in self.inputs),
             dimensions=lambda config: {name: span for name, span in self.dimensions.items() if name not in fixed},
-            latent_sizes=packed if latent is not None and "image_tokens" in latent.shape else self._latent_sizes,
+            latent_sizes=self._latent_sizes_of(latent),
             latent_size=self.size or ((21, 60, 104) if video else (128, 128)),
             timestep_divisor=self.clock,
-            forward=lambda model, given: fakes.call(model, given, self.inputs, self.made),
+            forward=lambda model, given: fakes.call(model, given, self.inputs, self.made, one),
         )
+
+    def products(self) -> set[str]:
+        """The dimensions that stand in a product, such as the tokens of a picture, which only one size makes a number."""
+        entries = [entry for spec in self.inputs for entry in spec.shape]
+        return {name for entry in entries if not is_single(entry) for name in names(entry)}
 
     def fixed(self, names: Collection[str], sizes: Mapping[str, int]) -> Proposal:
         """The proposal with these dimensions fixed, at the given sizes or at the smallest."""
         pinned = {name: sizes.get(name, self.dimensions[name][0]) for name in names if name in self.dimensions}
         return replace(self, dimensions={**self.dimensions, **{name: (size, size) for name, size in pinned.items()}})
+
+    def _latent_sizes_of(self, latent: Input | None) -> Callable[..., dict[str, int]]:
+        if latent is not None and TOKENS in latent.shape:
+            return lambda config, *size: patches({"patch_size": 2}, *size)
+        return packed if latent is not None and "image_tokens" in latent.shape else self._latent_sizes
 
     def _latent_sizes(self, config: Mapping[str, Any], *size: int) -> dict[str, int]:
         (latent,) = (spec for spec in self.inputs if spec.role == "latent")
@@ -142,7 +156,7 @@ def settled(
     Args:
         model: The transformer.
         proposal: Read off it.
-        sizes: What a dimension is fixed at where it has to be.
+        sizes: What a dimension is fixed at where it has to be. The batch is fixed only if it is among them.
         any_size: Whether the latent's sizes are left open if they can be.
 
     Raises:
@@ -155,11 +169,15 @@ def settled(
             "declare it by hand, see families/README.md"
         )
     latent = next(spec for spec in proposal.inputs if spec.role == "latent")
-    in_latent = {name for entry in latent.shape for name in names(entry)} - {"batch"}
-    others = set(proposal.dimensions) - {"batch"}
+    products = proposal.products()
+    in_latent = {name for entry in latent.shape for name in names(entry)} - {BATCH} | products
+    others = set(proposal.dimensions) - {BATCH}
     last: ExportError | ConfigError | None = None
+    takes_apart = False
     tried: set[frozenset[str]] = set()
-    waiting: list[set[str]] = [set(), in_latent, others] if any_size else [in_latent, others]
+    waiting: list[set[str]] = [products, in_latent, others] if any_size else [in_latent, others]
+    if BATCH in sizes:  # the last resort: it costs the table of what depends on the step alone
+        waiting += [dims | {BATCH} for dims in waiting]
     logging.disable(logging.CRITICAL)  # torch.export also logs what it raises
     try:
         while waiting:
@@ -173,11 +191,18 @@ def settled(
             except (ExportError, ConfigError) as error:  # the latter of a size that is no multiple of one dimension
                 last = error
                 violated = re.search(r"Constraints violated \((.*?)\)", str(error))
-                if violated and (more := set(re.findall(r"\w+", violated[1])) & others - dims):
+                of_these = set(re.findall(r"\w+", violated[1])) if violated else set()
+                if more := of_these & others - dims:
                     waiting.insert(0, dims | more)
+                takes_apart |= of_these == {BATCH}
     finally:
         logging.disable(logging.NOTSET)
     assert last is not None
+    if takes_apart and BATCH not in sizes:
+        raise ExportError(
+            f"{proposal.model_class} takes the samples of a batch one by one, expected a batch of one size; add --batch "
+            "1, or declare it by hand, see families/README.md"
+        ) from last
     raise last
 
 

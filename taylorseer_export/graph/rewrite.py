@@ -1,6 +1,6 @@
 """Rewrites: what diffusers writes in place, or in operators that few engines have, as plain functional operators.
 
-Three kinds of writes into part of a tensor occur in the models: a rotary embedding fills an empty tensor element by
+Kinds of writes into part of a tensor occur in the models: a rotary embedding fills an empty tensor element by
 element, an attention mask has one column set, and the rows of a picture are turned in place. All become a new tensor,
 so no graph of ours has a side effect:
 
@@ -8,6 +8,8 @@ so no graph of ours has a side effect:
     mask[..., k] = value                         becomes   cat(mask[..., :k], value, mask[..., k + 1:])
     query[:, a:b] = value                        becomes   cat(query[:, :a], value, query[:, b:])
     ids[..., k] = value                          becomes   the same of one column
+    ids[i, a:b, k] = value                       becomes   the same of one part, put into the larger one, and so on
+    rows[mask] *= factor                         becomes   where(mask, rows * factor, rows)
 
 Whole tensors are changed too, as in `scores += bias`, which becomes `scores + bias`.
 """
@@ -22,6 +24,7 @@ import torch
 from torch import fx
 
 from taylorseer_export.errors import ExportError
+from taylorseer_export.graph.sizes import is_size
 
 aten = torch.ops.aten
 TO_THE_END = 2**63 - 1
@@ -31,6 +34,8 @@ _OUT_OF_PLACE = {
     aten.mul_.Tensor: aten.mul.Tensor,
     aten.div_.Tensor: aten.div.Tensor,
     aten.index_put_.default: aten.index_put.default,
+    aten.cumsum_.default: aten.cumsum.default,
+    aten.scatter_add_.default: aten.scatter_add.default,
 }
 
 
@@ -40,6 +45,7 @@ def functional(graph: fx.Graph) -> None:
     Raises:
         ExportError: An operator changes a tensor in another way.
     """
+    _choose_rows(graph)
     out_of_place(graph)
     done: list[fx.Node] = []
     for node in list(graph.nodes):
@@ -47,10 +53,12 @@ def functional(graph: fx.Graph) -> None:
             continue
         if node.target is aten.detach_.default:
             _drop_detach(graph, node)
-        elif node.target is aten.fill_.Tensor:
+        elif node.target is aten.fill_.Tensor and _is_column(node):
             done += _set_column(graph, node)
+        elif node.target in (aten.fill_.Tensor, aten.fill_.Scalar):
+            done += _set_part(graph, node)
         elif node.target is aten.copy_.default:
-            done += _set_rows(graph, node) or _interleave(graph, node)
+            done += _set_rows(graph, node) or _set_part(graph, node) or _interleave(graph, node)
     for node in graph.nodes:
         if mutates(node):
             _refuse(node)
@@ -295,6 +303,87 @@ def _set_rows(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
     return _finish(graph, base, result, [write])
 
 
+def _is_column(write: fx.Node) -> bool:
+    view = _args(write)[0]
+    return view.target is aten.select.int and not _shared(_args(view)[0], [view], write)
+
+
+def _set_part(graph: fx.Graph, write: fx.Node) -> list[fx.Node]:
+    """A write into a part of a part of a tensor, by numbers and ranges; nothing where it is another write.
+
+    Each part is put into the one that it was taken of, up to the whole tensor. What was read of that before keeps its
+    old value, so no part that was taken before may be read after.
+    """
+    view, value = _args(write)[:2]
+    chain, base = [], view
+    while base.target in (aten.select.int, aten.slice.Tensor):
+        if base.target is aten.slice.Tensor and len(base.args) > 4 and base.args[4] != 1:
+            return []
+        chain.append(base)
+        base = _args(base)[0]
+    for alias in _aliases(base, write) - {base}:
+        if any((write < user) and not _is_view(user) for user in alias.users):
+            return []
+    if not chain:
+        return []
+    with graph.inserting_before(write):
+        part = view.meta["val"]
+        if isinstance(value, fx.Node):
+            if value.meta["val"].dtype != part.dtype:
+                value = call(graph, aten.to.dtype, [value, part.dtype], like=write)
+            value = call(graph, aten.expand_as.default, [value, view], like=write)
+        else:
+            value = call(graph, aten.full_like.default, [view, value], like=write)
+        for taken in chain:
+            value = _put(graph, taken, value, write)
+    return _finish(graph, base, value, [write])
+
+
+def _put(graph: fx.Graph, taken: fx.Node, value: fx.Node, write: fx.Node) -> fx.Node:
+    """What a part was taken of, with the value in the part's place."""
+    if taken.target is aten.select.int:
+        whole, dim, start = _args(taken)
+        start = start if start >= 0 else start + whole.meta["val"].shape[dim]
+        value = call(graph, aten.unsqueeze.default, [value, dim], like=write)
+        end = start + 1 if start + 1 != whole.meta["val"].shape[dim] else TO_THE_END
+    else:
+        if _whole(taken):
+            return value
+        whole, dim, start, end = (*_args(taken), *(0, 0, TO_THE_END)[len(taken.args) - 1 :])[:4]
+        end = TO_THE_END if end is None else end
+    parts = [] if start in (0, None) else [call(graph, aten.slice.Tensor, [whole, dim, 0, start], like=write)]
+    parts.append(value)
+    if end != TO_THE_END:
+        parts.append(call(graph, aten.slice.Tensor, [whole, dim, end, TO_THE_END], like=write))
+    return call(graph, aten.cat.default, [parts, dim], like=write) if len(parts) > 1 else value
+
+
+def _choose_rows(graph: fx.Graph) -> None:
+    """`rows[mask] = f(rows[mask])`, where f knows no other row, as a choice between f(rows) and rows."""
+    for node in list(graph.nodes):
+        if node.target is not aten.index_put_.default or len(_args(node)) > 3 or len(_args(node)[1]) != 1:
+            continue
+        base, (mask,), value = _args(node)
+        steps = []
+        while value.target in _OUT_OF_PLACE and not isinstance(value.args[1], fx.Node):
+            steps.append(value)
+            value = _args(value)[0]
+        if mask.meta["val"].dtype != torch.bool or value.target is not aten.index.Tensor:
+            continue
+        if value.args != (base, [mask]):
+            continue
+        with graph.inserting_before(node):
+            changed = base
+            for step in reversed(steps):
+                changed = call(graph, _OUT_OF_PLACE[step.target], [changed, *_args(step)[1:]], like=node)
+            for _ in range(base.meta["val"].ndim - mask.meta["val"].ndim):
+                mask = call(graph, aten.unsqueeze.default, [mask, -1], like=node)
+            chosen = call(graph, aten.where.self, [mask, changed, base], like=node)
+        _finish(graph, base, chosen, [node])
+        for step in steps:
+            graph.erase_node(step)
+
+
 def _whole(view: fx.Node) -> bool:
     """Whether a slice takes all of what it slices."""
     _, _, start, end, step = (*view.args, *(0, 0, TO_THE_END, 1)[len(view.args) - 1 :])[:5]
@@ -352,7 +441,7 @@ def _check_unshared(base: fx.Node, views: Sequence[fx.Node], write: fx.Node) -> 
 def _shared(base: fx.Node, views: Sequence[fx.Node], write: fx.Node) -> bool:
     """Whether a write may be seen through another tensor: the base does not own its memory, or was read before."""
     aliases = isinstance(base.target, torch._ops.OpOverload) and any(r.alias_info for r in base.target._schema.returns)
-    early = [user for user in base.users if user not in views and user < write]
+    early = [user for user in base.users if user not in views and user < write and not is_size(user)]
     return base.op != "call_function" or aliases or bool(early) or any(len(v.users) != 1 for v in views)
 
 

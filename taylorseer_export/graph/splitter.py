@@ -167,7 +167,8 @@ class Splitter:
             "corner": spec.corner,
             "spacing": spec.spacing,
         }
-        return self.tensor(spec.name, node, spec.role).model_copy(update=facts)
+        shape = [of if isinstance(of, str) else size for of, size in zip(spec.shape, self._shape(node), strict=True)]
+        return self.tensor(spec.name, node, spec.role).model_copy(update={**facts, "shape": tuple(shape)})
 
     # Tables --------------------------------------------------------------------------------------------------------
 
@@ -179,7 +180,7 @@ class Splitter:
         order = {node: k for k, node in enumerate(self.trace.module.graph.nodes)}
         tables: dict[str, list[fx.Node]] = defaultdict(list)
         for node in sorted(early, key=order.__getitem__):
-            if self.times[node] is not Time.STEP or node.op == "placeholder":
+            if self.times[node] is not Time.STEP:
                 continue
             name = "step.shared" if node in forecast else "step.probe" if node in probe else "step.full"
             dtype = _dtype_name(node)
@@ -189,7 +190,7 @@ class Splitter:
     def bind_early(self, builder: Builder, early: set[fx.Node], tables: dict[str, list[fx.Node]]) -> None:
         """Make every early value of `early` available in `builder`: as an input, or as columns of a table row."""
         for node in self.trace.module.graph.nodes:
-            if node in early and node.op == "placeholder":
+            if node in early and node.op == "placeholder" and self.times[node] is not Time.STEP:
                 builder.copies[node] = builder.placeholder(self.declared(node))
             elif node in early and self.times[node] is Time.REQUEST:
                 builder.copies[node] = builder.placeholder(self.tensor(self._request_name(node), node, "constant"))
@@ -201,8 +202,11 @@ class Splitter:
             row, begin = builder.placeholder(tensor), 0
             for node in members:
                 end = begin + self._width(node)
-                columns = builder.graph.call_function(aten.slice.Tensor, (row, 1, begin, end))
                 tail = [int(s) for s in node.meta["val"].shape[1:]]
+                if not tail:  # the timestep itself
+                    builder.copies[node], begin = builder.graph.call_function(aten.select.int, (row, 1, begin)), end
+                    continue
+                columns = builder.graph.call_function(aten.slice.Tensor, (row, 1, begin, end))
                 if len(tail) > 1:
                     columns = builder.graph.call_function(aten.unflatten.int, (columns, 1, tail))
                 builder.copies[node], begin = columns, end
@@ -325,9 +329,15 @@ class Splitter:
         for node in self.trace.module.graph.nodes:
             if node in early and node.op != "placeholder" and self.times[node] is Time.REQUEST:
                 outputs.append((self.tensor(self._request_name(node), node, "constant"), request.copy(node)))
-        step = StepBuilder(self.times, request, timesteps, step_node)
+        step = StepBuilder(self.times, request, timesteps, step_node) if tables else None
         for name, members in tables.items():
-            columns = [request.graph.call_function(aten.flatten.using_ints, (step.copy(n), 1)) for n in members]
+            assert step is not None
+            columns = [
+                request.graph.call_function(aten.reshape.default, (step.copy(n), [-1, self._width(n)]))
+                if n is step_node
+                else request.graph.call_function(aten.flatten.using_ints, (step.copy(n), 1))
+                for n in members
+            ]
             table = request.graph.call_function(aten.cat.default, (columns, 1))
             table = request.graph.call_function(aten.unflatten.int, (table, 0, [step.steps, step.batch]))
             width = sum(self._width(n) for n in members)

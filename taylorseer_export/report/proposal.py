@@ -73,6 +73,8 @@ def verified(
     family = proposal.family()
     size = options.latent_size or replace(checkpoint, family=family).latent_size
     sizes = {**family.typical, **family.latent_sizes(checkpoint.config, *size)}
+    if options.batch is not None:
+        sizes["batch"] = options.batch
     config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}  # type: ignore[arg-type]
     refused: dict[Granularity, str] = {}
     for any_size in (True, False):

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.checkpoint.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
@@ -86,9 +88,19 @@ def reference_model(checkpoint: Checkpoint) -> nn.Module:
     return checkpoint.load(torch.float64 if size < _FLOAT64_LIMIT else torch.float32)
 
 
-def family_of(model: nn.Module, name: str) -> Family:
-    """The declaration called `name`; of a bundle that was exported without one, what is proposed for its model."""
-    return propose(model).family() if name == AUTO else family_named(name)
+def family_of(model: nn.Module, manifest: Manifest) -> Family:
+    """The declaration of a bundle's family; of one that was exported without, what is proposed for its model.
+
+    That is told from fake weights of float32, as when it was exported: some code takes no other type. Sizes of which
+    the bundle has one alone are that.
+    """
+    if manifest.family != AUTO:
+        return family_named(manifest.family)
+    config: Any = model.config
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        skeleton = type(model).from_config(config).eval()  # type: ignore[attr-defined]
+    one = {name: size.minimum for name, size in manifest.dimensions.items() if size.minimum == size.maximum}
+    return propose(skeleton).fixed(one, one).family()
 
 
 def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: Forecasts) -> Parity:
@@ -124,7 +136,7 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: F
 
 def roundoff_of(model: nn.Module, manifest: Manifest) -> float:
     """Share of its largest value by which an output may be off: `compare`'s bound without gain and scale."""
-    sites = _module_sites(model, family_of(model, manifest.family))
+    sites = _module_sites(model, family_of(model, manifest))
     depth, length = max(len(sites), 1), _longest_contraction(model)
     roundoff = _ROUNDOFF[manifest.state.dtype]
     return math.sqrt(depth) * (math.sqrt(32) * roundoff + math.sqrt(length) * _ROUNDOFF["float32"])
@@ -185,7 +197,7 @@ class _Reference:
 
     def __init__(self, model: nn.Module, denoiser: Denoiser, forecasts: Forecasts) -> None:
         self.model, self.forecasts = model, forecasts
-        self.family = family_of(model, denoiser.manifest.family)
+        self.family = family_of(model, denoiser.manifest)
         self.latent, self.timestep = denoiser.latent.name, denoiser.timestep.name
         self.specs = {t.name: t for t in (denoiser.latent, denoiser.timestep, *denoiser.constants.values())}
         self.divisor = denoiser.manifest.sampling.timestep_divisor

@@ -95,7 +95,8 @@ def random_constants(
     for name, tensor in contract.constants.items():
         shape, value = resolve(tensor.shape, sizes), value_from_fill(tensor, sizes)
         if value is None and tensor.dtype == "int64":
-            value = generator.integers(0, 2, shape)
+            low = tensor.values[0] if tensor.values else 0
+            value = generator.integers(low, low + 2, shape)
         made[name] = generator.standard_normal(shape).astype(np.float32) if value is None else value
     return made
 

@@ -74,7 +74,11 @@ TABLE: dict[str, dict[str, Any]] = {
     },
     "LuminaNextDiT2DModel": {"num_kv_heads": HEADS, "multiple_of": 16},
     # A dense MLP is as wide as a multiple of 128, rounded down.
-    "NucleusMoEImageTransformer2DModel": {"mlp_ratio": 6.0, "dense_moe_strategy": "leave_first_block_dense"},
+    "NucleusMoEImageTransformer2DModel": {
+        "mlp_ratio": 6.0,
+        "dense_moe_strategy": "leave_first_block_dense",
+        "capacity_factors": 1.0,
+    },
     "OmniGenTransformer2DModel": {
         "pad_token_id": 0,
         "rope_scaling": {"type": "su", "short_factor": [1.0] * (HEAD_DIM // 2), "long_factor": [1.0] * (HEAD_DIM // 2)},

@@ -45,7 +45,13 @@ def _proposed(given: argparse.Namespace) -> Family:
             f"with `{PROGRAM} {family.name} --model {given.model}`"
         )
     checkpoint = open_undeclared(given.model, given.variant)
-    options = Options(order=given.order, interval=given.interval, warmup=given.warmup, latent_size=given.latent_size)
+    options = Options(
+        order=given.order,
+        interval=given.interval,
+        warmup=given.warmup,
+        latent_size=given.latent_size,
+        batch=given.batch,
+    )
     with progress("verifying the proposal", 1) as advance:
         model = checkpoint.skeleton(torch.float32)
         found = verified(checkpoint, model, propose(model), options, given.state)

@@ -127,15 +127,26 @@ def _made(name: str, step: Any, sizes: Mapping[str, Any], counts: EveryTokenCoun
         return counts.ones(sizes["batch"], sizes[f"text_tokens{ending}"], dtype=torch.int64, device=device)
     if SECOND_TIME.fullmatch(name):
         return step
-    if SHAPES.fullmatch(name):  # of each sample; models that take any batch look at the first
-        return [[(1, sizes["rows"], sizes["columns"])]] * (sizes["batch"] if isinstance(sizes["batch"], int) else 1)
+    if SHAPES.fullmatch(name):
+        return _Each([(1, sizes["rows"], sizes["columns"])], sizes["batch"])
     if name == "visual_rope_pos":
         return tuple(torch.arange(sizes[of], device=device) for of in ("frames", "rows", "columns"))
     if name == "text_rope_pos":
         return torch.arange(sizes["text_tokens"], device=device)
     if name == "chunk_partition":
         return [sizes["frames"]]
-    return {} if name == "input_image_sizes" else []
+    return {} if name == "input_image_sizes" or name.endswith("_kwargs") else []
+
+
+class _Each(list[Any]):
+    """The same of each sample. A model that takes any batch looks at the first; asking for another fixes the batch."""
+
+    def __init__(self, one: Any, count: Any) -> None:
+        super().__init__([one] * (count if isinstance(count, int) else 1))
+        self.count = count
+
+    def __getitem__(self, place: Any) -> Any:
+        return super().__getitem__(0 if isinstance(place, int) and 0 < place < int(self.count) else place)
 
 
 class _ToldError(Exception):

@@ -102,7 +102,13 @@ def find(model: nn.Module) -> Found:
             tried.append((specs, made))
             layers = [0]
             try:
-                found, clock = run(model, specs, made, layers, 8 if "divisible" in trouble else 1)
+                try:
+                    found, clock = run(model, specs, made, layers, 8 if "divisible" in trouble else 1)
+                except TypeError as error:
+                    if "must be a mapping, not NoneType" not in str(error):
+                        raise
+                    made = (*made, *(name for name in _arguments(model) if name.endswith("_kwargs")))  # without options
+                    found, clock = run(model, specs, made, layers)
             except Exception as error:  # whatever a model makes of shapes that it was not written for
                 if layers[0] >= furthest:
                     trouble, furthest = first_line(error), layers[0]
@@ -129,7 +135,7 @@ def _variants(
     told: Mapping[str, tuple[int | str, ...]],
 ) -> list[Variant]:
     """What the inputs may be beside the latent, the plainest first."""
-    as_told = [replace(spec, shape=told.get(spec.name, spec.shape)) for spec in base]
+    as_told = [replace(s, shape=s.shape if s.role == "step" else told.get(s.name, s.shape)) for s in base]
     bare = [spec for spec in base if "mask" not in spec.name or _needed(model, spec.name)]
     found = [(specs, always) for specs in (base, base + optional, *([*base, spec] for spec in optional), bare)]
     found += [(specs, always) for specs in (as_told, as_told + optional)]
@@ -187,7 +193,7 @@ def _from_names(
         if name in known and (known[name] is not None or not needed):
             if (spec := known[name]) is not None:
                 found.append(spec)
-        elif SHAPES.fullmatch(name) or needed and (_MADE.fullmatch(name) or SECOND_TIME.fullmatch(name)):
+        elif SHAPES.fullmatch(name) or (needed and (_MADE.fullmatch(name) or SECOND_TIME.fullmatch(name))):
             made.append(name)
         elif not _CONTROL.fullmatch(name) or needed:
             guess = _guess(model, name, known["hidden_states"], config)
@@ -212,7 +218,10 @@ def _guess(model: nn.Module, name: str, latent: Input | None, config: Mapping[st
     if name.endswith("_token_drop"):
         return Input(name, ("batch", TOKENS), "constant", "bool", fill="zeros")
     if kind_of(model, name) == COMPLEX:
-        return Input(name, (*_picture(config), UNKNOWN, 2), "constant", "float32")
+        side = int(re.sub(r"\D", "", str(_picture(config)[0])) or 1)  # latent pixels along one of a token
+        sides = latent.shape[-2:] if latent is not None else _picture(config)
+        of_tokens = [e // side if isinstance(e, int) else min(names(e)) for e in sides]
+        return Input(name, (*of_tokens, UNKNOWN, 2), "constant", "float32")
     if name == "padding_mask":
         return Input(name, (1, 1, *_picture(config)), "constant", fill="zeros")
     if latent is not None and re.match(r"(control|condition|inpaint|pose)_", name):
@@ -376,7 +385,10 @@ def _documented(model: nn.Module, config: Mapping[str, Any]) -> dict[str, tuple[
     """Argument -> shape, of those for which the documentation of `forward` says one in words that are known here."""
     lines = []
     for name, text in _documentation(model).items():
-        for pattern in (r"of shape `\(([^`]*)\)`", r"(?:: |``|[Ss]hape(?:d|:| is)? )[\[(]((?:B|N|batch_size)(?:, *\w+)*,?)[\])]"):
+        for pattern in (
+            r"of shape `\(([^`]*)\)`",
+            r"(?:: |``|[Ss]hape(?:d|:| is)? )[\[(]((?:B|N|batch_size)(?:, *\w+)*,?)[\])]",
+        ):
             if said := re.search(pattern, text):
                 lines.append((name, said[1]))
                 break
@@ -444,7 +456,7 @@ def _channels(config: Mapping[str, Any]) -> int:
 
 
 def _picture(config: Mapping[str, Any]) -> tuple[int | str, ...]:
-    patch = config.get("patch_size") or 1
+    patch = config.get("patch_size") or (config.get("all_patch_size") or (1,))[:1]
     side = patch[-1] if isinstance(patch, tuple | list) else patch
     return (f"{side}*rows", f"{side}*columns") if side > 1 else ("rows", "columns")
 

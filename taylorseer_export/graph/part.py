@@ -16,9 +16,10 @@ from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.graph.casts import explicit_casts
 from taylorseer_export.graph.cut import Cut
-from taylorseer_export.graph.rewrite import mutates, out_of_place, plain, unseeing_rows
+from taylorseer_export.graph.rewrite import mutates, plain, unseeing_rows
 from taylorseer_export.graph.sizes import example_sizes, shape_entry_from_expression, simplified
 from taylorseer_export.graph.trace import dimension, drop_noise, eliminate_dead, fold_constants
+from taylorseer_export.graph.writes import out_of_place
 
 # Sizes at which a part is traced, where its ranges hold them: distinct.
 _EXAMPLE_SIZES = (10, 14, 22)

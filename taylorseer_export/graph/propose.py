@@ -90,7 +90,7 @@ class Proposal:
         )
 
     def products(self) -> set[str]:
-        """The dimensions that stand in a product, such as the tokens of a picture, which only one size makes a number."""
+        """The dimensions that stand in a product, such as the tokens of a picture: it has no other form at a trace."""
         entries = [entry for spec in self.inputs for entry in spec.shape]
         return {name for entry in entries if not is_single(entry) for name in names(entry)}
 
@@ -173,11 +173,8 @@ def settled(
     in_latent = {name for entry in latent.shape for name in names(entry)} - {BATCH} | products
     others = set(proposal.dimensions) - {BATCH}
     last: ExportError | ConfigError | None = None
-    takes_apart = False
     tried: set[frozenset[str]] = set()
     waiting: list[set[str]] = [products, in_latent, others] if any_size else [in_latent, others]
-    if BATCH in sizes:  # the last resort: it costs the table of what depends on the step alone
-        waiting += [dims | {BATCH} for dims in waiting]
     logging.disable(logging.CRITICAL)  # torch.export also logs what it raises
     try:
         while waiting:
@@ -194,15 +191,16 @@ def settled(
                 of_these = set(re.findall(r"\w+", violated[1])) if violated else set()
                 if more := of_these & others - dims:
                     waiting.insert(0, dims | more)
-                takes_apart |= of_these == {BATCH}
+                elif of_these == {BATCH} and BATCH in sizes:  # it costs the table of what depends on the step alone
+                    waiting = [wanted | {BATCH} for wanted in (dims, *waiting)]
+                elif of_these == {BATCH}:
+                    raise ExportError(
+                        f"{proposal.model_class} takes the samples of a batch one by one, expected a batch of one "
+                        "size; add --batch 1, or declare it by hand, see families/README.md"
+                    ) from error
     finally:
         logging.disable(logging.NOTSET)
     assert last is not None
-    if takes_apart and BATCH not in sizes:
-        raise ExportError(
-            f"{proposal.model_class} takes the samples of a batch one by one, expected a batch of one size; add --batch "
-            "1, or declare it by hand, see families/README.md"
-        ) from last
     raise last
 
 

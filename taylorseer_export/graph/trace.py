@@ -24,10 +24,11 @@ from taylorseer_export.graph.casts import explicit_casts
 from taylorseer_export.graph.masks import expanded_masks, small_masks
 from taylorseer_export.graph.merge import merge_equal
 from taylorseer_export.graph.real import real
-from taylorseer_export.graph.rewrite import functional, inlined, plain, without_empty
+from taylorseer_export.graph.rewrite import inlined, plain, without_empty
 from taylorseer_export.graph.sizes import example_sizes
 from taylorseer_export.graph.taps import tap_operator, tapped
 from taylorseer_export.graph.untraceable import dense_attention, unchanged
+from taylorseer_export.graph.writes import functional
 
 aten = torch.ops.aten
 
@@ -100,7 +101,14 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     dynamic = {
         i.name: {k: dimension(str(s), dims) for k, s in enumerate(i.shape) if names(s) & dims.keys()} for i in inputs
     }
-    with dense_attention(model), unchanged(model), tapped(model, family) as sites, _called(model, family, inputs), torch.no_grad(), warnings.catch_warnings():
+    with (
+        dense_attention(model),
+        unchanged(model),
+        tapped(model, family) as sites,
+        _called(model, family, inputs),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # pytree deprecations inside torch.export, not ours to mend
         try:
             program = torch.export.export(model, (), example, dynamic_shapes=dynamic, strict=False)

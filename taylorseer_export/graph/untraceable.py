@@ -2,7 +2,7 @@
 
 1. What the code keeps for its next call is forgotten after a run: tables of fake tensors are no numbers.
 2. `flex_attention` with a mask of blocks is `scaled_dot_product_attention` with the same mask, an entry for each query
-   and key.
+   and key. Blocks that are not listed are left out, as by its kernels; uncompiled, torch looks at the rule alone.
 3. A mask of a text of which every token counts has known values: what the code makes of them, the number of tokens or
    their places, is known without looking.
 """
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import flex_attention as flex
 from torch.overrides import TorchFunctionMode
 
@@ -111,12 +113,12 @@ def _attend(
 
 def _of_entries(
     mask_mod: Callable[..., torch.Tensor],
-    B: int | None,  # noqa: N803  # as torch calls them
-    H: int | None,  # noqa: N803
-    Q_LEN: int,  # noqa: N803
-    KV_LEN: int,  # noqa: N803
+    B: int | None,  # as torch calls them
+    H: int | None,
+    Q_LEN: int,
+    KV_LEN: int,
     device: Any = None,
-    BLOCK_SIZE: int | tuple[int, int] = 128,  # noqa: N803
+    BLOCK_SIZE: int | tuple[int, int] = 128,
     _compile: bool = False,
     **_: Any,
 ) -> _Dense:
@@ -130,7 +132,7 @@ def _of_blocks(
     kv_indices: torch.Tensor,
     full_kv_num_blocks: torch.Tensor | None = None,
     full_kv_indices: torch.Tensor | None = None,
-    BLOCK_SIZE: int | tuple[int, int] = 128,  # noqa: N803
+    BLOCK_SIZE: int | tuple[int, int] = 128,
     mask_mod: Callable[..., torch.Tensor] | None = None,
     **_: Any,
 ) -> _Dense:
@@ -145,7 +147,7 @@ def _of_blocks(
 
 
 def _spread(counts: torch.Tensor, numbers: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Which keys are in one of the first `counts` blocks `numbers`: `[B, H, rows]`, `[B, H, rows, columns]` of blocks."""
+    """Which keys are in one of the first `counts` `[B, H, rows]` blocks `numbers` `[B, H, rows, columns]`."""
     every = torch.arange(numbers.shape[-1], device=numbers.device)
     listed = every < counts[..., None]
     of_blocks = ((numbers[..., None] == every) & listed[..., None]).any(-2)
@@ -178,8 +180,7 @@ _LARGEST = {_T.max, torch.max, _T.min, torch.min}
 
 
 class EveryTokenCounts(TorchFunctionMode):
-    """Knows the values of masks of ones and of tensors of one number, and of what is computed of them, wherever the code
-    asks for a number.
+    """Knows masks of ones, tensors of one number, and what is computed of them, wherever code asks for a number.
 
     It is for runs that have no numbers, on fake tensors. What is changed in place is known no longer; a view that
     changes what it is of is not seen, but by the comparison with the model, which runs without this.
@@ -188,6 +189,20 @@ class EveryTokenCounts(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.known: dict[int, tuple[torch.Tensor, Any]] = {}
+
+    def __enter__(self) -> EveryTokenCounts:
+        original = FakeTensor.tolist  # which does not ask a mode
+        FakeTensor.tolist = lambda tensor: self._list(tensor, original)  # type: ignore[method-assign]
+        self.restore = lambda: setattr(FakeTensor, "tolist", original)
+        return super().__enter__()  # type: ignore[return-value]
+
+    def __exit__(self, *error: Any) -> None:
+        self.restore()
+        super().__exit__(*error)
+
+    def _list(self, tensor: torch.Tensor, original: Any) -> Any:
+        value = self._value(tensor)
+        return original(tensor) if value is None else _nested(value, [int(size) for size in tensor.shape])
 
     def ones(self, *shape: Any, dtype: torch.dtype, device: Any) -> torch.Tensor:
         """A mask of which every token counts."""
@@ -207,6 +222,8 @@ class EveryTokenCounts(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _MOVES:
             return self._keep(func(*args, **kwargs), value)
+        if func in (_T.unbind, torch.unbind):
+            return tuple(self._keep(part, value) for part in func(*args, **kwargs))
         if func in _CASTS:
             made = func(*args, **kwargs)
             return self._keep(made, int(value != 0) if made.dtype == torch.bool else value)
@@ -229,8 +246,8 @@ class EveryTokenCounts(TorchFunctionMode):
         if func in (_T.item, _T.__int__, _T.__index__):
             return bool(value) if first.dtype == torch.bool else value
         if func is _T.tolist:
-            return _nested(value, [int(size) for size in first.shape])
-        if getattr(func, "__name__", "").rstrip("_") != getattr(func, "__name__", "") or func is _T.__setitem__:
+            return self._list(first, func)
+        if re.fullmatch(r"\w*[^_]_|__setitem__|__i(add|sub|mul|and|or)__", getattr(func, "__name__", "")):
             self.known.clear()  # changed in place, with all that shares its memory
         return func(*args, **kwargs)
 

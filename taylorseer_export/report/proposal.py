@@ -73,6 +73,8 @@ def verified(
     family = proposal.family()
     size = options.latent_size or replace(checkpoint, family=family).latent_size
     sizes = {**family.typical, **family.latent_sizes(checkpoint.config, *size)}
+    if places := model.config.get("axes_lens"):  # type: ignore[operator]  # of the table that the text's are looked up in
+        sizes["text_tokens"] = min(sizes["text_tokens"], places[0] - 1)
     if options.batch is not None:
         sizes["batch"] = options.batch
     config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}  # type: ignore[arg-type]

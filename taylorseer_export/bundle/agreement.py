@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from taylorseer_export.bundle.part_agreement import listed, of_parts, repeated, shown
-from taylorseer_export.bundle.shapes import match, names, resolve
+from taylorseer_export.bundle.shapes import in_products, match, names, resolve
 from taylorseer_export.errors import ConfigError, StepError
 
 if TYPE_CHECKING:
@@ -290,7 +290,8 @@ def _of_sizes(manifest: Manifest) -> str | None:
                 return f"`{tensor.name}` takes more bytes than can be counted at the {end} of every dimension"
         if end == "minimum" and total > _MOST_BYTES:
             return f"tensors take {total} bytes at the minimum of every dimension, no machine takes {_MOST_BYTES}"
-        known: dict[str, int] = {}
+        one = {name for name, d in manifest.dimensions.items() if d.minimum == d.maximum}
+        known = {name: sizes[name] for name in in_products(tensor.shape for tensor in asked) & one}
         for tensor in asked:
             known = match(tensor.shape, resolve(tensor.shape, sizes), known, tensor.name)
         if missing := sizes.keys() - known.keys() - {STEPS}:

@@ -5,7 +5,7 @@ parentheses. Entries are parsed with `ast` and walked by hand; nothing is ever e
 """
 
 import ast
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from operator import add, floordiv, mul, sub
 from typing import Any
@@ -95,6 +95,11 @@ def is_linear(expression: Entry) -> bool:
 def is_single(expression: Entry) -> bool:
     """Whether the entry is a number, or a sum of multiples of names: no product of two sizes."""
     return isinstance(expression, int) or _degree(_parse(expression)) <= 1
+
+
+def in_products(shapes: Iterable[Sequence[Entry]]) -> set[str]:
+    """The sizes that stand in a product somewhere: no shape tells them."""
+    return {name for shape in shapes for entry in shape if not is_single(entry) for name in names(entry)}
 
 
 def _degree(node: ast.expr) -> int:

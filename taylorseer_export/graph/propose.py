@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from taylorseer_export.bundle.shapes import evaluate, is_single, linear, names
+from taylorseer_export.bundle.shapes import evaluate, in_products, linear, names
 from taylorseer_export.errors import ConfigError, ExportError
 from taylorseer_export.families.family import Family, Input, packed, patches, unknown
 from taylorseer_export.graph import fakes, inputs
@@ -91,8 +91,7 @@ class Proposal:
 
     def products(self) -> set[str]:
         """The dimensions that stand in a product, such as the tokens of a picture: it has no other form at a trace."""
-        entries = [entry for spec in self.inputs for entry in spec.shape]
-        return {name for entry in entries if not is_single(entry) for name in names(entry)}
+        return in_products(spec.shape for spec in self.inputs)
 
     def fixed(self, names: Collection[str], sizes: Mapping[str, int]) -> Proposal:
         """The proposal with these dimensions fixed, at the given sizes or at the smallest."""
@@ -175,6 +174,13 @@ def settled(
     last: ExportError | ConfigError | None = None
     tried: set[frozenset[str]] = set()
     waiting: list[set[str]] = [products, in_latent, others] if any_size else [in_latent, others]
+    if not any(BATCH in spec.shape for spec in proposal.inputs if spec.role == "constant"):
+        if BATCH not in sizes:
+            raise ExportError(
+                f"{proposal.model_class} takes no input that is constant for a request, expected one that tells the "
+                "batch; add --batch 1, or declare it by hand, see families/README.md"
+            )
+        waiting = [dims | {BATCH} for dims in waiting]
     logging.disable(logging.CRITICAL)  # torch.export also logs what it raises
     try:
         while waiting:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Tensor
-from taylorseer_export.bundle.shapes import match
+from taylorseer_export.bundle.shapes import in_products, match
 from taylorseer_export.errors import StepError
 from taylorseer_export.method import BundleDefaults, Capacity
 from taylorseer_export.runtime.places import check_pictures
@@ -46,7 +46,7 @@ class Contract:
         Raises:
             StepError: A shape contradicts the contract or another input, or a size is out of range.
         """
-        sizes = match(self.latent.shape, latents, {}, self.latent.name)
+        sizes = match(self.latent.shape, latents, self._of_one_size(), self.latent.name)
         for name, tensor in self.constants.items():
             if name not in conditioning:
                 shape = ", ".join(map(str, tensor.shape))
@@ -64,6 +64,12 @@ class Contract:
             if tensor.fill == "sides":
                 check_pictures(name, conditioning[name], sizes)
         return sizes
+
+    def _of_one_size(self) -> dict[str, int]:
+        """The sizes in products, such as rows times columns, that are one each: no shape tells them."""
+        ranges = self.manifest.dimensions
+        told = in_products([self.latent.shape, *(tensor.shape for tensor in self.constants.values())])
+        return {name: ranges[name].minimum for name in told if ranges[name].minimum == ranges[name].maximum}
 
     def check_sizes(self, sizes: Mapping[str, int]) -> None:
         """Refuse sizes that the bundle does not take. Numbers alone: to be asked before anything of that size is made.

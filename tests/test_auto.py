@@ -52,6 +52,18 @@ def test_a_stranger_is_exported_and_verified(stranger, tmp_path, capsys, undecla
     assert "auto-it equals the eager model within its bounds" in capsys.readouterr().out
 
 
+def test_samples_taken_one_by_one_are_one_batch(tmp_path, capsys):
+    """Such a model is refused with the option that takes it, and verifies with that."""
+    model = saved("LuminaNextDiT2DModel", tmp_path / "model", num_layers=1)
+    code, printed = auto(capsys, "--model", model, "--out", tmp_path)
+    assert code == 2
+    assert "takes the samples of a batch one by one, expected a batch of one size; add --batch 1" in printed.err
+    code, printed = auto(capsys, "--model", model, "--out", tmp_path, "--name", "it", "--batch", "1")
+    assert code == 0, printed.err
+    assert "one size alone of batch; every step equals the model" in printed.out
+    assert cli.main(["verify", str(tmp_path / "auto-it"), "--steps", "3"]) == 0
+
+
 def test_what_does_not_verify_is_refused(stranger, tmp_path, capsys, undeclared, monkeypatch):
     """Nothing is written, and the sentence says by how much it is off."""
     compare = proposal.compare
@@ -69,7 +81,7 @@ def test_what_does_not_verify_is_refused(stranger, tmp_path, capsys, undeclared,
     ("name", "changes", "sentence"),
     [
         ("FluxTransformer2DModel", {}, "which family flux declares, expected one that none does; export it with"),
-        ("LuminaNextDiT2DModel", {}, "does not take the inputs that could be told ("),
+        ("MiniMaxH3Transformer3DModel", {}, "does not take the inputs that could be told (it needs audio_"),
         (
             "LuminaNextDiT2DModel",
             {"layers_of_foam": 3},
@@ -120,6 +132,6 @@ def test_no_declared_class_is_refused(rows):
     assert not [f.model_class for f in FAMILIES.values() if rows[f.model_class].how == coverage.REFUSED]
 
 
-@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "LuminaNextDiT2DModel"])
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "MiniMaxH3Transformer3DModel"])
 def test_a_row_is_as_the_tool_finds_it(rows, name):
     assert coverage.cover(name) == rows[name]

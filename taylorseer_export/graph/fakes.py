@@ -143,10 +143,10 @@ class _Each(list[Any]):
 
     def __init__(self, one: Any, count: Any) -> None:
         super().__init__([one] * (count if isinstance(count, int) else 1))
-        self.count = count
+        self.samples = count
 
     def __getitem__(self, place: Any) -> Any:
-        return super().__getitem__(0 if isinstance(place, int) and 0 < place < int(self.count) else place)
+        return super().__getitem__(0 if isinstance(place, int) and 0 < place < int(self.samples) else place)
 
 
 class _ToldError(Exception):

@@ -192,9 +192,10 @@ class EveryTokenCounts(TorchFunctionMode):
 
     def __enter__(self) -> EveryTokenCounts:
         original = FakeTensor.tolist  # which does not ask a mode
-        FakeTensor.tolist = lambda tensor: self._list(tensor, original)  # type: ignore[method-assign]
+        FakeTensor.tolist = lambda tensor: self._list(tensor, original)  # type: ignore[method-assign, assignment]
         self.restore = lambda: setattr(FakeTensor, "tolist", original)
-        return super().__enter__()  # type: ignore[return-value]
+        super().__enter__()
+        return self
 
     def __exit__(self, *error: Any) -> None:
         self.restore()
@@ -212,7 +213,7 @@ class EveryTokenCounts(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.full:
             return self._keep(func(*args, **kwargs), args[1] if len(args) > 1 else kwargs["fill_value"])
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         value = self._value(first)
         if func is _T.__getitem__ and (chosen := self._value(args[1])) is not None and args[1].dtype == torch.bool:
             rank = args[1].ndim

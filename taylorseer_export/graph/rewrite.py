@@ -79,6 +79,14 @@ def plain(graph: fx.Graph) -> None:
             _padded_mask(graph, node)
 
 
+def alone(graph: fx.Graph) -> None:
+    """One tensor padded to the longest of one as itself, with a dimension of size 1 for the one."""
+    for node in list(graph.nodes):
+        if node.target is aten.pad_sequence.default and len(_args(node)[0]) == 1:
+            first = len(node.args) > 1 and node.args[1]
+            _replace(graph, node, aten.unsqueeze.default, [_args(node)[0][0], 0 if first else 1])
+
+
 def _padded_mask(graph: fx.Graph, node: fx.Node) -> None:
     """`pad(mask, (before, behind), value=)` along the last dimension as a concatenation."""
     mask, pads, *rest = _args(node)

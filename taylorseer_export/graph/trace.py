@@ -24,7 +24,7 @@ from taylorseer_export.graph.casts import explicit_casts
 from taylorseer_export.graph.masks import expanded_masks, small_masks
 from taylorseer_export.graph.merge import merge_equal
 from taylorseer_export.graph.real import real
-from taylorseer_export.graph.rewrite import inlined, plain, without_empty
+from taylorseer_export.graph.rewrite import alone, inlined, plain, without_empty
 from taylorseer_export.graph.sizes import example_sizes
 from taylorseer_export.graph.taps import tap_operator, tapped
 from taylorseer_export.graph.untraceable import dense_attention, unchanged
@@ -123,6 +123,7 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     drop_noise(module.graph)
     functional(module.graph)
     eliminate_dead(module.graph)
+    alone(module.graph)
     real(module)
     plain(module.graph)
     without_empty(module.graph)

@@ -7,8 +7,9 @@ must agree within the bound of `verify`. What passes is exported as any family i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,11 +74,12 @@ def verified(
     family = proposal.family()
     size = options.latent_size or replace(checkpoint, family=family).latent_size
     sizes = {**family.typical, **family.latent_sizes(checkpoint.config, *size)}
-    if places := model.config.get("axes_lens"):  # type: ignore[operator]  # of the table that the text's are looked up in
+    known: Mapping[str, Any] = dict(model.config)  # type: ignore[arg-type]
+    if places := known.get("axes_lens"):  # of the table that the text's are looked up in
         sizes["text_tokens"] = min(sizes["text_tokens"], places[0] - 1)
     if options.batch is not None:
         sizes["batch"] = options.batch
-    config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}  # type: ignore[arg-type]
+    config = {key: value for key, value in known.items() if not key.startswith("_")}
     refused: dict[Granularity, str] = {}
     for any_size in (True, False):
         proposal, traced = settled(model, proposal, sizes, any_size)

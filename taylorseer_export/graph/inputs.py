@@ -17,7 +17,6 @@ A run costs no weights and next to no memory. What no run takes is left as rule 
 from __future__ import annotations
 
 import inspect
-import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,9 +30,10 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
 )
 
-from taylorseer_export.bundle.shapes import evaluate, names
-from taylorseer_export.errors import TaylorSeerError, first_line
+from taylorseer_export.bundle.shapes import names
+from taylorseer_export.errors import first_line
 from taylorseer_export.families.family import Input
+from taylorseer_export.graph.documented import arguments, channels_of, documentation, documented, sides_of
 from taylorseer_export.graph.fakes import (
     COMPLEX,
     LISTS,
@@ -53,7 +53,6 @@ _CONTROL = re.compile(
     r"|enable_.*|is_.*|.*_scale|.*_mode|isolate_.*|spatio_.*|use_.*|num_ref_tokens"
 )
 _TEXT_WIDTHS = ("caption_channels", "joint_attention_dim", "text_embed_dim", "text_dim", "cross_attention_dim")
-_CHANNELS = ("in_channels", "in_visual_dim", "in_dim")
 # Arguments that follow from the sizes, and pictures to go by, of which there are none.
 _MADE = re.compile(r"visual_rope_pos|text_rope_pos|chunk_partition|input_img_latents|input_image_sizes")
 _BY_VALUES = (DataDependentOutputException, DynamicOutputShapeException)  # sizes that follow from values
@@ -85,10 +84,10 @@ def find(model: nn.Module) -> Found:
     config = dict(model.config)  # type: ignore[arg-type]
     skipped: dict[str, str] = {}
     base, optional, always = _from_names(model, config, skipped)
-    if untold := [name for name in _arguments(model) if _needed(model, name) and not _is_told(name, base, always)]:
+    if untold := [name for name in arguments(model) if _needed(model, name) and not _is_told(name, base, always)]:
         said = f"it needs {' and '.join(untold[:3])}{' and more' * (len(untold) > 3)}, which no rule tells"
         return Found(tuple(spec for spec in base if UNKNOWN not in spec.shape), skipped, said, 1.0, always)
-    told = _documented(model, config)
+    told = documented(model, config)
     variants = _variants(model, config, base, optional, always, told)
     trouble, furthest, hopeless = "", -1, False
     for latent in _latents(model, config, told, always):
@@ -107,7 +106,7 @@ def find(model: nn.Module) -> Found:
                 except TypeError as error:
                     if "must be a mapping, not NoneType" not in str(error):
                         raise
-                    made = (*made, *(name for name in _arguments(model) if name.endswith("_kwargs")))  # without options
+                    made = (*made, *(name for name in arguments(model) if name.endswith("_kwargs")))  # without options
                     found, clock = run(model, specs, made, layers)
             except Exception as error:  # whatever a model makes of shapes that it was not written for
                 if layers[0] >= furthest:
@@ -115,7 +114,7 @@ def find(model: nn.Module) -> Found:
                 by_value = isinstance(error, _BY_VALUES) and variant is variants[-1][0]
                 hopeless |= by_value or "required positional argument" in str(error)
                 continue
-            ordered = tuple(spec for name in _arguments(model) for spec in found if spec.name == name)
+            ordered = tuple(spec for name in arguments(model) for spec in found if spec.name == name)
             left = {key: why for key, why in skipped.items() if key not in {f"argument {s.name}" for s in found}}
             return Found(ordered, left, "", clock, made, _size(config))
         if hopeless:  # whatever the latent's shape
@@ -174,12 +173,8 @@ def _said(trouble: str) -> str:
 # Names ---------------------------------------------------------------------------------------------------------------
 
 
-def _arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
-
-
 def _needed(model: nn.Module, name: str) -> bool:
-    return _arguments(model)[name].default is inspect.Parameter.empty
+    return arguments(model)[name].default is inspect.Parameter.empty
 
 
 def _from_names(
@@ -188,7 +183,7 @@ def _from_names(
     """The inputs that are known or needed, those that may be left out, and what is made of them at every call."""
     known = _known(model, config)
     found, optional, made = [], [], []
-    for name in _arguments(model):
+    for name in arguments(model):
         needed = _needed(model, name)
         if name in known and (known[name] is not None or not needed):
             if (spec := known[name]) is not None:
@@ -218,14 +213,14 @@ def _guess(model: nn.Module, name: str, latent: Input | None, config: Mapping[st
     if name.endswith("_token_drop"):
         return Input(name, ("batch", TOKENS), "constant", "bool", fill="zeros")
     if kind_of(model, name) == COMPLEX:
-        side = int(re.sub(r"\D", "", str(_picture(config)[0])) or 1)  # latent pixels along one of a token
-        sides = latent.shape[-2:] if latent is not None else _picture(config)
+        side = int(re.sub(r"\D", "", str(sides_of(config)[0])) or 1)  # latent pixels along one of a token
+        sides = latent.shape[-2:] if latent is not None else sides_of(config)
         of_tokens = [e // side if isinstance(e, int) else min(names(e)) for e in sides]
         return Input(name, (*of_tokens, UNKNOWN, 2), "constant", "float32")
     if name == "padding_mask":
-        return Input(name, (1, 1, *_picture(config)), "constant", fill="zeros")
+        return Input(name, (1, 1, *sides_of(config)), "constant", fill="zeros")
     if latent is not None and re.match(r"(control|condition|inpaint|pose)_", name):
-        channels = latent.shape.index(_channels(config)) if _channels(config) in latent.shape else 1
+        channels = latent.shape.index(channels_of(config)) if channels_of(config) in latent.shape else 1
         shape = [UNKNOWN if place == channels else entry for place, entry in enumerate(latent.shape)]
         return Input(name, tuple(shape), "constant")
     if re.search(r"mask", name):
@@ -273,7 +268,7 @@ def _tokens(name: str, config: Mapping[str, Any]) -> int | str:
 
 def _of_mask(model: nn.Module, name: str) -> str:
     """dtype of a mask, as the documentation says."""
-    return "bool" if re.search(r"\b[Bb]ool", _documentation(model).get(name, "")) else "int64"
+    return "bool" if re.search(r"\b[Bb]ool", documentation(model).get(name, "")) else "int64"
 
 
 def _known(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Input | None]:
@@ -284,7 +279,7 @@ def _known(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Input | Non
     classes = config.get("num_embeds_ada_norm") if text is None else None
     # How many numbers say where a token is; 0 where the model does not take them.
     axes = [getattr(m, "axes_dim", None) for n, m in model.named_children() if "pos_embed" in n]
-    axes += [config.get("axes_dims_rope")] if "img_ids" in _arguments(model) and _needed(model, "img_ids") else []
+    axes += [config.get("axes_dims_rope")] if "img_ids" in arguments(model) and _needed(model, "img_ids") else []
     places = next((len(of_each) for of_each in axes if isinstance(of_each, tuple | list)), 0)
     embeds = config.get("guidance_embeds")
     masks = {
@@ -320,7 +315,7 @@ def _known(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Input | Non
 
 def _latent(model: nn.Module, config: Mapping[str, Any]) -> Input:
     """The latent as the first embedder takes it: rows of tokens, a picture, or frames of pictures."""
-    channels, picture = _channels(config), _picture(config)
+    channels, picture = channels_of(config), sides_of(config)
     layer = next(m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d))
     if isinstance(layer, nn.Conv3d):
         picture = ("frames", *picture)
@@ -343,7 +338,7 @@ def _latents(
 def _every_latent(
     model: nn.Module, config: Mapping[str, Any], told: Mapping[str, tuple[int | str, ...]]
 ) -> Iterator[Input]:
-    first, picture, side = _latent(model, config), _picture(config), config.get("sample_size")
+    first, picture, side = _latent(model, config), sides_of(config), config.get("sample_size")
     seen = [first]
     yield first
     shapes = [told[first.name]] if first.name in told else []
@@ -351,7 +346,7 @@ def _every_latent(
     fixed: tuple[Any, ...] = (
         (side, side) if isinstance(side, int) else (config.get("sample_height"), config.get("sample_width"))
     )
-    for channels in (_channels(config), UNKNOWN):
+    for channels in (channels_of(config), UNKNOWN):
         shapes += [("batch", "image_tokens", channels)]
         both: list[tuple[Any, ...]] = [picture, fixed]
         for sides in both:
@@ -379,86 +374,6 @@ def _size(config: Mapping[str, Any]) -> tuple[int, ...] | None:
         return None
     frames = _frames(config)
     return sides if frames is None else (frames, *sides)  # type: ignore[return-value]
-
-
-def _documented(model: nn.Module, config: Mapping[str, Any]) -> dict[str, tuple[int | str, ...]]:
-    """Argument -> shape, of those for which the documentation of `forward` says one in words that are known here."""
-    lines = []
-    for name, text in _documentation(model).items():
-        for pattern in (
-            r"of shape `\(([^`]*)\)`",
-            r"(?:: |``|[Ss]hape(?:d|:| is)? )[\[(]((?:B|N|batch_size)(?:, *\w+)*,?)[\])]",
-        ):
-            if said := re.search(pattern, text):
-                lines.append((name, said[1]))
-                break
-    tokens = next(
-        (re.split(r",\s*", shape)[1] for name, shape in lines if name == "hidden_states" and "," in shape), ""
-    )
-    found = {}
-    for name, shape in lines:
-        entries = [_entry(word.strip(), tokens, config) for word in re.split(r",\s*", shape.rstrip(","))]
-        if all(entry is not None for entry in entries):
-            found[name] = tuple(entry for entry in entries if entry is not None)
-    return found
-
-
-def _documentation(model: nn.Module) -> dict[str, str]:
-    """Argument -> what the documentation of `forward` says of it."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in (inspect.getdoc(type(model).forward) or "").splitlines():
-        begins = re.match(r"\s*(\w+)\s*(\(|:)", line)
-        if begins and (begins[1] in _arguments(model) or begins[1] in ("Returns", "Args")):
-            name = begins[1]
-        found[name] = f"{found.get(name, '')} {line.strip()}"
-    return found
-
-
-_LETTERS: Mapping[str, int | str] = {
-    "C": UNKNOWN, "T": "frames", "F": "frames", "H": "rows", "W": "columns", "L": "text_tokens", "D": UNKNOWN,
-    "D_caption": UNKNOWN, "max_patches": TOKENS,
-}  # fmt: skip
-
-
-def _entry(word: str, tokens: str, config: Mapping[str, Any]) -> int | str | None:
-    """A size in the words of a documentation: a dimension, a number, or arithmetic over entries of the config."""
-    rows, columns = _picture(config)
-    of_latent = {"height": rows, "width": columns, "num_frames": "frames", "frames": "frames", "num_frame": "frames"}
-    if re.fullmatch(r"batch[_ ]size|B|N", word):
-        return "batch"
-    if word in _LETTERS:
-        return {"C": _channels(config), "H": rows, "W": columns}.get(word, _LETTERS[word])
-    if word in ("pt", "ph", "pw") and len(patch := config.get("patch_size") or ()) == 3:
-        return int(patch[("pt", "ph", "pw").index(word)])
-    if word in of_latent:
-        return of_latent[word]
-    if re.fullmatch(r"(num_)?channels?", word):
-        return _channels(config)
-    if "+" in word and all(parts := [_entry(part.strip(), tokens, config) for part in word.split("+")]):
-        return "+".join(map(str, parts)) if any(isinstance(part, str) for part in parts) else sum(map(int, parts))  # type: ignore[arg-type]
-    if word == tokens or re.search(r"image_seq|image_sequence", word):
-        return "image_tokens" if re.search(r"len|tokens", word) else None
-    if re.search(r"(seq|text|sequence).*len", word):
-        return "text_tokens"
-    if re.fullmatch(r"embed[_ ]dims?|projection_dim", word):
-        return UNKNOWN
-    counted = re.sub(r"len\((\w+)\)", lambda m: str(len(config.get(m[1]) or ())), word)
-    counted = re.sub(r"prod\((\w+)\)", lambda m: str(math.prod(config.get(m[1]) or ())), counted)
-    try:
-        return evaluate(counted, {key: value for key, value in config.items() if type(value) is int})
-    except TaylorSeerError:
-        return None
-
-
-def _channels(config: Mapping[str, Any]) -> int:
-    return next((config[key] for key in _CHANNELS if isinstance(config.get(key), int)), UNKNOWN)
-
-
-def _picture(config: Mapping[str, Any]) -> tuple[int | str, ...]:
-    patch = config.get("patch_size") or (config.get("all_patch_size") or (1,))[:1]
-    side = patch[-1] if isinstance(patch, tuple | list) else patch
-    return (f"{side}*rows", f"{side}*columns") if side > 1 else ("rows", "columns")
 
 
 def _embedder_width(model: nn.Module, channels: int) -> bool:

@@ -26,10 +26,10 @@ DIFFERS = {
     "krea-2": {"timestep", "position_ids", "encoder_attention_mask"},  # the picture's alone
     "longcat-image": {"timestep", "img_ids", "txt_ids"},  # words along a diagonal
     "ovis-image": {"timestep", "txt_ids"},
-    "z-image": {"x", "t", "cap_feats", "cap_mask"},  # lists, for which tensors stand while tracing
-    "qwen-image": {"timestep", "img_shapes"},  # numbers, for which a tensor stands while tracing
-    "qwen-image-edit": {"timestep", "img_shapes", "image_latents"},
-    "qwen-image-edit-2511": {"timestep", "img_shapes", "image_latents"},
+    "z-image": {"x", "cap_mask"},  # lists, for which tensors stand while tracing
+    "qwen-image": {"hidden_states", "timestep", "img_shapes"},  # numbers, for which a tensor stands while tracing
+    "qwen-image-edit": {"hidden_states", "timestep", "img_shapes", "image_latents"},
+    "qwen-image-edit-2511": {"hidden_states", "timestep", "img_shapes", "image_latents"},
     # the words' width, and their mask, are called otherwise or of another dtype
     "pixart": {"encoder_attention_mask"},  # of the model's dtype
     "sana": {"hidden_states", "encoder_attention_mask"},  # its latent is cut into 1 x 1
@@ -94,7 +94,7 @@ def test_what_is_left_out_is_said():
     assert "joined with the MLP in proj_out" in found["single_transformer_blocks.0.attn"]
     assert "normed behind it by ffn_norm2" in propose.propose(MODELS["z-image"][1]()).skipped["layers.1.feed_forward"]
     assert not any("single" in module for module in propose.propose(MODELS["flux2"][1]()).skipped)
-    assert "add it if you pass it" in propose.propose(MODELS["qwen-image"][1]()).skipped["argument img_shapes"]
+    assert "add it if you pass it" in propose.propose(MODELS["qwen-image"][1]()).skipped["argument additional_t_cond"]
 
 
 def taps(tmp_path, capsys, config, *options):

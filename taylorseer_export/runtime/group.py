@@ -1,7 +1,10 @@
 """A group of ranks: the processes that run one bundle together, over torch.distributed.
 
 It is one of its own, made over a store that all ranks see, so whatever else of torch.distributed a process uses is left
-alone. Graphs find it by the name that is in them (`GROUP`). On the CPU it sends by gloo, on GPUs by NCCL.
+alone. Graphs find it by the name that is in them (`GROUP`). On the CPU they send by gloo, on GPUs by NCCL.
+
+What the host sends goes by gloo and a connection of its own. The threads of gloo drop the tensors that they have sent,
+and for those of Python they need the interpreter, which a package of AOTInductor holds while it waits for them.
 
 Nothing waits for ever: whatever one rank asks of the others ends within `timeout` seconds, in what it asked for or in
 one sentence that says which rank is missing, or differs. What ranks must agree about is compared over the store, where
@@ -46,12 +49,13 @@ class Group:
     """
 
     def __init__(self, store: Store, rank: int, size: int, device: Device = CPU, timeout: float = TIMEOUT) -> None:
-        from torch.distributed import PrefixStore
+        from torch.distributed import PrefixStore, ProcessGroupGloo
 
         self.rank, self.size, self.timeout, self.sent = rank, size, timeout, 0
         self._store, self._asked = PrefixStore(GROUP, store), 0
-        self._device = "cuda" if device.is_gpu else "cpu"
-        self._handle = _process_group(self._store, rank, size, device, timeout)
+        self._handle = _process_group(PrefixStore("graphs", self._store), rank, size, device, timeout)
+        span = timedelta(seconds=timeout)
+        self._host: Any = ProcessGroupGloo(PrefixStore("host", self._store), rank, size, span)
 
     @classmethod
     def from_environment(cls, device: Device = CPU, timeout: float = TIMEOUT) -> Group | None:
@@ -110,11 +114,11 @@ class Group:
         """Of every rank its values, all of one shape."""
         import torch
 
-        mine = torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
+        mine = torch.from_numpy(np.ascontiguousarray(values))
         every = [torch.empty_like(mine) for _ in range(self.size)]
-        self._handle.allgather([every], [mine]).wait()
+        self._host.allgather([every], [mine]).wait()
         self.sent += mine.nbytes * (self.size - 1)
-        return [one.cpu().numpy() for one in every]
+        return [one.numpy() for one in every]
 
     def summed(self, values: np.ndarray) -> np.ndarray:
         """The sum over all ranks, in their order and so alike on each."""

@@ -141,5 +141,12 @@ def _index(device: Device) -> int:
 
 
 def _boxed(loader: Any, used: Mapping[str, Any], weights: _Weights, *tensors: Any) -> None:
-    """Run a graph past the wrapper that reads its call signature every time; the weights stay alive with it."""
-    loader.boxed_run(list(tensors))
+    """Run a graph past the wrapper that reads its call signature every time; the weights stay alive with it.
+
+    Autograd's kernels of collectives are Python. They leave tensors of Python with the threads that send, which need
+    the interpreter to drop them, and the package holds it while it waits for those threads.
+    """
+    import torch
+
+    with torch.inference_mode():
+        loader.boxed_run(list(tensors))

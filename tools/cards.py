@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import weight_formats
 from record import ROOT, circumstances, record_options, write_record
 from tqdm import tqdm
 
@@ -53,10 +54,11 @@ CLAIMS = {"flux.1-dev": {"module": 5.8e9, "residual": 80e6, "forecast": 5e6}}
 
 @dataclass(frozen=True)
 class Model:
-    """A published model: its family and its hub id."""
+    """A published model: its family and its hub id, and whether its card compares formats of weights."""
 
     family: str
     reference: str
+    formats: bool = False
 
 
 # Its transformer's config.json lies in taylorseer_export/families/configs/.
@@ -69,7 +71,7 @@ MODELS = {
     "z-image": Model("z-image", "Tongyi-MAI/Z-Image"),
     "dit-xl-2-256": Model("dit", "facebook/DiT-XL-2-256"),
     "dit-xl-2-512": Model("dit", "facebook/DiT-XL-2-512"),
-    "flux.1-dev": Model("flux", "black-forest-labs/FLUX.1-dev"),
+    "flux.1-dev": Model("flux", "black-forest-labs/FLUX.1-dev", formats=True),
     "flux.1-schnell": Model("flux", "black-forest-labs/FLUX.1-schnell"),
     "flux.1-kontext-dev": Model("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
     "flux.2-dev": Model("flux2", "black-forest-labs/FLUX.2-dev"),
@@ -189,6 +191,7 @@ def text(name: str, entries: Mapping[str, Any]) -> str:
         f"{size(role_bytes(made.split.prepare.outputs, 'step', sizes))}; its constants: "
         f"{size(role_bytes(made.split.prepare.outputs, 'constant', sizes))}.",
         "",
+        *((*weight_formats.lines(traced, options), "") if model.formats else ()),
         "## Sites",
         "",
         *_table(("sites", "count", "one snapshot"), _sites(made)),

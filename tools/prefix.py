@@ -11,40 +11,16 @@ multiplication and addition; bytes in bfloat16.
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import replace
-from typing import Any
 
 import cards
-import torch
-from torch import fx
+from weight_formats import flops
 
 from taylorseer_export.bundle.memory import role_bytes, size
-from taylorseer_export.compile.export import Draft, draft
-from taylorseer_export.graph.cut import Cut
+from taylorseer_export.compile.export import draft
 
-aten = torch.ops.aten
 MODEL = "flux.2-klein-9b-kv"
 FORMS = {"flux2-edit": "in every full step", "flux2-kv": "once, by `prepare`"}
-
-
-def flops(made: Draft, cut: Cut, names: dict[Any, str]) -> int:
-    """Of the linear layers and attentions of a graph, at the sizes that its card is quoted at."""
-    symbols = {symbol: made.typical[name] for symbol, name in names.items()}
-
-    def extents(node: fx.Node) -> list[int]:
-        shape = node.meta["val"].shape
-        return [int(s.node.expr.xreplace(symbols)) if isinstance(s, torch.SymInt) else int(s) for s in shape]
-
-    total = 0
-    for node in cut.module.graph.nodes:
-        if node.target is aten.linear.default:
-            weight = cut.module.get_parameter(str(node.args[1].target))
-            total += 2 * math.prod(extents(node)) * weight.shape[1]
-        elif node.target is aten.scaled_dot_product_attention.default:
-            query, key = (extents(source) for source in node.args[:2])
-            total += 4 * math.prod(query) * key[-2]
-    return total
 
 
 def main() -> None:

@@ -696,7 +696,7 @@ def taker(monkeypatch):
     monkeypatch.setattr("taylorseer_export.serve.api.loaded.request_of", watched)
     monkeypatch.setattr(
         "taylorseer_export.serve.api.loaded.picture_for",
-        lambda denoiser, wish, options: (given.append(wish), (options, None))[1],
+        lambda denoiser, takes, wish, options: (given.append(wish), (options, None))[1],
     )
     return given
 
@@ -861,7 +861,8 @@ def test_a_command_that_cannot_serve_says_why(embedded, capsys, monkeypatch):
 
 def test_bundles_that_draw_nothing_are_refused():
     sampling = SimpleNamespace(pictures=None, source="tensors")
-    manifest = SimpleNamespace(family="dit", name="large", sampling=sampling, parts={})
+    graphs = {"full": SimpleNamespace(inputs=())}
+    manifest = SimpleNamespace(family="dit", name="large", sampling=sampling, parts={}, graphs=graphs)
     with pytest.raises(ConfigError, match=r"dit-large makes latents of tensors, expected one that .*; serve it with"):
         prompts.check_draws(manifest)
 

@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from taylorseer_export.bundle import manifest as manifest_module
+from taylorseer_export.bundle.low_rank import Layer
 from taylorseer_export.bundle.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -20,8 +21,10 @@ from taylorseer_export.bundle.manifest import (
     File,
     Fitted,
     Graph,
+    LowRank,
     Manifest,
     Model,
+    Parallel,
     Patches,
     Pipeline,
     PipelinePart,
@@ -37,6 +40,7 @@ from taylorseer_export.bundle.manifest import (
     schema,
 )
 from taylorseer_export.bundle.profile import Profile
+from taylorseer_export.bundle.quantised import Quantised
 from taylorseer_export.bundle.store import hash_files, open_bundle, writing
 from taylorseer_export.errors import BundleError, ConfigError
 from taylorseer_export.method import Plan
@@ -189,8 +193,8 @@ def test_published_schema_is_up_to_date():
 
 
 def test_every_field_is_described():
-    parts = (Comfy, Dimension, Engine, File, Fitted, Graph, Manifest, Model, PlanDefaults)
-    parts += (Patches, Pipeline, PipelinePart, Sampling, Sections, Shown, Site, State, Tensor, Tiles, Tokens)
+    parts = (Comfy, Dimension, Engine, File, Fitted, Graph, Layer, LowRank, Manifest, Model, Parallel, PlanDefaults)
+    parts += (Quantised, Patches, Pipeline, PipelinePart, Sampling, Sections, Shown, Site, State, Tensor, Tiles, Tokens)
     assert {part.__name__ for part in parts} == {"Manifest", *schema()["$defs"]}
     fields = [(part.__name__, *item) for part in parts for item in part.model_fields.items()]
     assert [f"{part}.{name}" for part, name, field in fields if not field.description] == []

@@ -115,7 +115,7 @@ def test_weights_that_overflow_float16(tmp_path, monkeypatch):
 def test_load_checks_and_lets_go_of_what_it_refuses(bundles, monkeypatch):
     closed = []
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise BundleError("unsound")
 
     monkeypatch.setattr(denoisers, "check_engines", refuse)

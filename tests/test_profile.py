@@ -42,9 +42,7 @@ def test_a_failed_write_leaves_the_old_profile(bundle, monkeypatch):
 
 def test_a_profile_that_could_not_be_written_is_refused_before_anything_is_run(bundle, monkeypatch, capsys):
     """A bundle in the cache of a hub may be closed; nothing is sampled for a profile that has no place."""
-    monkeypatch.setattr(
-        "taylorseer_export.commands.calibrate.open_denoiser", lambda given: SimpleNamespace(bundle=bundle)
-    )
+    monkeypatch.setattr("taylorseer_export.commands.calibrate.open_denoiser", lambda *_: SimpleNamespace(bundle=bundle))
     command = ["calibrate", str(bundle.folder), "--name", "fast", "--full-steps", "4"]
     (bundle.folder / "profiles").write_text("x")
     assert cli.main(command) == 2

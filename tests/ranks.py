@@ -3,13 +3,10 @@
 import threading
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
-from multiprocessing import get_context
-from time import monotonic
 
 import numpy as np
 import torch
-from harness import as_arrays
+from kill_ranks import begun
 from torch import distributed
 from torch._C._distributed_c10d import (
     _register_process_group,
@@ -64,52 +61,6 @@ def replay_on_ranks(draft, inputs, plan, order=None, work=None, **options):
         if isinstance(result, Exception):
             raise result
     return results
-
-
-def killed(draft, inputs, plan, rank, step, timeout=20.0):
-    """Two ranks as processes, of which one is killed at a step: (what the other one said, seconds until it did).
-
-    The processes are forks of this one, which keeps the store.
-    """
-    manifest, modules = describe(draft, "eager"), eager_modules(draft)
-    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = get_context("fork")
-    steps, said = context.Queue(), context.Queue()
-
-    def one(mine):
-        torch.set_num_threads(1)  # a fork has none of the threads that would share the work
-        try:
-            group = Group(distributed.TCPStore("127.0.0.1", store.port), mine, 2, timeout=timeout)
-            slot, latents = begun(Denoiser(manifest, EagerRunner(modules, manifest.graphs), group=group), inputs, plan)
-            for number, latent in enumerate(latents):
-                steps.put((mine, number))
-                slot.step(latent)
-        except Exception as error:
-            said.put(str(error))
-
-    processes = [context.Process(target=one, args=(mine,), daemon=True) for mine in range(2)]
-    try:
-        for process in processes:
-            process.start()
-        while steps.get(timeout=timeout) != (rank, step):
-            pass
-        processes[rank].kill()
-        begin = monotonic()
-        return said.get(timeout=2 * timeout), monotonic() - begin
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def begun(denoiser, inputs, plan, order=None, **options):
-    """(slot, latents) of the share of one rank in a request."""
-    latents, timesteps, conditioning = inputs
-    share = denoiser.share
-    mine, given = share.latents(latents.numpy()), share.conditioning(as_arrays(conditioning))
-    slot = denoiser.slot(denoiser.sizes(mine.shape[1:], given))
-    slot.start(given, replace(denoiser.forecasts(plan=plan, order=order), **options), timesteps.float().numpy())
-    return slot, mine
 
 
 class Counting(distributed.ProcessGroup):

@@ -11,8 +11,9 @@ import oracle
 import pytest
 import torch
 from harness import allowed, eager_denoiser, run, toy_trace
+from kill_ranks import begun, killed
 from oracle import assert_close
-from ranks import Counting, begun, killed, on_ranks, replay_on_ranks
+from ranks import Counting, on_ranks, replay_on_ranks
 from safetensors.torch import load_file, save_file
 from tiny_bundles import options_of, trace_of
 

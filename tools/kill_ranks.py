@@ -9,18 +9,73 @@ the longest wait; exits with 1 where a sentence does not name the rank, or took 
 import argparse
 import random
 import sys
-from pathlib import Path
+from dataclasses import replace
+from multiprocessing import get_context
 from tempfile import TemporaryDirectory
+from time import monotonic
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from ranks import killed
-from tiny_bundles import options_of, trace_of
+import torch
 from tiny_models import MODELS
+from torch import distributed
 
-from taylorseer_export.compile.export import draft
+from taylorseer_export.checkpoint.checkpoint import open_checkpoint
+from taylorseer_export.compile.eager import eager_modules
+from taylorseer_export.compile.export import Options, describe, draft
+from taylorseer_export.families import FAMILIES
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.eager import EagerRunner
+from taylorseer_export.runtime.group import Group
 
 STEPS, TIMEOUT = 40, 20.0
+
+
+def killed(draft, inputs, plan, rank, step, timeout=20.0):
+    """Two ranks as processes, of which one is killed at a step: (what the other one said, seconds until it did).
+
+    The processes are forks of this one, which keeps the store.
+    """
+    manifest, modules = describe(draft, "eager"), eager_modules(draft)
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = get_context("fork")
+    steps, said = context.Queue(), context.Queue()
+
+    def one(mine):
+        torch.set_num_threads(1)  # a fork has none of the threads that would share the work
+        try:
+            group = Group(distributed.TCPStore("127.0.0.1", store.port), mine, 2, timeout=timeout)
+            slot, latents = begun(Denoiser(manifest, EagerRunner(modules, manifest.graphs), group=group), inputs, plan)
+            for number, latent in enumerate(latents):
+                steps.put((mine, number))
+                slot.step(latent)
+        except Exception as error:
+            said.put(str(error))
+
+    processes = [context.Process(target=one, args=(mine,), daemon=True) for mine in range(2)]
+    try:
+        for process in processes:
+            process.start()
+        while steps.get(timeout=timeout) != (rank, step):
+            pass
+        processes[rank].kill()
+        begin = monotonic()
+        return said.get(timeout=2 * timeout), monotonic() - begin
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def begun(denoiser, inputs, plan, order=None, **options):
+    """(slot, latents) of the share of one rank in a request."""
+    latents, timesteps, conditioning = inputs
+    share = denoiser.share
+    mine, given = (
+        share.latents(latents.numpy()),
+        share.conditioning({name: value.numpy() for name, value in conditioning.items()}),
+    )
+    slot = denoiser.slot(denoiser.sizes(mine.shape[1:], given))
+    slot.start(given, replace(denoiser.forecasts(plan=plan, order=order), **options), timesteps.float().numpy())
+    return slot, mine
 
 
 def main() -> int:
@@ -28,11 +83,11 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    _, build, inputs_of = MODELS["plain"]
-    model, options = build(), options_of(engine="inductor", parallel="gather", degree=2)
+    family, build, inputs_of = MODELS["plain"]
+    model, options = build(), Options(order=1, interval=4, warmup=2, engine="inductor", parallel="gather", degree=2)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        made = draft(trace_of("plain", Path(folder), options), options)
+        made = draft(open_checkpoint(folder, FAMILIES[family]), options)
         inputs, chance, longest, wrong = inputs_of(model, STEPS), random.Random(given.seed), 0.0, 0
         for _ in range(given.times):
             rank, step = chance.randrange(2), chance.randrange(1, STEPS - 2)

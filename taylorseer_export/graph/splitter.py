@@ -30,6 +30,7 @@ import torch
 from torch import fx
 
 from taylorseer_export.bundle.manifest import Role, Shape, Tensor
+from taylorseer_export.bundle.shapes import is_single
 from taylorseer_export.graph.binding import Time, binding_times
 from taylorseer_export.graph.cut import SUM, Builder, Cut, StepBuilder, cast, difference, dtype_of, weighted_sum, wider
 from taylorseer_export.graph.narrow import readers
@@ -170,7 +171,8 @@ class Splitter:
             "corner": spec.corner,
             "spacing": spec.spacing,
         }
-        shape = [of if isinstance(of, str) else size for of, size in zip(spec.shape, self._shape(node), strict=True)]
+        # A product of sizes is one size to the trace, whose parts the declaration knows.
+        shape = [size if is_single(of) else of for of, size in zip(spec.shape, self._shape(node), strict=True)]
         return self.tensor(spec.name, node, spec.role).model_copy(update={**facts, "shape": tuple(shape)})
 
     # Tables --------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import torch
 from torch import fx
 
 from taylorseer_export.bundle.manifest import Role, Shape, Tensor
-from taylorseer_export.bundle.shapes import is_single
+from taylorseer_export.bundle.shapes import is_linear, linear
 from taylorseer_export.graph.binding import Time, binding_times
 from taylorseer_export.graph.cut import SUM, Builder, Cut, StepBuilder, cast, difference, dtype_of, weighted_sum, wider
 from taylorseer_export.graph.narrow import readers
@@ -171,8 +171,11 @@ class Splitter:
             "corner": spec.corner,
             "spacing": spec.spacing,
         }
-        # A product of sizes is one size to the trace, whose parts the declaration knows.
-        shape = [size if is_single(of) else of for of, size in zip(spec.shape, self._shape(node), strict=True)]
+        # As declared: to the trace a product of sizes is one size, and a size that it was made at no size at all.
+        shape = [
+            size if isinstance(of, int) else linear(of)[0] if is_linear(of) and linear(of)[1:] == (1, 0) else of
+            for of, size in zip(spec.shape, self._shape(node), strict=True)
+        ]
         return self.tensor(spec.name, node, spec.role).model_copy(update={**facts, "shape": tuple(shape)})
 
     # Tables --------------------------------------------------------------------------------------------------------

@@ -175,11 +175,16 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
 def read_json(path: Path) -> dict[str, Any]:
     """A config."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}")
+        return json_object(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not readable JSON ({error}), expected a diffusers config; download it again"
         ) from error
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """What a JSON text holds, which is an object; raises ValueError or RecursionError."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}")
     return value

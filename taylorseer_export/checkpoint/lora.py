@@ -17,7 +17,6 @@ No tensor of a file goes unread: what is not added is refused by name.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from taylorseer_export.checkpoint.files import headers, opened, tensor_names
+from taylorseer_export.checkpoint.files import headers, json_object, opened, tensor_names
 from taylorseer_export.checkpoint.formats import refuse_quantised
 from taylorseer_export.checkpoint.lora_names import (
     Pair,
@@ -154,9 +153,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         text = (file.metadata() or {}).get(_METADATA, "{}")
     try:
-        settings = json.loads(text)
-        if not isinstance(settings, dict):
-            raise ValueError(f"it holds a {type(settings).__name__}")
+        settings = json_object(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged ({_METADATA}: {error}), expected a complete safetensors file; download it again"

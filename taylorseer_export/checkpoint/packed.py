@@ -14,7 +14,6 @@ scale of another shape, or that is NaN, infinite or negative, is refused: left o
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from taylorseer_export.checkpoint.files import Header, opened
+from taylorseer_export.checkpoint.files import Header, json_object, opened
 from taylorseer_export.checkpoint.formats import ONE_WITH_ALL, refuse_quantised
 from taylorseer_export.checkpoint.quantised import BLOCK, Quantised, plain_order
 from taylorseer_export.errors import CheckpointError
@@ -386,14 +385,11 @@ def _check_hint(where: object, module: str, name: str, hint: Any) -> None:
 
 def _json(where: object, name: str, text: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds a {type(value).__name__}")
+        return json_object(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"`{name}` of {where} is not readable JSON ({error}), expected the format of a layer; download it again"
         ) from error
-    return value
 
 
 def _check_numbers(weights: Iterable[Packed]) -> None:

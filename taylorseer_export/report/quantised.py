@@ -19,10 +19,10 @@ from torch import nn
 
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
+from taylorseer_export.compile.draft import PRECISIONS
 from taylorseer_export.graph.formats import dequantised, quantised
 
 Predictions = Sequence[np.ndarray]
-_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def hold_quantised(model: nn.Module, checkpoint: Checkpoint, manifest: Manifest)
     found = manifest.quantised
     for name in found.layers if found else ():
         form = found.weights  # type: ignore[union-attr]
-        values, scale, *whole = quantised(checkpoint.tensor(name), form, _PRECISIONS[manifest.precision])
+        values, scale, *whole = quantised(checkpoint.tensor(name), form, PRECISIONS[manifest.precision])
         parameter = model.get_parameter(name)
         with torch.no_grad():
             parameter.copy_(dequantised(values, scale, whole[0] if whole else None, parameter.dtype))

@@ -169,6 +169,12 @@ def test_unreadable_config(folder, text):
         opened(folder)
 
 
+def test_a_class_that_this_diffusers_has_not(folder):
+    newer = replace(FAMILIES["flux"], model_class="Flux9Transformer2DModel")
+    with pytest.raises(CheckpointError, match=r"^diffusers is [\d.]+, expected one with Flux9Transformer2DModel"):
+        open_checkpoint(str(folder), newer)
+
+
 def test_wrong_class(folder):
     fix = r"is of class DiTTransformer2DModel, expected FluxTransformer2DModel for family flux; check --model"
     with pytest.raises(CheckpointError, match=fix):

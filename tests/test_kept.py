@@ -2,10 +2,15 @@
 
 import os
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from conftest import missing_class
 from kept import MAKERS, ROOT, RUN_SIDE, Kept, key_of, sources, surroundings, sweep
 from sources import imports
+
+from taylorseer_export.families import FAMILIES
 
 
 @pytest.fixture
@@ -172,6 +177,13 @@ def test_old_keys_are_swept_and_none_that_is_in_use(tmp_path):
     stores["old and in use"].close()
     sweep(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["newer", "newest"]
+
+
+def test_a_case_of_a_model_that_diffusers_has_not_is_found(monkeypatch):
+    case = SimpleNamespace(callspec=SimpleNamespace(params={"name": "flux onnxruntime", "batch": 2}))
+    assert missing_class(case) is None and missing_class(SimpleNamespace()) is None
+    monkeypatch.setitem(FAMILIES, "flux", replace(FAMILIES["flux"], model_class="Flux9Transformer2DModel"))
+    assert missing_class(case) == "Flux9Transformer2DModel"
 
 
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="only pytest-xdist has groups of tests")

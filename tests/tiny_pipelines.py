@@ -8,7 +8,9 @@ Nothing is downloaded and nothing is trained: what matters is that a pipeline ru
 import string
 from types import MappingProxyType
 
+import diffusers  # what is newer than the oldest versions asked for is looked up when it is built
 import torch
+import transformers
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -39,12 +41,10 @@ from diffusers import (
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     Kandinsky5T2VPipeline,
-    Krea2Pipeline,
     LongCatImagePipeline,
     LTX2Pipeline,
     OvisImagePipeline,
     PixArtSigmaPipeline,
-    QwenImage21Pipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
@@ -84,9 +84,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLModel,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -213,7 +210,7 @@ def longcat_image_pipeline(transformer):
 def krea_2_pipeline(transformer, is_distilled=False):
     """Pictures of a multiple of 16 pixels; the prompt is given as embeddings."""
     return _quiet(
-        Krea2Pipeline(
+        diffusers.Krea2Pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             vae=tiny_qwen_image_vae(transformer.config.in_channels // 4),
             text_encoder=None,
@@ -526,7 +523,7 @@ def sana_pipeline(transformer):
 def qwen_image_21_pipeline(transformer):
     """Pictures of a multiple of 32 pixels; the prompt is given as embeddings, and latents are not decoded."""
     return _quiet(
-        QwenImage21Pipeline(
+        diffusers.QwenImage21Pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             vae=None,
             text_encoder=None,
@@ -673,10 +670,10 @@ def whole_krea_2(transformer):
 def whole_qwen_image_21(transformer):
     """The same from a prompt."""
     return _quiet(
-        QwenImage21Pipeline(
+        diffusers.QwenImage21Pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             vae=None,
-            text_encoder=tiny_qwen3_vl(transformer.config.context_in_dim, Qwen3VLForConditionalGeneration),
+            text_encoder=tiny_qwen3_vl(transformer.config.context_in_dim, "Qwen3VLForConditionalGeneration"),
             processor=chats(_Processor),
             transformer=transformer,
         )
@@ -930,7 +927,7 @@ def tiny_qwen3(width, layers=3, kind=Qwen3Model):
     return _seeded(lambda: kind(config))
 
 
-def tiny_qwen3_vl(width, kind=Qwen3VLModel):
+def tiny_qwen3_vl(width, kind="Qwen3VLModel"):
     """One layer more than are looked at; its eyes are there and see nothing."""
     text = {
         "vocab_size": len(CHATS),
@@ -944,8 +941,8 @@ def tiny_qwen3_vl(width, kind=Qwen3VLModel):
     }
     eyes = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": width}
     eyes |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-    config = Qwen3VLConfig(text_config=text, vision_config=eyes)
-    return _seeded(lambda: kind(config))
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=eyes)
+    return _seeded(lambda: getattr(transformers, kind)(config))
 
 
 def tiny_gemma(width):

@@ -10,25 +10,23 @@ no forecast means anything.
 
 import math
 
+import diffusers  # what is newer than the oldest asked for is looked up when it is built
 import torch
 from diffusers import (
     ChromaTransformer2DModel,
     CogVideoXTransformer3DModel,
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
-    Flux3Transformer2DModel,
     FluxTransformer2DModel,
     HiDreamImageTransformer2DModel,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoTransformer3DModel,
     Kandinsky5Transformer3DModel,
-    Krea2Transformer2DModel,
     LongCatImageTransformer2DModel,
     LTX2VideoTransformer3DModel,
     OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
-    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -157,7 +155,7 @@ def tiny_flux2_kv(seed=3):
 def tiny_flux3(seed=0):
     """FLUX.3 of width 32, float32, eval."""
     return randomised(
-        lambda: Flux3Transformer2DModel(
+        lambda: diffusers.Flux3Transformer2DModel(
             in_channels=16,
             cond_in_channels=16,
             num_layers=1,
@@ -272,7 +270,7 @@ def longcat_image_inputs(model, steps, **sizes):
 def tiny_krea_2(seed=0):
     """Krea 2 of width 32, two heads of the words' for each of the picture's, float32, eval."""
     return randomised(
-        lambda: Krea2Transformer2DModel(
+        lambda: diffusers.Krea2Transformer2DModel(
             in_channels=16,
             num_layers=2,
             attention_head_dim=16,
@@ -387,7 +385,7 @@ def qwen_image_edit_inputs(model, steps, batch=1, height=4, width=4, text_tokens
 def tiny_qwen_image_21(seed=0):
     """Qwen-Image 2.1 of width 32, float32, eval."""
     return randomised(
-        lambda: QwenImage21Transformer2DModel(
+        lambda: diffusers.QwenImage21Transformer2DModel(
             in_channels=16,
             out_channels=16,
             num_layers=2,

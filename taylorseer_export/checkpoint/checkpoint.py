@@ -54,8 +54,10 @@ def open_checkpoint(
         whole: Whether the rest of the pipeline is fetched too, where the reference is a hub id.
 
     Raises:
-        CheckpointError: Nothing is there, a file is missing or damaged, or it is another family's.
+        CheckpointError: Nothing is there, a file is missing or damaged, it is another family's, or this diffusers is
+            older than the family's model.
     """
+    _refuse_older_diffusers(family)
     if reference is None:
         folder = Path(__file__).parent.parent / "assets" / family.name
         if variant or config:
@@ -91,6 +93,17 @@ def open_checkpoint(
         family = named
     added = tuple(open_lora(lora, family.model_class, family.lora_loader, known, lora_skip) for lora in loras)
     return replace(checkpoint, family=family, loras=added, lora_skip=tuple(lora_skip))
+
+
+def _refuse_older_diffusers(family: Family) -> None:
+    """Refuse a family whose class came to diffusers after the version at hand."""
+    import diffusers
+
+    if not hasattr(diffusers, family.model_class):
+        raise CheckpointError(
+            f"diffusers is {diffusers.__version__}, expected one with {family.model_class} for family {family.name}; "
+            "`pip install --upgrade diffusers`"
+        )
 
 
 def _refuse_unnamed_variant(checkpoint: Checkpoint, family: Family) -> None:

@@ -4,7 +4,7 @@ Words see only the words before them and are modulated at timestep 0, so their k
 step. The model keeps them in a cache; here it is traced in two: the words alone, which fill the cache, then the
 picture. What the words become is thus known before the first step.
 
-Its VAE makes pictures with transparency, which no bundle decodes.
+Its VAE makes pictures with transparency, and a latent pixel of it is a token.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from taylorseer_export.families.family import (
     replaced,
     unless_traced,
 )
-from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, in_tokens, still
 
 _SLOT = 4  # tokens of the picture that one slot of the words' mask stands for
 
@@ -147,6 +147,12 @@ def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
     return {"encoder_hidden_states": states[:, given["tokens_dropped"] :]}
 
 
+def _picture(vae: Any, latents: Any) -> Any:
+    """Latents `[1, C / 4, 2 H, 2 W]`, as tokens are unpacked everywhere, are `[1, C, H, W]` to its VAE."""
+    _, _, height, width = latents.shape
+    return still(vae, in_tokens(latents).transpose(1, 2).unflatten(2, (height // 2, width // 2)))
+
+
 QWEN_IMAGE_21 = Family(
     name="qwen-image-2.1",
     title="Qwen-Image 2.1",
@@ -166,7 +172,7 @@ QWEN_IMAGE_21 = Family(
     pipeline=Pipeline(
         noise="tokens", arguments="first-shape", ignored_inputs=("img_mask", "kv_cache", "kv_cache_mode")
     ),
-    whole=Whole(encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode),
+    whole=Whole(decode=_picture, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode),
     attributes=lambda config: {"transformer_blocks": tuple(range(config["num_layers"]))},
     forward=unless_traced(_forward),
     by_config=_by_config,

@@ -71,8 +71,9 @@ CASES = {
     "ovis-image": Case((20, 28), 16, 4.0, GUIDED),
     "longcat-image": Case((16, 24), None, 4.0, {**GUIDED, "enable_prompt_rewrite": False}),
     "krea-2": Case((32, 48), 16, 3.0, {"guidance_scale": 3.0, "negative_prompt": OTHER}),
+    "qwen-image-2.1": Case((32, 96), None, 3.0, {"true_cfg_scale": 3.0, "negative_prompt": OTHER}),
 }
-TEXT_ALONE = {"flux2-base": 48, "qwen-image-2.1": None, "wan": 32, "hunyuan": 200}  # most tokens of a prompt
+TEXT_ALONE = {"flux2-base": 48, "wan": 32, "hunyuan": 200}  # most tokens of a prompt
 
 
 def depth_and_length(*modules: nn.Module) -> tuple[int, int]:

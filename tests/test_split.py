@@ -401,20 +401,25 @@ def test_branches_that_share_a_gate_share_one_buffer(layout):
     assert len(split(traced, "module", layout, 1, torch.float16).sites) == 4
 
 
-def test_gates_that_differ_in_weights_alone_share_a_buffer_and_one_of_what_the_weights_are_of():
-    """Each block adds a table of its own to one modulation, as Wan's do; what has no gate goes with the second sum."""
+@pytest.mark.parametrize("whole", [True, False])
+def test_gates_that_differ_in_weights_alone_share_a_buffer_and_one_of_what_the_weights_are_of(whole):
+    """Each block adds a table of its own to one modulation, as Wan's do; what has no gate goes with the second sum.
+
+    A table may lack the batch and the tokens, and its rows come by `unbind`, as Krea 2's do.
+    """
 
     def tabled(model, x, timestep, text, label):
         e = (timestep[:, None] * label)[:, None].expand(-1, 3, -1)
         for block, table in zip(model.blocks, (model.one, model.other), strict=True):
-            _, gate, _ = (table + e).chunk(3, 1)
+            _, gate, _ = (table + e).chunk(3, 1) if whole else (e[:, None] + table).unbind(-2)
             x = x + gate * block["a"](x.tanh())
             x = x + block["b"](x.sin())
         return x
 
     draw = torch.Generator().manual_seed(3)
     tables = [torch.randn(1, 3, 4, generator=draw) for _ in range(2)]
-    traced = branches(tabled, one=tables[0], other=tables[1])
+    one, other = tables if whole else (table[0] for table in tables)
+    traced = branches(tabled, one=one, other=other)
     pieces = split(traced, "module", "snapshots", 1)
     assert list(pieces.sites) == ["blocks.a", "ungated"]
     given = toy_inputs(batch=1)

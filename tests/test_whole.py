@@ -155,30 +155,6 @@ def test_the_picture_is_the_pipelines(whole, name):
     assert (wrong - expected).abs().max() > limit
 
 
-def test_latents_of_qwen_image_21_are_the_pipelines(whole):
-    """Guided; the picture that its VAE makes of them has transparency, which a bundle does not decode."""
-    (pipe, denoiser), height, width = whole("qwen-image-2.1"), 32, 96
-    with torch.no_grad():
-        expected = pipe(
-            prompt=PROMPT,
-            negative_prompt=OTHER,
-            true_cfg_scale=3.0,
-            height=height,
-            width=width,
-            num_inference_steps=STEPS,
-            generator=torch.Generator().manual_seed(SEED),
-            output_type="latent",
-        ).images
-    assert list(denoiser.manifest.parts) == ["text"]
-    request = prompt_request(denoiser, [PROMPT], [SEED], (height, width), 3.0, OTHER)
-    made = torch.from_numpy(sample(denoiser, request, denoiser.forecasts(plan="F" * STEPS)).latents)
-    limit = oracle.bound(expected, 5.0, torch.float32, *depth_and_length(pipe.text_encoder, *[pipe.transformer] * 4))
-    oracle.assert_close("qwen-image-2.1", made, expected, limit)
-    other = prompt_request(denoiser, [OTHER], [SEED], (height, width), 3.0, OTHER)
-    wrong = torch.from_numpy(sample(denoiser, other, denoiser.forecasts(plan="F" * STEPS)).latents)
-    assert (wrong - expected).abs().max() > limit
-
-
 def test_the_text_encoders_run_in_aotinductor(whole, tiny, drafts, once):
     pipe, _ = whole("flux")
     folder = once("parts-inductor", partial(write_pipeline, pipe, "flux", parts=("text",), engine="inductor"))

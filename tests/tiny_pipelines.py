@@ -21,6 +21,7 @@ from diffusers import (
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     AutoencoderKLWan,
     ChromaPipeline,
     CogVideoXDDIMScheduler,
@@ -672,7 +673,7 @@ def whole_qwen_image_21(transformer):
     return _quiet(
         diffusers.QwenImage21Pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=None,
+            vae=tiny_qwen_image_21_vae(transformer.config.in_channels),
             text_encoder=tiny_qwen3_vl(transformer.config.context_in_dim, "Qwen3VLForConditionalGeneration"),
             processor=chats(_Processor),
             transformer=transformer,
@@ -749,6 +750,21 @@ def tiny_flux2_vae(channels):
             latent_channels=channels,
             norm_num_groups=2,
             batch_norm_eps=0.0,
+        )
+    )
+
+
+def tiny_qwen_image_21_vae(channels):
+    """Latent pixels of 16 pixels a side, pictures with transparency."""
+    return _seeded(
+        lambda: AutoencoderKLQwenImage21(
+            base_dim=4,
+            decoder_base_dim=4,
+            z_dim=channels,
+            dim_mult=[1, 1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.1 * k - 0.1 for k in range(channels)],
+            latents_std=[1.0 + 0.1 * k for k in range(channels)],
         )
     )
 

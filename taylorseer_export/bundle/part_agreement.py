@@ -257,7 +257,8 @@ def _of_decode(manifest: Manifest) -> str | None:
             return "part decode makes a `picture` of `latents` and nothing else"
         latents, picture = given[0].shape, made[0].shape
         extents = 4 if part.frame_rate is None else 5
-        if len(latents) != extents or latents[0] != 1 or len(picture) != extents or picture[:2] != (1, 3):
+        colours = ((1, 3), (1, 4)) if part.frame_rate is None else ((1, 3),)  # a picture may have transparency
+        if len(latents) != extents or latents[0] != 1 or len(picture) != extents or picture[:2] not in colours:
             return f"`latents` and `picture` of part decode are {shown(latents)} and {shown(picture)}"
     if (problem := _of_tiles(part) or _of_caches("decode", part.graph, part.later)) or part.later is None:
         return problem

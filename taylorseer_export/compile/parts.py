@@ -294,16 +294,17 @@ def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
     channels = int(getattr(vae.config, "latent_channels", 0) or vae.config.z_dim)
     if whole.tile is not None:
         return _tile(checkpoint, options, whole, vae, channels)
-    frame = () if whole.frames is None else (1,)
-    latents = Tensor(
-        name="latents", dtype=_dtype(options), shape=(1, channels, *frame, "height", "width"), role="latent"
-    )
-    sides = checkpoint.latent_size[-2:] if options.latent_size is None else options.latent_size[-2:]
+    fold = _fold(checkpoint, channels)
+    extents = [name if fold == 1 else f"{fold}*{name}" for name in ("height", "width")]
+    shape = (1, channels // fold**2, *(() if whole.frames is None else (1,)), *extents)
+    latents = Tensor(name="latents", dtype=_dtype(options), shape=shape, role="latent")
+    sides = [side // fold for side in (options.latent_size or checkpoint.latent_size)[-2:]]
+    least, most = 2 // fold, _LARGEST_SIDE // fold
     ranges = {
-        name: (2, _LARGEST_SIDE) if options.latent_size is None else (side, side)
+        name: (least, most) if options.latent_size is None else (side, side)
         for name, side in zip(("height", "width"), sides, strict=True)
     }
-    typical = {name: min(max(side, 2), _LARGEST_SIDE) for name, side in zip(ranges, sides, strict=True)}
+    typical = {name: min(max(side, least), most) for name, side in zip(ranges, sides, strict=True)}
 
     def decode(given: Mapping[str, Any]) -> Mapping[str, Any]:
         if whole.frames is None:
@@ -321,6 +322,12 @@ def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
     later, more = trace_part("later", modules, decode, inputs, ranges, _role_of_decoded)
     made = drafted(checkpoint, options, modules, (first, later), constants | more, (ranges, typical))
     return replace(made, frame_rate=whole.frame_rate, dropped=whole.dropped)
+
+
+def _fold(checkpoint: Checkpoint, channels: int) -> int:
+    """Side of the square of unpacked latent pixels that is one of the VAE, where a token has the channels of one."""
+    packing, latent = checkpoint.family.packing, checkpoint.family.inputs(checkpoint.config)[0]
+    return packing if packing > 1 and latent.shape[-1] == channels else 1
 
 
 def _tile(checkpoint: Checkpoint, options: Options, whole: Whole, vae: Any, channels: int) -> PartDraft:

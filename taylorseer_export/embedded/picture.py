@@ -54,7 +54,7 @@ def write_png(path: str | Path, picture: np.ndarray, scale: int = 1) -> None:
 
     Args:
         path: File to write; its folder must exist.
-        picture: [height, width, 3] uint8, RGB.
+        picture: [height, width, 3] uint8, RGB, or [height, width, 4], RGBA.
         scale: Enlargement, at least 1 (times).
 
     Raises:
@@ -91,15 +91,18 @@ def check_format(path: Path, option: str = "--out") -> None:
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write whole or not at all, in the format that the extension says."""
+    """Write whole or not at all, in the format that the extension says; a JPEG of one with transparency is on white."""
     from PIL import Image
 
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    if kind.startswith("JPEG") and picture.mode == "RGBA":
+        picture = Image.fromarray(opaque(np.asarray(picture)))
     with replacing(path) as partial:
-        picture.save(partial, format=Image.registered_extensions()[path.suffix.lower()])
+        picture.save(partial, format=kind)
 
 
 def plain(picture: np.ndarray) -> Image.Image:
-    """A picture `[height, width, 3]` uint8 as it is."""
+    """A picture `[height, width, 3]` or `[height, width, 4]` uint8 as it is."""
     return _enlarged(picture, 1)
 
 
@@ -121,7 +124,7 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def opaque(picture: np.ndarray) -> np.ndarray:
-    """`[height, width, 4]` uint8 with alpha, on white: `[height, width, 3]`."""
+    """`[..., height, width, 4]` uint8 with alpha, on white: `[..., height, width, 3]`."""
     share = picture[..., 3:].astype(np.float32) / 255
     return np.rint(picture[..., :3] * share + 255 * (1 - share)).astype(np.uint8)
 
@@ -194,13 +197,13 @@ def grid(
     the left as wide as the widest; column labels are wrapped at cell width and add a head.
 
     Args:
-        rows_of_pictures: R rows of C pictures, each [h, w, 3] uint8, all of one size.
+        rows_of_pictures: R rows of C pictures, each [h, w, 3] or [h, w, 4] uint8, all of one size.
         scale: Enlargement of each picture, at least 1 (times).
         row_labels: R texts, or none.
         column_labels: C texts, or none.
 
     Returns:
-        The table as an RGB PIL image.
+        The table as a PIL image, RGB; RGBA where a picture is.
 
     Raises:
         ConfigError: No pictures, rows of unequal length, pictures of unequal size, a number of
@@ -238,7 +241,7 @@ def grid(
     left = max((int(font.getlength(text)) + 2 * GRID_GAP for text in row_labels), default=0)
     top = max((len(head) for head in heads), default=0) * line
     table = Image.new(
-        "RGB",
+        rows[0][0].mode,
         (
             left + GRID_GAP + row_lengths[0] * (width + GRID_GAP),
             top + GRID_GAP + len(rows) * (height + GRID_GAP),
@@ -271,10 +274,10 @@ def _enlarged(picture: np.ndarray, scale: int) -> Image.Image:
     from PIL import Image
 
     picture = np.asarray(picture)
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+    if picture.ndim != 3 or picture.shape[2] not in (3, 4) or picture.dtype != np.uint8:
         raise ConfigError(
             f"picture is {list(picture.shape)} {picture.dtype}, expected [height, width, 3] uint8 "
-            "(RGB pixels); convert latents with pictures_from_dit_latents"
+            "(RGB pixels, or RGBA); convert latents with pictures_from_dit_latents"
         )
     if scale < 1:
         raise ConfigError(f"scale is {scale}, expected a whole number of at least 1 (times); use 1 for no enlargement")

@@ -131,6 +131,14 @@ def frame_rate(manifest: Manifest) -> int | None:
     return manifest.parts["decode"].frame_rate if "decode" in manifest.parts else None
 
 
+def channels_drawn(manifest: Manifest) -> int:
+    """Of a pixel: red, green and blue, and 4 with transparency."""
+    if "decode" not in manifest.parts:
+        return 3
+    (picture,) = (t for t in manifest.parts["decode"].graph.outputs if t.role == "picture")
+    return int(picture.shape[1])
+
+
 def frames_dropped(manifest: Manifest) -> int:
     """How many of the frames that are asked for are no part of the video: those at its beginning."""
     return manifest.parts["decode"].dropped if "decode" in manifest.parts else 0
@@ -165,8 +173,10 @@ def size_of(manifest: Manifest, given: Given | None) -> tuple[int, ...]:
 def usual_size(manifest: Manifest) -> tuple[int, ...]:
     """(height, width) in pixels of the picture that a bundle is quoted at; (frames, height, width) of a video."""
     if manifest.pipeline.packing > 1 and "decode" in manifest.parts:  # the count of tokens is of any shape
-        shown = manifest.parts["decode"].dimensions
-        return tuple(manifest.sampling.latent_scale * shown[side].typical for side in ("height", "width"))
+        part = manifest.parts["decode"]
+        extents = {name: dimension.typical for name, dimension in part.dimensions.items()}
+        shown = resolve(part.graph.inputs[0].shape, extents)[-2:]
+        return tuple(manifest.sampling.latent_scale * side for side in shown)
     typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
     side = manifest.sampling.latent_scale * manifest.pipeline.packing
     latent = resolve(manifest.graphs["full"].input_of("latent").shape, typical)
@@ -286,7 +296,7 @@ def pictures(denoiser: Denoiser, request: Request, result: Result) -> np.ndarray
 
 
 def pictures_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np.ndarray:
-    """The pictures of latents `[N, H, W, 3]`, or videos `[N, F, H, W, 3]` of F frames, uint8.
+    """The pictures of latents `[N, H, W, 3]`, or videos `[N, F, H, W, 3]` of F frames, uint8; 4 with transparency.
 
     Raises:
         ConfigError: The bundle brings no decoder; its latents go to the model's own VAE.

@@ -22,8 +22,9 @@ from taylorseer_export.families.longcat_image import LONGCAT_IMAGE
 from taylorseer_export.families.ltx_2 import LTX_2
 from taylorseer_export.families.ovis_image import OVIS_IMAGE
 from taylorseer_export.families.pixart import PIXART
-from taylorseer_export.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE_EDIT
+from taylorseer_export.families.qwen_image import QWEN_IMAGE
 from taylorseer_export.families.qwen_image_21 import QWEN_IMAGE_21
+from taylorseer_export.families.qwen_image_edit import QWEN_IMAGE_EDIT
 from taylorseer_export.families.sana import SANA
 from taylorseer_export.families.sd3 import SD3
 from taylorseer_export.families.wan import WAN

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 from taylorseer_export.errors import ConfigError
@@ -163,6 +164,7 @@ def packed(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]
 def patches(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
     """`latent_sizes` of a model that cuts the latent image into square patches itself."""
     patch = config["patch_size"]
+    patch = patch if isinstance(patch, int) else patch[-1]  # of frames, rows and columns
     for label, size in (("height", height), ("width", width)):
         if size % patch:
             raise ConfigError(
@@ -193,6 +195,35 @@ def call(model: Any, inputs: dict[str, Any]) -> Any:
     return model(**inputs, return_dict=False)[0]
 
 
+def unless_traced(forward: Callable[[Any, dict[str, Any]], Any]) -> Callable[[Any, dict[str, Any]], Any]:
+    """`forward` of a family whose model is traced as `instead` has it, which takes the declared inputs as they are."""
+
+    def called(model: Any, inputs: dict[str, Any]) -> Any:
+        import torch
+
+        return (call if torch.compiler.is_exporting() else forward)(model, inputs)
+
+    return called
+
+
+def uncut(tokens: Any, counts: Sequence[Any], patch: Sequence[int], channels_last: bool = False) -> Any:
+    """What a model has cut into patches, together again: `[B, C, *counts * patch]` of its tokens.
+
+    Args:
+        tokens: `[B, product of counts, C * product of patch]`.
+        counts: Patches along each side.
+        patch: Its sides.
+        channels_last: Whether a token's channels stand behind the sides of its patch, or before them.
+    """
+    sides = len(counts)
+    pixels = tokens.reshape(tokens.shape[0], *counts, *((*patch, -1) if channels_last else (-1, *patch)))
+    first, channels = (sides + 1, 2 * sides + 1) if channels_last else (sides + 2, sides + 1)
+    made = pixels.permute(0, channels, *(axis for k in range(sides) for axis in (1 + k, first + k)))
+    for k in reversed(range(sides)):
+        made = made.flatten(2 + 2 * k, 3 + 2 * k)
+    return made
+
+
 def no_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     """For a model whose tensors are read as they are."""
     return {}
@@ -219,6 +250,11 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
         for name in attributes:
             del vars(owner)[name]
         vars(owner).update(own)
+
+
+def instead(forward: Callable[..., Any]) -> Callable[[Any], AbstractContextManager[None]]:
+    """`patched` of a model that is traced by `forward(model, ...)` in the place of its own."""
+    return lambda model: replaced(model, forward=partial(forward, model))
 
 
 @contextmanager
@@ -299,10 +335,10 @@ class Family:
     dimensions: Callable[[Mapping[str, Any]], dict[str, tuple[int, int]]]
     latent_sizes: Callable[..., dict[str, int]]
     defaults: Defaults
-    scheduler: str
     guidance: Guidance
     guidance_scale: float
-    latent_size: tuple[int, ...]
+    scheduler: str = "FlowMatchEulerDiscreteScheduler"
+    latent_size: tuple[int, ...] = (128, 128)
     latent_scale: int = 8
     time_scale: int = 4
     typical: Mapping[str, int] = field(default_factory=lambda: {"text_tokens": 512})
@@ -365,8 +401,6 @@ def unknown(model_class: str) -> Family:
         dimensions=lambda config: {},
         latent_sizes=lambda config, *size: {},
         defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
-        scheduler="FlowMatchEulerDiscreteScheduler",
         guidance="none",
         guidance_scale=1.0,
-        latent_size=(128, 128),
     )

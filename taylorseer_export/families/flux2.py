@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.encoders import layers, told
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, no_entries, packed, replaced, unhooked
 from taylorseer_export.families.flux import FLUX, rows_behind
 from taylorseer_export.families.whole import Fitted, Modules, Tensors, Tokens, Whole, in_tokens, unit
@@ -103,25 +104,12 @@ _SYSTEM = (
 )
 
 
-def _told(prompt: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What Mistral is told before the prompt; it is not asked to answer."""
-    said = (("system", _SYSTEM), ("user", prompt))
-    return [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said], {}
-
-
-def _asked(prompt: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What Qwen3 is asked, up to where it would answer."""
-    return [{"role": "user", "content": prompt}], {"add_generation_prompt": True, "enable_thinking": False}
-
-
-def _encode(layers: tuple[int, ...], encoders: Modules, given: Tensors) -> dict[str, Any]:
+def _encode(chosen: tuple[int, ...], encoders: Modules, given: Tensors) -> dict[str, Any]:
     """The states of some layers side by side, those of padding too: the transformer sees all of them."""
     import torch
 
-    states = encoders["text_encoder"](
-        input_ids=given["tokens"], attention_mask=given["mask"], output_hidden_states=True, use_cache=False
-    ).hidden_states
-    return {"encoder_hidden_states": torch.cat([states[layer] for layer in layers], -1)}
+    states = layers(encoders["text_encoder"], given["tokens"], attention_mask=given["mask"])
+    return {"encoder_hidden_states": torch.cat([states[layer] for layer in chosen], -1)}
 
 
 def _norm(vae: Any) -> tuple[Any, Any]:
@@ -144,19 +132,16 @@ def _see(vae: Any, picture: Any) -> dict[str, Any]:
     return {"image_latents": (made - mean) / deviation}
 
 
-_TOKENS = Tokens("tokens", "tokenizer", 512, size="text_tokens", mask="mask", chat=_told, removed=("[IMG]",))
+_TOKENS = Tokens("tokens", "tokenizer", 512, size="text_tokens", mask="mask")
+_MISTRAL = replace(_TOKENS, chat=told(_SYSTEM, in_parts=True), removed=("[IMG]",))
+_QWEN = replace(_TOKENS, chat=told(add_generation_prompt=True, enable_thinking=False))
 _DEV = Whole(
     decode=_picture,
     encoders=("text_encoder",),
-    tokens=(_TOKENS,),
+    tokens=(_MISTRAL,),
     encode=partial(_encode, (10, 20, 30)),
 )
-_KLEIN = replace(
-    _DEV,
-    tokens=(replace(_TOKENS, chat=_asked, removed=()),),
-    encode=partial(_encode, (9, 18, 27)),
-    negative="",
-)
+_KLEIN = replace(_DEV, tokens=(_QWEN,), encode=partial(_encode, (9, 18, 27)), negative="")
 # As many as `condition_tokens` holds of the largest.
 _FITTED = Fitted(area=1024 * 1024, shortest=64, ratio=8, pictures=8)
 
@@ -177,7 +162,6 @@ FLUX2 = Family(
     scheduler_config=FLUX.scheduler_config,
     guidance="embedded",
     guidance_scale=4.0,
-    latent_size=(128, 128),
     timestep_divisor=1000.0,
     pipeline=Pipeline(noise="tokens", shift="tokens-and-steps", ignored_inputs=("guidance",)),
     whole=_DEV,

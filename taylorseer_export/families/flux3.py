@@ -5,13 +5,11 @@ Words are modulated at timestep 0. The model modulates token by token, all of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, packed, replaced
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, instead, packed
 
 _PLACES = 4  # of a token: time, row, column, and the number of a word
 _SPACING = 0.5  # between rows and columns
@@ -30,12 +28,6 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
         Input("img_ids", ("image_tokens", _PLACES), "constant", "float32", fill="grid", spacing=_SPACING),
         Input("txt_ids", ("text_tokens", _PLACES), "constant", "float32", fill="line"),
     )
-
-
-@contextmanager
-def _row_by_row(model: Any) -> Iterator[None]:
-    with replaced(model, forward=partial(_traced, model)):
-        yield
 
 
 def _traced(
@@ -92,12 +84,10 @@ FLUX3 = Family(
     dimensions=lambda config: {"batch": (1, 16), "image_tokens": (4, 16384), "text_tokens": (1, 1024)},
     latent_sizes=packed,
     defaults=Defaults(steps=50, interval=4, warmup=3, order=1),
-    scheduler="FlowMatchEulerDiscreteScheduler",
     scheduler_config={"shift": 6.93},
     guidance="branches",
     guidance_scale=3.5,
-    latent_size=(128, 128),
     timestep_divisor=1000.0,
     pipeline=Pipeline(noise="tokens"),
-    patched=_row_by_row,
+    patched=instead(_traced),
 )

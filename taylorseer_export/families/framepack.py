@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from math import log
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, replaced, video_patches
+from taylorseer_export.families.autoencoders import all_seen
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, instead, replaced, uncut, video_patches
 from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
 from taylorseer_export.families.whole import Modules, Sections, Shown, Tensors, spread
 
@@ -47,10 +46,6 @@ def _latent_sizes(config: Mapping[str, Any], frames: int, height: int, width: in
     return video_patches({"patch_size": _PATCH}, frames, height, width)
 
 
-def _masked(model: Any) -> AbstractContextManager[None]:
-    return replaced(model, forward=partial(_forward, model))
-
-
 def _forward(model: Any, hidden_states: Any, timestep: Any, guidance: Any, return_dict: bool, **given: Any) -> Any:
     """The model's own forward, but for the text: padding is masked out for every batch.
 
@@ -60,7 +55,7 @@ def _forward(model: Any, hidden_states: Any, timestep: Any, guidance: Any, retur
     import torch
 
     patch, patch_t = model.config.patch_size, model.config.patch_size_t
-    batch, _, frames, height, width = hidden_states.shape
+    _, _, frames, height, width = hidden_states.shape
     rows, columns = height // patch, width // patch
     names = ("latents", *(name for name, _, _ in _PAST))
     past = model.clean_x_embedder(*(given[name] for name in names[1:]))
@@ -76,15 +71,13 @@ def _forward(model: Any, hidden_states: Any, timestep: Any, guidance: Any, retur
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         tokens, text = block(tokens, text, temb, seen, rotary)
     tokens = model.proj_out(model.norm_out(tokens[:, -target.shape[1] :], temb))
-    pixels = tokens.reshape(batch, frames // patch_t, rows, columns, -1, patch_t, patch, patch)
-    return (pixels.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3),)
+    return (uncut(tokens, (frames // patch_t, rows, columns), (patch_t, patch, patch)),)
 
 
 def _animate(modules: Modules, given: Tensors, caches: Sequence[Any] | None) -> tuple[dict[str, Any], list[Any]]:
     """The latents of the picture as its VAE leaves them open, and what the image encoder makes of it."""
     vae = modules["vae"]
-    # Of one frame every pixel sees every other; diffusers makes a mask of zeros that says so, by a number of pixels.
-    with replaced(sys.modules[type(vae).__module__], prepare_causal_attention_mask=lambda *_, **__: None):
+    with replaced(sys.modules[type(vae).__module__], prepare_causal_attention_mask=all_seen):
         mean, deviation = spread(vae, given["picture"].unsqueeze(2))
     states = modules["image_encoder"](given["pixels"]).last_hidden_state
     return {"image_embeds": states, "mean": mean, "deviation": deviation}, []
@@ -114,7 +107,6 @@ FRAMEPACK = Family(
     dimensions=_dimensions,
     latent_sizes=_latent_sizes,
     defaults=Defaults(steps=25, interval=5, warmup=1, order=0),
-    scheduler="FlowMatchEulerDiscreteScheduler",
     scheduler_config={"shift": 7.0},
     guidance="embedded",
     guidance_scale=9.0,
@@ -124,7 +116,7 @@ FRAMEPACK = Family(
         largest_shift=log(7.0),
         cast_inputs=tuple(name for name, _, _ in _PAST),
     ),
-    patched=_masked,
+    patched=instead(_forward),
     whole=_WHOLE,
     lora_loader="HunyuanVideoLoraLoaderMixin",
     # Its weights are of the other direction, which no config says: diffusers' sampling type `vanilla`.

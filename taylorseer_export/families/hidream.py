@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, patches, replaced
+from taylorseer_export.families.encoders import layers
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, patches, replaced, uncut
 from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
 
 
@@ -79,8 +80,7 @@ def _static(model: Any) -> Iterator[None]:
         return tokens.flatten(3).flatten(1, 2), None, count, place.double().expand(batch, -1, -1)
 
     def unpatchify(x: Any, count: Any, is_training: bool) -> Any:
-        pixels = x.reshape(x.shape[0], count, count, patch, patch, model.out_channels).permute(0, 5, 1, 3, 2, 4)
-        return pixels.flatten(4).flatten(2, 3)
+        return uncut(x, (count, count), (patch, patch), channels_last=True)
 
     with ExitStack() as stack:
         stack.enter_context(replaced(model, patchify=patchify, unpatchify=unpatchify))
@@ -98,9 +98,7 @@ def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
     import torch
 
     t5 = encoders["text_encoder_3"](given["t5"], attention_mask=given["t5_mask"])[0]
-    states = encoders["text_encoder_4"](
-        given["llama"], attention_mask=given["llama_mask"], output_hidden_states=True, use_cache=False
-    ).hidden_states
+    states = layers(encoders["text_encoder_4"], given["llama"], attention_mask=given["llama_mask"])
     pooled = [encoders["text_encoder"](given["l"])[0], encoders["text_encoder_2"](given["g"])[0]]
     return {
         "encoder_hidden_states_t5": t5,
@@ -125,7 +123,6 @@ HIDREAM = Family(
     scheduler_config={"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
     guidance="batched",
     guidance_scale=5.0,
-    latent_size=(128, 128),
     pipeline=Pipeline(prediction_sign=-1, flow_steps="count"),
     whole=Whole(
         decode=picture,

@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from taylorseer_export.families.autoencoders import all_seen, past_seen
+from taylorseer_export.families.encoders import layers
 from taylorseer_export.families.family import (
     Comfy,
     Defaults,
@@ -45,13 +47,16 @@ def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return {"batch": (1, 8), "frames": (least, 64), "rows": (2, 128), "columns": (2, 128), "text_tokens": (2, 1024)}
 
 
+ASPECTS = (
+    "1. The main content and theme of the video.",
+    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects.",
+    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects.",
+    "4. background environment, light, style and atmosphere.",
+    "5. camera angles, movements, and transitions used in the video",
+)
 _TEMPLATE = (
     "<|start_header_id|>system<|end_header_id|>\n\nDescribe the video by detailing the following aspects: "
-    "1. The main content and theme of the video."
-    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
-    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
-    "4. background environment, light, style and atmosphere."
-    "5. camera angles, movements, and transitions used in the video:<|eot_id|>"
+    f"{''.join(ASPECTS)}:<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
 )
 _LLAMA = Tokens("llama", "tokenizer", 256, size="text_tokens", template=_TEMPLATE, dropped=95, mask="mask")
@@ -59,9 +64,7 @@ _CLIP = Tokens("clip", "tokenizer_2", 77)
 
 
 def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
-    states = encoders["text_encoder"](
-        input_ids=given["llama"], attention_mask=given["mask"], output_hidden_states=True, use_cache=False
-    ).hidden_states
+    states = layers(encoders["text_encoder"], given["llama"], attention_mask=given["mask"])
     return {
         "encoder_hidden_states": states[-3][:, _LLAMA.dropped :],
         "encoder_attention_mask": given["mask"][:, _LLAMA.dropped :].float(),
@@ -75,11 +78,7 @@ _PICTURE_AT, _HEADER, _HEADER_ENDS = 5, 4, "<|end_header_id|>"
 _PICTURE_TEMPLATE = (
     "<|start_header_id|>system<|end_header_id|>\n\n<image>\n"
     "Describe the video by detailing the following aspects according to the reference image: "
-    "1. The main content and theme of the video."
-    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
-    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
-    "4. background environment, light, style and atmosphere."
-    "5. camera angles, movements, and transitions used in the video:<|eot_id|>\n\n"
+    f"{''.join(ASPECTS)}:<|eot_id|>\n\n"
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n"
 )
@@ -101,13 +100,13 @@ def _encode_with_picture(encoders: Modules, given: Tensors, every: int) -> dict[
     count, words, behind = seen.shape[1], llava.get_input_embeddings()(ids), _PICTURE_AT + 1
     kept, ones = (ids != llava.config.pad_token_id).long(), torch.ones_like(seen[..., 0], dtype=torch.long)
     attended = torch.cat([kept[:, :_PICTURE_AT], ones, kept[:, behind:]], 1)
-    states = llava.model.language_model(
+    states = layers(
+        llava.model.language_model,
+        None,
         inputs_embeds=torch.cat([words[:, :_PICTURE_AT], seen.to(words.dtype), words[:, behind:]], 1),
         attention_mask=attended,
         position_ids=(attended.cumsum(-1) - 1).masked_fill(attended == 0, 1),
-        output_hidden_states=True,
-        use_cache=False,
-    ).hidden_states[-3]
+    )[-3]
     ends, at = ids[0] == given[_HEADER_ENDS], torch.arange(ids.shape[1])
     last = torch.where(ends.sum() == 2, at[-1], torch.where(ends, at, -1).amax(0))
     prompt = at[_PICTURE_LLAMA.dropped : -_HEADER]
@@ -124,7 +123,7 @@ def _tile(vae: Any, latents: Any) -> Any:
     """The decoder that diffusers has, written so that one graph holds for any number of latent frames and pixels."""
     with ExitStack() as changed:
         # Where its class is, its attention finds the function that makes masks.
-        changed.enter_context(replaced(sys.modules[type(vae).__module__], prepare_causal_attention_mask=_mask))
+        changed.enter_context(replaced(sys.modules[type(vae).__module__], prepare_causal_attention_mask=past_seen))
         for module in vae.decoder.modules():
             if type(module).__name__ == "HunyuanVideoUpsampleCausal3D":
                 changed.enter_context(replaced(module, forward=_upsampled(module)))
@@ -138,25 +137,11 @@ def _animate(
     import torch
 
     vae = modules["vae"]
-    with replaced(sys.modules[type(vae).__module__], prepare_causal_attention_mask=_all):
+    with replaced(sys.modules[type(vae).__module__], prepare_causal_attention_mask=all_seen):
         made = vae.quant_conv(vae.encoder((2 * given["picture"] - 1).unsqueeze(2))).chunk(2, 1)[0]
     latents = made * vae.config.scaling_factor
     # No constant: an engine would store it.
     return {"condition": torch.cat([latents, latents[:, :1].clamp(1, 1)], 1) if marked else latents}, []
-
-
-def _all(*sizes: Any, **options: Any) -> None:
-    """No mask: the pixels of one frame see each other."""
-
-
-def _mask(frames: Any, pixels: Any, dtype: Any, device: Any, batch_size: Any = None) -> Any:
-    """`[B, F P, F P]`: 0 where a pixel sees its own frame and those before, else minus infinity. diffusers repeats each
-    frame by a number that is known when it runs, for which ONNX has no sound form."""
-    import torch
-
-    frame = torch.arange(frames, device=device).unsqueeze(1).expand(frames, pixels).flatten()
-    mask = torch.where(frame.unsqueeze(0) <= frame.unsqueeze(1), 0.0, -float("inf")).to(dtype)
-    return mask.unsqueeze(0).expand(batch_size, -1, -1)
 
 
 def _upsampled(module: Any) -> Any:
@@ -238,7 +223,6 @@ HUNYUAN_VIDEO = Family(
     dimensions=_dimensions,
     latent_sizes=video_patches,
     defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
-    scheduler="FlowMatchEulerDiscreteScheduler",
     scheduler_config={"shift": 7.0},
     guidance="embedded",
     guidance_scale=6.0,

@@ -7,13 +7,26 @@ no such inputs, and its graphs no tokens of a picture.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, replaced, video_patches
+from taylorseer_export.families.autoencoders import all_seen, past_seen
+from taylorseer_export.families.encoders import layers, told
+from taylorseer_export.families.family import (
+    Defaults,
+    Family,
+    Input,
+    Pipeline,
+    call,
+    instead,
+    replaced,
+    uncut,
+    unless_traced,
+    video_patches,
+)
+from taylorseer_export.families.hunyuan_video import ASPECTS
 from taylorseer_export.families.whole import Modules, Shown, Tensors, Tiling, Tokens, Whole
 
 _IMAGE = 729  # tokens of the image encoder
@@ -55,8 +68,6 @@ def _from_text(model: Any, inputs: dict[str, Any]) -> Any:
     """As HunyuanVideo15Pipeline: zeros for the latents of a picture, their mask, and what the image encoder saw."""
     import torch
 
-    if torch.compiler.is_exporting():
-        return call(model, {**inputs, "image_embeds": None})  # `_forward` takes that
     config, latents = model.config, inputs["hidden_states"]
     batch, channels, *sides = latents.shape
     empty = latents.new_zeros(batch, config.in_channels - channels, *sides)
@@ -81,11 +92,9 @@ def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**made, "scheduler_config": {"shift": _HD_SHIFT.get(task, 7.0)}, "latent_size": (31, 45, 80)}
 
 
-def _masked(model: Any) -> AbstractContextManager[None]:
-    return replaced(model, forward=partial(_forward, model))
-
-
-def _forward(model: Any, hidden_states: Any, timestep: Any, image_embeds: Any, return_dict: bool, **given: Any) -> Any:
+def _forward(
+    model: Any, hidden_states: Any, timestep: Any, return_dict: bool, image_embeds: Any = None, **given: Any
+) -> Any:
     """The model's own forward, but for the text: every token stays where it is, and those that do not count are masked.
 
     The original moves those to the end, in a loop over the batch, and asks by a value whether there is a picture.
@@ -94,7 +103,7 @@ def _forward(model: Any, hidden_states: Any, timestep: Any, image_embeds: Any, r
     """
     import torch
 
-    batch, channels, frames, height, width = hidden_states.shape
+    _, channels, frames, height, width = hidden_states.shape
     if image_embeds is None:
         more = model.config.in_channels - channels
         hidden_states = torch.nn.functional.pad(hidden_states, (0, 0, 0, 0, 0, 0, 0, more))
@@ -113,36 +122,21 @@ def _forward(model: Any, hidden_states: Any, timestep: Any, image_embeds: Any, r
     for block in model.transformer_blocks:
         tokens, text = block(tokens, text, temb, seen, rotary)
     tokens, side = model.proj_out(model.norm_out(tokens, temb)), model.config.patch_size
-    pixels = tokens.reshape(batch, frames, height // side, width // side, -1, 1, side, side)
-    return (pixels.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3),)
+    return (uncut(tokens, (frames, height // side, width // side), (1, side, side)),)
 
 
 # Its pipeline has it so, with the spaces of a line that goes on.
-_SYSTEM = (
-    "You are a helpful assistant. Describe the video by detailing the following aspects:         "
-    "1. The main content and theme of the video.         "
-    "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects.         "
-    "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects.         "
-    "4. background environment, light, style and atmosphere.         "
-    "5. camera angles, movements, and transitions used in the video."
-)
-
-
-def _told(prompt: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What Qwen is told before the prompt, up to where it would answer."""
-    said = (("system", _SYSTEM), ("user", prompt))
-    return [{"role": role, "content": text} for role, text in said], {"add_generation_prompt": True}
-
-
-_QWEN = Tokens("tokens", "tokenizer", 1000, dropped=108, mask="mask", chat=_told, special=False, blank=" ")
+_SYSTEM = (" " * 9).join(
+    ("You are a helpful assistant. Describe the video by detailing the following aspects:", *ASPECTS)
+) + "."
+_TOLD = told(_SYSTEM, add_generation_prompt=True)
+_QWEN = Tokens("tokens", "tokenizer", 1000, dropped=108, mask="mask", chat=_TOLD, special=False, blank=" ")
 _GLYPHS = Tokens("glyphs", "tokenizer_2", 256, mask="glyph_mask", quoted=True)
 
 
 def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
     """The states of the prompt, and of what it has in quotes, which are zeros where that is nothing."""
-    states = encoders["text_encoder"](
-        input_ids=given["tokens"], attention_mask=given["mask"], output_hidden_states=True, use_cache=False
-    ).hidden_states[-3]
+    states = layers(encoders["text_encoder"], given["tokens"], attention_mask=given["mask"])[-3]
     mask = given["glyph_mask"].float()
     glyphs = encoders["text_encoder_2"](input_ids=given["glyphs"], attention_mask=mask)[0]
     return {
@@ -158,7 +152,7 @@ def _animate(modules: Modules, given: Tensors, caches: Sequence[Any] | None) -> 
     import torch
 
     vae = modules["vae"]
-    with _plain(vae.encoder, HunyuanVideo15AttnBlock=_seeing_all, HunyuanVideo15Downsample=_downsampled):
+    with _plain(vae.encoder, HunyuanVideo15AttnBlock=_seeing(all_seen), HunyuanVideo15Downsample=_downsampled):
         made = vae.encoder((2 * given["picture"] - 1).unsqueeze(2)).chunk(2, 1)[0]
     latents = made * vae.config.scaling_factor
     # No constant: an engine would store it.
@@ -168,7 +162,7 @@ def _animate(modules: Modules, given: Tensors, caches: Sequence[Any] | None) -> 
 
 def _tile(vae: Any, latents: Any) -> Any:
     """The decoder that diffusers has, written so that one graph holds for any number of latent frames and pixels."""
-    with _plain(vae.decoder, HunyuanVideo15AttnBlock=_seeing_past, HunyuanVideo15Upsample=_upsampled):
+    with _plain(vae.decoder, HunyuanVideo15AttnBlock=_seeing(past_seen), HunyuanVideo15Upsample=_upsampled):
         return vae.decoder(latents / vae.config.scaling_factor) / 2 + 0.5
 
 
@@ -195,21 +189,8 @@ def _plain(modules: Any, **changes: Callable[[Any], Mapping[str, Any]]) -> Itera
         yield
 
 
-def _seeing_all(module: Any) -> Mapping[str, Any]:
-    """Of one frame every pixel sees every other, for which the original makes a mask."""
-    return {"prepare_causal_attention_mask": lambda *sizes, **more: None}
-
-
-def _seeing_past(module: Any) -> Mapping[str, Any]:
-    """`[1, F P, F P]`: 0 where a pixel sees its own frame and those before; the original makes it row by row."""
-    import torch
-
-    def mask(frames: Any, pixels: Any, dtype: Any, device: Any, batch_size: Any = None) -> Any:
-        frame = torch.arange(frames, device=device).unsqueeze(1).expand(frames, pixels).flatten()
-        made = torch.where(frame.unsqueeze(0) <= frame.unsqueeze(1), 0.0, -float("inf")).to(dtype)
-        return made.unsqueeze(0)
-
-    return {"prepare_causal_attention_mask": mask}
+def _seeing(mask: Callable[..., Any]) -> Callable[[Any], Mapping[str, Any]]:
+    return lambda module: {"prepare_causal_attention_mask": mask}
 
 
 def _downsampled(module: Any) -> Mapping[str, Any]:
@@ -272,7 +253,6 @@ HUNYUAN_VIDEO_15 = Family(
     dimensions=_dimensions,
     latent_sizes=video_patches,
     defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
-    scheduler="FlowMatchEulerDiscreteScheduler",
     scheduler_config={"shift": 5.0},
     guidance="branches",
     guidance_scale=6.0,
@@ -282,6 +262,6 @@ HUNYUAN_VIDEO_15 = Family(
     pipeline=Pipeline(arguments="noise-alone", ignored_inputs=("image_embeds",)),
     whole=_WHOLE,
     by_config=_by_config,
-    forward=_from_text,
-    patched=_masked,
+    forward=unless_traced(_from_text),
+    patched=instead(_forward),
 )

@@ -5,13 +5,11 @@ Its code rounds turned queries and keys to bfloat16 in any precision, so that fl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, replaced, video_patches
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, instead, unless_traced, video_patches
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -35,8 +33,6 @@ def _call(model: Any, inputs: dict[str, Any]) -> Any:
     """As its pipelines, with the places that follow from the sizes; what its code has in float32 meets the weights."""
     import torch
 
-    if torch.compiler.is_exporting():
-        return model(**inputs, return_dict=False)
     _, frames, height, width, _ = inputs["hidden_states"].shape
     sides = (frames, height // model.patch_size[1], width // model.patch_size[2])
     rest = {
@@ -51,12 +47,6 @@ def _call(model: Any, inputs: dict[str, Any]) -> Any:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _flat(model: Any) -> Iterator[None]:
-    with replaced(model, forward=partial(_forward, model)):
-        yield
 
 
 def _forward(
@@ -87,7 +77,7 @@ def _forward(
     shift, scale = last.modulation(time).unsqueeze(1).float().chunk(2, -1)
     made = last.out_layer((last.norm(states.float()) * (scale + 1) + shift).type_as(states))
     made = made.reshape(batch, *sides, -1, *model.patch_size).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    return made.flatten(1, 2).flatten(2, 3).flatten(3, 4)
+    return (made.flatten(1, 2).flatten(2, 3).flatten(3, 4),)
 
 
 KANDINSKY_5 = Family(
@@ -106,9 +96,8 @@ KANDINSKY_5 = Family(
         "columns": (2, 128),
         "text_tokens": (2, 1024),
     },
-    latent_sizes=lambda config, *sizes: video_patches({"patch_size": config["patch_size"][1]}, *sizes),
+    latent_sizes=video_patches,
     defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
-    scheduler="FlowMatchEulerDiscreteScheduler",
     scheduler_config={"shift": 5.0},
     guidance="branches",
     guidance_scale=5.0,
@@ -122,6 +111,6 @@ KANDINSKY_5 = Family(
     attributes=lambda config: {"visual_cond": int(config["visual_cond"])},
     lora_loader="KandinskyLoraLoaderMixin",
     rounded=(r"(text|visual)_transformer_blocks\.\d+\.self_attention",),
-    forward=_call,
-    patched=_flat,
+    forward=unless_traced(_call),
+    patched=instead(_forward),
 )

@@ -7,12 +7,12 @@ Its pipeline passes the places of words, all zero, before those of the picture; 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed, replaced
+from taylorseer_export.families.encoders import ANSWER, DESCRIBE, asked, layers, one_place
+from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed
 from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, still
 
 _SHIFT = 1.15  # of the sigmas of the distilled model, whatever the size
@@ -44,21 +44,13 @@ _TOKENS = Tokens(
     512,
     size="text_tokens",
     mask="mask",
-    template="<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
-    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}",
-    suffix="<|im_end|>\n<|im_start|>assistant\n",
+    template=asked(DESCRIBE) + "{}",
+    suffix=ANSWER,
     dropped=34,
 )
 
 
-def one_place(model: Any) -> AbstractContextManager[None]:
-    """Time, row and column of a word are one place: Qwen3-VL need not choose among their turns, as it does in place."""
-    import torch
-
-    return replaced(model.rotary_emb, recomposition_frequencies=lambda turns: torch.cat([turns[0], turns[0]], -1))
-
-
-def _encode(layers: tuple[int, ...], encoders: Modules, given: Tensors) -> dict[str, Any]:
+def _encode(chosen: tuple[int, ...], encoders: Modules, given: Tensors) -> dict[str, Any]:
     """The states of some layers of Qwen3-VL, one beside the other. Padding, before the end of the template, takes no
     place."""
     import torch
@@ -66,10 +58,8 @@ def _encode(layers: tuple[int, ...], encoders: Modules, given: Tensors) -> dict[
     model, mask, start = encoders["text_encoder"].language_model, given["mask"], given["tokens_dropped"]
     places = (mask.cumsum(1) - 1).clamp(min=0).expand(3, 1, -1)
     with one_place(model):
-        states = model(
-            given["tokens"], attention_mask=mask, position_ids=places, output_hidden_states=True, use_cache=False
-        ).hidden_states
-    words = torch.stack([states[layer] for layer in layers], 2)
+        states = layers(model, given["tokens"], attention_mask=mask, position_ids=places)
+    words = torch.stack([states[layer] for layer in chosen], 2)
     return {"encoder_hidden_states": words[:, start:], "encoder_attention_mask": mask[:, start:]}
 
 
@@ -108,11 +98,9 @@ KREA_2 = Family(
     dimensions=lambda config: {"batch": (1, 16), "image_tokens": (4, 16384), "text_tokens": (1, 512)},
     latent_sizes=packed,
     defaults=Defaults(steps=28, interval=4, warmup=3, order=1),
-    scheduler="FlowMatchEulerDiscreteScheduler",
     scheduler_config={"use_dynamic_shifting": True, "max_image_seq_len": 6400},
     guidance="branches",
     guidance_scale=4.5,
-    latent_size=(128, 128),
     timestep_divisor=1000.0,
     pipeline=_PIPELINE,
     lora_loader="Krea2LoraLoaderMixin",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from taylorseer_export.families.encoders import ANSWER, asked, layers
 from taylorseer_export.families.family import Defaults, Input, Pipeline, no_counterpart
 from taylorseer_export.families.flux import FLUX
 from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
@@ -29,9 +30,9 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
     )
 
 
-_BEFORE = (
-    "<|im_start|>system\nAs an image captioning expert, generate a descriptive text prompt based on an image content, "
-    "suitable for input to a text-to-image model.<|im_end|>\n<|im_start|>user\n"
+_BEFORE = asked(
+    "As an image captioning expert, generate a descriptive text prompt based on an image content, suitable for input "
+    "to a text-to-image model."
 )
 _TOKENS = Tokens(
     "tokens",
@@ -39,7 +40,7 @@ _TOKENS = Tokens(
     _WORDS,
     mask="mask",
     template=_BEFORE + "{}",
-    suffix="<|im_end|>\n<|im_start|>assistant\n",
+    suffix=ANSWER,
     spelled=True,
     special=False,
     dropped=_BEFORE,
@@ -48,9 +49,7 @@ _TOKENS = Tokens(
 
 def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
     """The states of the prompt and of its padding."""
-    states = encoders["text_encoder"](
-        given["tokens"], attention_mask=given["mask"], output_hidden_states=True, use_cache=False
-    ).hidden_states
+    states = layers(encoders["text_encoder"], given["tokens"], attention_mask=given["mask"])
     start = given["tokens_dropped"]
     return {"encoder_hidden_states": states[-1][:, start : start + _WORDS]}
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from taylorseer_export.families.encoders import told
 from taylorseer_export.families.family import Defaults, Input, Pipeline, no_counterpart
 from taylorseer_export.families.flux import FLUX
 from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
@@ -27,11 +28,6 @@ _ASKED = (
 )
 
 
-def _asked(prompt: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What Qwen3 is asked, up to where it would answer."""
-    return [{"role": "user", "content": _ASKED + prompt}], {"add_generation_prompt": True, "enable_thinking": False}
-
-
 def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
     """The last states, those of padding zero: the transformer sees all of them."""
     mask = given["mask"]
@@ -39,7 +35,16 @@ def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
     return {"encoder_hidden_states": (states * mask[..., None])[:, given["tokens_dropped"] :]}
 
 
-_TOKENS = Tokens("tokens", "tokenizer", 256, size="text_tokens", mask="mask", chat=_asked, special=False, dropped=28)
+_TOKENS = Tokens(
+    "tokens",
+    "tokenizer",
+    256,
+    size="text_tokens",
+    mask="mask",
+    chat=told(before=_ASKED, add_generation_prompt=True, enable_thinking=False),
+    special=False,
+    dropped=28,
+)
 
 OVIS_IMAGE = replace(
     FLUX,

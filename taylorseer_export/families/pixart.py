@@ -54,7 +54,6 @@ PIXART = Family(
     scheduler="DPMSolverMultistepScheduler",
     guidance="batched",
     guidance_scale=4.5,
-    latent_size=(128, 128),
     typical={"text_tokens": 300},
     pipeline=Pipeline(ignored_inputs=("added_cond_kwargs",)),
     whole=_WHOLE,

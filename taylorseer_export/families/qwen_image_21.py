@@ -4,21 +4,29 @@ Words see only the words before them and are modulated at timestep 0, so their k
 step. The model keeps them in a cache; here it is traced in two: the words alone, which fill the cache, then the
 picture. What the words become is thus known before the first step.
 
-Its VAE makes pictures with transparency, which no bundle decodes.
+Its VAE makes pictures with transparency, and a latent pixel of it is a token.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, packed, replaced
-from taylorseer_export.families.krea_2 import one_place
-from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole
+from taylorseer_export.families.encoders import ANSWER, asked, one_place
+from taylorseer_export.families.family import (
+    Defaults,
+    Family,
+    Input,
+    Pipeline,
+    call,
+    instead,
+    packed,
+    replaced,
+    unless_traced,
+)
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, in_tokens, still
 
 _SLOT = 4  # tokens of the picture that one slot of the words' mask stands for
 
@@ -51,24 +59,14 @@ def _forward(model: Any, inputs: dict[str, Any]) -> Any:
     """The model takes sizes as numbers, and returns the rows of the words too."""
     import torch
 
-    if torch.compiler.is_exporting():
-        return call(model, inputs)
     count, mask = inputs["hidden_states"].shape[1], inputs["encoder_hidden_states_mask"].bool()
     slots = torch.cat([torch.zeros_like(mask), mask.new_ones(len(mask), count // _SLOT)], 1)
     given = {"encoder_hidden_states_mask": mask, "img_shapes": inputs["img_shapes"].tolist(), "img_mask": slots}
     return call(model, {**inputs, **given})[:, -count:]
 
 
-@contextmanager
-def _in_two(model: Any) -> Iterator[None]:
-    caches = sys.modules[type(model).__module__].QwenImage21KVCache
-    with replaced(model, forward=partial(_traced, model, caches)):
-        yield
-
-
 def _traced(
     model: Any,
-    caches: Any,
     hidden_states: Any,
     timestep: Any,
     encoder_hidden_states: Any,
@@ -91,7 +89,8 @@ def _traced(
     valid = encoder_hidden_states_mask.bool()
     before = (word <= word[:, None]) & valid[:, None, None]
     seen = torch.cat([valid, valid.new_ones(valid.shape[0], count)], 1)[:, None, None]
-    cache, still, moved = caches(len(model.transformer_blocks)), model.modulation(start), model.modulation(time)
+    cache = sys.modules[type(model).__module__].QwenImage21KVCache(len(model.transformer_blocks))
+    still, moved = model.modulation(start), model.modulation(time)
     for k, block in enumerate(model.transformer_blocks):
         kept = cache.get_layer(k)
         words = _words(block, words, still, rotary_emb=of_words, attention_mask=before, layer_cache=kept)
@@ -134,7 +133,7 @@ _TOKENS = Tokens(
     1024,
     size="text_tokens",
     padded=False,
-    template=_TOLD + "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    template=_TOLD + asked() + "{}" + ANSWER,
     dropped=_TOLD,
     blank=" ",
 )
@@ -146,6 +145,12 @@ def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
     with one_place(model), replaced(model.norm, forward=lambda states: states):
         states = model(given["tokens"], use_cache=False).last_hidden_state
     return {"encoder_hidden_states": states[:, given["tokens_dropped"] :]}
+
+
+def _picture(vae: Any, latents: Any) -> Any:
+    """Latents `[1, C / 4, 2 H, 2 W]`, as tokens are unpacked everywhere, are `[1, C, H, W]` to its VAE."""
+    _, _, height, width = latents.shape
+    return still(vae, in_tokens(latents).transpose(1, 2).unflatten(2, (height // 2, width // 2)))
 
 
 QWEN_IMAGE_21 = Family(
@@ -160,18 +165,16 @@ QWEN_IMAGE_21 = Family(
     dimensions=lambda config: {"batch": (1, 16), "image_tokens": (4, 16384), "text_tokens": (1, 1024)},
     latent_sizes=packed,  # a latent pixel of its VAE is 16 pixels wide, as two of those that others pack
     defaults=Defaults(steps=40, interval=4, warmup=3, order=1),
-    scheduler="FlowMatchEulerDiscreteScheduler",
     scheduler_config={"use_dynamic_shifting": True},
     guidance="branches",
     guidance_scale=1.0,
-    latent_size=(128, 128),
     timestep_divisor=1000.0,
     pipeline=Pipeline(
         noise="tokens", arguments="first-shape", ignored_inputs=("img_mask", "kv_cache", "kv_cache_mode")
     ),
-    whole=Whole(encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode),
+    whole=Whole(decode=_picture, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode),
     attributes=lambda config: {"transformer_blocks": tuple(range(config["num_layers"]))},
-    forward=_forward,
+    forward=unless_traced(_forward),
     by_config=_by_config,
-    patched=_in_two,
+    patched=instead(_traced),
 )

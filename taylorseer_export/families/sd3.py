@@ -110,11 +110,9 @@ SD3 = Family(
     dimensions=_dimensions,
     latent_sizes=patches,
     defaults=Defaults(steps=28, interval=4, warmup=3, order=1),
-    scheduler="FlowMatchEulerDiscreteScheduler",
     scheduler_config={"shift": 3.0},
     guidance="batched",
     guidance_scale=7.0,
-    latent_size=(128, 128),
     pipeline=Pipeline(flow_steps="count"),
     comfy=lambda config: Comfy("SD3", {"encoder_hidden_states": "context", "pooled_projections": "y"}),
     whole=Whole(

@@ -177,8 +177,8 @@ class Whole:
     """The parts of a pipeline besides the transformer.
 
     Attributes:
-        decode: `(vae, latents [1, C, H, W]) -> picture [1, 3, height, width]` from 0 to 1; the latents as the scheduler
-            leaves them, unpacked. None where no graph decodes them.
+        decode: `(vae, latents [1, C, H, W]) -> picture [1, 3, height, width]` from 0 to 1, or with transparency `[1, 4,
+            height, width]`; the latents as the scheduler leaves them, unpacked. None where no graph decodes them.
         frames: `(vae, latents [1, C, 1, H, W], caches of the latent frame before, or None for the first) -> (pictures
             [1, 3, F, height, width] from 0 to 1, caches)`: the decoder of a causal video VAE, one latent frame at a
             time. None where pictures are no videos, or no graph decodes them.
@@ -301,5 +301,5 @@ def in_tokens(latents: Any) -> Any:
 
 
 def still(vae: Any, latents: Any) -> Any:
-    """The one frame of a video VAE: `[1, C, H, W]` -> `[1, 3, height, width]`."""
+    """The one frame of a video VAE: `[1, C, H, W]` -> `[1, 3 or 4, height, width]`."""
     return unit(vae.decode(normed(vae, latents.unsqueeze(2)), return_dict=False)[0][:, :, 0])

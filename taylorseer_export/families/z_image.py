@@ -13,7 +13,17 @@ from functools import partial
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, call, patches, replaced
+from taylorseer_export.families.encoders import ANSWER, asked, layers
+from taylorseer_export.families.family import (
+    Defaults,
+    Family,
+    Input,
+    Pipeline,
+    patches,
+    replaced,
+    uncut,
+    unless_traced,
+)
 from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
 
 _PATCH, _OF_PATCHES = 2, "2-1"  # what the pipeline cuts, and its layers among those of other patches
@@ -49,11 +59,9 @@ def _latent_sizes(config: Mapping[str, Any], height: int, width: int) -> dict[st
 
 
 def _forward(model: Any, inputs: dict[str, Any]) -> Any:
-    """The model takes lists; while it is traced, the tensors."""
+    """The model takes lists."""
     import torch
 
-    if torch.compiler.is_exporting():
-        return call(model, inputs)
     texts = [text[: int(count)] for text, count in zip(inputs["cap_feats"], inputs["cap_mask"].sum(1), strict=True)]
     made = model(list(inputs["x"].unsqueeze(2)), inputs["t"], texts, return_dict=False)[0]
     return torch.stack(made).squeeze(2)
@@ -103,16 +111,14 @@ def _traced(model: Any, tables: Any, x: Any, t: Any, cap_feats: Any, cap_mask: A
     for block in model.layers:
         tokens = block(tokens, seen, turned, time)
     made = model.all_final_layer[_OF_PATCHES](tokens[:, :count], c=time)
-    pixels = made.reshape(batch, rows, columns, _PATCH, _PATCH, channels).permute(0, 5, 1, 3, 2, 4)
-    return (pixels.flatten(4).flatten(2, 3),)
+    return (uncut(made, (rows, columns), (_PATCH, _PATCH), channels_last=True),)
 
 
 def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
-    states = encoders["text_encoder"](given["tokens"], output_hidden_states=True, use_cache=False).hidden_states
-    return {"cap_feats": states[-2]}
+    return {"cap_feats": layers(encoders["text_encoder"], given["tokens"])[-2]}
 
 
-_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+_TOKENS = Tokens("tokens", "tokenizer", 512, size="text_tokens", padded=False, template=asked() + "{}" + ANSWER)
 
 Z_IMAGE = Family(
     name="z-image",
@@ -127,11 +133,9 @@ Z_IMAGE = Family(
     dimensions=_dimensions,
     latent_sizes=_latent_sizes,
     defaults=Defaults(steps=50, interval=4, warmup=3, order=1),
-    scheduler="FlowMatchEulerDiscreteScheduler",
     scheduler_config={"shift": 6.0},
     guidance="batched",
     guidance_scale=5.0,
-    latent_size=(128, 128),
     timestep_divisor=1000.0,
     pipeline=Pipeline(
         guidance_offset=1.0,
@@ -140,13 +144,7 @@ Z_IMAGE = Family(
         arguments="lists",
         positional=("t", "cap_feats"),
     ),
-    whole=Whole(
-        decode=picture,
-        encoders=("text_encoder",),
-        tokens=(Tokens("tokens", "tokenizer", 512, size="text_tokens", padded=False, template=_TEMPLATE),),
-        encode=_encode,
-        negative="",
-    ),
+    whole=Whole(decode=picture, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode, negative=""),
     attributes=lambda config: {"in_channels": config["in_channels"]},
     lora_loader="ZImageLoraLoaderMixin",
     variants={
@@ -157,6 +155,6 @@ Z_IMAGE = Family(
             "defaults": Defaults(steps=9, interval=4, warmup=3, order=1),
         },
     },
-    forward=_forward,
+    forward=unless_traced(_forward),
     patched=_in_one_tensor,
 )

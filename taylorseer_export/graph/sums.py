@@ -32,7 +32,9 @@ from taylorseer_export.graph.taps import tap_operator
 aten = torch.ops.aten
 UNGATED = "ungated"  # the site that all branches without a gate share
 # Operators that pick a part of a tensor, or cast it, and where they name the dimension.
-_PICKS = {aten.chunk.default: 2, aten.unsqueeze.default: 1, aten.squeeze.dim: 1, aten.select.int: 1}
+_PICKS = {
+    aten.chunk.default: 2, aten.unbind.int: 1, aten.unsqueeze.default: 1, aten.squeeze.dim: 1, aten.select.int: 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,18 +153,22 @@ class Sums:
         own, shared = sorted(whole.all_input_nodes, key=lambda node: self._times[node])
         if self._times[own] is not Time.WEIGHT or self._times[shared] is Time.WEIGHT:
             return None
-        if picks and any(self._shape(term)[1:] != self._shape(whole)[1:] for term in (own, shared)):
-            return None
+        if picks:
+            # Weights that broadcast over leading dimensions get those: a part is of the same dimension of both.
+            for _ in range(len(self._shape(whole)) - len(self._shape(own))):
+                own = self._made(aten.unsqueeze.default, own, (0,), whole)
+            if any(self._shape(term)[1:] != self._shape(whole)[1:] for term in (own, shared)):
+                return None
         for pick in reversed(picks):
-            own, shared = self._pick(pick, own), self._pick(pick, shared)
+            own, shared = (self._made(pick.target, term, pick.args[1:], pick) for term in (own, shared))
         return shared, own
 
-    def _pick(self, pick: fx.Node, source: fx.Node) -> fx.Node:
-        """The same part of another tensor, one node for all who ask."""
-        key = (pick.target, source, repr(pick.args[1:]), repr(pick.kwargs))
+    def _made(self, target: Any, source: fx.Node, options: tuple[Any, ...], like: fx.Node) -> fx.Node:
+        """What an operator makes of a tensor, one node for all who ask."""
+        key = (target, source, repr(options), repr(like.kwargs))
         if key not in self._picked:
             with self._graph.inserting_after(source):
-                self._picked[key] = call(self._graph, pick.target, [source, *pick.args[1:]], pick.kwargs, like=pick)
+                self._picked[key] = call(self._graph, target, [source, *options], like.kwargs, like=like)
         return self._picked[key]
 
     def _branch(self, cut: fx.Node) -> Branch | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from taylorseer_export.embedded.picture import opaque
 from taylorseer_export.embedded.requests import frame_rate, pictures_of
 from taylorseer_export.method import Forecasts, Guard, Plan, Rule
 from taylorseer_export.report.guards import fit_threshold
@@ -200,6 +201,7 @@ def _run(denoiser: Denoiser, pool: Pool, request: Request, case: Case, on_step: 
     made = np.zeros((0, 1, 1, 3), np.uint8)
     if draws(denoiser):
         made = pictures_of(denoiser, request, latents[-1])
+        made = opaque(made) if made.shape[-1] == 4 else made  # measures know three colours
     return _Run(latents, made, prepare_ms, step_ms, branches.executed)
 
 

@@ -18,6 +18,7 @@ from taylorseer_export.bundle.profile import Profile
 from taylorseer_export.embedded.conditioning import ConditioningCache
 from taylorseer_export.embedded.edits import animated, given_picture, most_pictures, steps_that_run, use_of
 from taylorseer_export.embedded.requests import (
+    channels_drawn,
     frame_rate,
     frames_dropped,
     label_request,
@@ -182,10 +183,10 @@ def _named(count: int) -> list[str]:
 
 
 def drawn(manifest: Manifest) -> Port:
-    """What a model that draws returns: `picture` `[H, W, 3]`, or `video` `[F, H, W, 3]`."""
+    """What a model that draws returns: `picture` `[H, W, 3]`, with transparency `[H, W, 4]`, or `video`."""
     picture, video = DRAWN
     if frame_rate(manifest) is None:
-        return Port(picture, "UINT8", (-1, -1, 3))
+        return Port(picture, "UINT8", (-1, -1, channels_drawn(manifest)))
     return Port(video, "UINT8", (-1, -1, -1, 3))
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from taylorseer_export.embedded.picture import opaque
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.serve.api.problems import Refusal
 
@@ -28,8 +29,9 @@ class Output(NamedTuple):
 
 
 def encoded(picture: np.ndarray, output: Output) -> str:
-    """A picture `[H, W, 3]` uint8 as the base64 of a file."""
+    """A picture `[H, W, 3]` uint8, or `[H, W, 4]` with transparency, as the base64 of a file; a JPEG's is on white."""
     stream = io.BytesIO()
+    picture = opaque(picture) if output.format == "jpeg" and picture.shape[-1] == 4 else picture
     more = {} if output.format == "png" else {"quality": output.quality}
     _pillow().fromarray(picture).save(stream, format=output.format.upper(), **more)
     return base64.b64encode(stream.getvalue()).decode()

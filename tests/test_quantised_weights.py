@@ -31,7 +31,7 @@ from taylorseer_export.graph.formats import FORMATS, dequantised, most_off, quan
 from taylorseer_export.graph.quantise import dequantise_operator, is_marker, lowered
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.report import verify
-from taylorseer_export.report.quantised import hold_quantised
+from taylorseer_export.report.quantised import hold_quantised, round_inputs
 from taylorseer_export.runtime.denoiser import Denoiser, load
 from taylorseer_export.runtime.eager import EagerRunner
 from taylorseer_export.runtime.lora import merged
@@ -194,7 +194,8 @@ def test_the_values_of_a_checkpoint_are_kept_as_they_are(drafts, tiny, tmp_path,
     save_file(tensors, path)
     checkpoint = open_checkpoint(str(folder), FAMILIES["flux"])
     options = options_of(weights="keep", engine="inductor")
-    made = export.draft(checkpoint, options)
+    traced = export.trace_model(checkpoint, options)
+    made = export.draft(traced, options)
     described = export.describe(made, "x")
     assert (described.quantised.weights, described.quantised.kept) == (form, True)
     assert described.quantised.layers == names and "--weights keep" in described.command()
@@ -204,6 +205,19 @@ def test_the_values_of_a_checkpoint_are_kept_as_they_are(drafts, tiny, tmp_path,
     denoiser = eager_denoiser(made)
     data, every = random_trajectory(denoiser, 2), Forecasts(Plan.all_full(2), 0)
     assert verify.compare(verify.reference_model(checkpoint), denoiser, data, every).ratio < 1
+    if form == "fp8":
+        static = replace(options, activations="static")
+        rounding, model = eager_denoiser(export.draft(traced, static)), verify.reference_model(checkpoint)
+        assert rounding.manifest.quantised.input_scales == dict.fromkeys(names, 1.0)
+        round_inputs(model, rounding.manifest)
+        seen = verify.compare(model, rounding, data, every)
+        assert seen.ratio < 1 and max(seen.seen) < max(verify.compare(model, denoiser, data, every).seen) / 2
+        layer = names[0].removesuffix(".weight")
+        del tensors[f"{layer}.input_scale"]
+        save_file(tensors, path)
+        lacking = replace(traced, checkpoint=open_checkpoint(str(folder), FAMILIES["flux"]))
+        with pytest.raises(ConfigError, match=rf"`{layer}` has no scale for what it reads \(1 of \d+ layers have none"):
+            export.draft(lacking, static)
     plain = open_checkpoint(str(tiny("plain").folder), FAMILIES["flux"])
     with pytest.raises(ConfigError, match=r"--weights is keep, and the blocks of .* are in no format, expected one of"):
         export.draft(plain, options)

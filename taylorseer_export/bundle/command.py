@@ -8,6 +8,13 @@ if TYPE_CHECKING:
     from taylorseer_export.bundle.manifest import Manifest
 
 
+def _samples(manifest: Manifest) -> str | None:
+    """Where the sample requests are to be named that constants of activations were found by; classes need no file."""
+    found = manifest.quantised
+    asked = found is not None and found.activations == "static" and not found.kept
+    return "FILE.safetensors" if asked and manifest.sampling.source != "labels" else None
+
+
 def command_of(manifest: Manifest, device: str | None = None, **changes: str) -> str:
     """As `Manifest.command`."""
     devices = manifest.engine.device.get("devices", "").split()
@@ -29,6 +36,7 @@ def command_of(manifest: Manifest, device: str | None = None, **changes: str) ->
         "precision": manifest.precision,
         "device": device,
         **(manifest.quantised.given() if manifest.quantised else {}),
+        "inputs": _samples(manifest),
         **({"lora-rank": manifest.lora.rank, "lora-targets": manifest.lora.pattern} if manifest.lora else {}),
         **({"parallel": manifest.parallel.mode, "degree": manifest.parallel.degree} if manifest.parallel else {}),
         **manifest.engine.options,

@@ -1,12 +1,14 @@
 """What a manifest says of quantised weights."""
 
 import shlex
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from taylorseer_export.bundle.entries import Count, Text
 from taylorseer_export.bundle.sealed import Part
+
+Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Quantised(Part):
@@ -16,9 +18,13 @@ class Quantised(Part):
         description="Format. fp8: e4m3, a scale for each row. int8: whole numbers to 127, a scale for each row. nvfp4: "
         "e2m1 in blocks of 16 of a row with an e4m3 scale each, and one scale for all."
     )
-    activations: Literal["none", "token"] = Field(
+    activations: Literal["none", "token", "static"] = Field(
         description="What these layers read. none: as it comes. token: each row quantised when it is computed, to "
-        "e4m3; with nvfp4 to e2m1 in blocks of 16, with int8 to int8 in blocks of 32."
+        "e4m3; with nvfp4 to e2m1 in blocks of 16, with int8 to int8, in ONNX Runtime in blocks of 32. static: "
+        "quantised by one constant for each layer; what is beyond it saturates."
+    )
+    input_scales: dict[Text, Scale] = Field(
+        default={}, description="Weight -> what a value that its layer reads counts, where that is a constant."
     )
     kept: bool = Field(default=False, description="Whether values and scales are those of the checkpoint.")
     layers: tuple[Text, ...] = Field(min_length=1, description="Names of the quantised weights.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from taylorseer_export.bundle.device import DEVICES
 from taylorseer_export.bundle.store import check_place
 from taylorseer_export.commands.options import PROGRAM, device, engine_options, given_engine_options
-from taylorseer_export.commands.terminal import progress, require_extra, stages
+from taylorseer_export.commands.terminal import progress, read_tensors, require_extra, stages
 from taylorseer_export.compile.engines import ENGINES
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Family
@@ -155,9 +155,22 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     )
     engine.add_argument(
         "--activations",
-        choices=("none", "token"),
-        help="what these layers read: as it comes, or each token quantised (default: token for fp8 and nvfp4 in "
-        "TensorRT's engines, else none)",
+        choices=("none", "token", "static"),
+        help="what these layers read: as it comes, each token quantised, or all by one constant for each layer, found "
+        "on samples or the checkpoint's own (default: token for fp8 and nvfp4 in TensorRT's engines, else none)",
+    )
+    engine.add_argument(
+        "--samples",
+        metavar="N",
+        type=whole(1),
+        help="samples that --activations static finds its constants by (default: all of --inputs or --prompts, or 8)",
+    )
+    engine.add_argument("--prompts", type=Path, help="for it, text file: a class per line (default: all in turn)")
+    engine.add_argument(
+        "--inputs",
+        type=Path,
+        help="for it, safetensors with the conditioning under diffusers' argument names, a row per sample; "
+        "`negative_NAME` for guidance",
     )
     engine.add_argument(
         "--keep-precision",
@@ -226,6 +239,8 @@ def _export(family: Family, given: argparse.Namespace) -> int:
     from taylorseer_export.compile.parts import parts_asked, refuse_missing
     from taylorseer_export.report import memory_table
     from taylorseer_export.report.card import card
+    from taylorseer_export.report.input_scales import check_samples, input_scales
+    from taylorseer_export.report.samples import read_prompts
 
     if given.lora_skip and not given.lora:
         raise ConfigError("--lora-skip is given without --lora, expected it too; add it, or leave --lora-skip out")
@@ -284,6 +299,10 @@ def _export(family: Family, given: argparse.Namespace) -> int:
         degree=given.degree or export.Options.degree,
     )
     export.check_options(options)
+    source = export.sampling_of(checkpoint).source
+    sampled = check_samples(options, source, given.samples, given.prompts, given.inputs)
+    prompts = read_prompts(given.prompts) if given.prompts else None
+    conditioning = read_tensors(given.inputs) if given.inputs else None
     if not given.dry_run:
         refuse_missing(checkpoint, options.parts)
     if given.slots > 1 and not (given.memory_budget or given.dry_run):
@@ -291,8 +310,14 @@ def _export(family: Family, given: argparse.Namespace) -> int:
     name = bundle_name(given.model, given.name)
     if not given.dry_run:
         check_place(given.out / export.folder_name(checkpoint, name))
-    with progress("tracing and splitting", 1) as advance:
+    traced = None
+    if sampled:
         traced = export.trace_model(checkpoint, options)
+        with progress("sampling for --activations static", 1) as advance:
+            scales = input_scales(traced, options, given.samples, prompts, conditioning, advance)
+        options = replace(options, input_scales=scales)
+    with progress("tracing and splitting", 1) as advance:
+        traced = traced or export.trace_model(checkpoint, options)
         rows = memory_table.choices(traced, options) if given.memory_budget or given.dry_run else ()
         advance(1, 1)
     if given.memory_budget:

@@ -51,7 +51,10 @@ class Options:
         parts: What of the pipeline the bundle holds besides the transformer, by name: see `PartName`.
         weights: Format of the weights of the blocks' linear layers: `fp8`, `nvfp4` or `int8`, or `keep` for the values
             and scales that the checkpoint has; None takes the precision.
-        activations: How what these layers read is quantised: `none` or `token`; None takes what the engine does best.
+        activations: How what these layers read is quantised: `none`, `token` or `static`; None takes what the engine
+            does best.
+        input_scales: Weight -> what a value that its layer reads counts, with `static`, in the place of the
+            checkpoint's own; see `report/input_scales.py`.
         keep_precision: Patterns of layers whose weights stay in the precision.
         lora_rank: Highest rank of the LoRA that a request may bring, dimensionless; None takes none.
         lora_targets: Regular expression found in the names of the layers that it may change; None takes all.
@@ -78,6 +81,7 @@ class Options:
     parts: tuple[PartName, ...] = ()
     weights: str | None = None
     activations: str | None = None
+    input_scales: Mapping[str, float] = field(default_factory=dict)
     keep_precision: tuple[str, ...] = ()
     lora_rank: int | None = None
     lora_targets: str | None = None

@@ -21,6 +21,7 @@ from taylorseer_export.compile.draft import BaseDraft, Options
 from taylorseer_export.compile.eager import pointwise_sums, weighted, writing
 from taylorseer_export.compile.engines import Progress, library_versions
 from taylorseer_export.compile.parallel import named_group
+from taylorseer_export.compile.products import in_few_bits
 from taylorseer_export.compile.program import example_inputs, exported_program, quiet_libraries
 from taylorseer_export.compile.weights import WEIGHTS
 from taylorseer_export.errors import BuildError, first_line
@@ -60,6 +61,8 @@ def engine(options: Options) -> Engine:
         device["cuda"] = str(torch.version.cuda)
     else:
         device["instructions"] = torch.backends.cpu.get_cpu_capability()
+        if options.weights in ("int8", "keep") and options.activations not in (None, "none"):
+            device["int8"] = "vnni" if torch.cpu._is_vnni_supported() else "widened"
     # Of a wheel from the package index, pip's version leaves out the build (`+cu130`) that torch itself names at load.
     versions = {**library_versions("inductor", "torch", "diffusers"), "torch": str(torch.__version__)}
     return Engine(kind="inductor", versions=versions, device=device)
@@ -114,7 +117,7 @@ def program_of(
     Raises:
         BuildError: It does not export.
     """
-    module = writing(pointwise_sums(weighted(lowered(cut), weights, device)), cut)
+    module = writing(pointwise_sums(weighted(lowered(in_few_bits(cut, device)), weights, device)), cut)
     return exported_program(cut, draft.graph_sizes, draft.ranges(), module, device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,8 +16,15 @@ if TYPE_CHECKING:
     from taylorseer_export.graph.quantise import Part
 
 
-def formats_of(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]:
-    """Weight -> its format, of those that the checkpoint has quantised; each is read once, and none is held.
+class Own(NamedTuple):
+    """What a checkpoint says of a weight that it has quantised: the format, and the scale of what its layer reads."""
+
+    format: str
+    input_scale: float | None
+
+
+def formats_of(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, Own]:
+    """Weight -> what is said of it, of those that the checkpoint has quantised; each is read once, and none is held.
 
     Raises:
         ConfigError: There are no weights, or none is, or they are in several formats, or in one that no graph holds.
@@ -27,8 +34,8 @@ def formats_of(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]
             f"--weights is keep, and {checkpoint.reference} is a config without weights, expected a checkpoint that is "
             "quantised; pass it as --model, or use --weights fp8"
         )
-    found = {name: _form(own) for name in names if (own := checkpoint.quantised(name)) is not None}
-    kinds = sorted(set(found.values()))
+    found = {name: _own(own) for name in names if (own := checkpoint.quantised(name)) is not None}
+    kinds = sorted({own.format for own in found.values()})
     if len(kinds) != 1 or kinds[0] not in FORMATS:
         raise ConfigError(
             f"--weights is keep, and the blocks of {checkpoint.reference} are in {' and '.join(kinds) or 'no format'}, "
@@ -37,8 +44,9 @@ def formats_of(checkpoint: Checkpoint, names: Collection[str]) -> dict[str, str]
     return found
 
 
-def _form(own: Quantised) -> str:
-    return "fp8 e5m2" if own.values.dtype == torch.float8_e5m2 else own.format
+def _own(own: Quantised) -> Own:
+    scale = None if own.input_scale is None else float(own.input_scale)
+    return Own("fp8 e5m2" if own.values.dtype == torch.float8_e5m2 else own.format, scale)
 
 
 def kept(checkpoint: Checkpoint, part: Part) -> torch.Tensor:

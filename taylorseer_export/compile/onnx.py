@@ -16,7 +16,7 @@ from taylorseer_export.compile.weights import WEIGHTS, Stored
 from taylorseer_export.errors import BuildError, first_line
 from taylorseer_export.graph.cut import Cut
 from taylorseer_export.graph.formats import BLOCK
-from taylorseer_export.graph.quantise import BLOCK_STEP, STEP, lowered
+from taylorseer_export.graph.quantise import lowered
 
 OPSET = 20
 # With float8 that a quantisation makes, and with values of four bits in blocks.
@@ -158,9 +158,9 @@ def _dequantise(values: torch.Tensor, scale: torch.Tensor, whole: torch.Tensor |
     return made
 
 
-def _round(x: torch.Tensor, form: str) -> torch.Tensor:
+def _round(x: torch.Tensor, form: str, scale: float) -> torch.Tensor:
     made: torch.Tensor = torch.onnx.ops.symbolic(
-        f"{_OURS}::Round", (x,), {"form": form}, dtype=x.dtype, shape=x.shape, version=1
+        f"{_OURS}::Round", (x,), {"form": form, "scale": scale}, dtype=x.dtype, shape=x.shape, version=1
     )
     return made
 
@@ -174,8 +174,9 @@ def _with_quantisation(model: Any) -> None:
     for node in found:
         kind, old = node.outputs[0].dtype, node.outputs[0]
         if node.op_type == "Round":
-            four = node.attributes["form"].as_string() == "nvfp4"
-            made = (_four_bits if four else _eight_bits)(graph, node.inputs[0], kind)
+            form, scale = node.attributes["form"].as_string(), node.attributes["scale"].as_float()
+            four, step = form == "nvfp4", _number(graph, f"round.{scale!r}", scale, kind)
+            made = _four_bits(node.inputs[0], step, kind) if four else _eight_bits(node.inputs[0], step, form)
         else:
             values, *scales = node.inputs
             four = len(scales) == 2
@@ -201,21 +202,20 @@ def _with_quantisation(model: Any) -> None:
             model.opset_imports[_PLUGIN] = 1
 
 
-def _eight_bits(graph: Any, x: Any, kind: Any) -> list[Any]:
-    """x rounded to e4m3 in units of `STEP`."""
+def _eight_bits(x: Any, step: Any, form: str) -> list[Any]:
+    """x rounded to e4m3 or int8 in units of `step`."""
     import onnx_ir as ir
 
-    step, to = _number(graph, "round.step", STEP, kind), {"output_dtype": int(ir.DataType.FLOAT8E4M3FN)}
-    there = ir.node("QuantizeLinear", [x, step], to)
-    there.outputs[0].dtype = ir.DataType.FLOAT8E4M3FN
+    to = ir.DataType.INT8 if form == "int8" else ir.DataType.FLOAT8E4M3FN
+    there = ir.node("QuantizeLinear", [x, step], {"output_dtype": int(to)})
+    there.outputs[0].dtype = to
     return [there, ir.node("DequantizeLinear", [there.outputs[0], step])]
 
 
-def _four_bits(graph: Any, x: Any, kind: Any) -> list[Any]:
+def _four_bits(x: Any, step: Any, kind: Any) -> list[Any]:
     """x rounded to e2m1 in blocks, by the operator that TensorRT's parsers have for it: ONNX has none."""
     import onnx_ir as ir
 
-    step = _number(graph, "round.block_step", BLOCK_STEP, kind)
     how = {"axis": -1, "block_size": BLOCK, "scale_type": int(ir.DataType.FLOAT8E4M3FN)}
     there = ir.node("TRT_FP4DynamicQuantize", [x, step], how, domain=_PLUGIN, num_outputs=2)
     there.outputs[0].dtype, there.outputs[1].dtype = ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from taylorseer_export.bundle.quantised import Quantised as Entry
-from taylorseer_export.compile.kept import formats_of
+from taylorseer_export.compile.kept import Own, formats_of
 from taylorseer_export.errors import BuildError, ConfigError
 from taylorseer_export.graph.formats import FORMATS
 from taylorseer_export.graph.quantise import Quantised, layers_of, quantise
@@ -31,9 +34,8 @@ _TAKES = {
 }
 # (kind of engine, format) -> how it takes what the layers read, the first if nothing is said.
 _ACTIVATIONS = {
-    **{(kind, form): ("token", "none") for kind in _PLANS for form in ("fp8", "nvfp4")},
-    **{("onnxruntime", form): ("none", "token") for form in ("fp8", "int8")},
-    ("inductor", "fp8"): ("none", "token"),
+    **{(kind, form): ("token", "none", "static") for kind in _PLANS for form in ("fp8", "nvfp4")},
+    **{(kind, form): ("none", "token", "static") for kind in ("onnxruntime", "inductor") for form in ("fp8", "int8")},
 }
 
 
@@ -126,12 +128,20 @@ def quantised_trace(trace: Trace, options: Options, checkpoint: Checkpoint) -> Q
     own = None
     if options.weights == KEEP:
         own = formats_of(checkpoint, layers_of(trace))
-        options = replace(options, weights=next(iter(own.values())))
+        options = replace(options, weights=next(iter(own.values())).format)
         check_weights(options)
-    activations = activations_of(options)
-    if options.weights == "int8":  # ONNX Runtime's own kernels round what int8 weights are multiplied with
-        activations = "none"
-    return quantise(trace, str(options.weights), activations, options.keep_precision, own)
+    activations, scales = activations_of(options), _input_scales(options, own or {}, trace.precision)
+    if (options.engine, options.weights, activations) == ("onnxruntime", "int8", "token"):
+        activations = "none"  # its own kernels round what int8 weights are multiplied with
+    return quantise(trace, str(options.weights), activations, options.keep_precision, own, scales)
+
+
+def _input_scales(options: Options, own: Mapping[str, Own], precision: torch.dtype) -> Mapping[str, float]:
+    """Those that were found by samples; else the checkpoint's own, as numbers of the precision."""
+    if options.input_scales:
+        return options.input_scales
+    given = {name: one.input_scale for name, one in own.items() if one.input_scale is not None}
+    return {name: float(torch.tensor(scale).to(precision)) for name, scale in given.items()}
 
 
 def quantised_entry(plan: Draft) -> Entry | None:
@@ -148,6 +158,7 @@ def quantised_entry(plan: Draft) -> Entry | None:
         kept=first.kept,
         activations=activations_of(replace(plan.options, weights=first.form)),  # type: ignore[arg-type]
         layers=layers,
+        input_scales={part.weight: part.input_scale for part in read.values() if part.input_scale is not None},
         bytes=sum(stored[name][0].itemsize * math.prod(stored[name][1]) for name in read),
         unquantised_bytes=count * first.precision.itemsize,
         keep_precision=plan.options.keep_precision,

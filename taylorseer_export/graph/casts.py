@@ -39,7 +39,8 @@ def float_types(node: fx.Node) -> set[torch.dtype]:
     """The float types among the tensors that an operator computes with."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return set()
-    if node.target.namespace in ("taylorseer", "onnx_symbolic"):  # markers: values and scales of a quantised weight
+    # Markers, and a product of float8 with scales: values and scales of a quantised weight.
+    if node.target.namespace in ("taylorseer", "onnx_symbolic") or node.target is aten._scaled_mm.default:
         return set()
     values = [n.meta.get("val") for n in node.all_input_nodes]
     return {v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()}

@@ -51,7 +51,8 @@ def card(manifest: Manifest) -> str:
         for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
             lines += _wrapped(kind, tensors)
     if (quantised := manifest.quantised) is not None:
-        tokens = ", what they read by token" if quantised.activations == "token" else ""
+        how = {"token": ", what they read by token", "static": ", what they read by constants"}
+        tokens = how.get(quantised.activations, "")
         lines.append(
             f"  quantised  {size(quantised.bytes)} of weights in {quantised.weights}, {len(quantised.layers)} layers"
             f"{tokens}; {size(quantised.unquantised_bytes)} in {manifest.precision}"

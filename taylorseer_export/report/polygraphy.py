@@ -80,6 +80,7 @@ def _options(denoiser: Denoiser) -> Options:
     if quantised is not None:
         given = {"weights": "keep" if quantised.kept else quantised.weights, "activations": quantised.activations}
         given |= {
+            "input_scales": quantised.input_scales,
             "keep_precision": quantised.keep_precision,
             "engine": "inductor",
             "device": "cpu",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.draft import PRECISIONS
 from taylorseer_export.graph.formats import dequantised, quantised
+from taylorseer_export.graph.quantise import rounded
 
 Predictions = Sequence[np.ndarray]
 
@@ -56,6 +58,18 @@ def errors(plain: Predictions, exact: Predictions, full: Predictions, by_plan: P
 def _norm(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:
     squares = (np.square(a.astype(np.float64) - b).sum() for a, b in zip(one, other, strict=True))
     return float(np.sqrt(sum(squares)))
+
+
+def round_inputs(model: nn.Module, manifest: Manifest) -> None:
+    """Let the layers of a model round what they read by the constants of a bundle; nothing where it has none."""
+    found = manifest.quantised
+    for name, scale in found.input_scales.items() if found else ():
+        rule = partial(_rounding, found.weights, scale)  # type: ignore[union-attr]
+        model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(rule)
+
+
+def _rounding(form: str, scale: float, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return rounded(args[0], form, scale), *args[1:]
 
 
 def hold_quantised(model: nn.Module, checkpoint: Checkpoint, manifest: Manifest) -> None:

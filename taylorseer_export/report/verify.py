@@ -29,7 +29,7 @@ from taylorseer_export.families import family_named
 from taylorseer_export.families.family import AUTO, Family, unknown
 from taylorseer_export.graph.propose import propose
 from taylorseer_export.method import Forecasts, Guard, Plan, Rule, exact_weights, gain
-from taylorseer_export.report.quantised import Errors, errors, hold_quantised
+from taylorseer_export.report.quantised import Errors, errors, hold_quantised, round_inputs
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.trajectory import Trajectory
 
@@ -122,7 +122,8 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: F
     with u the unit roundoff of the stored features and of the float32 sums, `length` the longest contraction, and
     `gain` the sum of |weights|, by which a forecast amplifies the errors of its snapshots.
     Of quantised weights the reference holds what they stand for, and the bound is the same; where what they are
-    multiplied with is quantised too, it grows by sqrt(layers) times half a step of that format.
+    multiplied with is quantised too, it grows by sqrt(layers) times half a step of that format. Where that is by
+    constants the reference rounds by them as well, and the bound is for what falls on the other side of a step.
     """
     manifest = denoiser.manifest
     sizes = denoiser.sizes(data.latents.shape[1:], data.conditioning)
@@ -151,7 +152,7 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: F
 def roundoff_of(model: nn.Module, manifest: Manifest) -> float:
     """Share of its largest value by which an output may be off: `compare`'s bound without gain and scale."""
     of_tokens, found = 0.0, manifest.quantised
-    if found is not None and found.activations == "token":
+    if found is not None and found.activations != "none":
         of_tokens = math.sqrt(len(found.layers)) * _OF_TOKENS[found.weights]
     family = family_of(model, manifest)
     sites = _module_sites(model, family)
@@ -179,6 +180,7 @@ def verify(
     if quantised is not None and not quantised.kept:  # else the checkpoint has no other weights to compare with
         plain = _predictions(model, denoiser, data)
         hold_quantised(model, checkpoint, denoiser.manifest)
+    round_inputs(model, denoiser.manifest)
     state, steps = denoiser.manifest.state, len(data.timesteps)
     cases = plans(denoiser, steps)
     for rule in state.guards:

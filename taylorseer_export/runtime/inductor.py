@@ -85,6 +85,8 @@ def _checked_device(bundle: Bundle, torch: Any, asked: Device) -> Device:
         here["compute_capability"] = "{}.{}".format(*torch.cuda.get_device_capability(device.number))
     else:
         here["instructions"] = torch.backends.cpu.get_cpu_capability()
+        if "int8" in bundle.manifest.engine.device:
+            here["int8"] = "vnni" if torch.cpu._is_vnni_supported() else "widened"
     for name, seen in here.items():
         wanted = bundle.manifest.engine.device.get(name, "none")
         if seen != wanted:

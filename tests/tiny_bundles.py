@@ -77,6 +77,7 @@ EMBEDDED: dict[str, tuple[str, dict[str, Any]]] = {
     "adapted": ("dit", {"order": 2, "lora_rank": 4}),
     "residual-digits": ("dit", {"order": 2, "granularity": "residual", "guards": ("cg",)}),
     "shapes": ("flux", {}),
+    "fp8-shapes": ("flux", {"weights": "fp8"}),
     "videos": ("wan", {}),
 }
 

@@ -87,7 +87,7 @@ def in_blocks(x: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def of_blocks(codes: Tensor, scales: Tensor, whole: Tensor) -> Tensor:
-    """The numbers `[..., columns]` of `in_blocks`, of the dtype of `whole`: `E2M1` as arithmetic, which engines fuse."""
+    """The numbers `[..., columns]` of `in_blocks`, of the dtype of `whole`: `E2M1` by arithmetic, which fuses."""
     size = (codes & 7).to(whole.dtype)
     size = torch.where(size < 4, size * 0.5, torch.where(size < 6, size - 2, size * 2 - 8))
     signed = torch.where(codes > 7, -size, size).unflatten(-1, (-1, BLOCK))

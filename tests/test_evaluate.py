@@ -21,7 +21,7 @@ from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.report.evaluate import Case, cases, evaluate, guarded_cases
 from taylorseer_export.report.metrics import Shown, metrics
 from taylorseer_export.report.page import page
-from taylorseer_export.report.samples import groups
+from taylorseer_export.report.samples import groups, random_inputs
 from taylorseer_export.runtime import sampling
 from taylorseer_export.runtime.denoiser import load
 
@@ -230,7 +230,7 @@ def test_both_errors_of_a_quantised_bundle(embedded, tmp_path, capsys):
     )
     full = Forecasts(Plan.all_full(steps), 0)
     with load(embedded("shapes"), threads=1) as plain, load(folder, threads=1) as quantised:
-        requests = groups(plain, samples, 0)
+        requests = groups(quantised, samples, 0, tensors=random_inputs(quantised, samples))
         exact, seen = (
             np.concatenate([sampling.sample(one, request, full).latents for request in requests])
             for one in (plain, quantised)
@@ -238,7 +238,7 @@ def test_both_errors_of_a_quantised_bundle(embedded, tmp_path, capsys):
     quantisation = found["all full"]["unquantised"]["latent_error"]
     assert quantisation == pytest.approx(np.linalg.norm(seen - exact) / np.linalg.norm(exact), rel=1e-2)
     assert found["all full"]["latent_error"] == 0 and found["all full"]["psnr"] is None
-    shown = re.findall(r"^  (all full|regular, order 1) +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+$", said, re.M)
+    shown = re.findall(r"^  (all full|regular, order 1) +([\d.]+) +[\d.]+ +[\d.]+ +-$", said, re.M)
     assert shown[0] == ("all full", f"{quantisation:.4f}") and len(shown) == 2
     regular = found["regular, order 1"]
     forecast, both = regular["latent_error"], regular["unquantised"]["latent_error"]

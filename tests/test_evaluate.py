@@ -6,19 +6,24 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from taylorseer_export import cli
+from taylorseer_export.bundle.quantised import Quantised
+from taylorseer_export.commands.evaluate import _unquantised
 from taylorseer_export.embedded import requests
-from taylorseer_export.method import Plan
+from taylorseer_export.errors import ConfigError
+from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.report.evaluate import Case, cases, evaluate, guarded_cases
 from taylorseer_export.report.metrics import Shown, metrics
 from taylorseer_export.report.page import page
-from taylorseer_export.report.samples import groups
+from taylorseer_export.report.samples import groups, random_inputs
 from taylorseer_export.runtime import sampling
+from taylorseer_export.runtime.denoiser import load
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +32,6 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def denoiser(residual_digits):
-    from taylorseer_export.runtime.denoiser import load
-
     return load(residual_digits, threads=1)
 
 
@@ -210,6 +213,51 @@ def test_rows_that_decided_at_run_time_show_what_ran(text, rows, shown):
         ran != kind for executed in decided.executed for kind, ran in zip(decided.plan, executed, strict=True)
     )
     assert "Orange: full, decided at run time" in text and "Orange" not in page("x", {}, rows, {})
+
+
+# Quantised weights ----------------------------------------------------------------------------------------------------
+
+
+def test_both_errors_of_a_quantised_bundle(embedded, tmp_path, capsys):
+    """The embedded FLUX in fp8: apart and together, against what the float32 bundle makes of the same samples."""
+    out, folder, samples, steps = tmp_path / "page.html", embedded("fp8-shapes"), 2, 5
+    given = ["--samples", str(samples), "--steps", str(steps), "--threads", "1", "--out", str(out), "--json"]
+    assert cli.main(["evaluate", str(folder), *given]) == 0
+    said = capsys.readouterr().out
+    found = {row["name"]: row for row in json.loads(said.splitlines()[-1])["rows"]}
+    assert (
+        "against the unquantised model, all steps full" in said and "Against the unquantised model" in out.read_text()
+    )
+    full = Forecasts(Plan.all_full(steps), 0)
+    with load(embedded("shapes"), threads=1) as plain, load(folder, threads=1) as quantised:
+        requests = groups(quantised, samples, 0, tensors=random_inputs(quantised, samples))
+        exact, seen = (
+            np.concatenate([sampling.sample(one, request, full).latents for request in requests])
+            for one in (plain, quantised)
+        )
+    quantisation = found["all full"]["unquantised"]["latent_error"]
+    assert quantisation == pytest.approx(np.linalg.norm(seen - exact) / np.linalg.norm(exact), rel=1e-2)
+    assert found["all full"]["latent_error"] == 0 and found["all full"]["psnr"] is None
+    shown = re.findall(r"^  (all full|regular, order 1) +([\d.]+) +[\d.]+ +[\d.]+ +-$", said, re.M)
+    assert shown[0] == ("all full", f"{quantisation:.4f}") and len(shown) == 2
+    regular = found["regular, order 1"]
+    forecast, both = regular["latent_error"], regular["unquantised"]["latent_error"]
+    longer = np.linalg.norm(seen) / np.linalg.norm(exact)  # one is a share of the one's norm, one of the other's
+    assert abs(forecast * longer - quantisation) <= both * 1.001 and both <= (forecast * longer + quantisation) * 1.001
+    assert both > quantisation and regular["unquantised"]["psnr"] < found["all full"]["unquantised"]["psnr"]
+
+
+def test_what_the_unquantised_model_needs_is_said(denoiser):
+    """A bundle of another model brings none, and one that keeps the checkpoint's values has none."""
+    with pytest.raises(ConfigError, match=r"--model is x for a bundle without quantised weights, .*; leave it out"):
+        _unquantised(denoiser, "x")
+    entry = Quantised(weights="fp8", activations="none", layers=("a",), bytes=1, unquantised_bytes=4)
+    elsewhere = denoiser.manifest.model.model_copy(update={"embedded": False})
+    for change, needs in (({}, "--model, the checkpoint"), ({"kept": True}, "that the checkpoint was quantised from")):
+        changed = {"quantised": entry.model_copy(update=change), "model": elsewhere}
+        bundle = SimpleNamespace(manifest=denoiser.manifest.model_copy(update=changed))
+        model, missing = _unquantised(bundle, None)
+        assert model is None and needs in missing["quantisation error"]
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------

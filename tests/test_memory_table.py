@@ -18,7 +18,16 @@ from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.report import memory_table
 from taylorseer_export.report.card import card, orders
-from taylorseer_export.report.memory_table import GRANULARITIES, LAYOUTS, Choice, choices, choose, reason, table
+from taylorseer_export.report.memory_table import (
+    GRANULARITIES,
+    LAYOUTS,
+    Choice,
+    choices,
+    choices_of_formats,
+    choose,
+    reason,
+    table,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -245,7 +254,8 @@ def test_the_table_is_aligned_and_in_one_unit():
 @pytest.fixture
 def flux(tiny, traces, monkeypatch, tmp_path, capsys):
     """Run an export of the tiny FLUX without tracing it again; returns (exit code, output, errors, made options)."""
-    monkeypatch.setattr(export, "trace", lambda *_: traces("flux"))
+    known = traces("flux")
+    monkeypatch.setattr(export, "trace", lambda *_: known)
     written = []
 
     def write(plan, out, name, progress):
@@ -291,6 +301,60 @@ def test_an_explicit_state_is_respected_or_refused(flux, traced):
     assert code == 2 and len(written) == 1
     assert "--state module --layout snapshots --order 1, 1 slot); use --state residual" in err
     assert err.startswith("taylorseer-export: --memory-budget is ") and "Traceback" not in err
+
+
+def test_auto_takes_the_widest_weights_that_fit(flux, traced):
+    """The precision as long as it fits in any way, then fp8; what fits in none is refused with the least that does."""
+    one, asked = traced("flux"), Options(order=1, interval=6, warmup=3)
+    plain, fp8 = (choices(one, replace(asked, weights=form)) for form in (None, "fp8"))
+    entry = describe(draft(one, replace(asked, weights="fp8")), "x").quantised
+    assert plain[0].weights_bytes - fp8[0].weights_bytes == entry.unquantised_bytes - entry.bytes > 0
+    enough, least = (min(row.total() for row in rows if row.order == 1) for rows in (plain, fp8))
+    code, out, _, written = flux("--weights", "auto", "--memory-budget", f"{enough}", "--activations", "token")
+    assert code == 0 and (written[-1].weights, written[-1].activations) == (None, None)
+    assert written[-1].granularity == choose(plain, enough, 1).granularity
+    code, out, _, written = flux("--weights", "auto", "--memory-budget", f"{enough - 1}", "--activations", "token")
+    best = choose(fp8, enough - 1, 1)
+    assert code == 0 and (written[-1].weights, written[-1].granularity) == ("fp8", best.granularity)
+    assert written[-1].activations == "token"
+    sizes = r"[\d.]+ KiB in the precision, [\d.]+ KiB in fp8, [\d.]+ KiB in int8"
+    assert re.search(
+        rf"^budget .*: {best.options} needs .*; --state \w+ .* would need .*; weights: {sizes}$", out, re.M
+    )
+    code, out, err, _ = flux("--weights", "auto", "--memory-budget", f"{least - 1}")
+    assert code == 2 and len(written) == 2 and re.search(r"at least .* \(--weights fp8 --state \w+ --layout snap", err)
+    code, out, err, _ = flux("--weights", "auto")
+    assert code == 2 and "--weights is auto without --memory-budget, expected it too; add it, or name a format" in err
+    code, out, err, _ = flux("--weights", "auto", "--memory-budget", "1 GB", "--activations", "static")
+    assert code == 2 and "--activations is static with --weights auto, expected a format by name" in err
+
+
+def test_without_auto_a_format_is_named_and_never_chosen(flux, traced):
+    fp8 = choices(traced("flux"), Options(order=1, interval=6, warmup=3, weights="fp8"))
+    enough = min(row.total() for row in fp8 if row.order == 1)
+    code, _, err, written = flux("--memory-budget", f"{enough}")
+    assert code == 2 and not written and "1 slot); add --weights fp8, which fits, or raise it" in err
+    code, out, _, written = flux("--memory-budget", f"{enough}", "--weights", "fp8")
+    assert code == 0 and written[-1].weights == "fp8" and "--weights fp8 --state" in out and "; weights:" not in out
+
+
+@pytest.mark.parametrize(
+    ("engine", "arch", "formats"),
+    [
+        ("onnxruntime", None, ["fp8", "int8"]),
+        ("inductor", None, ["fp8", "int8", "nvfp4"]),
+        ("tensorrt-rtx", "8.6", ["int8"]),
+        ("tensorrt-rtx", "8.9", ["fp8", "int8"]),
+    ],
+)
+def test_formats_are_those_that_engine_and_gpu_take(traced, engine, arch, formats):
+    if arch:
+        pytest.importorskip("tensorrt_rtx")
+    given = Options(order=0, interval=6, warmup=3, engine=engine, engine_options={"gpu-arch": arch} if arch else {})
+    rows = choices_of_formats(traced("flux"), replace(given, weights="auto"))
+    assert list(dict.fromkeys(row.weights for row in rows)) == [None, *formats]
+    head, first = table(rows).splitlines()[-len(rows) - 1 :][:2]
+    assert (head.split()[:2], first.split()[:2]) == (["weights", "state"], ["precision", "module"])
 
 
 def test_without_a_budget_the_defaults_are_the_papers(flux):

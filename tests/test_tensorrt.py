@@ -42,13 +42,29 @@ def test_every_graph_of_every_family_builds(drafts, once, name, precision):
 
     def write(folder):
         draft, stages = drafts(name, order=1, engine="tensorrt-rtx", precision=precision, **chosen), []
-        made = export.write_bundle(draft, folder, name, lambda *it: stages.append(it))
-        (folder / "said.json").write_text(json.dumps([[cut.name for cut in draft.split.graphs], stages]))
+        log, parse = listening(trt), plans.parse
+        built = []  # of each graph its products, and where its layers begin in the log
+
+        def parsed(trt, builder, log, path):
+            built.append((quantised_products(path), len(log.layers)))
+            return parse(trt, builder, log, path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plans, "logger", lambda _: log)
+            patch.setattr(plans, "parse", parsed)
+            made = export.write_bundle(draft, folder, name, lambda *it: stages.append(it))
+        ends = [begin for _, begin in built[1:]] + [None]
+        listed = [(products, log.layers[begin:end]) for (products, begin), end in zip(built, ends, strict=True)]
+        wide = [product for one in listed for product in not_of(chosen.get("weights"), *one)]
+        said = [[cut.name for cut in draft.split.graphs], stages, sum(len(products) for products, _ in built), wide]
+        (folder / "said.json").write_text(json.dumps(said))
         return made
 
     folder = once(f"tensorrt-rtx-{name}-{precision}", write)
-    graphs, said = json.loads((folder.parent / "said.json").read_text())
+    graphs, said, products, wide = json.loads((folder.parent / "said.json").read_text())
     manifest = open_bundle(folder).manifest
+    assert products >= (len(manifest.quantised.layers) if "weights" in chosen else 0)
+    assert not wide, f"{len(wide)} of {products} products of {name} are not of {chosen['weights']}: {wide[:5]}"
     assert any(d.minimum < d.maximum for d in manifest.dimensions.values())
     assert sorted(p.name for p in folder.iterdir()) == sorted(["manifest.json", *(f"{g}.plan" for g in graphs)])
     assert all((folder / f"{g}.plan").stat().st_size > manifest.graphs[g].weights_bytes / 2 for g in graphs)
@@ -60,38 +76,44 @@ def test_every_graph_of_every_family_builds(drafts, once, name, precision):
     assert {stage for stage, _, _ in said} == {"weights", "graphs", *(f"plan of {g}" for g in graphs)}
 
 
-# What the matrix units read where a layer is quantised, and what each family's smallest model is built for: FLUX's for
-# all of them, since a layer is a layer.
-FEW_BITS = {"fp8": "FP8", "nvfp4": "FP4E2M1"}
-QUANTISED = [("plain", "fp8", "8.9"), ("plain", "fp8", "12.0"), ("plain", "nvfp4", "12.0")]
-QUANTISED += [(name, "fp8", "8.9") for name, _ in TENSORRT_RTX if name != "plain" and _ == "bf16"]
+# What the matrix units read where a layer is quantised, and the GPUs that have it. Bundles above are of nvfp4.
+FEW_BITS = {"fp8": ("FP8", ("8.9", "12.0")), "nvfp4": ("FP4E2M1", ("12.0",))}
+QUANTISED = [(name, "fp8") for name, precision in TENSORRT_RTX if precision == "bf16"] + [("dit", "nvfp4")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "weights", "capability"), QUANTISED)
-def test_quantised_layers_multiply_in_few_bits(drafts, tmp_path, name, weights, capability):
-    """The builder's own list of layers: each product of a quantised weight reads that format, none was cast back."""
-    chosen = {**TENSORRT_RTX[name, "bf16"], "guards": ()}
-    how = {"gpu-arch": capability, "profiling-verbosity": "detailed", "builder-optimization-level": 0}
-    chosen |= {"engine": "tensorrt-rtx", "precision": "bf16", "weights": weights, "engine_options": how}
-    draft = drafts(name, "residual", order=1, **chosen)
+@pytest.mark.parametrize(("name", "weights"), QUANTISED)
+def test_quantised_layers_multiply_in_few_bits(drafts, tmp_path, name, weights):
+    """The builder's own list of layers: each product of a quantised weight reads that format, none was cast back.
+
+    One graph is built for each GPU by itself: of an engine for several the builder lists the layers of one.
+    """
+    _, capabilities = FEW_BITS[weights]
+    how = {"gpu-arch": ",".join(capabilities), "profiling-verbosity": "detailed", "builder-optimization-level": 0}
+    chosen = {**TENSORRT_RTX[name, "bf16"], "guards": (), "weights": weights, "engine_options": how}
+    draft = drafts(name, "residual", order=1, engine="tensorrt-rtx", precision="bf16", **chosen)
     cut = draft.split.full
     places = write_weights(tmp_path / WEIGHTS, {n: draft.stored[n] for n in cut.parameters()}, draft.read)
     write_onnx(draft, cut, places, tmp_path / "full.onnx")
     products = quantised_products(tmp_path / "full.onnx")
     assert len(products) >= len({part.weight for n, part in draft.quantised.items() if n in places})
-    log = listening(trt)
-    builder = trt.Builder(log)
-    network, parser = plans.parse(trt, builder, log, tmp_path / "full.onnx")
-    config = plans.configure(trt, builder, draft.options)
-    plans.add_profile(builder, config, cut, draft.dimensions())
-    assert builder.build_serialized_network(network, config) is not None, log.last()
-    del parser
-    running = {
-        product: [one for one in layers(log.layers) if f"[ONNX Layer: {product}]" in one.nodes] for product in products
-    }
-    wide = [n for n, found in running.items() if not any(FEW_BITS[weights] in one.inputs.values() for one in found)]
-    assert not wide, f"{len(wide)} of {len(products)} products of {name} are not of {weights}: {wide[:5]}"
+    for capability in capabilities:
+        log = listening(trt)
+        builder = trt.Builder(log)
+        network, parser = plans.parse(trt, builder, log, tmp_path / "full.onnx")
+        config = plans.configure(trt, builder, replace(draft.options, engine_options={**how, "gpu-arch": capability}))
+        plans.add_profile(builder, config, cut, draft.dimensions())
+        assert builder.build_serialized_network(network, config) is not None, log.last()
+        del parser
+        wide = not_of(weights, products, log.layers)
+        assert not wide, f"{len(wide)} of {len(products)} of {name} are not of {weights} for {capability}: {wide[:5]}"
+
+
+def not_of(weights, products, listed):
+    """Products of quantised weights that no layer of a builder's list reads in their format."""
+    found = layers(listed) if products else []
+    running = {product: [one for one in found if f"[ONNX Layer: {product}]" in one.nodes] for product in products}
+    return [n for n, ran in running.items() if not any(FEW_BITS[weights][0] in one.inputs.values() for one in ran)]
 
 
 def quantised_products(path):

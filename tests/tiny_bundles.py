@@ -77,6 +77,7 @@ EMBEDDED: dict[str, tuple[str, dict[str, Any]]] = {
     "adapted": ("dit", {"order": 2, "lora_rank": 4}),
     "residual-digits": ("dit", {"order": 2, "granularity": "residual", "guards": ("cg",)}),
     "shapes": ("flux", {}),
+    "fp8-shapes": ("flux", {"weights": "fp8", "granularity": "last", "parts": ()}),
     "videos": ("wan", {}),
 }
 
@@ -152,7 +153,8 @@ def _tensorrt_rtx() -> dict[tuple[str, str], dict[str, Any]]:
     bfloat16, and with it the graphs `probe` and `rest`: two kinds of blocks, and guidance in one call.
 
     Each is built for one generation of GPU and without a search for the fastest kernels, but for one that is built as
-    the command line does by itself: what is parsed, typed and named is the same, and the builder's time falls.
+    the command line does by itself: what is parsed, typed and named is the same, and the builder's time falls. All but
+    the DiT's hold nvfp4 where they are of bfloat16, and list their layers: their unquantised layers are typed as well.
     """
     names = of_families() | {"flux": "plain"}
     made: dict[tuple[str, str], dict[str, Any]] = {("plain", "fp16"): {}, ("dit", "fp16"): {}}
@@ -161,8 +163,12 @@ def _tensorrt_rtx() -> dict[tuple[str, str], dict[str, Any]]:
         guards = {"guards": ("cg",)} if name in ("plain", "dit") else {}
         # The DiT knows no other size than its own.
         made[name, "bf16"] = {"batch": 2, **({} if name == "dit" else latent), **guards}
+        if name != "dit":
+            made[name, "bf16"]["weights"] = "nvfp4"
     quick = {"gpu-arch": "8.9", "builder-optimization-level": 0}
-    return {case: {**more, "engine_options": {} if case == ("dit", "fp16") else quick} for case, more in made.items()}
+    listed = {**quick, "gpu-arch": "12.0", "profiling-verbosity": "detailed"}
+    how = {case: listed if "weights" in more else quick for case, more in made.items()} | {("dit", "fp16"): {}}
+    return {case: {**more, "engine_options": how[case]} for case, more in made.items()}
 
 
 TENSORRT_RTX = _tensorrt_rtx()

@@ -21,7 +21,6 @@ from diffusers import (
     AutoencoderKLLTX2Audio,
     AutoencoderKLLTX2Video,
     AutoencoderKLQwenImage,
-    AutoencoderKLQwenImage21,
     AutoencoderKLWan,
     ChromaPipeline,
     CogVideoXDDIMScheduler,
@@ -757,7 +756,7 @@ def tiny_flux2_vae(channels):
 def tiny_qwen_image_21_vae(channels):
     """Latent pixels of 16 pixels a side, pictures with transparency."""
     return _seeded(
-        lambda: AutoencoderKLQwenImage21(
+        lambda: diffusers.AutoencoderKLQwenImage21(
             base_dim=4,
             decoder_base_dim=4,
             z_dim=channels,

@@ -130,7 +130,7 @@ def faults(record: Mapping[str, Any]) -> list[str]:
 
 
 def listening(trt: Any) -> Any:
-    """A log that keeps its errors, as the package's own does, and the layers that a build ends with."""
+    """A log that keeps its errors, as the package's own does, and the layers that builds end with."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -142,7 +142,7 @@ def listening(trt: Any) -> Any:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
             if message.startswith("Layers:"):
-                self.layers = message
+                self.layers += message
 
         def last(self) -> str:
             return self.errors[-1] if self.errors else "it gives no reason"

@@ -1,14 +1,21 @@
 """Quantised weights on the CPU: what each format costs in fidelity, and what it saves in bytes and in time.
 
-    python tools/quantised.py                                both tables, about ten minutes on two idle cores
-    python tools/quantised.py --table fidelity --way fp8     one of them, of float32 and fp8 alone
+    python tools/quantised.py --table cost                       less than three minutes on two idle cores
+    python tools/quantised.py --table cost --engine inductor     the same as AOTInductor packages, which take longer
+    python tools/quantised.py --table calibrated --way fp8       less than five
+    python tools/quantised.py --table fidelity --way fp8         float32 and fp8 alone
 
 Fidelity, on the embedded FLUX with its defaults: the same noise and prompts in bundles of each format. PSNR of all
 steps full against the unquantised bundle is the quantisation error; that of the plan against the format's own all-full
 is the forecast error; that of the plan against the unquantised all-full is both together.
 
-Cost, on the bench FLUX of width 512: bytes on disk, memory of a process that has loaded the bundle and made a full
-step, and the time of a full step as the median of ratios to float32, measured in turns, so that a busy minute hits all.
+Cost, on a FLUX of the bench model's width, 512, with three blocks instead of twelve: bytes on disk, memory of a process
+that has loaded the bundle and made full steps, and the time of a full step as the median of ratios to float32, measured
+in turns, so that a busy minute hits all. A block is a block: more of them make exports longer and change no ratio.
+
+Calibrated, on the embedded FLUX: a plan and weights fitted on the engines of the format, the paper's plan of as many
+full steps and a loop of only as many, by the PSNR of their latents to the format's own all-full, on samples that took
+no part.
 """
 
 from __future__ import annotations
@@ -28,13 +35,16 @@ import numpy as np
 from quality import request_for
 from record import ROOT, circumstances, record_options, write_record
 from tiny_models import mid_flux
+from tqdm import tqdm
 
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile.export import Options, draft, trace_model, write_bundle
 from taylorseer_export.compile.parts import parts_asked
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.method import Forecasts, Plan
+from taylorseer_export.report.calibrate import Calibrator
 from taylorseer_export.report.evaluate import Case, evaluate
+from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime.denoiser import Denoiser, load
 from taylorseer_export.runtime.trajectory import random_trajectory
 
@@ -45,14 +55,22 @@ WAYS: dict[str, tuple[str | None, str | None]] = {
     "fp8 by token": ("fp8", "token"),
     "int8": ("int8", "none"),
     "int8 by token": ("int8", "token"),
+    "nvfp4": ("nvfp4", "none"),
 }
-SAMPLES, SIZE, STEPS = 16, (64, 64), 3
+# Kind of engine -> the ways that it takes.
+ENGINES = {
+    "onnxruntime": ("fp32", "fp8", "fp8 by token", "int8", "int8 by token"),
+    "inductor": ("fp32", "fp8", "int8", "nvfp4"),
+}
+SAMPLES, SIZE, STEPS = 16, (64, 64), 2
+BLOCKS = {"double": 1, "single": 2}
+ORDER, FITTED, HELD_OUT, FIRST_FITTED = 2, 8, 8, 1_000_000  # the samples as of `calibrate`
 
 
 def written(checkpoint: Any, options: dict[str, Any], folder: Path, ways: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """Way and bundle, float32 first; the model is traced once."""
+    """Way and bundle, in their order; the model is traced once."""
     traced = None
-    for name in dict.fromkeys(("fp32", *ways)):
+    for name in ways:
         weights, activations = WAYS[name]
         chosen = Options(**options, weights=weights, activations=activations)
         traced = traced or trace_model(checkpoint, chosen)
@@ -65,15 +83,20 @@ def psnr(seen: np.ndarray, expected: np.ndarray) -> float | None:
     return round(10 * np.log10(255.0**2 / square), 2) if square else None
 
 
-def fidelity(folder: Path, ways: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each way, on the embedded FLUX."""
+def embedded() -> tuple[Any, dict[str, Any]]:
+    """The embedded FLUX and its usual options."""
     checkpoint = open_checkpoint(None, FAMILIES["flux"])
     default = checkpoint.family.defaults
     options = {name: getattr(default, name) for name in ("order", "interval", "warmup", "steps")}
-    options["parts"] = parts_asked(checkpoint, False)
+    return checkpoint, {**options, "parts": parts_asked(checkpoint, False)}
+
+
+def fidelity(folder: Path, ways: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each way, on the embedded FLUX, float32 first."""
+    checkpoint, options = embedded()
     rows: list[dict[str, Any]] = []
     exact: np.ndarray | None = None
-    for name, bundle in written(checkpoint, options, folder, ways):
+    for name, bundle in written(checkpoint, options, folder, dict.fromkeys(("fp32", *ways))):
         with load(bundle, threads=1) as denoiser:
             plan = denoiser.forecasts().plan
             ways = [Case("all full", Forecasts(Plan.all_full(len(plan)), 0)), Case("plan", denoiser.forecasts())]
@@ -89,13 +112,39 @@ def fidelity(folder: Path, ways: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def cost(folder: Path, ways: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """A row for each way, on the bench FLUX."""
-    model = mid_flux()
+def calibrated(folder: Path, ways: Sequence[str], steps: int, full_steps: int) -> list[dict[str, Any]]:
+    """Three rows for each way, on the embedded FLUX: what `calibrate` finds, and what it has to beat."""
+    checkpoint, options = embedded()
+    rows = []
+    for name, bundle in written(checkpoint, {**options, "order": ORDER}, folder, ways):
+        with load(bundle, threads=1) as denoiser, tqdm(desc=name, unit="loop step", file=sys.stderr) as bar:
+            samples = groups(denoiser, FITTED, FIRST_FITTED, least=2)
+            held_out = groups(denoiser, HELD_OUT, FIRST_FITTED + FITTED)
+            window = min(steps - 1, 4 * -(-steps // full_steps))
+            found = Calibrator(denoiser, samples, held_out, steps, window, bar.update).calibrate(full_steps, ORDER)
+        found.check()
+        of = {"calibrated": found.calibrated, "paper's plan": found.regular, "fewer steps": found.fewer_steps}
+        for way, one in of.items():
+            rows.append({
+                "weights": name,
+                "way": way,
+                "plan": str(one.forecasts.plan),
+                "full_steps": len(one.forecasts.plan.full_steps),
+                "held_out_psnr": round(one.held_out, 2),
+                "held_out_psnr_each": [round(float(each), 2) for each in one.held_out_each],
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+def cost(folder: Path, ways: Sequence[str], repeats: int, engine: str) -> list[dict[str, Any]]:
+    """A row for each way, on a FLUX of the bench model's width, float32 first."""
+    model = mid_flux(**BLOCKS)
     model.save_pretrained(folder / "model")
     checkpoint = open_checkpoint(str(folder / "model"), FAMILIES["flux"])
     options: dict[str, Any] = {"order": 1, "interval": 6, "warmup": 3, "latent_size": SIZE, "batch": 1}
-    bundles = dict(written(checkpoint, options, folder, ways))
+    options |= {"granularity": "last", "engine": engine}
+    bundles = dict(written(checkpoint, options, folder, dict.fromkeys(("fp32", *ways))))
     with ExitStack() as stack:
         loaded = {name: stack.enter_context(load(bundle, threads=1)) for name, bundle in bundles.items()}
         times: dict[str, list[float]] = {name: [] for name in loaded}
@@ -108,6 +157,7 @@ def cost(folder: Path, ways: Sequence[str], repeats: int) -> list[dict[str, Any]
         ratio = statistics.median(a / b for a, b in zip(times[name], times["fp32"], strict=True))
         rows.append({
             "weights": name,
+            "engine": engine,
             "disk_bytes": sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()),
             "resident_bytes": int(subprocess.check_output([sys.executable, __file__, "--resident", str(bundle)])),
             "full_ms": round(statistics.median(times[name]), 2),
@@ -148,19 +198,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="turns of each way, for times (default: %(default)s)")
     parser.add_argument("--resident", type=Path, metavar="BUNDLE", help="print the memory of one bundle alone")
-    parser.add_argument("--table", choices=("cost", "fidelity"), nargs="+", default=["cost", "fidelity"])
-    parser.add_argument("--way", choices=WAYS, nargs="+", default=list(WAYS), help="beside float32 (default: all)")
+    parser.add_argument("--table", choices=("cost", "fidelity", "calibrated"), nargs="+", default=["cost", "fidelity"])
+    parser.add_argument(
+        "--way", choices=WAYS, nargs="+", help="formats to compare (default: all that the engine takes)"
+    )
+    parser.add_argument("--engine", choices=ENGINES, default="onnxruntime", help="of the cost (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="of a calibrated loop (default: %(default)s)")
+    parser.add_argument("--full-steps", type=int, default=12, help="of them that are full (default: %(default)s)")
     record_options(parser)
     args = parser.parse_args()
     if args.resident:
         print(resident(args.resident))
         return 0
+    ways = args.way or ENGINES[args.engine]
+    if others := set(ways) - set(ENGINES[args.engine]):
+        parser.error(
+            f"--way is {', '.join(others)} with --engine {args.engine}, expected {', '.join(ENGINES[args.engine])}"
+        )
     record = circumstances(args.out, args.allow_dirty)
-    tables = {"cost": partial(cost, repeats=args.repeats), "fidelity": fidelity}
+    tables = {
+        "cost": partial(cost, repeats=args.repeats, engine=args.engine),
+        "fidelity": fidelity,
+        "calibrated": partial(calibrated, steps=args.steps, full_steps=args.full_steps),
+    }
     for name in args.table:
         with tempfile.TemporaryDirectory() as folder:
-            record[name] = tables[name](Path(folder), args.way)
-    path = write_record(f"quantised-{'-'.join(args.table)}", record, args.out, args.allow_dirty)
+            record[name] = tables[name](Path(folder), ways)
+    kinds = [*args.table, *([] if args.engine == "onnxruntime" else [args.engine])]
+    path = write_record(f"quantised-{'-'.join(kinds)}", record, args.out, args.allow_dirty)
     print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
     return 0
 

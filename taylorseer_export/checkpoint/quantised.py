@@ -19,7 +19,7 @@ import torch
 
 FORMATS = ("fp8", "int8", "mxfp8", "nvfp4")
 BLOCK = {"mxfp8": 32, "nvfp4": 16}  # values that share a scale, along a row
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the low three bits; the fourth is the sign
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the low three bits; the fourth is the sign
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 def _pairs() -> torch.Tensor:
     """Byte -> the two numbers of nvfp4 in it, [256, 2]."""
-    numbers = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
+    numbers = torch.tensor([*E2M1, *(-value for value in E2M1)])
     byte = torch.arange(256)
     return torch.stack([numbers[byte % 16], numbers[byte // 16]], dim=1)
 

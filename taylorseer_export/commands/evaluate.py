@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from taylorseer_export.bundle.atomic import replacing
 from taylorseer_export.commands.options import bundle_options, plan_options, sample_options
@@ -20,6 +21,10 @@ from taylorseer_export.commands.terminal import (
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.values import seed, whole
 
+if TYPE_CHECKING:
+    from taylorseer_export.report.unquantised import Unquantised
+    from taylorseer_export.runtime.denoiser import Denoiser
+
 SUMMARY = "Compare ways to sample with a bundle: one table and one HTML page."
 
 
@@ -27,6 +32,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     bundle_options(parser)
     plan_options(parser)
+    parser.add_argument(
+        "--model",
+        metavar="REF",
+        help="of a bundle with quantised weights the checkpoint that it was made from, to compare with it unquantised, "
+        "eagerly on the CPU (default: the embedded model if it is of that, else no such comparison)",
+    )
     parser.add_argument("--samples", type=whole(1), default=16, help="samples (default: %(default)s)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of the first sample (default: %(default)s)")
     sample_options(parser)
@@ -62,6 +73,7 @@ def run(given: argparse.Namespace) -> int:
     plan, ways = evaluate.compared_plan(denoiser, forecasts), evaluate.cases(denoiser, forecasts)
     if given.metric_weights is not None and not given.metric_weights.is_dir():
         raise ConfigError(f"--metric-weights {given.metric_weights} is not a folder, expected one; check the path")
+    unquantised, lacking = _unquantised(denoiser, given.model)
     sizes = latent_sizes(manifest, given.size)
     tensors = tensors or random_inputs(denoiser, given.samples, sizes[0])
     requests = groups(
@@ -89,11 +101,19 @@ def run(given: argparse.Namespace) -> int:
         ways += guarded
         if not guarded:
             missing["guards"] = f"a --plan with more full steps than {plan}: the warm-up and the last at least"
-    total = sum(len(case.forecasts) for case in ways) * len(requests) + len(ways[-1].forecasts)
+    missing |= lacking
+    whole_loops = [case.forecasts for case in ways] + ([ways[0].forecasts] if unquantised else [])
+    total = sum(map(len, whole_loops)) * len(requests) + len(ways[-1].forecasts)
     with progress("evaluating", total) as advance:
         done = iter(range(1, 1 << 62))
         rows = evaluate.evaluate(
-            denoiser, requests, ways, measures, captions, on_step=lambda: advance(next(done), total)
+            denoiser,
+            requests,
+            ways,
+            measures,
+            captions,
+            on_step=lambda: advance(next(done), total),
+            unquantised=unquantised,
         )
     facts = {
         "bundle": name,
@@ -103,9 +123,13 @@ def run(given: argparse.Namespace) -> int:
         "samples": str(len(requests) * count),
         "in groups of": str(count),
     }
+    if manifest.quantised:
+        facts["weights"] = manifest.quantised.weights
     with replacing(out) as partial:
         partial.write_text(page(f"{name}: ways to sample", facts, rows, missing), encoding="utf-8")
     print(evaluate.table(rows))
+    if unquantised:
+        print(evaluate.table_of_errors(rows))
     for name, what in missing.items():
         print(f"not measured: {name} (needs {what})")
     print(f"wrote {out}")
@@ -113,3 +137,29 @@ def run(given: argparse.Namespace) -> int:
         records = [{k: v for k, v in asdict(row).items() if k != "shown"} for row in rows]
         print(json.dumps({**facts, "rows": records}))
     return 0
+
+
+def _unquantised(denoiser: Denoiser, reference: str | None) -> tuple[Unquantised | None, dict[str, str]]:
+    """The model that a bundle was quantised from, or what it would need.
+
+    Raises:
+        ConfigError: A model is given for a bundle that is not quantised.
+        CheckpointError: It is not the one that the bundle was made from.
+    """
+    from taylorseer_export.report.unquantised import Unquantised
+    from taylorseer_export.report.verify import checkpoint_of
+
+    manifest = denoiser.manifest
+    if manifest.quantised is None:
+        if reference:
+            raise ConfigError(
+                f"--model is {reference} for a bundle without quantised weights, expected none; leave it out"
+            )
+        return None, {}
+    if manifest.quantised.kept:
+        return None, {
+            "quantisation error": "the weights that the checkpoint was quantised from, which are in no bundle"
+        }
+    if reference is None and not manifest.model.embedded:
+        return None, {"quantisation error": "--model, the checkpoint that the bundle was made from"}
+    return Unquantised(checkpoint_of(denoiser, reference), denoiser), {}

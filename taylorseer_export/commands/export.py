@@ -120,8 +120,8 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
         "--memory-budget",
         metavar="SIZE",
         type=memory,
-        help="memory for weights, Taylor buffers and step tables, like 24GiB; chooses --state and --layout "
-        "(default: no limit)",
+        help="memory for weights, Taylor buffers and step tables, like 24GiB; chooses --state and --layout, "
+        "and the format with --weights auto (default: no limit)",
     )
     how.add_argument(
         "--slots",
@@ -149,9 +149,9 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
     )
     engine.add_argument(
         "--weights",
-        choices=("fp8", "nvfp4", "int8", "keep"),
-        help="format of the weights of the blocks' linear layers, or keep for what a quantised checkpoint has; all "
-        "others keep the precision (default: all do)",
+        choices=("fp8", "nvfp4", "int8", "keep", "auto"),
+        help="format of the weights of the blocks' linear layers; keep: what a quantised checkpoint has; auto: the "
+        "widest that fits --memory-budget, if the precision does not; all others keep the precision (default: all)",
     )
     engine.add_argument(
         "--activations",
@@ -298,6 +298,18 @@ def _export(family: Family, given: argparse.Namespace) -> int:
         parallel=given.parallel,
         degree=given.degree or export.Options.degree,
     )
+    asked = options
+    if asked.weights == memory_table.AUTO:
+        if not given.memory_budget:
+            raise ConfigError(
+                "--weights is auto without --memory-budget, expected it too; add it, or name a format like fp8"
+            )
+        if asked.activations == "static":
+            raise ConfigError(
+                "--activations is static with --weights auto, expected a format by name, since samples are run for it; "
+                "name one like fp8"
+            )
+        options = memory_table.in_precision(asked)
     export.check_options(options)
     source = export.sampling_of(checkpoint).source
     sampled = check_samples(options, source, given.samples, given.prompts, given.inputs)
@@ -315,15 +327,18 @@ def _export(family: Family, given: argparse.Namespace) -> int:
         traced = export.trace_model(checkpoint, options)
         with progress("sampling for --activations static", 1) as advance:
             scales = input_scales(traced, options, given.samples, prompts, conditioning, advance)
-        options = replace(options, input_scales=scales)
+        asked = options = replace(options, input_scales=scales)
     with progress("tracing and splitting", 1) as advance:
         traced = traced or export.trace_model(checkpoint, options)
-        rows = memory_table.choices(traced, options) if given.memory_budget or given.dry_run else ()
+        counted = given.memory_budget or given.dry_run
+        rows, formats = memory_table.planned(traced, asked, given.memory_budget, given.slots) if counted else ((), ())
         advance(1, 1)
     if given.memory_budget:
-        best = memory_table.choose(rows, given.memory_budget, options.order, given.slots, given.state, given.layout)
-        print(memory_table.reason(best, rows, given.memory_budget, given.slots, given.state, given.layout))
-        options = replace(options, granularity=best.granularity, layout=best.layout)
+        decided = (given.slots, given.state, given.layout)
+        best = memory_table.choose(rows, given.memory_budget, options.order, *decided, formats)
+        print(memory_table.reason(best, rows, given.memory_budget, *decided))
+        options = asked if best.weights else options
+        options = replace(options, weights=best.weights, granularity=best.granularity, layout=best.layout)
     plan = export.draft(traced, options)
     if options.parts:
         print(f"whole: beside the transformer, the parts {' and '.join(options.parts)} of {checkpoint.root}")

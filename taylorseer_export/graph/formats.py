@@ -17,15 +17,19 @@ Half a step of rounding, per weight, where s is what its value is multiplied by:
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK = 16  # weights of a row that share a scale in nvfp4
-_LARGEST = {"fp8": 448.0, "int8": 127.0, "nvfp4": 6.0}
+from taylorseer_export.checkpoint.quantised import BLOCK as BLOCKS
+from taylorseer_export.checkpoint.quantised import E2M1
+
+BLOCK = BLOCKS["nvfp4"]  # weights of a row that share a scale
+_LARGEST = {"fp8": 448.0, "int8": 127.0, "nvfp4": E2M1[-1]}
 _SMALLEST_BLOCK = 2.0**-9  # the least scale that e4m3 has
-_EDGES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between the values of e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6
+_EDGES = tuple((low + high) / 2 for low, high in pairwise(E2M1))
 FORMATS = tuple(_LARGEST)
 
 
@@ -83,7 +87,7 @@ def in_blocks(x: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def of_blocks(codes: Tensor, scales: Tensor, whole: Tensor) -> Tensor:
-    """The numbers `[..., columns]` of `in_blocks`, of the dtype of `whole`."""
+    """The numbers `[..., columns]` of `in_blocks`, of the dtype of `whole`: `E2M1` by arithmetic, which fuses."""
     size = (codes & 7).to(whole.dtype)
     size = torch.where(size < 4, size * 0.5, torch.where(size < 6, size - 2, size * 2 - 8))
     signed = torch.where(codes > 7, -size, size).unflatten(-1, (-1, BLOCK))

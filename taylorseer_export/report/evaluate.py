@@ -2,6 +2,9 @@
 
 The rows share noise, conditioning and engines; only the plan and the weights differ. Beside the ways that forecast
 stands the honest baseline: a loop of only as many steps as a plan has full ones.
+
+Where weights are quantised the rows say what forecasting costs, and each is compared once more, with the unquantised
+model on the same samples: of all steps full that is what quantising costs, of every other way what both cost together.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +21,7 @@ from taylorseer_export.embedded.requests import frame_rate, pictures_of
 from taylorseer_export.method import Forecasts, Guard, Plan, Rule
 from taylorseer_export.report.guards import fit_threshold
 from taylorseer_export.report.metrics import Metric, Shown
+from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.sampling import Loop, Pool, Request, denoise
 
@@ -33,6 +38,24 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """How far samples are from others of the same noise and conditioning.
+
+    Attributes:
+        latent_error: Norm of the difference of the final latents over the norm of those others.
+        psnr: Of all pictures together, or of the latents where the bundle makes no pictures, in dB; None where nothing
+            differs.
+        psnr_worst: Of the worst sample.
+        ssim: Mean over the pictures; None without them.
+    """
+
+    latent_error: float
+    psnr: float | None
+    psnr_worst: float | None
+    ssim: float | None
+
+
+@dataclass(frozen=True)
 class Row:
     """What one way gave.
 
@@ -40,15 +63,12 @@ class Row:
         full_steps: That ran, the mean over groups.
         loop_ms: Time of all steps of the loop in the denoiser, for one group of samples; the median over groups.
         prepare_ms, step_ms: Of its beginning and of each of its steps; the same.
-        latent_error: Norm of the difference of the final latents over the norm of those of all-full.
-        psnr: Of all pictures together, or of the latents where the bundle makes no pictures, in dB; None where nothing
-            differs.
-        psnr_worst: Of the worst sample.
-        ssim: Mean over the pictures; None without them.
+        latent_error, psnr, psnr_worst, ssim: How far it is from all-full, as in `Difference`.
         metrics: Those of `metrics` that could be computed, by name; none without pictures.
         step_errors: `latent_error` after each step; none for a loop of another length.
         executed: The steps that ran, for each group; other than `plan` only where something decides at run time.
         shown: The first pictures, `[K, H, W, 3]` uint8; none without them.
+        unquantised: How far it is from the unquantised model, all steps full; None where that was not run.
     """
 
     name: str
@@ -65,6 +85,7 @@ class Row:
     step_errors: tuple[float, ...]
     executed: tuple[str, ...]
     shown: np.ndarray
+    unquantised: Difference | None = None
 
     def median_ms(self, kind: str) -> float | None:
         """Median time of the steps that were full (`F`) or forecast (`.`) in every group; None where none was."""
@@ -143,6 +164,13 @@ def guarded_cases(
     return found
 
 
+class Source(Protocol):
+    """Where a request finds what answers it: the slots of a `Pool`, or a model in their place."""
+
+    def of(self, request: Request) -> Branches:
+        """What answers."""
+
+
 def evaluate(
     denoiser: Denoiser,
     requests: Sequence[Request],
@@ -151,6 +179,7 @@ def evaluate(
     captions: Sequence[str] = (),
     shown: int = 6,
     on_step: Callable[[], object] = lambda: None,
+    unquantised: Source | None = None,
 ) -> list[Row]:
     """One row per case; the first case is what the others are compared with.
 
@@ -162,10 +191,12 @@ def evaluate(
         captions: Of every sample, for the measures that read them.
         shown: Pictures kept of each row.
         on_step: Called after every step.
+        unquantised: The model without quantised weights, where the bundle has such, for a second comparison.
     """
     pool = Pool(denoiser)
     _run(denoiser, pool, requests[0], ways[-1], on_step)  # both engines run once before anything is timed
     exact = [_run(denoiser, pool, request, ways[0], on_step) for request in requests]
+    plain = [_run(denoiser, unquantised, request, ways[0], on_step) for request in requests] if unquantised else []
     labels = [request.conditioning.get("class_labels", np.zeros(0))[: len(request.latents)] for request in requests]
     rows = []
     for case in ways:
@@ -175,7 +206,7 @@ def evaluate(
             made, true = (np.concatenate([run.pictures for run in group]) for group in (runs, exact))
             seen = Shown(made, true, captions, np.concatenate(labels))
             row = replace(row, metrics={metric.name: metric.measure(seen) for metric in measures})
-        rows.append(row)
+        rows.append(replace(row, unquantised=_difference(runs, plain) if plain else None))
     return rows
 
 
@@ -188,8 +219,8 @@ class _Run:
     executed: str
 
 
-def _run(denoiser: Denoiser, pool: Pool, request: Request, case: Case, on_step: Callable[[], object]) -> _Run:
-    loop, branches = Loop(denoiser, request, case.forecasts), pool.of(request)
+def _run(denoiser: Denoiser, source: Source, request: Request, case: Case, on_step: Callable[[], object]) -> _Run:
+    loop, branches = Loop(denoiser, request, case.forecasts), source.of(request)
     began = time.perf_counter()
     loop.begin(branches)
     prepare_ms = 1e3 * (time.perf_counter() - began)
@@ -211,20 +242,6 @@ def draws(denoiser: Denoiser) -> bool:
 
 
 def _row(case: Case, runs: Sequence[_Run], exact: Sequence[_Run], shown: int) -> Row:
-    def error(step: int) -> float:
-        seen, expected = (
-            np.concatenate([run.latents[step] for run in group]).astype(np.float64) for group in (runs, exact)
-        )
-        return float(np.linalg.norm(seen - expected) / np.linalg.norm(expected))
-
-    made, reference = (np.concatenate([run.pictures for run in group]) for group in (runs, exact))
-    seen, expected, peak = made.astype(np.float64), reference.astype(np.float64), _WHITE
-    if not len(made):
-        seen, expected = (
-            np.concatenate([run.latents[-1] for run in group]).astype(np.float64) for group in (runs, exact)
-        )
-        peak = float(expected.max() - expected.min())
-    squares = np.square(seen - expected).reshape(len(seen), -1).mean(1)
     same_length = len(runs[0].latents) == len(exact[0].latents)
     return Row(
         name=case.name,
@@ -233,14 +250,36 @@ def _row(case: Case, runs: Sequence[_Run], exact: Sequence[_Run], shown: int) ->
         loop_ms=float(np.median([sum(run.step_ms) for run in runs])),
         prepare_ms=float(np.median([run.prepare_ms for run in runs])),
         step_ms=tuple(np.median([run.step_ms for run in runs], 0).tolist()),
-        latent_error=error(-1),
+        **vars(_difference(runs, exact)),
+        metrics={},
+        step_errors=tuple(_error(runs, exact, step) for step in range(len(case.forecasts))) if same_length else (),
+        executed=tuple(run.executed for run in runs),
+        shown=np.concatenate([run.pictures for run in runs])[:shown],
+    )
+
+
+def _error(runs: Sequence[_Run], exact: Sequence[_Run], step: int) -> float:
+    """`Difference.latent_error` after a step."""
+    seen, expected = (
+        np.concatenate([run.latents[step] for run in group]).astype(np.float64) for group in (runs, exact)
+    )
+    return float(np.linalg.norm(seen - expected) / np.linalg.norm(expected))
+
+
+def _difference(runs: Sequence[_Run], exact: Sequence[_Run]) -> Difference:
+    made, reference = (np.concatenate([run.pictures for run in group]) for group in (runs, exact))
+    seen, expected, peak = made.astype(np.float64), reference.astype(np.float64), _WHITE
+    if not len(made):
+        seen, expected = (
+            np.concatenate([run.latents[-1] for run in group]).astype(np.float64) for group in (runs, exact)
+        )
+        peak = float(expected.max() - expected.min())
+    squares = np.square(seen - expected).reshape(len(seen), -1).mean(1)
+    return Difference(
+        latent_error=_error(runs, exact, -1),
         psnr=_decibel(squares.mean(), peak),
         psnr_worst=_decibel(squares.max(), peak),
         ssim=_ssim(made, reference),
-        metrics={},
-        step_errors=tuple(error(step) for step in range(len(case.forecasts))) if same_length else (),
-        executed=tuple(run.executed for run in runs),
-        shown=made[:shown],
     )
 
 
@@ -270,6 +309,21 @@ def table(rows: Sequence[Row]) -> str:
             f"{'-' if row.ssim is None else number(row.ssim, 3):>8}{cells}"
         )
     return "\n".join(lines)
+
+
+def table_of_errors(rows: Sequence[Row]) -> str:
+    """The rows against the unquantised model, for a terminal; nothing where that was not run."""
+    found = [(row.name, row.unquantised) for row in rows if row.unquantised]
+    lines = [
+        "  against the unquantised model, all steps full: `all full` is the quantisation error, every other way both",
+        f"  {'way':<22}{'latent error':>14}{'PSNR dB':>10}{'worst':>8}{'SSIM':>8}",
+    ]
+    for name, off in found:
+        lines.append(
+            f"  {name:<22}{off.latent_error:>14.4f}{number(off.psnr, 1):>10}{number(off.psnr_worst, 1):>8}"
+            f"{'-' if off.ssim is None else number(off.ssim, 3):>8}"
+        )
+    return "\n".join(lines if found else [])
 
 
 def number(value: float | None, digits: int) -> str:

@@ -121,6 +121,12 @@ def page(title: str, facts: Mapping[str, str], rows: Sequence[Row], unmeasured: 
         "<p>PSNR, SSIM and latent error against all steps full, on the same noise and conditioning.</p>",
         _table(rows, marks),
     ]
+    if rows[0].unquantised:
+        parts += [
+            "<h2>Against the unquantised model</h2><p>The same samples against that model with all its steps full: "
+            f"{escape(rows[0].name)} is the quantisation error, every other way both errors together.</p>",
+            _table_of_errors(rows, marks),
+        ]
     if unmeasured:
         missing = "; ".join(f"{escape(name)} (needs {escape(what)})" for name, what in unmeasured.items())
         options = re.sub(r"--[a-z][a-z-]*", r"<code>\g<0></code>", missing)
@@ -170,6 +176,19 @@ def _table(rows: Sequence[Row], marks: Mapping[str, _Mark]) -> str:
             *(f"{row.metrics[m]:.3f}" for m in metrics),
         )  # fmt: skip
         lines.append("<tr>" + "".join(f"<td>{cell}" for cell in cells))
+    return f"<div class=wide><table>{''.join(lines)}</table></div>"
+
+
+def _table_of_errors(rows: Sequence[Row], marks: Mapping[str, _Mark]) -> str:
+    lines = ["<tr>" + "".join(f"<th>{name}" for name in ("way", "PSNR dB", "worst", "SSIM", "latent error"))]
+    for row in rows:
+        if (off := row.unquantised) is not None:
+            ssim = "" if off.ssim is None else f"{off.ssim:.3f}"
+            cells = (
+                marks[row.name].key(row.name), number(off.psnr, 1), number(off.psnr_worst, 1), ssim,
+                f"{off.latent_error:.4f}",
+            )  # fmt: skip
+            lines.append("<tr>" + "".join(f"<td>{cell}" for cell in cells))
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
 

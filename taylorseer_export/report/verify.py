@@ -135,7 +135,7 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: F
     ran = replace(forecasts, plan=Plan(slot.executed))
     unit = roundoff_of(model, manifest)
     seen, bounds = [], []
-    with _Reference(model, denoiser, ran).hooked() as reference:
+    with Reference(model, denoiser, ran).hooked() as reference:
         for step, (latent, timestep) in enumerate(zip(data.latents, data.timesteps, strict=True)):
             expected = reference.step(latent, timestep, {**data.conditioning, **data.beside(step)})
             amplified = 1.0 if ran.plan.is_full(step) else gain(_weights(ran, step))
@@ -205,7 +205,7 @@ def verify(
 def _predictions(model: nn.Module, denoiser: Denoiser, data: Trajectory) -> list[np.ndarray]:
     """Of the eager model, all steps full."""
     every = Forecasts(Plan.all_full(len(data.timesteps)), 0)
-    with _Reference(model, denoiser, every).hooked() as reference:
+    with Reference(model, denoiser, every).hooked() as reference:
         pairs = enumerate(zip(data.latents, data.timesteps, strict=True))
         return [_joined(reference.step(x, t, {**data.conditioning, **data.beside(step)})) for step, (x, t) in pairs]
 
@@ -251,7 +251,7 @@ def _weights(forecasts: Forecasts, step: int) -> tuple[Fraction, ...]:
     return exact_weights(forecasts.plan.history(step, forecasts.order), step, forecasts.order, forecasts.form)
 
 
-class _Reference:
+class Reference:
     """The eager model with hooks that record on full steps and replace on forecast steps."""
 
     def __init__(self, model: nn.Module, denoiser: Denoiser, forecasts: Forecasts) -> None:
@@ -293,7 +293,7 @@ class _Reference:
         return value.to(self.dtype)
 
     @contextmanager
-    def hooked(self) -> Iterator[_Reference]:
+    def hooked(self) -> Iterator[Reference]:
         modules = dict(self.model.named_modules())
         with ExitStack() as hooks:
             for name in self.sites:

@@ -67,13 +67,14 @@ def killed(draft, inputs, plan, rank, step, timeout=20.0):
 
 def begun(denoiser, inputs, plan, order=None, **options):
     """(slot, latents) of the share of one rank in a request."""
-    latents, timesteps, conditioning = inputs
-    share = denoiser.share
-    mine, given = (
-        share.latents(latents.numpy()),
-        share.conditioning({name: value.numpy() for name, value in conditioning.items()}),
+    latents, timesteps, conditioning = (
+        inputs[0].numpy(),
+        inputs[1],
+        {n: value.numpy() for n, value in inputs[2].items()},
     )
-    slot = denoiser.slot(denoiser.sizes(mine.shape[1:], given))
+    share = denoiser.share
+    slot = denoiser.slot(denoiser.sizes(latents.shape[1:], conditioning), own=True)
+    mine, given = share.latents(latents), share.conditioning(conditioning)
     slot.start(given, replace(denoiser.forecasts(plan=plan, order=order), **options), timesteps.float().numpy())
     return slot, mine
 

@@ -107,7 +107,7 @@ def encoded(request: Request, forecasts: Forecasts) -> bytes:
         "guard": None if forecasts.guard is None else asdict(forecasts.guard),
     }  # fmt: skip
     file = io.BytesIO()
-    np.savez(file, allow_pickle=False, **arrays, facts=np.array(json.dumps(facts)))  # type: ignore[arg-type]
+    np.savez(file, allow_pickle=False, **arrays, facts=np.array(json.dumps(facts)))
     return file.getvalue()
 
 

@@ -6,7 +6,7 @@ that time; so does it learn of a rank that has died while nobody asks for anythi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Lock, Thread
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ class Led(Protocol):
     plan: Any
     step: int
     latents: np.ndarray
-    conditioning: Sequence[Mapping[str, Any]]
+    conditioning: list[dict[str, np.ndarray]]
     model_timesteps: np.ndarray
 
     @property

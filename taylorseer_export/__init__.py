@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from taylorseer_export.method import forecast_weights as forecast_weights
     from taylorseer_export.runtime.denoiser import Denoiser as Denoiser
     from taylorseer_export.runtime.denoiser import load as load
+    from taylorseer_export.runtime.following import follow as follow
+    from taylorseer_export.runtime.group import Group as Group
     from taylorseer_export.runtime.slot import Slot as Slot
 
     __version__: str
@@ -31,6 +33,8 @@ _PUBLIC = {
     "export": "taylorseer_export.compile.api",
     "load": "taylorseer_export.runtime.denoiser",
     "Denoiser": "taylorseer_export.runtime.denoiser",
+    "follow": "taylorseer_export.runtime.following",
+    "Group": "taylorseer_export.runtime.group",
     "Slot": "taylorseer_export.runtime.slot",
     "Forecasts": "taylorseer_export.method",
     "Guard": "taylorseer_export.method",
@@ -39,7 +43,19 @@ _PUBLIC = {
     "TaylorSeerError": "taylorseer_export.errors",
 }
 
-__all__ = ["Denoiser", "Forecasts", "Guard", "Plan", "Slot", "TaylorSeerError", "export", "forecast_weights", "load"]
+__all__ = [
+    "Denoiser",
+    "Forecasts",
+    "Group",
+    "Guard",
+    "Plan",
+    "Slot",
+    "TaylorSeerError",
+    "export",
+    "follow",
+    "forecast_weights",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

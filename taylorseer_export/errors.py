@@ -46,6 +46,10 @@ class StepError(TaylorSeerError):
     """The denoiser was called out of order, or with tensors of another shape, dtype or range."""
 
 
+class RankError(StepError):
+    """A rank has died, is late, or is elsewhere: the ranks of its group do nothing more together; names it."""
+
+
 class ParityError(TaylorSeerError):
     """A difference exceeds its derived bound; names output, step, what was seen, and the bound."""
 

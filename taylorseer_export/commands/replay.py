@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taylorseer_export.commands.options import bundle_options, lora_option, plan_options
+from taylorseer_export.commands.ranks import rank_option
 from taylorseer_export.commands.terminal import (
     check_out,
     forecasts_of,
@@ -35,6 +36,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     bundle_options(parser)
     lora_option(parser)
+    rank_option(parser)
     plan_options(parser, steps=False)
     parser.add_argument(
         "--inputs", type=Path, required=True, help="safetensors: latents [S, ...], timestep [S], conditioning"
@@ -72,8 +74,8 @@ def run(given: argparse.Namespace) -> int:
     if share.group:
         facts = {name: f"{value.dtype} {list(value.shape)} {crc32(value)}" for name, value in tensors.items()}
         share.group.agree({**facts, "latents": list(latents.shape), "timestep": timesteps.tolist(), "plan": forecasts})
+    slot = denoiser.slot(denoiser.sizes(latents.shape[1:], tensors), own=True)
     latents, tensors = share.latents(latents), share.conditioning(tensors)
-    slot = denoiser.slot(denoiser.sizes(latents.shape[1:], tensors))
     slot.start(tensors, forecasts, timesteps)
     predictions: dict[str, list[np.ndarray]] = {name: [] for name in denoiser.contract.predictions.values()}
     with progress("replaying", len(plan)) as advance:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taylorseer_export.commands.options import bundle_options, lora_option, plan_options
+from taylorseer_export.commands.ranks import rank_option
 from taylorseer_export.commands.terminal import (
     check_out,
     open_denoiser,
@@ -43,6 +44,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     bundle_options(parser)
     lora_option(parser)
+    rank_option(parser)
     plan_options(parser)
     parser.add_argument("--label", type=whole(0), nargs="+", help="classes to draw (models of classes)")
     parser.add_argument("--prompt", nargs="+", help="what to draw (bundles with text encoders)")
@@ -96,22 +98,30 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
-    import numpy as np
-
-    from taylorseer_export.embedded import requests
-    from taylorseer_export.embedded.edits import given_picture, steps_that_run
-    from taylorseer_export.embedded.picture import read_picture
-    from taylorseer_export.embedded.video import MP4, check_video
-    from taylorseer_export.method import forecasts_from_options
-    from taylorseer_export.runtime import sampling
-    from taylorseer_export.runtime.schedulers import own_scheduler
+    from taylorseer_export.embedded.video import MP4
+    from taylorseer_export.runtime.following import follow
 
     if given.out:
         film = given.out.suffix.lower() == MP4
         if given.out.suffix != ".safetensors":
             require_extra(*(("video", "av") if film else ("sample", "PIL")))
         check_out(given.out, picture=given.out.suffix != ".safetensors" and not film)
-    denoiser = open_denoiser(given, "run")
+    with open_denoiser(given, "run", ranks=True) as denoiser:
+        return 0 if follow(denoiser) else _sampled(given, denoiser)
+
+
+def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
+    """What one process does, and of several ranks the first."""
+    import numpy as np
+
+    from taylorseer_export.embedded import requests
+    from taylorseer_export.embedded.edits import given_picture, steps_that_run
+    from taylorseer_export.embedded.picture import read_picture
+    from taylorseer_export.embedded.video import check_video
+    from taylorseer_export.method import forecasts_from_options
+    from taylorseer_export.runtime import sampling
+    from taylorseer_export.runtime.schedulers import own_scheduler
+
     if given.image:
         require_extra("whole", "PIL")
     pictures = [read_picture(path) for path in given.image or ()]
@@ -125,6 +135,8 @@ def run(given: argparse.Namespace) -> int:
     require_extra("sample", *(["PIL"] if not given.out and manifest.sampling.pictures else []))
     _check_fps(manifest, given)
     _check_previews(manifest, given, len(forecasts))
+    if given.previews:
+        denoiser.share.expect_one(f"--previews {given.previews}")
     needed: list[PartName] = [] if given.inputs else ["text"]
     needed += ["encode"] if given.image else []
     needed += [] if given.out and given.out.suffix == ".safetensors" else ["decode"]

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taylorseer_export.commands.options import device_option, service_options
+from taylorseer_export.commands.ranks import joined, rank_option
 from taylorseer_export.commands.terminal import require_extra
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.values import memory, real, whole
 
 if TYPE_CHECKING:
+    from taylorseer_export.runtime.group import Group
     from taylorseer_export.serve.api.busy import Busy
     from taylorseer_export.serve.api.models import Models
 
@@ -23,6 +25,7 @@ _LAST_PORT = 65535
 # Options of bundles that are loaded here.
 _LOADED = "device slots queue batch workers threads memory_budget conditioning_cache warm stall lora".split()
 _BUSY = ("busy_queue", "busy_profile")
+_OF_ONE = "triton slots batch workers warm lora".split()  # what several ranks that serve one bundle do not take
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +53,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--port", type=whole(0, _LAST_PORT), default=8000, help="port, 0 for a free one (default: %(default)s)"
     )
     device_option(parser)
+    rank_option(parser)
     service_options(parser, "bundle")
     parser.add_argument(
         "--lora",
@@ -118,20 +122,55 @@ def run(given: argparse.Namespace) -> int:
         keys=read_keys(given.api_key_file),
     )
     busy, traces = _busy(given), traces_of()
+    group = joined(given)
+    if group is not None:
+        _check_ranks(given, group)
+        if group.rank:
+            return _follow(given, group)
     with bound(given.host, given.port) as listener:
-        models = _models(given, busy)
+        models = _models(given, busy, group)
 
         def ready() -> None:
             names = ", ".join(model.name for model in models)
             names += f" of {', '.join(given.triton)}" if given.triton else ""
+            names += f" on {group.size} ranks, one picture at a time," if group is not None else ""
             who = f"{len(settings.keys)} keys" if settings.keys else "no key: whoever reaches it may draw"
             print(f"serving {names} at {address_of(listener)} ({who}); Ctrl-C ends it", flush=True)
 
-        serve(models, settings, listener, ready, traces)
+        failed = serve(models, settings, listener, ready, traces)
+    if failed is not None:
+        raise failed
     return 0
 
 
-def _models(given: argparse.Namespace, busy: Busy | None) -> Models:
+def _follow(given: argparse.Namespace, group: Group) -> int:
+    """What ranks other than 0 do: they hear of requests from it alone."""
+    from taylorseer_export.runtime.denoiser import load
+    from taylorseer_export.runtime.following import follow
+
+    with load(given.bundles[0], given.device, given.threads, group=group) as denoiser:
+        follow(denoiser)
+    return 0
+
+
+def _check_ranks(given: argparse.Namespace, group: Group) -> None:
+    """Refuse what several ranks do not serve.
+
+    Raises:
+        ConfigError: It is not one bundle, or an option of several requests at a time is given.
+    """
+    usual = argparse.ArgumentParser()
+    options(usual)
+    changed = [name for name in _OF_ONE if getattr(given, name) != usual.get_default(name)]
+    if changed or len(given.bundles) != 1:
+        seen = f"--{changed[0]} is given" if changed else f"{len(given.bundles)} bundles are given"
+        raise ConfigError(
+            f"{seen} on {group.size} ranks, expected one bundle and none of --{' --'.join(_OF_ONE)}: they draw one "
+            "picture at a time; leave it out"
+        )
+
+
+def _models(given: argparse.Namespace, busy: Busy | None, group: Group | None = None) -> Models:
     """Loaded here, or found on Triton servers."""
     if given.triton:
         from taylorseer_export.serve.api.fleet import open_models
@@ -143,7 +182,8 @@ def _models(given: argparse.Namespace, busy: Busy | None) -> Models:
 
     names = ("slots", "queue", "batch", "workers", "conditioning_cache", "warm")
     limits = Limits(**{name: getattr(given, name) for name in names})
-    return load_models(given.bundles, given.device, given.threads, limits, given.memory_budget, busy, _loras(given))
+    budget, loras = given.memory_budget, _loras(given)
+    return load_models(given.bundles, given.device, given.threads, limits, budget, busy, loras, group)
 
 
 def _loras(given: argparse.Namespace) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from taylorseer_export.bundle.atomic import check_open, replacing
+from taylorseer_export.commands.ranks import joined
 from taylorseer_export.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,21 +30,22 @@ def open_denoiser(given: argparse.Namespace, one_latent: str = "", ranks: bool =
     Args:
         given: The command line.
         one_latent: A verb that serves no bundle of several latents.
-        ranks: Whether the command may be run by several ranks.
+        ranks: Whether the command may be run by several ranks, and has `rank_option`.
     """
     from taylorseer_export.bundle.latents import refuse_several
     from taylorseer_export.bundle.store import open_bundle
     from taylorseer_export.runtime.denoiser import load
-    from taylorseer_export.runtime.group import Group
+    from taylorseer_export.runtime.share import check_ranks
 
     if given.no_cuda_graphs and not given.device.is_gpu:
         raise ConfigError("--no-cuda-graphs is given for the CPU, expected it with --device cuda; leave it out")
-    lora, bundle = getattr(given, "lora", ()), given.bundle
+    lora, bundle = getattr(given, "lora", ()), open_bundle(given.bundle)
     if one_latent:
-        bundle = open_bundle(bundle)
         refuse_several(bundle.manifest, one_latent)
-    group = Group.from_environment(given.device) if ranks else None
+    group = joined(given) if ranks else None
+    check_ranks(bundle.manifest, group)
     denoiser = load(bundle, given.device, given.threads, None, not given.no_cuda_graphs, lora=lora, group=group)
+    denoiser.share.owned = True
     if lora:
         from taylorseer_export.bundle.memory import lora_bytes, size
 

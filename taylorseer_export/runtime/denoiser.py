@@ -27,8 +27,9 @@ from taylorseer_export.runtime.group import Group, together
 from taylorseer_export.runtime.lora import Merged, merged
 from taylorseer_export.runtime.parts import Encoder, Part, open_part
 from taylorseer_export.runtime.runner import Runner
-from taylorseer_export.runtime.share import Share, check_ranks
+from taylorseer_export.runtime.share import Share, check_ranks, ranks_of
 from taylorseer_export.runtime.slot import Slot
+from taylorseer_export.runtime.whole import WholeSlot
 
 if TYPE_CHECKING:
     from taylorseer_export.runtime.dropin import DropIn
@@ -43,7 +44,7 @@ def load(
     check: bool = True,
     devices: Mapping[PartName, str | Device] | None = None,
     lora: str | Path | Sequence[str | Path] = (),
-    group: Group | None = None,
+    group: Group | Any = None,
 ) -> Denoiser:
     """Check a bundle, load its engines, and check what they compute.
 
@@ -60,7 +61,9 @@ def load(
         lora: LoRAs that are added to the weights of this load, `FILE` or `FILE:SCALE`, under diffusers' names; see
             `lora.py`; with low-rank inputs those that requests get which bring none, see `adapter.py`. A profile stays
             what it was calibrated without them.
-        group: The ranks that run a bundle which is shared out, all of which load it at the same time.
+        group: The ranks that run a bundle which is shared out, all of which load it at the same time: a `Group`, or a
+            process group of torch.distributed. Left out, those that torchrun started. See `following.py` for rank 0
+            with the others following; slots and the drop-in are called alike on all ranks.
 
     Raises:
         BundleError: The bundle is missing, damaged, too new, not for this machine, or its engines overflow.
@@ -68,21 +71,22 @@ def load(
     """
     asked = Device.parse(device)
     bundle = folder if isinstance(folder, Bundle) else open_bundle(Path(folder), progress)
-    check_ranks(bundle.manifest, group)
-    if group is not None:
-        group.agree({"bundle": hashlib.sha256(bundle.manifest.to_json()).hexdigest()})
+    ranks = ranks_of(bundle.manifest, group, asked)
+    check_ranks(bundle.manifest, ranks)
+    if ranks is not None:
+        ranks.agree({"bundle": hashlib.sha256(bundle.manifest.to_json()).hexdigest()})
     given = (lora,) if isinstance(lora, str | Path) else tuple(lora)
     taken = bundle.manifest.lora is not None  # by inputs, so that the weights stay
     adapted = Merged() if taken else merged(given, bundle)
     usual = adapter_of(bundle.manifest, given) if taken and given else None
     runner = open_runner(bundle, asked, threads, cuda_graphs, adapted.weights)
     places = {name: Device.parse(place) for name, place in (devices or {}).items()}
-    denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places, group)
-    denoiser.lora, denoiser.usual = adapted, usual
+    denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places, ranks)
+    denoiser.lora, denoiser.usual, denoiser.share.owned = adapted, usual, ranks is not group
     if check:
         try:
-            with together(group):
-                check_engines(denoiser.contract, runner, denoiser.device, lora=usual)
+            with together(ranks):
+                check_engines(denoiser.share.contract, runner, denoiser.device, lora=usual)
         except MemoryError as error:
             denoiser.close()
             raise BundleError(
@@ -105,7 +109,7 @@ class Denoiser:
     """Engines of one bundle, ready to serve requests through slots.
 
     Args:
-        manifest: The contract.
+        manifest: The contract; of one rank, where the bundle is shared out.
         runner: The loaded engines.
         bundle: The bundle it was opened from, if any.
         device: Where the engines are.
@@ -114,6 +118,7 @@ class Denoiser:
         group: The ranks that run it, where it is shared out.
 
     Attributes:
+        manifest, contract: Of whole requests, shared out or not.
         share: Which rows of a request are this rank's: all of them where nothing is shared out.
         lora: The weights that LoRAs changed when it was loaded.
         usual: Where LoRAs are inputs, what requests get that bring none of their own.
@@ -129,12 +134,12 @@ class Denoiser:
         devices: Mapping[PartName, Device] | None = None,
         group: Group | None = None,
     ) -> None:
-        self.manifest, self.runner, self.bundle, self.device = manifest, runner, bundle, device
+        self.share = Share(Contract(manifest), group)
+        self.manifest, self.runner, self.bundle, self.device = self.share.whole, runner, bundle, device
         self._threads, self._devices = threads, devices or {}
         self.lora = Merged()
         self.usual: Adapter | None = None
-        self.contract = Contract(manifest)
-        self.share = Share(self.contract, group)
+        self.contract = Contract(self.manifest)
         self.latent, self.timestep = self.contract.latent, self.contract.timestep
         self.others = self.contract.others
         self.constants, self.defaults = self.contract.constants, self.contract.defaults
@@ -161,14 +166,21 @@ class Denoiser:
         """Refuse sizes that the bundle does not take, as `Contract.check_sizes` does."""
         self.contract.check_sizes(sizes)
 
-    def slot(self, sizes: Mapping[str, int]) -> Slot:
+    def slot(self, sizes: Mapping[str, int], own: bool = False) -> Slot:
         """A new slot for requests of these sizes; its buffers are allocated and bound now.
+
+        Args:
+            sizes: Of every dimension but the steps, of the whole.
+            own: Whether it is given this rank's share of latents and conditioning, see `share`; else the whole ones,
+                and returns whole predictions, see `WholeSlot`. The same where nothing is shared out.
 
         Raises:
             StepError: A size is out of range; nothing was allocated.
         """
         self.check_sizes(sizes)
-        return Slot(self.contract, self.runner, sizes, self.usual, self.share.group)
+        if self.share.ranks > 1 and not own:
+            return WholeSlot(self.share, self.runner, sizes, self.usual)
+        return Slot(self.share.contract, self.runner, self.share.sizes(sizes), self.usual, self.share.group)
 
     def adapter(self, lora: str | Path | Sequence[str | Path]) -> Adapter:
         """A LoRA for requests of this bundle, `FILE` or `FILE:STRENGTH`; raises what `adapter` of `adapter.py` raises.
@@ -181,7 +193,6 @@ class Denoiser:
         """As the transformer of a diffusers pipeline; the options are those of `DropIn`."""
         from taylorseer_export.runtime.dropin import DropIn
 
-        self.share.expect_one("a drop-in")
         return DropIn(self, **options)
 
     @cached_property
@@ -218,7 +229,8 @@ class Denoiser:
         return self._devices.get(name, self.device)
 
     def close(self) -> None:
-        """Release the engines."""
+        """Release the engines; on a rank 0 that leads, the others are let go."""
+        self.share.close()
         self.runner.close()
         for name in ("encoder", "picture_encoder", "decoder"):
             if name in vars(self):

@@ -25,20 +25,25 @@ import numpy as np
 
 from taylorseer_export.bundle.device import CPU, Device
 from taylorseer_export.bundle.parallel import GROUP
-from taylorseer_export.errors import ConfigError, StepError, first_line
+from taylorseer_export.errors import ConfigError, RankError, StepError, first_line
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import ProcessGroup, Store
 
 TIMEOUT = 60.0  # s
 _GRACE = 2.0  # s in which ranks that a collective failed on say so
+_LEFT = -1  # in the place of a step, of a request that rank 0 gives up
+
+
+class Left(StepError):
+    """Rank 0 has given up the request under way; the group is ready for the next one."""
 
 
 class Group:
     """The ranks of one run.
 
     Args:
-        store: That all ranks see, and no other group.
+        store: That all ranks see. Groups over one store are told apart by their order, which is the same on all ranks.
         rank: Of this process, from 0.
         size: How many there are.
         device: Where the engines are.
@@ -46,13 +51,19 @@ class Group:
 
     Attributes:
         sent: Bytes that this rank gave to others outside of graphs.
+        leaving: Set on rank 0, it ends the request under way on all ranks at its next full step.
+
+    Raises:
+        ConfigError: This process is in a group already.
     """
 
     def __init__(self, store: Store, rank: int, size: int, device: Device = CPU, timeout: float = TIMEOUT) -> None:
         from torch.distributed import PrefixStore, ProcessGroupGloo
 
         self.rank, self.size, self.timeout, self.sent = rank, size, timeout, 0
-        self._store, self._asked = PrefixStore(GROUP, store), 0
+        self.leaving = False
+        number = store.add(f"{GROUP}/{rank}", 1)
+        self._store, self._asked = PrefixStore(f"{GROUP}/{number}", store), 0
         self._handle = _process_group(PrefixStore("graphs", self._store), rank, size, device, timeout)
         span = timedelta(seconds=timeout)
         self._host: Any = ProcessGroupGloo(PrefixStore("host", self._store), rank, size, span)
@@ -77,6 +88,23 @@ class Group:
                 f"them within {timeout:g} s; start them with torchrun"
             ) from error
 
+    @classmethod
+    def of(cls, ranks: ProcessGroup, device: Device = CPU, timeout: float = TIMEOUT) -> Group:
+        """The ranks of a process group of torch.distributed, whose own connections are left alone.
+
+        Raises:
+            ConfigError: It is none, or this process is not in it.
+        """
+        from torch.distributed import PrefixStore, distributed_c10d
+
+        if not isinstance(ranks, distributed_c10d.ProcessGroup) or not distributed_c10d.is_initialized():
+            raise ConfigError(
+                f"group is {type(ranks).__name__}, expected a Group, or a process group of torch.distributed that this "
+                "process is in; call init_process_group() first, or leave it out under torchrun"
+            )
+        store = PrefixStore(ranks.group_name, distributed_c10d._get_default_store())
+        return cls(store, ranks.rank(), ranks.size(), device, timeout)
+
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Compare what all ranks are to have alike, before anything that depends on it.
 
@@ -86,9 +114,7 @@ class Group:
         Raises:
             StepError: On every rank alike: one has something else than rank 0, or did not come in time.
         """
-        self._asked += 1
-        self._store.set(f"facts/{self._asked}/{self.rank}", json.dumps({k: str(v) for k, v in facts.items()}))
-        told = [json.loads(self._wait_for(f"facts/{self._asked}/{rank}", rank)) for rank in range(self.size)]
+        told = [json.loads(one) for one in self.exchanged(json.dumps({k: str(v) for k, v in facts.items()}))]
         for rank, other in enumerate(told):
             for name in {**told[0], **other}:
                 seen, expected = other.get(name, "missing"), told[0].get(name, "missing")
@@ -97,16 +123,48 @@ class Group:
                         f"`{name}` of rank {rank} is {seen}, expected {expected} as of rank 0; start all ranks alike"
                     )
 
+    def exchanged(self, text: str) -> list[str]:
+        """Of every rank its text, over the store.
+
+        Raises:
+            RankError: One did not come in time.
+        """
+        self._asked += 1
+        self._store.set(f"told/{self._asked}/{self.rank}", text)
+        found = [self._wait_for(f"told/{self._asked}/{rank}", rank).decode() for rank in range(self.size)]
+        self._store.delete_key(f"told/{self._asked - 1}/{self.rank}")  # all that have come here have read it
+        return found
+
+    def broadcast(self, given: bytes) -> bytes:
+        """What rank 0 gives, on every rank; others give nothing. Nothing is no more than a sign of life.
+
+        Raises:
+            RankError: One did not come in time.
+        """
+        import torch
+
+        with self.together():
+            length = int(self.gathered(np.array([len(given)], np.int64))[0][0])
+            if not length:
+                return b""
+            values = torch.frombuffer(bytearray(given), dtype=torch.uint8) if given else torch.empty(length).byte()
+            self._host.broadcast(values, 0).wait()
+            self.sent += len(given) * (self.size - 1)
+        return values.numpy().tobytes()
+
     def same(self, step: int) -> None:
         """Hold that all ranks are at one step; 8 bytes to each other one.
 
         Raises:
-            StepError: Names the rank that is elsewhere.
+            RankError: Names the rank that is elsewhere.
+            Left: Rank 0 gives the request up, on all ranks alike.
         """
-        steps = self.gathered(np.array([step], np.int64))
+        steps = self.gathered(np.array([_LEFT if self.leaving else step], np.int64))
+        if steps[0][0] == _LEFT:
+            raise Left(f"the request is given up at step {step}, expected rank 0 to go on with it; send it again")
         for rank, (other,) in enumerate(steps):
             if other != steps[0][0]:
-                raise StepError(
+                raise RankError(
                     f"rank {rank} is at step {other}, expected step {steps[0][0]} as rank 0; run one plan on all ranks"
                 )
 
@@ -132,17 +190,19 @@ class Group:
             step: That is under way, for the sentence.
 
         Raises:
-            StepError: In the place of what the library said.
+            RankError: In the place of what the library said.
         """
         begun = time.monotonic()
         try:
             yield
+        except RankError:
+            raise
         except (RuntimeError, StepError) as error:
             cause = error if isinstance(error, RuntimeError) else error.__cause__
             if not isinstance(cause, RuntimeError):
                 raise
             where = "" if step is None else f" at step {step}"
-            raise StepError(
+            raise RankError(
                 f"{self._missing()} after {time.monotonic() - begun:.1f} s{where} ({first_line(cause)}), expected all "
                 f"{self.size} ranks within {self.timeout:g} s; see what it says, and start all again"
             ) from error
@@ -175,7 +235,7 @@ class Group:
             self._store.wait([key], timedelta(seconds=self.timeout))
             return bytes(self._store.get(key))
         except RuntimeError as error:
-            raise StepError(
+            raise RankError(
                 f"rank {rank} of {self.size} has died or is late, expected it within {self.timeout:g} s; see what it "
                 "says, and start all again"
             ) from error
@@ -205,7 +265,13 @@ def _process_group(store: Any, rank: int, size: int, device: Device, timeout: fl
     group._set_default_backend(chosen)
     group._register_backend(torch.device("cuda" if device.is_gpu else "cpu"), chosen, backend)
     group._set_group_name(_name())
-    _register_process_group(_name(), group)
+    try:
+        _register_process_group(_name(), group)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"a group of ranks is there in this process ({first_line(error)}), expected one at a time, by whose name "
+            "graphs find it; give load() that group again, or close it first"
+        ) from error
     return group
 
 

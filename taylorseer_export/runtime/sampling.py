@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,8 +21,9 @@ from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.lead import beginning
 from taylorseer_export.runtime.noise import normals
-from taylorseer_export.runtime.schedulers import begun, scheduler_of
+from taylorseer_export.runtime.schedulers import begun, own_scheduler, scheduler_of
 from taylorseer_export.runtime.sections import Course
 from taylorseer_export.runtime.values import check_prediction
 
@@ -235,7 +236,8 @@ class Loop:
 
     Every step: `model_input()` goes to its slots, their prediction comes back through `accept`. Where a loop `begins`,
     `begin` comes before its first step. `denoise` does this for one request; a server does it for many in turn, and
-    both get the same numbers.
+    both get the same numbers. Over ranks each has its own rows of the latents from `begin` on, and all of them at
+    the end of a loop.
 
     Args:
         denoiser, request, forecasts: As in `sample`.
@@ -251,11 +253,13 @@ class Loop:
 
     Raises:
         StepError: An input does not fit the bundle.
-        ConfigError: It is shared out over ranks.
+        ConfigError: Ranks share the rows out, and the scheduler does not take each by itself.
     """
 
     def __init__(self, denoiser: Denoiser, request: Request, forecasts: Forecasts) -> None:
-        denoiser.share.expect_one("sampling")
+        self._share = denoiser.share
+        if self._share.ranks > 1 and own_scheduler(denoiser.manifest) is None:
+            self._share.expect_one(f"a loop of {denoiser.manifest.sampling.scheduler} under its config")
         self.request, self.forecasts = request, forecasts
         self._manifest, self._pipeline = denoiser.manifest, denoiser.manifest.pipeline
         self.plan = request.planned(forecasts.plan)
@@ -268,20 +272,21 @@ class Loop:
 
     def _enter(self) -> None:
         """Go to the first step of the next loop: a scheduler at its start, noise, and what a section is given."""
-        request, run, beginning = self.request, len(self.forecasts), self.request.beginning
+        request, run, first = self.request, len(self.forecasts), self.request.beginning
+        self._joined = request.joined
         noise, self.conditioning = request.latents, request.branches
         if request.course is not None:
             number, window = self.step // run, request.course.window
             noise = np.ascontiguousarray(noise[:, :, number * window : (number + 1) * window])
             given = request.course.inputs(number, self._made)
             self.conditioning = [{**branch, **given} for branch in request.branches]
-        steps = run if beginning is None else beginning.of(run)
+        steps = run if first is None else first.of(run)
         self._scheduler = scheduler_of(self._manifest)
         timesteps = clock(self._manifest, noise.shape, steps, request.sigmas, self._scheduler)
         self.model_timesteps = timesteps[steps - run :]
         self.latents = self._scheduler.start(noise)
-        if beginning is not None:
-            self.latents = begun(self._scheduler, noise, beginning.latents, steps - run)
+        if first is not None:
+            self.latents = begun(self._scheduler, noise, first.latents, steps - run)
 
     @property
     def begins(self) -> bool:
@@ -295,10 +300,19 @@ class Loop:
 
     def open(self, denoiser: Denoiser) -> Branches:
         """New slots for it."""
-        return Branches([denoiser.slot(sizes) for sizes in self.branches])
+        return Branches([denoiser.slot(sizes, own=True) for sizes in self.branches])
 
     def begin(self, branches: Branches) -> None:
-        """Begin the request, or its next loop, in slots of its sizes."""
+        """Begin the request, or its next loop, in slots of its sizes; on all ranks, or on none."""
+        with beginning(self._share.group, self._share.lead, self):
+            self.enter(branches)
+
+    def enter(self, branches: Branches) -> None:
+        """The part of `begin` that each rank does alone."""
+        share = self._share
+        self.latents, self.conditioning = share.latents(self.latents), [*map(share.conditioning, self.conditioning)]
+        if self._joined is not None:
+            self._joined = replace(self._joined, value=share.latents(self._joined.value))
         start = branches.go_on if self.step else branches.start
         start(self.conditioning, self.forecasts, self.model_timesteps, self.request.lora)
 
@@ -311,7 +325,7 @@ class Loop:
     def model_input(self, latents: np.ndarray | None = None) -> np.ndarray:
         """What the transformer takes of the latents, the loop's own if left out."""
         latents = self.latents if latents is None else latents
-        if (joined := self.request.joined) is not None:
+        if (joined := self._joined) is not None:
             own = latents[:, :, joined.value.shape[2] :] if joined.ahead else latents
             latents = np.concatenate([joined.value, own] if joined.ahead else [own, joined.value], joined.axis)
         if self.step < len(self.plan):
@@ -337,15 +351,20 @@ class Loop:
             StepError: It has numbers that are not finite, or the scheduler makes such of it.
             BundleError: The scheduler does not step.
         """
-        check_prediction(bool(np.isfinite(prediction).all()), self.step, self.plan)
-        latents = self._following(self._scheduler.advance, self.prediction(prediction))
-        if not np.isfinite(latents).all():
+        alone = self._share.ranks == 1  # others judge by the rows of all, which are there at the end of the loop
+        check_prediction(not alone or bool(np.isfinite(prediction).all()), self.step, self.plan)
+        latents, last = self._following(self._scheduler.advance, self.prediction(prediction)), self.step
+        self.step += 1
+        if self._place == 0:
+            latents = self._share.joined(latents)
+        if self.step == len(self.plan):
+            self._share.done()
+        if (alone or self._place == 0) and not np.isfinite(latents).all():
             raise StepError(
-                f"latents after step {self.step} of {self._scheduler.name} are NaN or infinite, expected finite "
+                f"latents after step {last} of {self._scheduler.name} are NaN or infinite, expected finite "
                 "numbers; check its config, and --guidance-scale"
             )
         self.latents = latents
-        self.step += 1
         if (course := self.request.course) is not None and self._place == 0:
             self._made = course.joined(self._made, latents)
             if self.begins:
@@ -355,7 +374,7 @@ class Loop:
 
     def _following(self, step: Callable[[np.ndarray, int, np.ndarray], np.ndarray], answer: np.ndarray) -> np.ndarray:
         """The next latents, by a step of the scheduler; frames that are no part of what is sampled stay."""
-        latents, joined = self.latents, self.request.joined
+        latents, joined = self.latents, self._joined
         if joined is None or not joined.ahead:
             return step(answer, self._place, latents)
         frames = joined.value.shape[2]

@@ -10,27 +10,38 @@ from typing import Any
 
 import numpy as np
 
+from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.parallel import RANK
 from taylorseer_export.bundle.shapes import linear, names
 from taylorseer_export.errors import BundleError, ConfigError, StepError
 from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.group import Group
+from taylorseer_export.runtime.lead import Lead
 
 
 class Share:
     """The rows of one rank.
 
     Args:
-        contract: Of the bundle.
+        contract: Of the bundle, as the graphs of one rank have it.
         group: The ranks; None where there is one.
+
+    Attributes:
+        contract: As given.
+        whole: The manifest of a request before it is shared out.
+        lead: On a rank 0 that leads: what tells the others.
+        owned: Whether the group is closed with it.
 
     Raises:
         BundleError: The bundle is shared out over more ranks, or fewer.
     """
 
     def __init__(self, contract: Contract, group: Group | None = None) -> None:
-        self._contract, self.group, self._parallel = contract, group, contract.manifest.parallel
+        self.contract, self.group, self._parallel = contract, group, contract.manifest.parallel
+        self.whole = whole_of(contract.manifest)
+        self.lead: Lead | None = None
+        self.owned = False
         self.rank = 0 if group is None else group.rank
         check_ranks(contract.manifest, group)
 
@@ -42,17 +53,41 @@ class Share:
         """Refuse to do on several ranks what one does alone so far; raises `ConfigError`."""
         if self.ranks > 1:
             raise ConfigError(
-                f"{what} is asked of a bundle that is shared out over {self.ranks} ranks, expected `replay` or slots "
-                "alone; export again without --parallel for it"
+                f"{what} is asked of a bundle that is shared out over {self.ranks} ranks, expected none; leave it out, "
+                "or export again without --parallel for it"
             )
+
+    def sizes(self, whole: Mapping[str, int]) -> dict[str, int]:
+        """Sizes of one rank.
+
+        Raises:
+            StepError: One does not divide.
+        """
+        if self._parallel is None:
+            return dict(whole)
+        name = self._parallel.dimension
+        return {n: self._own(n, size) if n == name else size for n, size in whole.items()}
+
+    def done(self) -> None:
+        """A request is at its end on all ranks."""
+        if self.lead is not None:
+            self.lead.done()
+
+    def close(self) -> None:
+        """Let those that follow go, and leave the group where it is this one's own."""
+        if self.lead is not None:
+            self.lead.close()
+        self.lead = None
+        if self.owned and self.group is not None:
+            self.group.close()
 
     def latents(self, values: np.ndarray) -> np.ndarray:
         """This rank's rows of latents, or of several in their leading dimensions."""
-        return self._rows(self._contract.latent, values)
+        return self._rows(self.contract.latent, values)
 
     def conditioning(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's rows of what has one entry for each row of the latent, and all of the rest."""
-        constants = self._contract.constants
+        constants = self.contract.constants
         mine = {n: self._rows(constants[n], np.asarray(v)) if n in constants else v for n, v in given.items()}
         return {**mine, RANK: np.array([self.rank])} if RANK in constants and self.ranks > 1 else mine
 
@@ -60,7 +95,7 @@ class Share:
         """All ranks' rows of predictions, or of several in their leading dimensions, from this rank's; sent once."""
         if self.group is None or self.ranks == 1:
             return predictions
-        dims = self._dims(self._contract.latent, predictions.ndim)
+        dims = self._dims(self.contract.latent, predictions.ndim)
         with self.group.together():
             parts = self.group.gathered(predictions)
         return np.concatenate(parts, axis=dims[0])
@@ -70,15 +105,17 @@ class Share:
             assert self._parallel is not None
             entry = tensor.shape[dim - (values.ndim - len(tensor.shape))]
             name, factor, offset = linear(entry)
-            size, left = divmod(values.shape[dim] - offset, factor)
-            if left or size % self.ranks:
-                raise StepError(
-                    f"size `{name}` is {size}, expected a multiple of {self.ranks}, the ranks that share it; use "
-                    "such a size, or export again with another --degree"
-                )
-            own = size // self.ranks * factor
+            own = self._own(name, (values.shape[dim] - offset) // factor) * factor
             values = np.take(values, range(self.rank * own, (self.rank + 1) * own), axis=dim)
         return values
+
+    def _own(self, name: str, size: int) -> int:
+        if size % self.ranks:
+            raise StepError(
+                f"size `{name}` is {size}, expected a multiple of {self.ranks}, the ranks that share it; use "
+                "such a size, or export again with another --degree"
+            )
+        return size // self.ranks
 
     def _dims(self, tensor: Tensor, rank: int) -> list[int]:
         """The dimensions that are shared out, of an array with `rank` dimensions that ends in those of the tensor."""
@@ -86,6 +123,32 @@ class Share:
             return []
         leading = rank - len(tensor.shape)
         return [leading + k for k, entry in enumerate(tensor.shape) if self._parallel.dimension in names(entry)]
+
+
+def whole_of(manifest: Manifest) -> Manifest:
+    """What a request is held to before it is shared out: the sizes of all ranks, and no input that tells a rank."""
+    parallel = manifest.parallel
+    if parallel is None:
+        return manifest
+    one = manifest.dimensions[parallel.dimension]
+    ends = {name: parallel.degree * getattr(one, name) for name in ("minimum", "typical", "maximum")}
+    dimensions = {**manifest.dimensions, parallel.dimension: one.model_copy(update=ends)}
+    graphs = {
+        name: graph.model_copy(update={"inputs": tuple(t for t in graph.inputs if t.name != RANK)})
+        for name, graph in manifest.graphs.items()
+    }
+    return manifest.model_copy(update={"parallel": None, "dimensions": dimensions, "graphs": graphs})
+
+
+def ranks_of(manifest: Manifest, given: Any, device: Device) -> Group | None:
+    """The ranks that run a bundle: those given, a process group of torch.distributed too, or those of torchrun.
+
+    Raises:
+        ConfigError: What is given is no group, or a rank that torchrun started is not there.
+    """
+    if given is None:
+        return Group.from_environment(device) if manifest.parallel else None
+    return given if isinstance(given, Group) else Group.of(given, device)
 
 
 def check_ranks(manifest: Manifest, group: Group | None) -> None:
@@ -105,5 +168,5 @@ def check_ranks(manifest: Manifest, group: Group | None) -> None:
         )
     raise BundleError(
         f"{seen} rank{'s' * (seen > 1)} run{'s' * (seen == 1)} a bundle that is shared out over {wanted}, expected "
-        f"{wanted}; run it with `torchrun --nproc-per-node {wanted} -m taylorseer_export replay …`"
+        f"{wanted}; run it with `torchrun --nproc-per-node {wanted} -m taylorseer_export …`"
     )

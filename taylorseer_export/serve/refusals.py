@@ -41,6 +41,11 @@ class Stopping(Unavailable):
     begins = ("the server is stopping", "the server stopped")
 
 
+def stopped(why: Exception) -> Stopping:
+    """To whoever waits for a picture that ranks draw which are no longer together."""
+    return Stopping(f"the server stopped ({why}), expected it to run on; send it again when it does")
+
+
 class NoServer(Unavailable):
     """No server that is ready has the model."""
 

@@ -16,18 +16,19 @@ from typing import Protocol
 
 from taylorseer_export.bundle.memory import CONDITIONING_ROOM, request_bytes, size
 from taylorseer_export.embedded.conditioning import ConditioningCache
-from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
+from taylorseer_export.errors import ConfigError, RankError, ServeError, TaylorSeerError, first_line
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.batch import SharedCalls, ids_of
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.lead import leave
 from taylorseer_export.runtime.sampling import Loop, Request
 from taylorseer_export.runtime.schedule import ForecastStep
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.tensors import latent_sizes
 from taylorseer_export.runtime.trajectory import random_trajectory
 from taylorseer_export.serve.batcher import Batcher, Job, Turn
-from taylorseer_export.serve.refusals import FAILED, Late, Stopping
+from taylorseer_export.serve.refusals import FAILED, Late, Stopping, stopped
 
 
 class Caller(Protocol):
@@ -98,6 +99,7 @@ class Service:
 
     Attributes:
         conditioning: What prompts became, for whoever makes requests of them.
+        broken: Why it draws nothing more, where ranks draw and one of them is gone; None as long as it does.
         counts: What happened since the start: `steps.<kind>`, `calls.<kind>` and `seconds.<kind>` of full and forecast
             steps; `planned.full` and `executed.full`, steps of the requests done; `requests.<outcome>` (done, failed,
             cancelled, late, refused); `prepared.hit` and `prepared.miss`, requests whose slot was prepared for the same
@@ -115,6 +117,10 @@ class Service:
         self._changed = Condition()
         self._stopping = False
         self._turns: dict[SharedCalls, float] = {}  # of each worker that has a turn under way, when that began
+        self.broken: RankError | None = None
+        self._end: Callable[[RankError], object] | None = None
+        if denoiser.share.lead is not None:
+            denoiser.share.lead.failed = self._break
         self._workers = [Thread(target=self._work, args=(calls,), daemon=True) for calls in self._calls]
         for worker in self._workers:
             worker.start()
@@ -125,9 +131,13 @@ class Service:
         Shared calls are compared with calls alone while this runs, so the first requests need not do it. Slots stay for
         the first requests: of the sizes named as long as there is room, and of the typical ones.
 
+        Ranks have run both kinds when they loaded the bundle, and open their slot for the first request.
+
         Raises:
             ConfigError: The bundle takes no such size; none is warmed up.
         """
+        if self.denoiser.share.ranks > 1:
+            return
         manifest = self.denoiser.manifest
         named = [latent_sizes(manifest, pixels, "--warm")[0] for pixels in self.limits.warm]
         kept = [self._warm_up(sizes) for sizes in ({}, *named)]
@@ -215,11 +225,17 @@ class Service:
         job = Job(ticket, loop.sizes["batch"], deadline, _cost(loop), caller.cancelled)
         with self._changed:
             try:
+                if self.broken is not None:
+                    raise stopped(self.broken)
                 self._batcher.offer(job)
             except ServeError:
                 self.counts["requests.refused"] += 1
                 raise
             self._changed.notify()
+
+    def ends(self, end: Callable[[RankError], object]) -> None:
+        """Call `end`, from any thread, once it is broken."""
+        self._end = end
 
     def close(self) -> None:
         """Refuse what waits, finish what is under way, and end the threads."""
@@ -234,8 +250,9 @@ class Service:
 
     def _check_size(self, loop: Loop) -> None:
         """Refuse what a slot may not hold."""
-        manifest = self.denoiser.manifest
-        needed = sum(request_bytes(manifest, {**sizes, "steps": len(loop.forecasts)}) for sizes in loop.branches)
+        share, steps = self.denoiser.share, {"steps": len(loop.forecasts)}
+        manifest = share.contract.manifest
+        needed = sum(request_bytes(manifest, {**share.sizes(sizes), **steps}) for sizes in loop.branches)
         if self.limits.slot_bytes and needed > self.limits.slot_bytes:
             raise ConfigError(
                 f"request needs {size(needed)} of Taylor buffers and step tables, expected at most "
@@ -284,6 +301,7 @@ class Service:
     def _drop(self, job: Job) -> None:
         outcome = "cancelled" if job.cancelled() else "late"
         done, steps = job.work.loop.step, len(job.work.loop.plan)
+        self._give_up(job.work)
         self._leave(job, outcome)
         if outcome == "late":
             message = f"request is late after {done} of {steps} steps, expected to end in its time; give it more"
@@ -291,6 +309,33 @@ class Service:
         else:
             message = f"request is cancelled after {done} of {steps} steps, expected to run to its end; send it again"
             job.work.caller.failed(ServeError(message, "CANCELLED"))
+
+    def _give_up(self, ticket: _Ticket) -> None:
+        """Where ranks draw, let all of them end a request."""
+        share = self.denoiser.share
+        if share.group is None or not ticket.branches.slots:
+            return
+        try:
+            leave(share.group, share.lead, ticket.loop, ticket.branches, ticket.staged)
+        except Exception as error:
+            self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        """Draw nothing more: the ranks are no longer together."""
+        if not isinstance(error, RankError):
+            error = RankError(
+                f"rank 0 failed within a request ({first_line(error)}), expected all ranks to go on; see what it says, "
+                "and start all again"
+            )
+        with self._changed:
+            if self.broken is not None:
+                return
+            self.broken = error
+            waiting = self._batcher.close()
+        for job in waiting:
+            job.work.caller.failed(stopped(error))
+        if self._end is not None:
+            self._end(error)
 
     def _start(self, job: Job) -> None:
         loop = job.work.loop
@@ -337,7 +382,8 @@ class Service:
         """
         asked, lora = [self.denoiser.contract.arrays(own) for own in loop.conditioning], loop.request.lora
         with self._changed:
-            fitting = [branches for branches in self._idle if branches.sizes == loop.branches]
+            sizes = [self.denoiser.share.sizes(own) for own in loop.branches]
+            fitting = [branches for branches in self._idle if branches.sizes == sizes]
             if fitting:
                 prepared = (branches for branches in fitting if branches.holds(asked, loop.model_timesteps, lora))
                 adapted = (branches for branches in fitting if all(slot.has(lora) for slot in branches.slots))
@@ -379,9 +425,15 @@ class Service:
         try:
             action(job)
         except Exception as error:
-            known = isinstance(error, TaylorSeerError) and job.work.loop.step == 0
+            known: TaylorSeerError | None = None
+            if isinstance(error, TaylorSeerError) and job.work.loop.step == 0:
+                known = error
+            lead = self.denoiser.share.lead
+            if isinstance(error, RankError) or (lead is not None and lead.busy):
+                self._break(error)
+                known = stopped(self.broken or error)
             self._leave(job, "failed")
-            job.work.caller.failed(error if known else ServeError(f"{FAILED}: {error}", "INTERNAL"))
+            job.work.caller.failed(known or ServeError(f"{FAILED}: {error}", "INTERNAL"))
             return False
         return True
 

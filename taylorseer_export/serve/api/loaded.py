@@ -17,10 +17,12 @@ import numpy as np
 from taylorseer_export.bundle.device import CPU, Device
 from taylorseer_export.embedded.edits import Given
 from taylorseer_export.embedded.requests import frame_rate, size_of, warm_parts
-from taylorseer_export.errors import ConfigError, ServeError, TaylorSeerError
+from taylorseer_export.errors import ConfigError, RankError, ServeError, TaylorSeerError
 from taylorseer_export.method import RequestOptions, forecasts_from_options
 from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.denoiser import Denoiser, load
+from taylorseer_export.runtime.following import follow
+from taylorseer_export.runtime.group import Group
 from taylorseer_export.runtime.sampling import Loop, preview_steps
 from taylorseer_export.serve import contract
 from taylorseer_export.serve.api.busy import Busy, Choice, chosen
@@ -161,6 +163,8 @@ class Loaded:
         """Make a request of it and queue it; runs on the reader's thread."""
         if sender.left:
             raise ServeError("the client left, expected it to wait for its answer; send it again", "CANCELLED")
+        if order.previews:
+            self.denoiser.share.expect_one(f"partial_images {order.previews}")
         options, given = picture_for(self.denoiser, self.takes, order.wish, order.options)
         forecasts = forecasts_from_options(options, self.denoiser.defaults, self.profiles)
         request = request_of(self.denoiser, order.wish, self.service.conditioning, given)
@@ -172,10 +176,11 @@ class Loaded:
         sender.queued()
 
     def health(self, stall: float) -> dict[str, Any]:
-        """`stalled` while an engine call takes longer than it may."""
+        """`stalled` while an engine call takes longer than it may, `broken` where a rank is gone."""
         stalled = round(self.service.stalled, 1)
+        broken = self.service.broken is not None
         return {
-            "status": "stalled" if stalled > stall else "ok",
+            "status": "broken" if broken else "stalled" if stalled > stall else "ok",
             "stalled_seconds": stalled,
             "slots": self.service.limits.slots,
             "slots_in_use": self.service.slots_in_use,
@@ -196,6 +201,10 @@ class Loaded:
             "stalled_seconds": self.service.stalled,
         }
 
+    def ends(self, end: Callable[[RankError], object]) -> None:
+        """Call `end`, from any thread, where a rank is gone."""
+        self.service.ends(end)
+
     def close(self) -> None:
         """Finish what is under way, then release the engines."""
         self.reader.close()
@@ -211,6 +220,7 @@ def load_models(
     memory_budget: int | None = None,
     busy: Busy | None = None,
     loras: Mapping[str, str] | None = None,
+    group: Group | None = None,
 ) -> Models:
     """Load bundles and warm them up, or none of them.
 
@@ -223,6 +233,7 @@ def load_models(
         busy: As in `Loaded`, for all of them.
         loras: Name -> `FILE` or `FILE:SCALE`. A bundle with low-rank inputs is loaded once, and requests choose one by
             their `lora`; of any other each adds a model `<bundle>+<name>` that they may ask for.
+        group: The ranks that draw, of which this is rank 0 and leads the others. They draw one picture at a time.
 
     Raises:
         BundleError: A bundle is missing, damaged or not for this machine.
@@ -236,6 +247,8 @@ def load_models(
         raise ConfigError(
             f"--batch is {asked.batch} on {device}, expected 1: engine calls are shared on the CPU alone; leave it out"
         )
+    if group is not None:
+        asked = replace(asked, slots=1, batch=1, workers=1)
     batch = asked.batch or (1 if device.is_gpu else asked.slots)
     models: list[Loaded] = []
     try:
@@ -243,8 +256,9 @@ def load_models(
         for folder, name, lora in [*((folder, "", ()) for folder in folders), *adapted]:
             if name and models[0].takes.loras:  # it is loaded, and takes them with each request
                 break
-            denoiser = load(folder, device, threads, lora=lora)
+            denoiser = load(folder, device, threads, lora=lora, group=group)
             try:
+                follow(denoiser)
                 if name:
                     called = {"name": f"{denoiser.manifest.name}+{name}"}
                     denoiser.manifest = denoiser.manifest.model_copy(update=called)
@@ -254,7 +268,7 @@ def load_models(
                     warm_parts(denoiser, size)
                 if f"{manifest.family}-{manifest.name}" in [model.name for model in models]:
                     raise twice([f"{manifest.family}-{manifest.name}"])
-                room = slot_bytes(manifest, asked.slots, memory_budget)
+                room = slot_bytes(denoiser.share.contract.manifest, asked.slots, memory_budget)
                 own = replace(asked, batch=batch, slot_bytes=room)
                 taken = loras if loras and manifest.lora is not None else {}
                 models.append(Loaded(denoiser, own, busy, {key: denoiser.adapter(file) for key, file in taken.items()}))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from taylorseer_export.errors import ConfigError
+from taylorseer_export.errors import ConfigError, RankError
 from taylorseer_export.method import RequestOptions
 from taylorseer_export.serve.api.busy import Choice
 from taylorseer_export.serve.api.problems import Refusal
@@ -251,6 +251,12 @@ class Models:
                 "model",
             )
         return found
+
+    def ends(self, end: Callable[[RankError], object]) -> None:
+        """Call `end`, from any thread, where a model that ranks draw can draw no more."""
+        for model in self:
+            if (listen := getattr(model, "ends", None)) is not None:
+                listen(end)
 
     def close(self) -> None:
         """Close all of them."""

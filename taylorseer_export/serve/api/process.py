@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from taylorseer_export.errors import ConfigError
+from taylorseer_export.errors import ConfigError, RankError
 from taylorseer_export.serve.api.app import app_of
 from taylorseer_export.serve.api.models import Models
 from taylorseer_export.serve.api.problems import LOG
@@ -80,8 +80,10 @@ def serve(
     listener: socket.socket,
     ready: Callable[[], object],
     traces: Traces | None = None,
-) -> None:
+) -> RankError | None:
     """Serve until SIGINT or SIGTERM; then take nothing more and finish what is under way. A second one cuts that short.
+
+    So it does, too, where a model can draw no more because a rank is gone.
 
     Args:
         models: Loaded and warm; closed at the end.
@@ -90,10 +92,19 @@ def serve(
         ready: Called before the first request is taken.
         traces: As in `app_of`.
 
+    Returns:
+        Why it ended, where a rank is gone: all who waited have been answered with that.
+
     Raises:
         ConfigError: A library of the extra `serve` is not installed.
     """
-    server = server_of(models, settings, traces)
+    server, errors = server_of(models, settings, traces), []
+
+    def end(error: RankError) -> None:
+        errors.append(error)
+        server.should_exit = True
+
+    models.ends(end)
     _log_to_stderr()
     gc.collect()
     gc.freeze()  # what is loaded now lives as long as the process: no collection of a request need look at it
@@ -103,6 +114,7 @@ def serve(
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn sends the signal that ended it once more, when all is done
         LOG.info("stopped")
+    return errors[0] if errors else None
 
 
 def _log_to_stderr() -> None:

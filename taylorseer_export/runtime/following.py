@@ -1,0 +1,138 @@
+"""Following: what ranks other than 0 do while rank 0 samples or serves.
+
+    with tse.load("engines/flux-tiny") as denoiser:     # under torchrun, on every rank
+        if not tse.follow(denoiser):                    # on others than rank 0: when rank 0 has closed its own
+            ...                                         # rank 0: sample, serve; the others take part
+
+Rank 0 sends each request whole; every rank cuts its own rows and runs the loop on them, scheduler and all, and the
+latents are gathered at its end.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from taylorseer_export.errors import ConfigError, RankError, StepError, TaylorSeerError
+from taylorseer_export.method import Forecasts, Guard, Plan
+from taylorseer_export.runtime.branches import Branches
+from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.group import Left
+from taylorseer_export.runtime.lead import END, Lead, ready
+from taylorseer_export.runtime.sampling import Beginning, Joined, Loop, Request, denoise
+
+_NUMBERS = ("guided", "guidance_scale", "height", "width")
+
+
+def follow(denoiser: Denoiser) -> bool:
+    """Take part in what rank 0 samples until it closes its denoiser; on rank 0, lead from here on.
+
+    Args:
+        denoiser: Loaded by all ranks; each calls this once.
+
+    Returns:
+        Whether this rank has followed, and has nothing more to do. False on rank 0, which goes on, and where no rows
+        are shared out.
+
+    Raises:
+        RankError: A rank has died, is late, or is elsewhere; named within the group's timeout.
+    """
+    share = denoiser.share
+    if share.ranks == 1 or share.group is None:
+        return False
+    if share.rank == 0:
+        share.lead = share.lead or Lead(share.group, encoded)
+        return False
+    branches: Branches | None = None
+    while (told := share.group.broadcast(b"")) != END:
+        if told:
+            branches = _take_part(denoiser, told, branches)
+    return True
+
+
+def _take_part(denoiser: Denoiser, told: bytes, branches: Branches | None) -> Branches | None:
+    """Run one request with the others, in the slots of the last one where they fit; returns the slots."""
+    share = denoiser.share
+    assert share.group is not None
+    try:
+        with ready(share.group):
+            loop = Loop(denoiser, *decoded(told))
+            sizes = [share.sizes(one) for one in loop.branches]
+            if branches is None or branches.sizes != sizes:
+                branches = None  # freed before others are allocated
+                branches = loop.open(denoiser)
+            loop.enter(branches)
+    except RankError:
+        raise
+    except (TaylorSeerError, MemoryError):  # rank 0 has been told, and answers for it
+        return branches
+    try:
+        for _ in denoise(loop, branches):
+            pass
+    except RankError:
+        raise
+    except (Left, StepError):  # on all ranks alike
+        pass
+    return branches
+
+
+def encoded(request: Request, forecasts: Forecasts) -> bytes:
+    """A request as it is sent: an archive of numpy's, of arrays and one text.
+
+    Raises:
+        ConfigError: It is of sections, or brings a LoRA.
+    """
+    for what, given in (("a video in sections", request.course), ("a LoRA of a request", request.lora)):
+        if given is not None:
+            raise ConfigError(f"{what} is asked of several ranks, expected none; run it on one")
+    arrays: dict[str, np.ndarray] = {"latents": request.latents}
+    arrays |= {f"conditioning/{name}": np.asarray(value) for name, value in request.conditioning.items()}
+    arrays |= {f"negative/{name}": np.asarray(value) for name, value in (request.negative or {}).items()}
+    facts: dict[str, Any] = {name: getattr(request, name) for name in _NUMBERS}
+    facts["negative"] = request.negative is not None
+    if request.sigmas is not None:
+        arrays["sigmas"] = request.sigmas
+    if (joined := request.joined) is not None:
+        arrays["joined"], facts["joined"] = joined.value, {"axis": joined.axis, "ahead": joined.ahead}
+    if (begins := request.beginning) is not None:
+        arrays["beginning"] = begins.latents
+        facts["beginning"] = {"strength": begins.strength, "steps": begins.steps}
+    facts["forecasts"] = {
+        "plan": str(forecasts.plan), "order": forecasts.order, "form": forecasts.form, "weights": forecasts.weights,
+        "guard": None if forecasts.guard is None else asdict(forecasts.guard),
+    }  # fmt: skip
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays, facts=np.array(json.dumps(facts)))
+    return file.getvalue()
+
+
+def decoded(told: bytes) -> tuple[Request, Forecasts]:
+    """What `encoded` made an archive of."""
+    with np.load(io.BytesIO(told), allow_pickle=False) as archive:
+        arrays = dict(archive)
+    facts = json.loads(str(arrays.pop("facts")))
+    given, named = facts.pop("forecasts"), facts.pop("negative")
+    guard = None if given["guard"] is None else Guard(**given["guard"])
+    weights = given["weights"] and tuple(map(tuple, given["weights"]))
+    forecasts = Forecasts(Plan(given["plan"]), given["order"], given["form"], weights, guard)
+    joined = Joined(value=arrays["joined"], **facts.pop("joined")) if "joined" in facts else None
+    begins = Beginning(arrays["beginning"], **facts.pop("beginning")) if "beginning" in facts else None
+    request = Request(
+        arrays["latents"],
+        _under("conditioning", arrays),
+        sigmas=arrays.get("sigmas"),
+        negative=_under("negative", arrays) if named else None,
+        joined=joined,
+        beginning=begins,
+        **facts,
+    )
+    return request, forecasts
+
+
+def _under(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(f"{prefix}/"): value for name, value in arrays.items() if name.startswith(f"{prefix}/")}

@@ -39,11 +39,14 @@ def open_denoiser(given: argparse.Namespace, one_latent: str = "", ranks: bool =
     if given.no_cuda_graphs and not given.device.is_gpu:
         raise ConfigError("--no-cuda-graphs is given for the CPU, expected it with --device cuda; leave it out")
     lora, bundle = getattr(given, "lora", ()), given.bundle
-    if one_latent:
+    guidance = getattr(given, "parallel", None) == "guidance"
+    if one_latent := "--parallel guidance" if guidance else one_latent:
         bundle = open_bundle(bundle)
         refuse_several(bundle.manifest, one_latent)
-    group = Group.from_environment(given.device) if ranks else None
-    denoiser = load(bundle, given.device, given.threads, None, not given.no_cuda_graphs, lora=lora, group=group)
+    group = Group.from_environment(given.device) if ranks or guidance else None
+    denoiser = load(
+        bundle, given.device, given.threads, None, not given.no_cuda_graphs, lora=lora, group=group, guidance=guidance
+    )
     if lora:
         from taylorseer_export.bundle.memory import lora_bytes, size
 

@@ -24,6 +24,7 @@ from taylorseer_export.runtime.decoding import Decoder, open_decoder
 from taylorseer_export.runtime.engines import open_runner
 from taylorseer_export.runtime.frames import FrameEncoder, open_picture_encoder
 from taylorseer_export.runtime.group import Group, together
+from taylorseer_export.runtime.guidance import GuidedShare, check_branches
 from taylorseer_export.runtime.lora import Merged, merged
 from taylorseer_export.runtime.parts import Encoder, Part, open_part
 from taylorseer_export.runtime.runner import Runner
@@ -44,6 +45,7 @@ def load(
     devices: Mapping[PartName, str | Device] | None = None,
     lora: str | Path | Sequence[str | Path] = (),
     group: Group | None = None,
+    guidance: bool = False,
 ) -> Denoiser:
     """Check a bundle, load its engines, and check what they compute.
 
@@ -61,6 +63,7 @@ def load(
             `lora.py`; with low-rank inputs those that requests get which bring none, see `adapter.py`. A profile stays
             what it was calibrated without them.
         group: The ranks that run a bundle which is shared out, all of which load it at the same time.
+        guidance: Whether each half of the ranks runs one branch of guidance; see `guidance.py`.
 
     Raises:
         BundleError: The bundle is missing, damaged, too new, not for this machine, or its engines overflow.
@@ -68,7 +71,10 @@ def load(
     """
     asked = Device.parse(device)
     bundle = folder if isinstance(folder, Bundle) else open_bundle(Path(folder), progress)
-    check_ranks(bundle.manifest, group)
+    if guidance:
+        check_branches(bundle.manifest, group)
+    else:
+        check_ranks(bundle.manifest, group)
     if group is not None:
         group.agree({"bundle": hashlib.sha256(bundle.manifest.to_json()).hexdigest()})
     given = (lora,) if isinstance(lora, str | Path) else tuple(lora)
@@ -77,7 +83,7 @@ def load(
     usual = adapter_of(bundle.manifest, given) if taken and given else None
     runner = open_runner(bundle, asked, threads, cuda_graphs, adapted.weights)
     places = {name: Device.parse(place) for name, place in (devices or {}).items()}
-    denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places, group)
+    denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places, group, guidance)
     denoiser.lora, denoiser.usual = adapted, usual
     if check:
         try:
@@ -112,6 +118,7 @@ class Denoiser:
         threads: CPU threads of each engine of a part; 0 leaves it to the engine.
         devices: Where parts of the pipeline run, by name; where the denoiser does if left out.
         group: The ranks that run it, where it is shared out.
+        guidance: Whether each half of them runs one branch of guidance.
 
     Attributes:
         share: Which rows of a request are this rank's: all of them where nothing is shared out.
@@ -128,13 +135,14 @@ class Denoiser:
         threads: int = 0,
         devices: Mapping[PartName, Device] | None = None,
         group: Group | None = None,
+        guidance: bool = False,
     ) -> None:
         self.manifest, self.runner, self.bundle, self.device = manifest, runner, bundle, device
         self._threads, self._devices = threads, devices or {}
         self.lora = Merged()
         self.usual: Adapter | None = None
         self.contract = Contract(manifest)
-        self.share = Share(self.contract, group)
+        self.share = GuidedShare(self.contract, group) if guidance else Share(self.contract, group)
         self.latent, self.timestep = self.contract.latent, self.contract.timestep
         self.others = self.contract.others
         self.constants, self.defaults = self.contract.constants, self.contract.defaults
@@ -168,7 +176,7 @@ class Denoiser:
             StepError: A size is out of range; nothing was allocated.
         """
         self.check_sizes(sizes)
-        return Slot(self.contract, self.runner, sizes, self.usual, self.share.group)
+        return self.share.decide(Slot(self.contract, self.runner, sizes, self.usual, self.share.group))
 
     def adapter(self, lora: str | Path | Sequence[str | Path]) -> Adapter:
         """A LoRA for requests of this bundle, `FILE` or `FILE:STRENGTH`; raises what `adapter` of `adapter.py` raises.

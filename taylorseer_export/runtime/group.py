@@ -52,7 +52,7 @@ class Group:
         from torch.distributed import PrefixStore, ProcessGroupGloo
 
         self.rank, self.size, self.timeout, self.sent = rank, size, timeout, 0
-        self._store, self._asked = PrefixStore(GROUP, store), 0
+        self._store, self._device, self._asked = PrefixStore(GROUP, store), device, 0
         self._handle = _process_group(PrefixStore("graphs", self._store), rank, size, device, timeout)
         span = timedelta(seconds=timeout)
         self._host: Any = ProcessGroupGloo(PrefixStore("host", self._store), rank, size, span)
@@ -76,6 +76,17 @@ class Group:
                 f"the group of {os.environ['WORLD_SIZE']} ranks is not there ({first_line(error)}), expected all of "
                 f"them within {timeout:g} s; start them with torchrun"
             ) from error
+
+    def half(self) -> Group | None:
+        """Of the ranks the half that this one is in, which graphs find in the place of all; None where it is alone."""
+        from torch.distributed import PrefixStore
+
+        count = self.size // 2
+        if count < 2:
+            return None
+        self.close()
+        store = PrefixStore(f"half/{self.rank // count}", self._store)
+        return Group(store, self.rank % count, count, self._device, self.timeout)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Compare what all ranks are to have alike, before anything that depends on it.

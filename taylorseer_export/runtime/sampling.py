@@ -21,6 +21,7 @@ from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.guidance import GuidedShare, OneBranch
 from taylorseer_export.runtime.noise import normals
 from taylorseer_export.runtime.schedulers import begun, scheduler_of
 from taylorseer_export.runtime.sections import Course
@@ -255,7 +256,7 @@ class Loop:
     """
 
     def __init__(self, denoiser: Denoiser, request: Request, forecasts: Forecasts) -> None:
-        denoiser.share.expect_one("sampling")
+        denoiser.share.expect_loop()
         self.request, self.forecasts = request, forecasts
         self._manifest, self._pipeline = denoiser.manifest, denoiser.manifest.pipeline
         self.plan = request.planned(forecasts.plan)
@@ -294,7 +295,9 @@ class Loop:
         return self.step % len(self.forecasts)
 
     def open(self, denoiser: Denoiser) -> Branches:
-        """New slots for it."""
+        """New slots for it; raises what `OneBranch.open` raises where each rank runs one branch of guidance."""
+        if isinstance(denoiser.share, GuidedShare):
+            return OneBranch.open(denoiser, self.model_input(), self.conditioning, self.request.guided)
         return Branches([denoiser.slot(sizes) for sizes in self.branches])
 
     def begin(self, branches: Branches) -> None:

@@ -41,8 +41,10 @@ def on_ranks(count, work, timeout=30.0):
     return results
 
 
-def replay_on_ranks(draft, inputs, plan, order=None, work=None, **options):
-    """noise_pred [S, ...] of every rank of a sharded draft, with its eager graphs; `work(group)` before each.
+def replay_on_ranks(draft, inputs, plan, order=None, work=None, guidance=False, **options):
+    """noise_pred [S, ...] of every rank of a draft, with its eager graphs; `work(group)` before each.
+
+    With `guidance` each half of them runs half of the batch.
 
     With a `guard` among the options each has (noise_pred, executed steps).
     """
@@ -51,12 +53,13 @@ def replay_on_ranks(draft, inputs, plan, order=None, work=None, **options):
     def one(group):
         if work is not None:
             work(group)
-        denoiser = Denoiser(manifest, EagerRunner(modules, manifest.graphs), group=group)
+        denoiser = Denoiser(manifest, EagerRunner(modules, manifest.graphs), group=group, guidance=guidance)
         slot, latents = begun(denoiser, inputs, plan, order, **options)
         seen = torch.from_numpy(denoiser.share.joined(np.stack([slot.step(latent) for latent in latents])))
         return (seen, slot.executed) if "guard" in options else seen
 
-    results = on_ranks(draft.parallel.degree, one)
+    shared = draft.parallel.degree if draft.parallel else 1
+    results = on_ranks(shared * (2 if guidance else 1), one)
     for result in results:
         if isinstance(result, Exception):
             raise result

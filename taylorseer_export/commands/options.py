@@ -56,6 +56,15 @@ def lora_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parallel_option(parser: argparse.ArgumentParser) -> None:
+    """What ranks run of guidance."""
+    parser.add_argument(
+        "--parallel",
+        choices=("guidance",),
+        help="under torchrun, run each of the two branches of guidance on half of the ranks (default: on all of them)",
+    )
+
+
 def device(text: str) -> Device:
     """`cpu`, `cuda`, or one of several GPUs by its number: `cuda:1`."""
     try:

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from taylorseer_export.commands.options import bundle_options, lora_option, plan_options
+from taylorseer_export.commands.options import bundle_options, lora_option, parallel_option, plan_options
 from taylorseer_export.commands.ranks import rank_option
 from taylorseer_export.commands.terminal import (
     check_out,
@@ -37,6 +37,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     bundle_options(parser)
     lora_option(parser)
     rank_option(parser)
+    parallel_option(parser)
     plan_options(parser, steps=False)
     parser.add_argument(
         "--inputs", type=Path, required=True, help="safetensors: latents [S, ...], timestep [S], conditioning"
@@ -71,9 +72,9 @@ def run(given: argparse.Namespace) -> int:
     others = {name: _beside(tensors, tensor, latents) for name, tensor in denoiser.others.items()}
     forecasts = forecasts_of(denoiser, given, len(latents))
     plan, guard = forecasts.plan, forecasts.guard
-    if share.group:
+    for group in share.groups:
         facts = {name: f"{value.dtype} {list(value.shape)} {crc32(value)}" for name, value in tensors.items()}
-        share.group.agree({**facts, "latents": list(latents.shape), "timestep": timesteps.tolist(), "plan": forecasts})
+        group.agree({**facts, "latents": list(latents.shape), "timestep": timesteps.tolist(), "plan": forecasts})
     slot = denoiser.slot(denoiser.sizes(latents.shape[1:], tensors), own=True)
     latents, tensors = share.latents(latents), share.conditioning(tensors)
     slot.start(tensors, forecasts, timesteps)
@@ -86,7 +87,7 @@ def run(given: argparse.Namespace) -> int:
                 made.append(prediction)
             advance(step + 1, len(plan))
     stacked = {name: share.joined(np.stack(made)) for name, made in predictions.items()}
-    if share.rank:
+    if not share.first:
         return 0  # what one process writes, rank 0 does
     write_tensors(given.outputs, stacked, {"plan": slot.executed})
     if guard:

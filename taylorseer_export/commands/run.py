@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from taylorseer_export.commands.options import bundle_options, lora_option, plan_options
+from taylorseer_export.commands.options import bundle_options, lora_option, parallel_option, plan_options
 from taylorseer_export.commands.ranks import rank_option
 from taylorseer_export.commands.terminal import (
     check_out,
@@ -45,6 +45,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     bundle_options(parser)
     lora_option(parser)
     rank_option(parser)
+    parallel_option(parser)
     plan_options(parser)
     parser.add_argument("--label", type=whole(0), nargs="+", help="classes to draw (models of classes)")
     parser.add_argument("--prompt", nargs="+", help="what to draw (bundles with text encoders)")
@@ -111,7 +112,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
-    """What one process does, and of several ranks the first."""
+    """What one process does, of several ranks the first; of those that run a branch of guidance each does it."""
     import numpy as np
 
     from taylorseer_export.embedded import requests
@@ -122,11 +123,11 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
     from taylorseer_export.runtime import sampling
     from taylorseer_export.runtime.schedulers import own_scheduler
 
+    first = denoiser.share.first  # of the ranks: it writes what one process writes
     if given.image:
         require_extra("whole", "PIL")
     pictures = [read_picture(path) for path in given.image or ()]
-    first = pictures[0] if pictures else None
-    picture = given_picture(denoiser.manifest, first, given.strength, pictures[1:])
+    picture = given_picture(denoiser.manifest, pictures[0] if pictures else None, given.strength, pictures[1:])
     options, picture = steps_that_run(request_options(given), denoiser, picture)
     forecasts = forecasts_from_options(options, denoiser.defaults, denoiser.profiles)
     guard = forecasts.guard
@@ -136,10 +137,10 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
     _check_fps(manifest, given)
     _check_previews(manifest, given, len(forecasts))
     if given.previews:
-        denoiser.share.expect_one(f"--previews {given.previews}")
+        denoiser.share.of_loop().expect_one(f"--previews {given.previews}")
     needed: list[PartName] = [] if given.inputs else ["text"]
     needed += ["encode"] if given.image else []
-    needed += [] if given.out and given.out.suffix == ".safetensors" else ["decode"]
+    needed += [] if not first or (given.out and given.out.suffix == ".safetensors") else ["decode"]
     denoiser.open_parts(needed)  # before the work, and not in its times
     began = time.perf_counter()
     request, names = _request(denoiser, given, picture)
@@ -156,17 +157,19 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
         check_out(path)
     steps = len(forecasts) * request.loops
     shown, due = 0, sampling.preview_steps(steps, given.previews)
-    with progress("sampling", steps) as advance:
+    with progress("sampling", steps, quiet=not first) as advance:
 
         def stepped(loop: Loop) -> None:
             nonlocal shown
-            if loop.step in due:
+            if loop.step in due and first:
                 made = requests.pictures_of(denoiser, request, loop.estimate())
                 _write(previews[shown], made, manifest, names, None)
                 shown += 1
             advance(loop.step, steps, f"{shown} of {given.previews} previews" if due else "")
 
         result = sampling.sample(denoiser, request, forecasts, on_step=stepped)
+    if not first:
+        return 0
     if out.suffix == ".safetensors":
         write_tensors(out, {"latents": result.latents}, {"plan": result.executed})
     else:

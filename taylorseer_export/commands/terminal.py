@@ -40,11 +40,15 @@ def open_denoiser(given: argparse.Namespace, one_latent: str = "", ranks: bool =
     if given.no_cuda_graphs and not given.device.is_gpu:
         raise ConfigError("--no-cuda-graphs is given for the CPU, expected it with --device cuda; leave it out")
     lora, bundle = getattr(given, "lora", ()), open_bundle(given.bundle)
-    if one_latent:
+    guidance = getattr(given, "parallel", None) == "guidance"
+    if one_latent := "--parallel guidance" if guidance else one_latent:
         refuse_several(bundle.manifest, one_latent)
-    group = joined(given) if ranks else None
-    check_ranks(bundle.manifest, group)
-    denoiser = load(bundle, given.device, given.threads, None, not given.no_cuda_graphs, lora=lora, group=group)
+    group = joined(given) if ranks or guidance else None
+    if not guidance:
+        check_ranks(bundle.manifest, group)
+    denoiser = load(
+        bundle, given.device, given.threads, None, not given.no_cuda_graphs, lora=lora, group=group, guidance=guidance
+    )
     denoiser.share.owned = True
     if lora:
         from taylorseer_export.bundle.memory import lora_bytes, size

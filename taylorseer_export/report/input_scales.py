@@ -120,9 +120,9 @@ def input_scales(
         found = float(x.abs().amax())
         largest[weight] = float(np.maximum(largest.get(weight, 0.0), found))  # which keeps a NaN
 
-    modules: dict[str, Any] = {**eager_modules(made)}
+    modules: dict[Any, Any] = {**eager_modules(made)}
     modules["full"] = watched(modules["full"], names, see)
-    graphs: dict[str, Any] = {**manifest.graphs}
+    graphs: dict[Any, Any] = {**manifest.graphs}
     with Denoiser(manifest, EagerRunner(modules, graphs)) as denoiser:
         count = count or (len(prompts) if prompts else _rows(denoiser, tensors or {}))
         requests = groups(denoiser, count, _FIRST_SEED, prompts, tensors)

@@ -24,6 +24,7 @@ from taylorseer_export.runtime.decoding import Decoder, open_decoder
 from taylorseer_export.runtime.engines import open_runner
 from taylorseer_export.runtime.frames import FrameEncoder, open_picture_encoder
 from taylorseer_export.runtime.group import Group, together
+from taylorseer_export.runtime.guidance import GuidedShare, check_branches
 from taylorseer_export.runtime.lora import Merged, merged
 from taylorseer_export.runtime.parts import Encoder, Part, open_part
 from taylorseer_export.runtime.runner import Runner
@@ -45,6 +46,7 @@ def load(
     devices: Mapping[PartName, str | Device] | None = None,
     lora: str | Path | Sequence[str | Path] = (),
     group: Group | Any = None,
+    guidance: bool = False,
 ) -> Denoiser:
     """Check a bundle, load its engines, and check what they compute.
 
@@ -64,6 +66,7 @@ def load(
         group: The ranks that run a bundle which is shared out, all of which load it at the same time: a `Group`, or a
             process group of torch.distributed. Left out, those that torchrun started. See `following.py` for rank 0
             with the others following; slots and the drop-in are called alike on all ranks.
+        guidance: Whether each half of the ranks runs one branch of guidance; see `guidance.py`.
 
     Raises:
         BundleError: The bundle is missing, damaged, too new, not for this machine, or its engines overflow.
@@ -71,8 +74,11 @@ def load(
     """
     asked = Device.parse(device)
     bundle = folder if isinstance(folder, Bundle) else open_bundle(Path(folder), progress)
-    ranks = ranks_of(bundle.manifest, group, asked)
-    check_ranks(bundle.manifest, ranks)
+    ranks = ranks_of(bundle.manifest, group, asked, guidance)
+    if guidance:
+        check_branches(bundle.manifest, ranks)
+    else:
+        check_ranks(bundle.manifest, ranks)
     if ranks is not None:
         ranks.agree({"bundle": hashlib.sha256(bundle.manifest.to_json()).hexdigest()})
     given = (lora,) if isinstance(lora, str | Path) else tuple(lora)
@@ -81,7 +87,7 @@ def load(
     usual = adapter_of(bundle.manifest, given) if taken and given else None
     runner = open_runner(bundle, asked, threads, cuda_graphs, adapted.weights)
     places = {name: Device.parse(place) for name, place in (devices or {}).items()}
-    denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places, ranks)
+    denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places, ranks, guidance)
     denoiser.lora, denoiser.usual, denoiser.share.owned = adapted, usual, ranks is not group
     if check:
         try:
@@ -116,6 +122,7 @@ class Denoiser:
         threads: CPU threads of each engine of a part; 0 leaves it to the engine.
         devices: Where parts of the pipeline run, by name; where the denoiser does if left out.
         group: The ranks that run it, where it is shared out.
+        guidance: Whether each half of them runs one branch of guidance.
 
     Attributes:
         manifest, contract: Of whole requests, shared out or not.
@@ -133,8 +140,10 @@ class Denoiser:
         threads: int = 0,
         devices: Mapping[PartName, Device] | None = None,
         group: Group | None = None,
+        guidance: bool = False,
     ) -> None:
-        self.share = Share(Contract(manifest), group)
+        own = Contract(manifest)
+        self.share = GuidedShare(own, group) if guidance else Share(own, group)
         self.manifest, self.runner, self.bundle, self.device = self.share.whole, runner, bundle, device
         self._threads, self._devices = threads, devices or {}
         self.lora = Merged()
@@ -180,7 +189,8 @@ class Denoiser:
         self.check_sizes(sizes)
         if self.share.ranks > 1 and not own:
             return WholeSlot(self.share, self.runner, sizes, self.usual)
-        return Slot(self.share.contract, self.runner, self.share.sizes(sizes), self.usual, self.share.group)
+        mine = Slot(self.share.contract, self.runner, self.share.sizes(sizes), self.usual, self.share.group)
+        return self.share.decide(mine)
 
     def adapter(self, lora: str | Path | Sequence[str | Path]) -> Adapter:
         """A LoRA for requests of this bundle, `FILE` or `FILE:STRENGTH`; raises what `adapter` of `adapter.py` raises.

@@ -63,7 +63,7 @@ class Group:
         self.rank, self.size, self.timeout, self.sent = rank, size, timeout, 0
         self.leaving = False
         number = store.add(f"{GROUP}/{rank}", 1)
-        self._store, self._asked = PrefixStore(f"{GROUP}/{number}", store), 0
+        self._store, self._device, self._asked = PrefixStore(f"{GROUP}/{number}", store), device, 0
         self._handle = _process_group(PrefixStore("graphs", self._store), rank, size, device, timeout)
         span = timedelta(seconds=timeout)
         self._host: Any = ProcessGroupGloo(PrefixStore("host", self._store), rank, size, span)
@@ -104,6 +104,17 @@ class Group:
             )
         store = PrefixStore(ranks.group_name, distributed_c10d._get_default_store())
         return cls(store, ranks.rank(), ranks.size(), device, timeout)
+
+    def half(self) -> Group | None:
+        """Of the ranks the half that this one is in, which graphs find in the place of all; None where it is alone."""
+        from torch.distributed import PrefixStore
+
+        count = self.size // 2
+        if count < 2:
+            return None
+        self.close()
+        store = PrefixStore(f"half/{self.rank // count}", self._store)
+        return Group(store, self.rank % count, count, self._device, self.timeout)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Compare what all ranks are to have alike, before anything that depends on it.

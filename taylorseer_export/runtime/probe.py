@@ -10,14 +10,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Role, Tensor
 from taylorseer_export.method import Capacity, Forecasts, Guard, Plan, Rule
-from taylorseer_export.runtime.group import Group, together
+from taylorseer_export.runtime.group import Group
 from taylorseer_export.runtime.runner import Buffer, Runner
 from taylorseer_export.runtime.schedule import forecast_step, full_step
+
+
+class Deciding(Protocol):
+    """What ranks that decide alike sum an error over."""
+
+    def summed(self, values: np.ndarray) -> np.ndarray:
+        """As `Group.summed`."""
+
+    def together(self, step: int | None = None) -> AbstractContextManager[None]:
+        """As `Group.together`."""
 
 
 class Probe:
@@ -31,6 +43,7 @@ class Probe:
         group: The ranks that share the rows out: all of them decide by the error of all rows.
 
     Attributes:
+        group: What its error is summed over, if anything.
         errors: Of every step of the request so far, dimensionless; NaN where nothing was compared.
     """
 
@@ -42,7 +55,7 @@ class Probe:
         new: Callable[[Tensor], Buffer],
         group: Group | None = None,
     ) -> None:
-        self._group = group
+        self.group: Deciding | None = group
         graph = manifest.graphs["probe"]
         rings = {t.name: new(t) for t in graph.inputs if t.role == "probe_in"}
         inputs = {t.name: rings.get(t.name) or buffers[t.name] for t in graph.inputs}
@@ -80,16 +93,16 @@ class Probe:
             past = "F" if guard.every_step else executed
             expected = forecast_step(Forecasts(Plan(past + "."), self._order), len(past), self._capacity)
             self._weights[guard.rule].write(expected.weights)
-        with together(self._group, len(executed)):
+        with nullcontext() if self.group is None else self.group.together(len(executed)):
             self._call()
 
     def forecasts(self) -> bool:
         """Whether the measured step, planned as a forecast step, stays one: the one value that the host waits for."""
         assert self._guard is not None
         sums = self._measured[self._guard.rule].read().astype(np.float64).sum(0)
-        if self._group is not None:
-            with self._group.together(len(self.errors)):
-                sums = self._group.summed(sums)  # of means over equally many rows
+        if self.group is not None:
+            with self.group.together(len(self.errors)):
+                sums = self.group.summed(sums)  # of means over equally many rows
         difference, against = sums
         with np.errstate(divide="ignore", invalid="ignore"):
             self.errors.append(float(difference / against))

@@ -21,6 +21,7 @@ from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.guidance import GuidedShare, OneBranch
 from taylorseer_export.runtime.lead import beginning
 from taylorseer_export.runtime.noise import normals
 from taylorseer_export.runtime.schedulers import begun, own_scheduler, scheduler_of
@@ -257,7 +258,7 @@ class Loop:
     """
 
     def __init__(self, denoiser: Denoiser, request: Request, forecasts: Forecasts) -> None:
-        self._share = denoiser.share
+        self._share = denoiser.share.of_loop()
         if self._share.ranks > 1 and own_scheduler(denoiser.manifest) is None:
             self._share.expect_one(f"a loop of {denoiser.manifest.sampling.scheduler} under its config")
         self.request, self.forecasts = request, forecasts
@@ -299,7 +300,9 @@ class Loop:
         return self.step % len(self.forecasts)
 
     def open(self, denoiser: Denoiser) -> Branches:
-        """New slots for it."""
+        """New slots for it; raises what `OneBranch.open` raises where each rank runs one branch of guidance."""
+        if isinstance(denoiser.share, GuidedShare):
+            return OneBranch.open(denoiser, self.model_input(), self.conditioning, self.request.guided)
         return Branches([denoiser.slot(sizes, own=True) for sizes in self.branches])
 
     def begin(self, branches: Branches) -> None:

@@ -18,6 +18,7 @@ from taylorseer_export.errors import BundleError, ConfigError, StepError
 from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.group import Group
 from taylorseer_export.runtime.lead import Lead
+from taylorseer_export.runtime.slot import Slot
 
 
 class Share:
@@ -48,6 +49,24 @@ class Share:
     @property
     def ranks(self) -> int:
         return 1 if self._parallel is None else self._parallel.degree
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The ranks that have to agree about a request; none where there is one rank."""
+        return () if self.group is None else (self.group,)
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes what all have made."""
+        return self.rank == 0
+
+    def decide(self, slot: Slot) -> Slot:
+        """Let the guard of a slot decide by what all ranks measure, as it does by itself."""
+        return slot
+
+    def of_loop(self) -> Share:
+        """What a loop shares out: this, or nothing where its calls are."""
+        return self
 
     def expect_one(self, what: str) -> None:
         """Refuse to do on several ranks what one does alone so far; raises `ConfigError`."""
@@ -140,14 +159,14 @@ def whole_of(manifest: Manifest) -> Manifest:
     return manifest.model_copy(update={"parallel": None, "dimensions": dimensions, "graphs": graphs})
 
 
-def ranks_of(manifest: Manifest, given: Any, device: Device) -> Group | None:
+def ranks_of(manifest: Manifest, given: Any, device: Device, several: bool = False) -> Group | None:
     """The ranks that run a bundle: those given, a process group of torch.distributed too, or those of torchrun.
 
     Raises:
         ConfigError: What is given is no group, or a rank that torchrun started is not there.
     """
     if given is None:
-        return Group.from_environment(device) if manifest.parallel else None
+        return Group.from_environment(device) if manifest.parallel or several else None
     return given if isinstance(given, Group) else Group.of(given, device)
 
 
@@ -163,8 +182,8 @@ def check_ranks(manifest: Manifest, group: Group | None) -> None:
         return
     if wanted == 1:
         raise ConfigError(
-            f"{seen} ranks run a bundle that is not shared out, expected one process; leave torchrun out, or export "
-            "again with --parallel"
+            f"{seen} ranks run a bundle that is not shared out, expected one process; leave torchrun out, run "
+            "the branches of guidance on two by --parallel guidance, or export again with --parallel"
         )
     raise BundleError(
         f"{seen} rank{'s' * (seen > 1)} run{'s' * (seen == 1)} a bundle that is shared out over {wanted}, expected "

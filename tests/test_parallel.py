@@ -143,8 +143,9 @@ def test_what_is_not_shared_out_is_refused(shared, tiny):
     manifest = describe(shared("flux", "gather", 2), "a")
     with pytest.raises(BundleError, match=r"1 rank runs a bundle .* over 2, expected 2; run it with `torchrun"):
         check_ranks(manifest, None)
-    with pytest.raises(ConfigError, match=r"--engine inductor, which sends between ranks .ONNX Runtime"):
-        check_options(options_of(parallel="gather"))
+    for engine, why in (("onnxruntime", "ONNX Runtime's packages hold none"), ("torch-tensorrt", "Torch-TensorRT")):
+        with pytest.raises(ConfigError, match=rf"--engine {engine}, expected one .* inductor, tensorrt, .* \({why}"):
+            check_options(options_of(parallel="gather", engine=engine))
     with pytest.raises(ConfigError, match="is 4096 image_tokens, expected a size that --degree 3 divides"):
         trace_of("flux", tiny("flux").folder, parallel_options("gather", 3))
     with pytest.raises(StepError, match="size `image_tokens` is 15, expected a multiple of 2"):

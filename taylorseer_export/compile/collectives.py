@@ -1,10 +1,10 @@
-"""Collectives as ONNX. ONNX has none of its own: the parsers of TensorRT 10.16, 11 and RTX read a node `DistCollective`.
+"""Collectives as ONNX. It has none of its own; the parsers of TensorRT 10.16, 11 and RTX read a node `DistCollective`.
 
     all_gather    [R, ...] of each rank -> [N R, ...] of all, in their order
     all_to_all    [N, ...]: entry r goes to rank r, and entry r came from there
 
-Both are along the first dimension alone, which is the form that `graph/shard.py` gives them. No rank is in a node, so one
-plan serves all.
+Both are along the first dimension alone, which is the form that `graph/shard.py` gives them. No node says which rank
+runs it, so one plan serves all.
 """
 
 from __future__ import annotations

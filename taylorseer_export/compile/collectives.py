@@ -71,6 +71,12 @@ def with_nodes(model: Any) -> None:
 
 def _collective(kind: str, x: Tensor, ranks: int, shape: Sequence[Any]) -> Tensor:
     """Without groups all ranks take part; nothing is reduced, and no rank is the root."""
-    how = {"collective_operation": kind, "reduce_op": "none", "root": -1, "group_size": 0, "nb_rank": ranks}
+    how: dict[str, Any] = {
+        "collective_operation": kind,
+        "reduce_op": "none",
+        "root": -1,
+        "group_size": 0,
+        "nb_rank": ranks,
+    }
     made: Tensor = torch.onnx.ops.symbolic(f"{_OURS}::{_NODE}", (x,), how, dtype=x.dtype, shape=shape, version=1)
     return made

@@ -131,7 +131,8 @@ def ours(
 
 
 def parity(case: Case, engine: Ours, kept: Path) -> dict[str, Any]:
-    """Against the float32 model with forward hooks, and with what quantised weights stand for, step by step; ratios to the derived bound, at most 1."""
+    """Against the float32 model with forward hooks, which holds what quantised weights stand for; ratios of each
+    step to the derived bound, at most 1."""
     with torch.device(case.machine.device):
         reference = type(case.model).from_config(case.model.config).requires_grad_(False).eval()
     own = case.model.state_dict()

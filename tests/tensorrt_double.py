@@ -14,6 +14,7 @@ kernel, stream or CUDA graph of it ever runs here.
 | a budget for streamed weights is set before any context; its property drops the answer | 2 |
 | the automatic budget comes as 32 bits, signed | 2 |
 | RTX: one cache serves several contexts, `serialize` may give None | 1 |
+| a communicator is a capsule around the address of NCCL's, and `set_communicator` answers False | 1 |
 
 1: docstrings of tensorrt_rtx 1.7.1. 2: the Python bindings of TensorRT 10, where they bind `ICudaEngine`.
 3: the comments of NvInferRuntime.h on `setTensorAddress` and `setDeviceMemoryV2`, as other projects copy that header.
@@ -53,8 +54,9 @@ def library(modules, manifest, gpu=lambda: 0, gpu_of=lambda stream: 0, use=lambd
         use: Told of the scratch and the stream of every launch.
         behaviour: `alias`: output -> input; `dtype`, `shape`, `profile`: tensor -> what an engine claims instead;
             `refuses`: graphs whose plans are not taken; `no_address`: tensor whose address is not; `no_context`,
-            `no_cache`, `no_budget`: whether those are not; `mixed`: whether shapes do not go together; `on_host`:
-            tensor that is read there; `weights`: bytes that are streamed; `aligned`: what addresses are multiples of.
+            `no_cache`, `no_budget`, `no_communicator`: whether those are not; `mixed`: whether shapes do not go
+            together; `on_host`: tensor that is read there; `weights`: bytes that are streamed; `aligned`: what
+            addresses are multiples of.
     """
     trt = SimpleNamespace(**{name: getattr(tensorrt_rtx, name) for name in TAKEN})
     trt.__name__, trt.__version__ = "tensorrt", "10.9.0.34"
@@ -171,6 +173,7 @@ class Context:
     def __init__(self, engine, how):
         self.engine, self.how = engine, how
         self.shapes, self.addresses, self.memory, self.runs = {}, {}, None, []
+        self.communicator = None
 
     def set_input_shape(self, name, shape):
         low, _, high = self.engine.get_tensor_profile_shape(name, 0)
@@ -183,6 +186,12 @@ class Context:
             return False
         self.addresses[name] = address
         return name != self.engine.behaviour.get("no_address")
+
+    def set_communicator(self, communicator):
+        address = ctypes.pythonapi.PyCapsule_GetPointer
+        address.restype, address.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        self.communicator = address(communicator, None)
+        return not self.engine.behaviour.get("no_communicator")
 
     def infer_shapes(self):
         assert self.engine.trt.gpu() == self.engine.gpu, "shapes are set where another GPU is current"

@@ -13,6 +13,7 @@ import torch
 from harness import allowed, eager_denoiser, run, toy_trace
 from kill_ranks import begun, killed
 from oracle import assert_close
+from parallel_page import rows_sent
 from ranks import Counting, on_ranks, replay_on_ranks
 from safetensors.torch import load_file, save_file
 from tiny_bundles import options_of, trace_of
@@ -107,7 +108,7 @@ def test_only_full_steps_send_and_as_much_as_their_graph_says(shared, tiny, mode
         assert group.bytes == full * sent(made.split.full, sizes, 2) > 0
     config = tiny("flux").model.config
     width = config.num_attention_heads * config.attention_head_dim * 4  # bytes of a row of keys
-    rows = 2 * 5 * 2 if mode == "gather" else 2 * (3 * 5 + 5 + 6) / 2  # sent to the one other rank, of both samples
+    rows = 2 * rows_sent(mode, 2, 5, 6)  # of both samples
     assert groups[0].bytes == full * attentions * rows * width
 
 
@@ -143,8 +144,9 @@ def test_what_is_not_shared_out_is_refused(shared, tiny):
     manifest = describe(shared("flux", "gather", 2), "a")
     with pytest.raises(BundleError, match=r"1 rank runs a bundle .* over 2, expected 2; run it with `torchrun"):
         check_ranks(manifest, None)
-    with pytest.raises(ConfigError, match=r"--engine inductor, which sends between ranks .ONNX Runtime"):
-        check_options(options_of(parallel="gather"))
+    for engine, why in (("onnxruntime", "ONNX Runtime's packages hold none"), ("torch-tensorrt", "Torch-TensorRT")):
+        with pytest.raises(ConfigError, match=rf"--engine {engine}, expected one .* inductor, tensorrt, .* \({why}"):
+            check_options(options_of(parallel="gather", engine=engine))
     with pytest.raises(ConfigError, match="is 4096 image_tokens, expected a size that --degree 3 divides"):
         trace_of("flux", tiny("flux").folder, parallel_options("gather", 3))
     with pytest.raises(StepError, match="size `image_tokens` is 15, expected a multiple of 2"):

@@ -18,9 +18,10 @@ from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import Bundle, hash_files
 from taylorseer_export.compile.eager import eager_modules
 from taylorseer_export.compile.export import describe
-from taylorseer_export.errors import BundleError, StepError
+from taylorseer_export.errors import BundleError, ConfigError, StepError
 from taylorseer_export.runtime import tensorrt as runner
 from taylorseer_export.runtime.denoiser import Denoiser, load
+from taylorseer_export.runtime.group import Group
 from taylorseer_export.runtime.order import Order
 
 real = pytest.importorskip("tensorrt_rtx")
@@ -95,6 +96,30 @@ def test_every_call_has_a_context_and_all_share_their_scratch(opened, tiny):
     for site, buffer in ring.items():
         assert forecast[0].addresses[f"taylor_in.{site}"] == buffer.address
         assert forecast[0].shapes[f"taylor_in.{site}"] == buffer.shape
+
+
+def test_contexts_that_send_are_given_the_communicator_of_the_ranks(bundle_of, tiny, monkeypatch):
+    """On doubles of the library and of a group over NCCL: its address arrives, at the graphs that send alone."""
+    bundle, modules = bundle_of("dit")
+    connected, address = [], 0x5EED
+    backend = SimpleNamespace(eager_connect_single_device=connected.append, _comm_ptr=lambda: address)
+    group = object.__new__(Group)
+    group.size, group._handle = 2, SimpleNamespace(_get_backend=lambda device: backend)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+    def contexts(**behaviour):
+        trt = double.library(modules, bundle.manifest, **behaviour)
+        made = runner.TensorRTRunner(trt, bundle, CPU, group=group)
+        open_slot(Denoiser(bundle.manifest, made, bundle), tiny("dit").inputs(1, batch=2))
+        return {(context.engine.name, context.communicator) for context in trt.contexts}
+
+    assert contexts() == {("full", address), ("forecast", None)}
+    assert set(map(str, connected)) == {"cuda:1"}
+    with pytest.raises(StepError, match=r"graph `full` does not take the communicator of 2 ranks"):
+        contexts(no_communicator=True)
+    del backend._comm_ptr
+    with pytest.raises(ConfigError, match="does not tell the communicator of its group, expected one that does"):
+        contexts()
 
 
 @pytest.mark.parametrize(("kind", "cuda_graphs"), [("tensorrt", False), ("tensorrt", True), ("tensorrt-rtx", True)])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from taylorseer_export.compile.collectives import with_calls, with_nodes
 from taylorseer_export.compile.draft import BaseDraft
 from taylorseer_export.compile.engines import Progress
 from taylorseer_export.compile.program import exported_program, quiet_libraries, size_of
@@ -57,7 +58,7 @@ def write_onnx(draft: BaseDraft, cut: Cut, weights: Mapping[str, Stored], path: 
     from onnxscript import optimizer
 
     sizes = draft.graph_sizes
-    program = exported_program(lowered(cut, _dequantise, _round), sizes, draft.ranges())
+    program = exported_program(with_calls(lowered(cut, _dequantise, _round)), sizes, draft.ranges())
     try:
         with torch.no_grad(), quiet_libraries():
             exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
@@ -89,6 +90,7 @@ def write_onnx(draft: BaseDraft, cut: Cut, weights: Mapping[str, Stored], path: 
             WEIGHTS, place.offset, place.length, _data_type(place.dtype),
             shape=ir.Shape(place.shape), name=name, base_dir=path.parent,
         )  # fmt: skip
+    with_nodes(model)
     _with_quantisation(model)
     for values, contract in ((graph.inputs, cut.inputs), (graph.outputs, cut.outputs)):
         for value, tensor in zip(values, contract, strict=True):

@@ -12,7 +12,12 @@ from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.draft import Options
 from taylorseer_export.errors import ConfigError
 
-_ENGINES = ("inductor",)
+_ENGINES = ("inductor", "tensorrt", "tensorrt-rtx")
+# Why others have no collectives here.
+_WITHOUT = {
+    "onnxruntime": "ONNX Runtime's packages hold none",
+    "torch-tensorrt": "Torch-TensorRT makes its own of torch's, which nobody has seen run here",
+}
 _Size = TypeVar("_Size", int, int | None)
 
 
@@ -27,10 +32,10 @@ def check_parallel(options: Options) -> None:
     if not 2 <= options.degree <= 64:
         raise ConfigError(f"--degree is {options.degree}, expected 2 to 64 (ranks); change it")
     if options.engine not in _ENGINES:
-        why = " (ONNX Runtime's packages hold no collectives)" if options.engine == "onnxruntime" else ""
+        why = f" ({_WITHOUT[options.engine]})" if options.engine in _WITHOUT else ""
         raise ConfigError(
-            f"--parallel is {options.parallel} with --engine {options.engine}, expected --engine {_ENGINES[0]}, which "
-            f"sends between ranks{why}; choose it"
+            f"--parallel is {options.parallel} with --engine {options.engine}, expected one with collectives, "
+            f"{', '.join(_ENGINES)}{why}; choose among them"
         )
 
 

@@ -1,14 +1,15 @@
 """Which runner serves which kind of engine, and the checks that come before any engine is touched.
 
 Each runner's module has `open_runner(bundle, device, threads, cuda_graphs)`, with `weights` where these may be changed
-at load. It checks what its engines are tied to (library and version, compute capability, driver) against this machine,
-and only then loads a file.
+at load, and with `group` where its engines send between ranks by themselves. It checks what its engines are tied to
+(library and version, compute capability, driver) against this machine, and only then loads a file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from taylorseer_export.bundle.driver import check_number
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.errors import BundleError, ConfigError
 from taylorseer_export.runtime.runner import Runner
+
+if TYPE_CHECKING:
+    from taylorseer_export.runtime.group import Group
 
 # Kind of engine -> the module that runs it.
 _RUNNERS = {
@@ -30,6 +34,8 @@ _RUNNERS = {
 
 # Kinds whose weights can be others than the bundle's when they are loaded.
 _OPEN = ("onnxruntime", "inductor")
+# Kinds that send between ranks by themselves; torch finds the group by its name.
+_SENDING = ("tensorrt", "tensorrt-rtx")
 
 
 def open_runner(
@@ -38,6 +44,7 @@ def open_runner(
     threads: int = 0,
     cuda_graphs: bool = True,
     weights: Mapping[str, np.ndarray] | None = None,
+    group: Group | None = None,
 ) -> Runner:
     """Load the engines of a checked bundle.
 
@@ -47,6 +54,7 @@ def open_runner(
         threads: CPU threads of each engine; 0 leaves it to the engine.
         cuda_graphs: Whether calls on a GPU are replayed as CUDA graphs; the runner counts the calls that are not.
         weights: Tensor name -> bits that take the place of the bundle's, as `Merged` has them.
+        group: The ranks, where the bundle is shared out.
 
     Raises:
         BundleError: The engines are not for this device, machine or version; says how to rebuild them here.
@@ -71,7 +79,9 @@ def open_runner(
             f"lora is given for engines of kind {engine.kind}, which hold their weights, expected one of "
             f"{', '.join(_OPEN)} (without --provider tensorrt); export again with --lora FILE"
         )
-    change = {"weights": weights} if weights else {}
+    change: dict[str, Any] = {"weights": weights} if weights else {}
+    if group is not None and engine.kind in _SENDING:
+        change["group"] = group
     runner: Runner = import_module(_RUNNERS[engine.kind]).open_runner(bundle, device, threads, cuda_graphs, **change)
     return runner
 

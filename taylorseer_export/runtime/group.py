@@ -13,6 +13,7 @@ a rank that never comes is seen as what it is.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import time
@@ -217,6 +218,26 @@ class Group:
                 f"{self._missing()} after {time.monotonic() - begun:.1f} s{where} ({first_line(cause)}), expected all "
                 f"{self.size} ranks within {self.timeout:g} s; see what it says, and start all again"
             ) from error
+
+    def communicator(self) -> Any:
+        """NCCL's communicator of the graphs on torch's current GPU, for engines that send by themselves: its address in
+        a capsule, as Python hands such a thing on.
+
+        Raises:
+            ConfigError: This torch does not tell it.
+        """
+        import torch
+
+        backend, gpu = self._handle._get_backend(torch.device("cuda")), torch.cuda.current_device()
+        backend.eager_connect_single_device(torch.device("cuda", gpu))  # there is none before
+        if not (address := getattr(backend, "_comm_ptr", int)()):
+            raise ConfigError(
+                f"torch {torch.__version__} does not tell the communicator of its group, expected one that does for "
+                "engines that send by themselves; upgrade torch, or export again with --engine inductor"
+            )
+        capsule = ctypes.pythonapi.PyCapsule_New
+        capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return capsule(address, None, None)
 
     def close(self) -> None:
         """Leave the group."""

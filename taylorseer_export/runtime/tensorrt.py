@@ -23,11 +23,17 @@ from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.bundle.tensorrt import dtype_names, extents, library, library_name, logger
 from taylorseer_export.errors import BundleError, StepError, first_line
 from taylorseer_export.runtime.engines import check_version
+from taylorseer_export.runtime.group import Group
 from taylorseer_export.runtime.runner import Buffer, Call, check_binding
 from taylorseer_export.runtime.torch_runner import TorchRunner, current, located
 
+# Graphs that never send, as tests hold for every model.
+_ALONE = ("prepare", "forecast")
 
-def open_runner(bundle: Bundle, device: Device, threads: int, cuda_graphs: bool = True) -> TensorRTRunner:
+
+def open_runner(
+    bundle: Bundle, device: Device, threads: int, cuda_graphs: bool = True, group: Group | None = None
+) -> TensorRTRunner:
     """Load the plans of a bundle, after library, driver and GPU were found to be those it was built for.
 
     Raises:
@@ -36,7 +42,7 @@ def open_runner(bundle: Bundle, device: Device, threads: int, cuda_graphs: bool 
     trt = library(bundle.manifest.engine.kind, BundleError)
     check_library(bundle, trt.__version__)
     check_gpu(bundle, device)
-    return TensorRTRunner(trt, bundle, device, cuda_graphs)
+    return TensorRTRunner(trt, bundle, device, cuda_graphs, group)
 
 
 def check_library(bundle: Bundle, installed: str) -> None:
@@ -99,6 +105,8 @@ class TensorRTRunner(TorchRunner):
         bundle: The bundle.
         device: The GPU; without a number torch's current one. Its plans, contexts and scratch belong to it.
         cuda_graphs: Whether calls are captured. Streamed weights cannot be, and count as fallbacks.
+        group: The ranks, where the bundle is shared out; all of them bind the same calls in the same order, since a
+            context takes their communicator from all at once.
 
     Raises:
         BundleError: A plan is refused, or its tensors are not those of the manifest.
@@ -106,7 +114,9 @@ class TensorRTRunner(TorchRunner):
 
     alignment = 256  # bytes; what the library reads at once
 
-    def __init__(self, trt: Any, bundle: Bundle, device: Device, cuda_graphs: bool = True) -> None:
+    def __init__(
+        self, trt: Any, bundle: Bundle, device: Device, cuda_graphs: bool = True, group: Group | None = None
+    ) -> None:
         self._given = bundle.manifest.engine.options
         cuda_graphs = cuda_graphs and "weight-streaming" not in self._given
         self._captures_itself = bundle.manifest.engine.kind == "tensorrt-rtx" and cuda_graphs
@@ -114,7 +124,7 @@ class TensorRTRunner(TorchRunner):
         super().__init__({}, graphs, device, cuda_graphs and not self._captures_itself)
         if self._captures_itself:
             self._record = _warm
-        self._trt, self._log, self._bundle = trt, logger(trt), bundle
+        self._trt, self._log, self._bundle, self._group = trt, logger(trt), bundle, group
         with current(self.device):
             self._runtime = trt.Runtime(self._log)
             self._engines = {name: self._loaded(name) for name in graphs}
@@ -216,6 +226,13 @@ class TensorRTRunner(TorchRunner):
                 f"an execution context of graph `{graph}` is not made ({self._log.last()}), expected one for each "
                 "bound call; free memory of the GPU, or use fewer slots"
             )
+        if self._group is not None and graph not in _ALONE:
+            if not context.set_communicator(self._group.communicator()):
+                raise StepError(
+                    f"an execution context of graph `{graph}` does not take the communicator of {self._group.size} "
+                    f"ranks ({self._log.last()}), expected it to send between them; see that each rank has a GPU of "
+                    "its own, of compute capability 8.0 or more"
+                )
         return context
 
     def _made_context(self, graph: str) -> Any:

@@ -13,6 +13,8 @@ Goal = dict[str, Any]
 EFFICIENCY = {"residual": 0.99, "module": 0.97}  # speed-up over the same engine all-full, over steps / full steps
 FORECAST_OVER_FLOOR = 2.0  # of the time in which the bytes of a forecast step can be copied
 FULL_OVER_COMPILED = 1.00  # of a step of the plain model, compiled and captured the same way
+FEW_BITS_BYTES = 0.51  # of the weights of the full graph in bfloat16, with fp8: half, and the scales
+FEW_BITS_FULL = 1.10  # of a full step in bfloat16, where each weight is widened before its product
 OVER_RIVAL = 1.3  # loop of a rival over ours, with as many full steps
 RIVALS = {"diffusers' hook": ("hook eager", "hook compiled"), "cache-dit": ("cache-dit eager", "cache-dit compiled")}
 
@@ -57,15 +59,9 @@ def of_contest(contest: Mapping[str, Any], trial: str = "") -> list[Goal]:
         if not label.startswith("ours"):
             continue
         where = f"{model} {label.removeprefix('ours ')}"
-        if why := missing(result):
-            found.append(not_run(f"{where}: every goal", why))
+        found += of_ours(where, result, trial)
+        if missing(result):
             continue
-        found.append(
-            at_least(f"{where}: efficiency", EFFICIENCY.get(result["granularity"], 0.97), result["efficiency"], trial)
-        )
-        found.append(
-            at_most(f"{where}: forecast over its floor", FORECAST_OVER_FLOOR, result["forecast_over_floor"], trial)
-        )
         if "full_over_compiled" in result:
             found.append(
                 at_most(f"{where}: full over compiled", FULL_OVER_COMPILED, result["full_over_compiled"], trial)
@@ -73,12 +69,50 @@ def of_contest(contest: Mapping[str, Any], trial: str = "") -> list[Goal]:
         else:
             why = missing(results.get("compiled", {})) or "the compiled plain model has no time"
             found.append(not_run(f"{where}: full over compiled", why))
-        found.append(at_most(f"{where}: calls without a CUDA graph", 0, result["fallbacks"]))
-        for plan, parity in result.get("parity", {}).items():
-            found.append(at_most(f"{where}: error over its bound on {plan}", 1, parity["over_bound"]))
-        if "parity_failed" in result:
-            found.append(not_run(f"{where}: error over its bound", result["parity_failed"]))
     return found + _over_rivals(results, model, trial)
+
+
+def of_ours(where: str, result: Mapping[str, Any], trial: str) -> list[Goal]:
+    """The goals of one configuration of ours that need no other contestant."""
+    if why := missing(result):
+        return [not_run(f"{where}: every goal", why)]
+    floor, least = result["forecast_over_floor"], EFFICIENCY.get(result["granularity"], 0.97)
+    found = [
+        at_least(f"{where}: efficiency", least, result["efficiency"], trial),
+        at_most(f"{where}: forecast over its floor", FORECAST_OVER_FLOOR, floor, trial),
+        at_most(f"{where}: calls without a CUDA graph", 0, result["fallbacks"]),
+    ]
+    for plan, parity in result.get("parity", {}).items():
+        found.append(at_most(f"{where}: error over its bound on {plan}", 1, parity["over_bound"]))
+    if "parity_failed" in result:
+        found.append(not_run(f"{where}: error over its bound", result["parity_failed"]))
+    return found
+
+
+def of_few_bits(contest: Mapping[str, Any], trial: str = "") -> list[Goal]:
+    """The goals of quantised weights: those of ours, and beside ours in bfloat16 their bytes and a full step.
+
+    Args:
+        contest: As `contest.run` fills it; results whose `weights` are not None are of the same label without its end.
+        trial: As for `of_contest`; bytes of a tiny model are not judged either, most of which are not of its blocks.
+    """
+    results, model = contest["results"], contest["model"]
+    found: list[Goal] = []
+    for label, result in results.items():
+        if not label.startswith("ours"):
+            continue
+        where = f"{model} {label.removeprefix('ours ')}"
+        found += of_ours(where, result, trial)
+        if missing(result) or result["weights"] is None:
+            continue
+        plain = results[label.removesuffix(f" {result['weights']}")]
+        if why := missing(plain):
+            found.append(not_run(f"{where}: weights and full step over those in bfloat16", why))
+            continue
+        share, cost = (result[key] / plain[key] for key in ("weights_bytes", "full_ms"))
+        found.append(at_most(f"{where}: weights of the full graph over bfloat16", FEW_BITS_BYTES, share, trial))
+        found.append(at_most(f"{where}: full step over bfloat16", FEW_BITS_FULL, cost, trial))
+    return found
 
 
 def _over_rivals(results: Mapping[str, Any], model: str, trial: str) -> list[Goal]:

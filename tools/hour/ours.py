@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.memory import role_bytes, state_bytes
 from taylorseer_export.compile import export
 from taylorseer_export.compile.eager import pointwise_sums, weighted, writing
+from taylorseer_export.graph.quantise import lowered
 from taylorseer_export.method import Forecasts, Plan
+from taylorseer_export.report.quantised import hold_quantised
 from taylorseer_export.report.verify import compare
 from taylorseer_export.runtime.denoiser import Denoiser, Slot
 from taylorseer_export.runtime.torch_runner import TorchRunner
@@ -26,17 +29,23 @@ from taylorseer_export.runtime.trajectory import Trajectory
 class Ours:
     """Our graphs of one granularity and one order."""
 
-    def __init__(self, case: Case, granularity: str, order: int, shared: dict[str, Any]) -> None:
-        draft = export.draft(case.traced, case.options(granularity, order))
+    def __init__(
+        self, case: Case, granularity: str, order: int, shared: dict[str, Any], form: str | None = None
+    ) -> None:
+        draft = export.draft(case.traced, case.options(granularity, order, form))
         state = case.model.state_dict()
         device = case.machine.device
-        weights = {
-            name: (draft.buffers[name] if name in draft.buffers else state[name]).to(device, dtype)
-            for name, (dtype, _) in draft.stored.items()
-        }
-        modules = {c.name: writing(pointwise_sums(weighted(c, weights, device)), c) for c in draft.split.graphs}
+
+        def weight(name: str) -> torch.Tensor:
+            if part := draft.quantised.get(name):
+                return part.of(state[part.weight])
+            return draft.buffers[name] if name in draft.buffers else state[name]
+
+        weights = {name: weight(name).to(device, dtype) for name, (dtype, _) in draft.stored.items()}
+        cuts = map(lowered, draft.split.graphs)
+        modules = {c.name: writing(pointwise_sums(weighted(c, weights, device)), c) for c in cuts}
         # A full step writes one snapshot whatever the order, so one compiled graph serves all orders.
-        full = shared.setdefault(granularity, case.machine.compiled(modules["full"]))
+        full = shared.setdefault((granularity, form), case.machine.compiled(modules["full"]))
         functions = {**modules, "full": full, "forecast": case.machine.compiled(modules["forecast"])}
         manifest = export.describe(draft, f"{granularity}-{order}")
         self.case, self.order = case, order
@@ -69,24 +78,31 @@ class Ours:
 
 
 def ours(
-    case: Case, granularity: str, order: int, shared: dict[str, Any], floor: dict[str, float], kept: Path
+    case: Case,
+    granularity: str,
+    order: int,
+    shared: dict[Any, Any],
+    floor: dict[str, float],
+    kept: Path,
+    form: str | None = None,
 ) -> dict[str, Any]:
     """One configuration of ours: steps, loops, bytes, and how far from the floor.
 
     Args:
         case: The model.
         granularity, order: The configuration.
-        shared: Compiled full graphs by granularity; filled here.
+        shared: Compiled full graphs by granularity and format; filled here.
         floor: The ceilings of the machine.
         kept: Folder for what is needed to look into a broken bound.
+        form: Of quantised weights; None leaves them in bfloat16.
     """
     args, machine = case.args, case.machine
     plan, all_full = Plan.regular(case.steps, args.interval, args.warmup), Plan.all_full(case.steps)
     repeats, pairs = args.repeats or case.subject.repeats, args.loops or case.subject.loops
-    result: dict[str, Any] = {"granularity": granularity, "order": order, "plan": str(plan)}
+    result: dict[str, Any] = {"granularity": granularity, "order": order, "plan": str(plan), "weights": form}
     began = time.perf_counter()
     with torch.no_grad(), machine.peak(result):
-        engine = Ours(case, granularity, order, shared)
+        engine = Ours(case, granularity, order, shared, form)
         slot = engine.slot
         slot.start(case.arrays, Forecasts(plan, order), case.data.timesteps)
         result["build_s"] = time.perf_counter() - began
@@ -100,13 +116,14 @@ def ours(
     result["speedup"] = statistics.median(whole / planned for whole, planned in loops)
     result["ideal_speedup"], result["efficiency"] = plan.ceiling, result["speedup"] / plan.ceiling
     result["state_bytes"] = state_bytes(engine.denoiser.manifest, engine.sizes)
+    result["weights_bytes"] = engine.denoiser.manifest.graphs["full"].weights_bytes
     result["forecast_bytes"] = engine.bytes_of("forecast")
     result["forecast_floor_ms"] = 1e3 * result["forecast_bytes"] / floor["bytes_per_s"]
     result["forecast_over_floor"] = result["forecast_ms"] / result["forecast_floor_ms"]
     result["captures"], result["fallbacks"] = engine.runner.captures, engine.runner.fallbacks
     if args.parity and case.subject.parity and order == args.order[0]:
         try:
-            result["parity"] = parity(case, engine, kept / f"{granularity}-{order}")
+            result["parity"] = parity(case, engine, kept / f"{granularity}-{order}{form or ''}")
         except (RuntimeError, TimeoutError) as error:  # such as too little memory for the float32 model
             result["parity_failed"] = short(error)
     engine.close()
@@ -114,12 +131,14 @@ def ours(
 
 
 def parity(case: Case, engine: Ours, kept: Path) -> dict[str, Any]:
-    """Against the float32 model with forward hooks, step by step; ratios to the derived bound, at most 1."""
+    """Against the float32 model with forward hooks, which holds what quantised weights stand for; ratios of each
+    step to the derived bound, at most 1."""
     with torch.device(case.machine.device):
         reference = type(case.model).from_config(case.model.config).requires_grad_(False).eval()
     own = case.model.state_dict()
     for name, value in reference.state_dict().items():
         value.copy_(own[name])
+    hold_quantised(reference, SimpleNamespace(tensor=own.__getitem__), engine.denoiser.manifest)  # type: ignore[arg-type]
     steps = min(case.steps, 7)
     found = {}
     for plan in (Plan.all_full(2), Plan.parse("FFF..F."[:steps])):

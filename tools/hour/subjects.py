@@ -117,11 +117,12 @@ class Case:
         floats = value.is_floating_point() and not name.endswith("_ids")
         return value.to(self.machine.device, BF16 if floats else value.dtype)
 
-    def options(self, granularity: Any, order: int) -> export.Options:
+    def options(self, granularity: Any, order: int, weights: str | None = None) -> export.Options:
         a = self.args
         return export.Options(order=order, interval=a.interval, warmup=a.warmup, steps=self.steps,
                               granularity=granularity, engine="inductor", device=self.machine.device,
-                              precision="bf16", latent_size=self._latent_size(), batch=self.batch)  # fmt: skip
+                              precision="bf16", latent_size=self._latent_size(), batch=self.batch,
+                              weights=weights)  # fmt: skip
 
     def _latent_size(self) -> tuple[int, ...] | None:
         """What the graphs are static in; the DiT knows no other size than its own, FLUX's latents are packed."""

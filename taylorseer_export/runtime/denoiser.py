@@ -139,7 +139,7 @@ class Denoiser:
         self._threads, self._devices = threads, devices or {}
         self.lora = Merged()
         self.usual: Adapter | None = None
-        self.contract = Contract(self.manifest)
+        self.contract = self.share.contract if self.manifest is manifest else Contract(self.manifest)
         self.latent, self.timestep = self.contract.latent, self.contract.timestep
         self.others = self.contract.others
         self.constants, self.defaults = self.contract.constants, self.contract.defaults

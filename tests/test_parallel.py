@@ -336,13 +336,14 @@ def test_a_diffusers_pipeline_runs_on_every_rank(shared, tiny):
         pipe = pipes[denoiser.share.rank]
         pipe.transformer = denoiser.as_transformer(plan="FFF.F")
         seen = Recorder(pipe.transformer)
-        return paint(pipe), seen
+        painted = paint(pipe)
+        seen.assert_plan(model, "FFF.F", ORDER)
+        return painted, seen
 
     (first, seen), (other, _) = sound(denoisers_on_ranks(shared("flux", "gather", 2), alike))
     assert torch.equal(first, other)
     with seen.retold_by(model):
         assert torch.equal(first, paint(flux_pipeline(model)))
-    seen.assert_plan(model, "FFF.F", ORDER)
 
     def seeded(denoiser):
         pipe = pipes[denoiser.share.rank]

@@ -38,6 +38,7 @@ from taylorseer_export.runtime.lead import leave
 from taylorseer_export.runtime.sampling import Beginning, Joined, Loop, Request, denoise, sample
 from taylorseer_export.runtime.share import check_ranks, whole_of
 from taylorseer_export.runtime.slot import Slot
+from taylorseer_export.runtime.tensors import tensor_request
 
 PLAN, ORDER = "FF.F..", 2
 # (model, mode, ranks) -> (granularity, layout, sizes of the request); one trace each.
@@ -428,12 +429,21 @@ def test_torchrun_writes_what_one_process_writes(package, tiny, tmp_path):
     reference = oracle.replay(tiny("plain").model, *inputs, PLAN, ORDER, "residual")
     bound = allowed(tiny("plain").model, reference, PLAN, ORDER)
     assert_close("torchrun", load_file(written)["noise_pred"], reference, bound)
-    picture, one = tmp_path / "drawn.safetensors", {n: v.contiguous() for n, v in conditioning.items()}
-    save_file(one, given)
-    asked_for = ["--inputs", str(given), "--seed", "3", "4", "--size", "8x20", "--plan", "F", "--out", str(picture)]
-    begin = [*torchrun, "-m", "taylorseer_export", "run", str(package), *asked_for]
-    done = subprocess.run(begin, capture_output=True, text=True, timeout=600)
+    # One step from noise: the latents are the noise and a part of the prediction, at most all of it.
+    save_file({name: value.contiguous() for name, value in conditioning.items()}, tmp_path / "one.safetensors")
+    drawn = tmp_path / "drawn.safetensors"
+    draw = ["--inputs", str(tmp_path / "one.safetensors"), "--seed", "3", "4", "--plan", "F", "--out", str(drawn)]
+    draw = [*torchrun, "-m", "taylorseer_export", "run", str(package), *draw]
+    done = subprocess.run(draw, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout.count("wrote") == 1, done.stderr
+    one = Denoiser(whole_of(open_bundle(package).manifest), EagerRunner({}, {}))
+    request = tensor_request(one, as_arrays(conditioning), [3, 4])
+    loop = Loop(one, request, one.forecasts(plan="F"))
+    noise, time_ = torch.from_numpy(loop.model_input())[None], torch.from_numpy(np.float32(loop.model_timesteps))
+    predicted = oracle.replay(tiny("plain").model, noise, time_, conditioning, "F", ORDER, "residual")
+    loop.accept(predicted[0].float().numpy())
+    bound = allowed(tiny("plain").model, predicted, "F", ORDER)
+    assert_close("run", load_file(drawn)["latents"][None], torch.from_numpy(loop.latents)[None], bound)
     alone = subprocess.run([sys.executable, *replay], capture_output=True, text=True, timeout=600)
     assert alone.returncode == 2 and "1 rank runs a bundle that is shared out over 2, expected 2" in alone.stderr
     with pytest.raises(BundleError, match="1 rank runs a bundle"):

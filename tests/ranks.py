@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from contextlib import contextmanager
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from taylorseer_export.compile.eager import eager_modules
 from taylorseer_export.compile.export import describe
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.eager import EagerRunner
+from taylorseer_export.runtime.following import follow
 from taylorseer_export.runtime.group import Group
 
 
@@ -41,6 +43,38 @@ def on_ranks(count, work, timeout=30.0):
     return results
 
 
+def denoisers_on_ranks(draft, work, timeout=30.0, guidance=False):
+    """What `work(denoiser)` returned on each rank of a sharded draft, with its eager graphs, or raised.
+
+    With `guidance` each half of them runs one branch.
+    """
+    manifest, modules = describe(draft, "eager"), eager_modules(draft)
+
+    def one(group):
+        return work(Denoiser(manifest, EagerRunner(modules, manifest.graphs), group=group, guidance=guidance))
+
+    shared = draft.parallel.degree if draft.parallel else 1
+    return on_ranks(shared * (2 if guidance else 1), one, timeout)
+
+
+@contextmanager
+def following(manifest, modules, port):
+    """Rank 1 of two as a process that follows, over the store at a port: a fork, which is killed at the end."""
+
+    def one():
+        torch.set_num_threads(1)  # a fork has none of the threads that would share the work
+        group = Group(distributed.TCPStore("127.0.0.1", port), 1, 2, timeout=20.0)
+        follow(Denoiser(manifest, EagerRunner(modules, manifest.graphs), group=group))
+
+    process = get_context("fork").Process(target=one, daemon=True)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
 def replay_on_ranks(draft, inputs, plan, order=None, work=None, guidance=False, **options):
     """noise_pred [S, ...] of every rank of a draft, with its eager graphs; `work(group)` before each.
 
@@ -48,18 +82,19 @@ def replay_on_ranks(draft, inputs, plan, order=None, work=None, guidance=False, 
 
     With a `guard` among the options each has (noise_pred, executed steps).
     """
-    manifest, modules = describe(draft, "eager"), eager_modules(draft)
 
-    def one(group):
+    def one(denoiser):
         if work is not None:
-            work(group)
-        denoiser = Denoiser(manifest, EagerRunner(modules, manifest.graphs), group=group, guidance=guidance)
+            work(denoiser.share.group)
         slot, latents = begun(denoiser, inputs, plan, order, **options)
         seen = torch.from_numpy(denoiser.share.joined(np.stack([slot.step(latent) for latent in latents])))
         return (seen, slot.executed) if "guard" in options else seen
 
-    shared = draft.parallel.degree if draft.parallel else 1
-    results = on_ranks(shared * (2 if guidance else 1), one)
+    return sound(denoisers_on_ranks(draft, one, guidance=guidance))
+
+
+def sound(results):
+    """What all ranks returned; raises what one of them did."""
     for result in results:
         if isinstance(result, Exception):
             raise result

@@ -2,28 +2,44 @@
 
 # Shapes: S steps, B batch
 
+import json
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from harness import allowed, eager_denoiser, run, toy_trace
-from kill_ranks import begun, killed
+from harness import allowed, as_arrays, eager_denoiser, run, toy_trace
+from images_api import GENERATIONS, asked, got, models_over, serving
+from kill_ranks import begun, killed, killed_under_torchrun
 from oracle import assert_close
 from parallel_page import rows_sent
-from ranks import Counting, on_ranks, replay_on_ranks
+from ranks import Counting, denoisers_on_ranks, following, on_ranks, replay_on_ranks, sound
+from recorder import Recorder
 from safetensors.torch import load_file, save_file
 from tiny_bundles import options_of, trace_of
+from tiny_pipelines import flux_pipeline
+from torch import distributed
 
+from taylorseer_export.bundle.store import open_bundle
+from taylorseer_export.compile.eager import eager_modules
 from taylorseer_export.compile.export import check_options, describe, draft, write_bundle
-from taylorseer_export.errors import BundleError, ConfigError, ExportError, StepError
+from taylorseer_export.errors import BundleError, ConfigError, ExportError, RankError, StepError
 from taylorseer_export.graph.shard import counted, sent, shard
-from taylorseer_export.method import Guard
-from taylorseer_export.runtime.denoiser import load
-from taylorseer_export.runtime.share import check_ranks
+from taylorseer_export.method import Forecasts, Guard, Plan
+from taylorseer_export.runtime.denoiser import Denoiser, load
+from taylorseer_export.runtime.eager import EagerRunner
+from taylorseer_export.runtime.following import decoded, encoded, follow
+from taylorseer_export.runtime.group import Group
+from taylorseer_export.runtime.lead import leave
+from taylorseer_export.runtime.sampling import Beginning, Joined, Loop, Request, denoise, sample
+from taylorseer_export.runtime.share import check_ranks, whole_of
+from taylorseer_export.runtime.slot import Slot
+from taylorseer_export.runtime.tensors import tensor_request
 
 PLAN, ORDER = "FF.F..", 2
 # (model, mode, ranks) -> (granularity, layout, sizes of the request); one trace each.
@@ -210,6 +226,184 @@ def test_a_rank_that_is_killed_in_mid_loop_ends_the_other_with_its_name(shared, 
     assert seconds < 20
 
 
+# Loops, and ranks that follow
+
+
+@pytest.fixture(scope="module")
+def request_(tiny):
+    """Two pictures of an odd number of rows on each rank."""
+    latents, _, conditioning = tiny("flux").inputs(1, batch=2, height=2, width=5)
+    noise = np.random.default_rng(7).standard_normal(latents.shape[1:]).astype(np.float32)
+    return Request(noise, as_arrays(conditioning), False, 0.0, 0, 0)
+
+
+def test_a_loop_on_ranks_gathers_its_latents_once_and_is_that_of_one(shared, tiny, request_):
+    """Predictions are the model's within the bound; what is made of them is what one process makes, to the bit."""
+    made = shared("flux", "gather", 2)
+
+    def alike(denoiser):
+        loop, group = Loop(denoiser, request_, denoiser.forecasts(plan=PLAN)), denoiser.share.group
+        branches = loop.open(denoiser)
+        loop.begin(branches)
+        before, predictions = group.sent, [step.noise_pred for step in denoise(loop, branches)]
+        return predictions, loop.latents, group.sent - before, branches.executed
+
+    ranks = sound(denoisers_on_ranks(made, alike))
+    manifest = whole_of(describe(made, "eager"))
+    one = Loop(alone := Denoiser(manifest, EagerRunner({}, {})), request_, alone.forecasts(plan=PLAN))
+    given, answers = [], [np.concatenate(parts, 1) for parts in zip(ranks[0][0], ranks[1][0], strict=True)]
+    for answer in answers:
+        given.append(one.model_input())
+        one.accept(answer)
+    for _, latents, given_away, executed in ranks:
+        assert np.array_equal(latents, one.latents) and executed == PLAN
+        assert given_away == 8 * PLAN.count("F") + one.latents.nbytes // 2  # steps, then its own rows
+    model, conditioning = tiny("flux").model, {n: torch.from_numpy(v) for n, v in request_.conditioning.items()}
+    times = torch.from_numpy(one.model_timesteps.astype(np.float32))
+    expected = oracle.replay(model, torch.from_numpy(np.stack(given)), times, conditioning, PLAN, ORDER)
+    bound = allowed(model, expected, PLAN, ORDER)
+    assert_close("a loop", torch.from_numpy(np.stack(answers)), expected, bound)
+
+
+def test_rank_0_leads_and_the_others_follow(shared, request_):
+    """A request, one that does not begin, one that is given up, and the first once more: the same to the bit."""
+    nothing = np.full((6, 3), np.nan, np.float32)
+    broken = replace(request_, conditioning={**request_.conditioning, "txt_ids": nothing})
+    plan = "FF..F.F"
+
+    def work(denoiser):
+        with denoiser:
+            if follow(denoiser):
+                return "followed"
+            forecasts = denoiser.forecasts(plan=plan)
+            first = sample(denoiser, request_, forecasts)
+            with pytest.raises(StepError, match="`txt_ids` has 18 values that are NaN"):
+                sample(denoiser, broken, forecasts)
+            loop = Loop(denoiser, request_, forecasts)
+            branches = loop.open(denoiser)
+            loop.begin(branches)
+            for _ in range(2):
+                loop.accept(branches.step(loop.model_input()))
+            leave(denoiser.share.group, denoiser.share.lead, loop, branches)
+            again = sample(denoiser, request_, forecasts)
+            with pytest.raises(ConfigError, match="a LoRA of a request is asked of several ranks"):
+                sample(denoiser, replace(request_, lora="one"), forecasts)
+            return first.latents, again.latents, loop.step, again.executed
+
+    (first, again, left, executed), other = sound(denoisers_on_ranks(shared("flux", "gather", 2), work))
+    assert np.array_equal(first, again) and executed == plan and other == "followed"
+    assert left == plan.index("F", 2)  # forecast steps went on, and the next full one did not
+
+
+def test_what_is_sent_is_what_is_asked():
+    value = np.arange(6, dtype=np.float32).reshape(1, 6)
+    request = Request(
+        value, {"a": value + 1, "n": np.array([3])}, True, 2.5, 32, 48, sigmas=value[0], negative={"a": value + 2},
+        joined=Joined(2, value + 3, ahead=True), beginning=Beginning(value + 4, 0.5, 9),
+    )  # fmt: skip
+    for guard in (None, Guard("fbcache", 0.25, cap=3)):
+        forecasts = Forecasts(Plan("FF."), 1, "newton", None if guard else ((), (), (-1.0, 2.0)), guard)
+        again, same = decoded(encoded(request, forecasts))
+        assert same == forecasts and encoded(again, same) == encoded(request, forecasts)
+    assert decoded(encoded(Request(value, {}, False, 0.0, 0, 0), forecasts))[0].negative is None
+
+
+def test_a_rank_that_does_not_follow_and_one_that_does_not_lead_are_named(shared, request_):
+    def lead_alone(denoiser):
+        if denoiser.share.rank == 0:
+            follow(denoiser)
+            sample(denoiser, request_, denoiser.forecasts(plan="FF"))
+
+    error, _ = denoisers_on_ranks(shared("flux", "gather", 2), lead_alone, timeout=1.0)
+    assert isinstance(error, RankError) and "rank 1 of 2 has died or is late" in str(error)
+    _, error = denoisers_on_ranks(shared("flux", "gather", 2), lambda d: d.share.rank and follow(d), timeout=1.0)
+    assert isinstance(error, RankError) and "rank 0 of 2 has died or is late" in str(error)
+
+    def differ(denoiser):
+        sample(denoiser, request_, denoiser.forecasts(plan="FF."[: 3 - denoiser.share.rank]))
+
+    told = {str(error) for error in denoisers_on_ranks(shared("flux", "gather", 2), differ)}
+    assert len(told) == 1 and "`plan` of rank 1 is " in told.pop()
+
+
+def test_a_diffusers_pipeline_runs_on_every_rank(shared, tiny):
+    """Each rank runs it whole, with one seed; another seed is refused before the first step."""
+    model, options = tiny("flux").model, {"height": 16, "width": 16, "max_sequence_length": 6, "output_type": "latent"}
+
+    def paint(pipe, seed=0):
+        return pipe("cat", num_inference_steps=5, generator=torch.Generator().manual_seed(seed), **options).images
+
+    pipes = [flux_pipeline(model) for _ in range(2)]
+
+    def alike(denoiser):
+        pipe = pipes[denoiser.share.rank]
+        pipe.transformer = denoiser.as_transformer(plan="FFF.F")
+        seen = Recorder(pipe.transformer)
+        painted = paint(pipe)
+        seen.assert_plan(model, "FFF.F", ORDER)
+        return painted, seen
+
+    (first, seen), (other, _) = sound(denoisers_on_ranks(shared("flux", "gather", 2), alike))
+    assert torch.equal(first, other)
+    with seen.retold_by(model):
+        assert torch.equal(first, paint(flux_pipeline(model)))
+
+    def seeded(denoiser):
+        pipe = pipes[denoiser.share.rank]
+        pipe.transformer = denoiser.as_transformer()
+        paint(pipe, seed=denoiser.share.rank)
+
+    (told,) = {str(error) for error in denoisers_on_ranks(shared("flux", "gather", 2), seeded)}
+    assert "`latents (give all ranks one seed)` of rank 1 is float32 [1, 16, " in told
+
+
+def test_a_server_on_ranks_answers_all_and_ends_when_one_is_killed(shared, whole_flux, monkeypatch):
+    """Two pictures, one that is late in mid-loop between them, then rank 1 is killed: 503 with its name, no hang."""
+    made, bundle = shared("flux", "gather", 2), open_bundle(whole_flux)
+    own = describe(made, "eager")
+    parts = {name: getattr(own, name) for name in ("parallel", "dimensions", "graphs", "state")}
+    manifest, modules = bundle.manifest.model_copy(update=parts), eager_modules(made)
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    body = {"prompt": "cat", "size": "16x16", "plan": "FF..F..F", "seed": 3}
+    step, ran, ended = [], Slot.run, []
+
+    def watched(slot):
+        for at, action in step:
+            if len(slot.executed) == at and len(slot.plan) == 8:
+                action()
+        ran(slot)
+
+    with following(manifest, modules, store.port) as rank_1:
+        denoiser = Denoiser(
+            manifest, EagerRunner(modules, manifest.graphs), bundle, group=Group(store, 0, 2, timeout=20.0)
+        )
+        denoiser.share.owned = True
+        with denoiser, models_over(denoiser_leading(denoiser), slots=1, batch=1, workers=1) as models:
+            models.ends(ended.append)
+            with serving(models) as port:
+                monkeypatch.setattr(Slot, "run", watched)
+                first = asked(port, GENERATIONS, body)
+                assert first[0] == 200, first
+                step.append((2, lambda: time.sleep(1.0)))
+                late = asked(port, GENERATIONS, {**body, "timeout": 0.9})
+                assert late[0] == 504 and b"late after 3 of 8 steps" in late[2]
+                step.clear()
+                second = asked(port, GENERATIONS, body)
+                pictures = [json.loads(answer[2])["data"] for answer in (first, second)]
+                assert second[0] == 200 and pictures[0] == pictures[1]
+                step.append((4, rank_1.kill))
+                for _ in range(2):
+                    status, _, told = asked(port, GENERATIONS, body)
+                    assert status == 503 and b"the server stopped (rank 1 of 2 has died or is late after " in told
+                assert got(port, "/health")[0] == 503
+    assert len(ended) == 1 and "at step 4" in str(ended[0])
+
+
+def denoiser_leading(denoiser):
+    assert not follow(denoiser)
+    return denoiser
+
+
 @pytest.fixture(scope="module")
 def package(tiny, once):
     """Folder of an AOTInductor bundle for two ranks that exchange heads, of every size."""
@@ -237,10 +431,38 @@ def test_torchrun_writes_what_one_process_writes(package, tiny, tmp_path):
     reference = oracle.replay(tiny("plain").model, *inputs, PLAN, ORDER, "residual")
     bound = allowed(tiny("plain").model, reference, PLAN, ORDER)
     assert_close("torchrun", load_file(written)["noise_pred"], reference, bound)
+    # One step from noise: the latents are the noise and a part of the prediction, at most all of it.
+    save_file({name: value.contiguous() for name, value in conditioning.items()}, tmp_path / "one.safetensors")
+    drawn = tmp_path / "drawn.safetensors"
+    draw = ["--inputs", str(tmp_path / "one.safetensors"), "--seed", "3", "4", "--plan", "F", "--out", str(drawn)]
+    draw = [*torchrun, "-m", "taylorseer_export", "run", str(package), *draw]
+    done = subprocess.run(draw, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stdout.count("wrote") == 1, done.stderr
+    one = Denoiser(whole_of(open_bundle(package).manifest), EagerRunner({}, {}))
+    request = tensor_request(one, as_arrays(conditioning), [3, 4])
+    loop = Loop(one, request, one.forecasts(plan="F"))
+    noise, time_ = torch.from_numpy(loop.model_input())[None], torch.from_numpy(np.float32(loop.model_timesteps))
+    predicted = oracle.replay(tiny("plain").model, noise, time_, conditioning, "F", ORDER, "residual")
+    loop.accept(predicted[0].float().numpy())
+    bound = allowed(tiny("plain").model, predicted, "F", ORDER)
+    assert_close("run", load_file(drawn)["latents"][None], torch.from_numpy(loop.latents)[None], bound)
     alone = subprocess.run([sys.executable, *replay], capture_output=True, text=True, timeout=600)
     assert alone.returncode == 2 and "1 rank runs a bundle that is shared out over 2, expected 2" in alone.stderr
     with pytest.raises(BundleError, match="1 rank runs a bundle"):
         load(package)
+
+
+@pytest.mark.slow
+def test_a_compiled_rank_that_is_killed_under_torchrun_is_named(package, tiny, tmp_path):
+    """And no process is left; `tools/kill_ranks.py --torchrun` does it 20 times."""
+    latents, timestep, conditioning = tiny("plain").inputs(20)
+    given = tmp_path / "in.safetensors"
+    tensors = {"latents": latents, "timestep": timestep, **conditioning}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, given)
+    replay = ["replay", package, "--inputs", given, "--outputs", tmp_path / "out.safetensors", "--plan", "F" * 20]
+    said, seconds, left = killed_under_torchrun(replay, 1, 11, timeout=30)
+    assert said.startswith("rank 1 of 2 has died or is late after ") and "at step 11" in said
+    assert seconds < 30 and not left and not (tmp_path / "out.safetensors").exists()
 
 
 def test_one_rank_is_what_it_was(drafts, tiny):

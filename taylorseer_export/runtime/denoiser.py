@@ -148,7 +148,7 @@ class Denoiser:
         self._threads, self._devices = threads, devices or {}
         self.lora = Merged()
         self.usual: Adapter | None = None
-        self.contract = Contract(self.manifest)
+        self.contract = self.share.contract if self.manifest is manifest else Contract(self.manifest)
         self.latent, self.timestep = self.contract.latent, self.contract.timestep
         self.others = self.contract.others
         self.constants, self.defaults = self.contract.constants, self.contract.defaults
@@ -203,6 +203,7 @@ class Denoiser:
         """As the transformer of a diffusers pipeline; the options are those of `DropIn`."""
         from taylorseer_export.runtime.dropin import DropIn
 
+        self.share.expect_calls("a drop-in")
         return DropIn(self, **options)
 
     @cached_property

@@ -67,7 +67,7 @@ class GuidedShare(Share):
         """Whether this rank writes what all have made."""
         return self.everyone.rank == 0
 
-    def expect_one(self, what: str) -> None:
+    def expect_calls(self, what: str) -> None:
         """Refuse what does not tell which of its calls belong to one step; raises `ConfigError`."""
         raise ConfigError(
             f"{what} is asked of ranks that run one branch of guidance each, expected `run` or `replay`; leave "
@@ -76,7 +76,7 @@ class GuidedShare(Share):
 
     def of_loop(self) -> Share:
         """Nothing but its calls, see `OneBranch`; raises `ConfigError` where their rows are shared out too."""
-        super().expect_one("sampling with --parallel guidance")
+        self.expect_one("sampling with --parallel guidance")
         return Share(self.contract)
 
     def sizes(self, whole: Mapping[str, int]) -> dict[str, int]:

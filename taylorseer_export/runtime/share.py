@@ -64,6 +64,9 @@ class Share:
         """Let the guard of a slot decide by what all ranks measure, as it does by itself."""
         return slot
 
+    def expect_calls(self, what: str) -> None:
+        """Refuse to be asked call by call where calls do not tell which belong together; raises `ConfigError`."""
+
     def of_loop(self) -> Share:
         """What a loop shares out: this, or nothing where its calls are."""
         return self

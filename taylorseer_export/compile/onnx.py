@@ -12,6 +12,7 @@ import torch
 from taylorseer_export.compile.collectives import with_calls, with_nodes
 from taylorseer_export.compile.draft import BaseDraft
 from taylorseer_export.compile.engines import Progress
+from taylorseer_export.compile.operators import taken_apart, traced_once
 from taylorseer_export.compile.program import exported_program, quiet_libraries, size_of
 from taylorseer_export.compile.weights import WEIGHTS, Stored
 from taylorseer_export.errors import BuildError, first_line
@@ -58,10 +59,13 @@ def write_onnx(draft: BaseDraft, cut: Cut, weights: Mapping[str, Stored], path: 
     from onnxscript import optimizer
 
     sizes = draft.graph_sizes
-    program = exported_program(with_calls(lowered(cut, _dequantise, _round)), sizes, draft.ranges())
+    apart = taken_apart(with_calls(lowered(cut, _dequantise, _round)))
+    program = exported_program(apart, sizes, draft.ranges())
     try:
         with torch.no_grad(), quiet_libraries():
-            exported = torch.onnx.export(program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False)
+            exported = torch.onnx.export(
+                traced_once(program), dynamo=True, optimize=False, opset_version=OPSET, verbose=False
+            )
     except Exception as error:
         raise BuildError(
             f"graph `{cut.name}` has no ONNX form, expected operators of opset {OPSET}; "

@@ -292,6 +292,9 @@ FAMILIES = {
         call=cogvideox,
     ),
     "WanTransformer3DModel": Family(((r"blocks\.\d+\.(attn1|attn2|ffn)", None),), first="blocks.0", call=wan),
+    "WanAnimateTransformer3DModel": Family(
+        ((r"blocks\.\d+\.(attn1|attn2|ffn)|face_adapter\.\d+", None),), first="blocks.0"
+    ),
     "WanVACETransformer3DModel": Family(
         ((r"blocks\.\d+\.(attn1|attn2|ffn)|vace_blocks\.\d+\.proj_out", None),), first="blocks.0"
     ),

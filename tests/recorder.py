@@ -69,9 +69,10 @@ class Recorder:
         assert next(told, None) is None, "the untouched pipeline makes fewer calls"
 
     def assert_plan(self, model, plan, order):
-        """Every branch ran `plan` and agrees with the oracle on the latents that it was given."""
+        """Every branch ran `plan`, in every loop, and agrees with the oracle on the latents that it was given."""
         assert set(self.transformer.executed.values()) == {plan}
-        for name, calls in self.calls.items():
+        loops = [(n, c[k : k + len(plan)]) for n, c in self.calls.items() for k in range(0, len(c), len(plan))]
+        for name, calls in loops:
             latents, timestep, conditioning, seen = zip(*calls, strict=True)
             timestep = torch.stack([t.flatten()[-1] for t in timestep])  # where tokens have their own, that of the last
             seen = torch.stack(seen)

@@ -48,6 +48,7 @@ from tiny_pipelines import (
     sana_pipeline,
     sd3_pipeline,
     wan_5b_image_pipeline,
+    wan_animate_pipeline,
     wan_image_pipeline,
     wan_pipeline,
     wan_vace_pipeline,
@@ -59,6 +60,7 @@ from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile import export
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.families.whole import scaled
 from taylorseer_export.runtime.calls import host_array
 from taylorseer_export.runtime.sampling import sample
 from taylorseer_export.runtime.schedulers import diffusers_scheduler
@@ -159,6 +161,7 @@ KANDINSKY_5 |= {
         ("cu_seqlens", torch.tensor([0, words], dtype=torch.int32)),
     )
 }
+FRAMES = [PICTURE.rotate(10 * k).resize((48, 32)) for k in range(9)]
 FRAMEPACK = {
     "height": 128,
     "width": 128,
@@ -258,6 +261,15 @@ CASES = {
         | EMBEDDED_WAN
         | {"video": [PICTURE.resize((48, 32))] * 5, "mask": [PICTURE.resize((48, 32))] * 5}
         | {"reference_images": [PICTURE], "conditioning_scale": [1.0, 0.5]},
+        {"cond", "uncond"},
+    ),
+    # Two segments of 5 frames, each a loop; the second begins with the last frame of the first.
+    "wan-animate": (
+        "wan-animate",
+        wan_animate_pipeline,
+        {"height": 32, "width": 48, "image": PICTURE, "segment_frame_length": 5, "prompt": None, "guidance_scale": 4.0}
+        | {"prompt_embeds": text(512, 20), "negative_prompt_embeds": -text(512, 20)}
+        | {"pose_video": FRAMES, "face_video": FRAMES[::-1]},
         {"cond", "uncond"},
     ),
     "qwen-image": ("qwen-image", qwen_image_pipeline, QWEN, {"cond", "uncond"}),
@@ -505,7 +517,8 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     pipe.transformer._form = lambda latents, inputs: calls.append(form(latents, inputs)) or calls[-1]
     scale = options.get("true_cfg_scale", options.get("guidance_scale", denoiser.manifest.sampling.guidance_scale))
     told = {"guidance_scale": scale} if "guidance_scale" in signature(pipe.__call__).parameters else {}
-    painted = paint(pipe, steps=4, **told | options)
+    told |= {name: frames[:5] for name, frames in options.items() if name.endswith("_video")}  # one segment
+    painted = paint(pipe, steps=4, **options | told)
     latents = calls[0][0]
     sizes = match(denoiser.latent.shape, tuple(latents.shape), {}, "latents")
     tokens = "height" in options and (denoiser.manifest.pipeline.packing > 1 or name == "z-image")
@@ -520,6 +533,8 @@ def test_run_does_what_the_pipeline_does(denoisers, case):
     made = torch.from_numpy(sample(denoiser, request, denoiser.forecasts(plan="FFFF")).latents)
     if name == "hunyuan-channels":
         made = made[:, :, 1:]  # the pipeline drops the picture
+    if case == "wan-animate":  # the pipeline scales them for its VAE
+        painted = scaled(pipe.vae, painted)
     if case == "flux2-base":  # the pipeline unpacks them
         painted = Flux2KleinPipeline._pack_latents(Flux2KleinPipeline._patchify_latents(painted))
     # Only the tables differ, prepared step by step and all at once; every step adds its part, guidance magnifies it.

@@ -28,13 +28,13 @@ class Row(NamedTuple):
         sizes: Sizes other than the usual ones: odd, another batch, more text than image tokens.
         dead: Inputs that must not reach a forecast step; all others must.
         light: Operators that are heavy elsewhere and serve moving rows here.
-        fixed: Whether a forecast step reads something that a request fixes and no step changes.
+        fixed: Granularities whose forecast step reads something that a request fixes and no step changes.
     """
 
     sizes: tuple[dict, ...]
     dead: frozenset[str]
     light: frozenset[str] = frozenset()
-    fixed: bool = False
+    fixed: tuple[str, ...] = ()
 
 
 PAST = ("latents_clean", "latents_history_2x", "latents_history_4x")
@@ -175,12 +175,18 @@ ROWS = {
         ({"batch": 3, "height": 2, "text_tokens": 9}, {"frames": 4, "height": 3, "width": 5}),
         frozenset({"encoder_hidden_states"}),
         frozenset({"cat"}),  # which tokens are of the first frame
-        fixed=True,  # what its timestep, 0, becomes
+        fixed=("module", "residual", "last"),  # what its timestep, 0, becomes
     ),
     "wan-vace": Row(
         ({"frames": 1, "height": 2, "width": 5, "text_tokens": 9}, {"batch": 3, "frames": 3, "height": 3}),
         frozenset({"encoder_hidden_states", "control_hidden_states"}),
-        fixed=True,  # how strong the hints are
+        fixed=("module",),  # how strong the hints are
+    ),
+    "wan-animate": Row(
+        ({"batch": 3, "height": 2}, {"frames": 5, "height": 3, "width": 5}),
+        frozenset({"encoder_hidden_states", "encoder_hidden_states_image", "face_pixel_values"}),
+        frozenset({"cat"}),  # the frame of the character, and the others with their pose
+        fixed=("module", "residual"),  # the pose, as tokens
     ),
     "wan-image": Row(({"batch": 1, "frames": 3},), frozenset({"encoder_hidden_states", "encoder_hidden_states_image"})),
 }
@@ -314,7 +320,7 @@ def test_forecast_has_no_attention_no_mlp_no_text(drafts, tiny, name, granularit
     latents = sum(tensor.role == "latent" for tensor in pieces.forecast.inputs)
     assert found["linear"] + found["conv2d"] + found["conv3d"] == latents * (1 + (granularity != "last"))
     assert found["matmul"] == len(pieces.sites)
-    fixed = {"constant"} if ROWS[name].fixed and (granularity == "module" or name != "wan-vace") else set()
+    fixed = {"constant"} if granularity in ROWS[name].fixed else set()
     assert {t.role for t in pieces.forecast.inputs} == {"latent", "step", "weights", "taylor_in"} | fixed
     kept = {size for t in pieces.forecast.inputs for entry in t.shape for size in names(entry)}
     assert not kept & {"text_tokens", "condition_tokens", "pictures", "glyph_tokens"}

@@ -63,7 +63,7 @@ COMFY = {
 OWN_KANDINSKY = "visual_transformer_blocks.0.self_attention.to_query"
 COMFY["cogvideox"] = {"transformer_blocks.0.attn1.to_q": ["transformer_blocks.0.attn1.to_q"]}
 COMFY["kandinsky-5"] = {OWN_KANDINSKY: [OWN_KANDINSKY]}
-COMFY |= dict.fromkeys(("wan-5b-image", "wan-vace"), COMFY["wan"])
+COMFY |= dict.fromkeys(("wan-5b-image", "wan-vace", "wan-animate"), COMFY["wan"])
 # Family -> a module by its own name, of every family.
 OWN = {
     "dit": "transformer_blocks.0.attn1.to_q",
@@ -71,6 +71,7 @@ OWN = {
     "wan": "blocks.0.attn1.to_q",
     "wan-5b-image": "blocks.0.attn1.to_q",
     "wan-vace": "vace_blocks.0.attn1.to_q",
+    "wan-animate": "face_adapter.0.to_q",
     "cogvideox": "transformer_blocks.0.attn1.to_q",
     "kandinsky-5": OWN_KANDINSKY,
     "flux3": "mode_blocks.image.0.attn.to_q",

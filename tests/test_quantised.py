@@ -54,6 +54,7 @@ CONVERTED = (
     "wan",
     "wan-5b-image",
     "wan-vace",
+    "wan-animate",
 )
 
 
@@ -71,9 +72,8 @@ def write(path, tensors):
 
 def linears(tensors):
     """The modules with a matrix."""
-    return [
-        name.removesuffix(".weight") for name, (_, shape) in tensors.items() if len(shape) == 2 and "weight" in name
-    ]
+    matrices = [name for name, (_, shape) in tensors.items() if len(shape) == 2]
+    return [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
 
 
 def packed(tensors, dtype, **beside):
@@ -319,14 +319,49 @@ def wan_layout(family):
     return shapes
 
 
+# Of a block of Animate's motion encoder, whose layers have no names.
+MOTION = {"conv1.weight": "conv1.0.weight", "conv1.act_fn.bias": "conv1.1.bias", "conv2.weight": "conv2.1.weight"}
+MOTION |= {"conv2.act_fn.bias": "conv2.2.bias", "conv_skip.weight": "skip.1.weight"}
+
+
+def wan_animate_layout():
+    """Keys and values of a face are one matrix, and biases of the motion encoder have the shape of pictures."""
+    shapes, convs = {}, "motion_encoder.enc.net_app.convs"
+    for name, shape in wan_layout("wan-animate").items():
+        if name.startswith("face_adapter"):
+            name = re.sub(r"face_adapter\.(\d+)\.norm_([qk])", r"face_adapter.fuser_blocks.\1.\2_norm", name)
+            name = re.sub(r"face_adapter\.(\d+)\.to_(q|out)", r"face_adapter.fuser_blocks.\1.linear_\2", name)
+            name = name.replace("linear_q", "linear1_q").replace("linear_out", "linear2")
+            if ".to_v." in name:
+                continue
+            if ".to_k." in name:
+                name = re.sub(r"face_adapter\.(\d+)\.to_k", r"face_adapter.fuser_blocks.\1.linear1_kv", name)
+                shape = (2 * shape[0], *shape[1:])
+        elif name.startswith("motion_encoder"):
+            name = name.replace("motion_encoder.motion_network", "motion_encoder.enc.fc")
+            name = name.replace("motion_encoder.motion_synthesis_weight", "motion_encoder.dec.direction.weight")
+            name = name.replace("motion_encoder.conv_in.weight", f"{convs}.0.0.weight")
+            name = name.replace("motion_encoder.conv_in.act_fn.bias", f"{convs}.0.1.bias")
+            name = name.replace("motion_encoder.conv_out.weight", f"{convs}.8.weight")
+            if found := re.fullmatch(r"motion_encoder\.res_blocks\.(\d+)\.(.*)", name):
+                name = f"{convs}.{int(found[1]) + 1}.{MOTION[found[2]]}"
+            if name.startswith(convs) and name.endswith("bias"):
+                shape = (1, *shape, 1, 1)
+        else:
+            name = re.sub(r"(face_encoder\.conv\d(_local)?)\.", r"\1.conv.", name)
+        shapes[name] = shape
+    return shapes
+
+
 def original(family):
     """Names and shapes in the layout of the family's authors, with few blocks."""
     known = {"flux": flux_layout, "flux-kontext": flux_layout, "hunyuan-video": hunyuan_layout, "sd3": sd3_layout}
     known |= {"chroma": chroma_layout, "krea-2": krea_2_layout, "ltx-2": ltx_2_layout, "z-image": z_image_layout}
+    known |= {"wan-animate": wan_animate_layout}
     known |= {"flux2": flux2_layout, "flux2-edit": flux2_layout, "flux2-kv": flux2_layout, "flux3": flux3_layout}
     if family in ("hidream", "qwen-image", "qwen-image-edit", "qwen-image-2.1"):
         return {f"model.diffusion_model.{n}": s for n, (_, s) in plain(family)[1].items()}
-    return wan_layout(family) if family.startswith("wan") else known[family]()
+    return known[family]() if family in known else wan_layout(family)
 
 
 def test_every_family_with_a_converter_is_here():

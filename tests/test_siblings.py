@@ -53,6 +53,7 @@ def refused(capsys, family, folder):
         ),
         ("kandinsky-5", "wan2.1-t2v-14b", None, "is of class WanTransformer3DModel, expected Kandinsky5Transformer3"),
         ("wan-vace", "wan2.1-t2v-14b", None, "is of class WanTransformer3DModel, expected WanVACETransformer3DModel"),
+        ("wan-animate", "wan2.1-i2v-14b-480p", None, "WanTransformer3DModel, expected WanAnimateTransformer3DModel"),
         ("z-image", "flux.1-dev", None, "is of class FluxTransformer2DModel, expected ZImageTransformer2DModel"),
     ],
 )

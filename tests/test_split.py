@@ -264,6 +264,24 @@ def test_mutation():
         toy_trace(in_place)
 
 
+def test_sizes_that_the_model_compares_are_named_after_the_one_that_is_left():
+    def counted(m, h, t, text, label):
+        if text.shape[1] + 1 != h.shape[1]:
+            raise ValueError
+        return m.site(h) + text[:, :1]
+
+    latent, step, text, label = TOY.inputs({})
+    text = dataclasses.replace(text, shape=("batch", "image_tokens-1", 4))
+    family = dataclasses.replace(TOY, inputs=lambda config: (latent, step, text, label))
+    with pytest.raises(
+        ExportError, match=r"`image_tokens` of input `hidden_states` is image_tokens \+ 1 to the trace, .*"
+    ):
+        trace(Toy(counted).eval(), family, FLOAT32)
+    latent = dataclasses.replace(latent, shape=("batch", "text_tokens+1", 4))
+    text = dataclasses.replace(text, shape=("batch", "text_tokens", 4))
+    assert set(trace(Toy(counted).eval(), family, FLOAT32).names.values()) == {"batch", "text_tokens"}
+
+
 def test_control_flow_on_data():
     with pytest.raises(
         ExportError, match=r"Toy is not traceable with batch, image_tokens, text_tokens symbolic.*says:"

@@ -51,6 +51,7 @@ from diffusers import (
     SanaPipeline,
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
+    WanAnimatePipeline,
     WanImageToVideoPipeline,
     WanPipeline,
     WanVACEPipeline,
@@ -350,6 +351,12 @@ def wan_image_pipeline(transformer):
             transformer=transformer,
         )
     )
+
+
+def wan_animate_pipeline(transformer):
+    """From a character and the videos of a pose and a face, segment by segment."""
+    pipe = wan_image_pipeline(transformer)
+    return _quiet(WanAnimatePipeline(**{name: part for name, part in pipe.components.items() if part is not None}))
 
 
 def hunyuan_pipeline(transformer, tokenizer=None):

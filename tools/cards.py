@@ -99,6 +99,7 @@ MODELS = {
     "wan2.2-i2v-a14b": Model("wan", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
     "wan2.2-ti2v-5b": Model("wan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
     "wan2.2-ti2v-5b-first-frame": Model("wan-5b-image", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
+    "wan2.2-animate-14b": Model("wan-animate", "Wan-AI/Wan2.2-Animate-14B-Diffusers"),
     "wan2.1-vace-14b": Model("wan-vace", "Wan-AI/Wan2.1-VACE-14B-diffusers"),
     "hidream-i1-full": Model("hidream", "HiDream-ai/HiDream-I1-Full"),
     "qwen-image": Model("qwen-image", "Qwen/Qwen-Image"),
@@ -137,6 +138,8 @@ def shallow(entries: Mapping[str, Any], layers: int) -> dict[str, Any]:
         twin["llama_layers"] = twin["llama_layers"][: 2 * layers]
     if "vace_layers" in twin:  # the blocks that are given hints
         twin["vace_layers"] = [layer for layer in twin["vace_layers"] if layer < layers]
+    if "inject_face_latents_blocks" in twin:  # every such block looks at a face, the first one too
+        twin["inject_face_latents_blocks"] = min(twin["inject_face_latents_blocks"], layers)
     return twin
 
 

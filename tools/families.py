@@ -63,6 +63,7 @@ MODELS = {
     "wan-image": "wan (image to video)",
     "wan-5b-image": "wan-5b-image",
     "wan-vace": "wan-vace",
+    "wan-animate": "wan-animate",
     "qwen-image": "qwen-image",
     "qwen-image-edit": "qwen-image-edit",
     "qwen-image-edit-2511": "qwen-image-edit (2511)",

@@ -31,7 +31,7 @@ def randomised(build: Callable[[], torch.nn.Module], seed: int) -> Any:
             if parameter.ndim == 1:
                 centre = float(not name.endswith("bias") and bool(parameter.any()))  # some norms add 1 to their weight
                 parameter.data = 0.1 * noise + centre
-            elif "embedding_table" in name:
+            elif "embedding_table" in name or name.startswith("motion_encoder"):  # which divides by this root itself
                 parameter.data = noise
             else:
                 parameter.data = noise / math.sqrt(parameter[0].numel())

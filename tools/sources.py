@@ -126,7 +126,7 @@ def families_named(files: Mapping[str, str], names: Collection[str], classes: Co
         classes: Of models in diffusers.
     """
     every = {word for name in names for word in name.split("-") if not word.isdigit()}
-    words = every - {"image", "video", "edit", "kv", "z"}
+    words = every - {"image", "video", "edit", "animate", "kv", "z"}
     found = []
     for path, source in files.items():
         if part_of(path) in NAMES_FAMILIES:

@@ -30,6 +30,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
+    WanAnimateTransformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
     ZImageTransformer2DModel,
@@ -651,6 +652,45 @@ def wan_vace_inputs(model, steps, **sizes):
     return latents, timestep, conditioning
 
 
+def tiny_wan_animate(seed=0):
+    """Wan Animate of two blocks, the first of which sees faces of 8 x 8 pixels, float32, eval."""
+    return randomised(
+        lambda: WanAnimateTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=12,
+            latent_channels=4,
+            out_channels=4,
+            text_dim=20,
+            freq_dim=64,
+            ffn_dim=48,
+            num_layers=2,
+            image_dim=10,
+            added_kv_proj_dim=24,
+            rope_max_seq_len=32,
+            motion_encoder_channel_sizes={"4": 6, "8": 6},
+            motion_encoder_size=8,
+            motion_style_dim=8,
+            motion_dim=4,
+            motion_encoder_dim=8,
+            face_encoder_hidden_dim=12,
+            face_encoder_num_heads=2,
+            inject_face_latents_blocks=2,
+        ),
+        seed,
+    )
+
+
+def wan_animate_inputs(model, steps, frames=3, **sizes):
+    """As `wan_inputs`, with a pose and a face for every frame but the first."""
+    latents, timestep, conditioning = wan_inputs(model, steps, frames=frames, **sizes)
+    rng, config = torch.Generator().manual_seed(sizes.get("seed", 0) + 100), model.config
+    batch, (high, wide), side = latents.shape[1], latents.shape[4:], config.motion_encoder_size
+    pose = torch.randn(batch, config.latent_channels, frames - 1, high, wide, generator=rng)
+    face = torch.randn(batch, 3, 4 * frames - 7, side, side, generator=rng)
+    return latents, timestep, {**conditioning, "pose_hidden_states": pose, "face_pixel_values": face}
+
+
 def tiny_kandinsky_5(seed=0):
     """Kandinsky 5 of width 32, patches of 2 x 2, with channels for a picture, float32, eval."""
     return randomised(
@@ -907,6 +947,7 @@ MODELS = {
     "wan-image": ("wan", lambda: tiny_wan(seed=1, in_channels=12, image_dim=10), wan_inputs),
     "wan-5b-image": ("wan-5b-image", lambda: tiny_wan(2, in_channels=48, out_channels=48), wan_inputs),
     "wan-vace": ("wan-vace", tiny_wan_vace, wan_vace_inputs),
+    "wan-animate": ("wan-animate", tiny_wan_animate, wan_animate_inputs),
 }
 
 

@@ -29,6 +29,7 @@ from taylorseer_export.families.sana import SANA
 from taylorseer_export.families.sd3 import SD3
 from taylorseer_export.families.wan import WAN
 from taylorseer_export.families.wan_5b_image import WAN_5B_IMAGE
+from taylorseer_export.families.wan_animate import WAN_ANIMATE
 from taylorseer_export.families.wan_vace import WAN_VACE
 from taylorseer_export.families.z_image import Z_IMAGE
 
@@ -59,6 +60,7 @@ _ALL = (
     SD3,
     WAN,
     WAN_5B_IMAGE,
+    WAN_ANIMATE,
     WAN_VACE,
     Z_IMAGE,
 )

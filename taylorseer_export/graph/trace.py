@@ -145,17 +145,31 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     eliminate_dead(module.graph)
     explicit_casts(module.graph)
     merge_equal(module.graph)
-    symbols = {
-        symbol: linear(entry)[0]
-        for spec in inputs
-        for size, entry in zip(_placeholder(module.graph, spec.name).meta["val"].shape, spec.shape, strict=True)
-        if isinstance(size, torch.SymInt)
-        for symbol in size.node.expr.free_symbols
-    }
+    symbols = _symbols(module.graph, inputs)
     weights = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     reached = {node.args[1] for node in module.graph.nodes if is_tap(node)}  # some modules are there and never called
     called = tuple(site for site in sites if site in reached)
     return Trace(module, inputs, called, symbols, sizes, precision, fold_constants(module, weights))
+
+
+def _symbols(graph: fx.Graph, inputs: tuple[Input, ...]) -> dict[sympy.Symbol, str]:
+    """Symbol of the trace -> dimension name; of sizes that a model compares, the trace has a symbol for one alone."""
+    seen = [
+        (size.node.expr, str(entry), spec.name)
+        for spec in inputs
+        for size, entry in zip(_placeholder(graph, spec.name).meta["val"].shape, spec.shape, strict=True)
+        if isinstance(size, torch.SymInt)
+    ]
+    symbols = {symbol: linear(entry)[0] for size, entry, _ in seen for symbol in size.free_symbols}
+    for size, entry, name in seen:
+        told = size.xreplace({symbol: sympy.Symbol(of) for symbol, of in symbols.items()})
+        dimension_name, factor, offset = linear(entry)
+        if told != factor * sympy.Symbol(dimension_name) + offset:
+            raise ExportError(
+                f"shape entry `{entry}` of input `{name}` is {told} to the trace, expected it to be as declared; name "
+                "the dimension after another of the sizes that the model compares"
+            )
+    return symbols
 
 
 def dimension(entry: str, dims: Mapping[str, Any]) -> Any:

@@ -288,6 +288,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_max_seq_len": 64,
         "vace_layers": [0],
     },
+    "wan-animate": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 24,
+        "text_dim": 32,
+        "freq_dim": 64,
+        "ffn_dim": 96,
+        "num_layers": 2,
+        "image_dim": 32,
+        "added_kv_proj_dim": 48,
+        "rope_max_seq_len": 64,
+        "motion_encoder_channel_sizes": {"4": 12, "8": 12, "16": 12},
+        "motion_encoder_size": 16,
+        "motion_style_dim": 24,
+        "motion_dim": 8,
+        "motion_encoder_dim": 24,
+        "face_encoder_hidden_dim": 16,
+        "face_encoder_num_heads": 2,
+        "inject_face_latents_blocks": 2,
+    },
 }
 # Dimensions at which estimates are quoted, latent size first; all else the config says.
 SIZES: dict[str, dict[str, Any]] = {
@@ -317,6 +336,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "cogvideox": {"latent_size": [3, 8, 12], "text_tokens": 12},
     "wan-5b-image": {"latent_size": [3, 8, 12], "text_tokens": 12},
     "wan-vace": {"latent_size": [3, 8, 12], "text_tokens": 12},
+    "wan-animate": {"latent_size": [3, 8, 12]},
 }
 
 

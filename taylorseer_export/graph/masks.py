@@ -60,7 +60,7 @@ def small_masks(graph: fx.Graph) -> None:
 
 @contextmanager
 def expanded_masks(model: nn.Module) -> Iterator[None]:
-    """diffusers' `Attention` with masks [B, 1, T, T] expanded to its H heads, [B, H, T, T].
+    """diffusers' `Attention` with masks [B, 1, T, T] expanded to its H heads, [B, H, T, T], and [B, 1, T] to [B H, 1, T].
 
     The original repeats them with `repeat_interleave(output_size=)`, for which torch 2.11 asks for a number: that would
     fix the batch of the trace.
@@ -69,10 +69,12 @@ def expanded_masks(model: nn.Module) -> Iterator[None]:
     def prepared(attention: Any) -> Callable[..., Any]:
         original, heads = attention.prepare_attention_mask, attention.heads
 
-        def prepare(mask: Any, *sizes: Any, **options: Any) -> Any:
-            if mask is None or mask.ndim != 4 or mask.shape[1] != 1:
-                return original(mask, *sizes, **options)
-            return mask.expand(-1, heads, -1, -1)
+        def prepare(mask: Any, length: Any, batch: Any, out_dim: int = 3) -> Any:
+            if mask is not None and mask.ndim == 4 and mask.shape[1] == 1:
+                return mask.expand(-1, heads, -1, -1)
+            if mask is not None and mask.ndim == out_dim == 3 and (mask.shape[0], mask.shape[2]) == (batch, length):
+                return mask.unsqueeze(1).expand(-1, heads, -1, -1).flatten(0, 1)
+            return original(mask, length, batch, out_dim)
 
         return prepare
 

@@ -15,24 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
-from zlib import crc32
+from typing import Any
 
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.shapes import names
 from taylorseer_export.errors import ConfigError, StepError
-from taylorseer_export.method import Forecasts
-from taylorseer_export.runtime.adapter import Adapter
-from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.group import Group, together
 from taylorseer_export.runtime.share import Share
 from taylorseer_export.runtime.slot import Slot
-
-if TYPE_CHECKING:
-    from taylorseer_export.runtime.denoiser import Denoiser
 
 _BATCH = "batch"
 
@@ -75,7 +68,7 @@ class GuidedShare(Share):
         )
 
     def of_loop(self) -> Share:
-        """Nothing but its calls, see `OneBranch`; raises `ConfigError` where their rows are shared out too."""
+        """Nothing but its calls, see `one_branch.py`; raises `ConfigError` where their rows are shared out too."""
         self.expect_one("sampling with --parallel guidance")
         return Share(self.contract)
 
@@ -143,79 +136,6 @@ class GuidedShare(Share):
         return size // 2
 
 
-class OneBranch(Branches):
-    """The branch of guidance that this rank runs, among those of a request; what a step returns is of both.
-
-    Args:
-        share: Of this rank.
-        slot: For its branch.
-        calls: How many calls of the transformer one process makes in a step: one of both halves, or two.
-    """
-
-    def __init__(self, share: GuidedShare, slot: Slot, calls: int) -> None:
-        super().__init__([share.decide(slot, calls)])
-        self._share, self._calls = share, calls
-
-    @classmethod
-    def open(
-        cls, denoiser: Denoiser, latents: np.ndarray, calls: Sequence[Mapping[str, Any]], guided: bool
-    ) -> OneBranch:
-        """A new slot for the branch of this rank.
-
-        Args:
-            denoiser: The loaded bundle.
-            latents: As the transformer takes them.
-            calls: Constant inputs of each call that one process makes in a step.
-            guided: Whether guidance combines two predictions.
-
-        Raises:
-            ConfigError: It does not.
-            StepError: A size is out of range.
-        """
-        share = denoiser.share
-        assert isinstance(share, GuidedShare)
-        if not guided:
-            raise ConfigError(
-                "guidance of this request is off or an input of the model, expected two predictions in a step, one "
-                "for each rank; give what it leads away from, or leave --parallel guidance out"
-            )
-        whole = denoiser.sizes(latents.shape, calls[share.branch if len(calls) > 1 else 0])
-        denoiser.check_sizes(whole)
-        sizes = share.sizes_of_branch(whole, len(calls))
-        return cls(share, Slot(share.contract, denoiser.runner, sizes, denoiser.usual, share.group), len(calls))
-
-    def start(
-        self,
-        conditioning: Sequence[Mapping[str, Any]],
-        forecasts: Forecasts,
-        timesteps: Sequence[float] | np.ndarray | None = None,
-        lora: Adapter | None = None,
-    ) -> None:
-        """Begin a request, with the constant inputs of all calls; the other arguments are those of `Slot.start`.
-
-        Raises:
-            StepError: The ranks have not the same request.
-        """
-        given = {f"{name} of call {k}": _told(v) for k, call in enumerate(conditioning) for name, v in call.items()}
-        times = None if timesteps is None else np.asarray(timesteps).tolist()
-        self._share.everyone.agree({**given, "plan": forecasts, "timestep": times, "lora": lora})
-        super().start([self._share.of_branch(conditioning)], forecasts, timesteps, lora)
-
-    def stage(self, latents: Any) -> None:
-        """As of several slots: all ranks have the same latents."""
-        if not self.slots[0].executed:
-            self._share.everyone.agree({"latents": _told(latents)})
-        super().stage(self._share.latents_of_branch(latents, self._calls))
-
-    def finish(self) -> np.ndarray:
-        """The one exchange of a step."""
-        return self._share.joined(super().finish())
-
-    def try_weights(self, latents: Any, weights: Sequence[float] | np.ndarray) -> np.ndarray:
-        """As `Slot.try_weights`, in both branches."""
-        return self._share.joined(super().try_weights(self._share.latents_of_branch(latents, self._calls), weights))
-
-
 class _Deciding:
     """What the guard of a slot sums its error over: the rows of a branch, and both branches or the first alone."""
 
@@ -246,9 +166,3 @@ def check_branches(manifest: Manifest, ranks: Group | None) -> Group:
             f"branch of guidance; run it with `torchrun --nproc-per-node {wanted} -m taylorseer_export …`"
         )
     return ranks
-
-
-def _told(value: Any) -> str:
-    """What ranks compare of a tensor: dtype, shape and a sum of its bytes."""
-    array = np.ascontiguousarray(value)
-    return f"{array.dtype} {list(array.shape)} {crc32(array.tobytes())}"

@@ -1,8 +1,7 @@
 """Sampling: a whole denoising loop over a slot, by the scheduler of the bundle.
 
 What a pipeline does around the transformer is here and nowhere else: how noise becomes its input, and how guidance
-combines two halves of a batch or two branches. `clock.py` knows what it calls a timestep, and `tensors.py`
-makes requests of any family from tensors.
+combines two halves of a batch or two branches. `clock.py` knows its timesteps, `tensors.py` makes requests from tensors.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.guidance import GuidedShare, OneBranch
 from taylorseer_export.runtime.lead import beginning
 from taylorseer_export.runtime.noise import normals
+from taylorseer_export.runtime.one_branch import one_branch
 from taylorseer_export.runtime.schedulers import begun, own_scheduler, scheduler_of
 from taylorseer_export.runtime.sections import Course
 from taylorseer_export.runtime.values import check_prediction
@@ -300,10 +299,9 @@ class Loop:
         return self.step % len(self.forecasts)
 
     def open(self, denoiser: Denoiser) -> Branches:
-        """New slots for it; raises what `OneBranch.open` raises where each rank runs one branch of guidance."""
-        if isinstance(denoiser.share, GuidedShare):
-            return OneBranch.open(denoiser, self.model_input(), self.conditioning, self.request.guided)
-        return Branches([denoiser.slot(sizes, own=True) for sizes in self.branches])
+        """New slots for it; raises what `one_branch` raises where each rank runs one branch of guidance."""
+        one = one_branch(denoiser, self.model_input(), self.conditioning, self.request.guided)
+        return one or Branches([denoiser.slot(sizes, own=True) for sizes in self.branches])
 
     def begin(self, branches: Branches) -> None:
         """Begin the request, or its next loop, in slots of its sizes; on all ranks, or on none."""

@@ -424,9 +424,10 @@ def front(server):
 
 
 @pytest.fixture(scope="module")
-def inside(denoisers):
+def inside(denoisers, lora):
     """One over the same bundles, in this process: its port."""
-    with models_over(denoisers["flux"], denoisers["dit"]) as models, serving(models) as port:
+    loras = {"red": denoisers["dit"].adapter(f"{lora}:0.5")}
+    with models_over(denoisers["flux"], denoisers["dit"], loras=loras) as models, serving(models) as port:
         yield port
 
 

@@ -91,9 +91,12 @@ def serving(models, settings=None, traces=None):
 
 
 @contextmanager
-def models_over(*denoisers, **limits):
-    """Models over denoisers that stay open."""
-    models = [Loaded(denoiser, Limits(**limits)) for denoiser in denoisers]
+def models_over(*denoisers, loras=None, **limits):
+    """Models over denoisers that stay open; those that take LoRAs with requests are given these."""
+    models = [
+        Loaded(denoiser, Limits(**limits), loras=None if denoiser.manifest.lora is None else loras)
+        for denoiser in denoisers
+    ]
     try:
         yield Models(models)
     finally:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import zlib
 from pathlib import Path
@@ -15,9 +17,10 @@ import torch
 import taylorseer_export
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.embedded.caption import captions
-from taylorseer_export.embedded.picture import grid, pictures_from_dit_latents, write_png
+from taylorseer_export.embedded.picture import grid, pictures_from_dit_latents, plain, write_picture, write_png
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.serve.api.formats import Output, encoded
 
 ASSETS = Path(taylorseer_export.__file__).parent / "assets"
 RANDOM = sorted(set(FAMILIES) - {"dit", "flux"})
@@ -59,6 +62,25 @@ def test_png_enlarges_every_pixel_to_a_square(tmp_path):
     with image.open(tmp_path / "picture.png") as read:
         enlarged = np.asarray(read)
     np.testing.assert_array_equal(enlarged, picture.repeat(3, axis=0).repeat(3, axis=1))
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
+def test_transparency_is_kept_or_on_white(tmp_path, kind):
+    """By the command line and by the images API: a clear pixel is white where a format has none."""
+    image = pytest.importorskip("PIL.Image")
+    picture = np.zeros((8, 8, 4), np.uint8)
+    picture[4:, :, 3] = 255  # black, above it is clear
+    write_picture(tmp_path / f"one.{kind}", plain(picture))
+    write_picture(tmp_path / f"table.{kind}", grid([[picture]], 1, (), ()))
+    sent = io.BytesIO(base64.b64decode(encoded(picture, Output(kind))))
+    for file in (tmp_path / f"one.{kind}", tmp_path / f"table.{kind}", sent):
+        with image.open(file) as read:
+            left = (read.width - 8) // 2, (read.height - 8) // 2
+            seen = np.asarray(read)[left[1] : left[1] + 8, left[0] : left[0] + 8].astype(int)
+        if kind == "jpeg":
+            assert seen.shape[-1] == 3 and (seen[:4] > 127).all() and (seen[4:] < 128).all()  # it loses something
+        else:
+            np.testing.assert_array_equal(seen[..., 3], picture[..., 3])
 
 
 def test_grid_has_the_promised_size_and_places():

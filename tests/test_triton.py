@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -24,11 +25,14 @@ import images_api
 import numpy as np
 import openai
 import pytest
+import torch
 import triton_server
-from images_api import GENERATIONS, MALFORMED, Metered, asked, client_of, got, models_over, serving
+from diffusers import DiTTransformer2DModel
+from images_api import GENERATIONS, MALFORMED, Metered, asked, client_of, got, models_over, picture_in, serving
 from PIL import Image
 from profiles import PLAN as PROFILE_PLAN
 from profiles import made, weights_of
+from test_lora_at_load import ASSETS, pairs, written
 from triton_server import Server
 
 from taylorseer_export.bundle.profile import write_profile
@@ -67,7 +71,7 @@ BROKEN = "dit-tiny-denoiser"  # its copy of the weights is damaged
 def engines(embedded, tmp_path_factory):
     """Family -> folder of its embedded model's bundle, with a profile in it."""
     out = tmp_path_factory.mktemp("engines")
-    for name, family in (("shapes", "flux"), ("digits", "dit")):
+    for name, family in (("shapes", "flux"), ("adapted", "dit")):
         shutil.copytree(embedded(name), out / f"{family}-tiny")
         bundle = open_bundle(out / f"{family}-tiny")
         reuse = tuple((0.0, 1.0) if weights else () for weights in weights_of(PLAN, 1))
@@ -82,11 +86,19 @@ def denoisers(engines):
 
 
 @pytest.fixture(scope="module")
-def repository(engines, whole_flux, tmp_path_factory):
+def lora(tmp_path_factory):
+    """One of the embedded DiT."""
+    model = DiTTransformer2DModel.from_pretrained(ASSETS / "dit/transformer")
+    some = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][::3]
+    return written(tmp_path_factory.mktemp("lora") / "red.safetensors", pairs(model, some), alpha=None)
+
+
+@pytest.fixture(scope="module")
+def repository(engines, whole_flux, lora, tmp_path_factory):
     out = tmp_path_factory.mktemp("models")
     write_repository(whole_flux, out, Deployment(slots=2, models=("picture",)))
     write_repository(engines["flux"], out, Deployment(slots=4, queue=64, memory_budget=100_000_000))
-    write_repository(engines["dit"], out, Deployment(slots=2, queue=64))
+    write_repository(engines["dit"], out, Deployment(slots=2, queue=64, loras={"red": f"{lora}:0.5"}))
     weights = out / BROKEN / "1/bundle/weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
@@ -209,6 +221,34 @@ def test_defaults_are_the_bundle_s(server, alone, denoisers):
     default = denoisers["dit"].manifest.plan
     assert made["picture"].tobytes() == alone("dit", 3, 0, None, default.text, None).tobytes()
     assert made["executed"].tolist() == [default.text.encode()]
+
+
+def test_a_request_chooses_its_lora(server, front, denoisers, lora):
+    """As in process with that file, from Triton's own client and through the front; the next one gets nothing of it."""
+    denoiser = denoisers["dit"]
+    request, forecasts = label_request(denoiser, [7], [1]), denoiser.forecasts(steps=4)
+    adapted = replace(request, lora=denoiser.adapter(f"{lora}:-0.25"))
+    plain, expected = (pictures(denoiser, own, sample(denoiser, own, forecasts))[0] for own in (request, adapted))
+    assert (plain != expected).any()
+    asks = {"label": 7, "seed": 1, "steps": 4}
+    for more, picture in (({"lora": "red:-0.5"}, expected), ({}, plain)):
+        assert infer(server.http, "dit-tiny", asks | more, "http")["picture"].tobytes() == picture.tobytes()
+    body = {"model": "dit-tiny", "prompt": "7", "seed": 1, "steps": 4, "lora": "red:-0.5"}
+    status, _, text = asked(front, GENERATIONS, body)
+    assert status == 200 and (picture_in(json.loads(text)["data"][0]["b64_json"]) == expected).all()
+    said = "lora is `blue` for dit-tiny, expected red, or one of them with a strength like red:0.8; choose one of"
+    with pytest.raises(ServeError, match=said):
+        infer(server.http, "dit-tiny", asks | {"lora": "blue"}, "http")
+    status, _, text = asked(front, GENERATIONS, {**body, "lora": "blue"})
+    assert status == 400 and said.encode() in text
+
+
+def test_loras_are_refused_before_anything_is_written(engines, lora, tmp_path):
+    with pytest.raises(ConfigError, match=r"--lora is given for flux-tiny, .* export it with --lora-rank"):
+        write_repository(engines["flux"], tmp_path / "models", Deployment(loras={"red": str(lora)}))
+    with pytest.raises(ConfigError, match=r"lora .*none.safetensors is missing"):
+        write_repository(engines["dit"], tmp_path / "models", Deployment(loras={"red": "none.safetensors"}))
+    assert not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize("sigmas", [None, np.linspace(1, 0.05, 12, dtype=np.float32) ** 2])
@@ -384,9 +424,10 @@ def front(server):
 
 
 @pytest.fixture(scope="module")
-def inside(denoisers):
+def inside(denoisers, lora):
     """One over the same bundles, in this process: its port."""
-    with models_over(denoisers["flux"], denoisers["dit"]) as models, serving(models) as port:
+    loras = {"red": denoisers["dit"].adapter(f"{lora}:0.5")}
+    with models_over(denoisers["flux"], denoisers["dit"], loras=loras) as models, serving(models) as port:
         yield port
 
 

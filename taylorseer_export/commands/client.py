@@ -53,6 +53,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     plan_options(parser)
     parser.add_argument("--guidance-scale", type=finite, help="guidance scale, dimensionless (default: the bundle's)")
     parser.add_argument(
+        "--lora", metavar="NAME[:STRENGTH]", help="a LoRA that the model was written with, by its name (default: none)"
+    )
+    parser.add_argument(
         "--timeout",
         type=real(0),
         default=600.0,
@@ -104,7 +107,7 @@ def run(given: argparse.Namespace) -> int:
 def _values(given: argparse.Namespace) -> dict[str, Any]:
     from taylorseer_export.serve.contract import pictures_named, sides_named
 
-    what = ("prompt", "negative_prompt", "label", "seed", "guidance_scale", "strength")
+    what = ("prompt", "negative_prompt", "label", "seed", "guidance_scale", "strength", "lora")
     values = {name: getattr(given, name) for name in what} | vars(request_options(given))
     values = {name: value for name, value in values.items() if value is not None and value is not False}
     if given.size:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -178,30 +177,13 @@ def _models(given: argparse.Namespace, busy: Busy | None, group: Group | None = 
 
         return open_models(given.triton, given.models, os.environ.get(SECRET, ""))
     from taylorseer_export.serve.api.loaded import load_models
+    from taylorseer_export.serve.loras import named
     from taylorseer_export.serve.service import Limits
 
     names = ("slots", "queue", "batch", "workers", "conditioning_cache", "warm")
     limits = Limits(**{name: getattr(given, name) for name in names})
-    budget, loras = given.memory_budget, _loras(given)
+    budget, loras = given.memory_budget, named(given.lora)
     return load_models(given.bundles, given.device, given.threads, limits, budget, busy, loras, group)
-
-
-def _loras(given: argparse.Namespace) -> dict[str, str]:
-    """Name -> file, as `--lora` says them.
-
-    Raises:
-        ConfigError: One has no name, or two have the same.
-    """
-    found: dict[str, str] = {}
-    for text in given.lora:
-        name, separator, file = text.partition("=")
-        if not (separator and file and re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,31}", name)) or name in found:
-            raise ConfigError(
-                f"--lora is {text[:100]}, expected NAME=FILE or NAME=FILE:SCALE, the names of lower-case letters, "
-                "digits and . _ -, each once; write it so"
-            )
-        found[name] = file
-    return found
 
 
 def _check(given: argparse.Namespace) -> None:

@@ -37,15 +37,25 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="processes of each model, with own engines, on each of the GPUs (default: %(default)s)",
     )
     service_options(parser, "instance")
+    parser.add_argument(
+        "--lora",
+        metavar="NAME=FILE[:SCALE]",
+        action="append",
+        default=[],
+        help="a LoRA that requests choose by their input `lora`, of a bundle exported with --lora-rank; may be "
+        "repeated (default: none)",
+    )
 
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
+    from taylorseer_export.serve.loras import named
     from taylorseer_export.serve.repository import Deployment, write_repository
     from taylorseer_export.serve.server import start_lines
 
-    asked = {name: value for name, value in vars(given).items() if name not in ("bundle", "out", "models")}
-    for version in write_repository(given.bundle, given.out, Deployment(models=tuple(given.models), **asked)):
+    asked = {name: value for name, value in vars(given).items() if name not in ("bundle", "out", "models", "lora")}
+    deployment = Deployment(models=tuple(given.models), loras=named(given.lora), **asked)
+    for version in write_repository(given.bundle, given.out, deployment):
         print(f"wrote {version.parent.name} version {version.name}")
     for line in start_lines(given.out):
         print(line)

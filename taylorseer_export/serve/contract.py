@@ -79,6 +79,7 @@ _OPTIONS = (
     Port("threshold", "FP64", (1,), True),
     Port("accumulate", "BOOL", (1,), True),
 )
+_LORA = Port("lora", "BYTES", (1,), True)
 _SCALE = Port("guidance_scale", "FP64", (1,), True)  # numbers as Python has them: every door rounds them alike
 _SIZE = (Port("height", "INT32", (1,), True), Port("width", "INT32", (1,), True))
 _FRAMES = Port("frames", "INT32", (1,), True)
@@ -91,12 +92,13 @@ def roles(manifest: Manifest) -> tuple[Role, ...]:
     return ("picture", "denoiser") if draws else ("denoiser",)
 
 
-def description(manifest: Manifest, profiles: Collection[str]) -> dict[str, Any]:
+def description(manifest: Manifest, profiles: Collection[str], loras: Collection[str] = ()) -> dict[str, Any]:
     """What a client may want to know of a model that draws, before it asks for a picture; plain JSON.
 
     Args:
         manifest: Of the bundle.
         profiles: Names of those that it has.
+        loras: Names of those that a request may choose of.
     """
     defaults = defaults_of(manifest)
     labels = manifest.sampling.source == "labels"
@@ -117,6 +119,7 @@ def description(manifest: Manifest, profiles: Collection[str]) -> dict[str, Any]
         "order": defaults.order,
         "guards": list(defaults.capacity.guards),
         "profiles": list(profiles),
+        "loras": list(loras),
     }
 
 
@@ -127,7 +130,8 @@ def _frames_more(manifest: Manifest) -> int:
 
 def inputs(manifest: Manifest, role: Role, streams: bool = False) -> tuple[Port, ...]:
     """What a model takes; with `streams` one that answers after every step."""
-    asked = (*_OPTIONS, _SCALE) if manifest.sampling.guidance in ("batched", "branches") else _OPTIONS
+    asked = _OPTIONS if manifest.lora is None else (*_OPTIONS, _LORA)
+    asked = (*asked, _SCALE) if manifest.sampling.guidance in ("batched", "branches") else asked
     if role == "picture":
         labels = manifest.sampling.source == "labels"
         what: tuple[Port, ...] = (Port("label", "INT64", (1,)) if labels else Port("prompt", "BYTES", (1,)),)
@@ -234,18 +238,9 @@ def ask(
     if sampling.source == "labels":
         latent_sizes(denoiser.manifest, size, "size")  # there is one: any other is refused
         return Ask(label_request(denoiser, [int(values["label"][0])], [seed], scale), forecasts)
-    negative = _text(values, "negative_prompt") if "negative_prompt" in values else None
-    prompts = [_text(values, "prompt")]
-    request = prompt_request(
-        denoiser,
-        prompts,
-        [seed],
-        size,
-        scale,
-        negative,
-        cache=cache,
-        given=given,
-    )
+    negative = text_of(values, "negative_prompt") if "negative_prompt" in values else None
+    prompts = [text_of(values, "prompt")]
+    request = prompt_request(denoiser, prompts, [seed], size, scale, negative, cache=cache, given=given)
     return Ask(request, forecasts)
 
 
@@ -387,7 +382,7 @@ def _usual(manifest: Manifest) -> tuple[int, int]:
 def _options(values: Mapping[str, np.ndarray]) -> RequestOptions:
     """What a request says of its forecasts; noise levels say how many steps there are."""
     given: dict[str, Any] = {name: _whole(values, name) for name in _NUMBERS if name in values}
-    given |= {name: _text(values, name) for name in _WORDS if name in values}
+    given |= {name: text_of(values, name) for name in _WORDS if name in values}
     if "sigmas" in values:
         given.setdefault("steps", len(values["sigmas"]))
     if "threshold" in values:
@@ -419,7 +414,8 @@ def _whole(values: Mapping[str, np.ndarray], name: str) -> int | None:
     return int(values[name][0]) if name in values else None
 
 
-def _text(values: Mapping[str, np.ndarray], name: str) -> str:
+def text_of(values: Mapping[str, np.ndarray], name: str) -> str:
+    """What a BYTES input says; raises ConfigError where that is no text, or too long."""
     data: Any = values[name][0]
     if len(data) > _WIDEST * LONGEST_TEXT:
         raise ConfigError(f"{name} is {len(data)} bytes, expected at most {LONGEST_TEXT} characters; shorten it")

@@ -11,6 +11,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,7 @@ from taylorseer_export.method import Plan
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import Loop
 from taylorseer_export.serve import contract
+from taylorseer_export.serve.loras import chosen
 from taylorseer_export.serve.probe import BEAT, PROGRESS
 from taylorseer_export.serve.reader import Reader
 from taylorseer_export.serve.service import Limits, Service
@@ -62,6 +64,10 @@ class TritonPythonModel:
             if any(port.name == "image" for port in contract.inputs(self._denoiser.manifest, self._role)):
                 self._denoiser.open_parts(["encode"])
             self._profiles = dict(self._denoiser.profiles)
+            # Beside the bundle, whose files are all in its manifest.
+            scales, files = json.loads(options["loras"]), bundle.with_name("loras")
+            given = {name: f"{files / name}.safetensors:{scale}" for name, scale in scales.items()}
+            self._loras = {name: self._denoiser.adapter(file) for name, file in given.items()}
             limits = {name: int(options[name]) for name in _LIMITS}
             self._service = Service(self._denoiser, Limits(**limits, warm=warm))
             self._service.warm_up()
@@ -91,7 +97,13 @@ class TritonPythonModel:
     def _read(self, sender: Any, values: dict[str, Any], times: Times, timeout: float | None) -> None:
         """Make a request of the tensors and queue it."""
         wanted = contract.wanted(values) if self._streams else None
+        lora = None
+        if "lora" in values:
+            manifest, text = self._denoiser.manifest, contract.text_of(values, "lora")
+            name, strength = chosen(text, self._loras, f"{manifest.family}-{manifest.name}")
+            lora = self._loras[name].at(strength)
         ask = contract.ask(self._denoiser, self._role, values, self._profiles, self._service.conditioning)
+        ask = ask._replace(request=replace(ask.request, lora=lora))
         caller = Caller(self._denoiser, self._role, sender, wanted, times, self._watch)
         times.read()
         self._service.submit(ask.request, ask.forecasts, caller, timeout)

@@ -3,6 +3,7 @@
     <out>/<family>-<name>/             picture model, where the bundle can make one
         config.pbtxt
         1/model.py  1/bundle/…         a later bundle becomes version 2; Triton serves the newest
+        1/loras/…                      what requests choose of
     <out>/<family>-<name>-stream/      the same, a response per step
     <out>/<family>-<name>-denoiser/    latents in, latents out
     <out>/<family>-<name>-denoiser-stream/
@@ -18,8 +19,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ from taylorseer_export.bundle.memory import CONDITIONING_ROOM, request_bytes, si
 from taylorseer_export.bundle.profile import PROFILES, profile_names, read_profile
 from taylorseer_export.bundle.store import Bundle, open_bundle
 from taylorseer_export.errors import ConfigError
+from taylorseer_export.runtime.lora import file_and_scale
 from taylorseer_export.runtime.tensors import latent_sizes
 from taylorseer_export.serve import contract
+from taylorseer_export.serve.loras import files_of
 
 # Parameters of a picture model that clients read: what it draws, and which bundle it is of.
 DESCRIPTION, BUNDLE = "description", "bundle"
@@ -53,6 +56,7 @@ class Deployment:
         threads: CPU threads of one engine call; 0 is one per core.
         memory_budget: Bytes of the weights, Taylor buffers and step tables of one instance; None for the usual room.
         conditioning_cache, warm: As in `Limits`, for each instance.
+        loras: Name -> `FILE` or `FILE:SCALE`, of which requests choose one by their input `lora`.
     """
 
     device: Device = CPU
@@ -67,6 +71,7 @@ class Deployment:
     memory_budget: int | None = None
     conditioning_cache: int = CONDITIONING_ROOM
     warm: Sequence[tuple[int, ...]] = ()
+    loras: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_repository(folder: Path, out: Path, deployment: Deployment) -> list[Path]:
@@ -82,14 +87,14 @@ def write_repository(folder: Path, out: Path, deployment: Deployment) -> list[Pa
 
     Raises:
         BundleError: The bundle or a profile is missing or damaged.
-        ConfigError: It cannot be served so.
+        ConfigError: It cannot be served so, or a LoRA does not fit it.
     """
     bundle = open_bundle(folder)
     manifest = bundle.manifest
     refuse_several(manifest, "Triton")
     for profile in profile_names(bundle):
         read_profile(bundle, profile)
-    profiles = profile_names(bundle)
+    profiles, loras = profile_names(bundle), files_of(manifest, deployment.loras)
     configs = {name: config(manifest, name, deployment, profiles) for name in _models(manifest, deployment)}
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)  # what a killed process left would be taken for a model
@@ -99,6 +104,10 @@ def write_repository(folder: Path, out: Path, deployment: Deployment) -> list[Pa
             place = partial / _model_name(manifest, name)
             _copy(bundle, place / "1" / "bundle", staged[0] / "1" / "bundle" if staged else None)
             shutil.copyfile(Path(__file__).with_name("model.py"), place / "1" / "model.py")
+            if loras:
+                (place / "1" / "loras").mkdir()
+            for lora, (path, _) in loras.items():
+                shutil.copyfile(path, place / "1" / "loras" / f"{lora}.safetensors")
             (place / "config.pbtxt").write_text(text, encoding="utf-8")
             staged.append(place)
         flush(partial)
@@ -133,12 +142,12 @@ def config(manifest: Manifest, model: str, deployment: Deployment, profiles: Seq
     role: contract.Role = "denoiser" if model.startswith("denoiser") else "picture"
     made = schema.ModelConfig(name=_model_name(manifest, model), backend="python", max_batch_size=0)
     streams = model.endswith("-stream")
-    for ports, field in (
+    for ports, entries in (
         (contract.inputs(manifest, role, streams), made.input),
         (contract.outputs(manifest, role), made.output),
     ):
         for port in ports:
-            entry = field.add(name=port.name, data_type=_data_type(schema, port.datatype), dims=port.dims)
+            entry = entries.add(name=port.name, data_type=_data_type(schema, port.datatype), dims=port.dims)
             if port.optional:
                 entry.optional = True
     made.model_transaction_policy.decoupled = streams
@@ -149,7 +158,8 @@ def config(manifest: Manifest, model: str, deployment: Deployment, profiles: Seq
     for name, value in _options(manifest, role, deployment).items():
         made.parameters[name].string_value = value
     if role == "picture":  # for clients that hold no bundle
-        made.parameters[DESCRIPTION].string_value = json.dumps(contract.description(manifest, profiles))
+        told = contract.description(manifest, profiles, deployment.loras)
+        made.parameters[DESCRIPTION].string_value = json.dumps(told)
         made.parameters[BUNDLE].string_value = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
     text: str = text_format.MessageToString(made)
     assert text_format.Parse(text, schema.ModelConfig()) == made, (
@@ -223,6 +233,7 @@ def _options(manifest: Manifest, role: contract.Role, deployment: Deployment) ->
         "slot_bytes": slot_bytes(manifest, deployment.slots, deployment.memory_budget),
         "conditioning_cache": deployment.conditioning_cache,
         "warm": " ".join("x".join(map(str, pixels)) for pixels in deployment.warm),
+        "loras": json.dumps({name: file_and_scale(given)[1] for name, given in deployment.loras.items()}),
     }
     return {name: str(value) for name, value in values.items()}
 

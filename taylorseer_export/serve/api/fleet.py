@@ -166,7 +166,9 @@ class Remote:
             use = needs if "image" in served.needed else "begins"
         field = REFERENCE if self.video else "image"
         most = max(1, sum(name.startswith("image") for name in served.inputs))
-        return Takes(self.name, served.description["classes"], "negative_prompt" in served.inputs, use, field, most)
+        loras = tuple(served.description.get("loras", ()))  # of a repository of before there were any, none
+        negative = "negative_prompt" in served.inputs
+        return Takes(self.name, served.description["classes"], negative, use, field, most, loras)
 
     def usual_size(self, picture: np.ndarray | None) -> tuple[int, int]:
         """As its repository has it; that of a picture its server alone knows."""
@@ -266,7 +268,7 @@ class Remote:
             values |= sides_named(wish.size)
         if wish.pictures:
             values |= pictures_named([await asyncio.to_thread(opaque, picture) for picture in wish.pictures])
-        more = {name: getattr(wish, name) for name in ("negative_prompt", "guidance_scale", "strength")}
+        more = {name: getattr(wish, name) for name in ("negative_prompt", "guidance_scale", "strength", "lora")}
         more |= asdict(order.options)
         return values | {name: value for name, value in more.items() if value is not None and value is not False}
 

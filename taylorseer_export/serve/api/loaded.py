@@ -122,7 +122,7 @@ class Loaded:
         self._busy, self.hurried = busy, 0
         if busy is not None:
             busy.check(self.name, denoiser.forecasts().plan, self.profiles)
-        self.description = contract.description(denoiser.manifest, self.profiles)
+        self.description = contract.description(denoiser.manifest, self.profiles, self._loras)
         self.service = Service(denoiser, limits)
         self.service.warm_up()
         self.reader = Reader(limits.slots + limits.queue)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,8 +11,10 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.embedded.edits import Use, check_strength, most_in_words, most_pictures, use_of
 from taylorseer_export.embedded.requests import frame_rate
+from taylorseer_export.errors import ConfigError
 from taylorseer_export.serve.api.fields import REFERENCE
 from taylorseer_export.serve.api.problems import Refusal
+from taylorseer_export.serve.loras import chosen
 
 
 class Wish(NamedTuple):
@@ -126,22 +127,10 @@ class Takes(NamedTuple):
         Raises:
             Refusal: It is served with no LoRA of that name, or the strength is no finite number.
         """
-        name, separator, last = text.partition(":")
         try:
-            strength = float(last) if separator else 1.0
-        except ValueError:
-            strength = math.nan
-        if name in self.loras and math.isfinite(strength):
-            return name, strength
-        known = "none, since it is served with none"
-        if self.loras:
-            known = f"{' or '.join(self.loras)}, or one of them with a strength like {self.loras[0]}:0.8"
-        raise Refusal(
-            f"lora is `{text[:64]}` for {self.name}, expected {known}; "
-            f"{'choose one of those' if self.loras else 'leave it out, or ask for a `model` that has it'}",
-            400,
-            "lora",
-        )
+            return chosen(text, self.loras, self.name)
+        except ConfigError as error:
+            raise Refusal(str(error), 400, "lora") from error
 
 
 def takes_of(manifest: Manifest) -> Takes:

@@ -32,6 +32,7 @@ _ONNX_BFLOAT16 = 16
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 # How products of int8 weights are computed: 1 in float32, 4 in int8, which is what ONNX Runtime does if left alone.
 _INT8_PRODUCTS = "session.qdq_matmulnbits_accuracy_level"
+_NO_SATURATION = "session.x64quantprecision"  # of sums of two int8 products, which some CPUs without VNNI form in int16
 # What a session calls a dtype -> the contract's name.
 _DTYPES = {
     "tensor(float)": "float32",
@@ -141,6 +142,7 @@ class OnnxRuntimeRunner:
                 providers = [(first, {**place, **_FLOAT32, **captured})]
             options = _options(onnxruntime, threads)
             options.add_session_config_entry(_INT8_PRODUCTS, "4" if rounds else "1")
+            options.add_session_config_entry(_NO_SATURATION, "1")
             try:
                 source, folder = _source(path)
                 if folder is not None:

@@ -229,11 +229,12 @@ def test_a_product_in_few_bits_is_that_of_what_its_factors_stand_for(form, bias)
     assert ((coarser - exact).abs() > (64 + 4) * 2.0**-24 * sizes).any()
 
 
+@pytest.mark.parametrize("activations", ["static", "token"])
 @pytest.mark.parametrize(("form", "operator"), [("fp8", "_scaled_mm"), ("int8", "_int_mm")])
-def test_all_quantised_layers_become_such_products(made, monkeypatch, form, operator):
+def test_all_quantised_layers_become_such_products(made, monkeypatch, form, operator, activations):
     """Where the rule says so: as the graph that is compiled, whose predictions are those of the graph that is not."""
     monkeypatch.setattr(products, "multiplies", lambda *_: True)
-    draft = made(form)
+    draft = made(form, activations=activations, engine="inductor")
     cut = draft.split.full
     few = products.in_few_bits(cut, "cpu")
     assert (

@@ -13,6 +13,7 @@ import onnx as onnx_library
 import pytest
 import torch
 from harness import eager_denoiser
+from safetensors.numpy import save_file
 from tiny_bundles import options_of
 
 from taylorseer_export import cli
@@ -33,7 +34,7 @@ from taylorseer_export.report.reuse import all_full
 from taylorseer_export.report.samples import groups
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.sampling import Loop, Pool
-from taylorseer_export.runtime.trajectory import random_trajectory
+from taylorseer_export.runtime.trajectory import random_conditioning, random_trajectory
 
 STEPS, SAMPLES, SEED = 20, 2, 1_000_000
 STATIC = {"granularity": "residual", "batch": 2, "activations": "static"}
@@ -143,10 +144,14 @@ def test_a_layer_without_a_constant_is_named(made, scales, traced):
         input_scales(replace(traced("dit"), checkpoint=checkpoint), options, SAMPLES)
 
 
-def test_the_command_line_finds_them(tmp_path, capsys):
-    """On the classes of the embedded model, and says in card and manifest that there are some."""
-    given = ["dit", "--weights", "fp8", "--activations", "static", "--samples", "2", "--steps", "2", "--dry-run"]
-    assert cli.main(given) == 0
+def test_the_command_line_finds_them(tiny, eager, tmp_path, capsys):
+    """By tensors of a model that reads text, and the card says that there are some."""
+    file, denoiser = tmp_path / "samples.safetensors", eager("plain")
+    sizes = {name: d.typical for name, d in denoiser.manifest.dimensions.items()} | {"batch": 2, "image_tokens": 6}
+    save_file(random_conditioning(denoiser, sizes, guided=True), file)
+    given = ["flux", "--model", str(tiny("plain").folder), "--weights", "fp8", "--activations", "static", "--dry-run"]
+    given += ["--steps", "2", "--latent-size", "4x6"]
+    assert cli.main([*given, "--inputs", str(file)]) == 0
     assert re.search(
         r"quantised .* of weights in fp8, \d+ layers, what they read by constants;", capsys.readouterr().out
     )
@@ -188,7 +193,8 @@ def test_engines_round_as_the_model_that_rounds(made, once, tiny, form, engine):
         assert kinds(folder / "full.onnx").count("QuantizeLinear") == 12
 
 
-def test_tensorrt_rtx_multiplies_in_float8_by_constants(made, tmp_path):
+@pytest.mark.parametrize(("form", "capability"), [("fp8", "8.9"), ("nvfp4", "12.0")])
+def test_tensorrt_rtx_multiplies_in_few_bits_by_constants(made, tmp_path, form, capability):
     """As `test_tensorrt` sees it for activations by token: the builder's own list of layers."""
     pytest.importorskip("tensorrt_rtx")
     import test_tensorrt
@@ -196,9 +202,9 @@ def test_tensorrt_rtx_multiplies_in_float8_by_constants(made, tmp_path):
     def static(name, *how, **changes):
         return made(changes.pop("weights"), **{**dict(zip(("granularity",), how, strict=True)), **changes})
 
-    test_tensorrt.test_quantised_layers_multiply_in_few_bits(static, tmp_path, "dit", "fp8", "8.9")
-    assert kinds(tmp_path / "full.onnx").count("QuantizeLinear") == 12  # queries, keys and values read one tensor
-    assert "ReduceMax" not in kinds(tmp_path / "full.onnx")
+    test_tensorrt.test_quantised_layers_multiply_in_few_bits(static, tmp_path, "dit", form, capability)
+    found, rounds = kinds(tmp_path / "full.onnx"), {"fp8": "QuantizeLinear", "nvfp4": "TRT_FP4DynamicQuantize"}
+    assert found.count(rounds[form]) == 12 and "ReduceMax" not in found  # queries, keys and values read one tensor
 
 
 # Products in few bits
@@ -223,11 +229,12 @@ def test_a_product_in_few_bits_is_that_of_what_its_factors_stand_for(form, bias)
     assert ((coarser - exact).abs() > (64 + 4) * 2.0**-24 * sizes).any()
 
 
+@pytest.mark.parametrize("activations", ["static", "token"])
 @pytest.mark.parametrize(("form", "operator"), [("fp8", "_scaled_mm"), ("int8", "_int_mm")])
-def test_all_quantised_layers_become_such_products(made, monkeypatch, form, operator):
+def test_all_quantised_layers_become_such_products(made, monkeypatch, form, operator, activations):
     """Where the rule says so: as the graph that is compiled, whose predictions are those of the graph that is not."""
     monkeypatch.setattr(products, "multiplies", lambda *_: True)
-    draft = made(form)
+    draft = made(form, activations=activations, engine="inductor")
     cut = draft.split.full
     few = products.in_few_bits(cut, "cpu")
     assert (

@@ -177,6 +177,8 @@ def _with_quantisation(model: Any) -> None:
 
     graph, found = model.graph, [node for node in model.graph if node.domain == _OURS]
     opset = _QUANTISED_OPSET
+    # ONNX Runtime, where it is told to let no sum of two products saturate, changes zero points that it has to find.
+    rounded_to_int8 = any(n.op_type == "Round" and n.attributes["form"].as_string() == "int8" for n in found)
     for node in found:
         kind, old = node.outputs[0].dtype, node.outputs[0]
         if node.op_type == "Round":
@@ -188,6 +190,8 @@ def _with_quantisation(model: Any) -> None:
             four = len(scales) == 2
             made = [ir.node("DequantizeLinear", scales)] if four else []
             inputs = [_as_pairs(values), made[0].outputs[0]] if four else [values, *scales]
+            if rounded_to_int8:
+                inputs.append(_zeros(graph, values))
             made.append(ir.node("DequantizeLinear", inputs, _IN_BLOCKS if four else {"axis": 0}))
             made[0].outputs[0].dtype = kind
         opset = _BLOCKS_OPSET if four else opset
@@ -237,6 +241,16 @@ def _number(graph: Any, name: str, number: float, kind: Any) -> Any:
     if name not in graph.initializers:
         value = ir.tensor(np.array(number, kind.numpy()), name=name)
         graph.register_initializer(ir.val(name, kind, ir.Shape(()), const_value=value))
+    return graph.initializers[name]
+
+
+def _zeros(graph: Any, values: Any) -> Any:
+    """The initializer of the zero points of int8 weights; of its own for each, since the change is made in place."""
+    import onnx_ir as ir
+
+    name, shape = f"{values.name}_zeros", ir.Shape(values.shape[:1])
+    value = ir.tensor(np.zeros(values.shape[0], np.int8), name=name)
+    graph.register_initializer(ir.val(name, ir.DataType.INT8, shape, const_value=value))
     return graph.initializers[name]
 
 

@@ -28,6 +28,7 @@ from taylorseer_export.runtime.eager import EagerRunner
 from taylorseer_export.runtime.sampling import Pool, sample
 
 if TYPE_CHECKING:
+    from taylorseer_export.bundle.manifest import Graph
     from taylorseer_export.compile.export import Options, Traced
 
 SAMPLES = 8  # as many as `calibrate` fits to, where nothing says how many there are
@@ -120,9 +121,9 @@ def input_scales(
         found = float(x.abs().amax())
         largest[weight] = float(np.maximum(largest.get(weight, 0.0), found))  # which keeps a NaN
 
-    modules: dict[Any, Any] = {**eager_modules(made)}
+    modules: dict[str, Any] = {**eager_modules(made)}
     modules["full"] = watched(modules["full"], names, see)
-    graphs: dict[Any, Any] = {**manifest.graphs}
+    graphs: dict[str, Graph] = dict(manifest.graphs.items())
     with Denoiser(manifest, EagerRunner(modules, graphs)) as denoiser:
         count = count or (len(prompts) if prompts else _rows(denoiser, tensors or {}))
         requests = groups(denoiser, count, _FIRST_SEED, prompts, tensors)

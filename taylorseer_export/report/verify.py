@@ -34,8 +34,9 @@ from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.trajectory import Trajectory
 
 _ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-# Of what a quantised layer reads, row by row: half a step of e4m3, of int8 and of e2m1 as shares of a usual number.
-_OF_TOKENS = {"fp8": 2.0**-4, "int8": 2.0**-7, "nvfp4": 2.0**-2}
+# Of what a quantised layer reads, row by row: half a step of e4m3, of int8 and of e2m1 as shares of a usual number. The
+# largest of a few thousand is four of those: 4 / 127 / 2.
+_OF_TOKENS = {"fp8": 2.0**-4, "int8": 2.0**-6, "nvfp4": 2.0**-2}
 _LEAST = 1e-30  # a threshold that no error is under
 _FLOAT64_LIMIT = 2 << 30  # bytes of float32 weights above which the reference stays in float32
 

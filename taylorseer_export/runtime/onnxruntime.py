@@ -32,6 +32,7 @@ _ONNX_BFLOAT16 = 16
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 # How products of int8 weights are computed: 1 in float32, 4 in int8, which is what ONNX Runtime does if left alone.
 _INT8_PRODUCTS = "session.qdq_matmulnbits_accuracy_level"
+_NO_SATURATION = "session.x64quantprecision"  # of sums of two int8 products, which some CPUs without VNNI form in int16
 # What a session calls a dtype -> the contract's name.
 _DTYPES = {
     "tensor(float)": "float32",
@@ -65,8 +66,9 @@ def open_runner(
     files = {name: bundle.path(graph.file) for name, graph in graphs.items()}
     provider = bundle.manifest.engine.options.get("provider") if device.is_gpu else None
     ranges, quantised = bundle.manifest.dimensions, bundle.manifest.quantised
-    rounds = quantised is not None and quantised.activations == "token"
-    return OnnxRuntimeRunner(files, graphs, device, threads, provider, cuda_graphs, ranges, weights, rounds)
+    how = "none" if quantised is None else quantised.activations
+    flags = (how == "token", how == "static")
+    return OnnxRuntimeRunner(files, graphs, device, threads, provider, cuda_graphs, ranges, weights, *flags)
 
 
 def _library() -> Any:
@@ -95,6 +97,7 @@ class OnnxRuntimeRunner:
         dimensions: Ranges of the sizes, which the TensorRT provider builds for.
         weights: Tensor name -> values in the place of the files'; bfloat16 as its bits, uint16. All graphs share them.
         rounds: Whether what int8 weights are multiplied with may be rounded to int8 too.
+        static: Whether the graphs round it themselves.
 
     Raises:
         BundleError: onnxruntime is not installed, has no such device, or refuses a file.
@@ -111,6 +114,7 @@ class OnnxRuntimeRunner:
         dimensions: Mapping[str, Dimension] | None = None,
         weights: Mapping[str, np.ndarray] | None = None,
         rounds: bool = False,
+        static: bool = False,
     ) -> None:
         onnxruntime = _library()
         self.graphs, self.device, self.fallbacks = graphs, device.at(0), 0
@@ -141,6 +145,8 @@ class OnnxRuntimeRunner:
                 providers = [(first, {**place, **_FLOAT32, **captured})]
             options = _options(onnxruntime, threads)
             options.add_session_config_entry(_INT8_PRODUCTS, "4" if rounds else "1")
+            if static:
+                options.add_session_config_entry(_NO_SATURATION, "1")
             try:
                 source, folder = _source(path)
                 if folder is not None:

@@ -41,9 +41,9 @@ def traced_once(program: torch.export.ExportedProgram) -> torch.export.ExportedP
 
     def run_decompositions(table: Mapping[Any, Any] | None = None, **how: Any) -> torch.export.ExportedProgram:
         left = any(_is_composed(node.target) or node.target in (table or {}) for node in program.graph.nodes)
-        return trace_again(table, **how) if left or table is None else program  # type: ignore[arg-type]
+        return trace_again(table, **how) if left or table is None else program
 
-    program.run_decompositions = run_decompositions  # type: ignore[method-assign, assignment]
+    program.run_decompositions = run_decompositions
     return program
 
 

@@ -2,11 +2,15 @@
 
 What half precision adds to an export is one condition, that no operator mixes float types. A split checks it for every
 graph (`graph/ensures.py`) and takes a fifth of a second; exporting all of them again would take half an hour. So all
-are split, and of each family those graphs are exported again that differ by granularity.
+are split, and of each family those graphs are exported again that differ by granularity. float16 is tried where the
+model's source names it or bfloat16, to clip or to round: to all others one is a dtype of two bytes as the other is.
 """
 
+import inspect
+import sys
 from itertools import product
 
+import diffusers
 import pytest
 from tiny_models import of_families
 
@@ -20,8 +24,17 @@ OPTIONS = {"order": 1, "interval": 4, "warmup": 2, "engine": "inductor"}
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("name", NAMES)
+def names_float16(family):
+    """Whether the file of a family's model does anything by that name, or bfloat16's."""
+    made = getattr(diffusers, FAMILIES[family].model_class)
+    return "float16" in inspect.getsource(sys.modules[made.__module__])
+
+
+CASES = [(name, "bf16") for name in NAMES]
+CASES += [(name, "fp16") for family, name in of_families().items() if names_float16(family)]
+
+
+@pytest.mark.parametrize(("name", "precision"), CASES)
 def test_every_combination_drafts(traced, name, precision):
     every = product(GRANULARITIES, ("snapshots", "derivatives"), ((), ("cg", "fbcache", "teacache")))
     for granularity, layout, guards in every:

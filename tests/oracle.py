@@ -108,10 +108,15 @@ def z_image(model, timestep, hidden_states, cap_feats, cap_mask):
 def ltx_2(model, timestep, **inputs):
     """As LTX2Pipeline: the timestep once more as sigma, and places in float32, from which come angles of up to 15708.
 
-    The predictions of video and sound are one, both flat.
+    Where it is the model of 8 channels, as LTX2ImageToVideoPipeline: each token of the video has a timestep, none in
+    the first frame, which begins at 0 seconds. The predictions of video and sound are one, both flat.
     """
     inputs |= {name: inputs[name].float() for name in ("video_coords", "audio_coords")}
-    made = model(timestep=timestep, sigma=timestep, use_cross_timestep=True, return_dict=False, **inputs)
+    of_video = timestep
+    if model.config.in_channels == 8:
+        of_video = timestep[:, None] * (inputs["video_coords"][:, 0, :, 0] != 0)
+    told = {"timestep": of_video, "audio_timestep": timestep, "sigma": timestep, "use_cross_timestep": True}
+    made = model(**told, return_dict=False, **inputs)
     return torch.cat([one.flatten(1) for one in made], 1)
 
 

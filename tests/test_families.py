@@ -98,6 +98,12 @@ ROWS = {
         frozenset(f"{of}encoder_{it}" for of in ("", "audio_") for it in ("hidden_states", "attention_mask"))
         | {"video_coords", "audio_coords"},
     ),
+    "ltx-2-image": Row(
+        ({"batch": 3, "frames": 3, "height": 1, "audio_tokens": 11, "text_tokens": 15},),
+        frozenset(f"{of}encoder_{it}" for of in ("", "audio_") for it in ("hidden_states", "attention_mask"))
+        | {"audio_coords"},
+        fixed=("module", "residual", "last"),  # which tokens are of the first frame, and what its timestep becomes
+    ),
     **dict.fromkeys(
         ("longcat-image", "ovis-image"),
         Row(

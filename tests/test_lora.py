@@ -63,6 +63,7 @@ COMFY = {
 OWN_KANDINSKY = "visual_transformer_blocks.0.self_attention.to_query"
 COMFY["cogvideox"] = {"transformer_blocks.0.attn1.to_q": ["transformer_blocks.0.attn1.to_q"]}
 COMFY["kandinsky-5"] = {OWN_KANDINSKY: [OWN_KANDINSKY]}
+COMFY["ltx-2-image"] = COMFY["ltx-2"]
 COMFY |= dict.fromkeys(("wan-5b-image", "wan-vace", "wan-animate"), COMFY["wan"])
 # Family -> a module by its own name, of every family.
 OWN = {
@@ -78,6 +79,7 @@ OWN = {
     "pixart": "transformer_blocks.0.attn1.to_q",
     "sana": "transformer_blocks.0.attn1.to_q",
     "ltx-2": "transformer_blocks.0.attn1.to_q",
+    "ltx-2-image": "transformer_blocks.0.attn1.to_q",
     "hidream": "caption_projection.0.linear",
     "z-image": "layers.0.attention.to_q",
 }

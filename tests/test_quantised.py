@@ -47,6 +47,7 @@ CONVERTED = (
     "hidream",
     "hunyuan-video",
     "ltx-2",
+    "ltx-2-image",
     "qwen-image",
     "qwen-image-edit",
     "qwen-image-2.1",
@@ -357,7 +358,7 @@ def original(family):
     """Names and shapes in the layout of the family's authors, with few blocks."""
     known = {"flux": flux_layout, "flux-kontext": flux_layout, "hunyuan-video": hunyuan_layout, "sd3": sd3_layout}
     known |= {"chroma": chroma_layout, "krea-2": krea_2_layout, "ltx-2": ltx_2_layout, "z-image": z_image_layout}
-    known |= {"wan-animate": wan_animate_layout}
+    known |= {"wan-animate": wan_animate_layout, "ltx-2-image": ltx_2_layout}
     known |= {"flux2": flux2_layout, "flux2-edit": flux2_layout, "flux2-kv": flux2_layout, "flux3": flux3_layout}
     if family in ("hidream", "qwen-image", "qwen-image-edit", "qwen-image-2.1"):
         return {f"model.diffusion_model.{n}": s for n, (_, s) in plain(family)[1].items()}

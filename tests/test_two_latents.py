@@ -9,8 +9,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from diffusers import LTX2ImageToVideoPipeline
 from harness import allowed, run
 from oracle import assert_close
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny_pipelines import ltx_2_pipeline
 
@@ -100,6 +102,40 @@ def test_forecasts_agree_with_the_oracle(pipe, tiny, eager):
     expected = oracle.replay(model, latents, timestep, conditioning, "FF..F.", 2)
     seen = torch.stack([torch.cat([one.flatten(1) for one in both], 1) for both in made])
     assert_close("pipeline", seen, expected, allowed(model, expected, "FF..F.", 2))
+
+
+def test_from_a_picture(tiny, eager):
+    """The frame that is the picture is without noise at every step, and stays: all steps full, then with forecasts."""
+    model, denoiser = tiny("ltx-2-image").model, eager("ltx-2-image")
+    given = GUIDED | {"image": Image.linear_gradient("L").convert("RGB").resize((96, 64))}
+    untouched = film(ltx_2_pipeline(model, LTX2ImageToVideoPipeline), **given)
+    pipe = ltx_2_pipeline(model, LTX2ImageToVideoPipeline)
+    pipe.transformer = denoiser.as_transformer(interval=1)
+    made = film(pipe, **given)
+    assert torch.equal(made[0][:, :, 0], untouched[0][:, :, 0])
+    for name, seen, expected in zip(("video", "sound"), made, untouched, strict=True):
+        # Every step adds its part, guidance magnifies it, and the pipeline scales the latents at the end.
+        bound = 5 * 2 * 7 * allowed(model, expected[None], "F", 0)
+        assert_close(name, seen[None], expected[None], bound)
+    pipe.transformer = denoiser.as_transformer(plan="FF..F.")
+    calls = listened(pipe.transformer)
+    film(pipe, 6, **given)
+    assert pipe.transformer.executed == {"cond_uncond": "FF..F."}
+    inputs, predictions = zip(*calls, strict=True)
+    latents, sound = (torch.stack([one[name] for one in inputs]) for name in ("hidden_states", SOUND))
+    conditioning = {name: inputs[0][name] for name in denoiser.constants} | {SOUND: sound}
+    timestep = torch.stack([one["sigma"][0] for one in inputs])
+    assert [one["timestep"][0].unique().tolist() for one in inputs] == [[0, t] for t in timestep.tolist()]
+    expected = oracle.replay(model, latents, timestep, conditioning, "FF..F.", 2)
+    seen = torch.stack([torch.cat([one.flatten(1) for one in both], 1) for both in predictions])
+    assert_close("pipeline", seen, expected, allowed(model, expected, "FF..F.", 2))
+    for change, sentence in (
+        ({"timestep": inputs[0]["sigma"]}, r"`timestep` is \[2\], expected one for each token of the video, 0 for"),
+        ({"timestep": inputs[0]["timestep"].flip(1)}, r"expected one for each token of the video, 0 for those of th"),
+        ({"use_cross_timestep": False}, r"`use_cross_timestep` is False, expected True, as the pipeline passes it"),
+    ):
+        with pytest.raises(StepError, match=sentence):
+            denoiser.as_transformer()(**{**inputs[0], **change})
 
 
 def test_another_output_and_what_a_call_lacks(pipe, tiny, eager):

@@ -265,11 +265,11 @@ def wan_pipeline(transformer, second=None, boundary=None):
     )
 
 
-def ltx_2_pipeline(transformer):
+def ltx_2_pipeline(transformer, pipeline=LTX2Pipeline):
     """Videos of 8 n + 1 frames and a multiple of 32 pixels, with sound; the prompt is given as embeddings."""
     config = transformer.config
     return _quiet(
-        LTX2Pipeline(
+        pipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1),
             vae=tiny_ltx_2_vae(config.in_channels),
             audio_vae=tiny_ltx_2_audio_vae(config.audio_in_channels),
@@ -805,7 +805,7 @@ def tiny_ltx_2_vae(channels):
             upsample_type=("spatial",),
             upsample_residual=(False,),
             upsample_factor=(1,),
-            patch_size=1,
+            patch_size=16,
             spatial_compression_ratio=32,
             temporal_compression_ratio=8,
         )

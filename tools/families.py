@@ -59,6 +59,7 @@ MODELS = {
     "cogvideox-table": "cogvideox (2B)",
     "cogvideox-image": "cogvideox (1.5, image to video)",
     "ltx-2": "ltx-2",
+    "ltx-2-image": "ltx-2-image",
     "wan": "wan (text to video)",
     "wan-image": "wan (image to video)",
     "wan-5b-image": "wan-5b-image",

@@ -843,15 +843,15 @@ def hunyuan_15_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_t
     return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
 
 
-def tiny_ltx_2(seed=0, layers=2, heads=2, head_dim=12):
+def tiny_ltx_2(seed=0, layers=2, heads=2, head_dim=12, channels=6):
     """LTX-2 with all that 2.3 has beside it: gates within attention, a modulated text. Float32, eval.
 
     The video is heads * head_dim wide and its sound 2/3 of that.
     """
     return randomised(
         lambda: LTX2VideoTransformer3DModel(
-            in_channels=6,
-            out_channels=6,
+            in_channels=channels,
+            out_channels=channels,
             num_attention_heads=heads,
             attention_head_dim=head_dim,
             cross_attention_dim=heads * head_dim,
@@ -915,6 +915,7 @@ MODELS = {
     "krea-2": ("krea-2", tiny_krea_2, krea_2_inputs),
     "longcat-image": ("longcat-image", tiny_longcat_image, longcat_image_inputs),
     "ltx-2": ("ltx-2", tiny_ltx_2, ltx_2_inputs),
+    "ltx-2-image": ("ltx-2-image", lambda: tiny_ltx_2(seed=1, channels=8), ltx_2_inputs),
     "ovis-image": ("ovis-image", tiny_ovis_image, diagonal_inputs),
     "qwen-image": ("qwen-image", tiny_qwen_image, qwen_image_inputs),
     "qwen-image-edit": ("qwen-image-edit", lambda: tiny_qwen_image(seed=1), qwen_image_edit_inputs),

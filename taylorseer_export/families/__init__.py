@@ -20,6 +20,7 @@ from taylorseer_export.families.kandinsky_5 import KANDINSKY_5
 from taylorseer_export.families.krea_2 import KREA_2
 from taylorseer_export.families.longcat_image import LONGCAT_IMAGE
 from taylorseer_export.families.ltx_2 import LTX_2
+from taylorseer_export.families.ltx_2_image import LTX_2_IMAGE
 from taylorseer_export.families.ovis_image import OVIS_IMAGE
 from taylorseer_export.families.pixart import PIXART
 from taylorseer_export.families.qwen_image import QWEN_IMAGE
@@ -51,6 +52,7 @@ _ALL = (
     KREA_2,
     LONGCAT_IMAGE,
     LTX_2,
+    LTX_2_IMAGE,
     OVIS_IMAGE,
     PIXART,
     QWEN_IMAGE,

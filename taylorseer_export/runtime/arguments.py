@@ -200,13 +200,33 @@ def _shapes(inputs: dict[str, Any]) -> Any:
     return None if shapes is None else host_array(shapes[0]).reshape(-1, 3)
 
 
-def clock_of(manifest: Manifest) -> Callable[[Any, Any], Any]:
-    """`(hidden_states, timestep) -> timestep` of a bundle: one or several that are equal."""
-    return _of_later_frames if manifest.pipeline.arguments == "first-frame" else lambda latents, timestep: timestep
+def clock_of(manifest: Manifest) -> Callable[[Any, Any, dict[str, Any]], Any]:
+    """`(hidden_states, timestep, arguments) -> timestep` of a bundle: one or several that are equal."""
+    several = manifest.pipeline.arguments == "first-frame"
+    return _of_later_frames if several else lambda latents, timestep, inputs: timestep
 
 
-def _of_later_frames(latents: Any, timestep: Any) -> Any:
+def _of_later_tokens(timestep: Any, inputs: dict[str, Any]) -> Any:
+    """Those of the tokens that do not begin at 0 seconds; what is seen of the other latent has that of the step."""
+    shape, places = list(getattr(timestep, "shape", ())), inputs.get("video_coords")
+    later = None if places is None else places[:, 0, :, 0] != 0
+    if later is None or shape != list(later.shape) or bool(timestep[~later].any()):
+        raise StepError(
+            f"input `timestep` is {shape}, expected one for each token of the video, 0 for those of the first frame, "
+            "which is a picture; use a pipeline from a picture, or a bundle of the model from text"
+        )
+    if not inputs.get("use_cross_timestep"):
+        raise StepError(
+            f"argument `use_cross_timestep` is {inputs.get('use_cross_timestep')}, expected True, as the pipeline "
+            "passes it by default; leave it out there"
+        )
+    return timestep[later]
+
+
+def _of_later_frames(latents: Any, timestep: Any, inputs: dict[str, Any]) -> Any:
     """Those of the tokens of all frames but the first, which is without noise."""
+    if latents.ndim == 3:
+        return _of_later_tokens(timestep, inputs)
     shape, frames = list(getattr(timestep, "shape", ())), latents.shape[2]
     first = shape[1] // frames if len(shape) == 2 else 0
     if not first or shape[1] % frames or timestep[:, :first].any():

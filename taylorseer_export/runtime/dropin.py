@@ -342,7 +342,7 @@ class DropIn(EngineModule):
                 f"input `{self.denoiser.latent.name}` is {seen}, expected a tensor on `{self.device}`, where the "
                 "engines were loaded; move the pipeline there or load the bundle with another device"
             )
-        timestep = self._timestep(self._clock(latents, inputs.get(clock)))
+        timestep = self._timestep(self._clock(latents, inputs.get(clock), inputs))
         return TransformerCall(context, Seen.of(latents), latents.shape, timestep, conditioning)
 
     def _timestep(self, given: Any) -> float:

@@ -308,6 +308,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "inject_face_latents_blocks": 2,
     },
 }
+CONFIGS["ltx-2-image"] = CONFIGS["ltx-2"]
 # Dimensions at which estimates are quoted, latent size first; all else the config says.
 SIZES: dict[str, dict[str, Any]] = {
     "flux-kontext": {"latent_size": [16, 16], "text_tokens": 12, "condition_tokens": 64},
@@ -319,6 +320,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "krea-2": {"latent_size": [16, 16], "text_tokens": 12},
     "longcat-image": {"latent_size": [16, 16], "text_tokens": 12},
     "ltx-2": {"latent_size": [3, 4, 6], "audio_tokens": 18, "text_tokens": 12},
+    "ltx-2-image": {"latent_size": [3, 4, 6], "audio_tokens": 18, "text_tokens": 12},
     "ovis-image": {"latent_size": [16, 16], "text_tokens": 12},
     "z-image": {"latent_size": [16, 16], "text_tokens": 12},
     "framepack": {"latent_size": [3, 16, 16], "text_tokens": 12},

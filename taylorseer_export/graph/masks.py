@@ -60,7 +60,7 @@ def small_masks(graph: fx.Graph) -> None:
 
 @contextmanager
 def expanded_masks(model: nn.Module) -> Iterator[None]:
-    """diffusers' `Attention` with masks [B, 1, T, T] expanded to its H heads, [B, H, T, T], and [B, 1, T] to [B H, 1, T].
+    """diffusers' `Attention` with masks [B, 1, T, T] expanded to H heads, [B, H, T, T], and [B, 1, T] to [B H, 1, T].
 
     The original repeats them with `repeat_interleave(output_size=)`, for which torch 2.11 asks for a number: that would
     fix the batch of the trace.

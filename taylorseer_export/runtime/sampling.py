@@ -1,7 +1,7 @@
 """Sampling: a whole denoising loop over a slot, by the scheduler of the bundle.
 
 What a pipeline does around the transformer is here and nowhere else: how noise becomes its input, and how guidance
-combines two halves of a batch or two branches. `clock.py` knows its timesteps, `tensors.py` makes requests from tensors.
+combines two halves of a batch or two branches. `clock.py` knows timesteps, `tensors.py` makes requests of any family.
 """
 
 from __future__ import annotations

@@ -301,11 +301,11 @@ def _export(family: Family, given: argparse.Namespace) -> int:
     with progress("tracing and splitting", 1) as advance:
         traced = export.trace_model(checkpoint, options)
         counted = given.memory_budget or given.dry_run
-        rows, formats = memory_table.planned(traced, asked, given.memory_budget, given.slots) if counted else ((), ())
+        rows, others = memory_table.planned(traced, asked, given.memory_budget, given.slots) if counted else ((), ())
         advance(1, 1)
     if given.memory_budget:
         decided = (given.slots, given.state, given.layout)
-        best = memory_table.choose(rows, given.memory_budget, options.order, *decided, formats)
+        best = memory_table.choose(rows, given.memory_budget, options.order, *decided, others)
         print(memory_table.reason(best, rows, given.memory_budget, *decided))
         options = asked if best.weights else options
         options = replace(options, weights=best.weights, granularity=best.granularity, layout=best.layout)

@@ -157,7 +157,9 @@ MIXING = {
     "a mean over rows": lambda m, x, t, text, label: m.site(x) + x.mean(1, True),
     "a product over rows": lambda m, x, t, text, label: m.site(x) + x @ (x.transpose(1, 2) @ x),
     "a sum of rows so far": lambda m, x, t, text, label: m.site(x).cumsum(1),
-    "the number of rows": lambda m, x, t, text, label: m.site(x) / x.shape[1],
+    "the number of rows and of words": lambda m, x, t, text, label: (
+        m.site(x) + torch.cat([x, text], 1).mean(2, True).sum() / torch.cat([x, text], 1).shape[1]
+    ),
     "the first row": lambda m, x, t, text, label: m.site(x) + x[:, :1],
     "rows turned around": lambda m, x, t, text, label: m.site(x).flip(1),
 }

@@ -78,7 +78,7 @@ class Placing:
         count, own, size = given
         if not self._counts_any(own) or not isinstance(size, fx.Node) or not self._homogeneous(own):
             return
-        if operator_of(count) != "sum" or count.args[0].meta["val"].dtype not in (torch.bool, torch.int64, torch.int32):
+        if operator_of(count) != "sum" or not str(count.args[0].target).endswith("_mask"):  # and so not below 0
             return
         if self.rows.dims(count) or (self.rows.dims(node) != [node.meta["val"].ndim - 1]):
             return

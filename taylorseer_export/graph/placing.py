@@ -25,7 +25,7 @@ from taylorseer_export.graph.trace import Trace, eliminate_dead
 
 aten = torch.ops.aten
 # A comparison of places with a count -> what it makes of places that come before all that are counted.
-_FIRST = {aten.lt.Tensor: aten.new_ones.default, aten.ge.Tensor: aten.new_zeros.default}
+_FIRST: dict[Any, Any] = {aten.lt.Tensor: aten.new_ones.default, aten.ge.Tensor: aten.new_zeros.default}
 
 
 class Placing:
@@ -69,7 +69,10 @@ class Placing:
                 self.placed.add(node)
 
     def _see_all(self, node: fx.Node) -> None:
-        """`arange(R + T) < R + count`, by which R rows are all seen, as `cat(ones(R), arange(T) < count)`; `>=` alike."""
+        """`arange(R + T) < R + count`, by which R rows are all seen, as `cat(ones(R), arange(T) < count)`.
+
+        `>=` alike. A mask is counted, which is 0 or 1 everywhere.
+        """
         line, moves = _below(node.args[0])
         total, others = _below(node.args[1])
         if operator_of(line) != "arange" or total.target is not aten.add.Tensor or line.args[:-1] not in ((), (0,)):
@@ -100,6 +103,7 @@ class Placing:
         if not self._counts_any(size) or not (self._counts_rows(size) or self._outermost):
             return
         kind, later = node.meta["val"].dtype, node.next
+        placed: fx.Node | None
         with self.graph.inserting_before(later):
             if self._homogeneous(size):
                 first = self._first(size)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -30,9 +30,6 @@ from taylorseer_export.runtime.contract import Contract
 from taylorseer_export.runtime.group import Group, together
 from taylorseer_export.runtime.share import Share
 from taylorseer_export.runtime.slot import Slot
-
-if TYPE_CHECKING:
-    from taylorseer_export.runtime.denoiser import Denoiser
 
 _BATCH = "batch"
 
@@ -78,6 +75,14 @@ class GuidedShare(Share):
         """Refuse sampling by graphs that are shared out; raises `ConfigError`."""
         if self.ranks > 1:
             super().expect_one("sampling")
+
+    def expect_guided(self, guided: bool) -> None:
+        """Refuse a request of one prediction in a step; raises `ConfigError`."""
+        if not guided:
+            raise ConfigError(
+                "guidance of this request is off or an input of the model, expected two predictions in a step, one "
+                "for each rank; give what it leads away from, or leave --parallel guidance out"
+            )
 
     def latents(self, values: np.ndarray) -> np.ndarray:
         """This rank's rows of its half of latents, or of several in their leading dimensions."""
@@ -138,32 +143,6 @@ class OneBranch(Branches):
     def __init__(self, share: GuidedShare, slot: Slot, calls: int) -> None:
         super().__init__([share.decide(slot, calls)])
         self._share, self._calls = share, calls
-
-    @classmethod
-    def open(
-        cls, denoiser: Denoiser, latents: np.ndarray, calls: Sequence[Mapping[str, Any]], guided: bool
-    ) -> OneBranch:
-        """A new slot for the branch of this rank.
-
-        Args:
-            denoiser: The loaded bundle.
-            latents: As the transformer takes them.
-            calls: Constant inputs of each call that one process makes in a step.
-            guided: Whether guidance combines two predictions.
-
-        Raises:
-            ConfigError: It does not.
-            StepError: A size is out of range.
-        """
-        share = denoiser.share
-        assert isinstance(share, GuidedShare)
-        if not guided:
-            raise ConfigError(
-                "guidance of this request is off or an input of the model, expected two predictions in a step, one "
-                "for each rank; give what it leads away from, or leave --parallel guidance out"
-            )
-        mine = share.latents_of_branch(latents, len(calls))
-        return cls(share, denoiser.slot(denoiser.sizes(mine.shape, share.of_branch(calls))), len(calls))
 
     def start(
         self,

@@ -295,9 +295,16 @@ class Loop:
         return self.step % len(self.forecasts)
 
     def open(self, denoiser: Denoiser) -> Branches:
-        """New slots for it; raises what `OneBranch.open` raises where each rank runs one branch of guidance."""
-        if isinstance(denoiser.share, GuidedShare):
-            return OneBranch.open(denoiser, self.model_input(), self.conditioning, self.request.guided)
+        """New slots for it: that of its branch where each rank runs one.
+
+        Raises:
+            ConfigError: Each rank runs one branch, and the request has no second one.
+        """
+        if isinstance(share := denoiser.share, GuidedShare):
+            share.expect_guided(self.request.guided)
+            calls = self.conditioning
+            shape = share.latents_of_branch(self.model_input(), len(calls)).shape
+            return OneBranch(share, denoiser.slot(denoiser.sizes(shape, share.of_branch(calls))), len(calls))
         return Branches([denoiser.slot(sizes) for sizes in self.branches])
 
     def begin(self, branches: Branches) -> None:

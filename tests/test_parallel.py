@@ -213,7 +213,7 @@ def shared_out(whole, options):
     [
         ("ltx-2", "has 2 latents, expected one, whose rows are shared out"),
         ("dit", "is of one size alone, expected a size that --degree 2 divides"),
-        ("sana", r"operator `pad` of `transformer_blocks.0.attn1` .* along `rows`"),
+        ("sana", r"operator `matmul` of `transformer_blocks.0.attn1` mixes rows along `rows`"),
         ("hidream", r"operator `\w+` of `hidream` .* along `side`"),
         ("framepack", r"operator `pad` of `clean_x_embedder` .* along `rows`"),
     ],

@@ -23,11 +23,12 @@ from recorder import Recorder
 from safetensors.torch import load_file, save_file
 from tiny_bundles import options_of, trace_of
 from tiny_pipelines import flux_pipeline
-from torch import distributed
+from torch import distributed, fx
 
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.compile.eager import eager_modules
 from taylorseer_export.compile.export import check_options, describe, draft, write_bundle
+from taylorseer_export.compile.parallel import parallel_of
 from taylorseer_export.errors import BundleError, ConfigError, ExportError, RankError, StepError
 from taylorseer_export.graph.shard import counted, sent, shard
 from taylorseer_export.method import Forecasts, Guard, Plan
@@ -171,11 +172,80 @@ def test_what_is_not_shared_out_is_refused(shared, tiny):
         check_ranks(manifest.model_copy(update={"parallel": None}), on_ranks(2, lambda group: group)[0])
 
 
+# Model -> (granularity, layout, sizes of the request on 2 ranks), of families and variants besides those of `CASES`.
+# All share out an odd number of rows, or of tokens, to each.
+TOKENS = {"height": 2, "width": 5}
+FAMILIES = {
+    "kontext": ("module", "snapshots", TOKENS),
+    "flux2": ("residual", "derivatives", TOKENS),
+    "flux2-edit": ("last", "snapshots", TOKENS),
+    "flux3": ("module", "derivatives", TOKENS),
+    "chroma": ("residual", "snapshots", TOKENS),
+    "z-image": ("module", "snapshots", {"height": 6, "width": 3}),
+    "krea-2": ("last", "derivatives", TOKENS),
+    "longcat-image": ("module", "snapshots", TOKENS),
+    "ovis-image": ("residual", "derivatives", TOKENS),
+    "qwen-image-edit": ("last", "snapshots", TOKENS),
+    "qwen-image-2.1": ("module", "derivatives", {"height": 4, "width": 6}),
+    "sd3": ("residual", "snapshots", {"height": 6, "width": 3}),
+    "hunyuan": ("module", "snapshots", {"height": 3, "width": 6}),
+    "hunyuan-1.5": ("last", "derivatives", {"height": 6}),
+    "kandinsky-5": ("module", "derivatives", {"height": 6}),
+    "cogvideox": ("residual", "snapshots", {"height": 6}),
+    "wan-5b-image": ("last", "snapshots", {"height": 6}),
+    "wan-vace": ("module", "derivatives", {"height": 6}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_that_is_shared_out_gives_what_its_model_gives(tiny, traced, name):
+    """By gathers and by exchanges, from one trace."""
+    granularity, layout, sizes = FAMILIES[name]
+    model, inputs = tiny(name).model, tiny(name).inputs(len(PLAN), batch=2, **sizes)
+    reference, whole = oracle.replay(model, *inputs, PLAN, ORDER, granularity), traced(name)
+    bound = allowed(model, reference, PLAN, ORDER)
+    for mode in ("gather", "ulysses"):
+        options = parallel_options(mode, 2, granularity, layout)
+        made = draft(shared_out(whole, options), options)
+        seen = replay_on_ranks(made, inputs, PLAN, ORDER)
+        assert_close(f"{name} by {mode}", seen[0], reference, bound)
+        assert torch.equal(seen[0], seen[1])
+        collectives = counted({cut.name: cut.module.graph for cut in made.graphs})
+        assert collectives["full"] > 0 == collectives["prepare"] == collectives["forecast"]
+
+
+def shared_out(whole, options):
+    """The trace of a whole model as that of one rank; the whole one stays."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(whole.trace.module.graph, {}))
+    copied = replace(whole.trace, module=fx.GraphModule(whole.trace.module, graph))
+    how = parallel_of(whole.checkpoint, options)
+    assert how is not None
+    return replace(whole, trace=shard(copied, how.mode, how.degree, how.dimension, whole.checkpoint.family.name))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ltx-2", "has 2 latents, expected one, whose rows are shared out"),
+        ("dit", "is of one size alone, expected a size that --degree 2 divides"),
+        ("sana", r"operator `matmul` of `transformer_blocks.0.attn1` mixes rows along `rows`"),
+        ("hidream", r"operator `\w+` of `hidream` .* along `side`"),
+        ("framepack", r"operator `pad` of `clean_x_embedder` .* along `rows`"),
+    ],
+)
+def test_a_family_that_is_not_shared_out_says_why(tiny, traced, name, said):
+    with pytest.raises((ConfigError, ExportError), match=said):
+        shared_out(traced(name), parallel_options("gather", 2))
+
+
 MIXING = {
     "a mean over rows": lambda m, x, t, text, label: m.site(x) + x.mean(1, True),
     "a product over rows": lambda m, x, t, text, label: m.site(x) + x @ (x.transpose(1, 2) @ x),
     "a sum of rows so far": lambda m, x, t, text, label: m.site(x).cumsum(1),
-    "the number of rows": lambda m, x, t, text, label: m.site(x) / x.shape[1],
+    "the number of rows and of words": lambda m, x, t, text, label: (
+        m.site(x) + torch.cat([x, text], 1).mean(2, True).sum() / torch.cat([x, text], 1).shape[1]
+    ),
     "the first row": lambda m, x, t, text, label: m.site(x) + x[:, :1],
     "rows turned around": lambda m, x, t, text, label: m.site(x).flip(1),
 }

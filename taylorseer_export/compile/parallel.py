@@ -50,7 +50,12 @@ def parallel_of(checkpoint: Checkpoint, options: Options) -> Parallel | None:
     if options.parallel is None:
         return None
     family, config = checkpoint.family, checkpoint.config
-    (latent,) = (spec for spec in family.inputs(config) if spec.role == "latent")
+    latent, *others = (spec for spec in family.inputs(config) if spec.role == "latent")
+    if others:
+        raise ConfigError(
+            f"the model of family {family.name} has {1 + len(others)} latents, expected one, whose rows are shared out "
+            "over ranks; leave --parallel out"
+        )
     counted = [name for entry in latent.shape for name in sorted(names(entry)) if name != "batch"]
     ranges = family.dimensions(config)
     sizes = family.latent_sizes(config, *(options.latent_size or checkpoint.latent_size))

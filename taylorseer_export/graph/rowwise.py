@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import sympy
@@ -37,7 +37,9 @@ _MOVES = frozenset(
 _LIKE_POINTWISE = frozenset(
     {"floor_divide", "remainder", "fmod", "__and__", "__or__", "__xor__"}
 )  # without torch's tag
-_CONSTANT = frozenset({"ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "ones_like", "zeros_like"})
+_CONSTANT = frozenset(
+    {"ones", "zeros", "full", "new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like"}
+)
 _NORMS = ("layer_norm", "rms_norm")
 _ALONG = frozenset({"unbind", "select", "chunk", "split", "index_select", "repeat_interleave", "softmax", "cumsum"})
 _REDUCED = frozenset({"mean", "sum", "amax", "amin", "any", "all", "argmax", "argmin"})
@@ -51,12 +53,14 @@ class Segment:
 
     Attributes:
         source, dim: The tensor, and which of its dimensions they are.
+        constant: Whether they are one value.
     """
 
     length: Any
     local: bool
     source: fx.Node
     dim: int
+    constant: bool = False
 
 
 class Rows:
@@ -91,12 +95,56 @@ class Rows:
         while self.holds(length) and sympy.expand(written(length)).coeff(self.symbol, 0) != 0:
             if (parts := _joined_of(node, length)) is not None:
                 return [one for part, extent in parts for one in self.segments(part, extent)]
+            if (within := self._within(node, length)) is not None:
+                return within
             sources = [source for source in node.all_input_nodes if _has(source, length)]
-            if not sources:
-                self.refuse(node, "makes rows of the latent and others at once")
-            node = sources[0]
+            if told := [source for source in sources if not is_constant(source)]:
+                node = told[0]
+                continue
+            if (joined := self._joined(length)) and (sources or is_constant(node)):
+                return [replace(segment, constant=True) for segment in self.segments(joined[0], length)]
+            self.refuse(node, "makes rows of the latent and others at once")
         dim = next(k for k, size in enumerate(node.meta["val"].shape) if _same(size, length))
-        return [Segment(length, self.holds(length), node, dim)]  # of the latent where every term counts its rows
+        # Of the latent where every term counts its rows.
+        return [Segment(length, self.holds(length), node, dim, is_constant(node))]
+
+    def joined_as(self, length: Any) -> list[bool] | None:
+        """How rows of the latent and others that are so many together follow on each other, where all do alike."""
+        orders = [[segment.local for segment in self.segments(node, length)] for node in self._joined(length)]
+        return orders[0] if orders and all(order == orders[0] for order in orders) else None
+
+    def _joined(self, length: Any) -> list[fx.Node]:
+        """The concatenations that have a dimension of that length."""
+        return [node for node in self.graph.nodes if _joined_of(node, length) is not None]
+
+    def _within(self, node: fx.Node, length: Any) -> list[Segment] | None:
+        """The segments of a dimension of that length that was cut out of a longer one; None if it was not here."""
+        if node.target is not aten.slice.Tensor:
+            return None
+        source, dim, begin, stop, step = self._cut_out(node)
+        if step != 1 or not _same(node.meta["val"].shape[dim], length) or _same(source.meta["val"].shape[dim], length):
+            return None
+        found, at = [], sympy.Integer(0)
+        for segment in self.segments(source, source.meta["val"].shape[dim]):
+            if _before(begin, at) and _before(sympy.expand(at + written(segment.length)), stop):
+                found.append(segment)
+            at = sympy.expand(at + written(segment.length))
+        total = sympy.expand(sum((written(segment.length) for segment in found), sympy.Integer(0)))
+        return found if total == sympy.expand(written(length)) else None
+
+    def _cut_out(self, node: fx.Node) -> tuple[Any, int, sympy.Expr, sympy.Expr, Any]:
+        """Of a slice its source, dimension, begin, end and step; those from the end on as from the beginning."""
+        given: Any = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+        source, dim, start, end, step = given
+        dim %= source.meta["val"].ndim
+        length = _size(source.meta["val"].shape[dim])
+
+        def bound(size: sympy.Expr) -> sympy.Expr:
+            negative = all(term.could_extract_minus_sign() for term in sympy.Add.make_args(size)) and size != 0
+            return sympy.expand(size + length) if negative else size
+
+        stop = length if end is None or end == TO_THE_END else bound(_size(end))
+        return source, dim, bound(_size(start or 0)), stop, step
 
     def check(self, placed: Collection[fx.Node] = ()) -> None:
         """Refuse a graph in which anything but attention mixes the latent's rows, or tells one of them by its place.
@@ -125,7 +173,7 @@ class Rows:
 
     def _check_sizes(self, node: fx.Node) -> None:
         """A number of rows may be the extent of something, and nothing that is computed with."""
-        if any(is_size(n) and self.holds(n.meta["val"]) for n in node.all_input_nodes) and _pointwise(node):
+        if any(is_size(n) and self.holds(n.meta["val"]) for n in node.all_input_nodes) and computes(node):
             self.refuse(node, "computes with the number of rows")
 
     def _check(self, node: fx.Node, read: list[fx.Node]) -> None:
@@ -153,6 +201,8 @@ class Rows:
         elif name in _ALONG:
             along: Any = _argument(node, "dim", 0)
             self._expect(node, along is not None and along % max(rank, 1) not in dims)
+        elif name == "pad":
+            self._expect(node, not set(dims) & set(_padded(node, rank)))
         elif name in _PATCHES:
             self._expect(node, _cuts_patches(node) and read == [source])
         elif name == "matmul":
@@ -168,15 +218,12 @@ class Rows:
             self.refuse(node, "may mix rows")
 
     def _check_slice(self, node: fx.Node, source: Any) -> None:
-        given: Any = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-        dim, start, end, step = given
-        dim %= source.meta["val"].ndim
+        _, dim, begin, stop, step = self._cut_out(node)
         if dim not in self.dims(source):
             if self.holds(node.meta["val"].shape[dim]):
                 self.refuse(node, "takes as many entries of a table as there are rows")
             return
         bounds = self._bounds(source, source.meta["val"].shape[dim])
-        begin, stop = _size(start or 0), bounds[-1] if end is None or end == TO_THE_END else _size(end)
         self._expect(node, step == 1 and begin in bounds and stop in bounds)
 
     def _check_split(self, node: fx.Node, source: Any) -> None:
@@ -236,6 +283,11 @@ def attentions(graph: fx.Graph) -> Iterator[fx.Node]:
     return (n for n in list(graph.nodes) if n.target is aten.scaled_dot_product_attention.default)
 
 
+def computes(node: fx.Node) -> bool:
+    """Whether numbers that an operator is given are values, and no extents."""
+    return _pointwise(node) or operator_of(node) in ("full_like", "scalar_tensor")
+
+
 def _pointwise(node: fx.Node) -> bool:
     tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     return tagged or operator_of(node) in _LIKE_POINTWISE
@@ -245,6 +297,17 @@ def _reduced(node: fx.Node, rank: int) -> list[int]:
     dims: Any = _argument(node, "dim", None)
     given = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     return [dim % max(rank, 1) for dim in given]
+
+
+def _padded(node: fx.Node, rank: int) -> list[int]:
+    """The dimensions that are made longer, or shorter."""
+    told: Any = node.args[1]
+    return [rank - 1 - k // 2 for k, size in enumerate(told) if not isinstance(size, int) or size]
+
+
+def _before(one: sympy.Expr, other: sympy.Expr) -> bool:
+    """Whether a bound is another or before it, whatever the sizes are."""
+    return all(not term.could_extract_minus_sign() for term in sympy.Add.make_args(sympy.expand(other - one)))
 
 
 def _cuts_patches(node: fx.Node) -> bool:

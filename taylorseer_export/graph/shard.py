@@ -33,8 +33,9 @@ from taylorseer_export.bundle.shapes import is_linear, names, resolve
 from taylorseer_export.errors import ExportError
 from taylorseer_export.families.family import Input
 from taylorseer_export.graph.cut import Cut
+from taylorseer_export.graph.placing import Placing
 from taylorseer_export.graph.rewrite import call
-from taylorseer_export.graph.rowwise import Rows, Segment, attentions, is_constant, operator_of, written
+from taylorseer_export.graph.rowwise import Rows, Segment, attentions
 from taylorseer_export.graph.trace import Trace, eliminate_dead
 
 aten = torch.ops.aten
@@ -65,7 +66,10 @@ def shard(trace: Trace, mode: Mode, ranks: int, dimension: str, family: str) -> 
                 f"input `{spec.name}` of family {family} is {list(spec.shape)}, expected `{dimension}` alone in a "
                 "dimension, to be cut along it; leave --parallel out"
             )
-    pass_ = _Pass(trace, mode, ranks, rows)
+    (latent,) = (spec for spec in trace.inputs if spec.role == "latent")
+    counted = [name for entry in latent.shape for name in sorted(names(entry) & set(trace.names.values()))]
+    outermost = next(name for name in counted if name != "batch") == dimension
+    pass_ = _Pass(trace, mode, ranks, rows, outermost)
     pass_.place_rows()
     rows.check(pass_.placed)
     for node in attentions(trace.module.graph):
@@ -77,17 +81,13 @@ def shard(trace: Trace, mode: Mode, ranks: int, dimension: str, family: str) -> 
     return replace(trace, inputs=inputs)
 
 
-class _Pass:
-    """The changes to one graph. `placed` are the nodes that tell rows by their place, among all ranks' rows."""
+class _Pass(Placing):
+    """The changes to one graph."""
 
-    def __init__(self, trace: Trace, mode: Mode, ranks: int, rows: Rows) -> None:
-        self.graph, self.mode, self.ranks, self.rows = trace.module.graph, mode, ranks, rows
-        self.placed: set[fx.Node] = set()
-        self._rank: fx.Node | None = None
-        (latent,) = (spec.name for spec in trace.inputs if spec.role == "latent")
-        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
-        (shown,) = (n for n in placeholders if n.target == latent)
-        self._last, self._fakes = placeholders[-1], shown.meta["val"].fake_mode
+    def __init__(self, trace: Trace, mode: Mode, ranks: int, rows: Rows, outermost: bool) -> None:
+        super().__init__(trace, ranks, rows, outermost)
+        self.mode = mode
+        self._wholes: dict[fx.Node, Any] = {}  # what was made of all ranks' places
 
     # Attention -----------------------------------------------------------------------------------------------------
 
@@ -186,87 +186,39 @@ class _Pass:
         if mask is None:
             return None
         shape = mask.meta["val"].shape
+        if self._told_by_places(mask):
+            return self._seeing_places(mask, shape)
         if self.mode == "ulysses" and len(shape) > 2 and shape[-3] != 1:
             self.rows.refuse(node, "masks each head by itself")
         for dim in dims:
             if not self.rows.holds(mask.meta["val"].shape[dim]):
                 continue
             segments = self.rows.segments(mask, shape[dim])
-            if not all(is_constant(segment.source) for segment in segments if segment.local):
+            if not all(segment.constant for segment in segments if segment.local):
                 self.rows.refuse(node, "masks rows of the latent")
             cut = self._cut(mask, segments, dim)
             parts = [p for part, s in zip(cut, segments, strict=True) for p in [part] * (self.ranks if s.local else 1)]
             mask = self._joined(parts, dim)
         return mask
 
-    # Places --------------------------------------------------------------------------------------------------------
+    def _told_by_places(self, mask: fx.Node) -> bool:
+        """Whether a mask is made of the places of rows."""
+        seen, left = set(), [mask]
+        while left:
+            node = left.pop()
+            if node in self._lines:
+                return True
+            if node not in seen and self.rows.dims(node):
+                seen.add(node)
+                left += node.all_input_nodes
+        return False
 
-    def place_rows(self) -> None:
-        """Let what is made of the places of rows be made of those among all ranks' rows."""
-        for node in list(self.graph.nodes):
-            if operator_of(node) == "arange" and self._counts_rows(node.args[-1]) and node.args[:-1] in ((), (0,)):
-                with self.graph.inserting_before(node.next):
-                    first, kind = self._first(node.args[-1]), node.meta["val"].dtype
-                    first = first if kind == torch.int64 else self._call(aten.to.dtype, first, kind)
-                    placed = self._call(aten.add.Tensor, node, first)
-                node.replace_all_uses_with(placed, delete_user_cb=lambda user, placed=placed: user is not placed)
-                self.placed.add(node)
-            elif node.target is aten.slice.Tensor and len(node.args) == 4:
-                self._place_entries(node)
-
-    def _place_entries(self, node: fx.Node) -> None:
-        """`table[start : start + R]` as the entries of this rank."""
-        given: Any = node.args
-        source, dim, start, end = given
-        dim %= source.meta["val"].ndim
-        if self.rows.holds(source.meta["val"].shape[dim]) or not isinstance(end, fx.Node):
-            return
-        with self.graph.inserting_before(node):
-            count = self._call(operator.sub, end, start) if start else end
-            if not self._counts_rows(count):
-                return
-            places = self._places(count, self._of_all(start or 0))
-            made = call(self.graph, aten.index_select.default, [source, dim, places], like=node)
-        node.replace_all_uses_with(made)
-        self.graph.erase_node(node)
-        self.placed.add(made)
-
-    def _counts_rows(self, size: Any) -> bool:
-        value = size.meta["val"] if isinstance(size, fx.Node) else size
-        return isinstance(value, torch.SymInt) and written(value) == self.rows.symbol
-
-    def _of_all(self, size: Any) -> Any:
-        """A size that is computed from the rows of one rank, computed from those of all."""
-        if not isinstance(size, fx.Node) or not self.rows.holds(size.meta["val"]):
-            return size
-        if size.target is aten.sym_size.int:
-            return self._times(size, self.ranks)
-        args = [self._of_all(arg) for arg in size.args]
-        return self._call(size.target, *args)
-
-    def _places(self, count: Any, start: Any = 0) -> fx.Node:
-        """`[count]` int64: start + rank * count and those that follow."""
-        first = self._first(count)
-        with self._fakes:
-            line = self._call(aten.arange.default, count, dtype=torch.int64, device=torch.device("cpu"))
-        places = self._call(aten.add.Tensor, line, first)
-        if not isinstance(start, int) or start:
-            places = self._call(aten.add.Tensor, places, start)
-        self.placed |= {line, places}
-        return places
-
-    def _first(self, count: Any) -> fx.Node:
-        """`[1]` int64: the place of the first of this rank's rows, or heads, among those of all ranks."""
-        place = self._call(aten.mul.Tensor, self._rank_input(), count)
-        self.placed.add(place)
-        return place
-
-    def _rank_input(self) -> fx.Node:
-        if self._rank is None:
-            with self.graph.inserting_after(self._last), self._fakes:
-                self._rank = self.graph.placeholder(RANK)
-                self._rank.meta["val"] = torch.zeros(1, dtype=torch.int64)
-        return self._rank
+    def _seeing_places(self, mask: fx.Node, shape: Sequence[Any]) -> fx.Node:
+        """A mask that is made of the places of rows, made of all ranks' places: so many cost less than to be sent."""
+        if self.mode == "gather" and len(shape) > 1 and self.rows.holds(shape[-2]):
+            self.rows.refuse(mask, "masks rows of the latent")
+        found: fx.Node = self.whole(mask, self._wholes)
+        return found
 
     # Nodes ---------------------------------------------------------------------------------------------------------
 
@@ -283,24 +235,13 @@ class _Pass:
         return parts[0] if len(parts) == 1 else self._call(aten.cat.default, parts, dim)
 
     def _extent(self, segment: Segment, times: int = 1) -> Any:
-        extent = self._size(segment.source, segment.dim)
+        extent = self._extent_of(segment.source, segment.dim)
         return extent if times == 1 else self._times(extent, times)
-
-    def _size(self, x: fx.Node, dim: int) -> Any:
-        """An extent as an argument: the number, or a node of it."""
-        size = x.meta["val"].shape[dim]
-        return self._call(aten.sym_size.int, x, dim) if isinstance(size, torch.SymInt) else size
-
-    def _times(self, size: Any, times: int) -> Any:
-        return self._call(operator.mul, size, times) if isinstance(size, fx.Node) else size * times
 
     def _packed(self, x: fx.Node, order: Sequence[int] | None = None) -> fx.Node:
         """In this order of dimensions, and so in memory, as collectives need it."""
         moved = x if order is None else self._call(aten.permute.default, x, list(order))
         return self._call(aten.clone.default, moved, memory_format=torch.contiguous_format)
-
-    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return call(self.graph, target, args, kwargs)
 
 
 def counted(graphs: Mapping[str, fx.Graph]) -> dict[str, int]:

@@ -67,6 +67,7 @@ MODELS = {
     "krea-2-raw": Model("krea-2", "krea/Krea-2-Raw"),
     "longcat-image": Model("longcat-image", "meituan-longcat/LongCat-Image"),
     "ltx-2": Model("ltx-2", "Lightricks/LTX-2"),
+    "ltx-2-first-frame": Model("ltx-2-image", "Lightricks/LTX-2"),
     "ovis-image-7b": Model("ovis-image", "AIDC-AI/Ovis-Image-7B"),
     "z-image": Model("z-image", "Tongyi-MAI/Z-Image"),
     "dit-xl-2-256": Model("dit", "facebook/DiT-XL-2-256"),

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sympy
@@ -22,6 +23,7 @@ from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.families.family import Family, Input, replaced
 from taylorseer_export.graph.casts import explicit_casts
+from taylorseer_export.graph.guards import settled
 from taylorseer_export.graph.masks import expanded_masks, small_masks
 from taylorseer_export.graph.merge import merge_equal
 from taylorseer_export.graph.real import real
@@ -125,7 +127,7 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     ):
         warnings.simplefilter("ignore")  # pytree deprecations inside torch.export, not ours to mend
         try:
-            program = torch.export.export(model, (), example, dynamic_shapes=dynamic, strict=False)
+            program = settled(partial(torch.export.export, model, (), example, dynamic_shapes=dynamic, strict=False))
         except Exception as error:
             raise ExportError(
                 f"{family.model_class} is not traceable with {', '.join(declared)} symbolic, expected a static graph; "

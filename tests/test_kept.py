@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from conftest import missing_class
+from conftest import too_old_for
 from kept import MAKERS, ROOT, RUN_SIDE, Kept, key_of, sources, surroundings, sweep
 from sources import imports
 
@@ -179,11 +179,14 @@ def test_old_keys_are_swept_and_none_that_is_in_use(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["newer", "newest"]
 
 
-def test_a_case_of_a_model_that_diffusers_has_not_is_found(monkeypatch):
+def test_a_case_of_a_model_that_libraries_are_too_old_for_is_found(monkeypatch):
     case = SimpleNamespace(callspec=SimpleNamespace(params={"name": "flux onnxruntime", "batch": 2}))
-    assert missing_class(case) is None and missing_class(SimpleNamespace()) is None
+    assert too_old_for(case) == too_old_for(SimpleNamespace()) == ""
     monkeypatch.setitem(FAMILIES, "flux", replace(FAMILIES["flux"], model_class="Flux9Transformer2DModel"))
-    assert missing_class(case) == "Flux9Transformer2DModel"
+    assert too_old_for(case).endswith(" has no Flux9Transformer2DModel")
+    case = SimpleNamespace(callspec=SimpleNamespace(params={"name": "cogvideox-image"}))
+    assert too_old_for(case, "2.11.0+cu130") == "torch 2.11.0+cu130 does not trace this model"
+    assert too_old_for(case, "2.13.0+cpu") == ""
 
 
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="only pytest-xdist has groups of tests")

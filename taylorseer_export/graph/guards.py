@@ -12,7 +12,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dynamo.exc import UserError
+from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import ExportedProgram
 
 _PROVES = (2, 12)  # the version that sees it
@@ -25,16 +25,19 @@ def settled(export: Callable[..., ExportedProgram]) -> ExportedProgram:
         export: `torch.export.export` with all but the option that puts guards off.
 
     Raises:
-        UserError: The model is another one at some sizes.
+        UserError: The model is another one at some sizes, or this torch does not see that it is not.
     """
     try:
         return export()
-    except UserError:
+    except UserError as error:
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= _PROVES:
             raise
         program = export(prefer_deferred_runtime_asserts_over_guards=True)
         if not all(_holds(guard, program.range_constraints) for guard in guards_of(program)):
-            raise
+            raise UserError(
+                UserErrorType.CONSTRAINT_VIOLATION,
+                f"it depends on sizes as torch {torch.__version__} sees it, newer ones see more; upgrade torch",
+            ) from error
         return program
 
 

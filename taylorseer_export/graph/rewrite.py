@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from taylorseer_export.errors import ExportError
 
@@ -176,7 +177,8 @@ def call(
     """Add a call node whose fake value is known, so that later passes can ask for its shape."""
     node = graph.call_function(target, tuple(args), dict(kwargs or {}))
     values, options = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    node.meta["val"] = target(*values, **options)
+    with enable_python_dispatcher():  # torch 2.11 asks numbers of open sizes without
+        node.meta["val"] = target(*values, **options)
     if like is not None:
         node.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
     return node

@@ -57,7 +57,6 @@ def open_checkpoint(
         CheckpointError: Nothing is there, a file is missing or damaged, it is another family's, or this diffusers is
             older than the family's model.
     """
-    _refuse_older_diffusers(family)
     if reference is None:
         folder = Path(__file__).parent.parent / "assets" / family.name
         if variant or config:
@@ -69,6 +68,7 @@ def open_checkpoint(
             )
         checkpoint = _open_folder(EMBEDDED, family, folder)
     else:
+        _refuse_older_diffusers(family)
         alone = _config_alone(Path(reference).expanduser())
         if alone is not None and not weightless:
             if Path(reference).expanduser().is_dir():

@@ -8,6 +8,7 @@ Both kinds: the picture as channels behind the noise (`hunyuan-channels`), and i
 
 import io
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import oracle
@@ -310,7 +311,7 @@ def test_a_bundle_on_disk_makes_the_video(bundle, tmp_path):
 
 def test_run_animates_a_picture(whole, monkeypatch, tmp_path, capsys):
     denoiser = whole("hunyuan-channels")[1]
-    monkeypatch.setattr(run, "open_denoiser", lambda *_: denoiser)
+    monkeypatch.setattr(run, "open_denoiser", lambda *_, **how: nullcontext(denoiser))
     Image.fromarray(EDITED).save(tmp_path / "given.png")
     command = ["run", "bundle", "--prompt", PROMPT, "--size", "9x32x48", "--plan", "F.", "--n", "2", "--seed", "3"]
     guided = ["--negative-prompt", OTHER, "--guidance-scale", str(SCALE)]

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -268,7 +269,7 @@ def test_pictures_that_do_not_belong_are_refused(whole):
 
 def test_run_animates_a_picture(whole, monkeypatch, tmp_path, capsys):
     denoiser = whole("wan-image")[1]
-    monkeypatch.setattr(run, "open_denoiser", lambda *_: denoiser)
+    monkeypatch.setattr(run, "open_denoiser", lambda *_, **how: nullcontext(denoiser))
     Image.fromarray(EDITED).save(tmp_path / "given.png")
     asked = ["--prompt", PROMPT, "--size", "9x32x48", "--plan", "F.", "--n", "2", "--seed", "3"]
     out = tmp_path / "made.safetensors"

@@ -6,6 +6,7 @@ import base64
 import copy
 import io
 import json
+from contextlib import nullcontext
 from threading import Event
 
 import numpy as np
@@ -301,7 +302,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(sectioned, spoil, problem
 
 def test_run_makes_a_video_of_a_picture(sectioned, monkeypatch, tmp_path, capsys):
     denoiser = sectioned["backward"][1]
-    monkeypatch.setattr(run, "open_denoiser", lambda *_: denoiser)
+    monkeypatch.setattr(run, "open_denoiser", lambda *_, **how: nullcontext(denoiser))
     Image.fromarray(EDITED).save(tmp_path / "given.png")
     wanted = ["--prompt", PROMPT, "--size", "17x128x192", "--plan", "F.", "--n", "2", "--seed", "3"]
     wanted += ["--guidance-scale", "4", "--prompt-tokens", str(LENGTH)]

@@ -499,7 +499,7 @@ def test_run_writes_previews_while_it_draws(whole_flux, tmp_path, capsys, monkey
     told = []
 
     @contextmanager
-    def progress(label, total):
+    def progress(label, total, quiet=False):
         yield lambda *what: told.append((*what, len(list(tmp_path.iterdir()))))
 
     monkeypatch.setattr("taylorseer_export.commands.run.progress", progress)

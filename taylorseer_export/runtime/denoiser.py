@@ -45,7 +45,7 @@ def load(
     check: bool = True,
     devices: Mapping[PartName, str | Device] | None = None,
     lora: str | Path | Sequence[str | Path] = (),
-    group: Group | Any = None,
+    group: object = None,
     guidance: bool = False,
 ) -> Denoiser:
     """Check a bundle, load its engines, and check what they compute.

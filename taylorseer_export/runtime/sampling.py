@@ -354,18 +354,18 @@ class Loop:
         """
         alone = self._share.ranks == 1  # others judge by the rows of all, which are there at the end of the loop
         check_prediction(not alone or bool(np.isfinite(prediction).all()), self.step, self.plan)
-        latents, last = self._following(self._scheduler.advance, self.prediction(prediction)), self.step
-        self.step += 1
-        if self._place == 0:
+        latents, taken = self._following(self._scheduler.advance, self.prediction(prediction)), self.step + 1
+        ends = taken % len(self.forecasts) == 0
+        if ends:
             latents = self._share.joined(latents)
-        if self.step == len(self.plan):
+        if taken == len(self.plan):
             self._share.done()
-        if (alone or self._place == 0) and not np.isfinite(latents).all():
+        if (alone or ends) and not np.isfinite(latents).all():
             raise StepError(
-                f"latents after step {last} of {self._scheduler.name} are NaN or infinite, expected finite "
+                f"latents after step {self.step} of {self._scheduler.name} are NaN or infinite, expected finite "
                 "numbers; check its config, and --guidance-scale"
             )
-        self.latents = latents
+        self.step, self.latents = taken, latents
         if (course := self.request.course) is not None and self._place == 0:
             self._made = course.joined(self._made, latents)
             if self.begins:

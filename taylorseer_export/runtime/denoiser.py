@@ -85,7 +85,7 @@ def load(
     taken = bundle.manifest.lora is not None  # by inputs, so that the weights stay
     adapted = Merged() if taken else merged(given, bundle)
     usual = adapter_of(bundle.manifest, given) if taken and given else None
-    runner = open_runner(bundle, asked, threads, cuda_graphs, adapted.weights, group)
+    runner = open_runner(bundle, asked, threads, cuda_graphs, adapted.weights, ranks)
     places = {name: Device.parse(place) for name, place in (devices or {}).items()}
     denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places, ranks, guidance)
     denoiser.lora, denoiser.usual, denoiser.share.owned = adapted, usual, ranks is not group

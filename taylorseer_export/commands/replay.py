@@ -47,11 +47,10 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """The command itself; returns the exit code."""
-    from zlib import crc32
-
     import numpy as np
 
     from taylorseer_export.errors import StepError
+    from taylorseer_export.runtime.lead import told
     from taylorseer_export.runtime.values import check_prediction
 
     check_out(given.outputs, "--outputs")
@@ -73,7 +72,7 @@ def run(given: argparse.Namespace) -> int:
     forecasts = forecasts_of(denoiser, given, len(latents))
     plan, guard = forecasts.plan, forecasts.guard
     for group in share.groups:
-        facts = {name: f"{value.dtype} {list(value.shape)} {crc32(value)}" for name, value in tensors.items()}
+        facts = {name: told(value) for name, value in tensors.items()}
         group.agree({**facts, "latents": list(latents.shape), "timestep": timesteps.tolist(), "plan": forecasts})
     slot = denoiser.slot(denoiser.sizes(latents.shape[1:], tensors), own=True)
     latents, tensors = share.latents(latents), share.conditioning(tensors)

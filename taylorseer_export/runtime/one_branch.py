@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from taylorseer_export.method import Forecasts
 from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.guidance import GuidedShare
+from taylorseer_export.runtime.lead import told
 from taylorseer_export.runtime.slot import Slot
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class OneBranch(Branches):
         Raises:
             StepError: The ranks have not the same request.
         """
-        given = {f"{name} of call {k}": _told(v) for k, call in enumerate(conditioning) for name, v in call.items()}
+        given = {f"{name} of call {k}": told(v) for k, call in enumerate(conditioning) for name, v in call.items()}
         times = None if timesteps is None else np.asarray(timesteps).tolist()
         self._share.everyone.agree({**given, "plan": forecasts, "timestep": times, "lora": lora})
         super().start([self._share.of_branch(conditioning)], forecasts, timesteps, lora)
@@ -52,7 +52,7 @@ class OneBranch(Branches):
     def stage(self, latents: Any) -> None:
         """As of several slots: all ranks have the same latents."""
         if not self.slots[0].executed:
-            self._share.everyone.agree({"latents": _told(latents)})
+            self._share.everyone.agree({"latents": told(latents)})
         super().stage(self._share.latents_of_branch(latents, self._calls))
 
     def finish(self) -> np.ndarray:
@@ -91,9 +91,3 @@ def one_branch(
     denoiser.check_sizes(whole)
     sizes = share.sizes_of_branch(whole, len(calls))
     return OneBranch(share, Slot(share.contract, denoiser.runner, sizes, denoiser.usual, share.group), len(calls))
-
-
-def _told(value: Any) -> str:
-    """What ranks compare of a tensor: dtype, shape and a sum of its bytes."""
-    array = np.ascontiguousarray(value)
-    return f"{array.dtype} {list(array.shape)} {crc32(array.tobytes())}"

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -36,6 +36,8 @@ from typing import Any
 from pretended_gpu import GPUS, Pretence, in_a_fork, pretend, why_not
 from record import RESULTS, circumstances, write_record
 from weightless import add_choices, depth, draft_of, together
+
+from taylorseer_export.families import FAMILIES
 
 OF_EACH = ("most_registers", "seconds")  # what differs from GPU to GPU where all else is the same
 ON_THE_WAY = ("full", "forecast")  # the graphs of every step: nothing there may wait for the host
@@ -156,6 +158,14 @@ def one_model(given: argparse.Namespace) -> None:
                 print(json.dumps(record), flush=True)
 
 
+def absent(models: Iterable[str]) -> dict[str, str]:
+    """Those that the diffusers at hand, which may be the oldest asked for, has no class of -> that class."""
+    import diffusers  # it loads the compilers, and whoever compiles must pretend before that
+
+    classes = {name: FAMILIES[name].model_class for name in models if name in FAMILIES}
+    return {name: of for name, of in classes.items() if not hasattr(diffusers, of)}
+
+
 def in_a_process(model: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The records of `one_model` in a process of its own; one that ends early has an error for all that it lacks."""
     command = [sys.executable, __file__, "--here", "--model", model, "--gpu", *given.gpu]
@@ -202,6 +212,8 @@ def main() -> int:
         return 0
     record = circumstances(RESULTS if given.file else None, given.allow_dirty)
     record["gpus"] = {capability: GPUS[capability].name for capability in given.gpu}
+    record["left_out"] = absent(given.model)
+    given.model = [model for model in given.model if model not in record["left_out"]]
     found: list[dict[str, Any]] = []
     missed: list[str] = []
     filing = Lock()

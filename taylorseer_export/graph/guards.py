@@ -12,7 +12,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dynamo.exc import UserError, UserErrorType
 from torch.export import ExportedProgram
 
 _PROVES = (2, 12)  # the version that sees it
@@ -27,6 +26,8 @@ def settled(export: Callable[..., ExportedProgram]) -> ExportedProgram:
     Raises:
         UserError: The model is another one at some sizes, or this torch does not see that it is not.
     """
+    from torch._dynamo.exc import UserError, UserErrorType  # with the compilers, which few traces need
+
     try:
         return export()
     except UserError as error:

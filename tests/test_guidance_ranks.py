@@ -28,9 +28,10 @@ from taylorseer_export.runtime.trajectory import random_conditioning
 
 PLAN, ORDER = "FF.F..", 2
 SMALL = {
-    "wan": {"frames": 3, "height": 4, "width": 6},
+    "wan": {"frames": 3, "rows": 2, "columns": 3},
     "qwen-image": {"image_tokens": 15},
-    "hunyuan-1.5": {"frames": 2, "height": 2, "width": 3},
+    "hunyuan-channels": {"frames": 3, "rows": 2, "columns": 3},
+    "hunyuan-1.5": {"frames": 2, "rows": 2, "columns": 3},
 }
 
 

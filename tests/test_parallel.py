@@ -32,6 +32,7 @@ from taylorseer_export.compile.parallel import parallel_of
 from taylorseer_export.errors import BundleError, ConfigError, ExportError, RankError, StepError
 from taylorseer_export.graph.shard import counted, sent, shard
 from taylorseer_export.method import Forecasts, Guard, Plan
+from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.denoiser import Denoiser, load
 from taylorseer_export.runtime.eager import EagerRunner
 from taylorseer_export.runtime.following import decoded, encoded, follow
@@ -358,8 +359,8 @@ def test_rank_0_leads_and_the_others_follow(shared, request_):
                 loop.accept(branches.step(loop.model_input()))
             leave(denoiser.share.group, denoiser.share.lead, loop, branches)
             again = sample(denoiser, request_, forecasts)
-            with pytest.raises(ConfigError, match="a LoRA of a request is asked of several ranks"):
-                sample(denoiser, replace(request_, lora="one"), forecasts)
+            with pytest.raises(ConfigError, match="a video in sections is asked of several ranks, expected none"):
+                encoded(replace(request_, course="one"), forecasts)
             return first.latents, again.latents, loop.step, again.executed
 
     (first, again, left, executed), other = sound(denoisers_on_ranks(shared("flux", "gather", 2), work))
@@ -371,12 +372,14 @@ def test_what_is_sent_is_what_is_asked():
     value = np.arange(6, dtype=np.float32).reshape(1, 6)
     request = Request(
         value, {"a": value + 1, "n": np.array([3])}, True, 2.5, 32, 48, sigmas=value[0], negative={"a": value + 2},
-        joined=Joined(2, value + 3, ahead=True), beginning=Beginning(value + 4, 0.5, 9),
+        joined=Joined(2, value + 3, ahead=True), beginning=Beginning(value + 4, 0.5, 9), previews=3,
+        lora=Adapter(("a:0.5",), value + 5, value > 2, 3, ("b",), 0.5),
     )  # fmt: skip
     for guard in (None, Guard("fbcache", 0.25, cap=3)):
         forecasts = Forecasts(Plan("FF."), 1, "newton", None if guard else ((), (), (-1.0, 2.0)), guard)
         again, same = decoded(encoded(request, forecasts))
         assert same == forecasts and encoded(again, same) == encoded(request, forecasts)
+        assert decoded(encoded(request, forecasts, request.lora), request.lora)[0].lora == request.lora
     assert decoded(encoded(Request(value, {}, False, 0.0, 0, 0), forecasts))[0].negative is None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,14 +137,13 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
     require_extra("sample", *(["PIL"] if not given.out and manifest.sampling.pictures else []))
     _check_fps(manifest, given)
     _check_previews(manifest, given, len(forecasts))
-    if given.previews:
-        denoiser.share.of_loop().expect_one(f"--previews {given.previews}")
     needed: list[PartName] = [] if given.inputs else ["text"]
     needed += ["encode"] if given.image else []
     needed += [] if not first or (given.out and given.out.suffix == ".safetensors") else ["decode"]
     denoiser.open_parts(needed)  # before the work, and not in its times
     began = time.perf_counter()
     request, names = _request(denoiser, given, picture)
+    request = replace(request, previews=given.previews)
     encode_ms, decode_ms = 1e3 * (time.perf_counter() - began), 0.0
     rate = requests.frame_rate(manifest)
     drawn = f"{manifest.family}-{manifest.name}.{'png' if rate is None else 'webp'}"

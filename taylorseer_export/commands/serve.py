@@ -24,7 +24,7 @@ _LAST_PORT = 65535
 # Options of bundles that are loaded here.
 _LOADED = "device slots queue batch workers threads memory_budget conditioning_cache warm stall lora".split()
 _BUSY = ("busy_queue", "busy_profile")
-_OF_ONE = "triton slots batch workers warm lora".split()  # what several ranks that serve one bundle do not take
+_OF_ONE = "triton slots batch workers warm".split()  # what several ranks that serve one bundle do not take
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -9,14 +9,11 @@ runs it, so one plan serves all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-
-from taylorseer_export.graph.cut import Cut
+from torch import Tensor
 
 _OURS = "taylorseer"  # domain of the node until the graph is simplified: the simplifier asks ONNX for what ONNX has
 _NODE = "DistCollective"
@@ -37,27 +34,17 @@ def arrived(x: Tensor) -> Tensor:
     return x
 
 
-_CALLS = {
+_CALLS: dict[str, Callable[..., Tensor]] = {
     "all_gather_into_tensor": gathered,
     "all_to_all_single": exchanged,
     "wait_tensor": arrived,
 }
 
 
-def with_calls(cut: Cut) -> Cut:
-    """A graph with calls in the place of its collectives, which `torch.export` looks into; itself without any."""
-
-    def call_of(node: fx.Node) -> Any:
-        namespace, _, name = str(node.target).partition(".")
-        return _CALLS[name.split(".")[0]] if namespace == "_c10d_functional" else None
-
-    if not any(map(call_of, cut.module.graph.nodes)):
-        return cut
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(cut.module.graph, {}))
-    for node in graph.nodes:
-        node.target = call_of(node) or node.target
-    return replace(cut, module=fx.GraphModule(cut.module, graph))
+def call_of(target: Any) -> Callable[..., Tensor] | None:
+    """What to call in the place of a collective, which `torch.export` looks into; None in that of anything else."""
+    namespace, _, name = str(target).partition(".")
+    return _CALLS.get(name.split(".")[0]) if namespace == "_c10d_functional" else None
 
 
 def with_nodes(model: Any) -> None:

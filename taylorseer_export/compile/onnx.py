@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from taylorseer_export.compile.collectives import with_calls, with_nodes
+from taylorseer_export.compile.collectives import with_nodes
 from taylorseer_export.compile.draft import BaseDraft
 from taylorseer_export.compile.engines import Progress
 from taylorseer_export.compile.operators import taken_apart, traced_once
@@ -59,7 +59,7 @@ def write_onnx(draft: BaseDraft, cut: Cut, weights: Mapping[str, Stored], path: 
     from onnxscript import optimizer
 
     sizes = draft.graph_sizes
-    apart = taken_apart(with_calls(lowered(cut, _dequantise, _round)))
+    apart = taken_apart(lowered(cut, _dequantise, _round))
     program = exported_program(apart, sizes, draft.ranges())
     try:
         with torch.no_grad(), quiet_libraries():

@@ -2,6 +2,7 @@
 
 By itself it traces a graph twice more to take the other operators apart, which is half of an export. Here they are
 taken apart while the graph is traced anyway, and an exported program that has none of them left is not traced again.
+Collectives become calls at the same time, see `collectives.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from taylorseer_export.compile.collectives import call_of
 from taylorseer_export.graph.cut import Cut
 
 aten = torch.ops.aten
@@ -49,8 +51,8 @@ def traced_once(program: torch.export.ExportedProgram) -> torch.export.ExportedP
 
 def _apart(target: Any) -> Any:
     """What to call in the place of an operator."""
-    if target in _FORMULAS:
-        return _FORMULAS[target]
+    if call := _FORMULAS.get(target) or call_of(target):
+        return call
     if target is not aten.meshgrid.indexing and (not _is_composed(target) or target._schema.is_mutable):
         return _NAMES.get(target, target)
 

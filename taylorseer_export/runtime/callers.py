@@ -105,7 +105,7 @@ class Callers:
                     loop.slots = self.idle.pop(found[-1])[1]
                 else:
                     self.idle.clear()
-        if name not in loop.slots or loop.slots[name].sizes != sizes:
+        if name not in loop.slots or loop.slots[name].whole != sizes:
             loop.slots.pop(name, None)
             loop.slots[name] = new(sizes)
         return loop.slots[name]

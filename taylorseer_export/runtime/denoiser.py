@@ -85,6 +85,8 @@ def load(
     taken = bundle.manifest.lora is not None  # by inputs, so that the weights stay
     adapted = Merged() if taken else merged(given, bundle)
     usual = adapter_of(bundle.manifest, given) if taken and given else None
+    if ranks is not None:
+        ranks.agree({"lora": _hash([*adapted.weights.values(), *([] if usual is None else [usual.matrices])])})
     runner = open_runner(bundle, asked, threads, cuda_graphs, adapted.weights, ranks)
     places = {name: Device.parse(place) for name, place in (devices or {}).items()}
     denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places, ranks, guidance)
@@ -103,6 +105,14 @@ def load(
             denoiser.close()
             raise
     return denoiser
+
+
+def _hash(values: Sequence[np.ndarray]) -> str:
+    """Of the numbers that LoRAs bring, in the order of the bundle."""
+    found = hashlib.sha256()
+    for value in values:
+        found.update(np.ascontiguousarray(value).data)
+    return found.hexdigest()
 
 
 def adapter_of(manifest: Manifest, lora: str | Path | Sequence[str | Path]) -> Adapter:

@@ -20,13 +20,14 @@ import numpy as np
 
 from taylorseer_export.errors import ConfigError, RankError, StepError, TaylorSeerError
 from taylorseer_export.method import Forecasts, Guard, Plan
+from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.group import Left
+from taylorseer_export.runtime.group import Group, Left
 from taylorseer_export.runtime.lead import END, Lead, ready
 from taylorseer_export.runtime.sampling import Beginning, Joined, Loop, Request, denoise
 
-_NUMBERS = ("guided", "guidance_scale", "height", "width")
+_NUMBERS = ("guided", "guidance_scale", "height", "width", "previews")
 
 
 def follow(denoiser: Denoiser) -> bool:
@@ -42,54 +43,67 @@ def follow(denoiser: Denoiser) -> bool:
     Raises:
         RankError: A rank has died, is late, or is elsewhere; named within the group's timeout.
     """
-    share = denoiser.share
+    share = denoiser.share.of_loop()
     if share.ranks == 1 or share.group is None:
         return False
     if share.rank == 0:
         share.lead = share.lead or Lead(share.group, encoded)
         return False
-    branches: Branches | None = None
+    follower = _Follower(denoiser, share.group)
     while (told := share.group.broadcast(b"")) != END:
         if told:
-            branches = _take_part(denoiser, told, branches)
+            follower.take_part(told)
     return True
 
 
-def _take_part(denoiser: Denoiser, told: bytes, branches: Branches | None) -> Branches | None:
-    """Run one request with the others, in the slots of the last one where they fit; returns the slots."""
-    share = denoiser.share
-    assert share.group is not None
-    try:
-        with ready(share.group):
-            loop = Loop(denoiser, *decoded(told))
-            sizes = [share.sizes(one) for one in loop.branches]
-            if branches is None or branches.sizes != sizes:
-                branches = None  # freed before others are allocated
-                branches = loop.open(denoiser)
-            loop.enter(branches)
-    except RankError:
-        raise
-    except (TaylorSeerError, MemoryError):  # rank 0 has been told, and answers for it
-        return branches
-    try:
-        for _ in denoise(loop, branches):
+class _Follower:
+    """What a rank that follows keeps from one request to the next: its slots, and the LoRA that came last."""
+
+    def __init__(self, denoiser: Denoiser, group: Group) -> None:
+        self._denoiser, self._group = denoiser, group
+        self._branches: Branches | None = None
+        self._lora: Adapter | None = None
+
+    def take_part(self, told: bytes) -> None:
+        """Run one request with the others, in the slots of the last one where they fit."""
+        try:
+            with ready(self._group):
+                loop, branches = self._begun(told)
+        except RankError:
+            raise
+        except (TaylorSeerError, MemoryError):  # rank 0 has been told, and answers for it
+            return
+        try:
+            for _ in denoise(loop, branches):
+                pass
+        except RankError:
+            raise
+        except (Left, StepError):  # on all ranks alike
             pass
-    except RankError:
-        raise
-    except (Left, StepError):  # on all ranks alike
-        pass
-    return branches
+
+    def _begun(self, told: bytes) -> tuple[Loop, Branches]:
+        request, forecasts = decoded(told, self._lora)
+        self._lora = request.lora or self._lora
+        loop = Loop(self._denoiser, request, forecasts)
+        if self._branches is None or self._branches.sizes != [*map(self._denoiser.share.sizes, loop.branches)]:
+            self._branches = None  # freed before others are allocated
+            self._branches = loop.open(self._denoiser)
+        loop.enter(self._branches)
+        return loop, self._branches
 
 
-def encoded(request: Request, forecasts: Forecasts) -> bytes:
+def encoded(request: Request, forecasts: Forecasts, sent: Adapter | None = None) -> bytes:
     """A request as it is sent: an archive of numpy's, of arrays and one text.
 
+    Args:
+        request, forecasts: As for `sample`.
+        sent: The LoRA that all ranks have; of one with its matrices only the strength is sent.
+
     Raises:
-        ConfigError: It is of sections, or brings a LoRA.
+        ConfigError: It is of sections.
     """
-    for what, given in (("a video in sections", request.course), ("a LoRA of a request", request.lora)):
-        if given is not None:
-            raise ConfigError(f"{what} is asked of several ranks, expected none; run it on one")
+    if request.course is not None:
+        raise ConfigError("a video in sections is asked of several ranks, expected none; run it on one")
     arrays: dict[str, np.ndarray] = {"latents": request.latents}
     arrays |= {f"conditioning/{name}": np.asarray(value) for name, value in request.conditioning.items()}
     arrays |= {f"negative/{name}": np.asarray(value) for name, value in (request.negative or {}).items()}
@@ -102,6 +116,11 @@ def encoded(request: Request, forecasts: Forecasts) -> bytes:
     if (begins := request.beginning) is not None:
         arrays["beginning"] = begins.latents
         facts["beginning"] = {"strength": begins.strength, "steps": begins.steps}
+    if (lora := request.lora) is not None:
+        names = ("given", "layers", "unread", "strength")
+        facts["lora"] = {name: getattr(lora, name) for name in names}
+        if sent is None or sent.matrices is not lora.matrices:
+            arrays |= {"lora/matrices": lora.matrices, "lora/ups": lora.ups}
     facts["forecasts"] = {
         "plan": str(forecasts.plan), "order": forecasts.order, "form": forecasts.form, "weights": forecasts.weights,
         "guard": None if forecasts.guard is None else asdict(forecasts.guard),
@@ -111,8 +130,8 @@ def encoded(request: Request, forecasts: Forecasts) -> bytes:
     return file.getvalue()
 
 
-def decoded(told: bytes) -> tuple[Request, Forecasts]:
-    """What `encoded` made an archive of."""
+def decoded(told: bytes, kept: Adapter | None = None) -> tuple[Request, Forecasts]:
+    """What `encoded` made an archive of; `kept` is the LoRA that came last."""
     with np.load(io.BytesIO(told), allow_pickle=False) as archive:
         arrays = dict(archive)
     facts = json.loads(str(arrays.pop("facts")))
@@ -122,6 +141,13 @@ def decoded(told: bytes) -> tuple[Request, Forecasts]:
     forecasts = Forecasts(Plan(given["plan"]), given["order"], given["form"], weights, guard)
     joined = Joined(value=arrays["joined"], **facts.pop("joined")) if "joined" in facts else None
     begins = Beginning(arrays["beginning"], **facts.pop("beginning")) if "beginning" in facts else None
+    lora = None
+    if (one := facts.pop("lora", None)) is not None:
+        if "lora/matrices" not in arrays:
+            assert kept is not None, "bug in taylorseer-export: a LoRA that did not come is asked for"
+            arrays |= {"lora/matrices": kept.matrices, "lora/ups": kept.ups}
+        matrices, ups = arrays["lora/matrices"], arrays["lora/ups"]
+        lora = Adapter(tuple(one["given"]), matrices, ups, one["layers"], tuple(one["unread"]), one["strength"])
     request = Request(
         arrays["latents"],
         _under("conditioning", arrays),
@@ -129,6 +155,7 @@ def decoded(told: bytes) -> tuple[Request, Forecasts]:
         negative=_under("negative", arrays) if named else None,
         joined=joined,
         beginning=begins,
+        lora=lora,
         **facts,
     )
     return request, forecasts

@@ -213,9 +213,9 @@ class Group:
             cause = error if isinstance(error, RuntimeError) else error.__cause__
             if not isinstance(cause, RuntimeError):
                 raise
-            where = "" if step is None else f" at step {step}"
+            where, waited = "" if step is None else f" at step {step}", time.monotonic() - begun
             raise RankError(
-                f"{self._missing()} after {time.monotonic() - begun:.1f} s{where} ({first_line(cause)}), expected all "
+                f"{self._missing(waited)} after {waited:.1f} s{where} ({first_line(cause)}), expected all "
                 f"{self.size} ranks within {self.timeout:g} s; see what it says, and start all again"
             ) from error
 
@@ -245,22 +245,29 @@ class Group:
 
         _unregister_process_group(_name())
 
-    def _missing(self) -> str:
-        """Which ranks did not find out that something is wrong: those that have died, or are late."""
+    def _missing(self, waited: float) -> str:
+        """Which ranks did not find out that something is wrong, and so have died, or found out by coming too late.
+
+        Args:
+            waited: Seconds that this rank has waited for the others.
+        """
         import torch
 
-        self._store.set(f"failed/{self.rank}", "1")
+        self._store.set(f"failed/{self.rank}", str(waited))
         end, left = time.monotonic() + _GRACE, set(range(self.size))
-        while left and time.monotonic() < end:
-            try:
+        try:
+            while left and time.monotonic() < end:
                 left = {rank for rank in left if not self._store.check([f"failed/{rank}"])}
-            except (RuntimeError, torch.distributed.DistError):
-                return "rank 0, which holds the store, has died"
-            time.sleep(0.05)
+                time.sleep(0.05)
+            if not left:
+                times = [float(self._store.get(f"failed/{rank}").decode()) for rank in range(self.size)]
+                late = max(times) > 0.9 * self.timeout  # else nobody was waited for
+                left = {rank for rank, time_ in enumerate(times) if late and time_ < 0.5 * self.timeout}
+        except (RuntimeError, torch.distributed.DistError):
+            return "rank 0, which holds the store, has died"
         if not left:
             return "a collective of all ranks failed"
-        listed = " and ".join(map(str, sorted(left)))
-        return f"rank {listed} of {self.size} has died or is late"
+        return f"rank {' and '.join(map(str, sorted(left)))} of {self.size} has died or is late"
 
     def _wait_for(self, key: str, rank: int) -> bytes:
         try:

@@ -68,9 +68,8 @@ class GuidedShare(Share):
         )
 
     def of_loop(self) -> Share:
-        """Nothing but its calls, see `one_branch.py`; raises `ConfigError` where their rows are shared out too."""
-        self.expect_one("sampling with --parallel guidance")
-        return Share(self.contract)
+        """Nothing but its calls, see `one_branch.py`: every rank has all latents, and the same ones."""
+        return Share(Contract(self.whole))
 
     def sizes(self, whole: Mapping[str, int]) -> dict[str, int]:
         """Sizes of this rank's rows of its half."""

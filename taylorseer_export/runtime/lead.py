@@ -52,17 +52,19 @@ class Lead:
 
     Args:
         group: The ranks.
-        encoded: (request, forecasts) -> what is sent.
+        encoded: (request, forecasts, the LoRA that the others have) -> what is sent.
 
     Attributes:
         error: Why nothing more is done together; None as long as all are there.
         busy: Whether a request is under way.
+        lora: What the others have of the last request that brought one, so that it is not sent again.
         failed: Called with that, from a thread of its own, where it is learned between requests.
     """
 
-    def __init__(self, group: Group, encoded: Callable[[Any, Any], bytes]) -> None:
+    def __init__(self, group: Group, encoded: Callable[[Any, Any, Any], bytes]) -> None:
         self._group, self._encoded = group, encoded
         self.error: RankError | None = None
+        self.lora: Any = None
         self.failed: Callable[[RankError], object] | None = None
         self._lock, self._over, self.busy = Lock(), Event(), False
         self._thread = Thread(target=self._give_signs, daemon=True)
@@ -75,14 +77,14 @@ class Lead:
             ConfigError: It is of a kind that is not sent.
             RankError: One of them is not there, or another request is under way.
         """
-        data = self._encoded(request, forecasts)
+        data = self._encoded(request, forecasts, self.lora)
         with self._lock:
             if self.error is None and self.busy:
                 raise RankError(
                     "rank 0 begins a request while one is under way, expected one at a time; end it, or start all again"
                 )
             self._tell(data)
-            self.busy = True
+            self.busy, self.lora = True, request.lora or self.lora
 
     def done(self) -> None:
         """The request under way is at its end on all ranks."""
@@ -138,13 +140,15 @@ def beginning(group: Group | None, lead: Lead | None, loop: Led) -> Iterator[Non
     elif loop.step == 0:
         given = {f"{name} of call {k}": v for k, one in enumerate(loop.conditioning) for name, v in one.items()}
         arrays = {"latents": loop.latents, "timesteps": loop.model_timesteps, **given}
-        group.agree({"plan": loop.forecasts, **{name: told(value) for name, value in arrays.items()}})
+        facts = {"plan": loop.forecasts, "lora": loop.request.lora, "previews": loop.request.previews}
+        group.agree({**facts, **{name: told(value) for name, value in arrays.items()}})
     try:
         with ready(group):
             yield
     except BaseException:
         if lead is not None:
             lead.done()
+            lead.lora = None  # whether all have it is not known
         raise
 
 

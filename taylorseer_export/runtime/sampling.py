@@ -1,7 +1,7 @@
 """Sampling: a whole denoising loop over a slot, by the scheduler of the bundle.
 
-What a pipeline does around the transformer is here and nowhere else: how noise becomes its input, and how guidance
-combines two halves of a batch or two branches. `clock.py` knows timesteps, `tensors.py` makes requests of any family.
+What a pipeline does around the transformer is here and nowhere else: how noise becomes its input, and what becomes of
+its answer. `clock.py` knows timesteps, `combined.py` guidance, and `tensors.py` makes requests of any family.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from taylorseer_export.bundle.manifest import Pipeline
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Forecasts, Plan
 from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock
+from taylorseer_export.runtime.combined import combined
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.lead import beginning
 from taylorseer_export.runtime.noise import normals
@@ -100,6 +100,7 @@ class Request:
         beginning: What the loop begins with beside the noise; noise alone if left out.
         course: How one section follows another; None where there is one loop.
         lora: From `Denoiser.adapter`; what the bundle was loaded with if left out.
+        previews: How many are asked for while the loop runs, see `preview_steps`; several ranks know when by this.
     """
 
     latents: np.ndarray
@@ -114,6 +115,7 @@ class Request:
     beginning: Beginning | None = None
     course: Course | None = None
     lora: Adapter | None = None
+    previews: int = 0
 
     @property
     def branches(self) -> list[dict[str, np.ndarray]]:
@@ -237,7 +239,7 @@ class Loop:
     Every step: `model_input()` goes to its slots, their prediction comes back through `accept`. Where a loop `begins`,
     `begin` comes before its first step. `denoise` does this for one request; a server does it for many in turn, and
     both get the same numbers. Over ranks each has its own rows of the latents from `begin` on, and all of them at
-    the end of a loop.
+    the end of a loop and for a preview that is due.
 
     Args:
         denoiser, request, forecasts: As in `sample`.
@@ -264,6 +266,7 @@ class Loop:
         self._manifest, self._pipeline = denoiser.manifest, denoiser.manifest.pipeline
         self.plan = request.planned(forecasts.plan)
         self.step = 0
+        self._seen: np.ndarray | None = None  # over ranks: all rows of a preview that is due
         self._made = np.empty(0, np.float32) if request.course is None else request.latents[:, :, :0]  # of loops before
         self._enter()
         shape = self.model_input().shape
@@ -331,14 +334,14 @@ class Loop:
             latents = np.concatenate([joined.value, own] if joined.ahead else [own, joined.value], joined.axis)
         if self.step < len(self.plan):
             latents = self._scheduler.model_input(latents, self._place)
-        return _doubled(latents) if self.request.guided and self.request.negative is None else latents
+        return np.concatenate([latents, latents]) if self.request.guided and self.request.negative is None else latents
 
     def prediction(self, noise_pred: np.ndarray) -> np.ndarray:
         """What the scheduler takes of the transformer's answer: both guided ones combined, a learned sigma dropped."""
         if self._pipeline.prediction_sign < 0:
             noise_pred = -noise_pred
         if self.request.guided:
-            noise_pred = _guide(noise_pred, self.request.guidance_scale, self._pipeline)
+            noise_pred = combined(noise_pred, self.request.guidance_scale, self._pipeline)
         return noise_pred[:, : self.latents.shape[1]] if noise_pred.ndim == 4 else noise_pred
 
     def preview(self, prediction: np.ndarray) -> np.ndarray:
@@ -365,6 +368,8 @@ class Loop:
                 f"latents after step {self.step} of {self._scheduler.name} are NaN or infinite, expected finite "
                 "numbers; check its config, and --guidance-scale"
             )
+        due = self._share.ranks > 1 and taken in preview_steps(len(self.plan), self.request.previews)
+        self._seen = self._share.joined(self._scheduler.estimate()) if due else None
         self.step, self.latents = taken, latents
         if (course := self.request.course) is not None and self._place == 0:
             self._made = course.joined(self._made, latents)
@@ -383,9 +388,15 @@ class Loop:
         return np.concatenate([joined.value, following], 2)
 
     def estimate(self) -> np.ndarray:
-        """`[N, ...]` float32: where the last step thinks the loop will end, for previews; of sections those so far."""
+        """`[N, ...]` float32: where the last step thinks the loop will end, for previews; of sections those so far.
+
+        Raises:
+            ConfigError: Ranks share the rows out, and the request asks for no preview after this step.
+        """
+        if self._share.ranks > 1 and self._seen is None:
+            self._share.expect_one(f"a preview after step {self.step} that the request does not ask for")
         if (course := self.request.course) is None:
-            return self._scheduler.estimate()
+            return self._scheduler.estimate() if self._seen is None else self._seen
         return course.video(self._made if self._place == 0 else course.joined(self._made, self._scheduler.estimate()))
 
 
@@ -433,18 +444,3 @@ def latents_of(tokens: np.ndarray, rows: int, columns: int, side: int = 2) -> np
     channels = tokens.shape[2] // side**2
     parts = tokens.reshape(len(tokens), rows, columns, channels, side, side).transpose(0, 3, 1, 4, 2, 5)
     return np.ascontiguousarray(parts.reshape(len(tokens), channels, rows * side, columns * side))
-
-
-def _doubled(latents: np.ndarray) -> np.ndarray:
-    return np.concatenate([latents, latents])
-
-
-def _guide(prediction: np.ndarray, scale: float, pipeline: Pipeline) -> np.ndarray:
-    """Classifier-free guidance: unconditional + scale (conditional - unconditional), of each token as long as the
-    conditional where the norm is kept, or no longer where it is cut."""
-    conditional, unconditional = np.split(prediction, 2)
-    guided: np.ndarray = unconditional + np.float32(scale) * (conditional - unconditional)
-    if pipeline.guidance_keeps_norm or pipeline.guidance_cuts_norm:
-        ratio = np.linalg.norm(conditional, axis=-1, keepdims=True) / np.linalg.norm(guided, axis=-1, keepdims=True)
-        guided *= np.minimum(ratio, 1) if pipeline.guidance_cuts_norm else ratio
-    return guided

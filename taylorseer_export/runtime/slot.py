@@ -42,6 +42,7 @@ class Slot:
         reuses: Whether a request that is prepared like the one before is not prepared again; False at first.
         reused: Whether the request under way was not.
         memory: Its buffers and bound calls.
+        whole: The sizes that it was asked for, of all ranks where it takes whole requests.
         plan: Of the request under way; None before the first.
         executed: The steps that ran, `F` full and `.` forecast.
     """
@@ -55,6 +56,7 @@ class Slot:
         group: Group | None = None,
     ) -> None:
         self.contract, self.sizes, self._lora, self._group = contract, dict(sizes), lora, group
+        self.whole = self.sizes
         self.memory = Memory(contract, runner, sizes, group)
         self._capacity = contract.defaults.capacity
         self._latents = {t.name: t for t in (contract.latent, *contract.others.values())}

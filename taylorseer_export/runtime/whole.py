@@ -34,7 +34,7 @@ class WholeSlot(Slot):
 
     def __init__(self, share: Share, runner: Runner, sizes: Mapping[str, int], lora: Adapter | None = None) -> None:
         super().__init__(share.contract, runner, share.sizes(sizes), lora, share.group)
-        self._share, self._all = share, dict(sizes)
+        self._share, self.whole = share, dict(sizes)
         graph = share.whole.graphs["full"]
         (made,) = (tensor for tensor in graph.outputs if tensor.role == "noise_pred")
         self._given = resolve(graph.input_of("latent").shape, sizes)
@@ -55,7 +55,7 @@ class WholeSlot(Slot):
         """
         given = {name: told(value) for name, value in conditioning.items()}
         clock = None if timesteps is None else told(timesteps)
-        self._ranks.agree({"plan": forecasts, "sizes": self._all, "timesteps": clock, **given})
+        self._ranks.agree({"plan": forecasts, "sizes": self.whole, "timesteps": clock, "lora": lora, **given})
         super().start(self._share.conditioning(conditioning), forecasts, timesteps, lora)
 
     def stage(

@@ -163,11 +163,10 @@ class Loaded:
         """Make a request of it and queue it; runs on the reader's thread."""
         if sender.left:
             raise ServeError("the client left, expected it to wait for its answer; send it again", "CANCELLED")
-        if order.previews:
-            self.denoiser.share.expect_one(f"partial_images {order.previews}")
         options, given = picture_for(self.denoiser, self.takes, order.wish, order.options)
         forecasts = forecasts_from_options(options, self.denoiser.defaults, self.profiles)
         request = request_of(self.denoiser, order.wish, self.service.conditioning, given)
+        request = replace(request, previews=order.previews)
         if order.wish.lora is not None:
             name, strength = self.takes.lora(order.wish.lora)
             request = replace(request, lora=self._loras[name].at(strength))
@@ -238,7 +237,7 @@ def load_models(
     Raises:
         BundleError: A bundle is missing, damaged or not for this machine.
         ConfigError: One makes no pictures or lacks the profile, two have one name, calls are to be shared on a GPU, or
-            LoRAs are given for several bundles, or do not fit the one.
+            LoRAs are given for several bundles, do not fit the one, or would be loads of their own on ranks.
     """
     if loras and len(folders) != 1:
         raise ConfigError(f"--lora is given with {len(folders)} bundles, expected one; serve each by itself")
@@ -256,6 +255,11 @@ def load_models(
         for folder, name, lora in [*((folder, "", ()) for folder in folders), *adapted]:
             if name and models[0].takes.loras:  # it is loaded, and takes them with each request
                 break
+            if name and group is not None:
+                raise ConfigError(
+                    f"--lora is {name}={lora} for {models[0].name} on {group.size} ranks, expected a bundle that takes "
+                    "a LoRA with each request, since they load one model; export it with --lora-rank"
+                )
             denoiser = load(folder, device, threads, lora=lora, group=group)
             try:
                 follow(denoiser)

@@ -18,17 +18,18 @@ from images_api import GENERATIONS, asked, got, models_over, serving
 from kill_ranks import begun, killed, killed_under_torchrun
 from oracle import assert_close
 from parallel_page import rows_sent
+from parity_on_ranks import ORDER, PLAN, parallel_options, shared_out, usual, wide
 from ranks import Counting, denoisers_on_ranks, following, on_ranks, replay_on_ranks, sound
 from recorder import Recorder
 from safetensors.torch import load_file, save_file
 from tiny_bundles import options_of, trace_of
+from tiny_models import MODELS
 from tiny_pipelines import flux_pipeline
-from torch import distributed, fx
+from torch import distributed
 
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.compile.eager import eager_modules
 from taylorseer_export.compile.export import check_options, describe, draft, write_bundle
-from taylorseer_export.compile.parallel import parallel_of
 from taylorseer_export.errors import BundleError, ConfigError, ExportError, RankError, StepError
 from taylorseer_export.graph.shard import counted, sent, shard
 from taylorseer_export.method import Forecasts, Guard, Plan
@@ -43,14 +44,10 @@ from taylorseer_export.runtime.share import check_ranks, whole_of
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.tensors import tensor_request
 
-PLAN, ORDER = "FF.F..", 2
 # (model, mode, ranks) -> (granularity, layout, sizes of the request); one trace each.
 CASES = {
     ("flux", "gather", 2): [("module", "snapshots", {"height": 2, "width": 5}), ("residual", "derivatives", {})],
     ("flux", "ulysses", 2): [("module", "derivatives", {"height": 2, "width": 5}), ("last", "snapshots", {})],
-    ("flux", "gather", 4): [("module", "snapshots", {})],
-    ("qwen-image", "gather", 2): [("module", "snapshots", {})],
-    ("wan", "ulysses", 2): [("module", "snapshots", {"height": 4})],
 }
 RUNS = [(*key, *how) for key, runs in CASES.items() for how in runs]
 
@@ -72,10 +69,6 @@ def guarded(tiny):
     how = {1: {}, 2: {"engine": "inductor", "parallel": "gather", "degree": 2}}
     made = {n: options_of("last", order=ORDER, guards=("fbcache",), **changes) for n, changes in how.items()}
     return cache(lambda ranks: draft(trace_of("plain", tiny("plain").folder, made[ranks]), made[ranks]))
-
-
-def parallel_options(mode, ranks, granularity="module", layout="snapshots"):
-    return options_of(granularity, layout, ORDER, engine="inductor", parallel=mode, degree=ranks)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +143,11 @@ def test_ranks_decide_alike_by_the_error_of_all_rows(guarded, tiny):
 
 
 def test_state_and_tables_of_rows_are_of_one_rank(shared, drafts):
-    alone, one = describe(drafts("flux", "module", "snapshots", ORDER), "a"), describe(shared("flux", "gather", 4), "b")
-    assert one.parallel.degree == 4 and one.parallel.dimension == "image_tokens"
+    alone, one = describe(drafts("flux", "module", "snapshots", ORDER), "a"), describe(shared("flux", "gather", 2), "b")
+    assert one.parallel.degree == 2 and one.parallel.dimension == "image_tokens"
     assert one.sites == alone.sites
     for name in ("minimum", "typical", "maximum"):
-        assert getattr(one.dimensions["image_tokens"], name) * 4 == getattr(alone.dimensions["image_tokens"], name)
+        assert getattr(one.dimensions["image_tokens"], name) * 2 == getattr(alone.dimensions["image_tokens"], name)
     assert "--parallel gather --degree 4" in one.command()
 
 
@@ -173,11 +166,11 @@ def test_what_is_not_shared_out_is_refused(shared, tiny):
         check_ranks(manifest.model_copy(update={"parallel": None}), on_ranks(2, lambda group: group)[0])
 
 
-# Model -> (granularity, layout, sizes of the request), of families and variants besides those of `CASES`. Most share
-# out an odd number of rows, or of tokens, to each of 4 ranks.
+# Model -> (granularity, layout, sizes of the request). Most share out an odd number of rows, or of tokens, to each of 4
+# ranks. `tools/parallel_parity.py` crosses them with all granularities, layouts and sizes, and with 2 ranks.
 TOKENS = {"height": 4, "width": 5}
-OF_TWO = ("hunyuan-1.5", "cogvideox")  # whose usual sizes 4 does not divide
 FAMILIES = {
+    "flux": ("module", "snapshots", TOKENS),
     "kontext": ("module", "snapshots", TOKENS),
     "flux2": ("residual", "derivatives", TOKENS),
     "flux2-edit": ("last", "snapshots", TOKENS),
@@ -187,44 +180,38 @@ FAMILIES = {
     "krea-2": ("last", "derivatives", TOKENS),
     "longcat-image": ("module", "snapshots", TOKENS),
     "ovis-image": ("residual", "derivatives", TOKENS),
+    "qwen-image": ("module", "snapshots", TOKENS),
     "qwen-image-edit": ("last", "snapshots", TOKENS),
     "qwen-image-2.1": ("module", "derivatives", {"height": 8, "width": 6}),
     "sd3": ("residual", "snapshots", {"height": 12, "width": 3}),
     "hunyuan": ("module", "snapshots", {"height": 3, "width": 12}),
-    "hunyuan-1.5": ("last", "derivatives", {"height": 6}),
+    "hunyuan-1.5": ("last", "derivatives", {"height": 12}),
     "kandinsky-5": ("module", "derivatives", {"height": 12}),
-    "cogvideox": ("residual", "snapshots", {"height": 6}),
-    "wan-5b-image": ("last", "snapshots", {"height": 4, "width": 12}),
-    "wan-vace": ("module", "derivatives", {"height": 4, "width": 12}),
+    "cogvideox": ("residual", "snapshots", {"height": 12}),
+    "wan": ("module", "snapshots", {"height": 12}),
+    "wan-5b-image": ("last", "snapshots", {"height": 3, "width": 12}),
+    "wan-vace": ("module", "derivatives", {"height": 3, "width": 12}),
 }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_that_is_shared_out_gives_what_its_model_gives(tiny, name):
-    """By gathers on 4 ranks and by exchanges on 2, from one trace."""
+def test_every_family_that_is_shared_out_gives_what_its_model_gives(tmp_path, name):
+    """By gathers and by exchanges on 4 ranks, which need 4 heads, from one trace."""
     granularity, layout, sizes = FAMILIES[name]
-    model, inputs = tiny(name).model, tiny(name).inputs(len(PLAN), batch=2, **sizes)
+    model = wide(name)
+    inputs = MODELS[name][2](model, len(PLAN), batch=2, **sizes)
     reference = oracle.replay(model, *inputs, PLAN, ORDER, granularity)
-    whole = trace_of(name, tiny(name).folder, options_of())  # of its own: others narrow the one that they share
+    model.save_pretrained(tmp_path)
+    whole = usual(trace_of(name, tmp_path, options_of()), inputs[0])
     bound = allowed(model, reference, PLAN, ORDER)
-    for mode, ranks in (("gather", 2 if name in OF_TWO else 4), ("ulysses", 2)):
-        options = parallel_options(mode, ranks, granularity, layout)
+    for mode in ("gather", "ulysses"):
+        options = parallel_options(mode, 4, granularity, layout)
         made = draft(shared_out(whole, options), options)
         seen = replay_on_ranks(made, inputs, PLAN, ORDER)
         assert_close(f"{name} by {mode}", seen[0], reference, bound)
-        assert len(seen) == ranks and all(torch.equal(other, seen[0]) for other in seen)
+        assert len(seen) == 4 and all(torch.equal(other, seen[0]) for other in seen)
         collectives = counted({cut.name: cut.module.graph for cut in made.graphs})
         assert collectives["full"] > 0 == collectives["prepare"] == collectives["forecast"]
-
-
-def shared_out(whole, options):
-    """The trace of a whole model as that of one rank; the whole one stays."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(whole.trace.module.graph, {}))
-    copied = replace(whole.trace, module=fx.GraphModule(whole.trace.module, graph))
-    how = parallel_of(whole.checkpoint, options)
-    assert how is not None
-    return replace(whole, trace=shard(copied, how.mode, how.degree, how.dimension, whole.checkpoint.family.name))
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def counts(name: str) -> Counts:
         for mode in MODES:
             formula = by_shapes(whole["module"], traced, dimension, mine, mode, ranks)
             try:
-                trace = shard(_copied(traced).trace, mode, ranks, dimension, family.name)  # type: ignore[arg-type]
+                trace = shard(copied(traced).trace, mode, ranks, dimension, family.name)  # type: ignore[arg-type]
             except ExportError as error:
                 found["refused"] = str(error)
                 one = _one(whole, whole["module"], traced, mine) | formula
@@ -151,24 +151,38 @@ def by_shapes(made: Draft, traced: Traced, dimension: str, mine: Mapping[str, in
         gather      (N - 1) 2 R C         and 4 (R + T) (N R + T) C operations
         ulysses     (N - 1) / N (4 R + T) C     4 (N R + T)^2 C / N
     """
-    whole = {**mine, dimension: ranks * mine[dimension]}
-    one, every = (replace(made, typical=dict(s)) for s in (mine, whole))
+    one = replace(made, typical=dict(mine))
     layers = {str(node.args[1].target) for node in made.split.full.module.graph.nodes if _is_linear(node)}
     arithmetic = flops(one, made.split.full, traced.trace.names, layers)
+    for channels, rows, keys, local, _ in _attended(made, traced, dimension, mine, ranks):
+        all_keys = keys + (ranks - 1) * local
+        alone = mode == "gather" or not local
+        arithmetic += 4 * channels * (rows * all_keys if alone else all_keys * all_keys // ranks)
+    return {**wire_by_shapes(made, traced, dimension, mine, mode, ranks), "flops": arithmetic}
+
+
+def wire_by_shapes(
+    made: Draft, traced: Traced, dimension: str, mine: Mapping[str, int], mode: str, ranks: int
+) -> Counts:
+    """Collectives, and bytes that one rank sends, in a full step; from the attentions of the whole model."""
     given = collectives = 0
+    for channels, rows, _, local, number in _attended(made, traced, dimension, mine, ranks):
+        if local:
+            given += channels * number * rows_sent(mode, ranks, local, rows - local)
+            collectives += EACH[mode]
+    return {"collectives": collectives, "sent": int(given)}
+
+
+def _attended(
+    made: Draft, traced: Traced, dimension: str, mine: Mapping[str, int], ranks: int
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """Of every attention of a full step: batch x heads x width, rows, keys, how many of both are the latent's, and
+    bytes of a number."""
+    one, every = (replace(made, typical={**mine, dimension: n * mine[dimension]}) for n in (1, ranks))
     for node in attentions(made.split.full.module.graph):
         (batch, heads, rows, width), (*_, keys, _) = (_extents(source, one, traced) for source in node.args[:2])
-        all_keys = _extents(node.args[1], every, traced)[2]
-        channels = batch * heads * width
-        if all_keys == keys:
-            arithmetic += 4 * channels * rows * keys
-            continue
-        local = (all_keys - keys) // (ranks - 1)
-        others, bytes_ = keys - local, channels * node.meta["val"].element_size()
-        given += bytes_ * rows_sent(mode, ranks, local, others)
-        collectives += EACH[mode]
-        arithmetic += 4 * channels * (rows * all_keys if mode == "gather" else all_keys * all_keys // ranks)
-    return {"collectives": collectives, "sent": int(given), "flops": arithmetic}
+        local = (_extents(node.args[1], every, traced)[2] - keys) // (ranks - 1)
+        yield batch * heads * width, rows, keys, local, node.args[1].meta["val"].element_size()
 
 
 def rows_sent(mode: str, ranks: int, local: int, others: int) -> Fraction:
@@ -188,7 +202,7 @@ def _extents(node: Any, made: Draft, traced: Traced) -> list[int]:
     return [int(s.node.expr.xreplace(symbols)) if isinstance(s, torch.SymInt) else int(s) for s in shape]
 
 
-def _copied(traced: Traced) -> Traced:
+def copied(traced: Traced) -> Traced:
     """The same trace with a graph of its own, since sharing out changes it in place."""
     graph, module = fx.Graph(), traced.trace.module
     graph.output(graph.graph_copy(module.graph, {}))

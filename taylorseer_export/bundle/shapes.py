@@ -92,6 +92,11 @@ def is_linear(expression: Entry) -> bool:
     return factor > 0
 
 
+def is_multiple(expression: Entry) -> bool:
+    """Whether the entry is a name, or so many times one."""
+    return is_linear(expression) and linear(expression)[2] == 0
+
+
 def is_single(expression: Entry) -> bool:
     """Whether the entry is a number, or a sum of multiples of names: no product of two sizes."""
     return isinstance(expression, int) or _degree(_parse(expression)) <= 1

@@ -36,7 +36,7 @@ from taylorseer_export.compile.draft import PRECISIONS as PRECISIONS
 from taylorseer_export.compile.draft import Draft as Draft
 from taylorseer_export.compile.draft import Options as Options
 from taylorseer_export.compile.engines import Progress, builder, check_engine
-from taylorseer_export.compile.parallel import check_parallel, parallel_of, sizes_of_one
+from taylorseer_export.compile.parallel import check_parallel, declared_for, parallel_of, sizes_of_one
 from taylorseer_export.compile.parts import refuse_missing, write_parts
 from taylorseer_export.compile.polygraphy import check_sizes, write_examples
 from taylorseer_export.compile.quantised import check_weights, quantised_entry, quantised_trace
@@ -94,6 +94,7 @@ def trace_model(checkpoint: Checkpoint, options: Options) -> Traced:
         ConfigError, CheckpointError, ExportError: See the parts.
     """
     check_options(options)
+    checkpoint = declared_for(checkpoint, options)
     sampling_of(checkpoint)
     dtype = PRECISIONS[options.precision]
     skeleton = checkpoint.skeleton(dtype)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from taylorseer_export.bundle.parallel import GROUP, Parallel
-from taylorseer_export.bundle.shapes import names
+from taylorseer_export.bundle.shapes import is_multiple, names
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.draft import Options
 from taylorseer_export.errors import ConfigError
@@ -42,7 +43,8 @@ def check_parallel(options: Options) -> None:
 def parallel_of(checkpoint: Checkpoint, options: Options) -> Parallel | None:
     """How a model is shared out: by the first size of its latent that the ranks divide, as it is fixed or usual.
 
-    The rows of a latent need not follow on each other, so a video of 21 latent frames may be cut along its height.
+    The rows of a latent need not follow on each other, so a video of 21 latent frames may be cut along its height. A
+    size that is in some input with others, such as `frames+1`, is not cut.
 
     Raises:
         ConfigError: They divide none.
@@ -50,13 +52,15 @@ def parallel_of(checkpoint: Checkpoint, options: Options) -> Parallel | None:
     if options.parallel is None:
         return None
     family, config = checkpoint.family, checkpoint.config
-    latent, *others = (spec for spec in family.inputs(config) if spec.role == "latent")
+    inputs = family.inputs(config)
+    latent, *others = (spec for spec in inputs if spec.role == "latent")
     if others:
         raise ConfigError(
             f"the model of family {family.name} has {1 + len(others)} latents, expected one, whose rows are shared out "
             "over ranks; leave --parallel out"
         )
-    counted = [name for entry in latent.shape for name in sorted(names(entry)) if name != "batch"]
+    together = {name for spec in inputs for entry in spec.shape if not is_multiple(entry) for name in names(entry)}
+    counted = [name for entry in latent.shape for name in sorted(names(entry) - together) if name != "batch"]
     ranges = family.dimensions(config)
     sizes = family.latent_sizes(config, *(options.latent_size or checkpoint.latent_size))
     open_ = [name for name in counted if name in ranges and ranges[name][0] < ranges[name][1]]
@@ -68,6 +72,23 @@ def parallel_of(checkpoint: Checkpoint, options: Options) -> Parallel | None:
             "change --size or --degree"
         )
     return Parallel(mode=options.parallel, degree=options.degree, dimension=divided[0])
+
+
+def declared_for(checkpoint: Checkpoint, options: Options) -> Checkpoint:
+    """The checkpoint as it is declared for what is asked of it: on ranks, or alone.
+
+    Raises:
+        ConfigError: On ranks it has one size alone, and none is given.
+    """
+    family = checkpoint.family
+    if options.parallel is None or not family.shared:
+        return checkpoint
+    if options.latent_size is None:
+        raise ConfigError(
+            f"--parallel is {options.parallel} without a size, expected one for family {family.name}, whose pictures "
+            "are square and so are shared out at one size alone; add --size"
+        )
+    return replace(checkpoint, family=replace(family, **family.shared))
 
 
 def sizes_of_one(parallel: Parallel | None, sizes: Mapping[str, _Size]) -> dict[str, _Size]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
@@ -43,6 +44,22 @@ def _latent_sizes(config: Mapping[str, Any], height: int, width: int) -> dict[st
     return {"side": patches(config, height, width)["rows"]}
 
 
+def _inputs_apart(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    """Rows and columns by themselves, of which ranks share the rows."""
+    latent, *others = _inputs(config)
+    patch = config["patch_size"]
+    return (replace(latent, shape=(*latent.shape[:2], f"{patch}*rows", f"{patch}*columns")), *others)
+
+
+def _dimensions_apart(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    made = _dimensions(config)
+    return {"batch": made["batch"], **dict.fromkeys(("rows", "columns"), made["side"]), "text_tokens": (1, 512)}
+
+
+def _sizes_apart(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
+    return dict.fromkeys(("rows", "columns"), _latent_sizes(config, height, width)["side"])
+
+
 def _attributes(config: Mapping[str, Any]) -> dict[str, int]:
     height, width = config["max_resolution"]
     return {"max_seq": height * width // config["patch_size"] ** 2}
@@ -50,7 +67,7 @@ def _attributes(config: Mapping[str, Any]) -> dict[str, int]:
 
 @contextmanager
 def _static(model: Any) -> Iterator[None]:
-    """Experts without a loop over data, and patches of a square picture without sizes on the device.
+    """Experts without a loop over data, and patches of a picture, or of some of its rows, without sizes on the device.
 
     Every token goes through all experts, weighted by 0 where the router did not send it:
 
@@ -71,16 +88,17 @@ def _static(model: Any) -> Iterator[None]:
         return moe_infer
 
     def patchify(x: Any) -> Any:
-        batch, channels, side, _ = x.shape
-        count = side // patch
-        tokens = x.reshape(batch, channels, count, patch, count, patch).permute(0, 2, 4, 3, 5, 1)
-        row = torch.arange(count)[:, None].expand(count, count)
-        place = torch.stack([torch.zeros_like(row), row, row.T], -1).reshape(1, count * count, 3)
+        batch, channels, *sides = x.shape
+        rows, columns = counts = [side // patch for side in sides]
+        tokens = x.reshape(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
+        row, column = (torch.arange(count) for count in counts)
+        row, column = row[:, None].expand(counts), column.expand(counts)
+        place = torch.stack([torch.zeros_like(row), row, column], -1).reshape(1, rows * columns, 3)
         # The rotary embedding multiplies them with float64, which an engine does not do for it.
-        return tokens.flatten(3).flatten(1, 2), None, count, place.double().expand(batch, -1, -1)
+        return tokens.flatten(3).flatten(1, 2), None, counts, place.double().expand(batch, -1, -1)
 
-    def unpatchify(x: Any, count: Any, is_training: bool) -> Any:
-        return uncut(x, (count, count), (patch, patch), channels_last=True)
+    def unpatchify(x: Any, counts: Any, is_training: bool) -> Any:
+        return uncut(x, counts, (patch, patch), channels_last=True)
 
     with ExitStack() as stack:
         stack.enter_context(replaced(model, patchify=patchify, unpatchify=unpatchify))
@@ -151,5 +169,7 @@ HIDREAM = Family(
             "scheduler_config": {"shift": 3.0},
         },
     },
+    # At the one size that is exported, where both are fixed: a picture that is no square is none of its sizes.
+    shared={"inputs": _inputs_apart, "dimensions": _dimensions_apart, "latent_sizes": _sizes_apart},
     patched=_static,
 )

@@ -11,7 +11,7 @@ leaves that dimension alone or it does not. So a model needs no mark of where it
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -86,24 +86,39 @@ class Rows:
         shape = value.shape if isinstance(value, torch.Tensor) else ()
         return [k for k, size in enumerate(shape) if self.holds(size)]
 
-    def segments(self, node: fx.Node, length: Any) -> list[Segment]:
+    def segments(self, node: fx.Node, length: Any, ends_at: Collection[sympy.Expr] = ()) -> list[Segment]:
         """The segments of a dimension of that length, found where they were joined.
 
+        What an operator reads of that length is in one order, so whichever of it leads to such a place will do; others
+        that are alike on every rank may be one segment there and several elsewhere.
+
+        Args:
+            node: The tensor.
+            length: The extent of the dimension.
+            ends_at: Where a segment has to begin or end.
+
         Raises:
-            ExportError: It was not joined by a concatenation.
+            ExportError: It was not joined so by a concatenation.
         """
+        left, seen, ends = [node], {node}, list[fx.Node]()
         while self.holds(length) and sympy.expand(written(length)).coeff(self.symbol, 0) != 0:
+            if not left:
+                self.refuse(ends[0], "makes rows of the latent and others at once")
+            node = left.pop()
             if (parts := _joined_of(node, length)) is not None:
-                return [one for part, extent in parts for one in self.segments(part, extent)]
-            if (within := self._within(node, length)) is not None:
-                return within
+                found = [one for part, extent in parts for one in self.segments(part, extent)]
+            else:
+                found = self._within(node, length) or []
+            if found and set(ends_at) <= set(_bounds(found)):
+                return found
             sources = [source for source in node.all_input_nodes if _has(source, length)]
-            if told := [source for source in sources if not is_constant(source)]:
-                node = told[0]
+            if not found and (told := [source for source in sources if not is_constant(source)]):
+                left += [source for source in reversed(told) if source not in seen]
+                seen.update(told)
                 continue
-            if (joined := self._joined(length)) and (sources or is_constant(node)):
+            if not found and (joined := self._joined(length)) and (sources or is_constant(node)):
                 return [replace(segment, constant=True) for segment in self.segments(joined[0], length)]
-            self.refuse(node, "makes rows of the latent and others at once")
+            ends.append(node)
         dim = next(k for k, size in enumerate(node.meta["val"].shape) if _same(size, length))
         # Of the latent where every term counts its rows.
         return [Segment(length, self.holds(length), node, dim, is_constant(node))]
@@ -125,7 +140,7 @@ class Rows:
         if step != 1 or not _same(node.meta["val"].shape[dim], length) or _same(source.meta["val"].shape[dim], length):
             return None
         found, at = [], sympy.Integer(0)
-        for segment in self.segments(source, source.meta["val"].shape[dim]):
+        for segment in self.segments(source, source.meta["val"].shape[dim], (begin, stop)):
             if _before(begin, at) and _before(sympy.expand(at + written(segment.length)), stop):
                 found.append(segment)
             at = sympy.expand(at + written(segment.length))
@@ -201,6 +216,8 @@ class Rows:
         elif name in _ALONG:
             along: Any = _argument(node, "dim", 0)
             self._expect(node, along is not None and along % max(rank, 1) not in dims)
+        elif name == "topk":
+            self._expect(node, _argument(node, "dim", -1) % rank not in dims)  # type: ignore[operator]
         elif name == "pad":
             self._expect(node, not set(dims) & set(_padded(node, rank)))
         elif name in _PATCHES:
@@ -223,7 +240,10 @@ class Rows:
             if self.holds(node.meta["val"].shape[dim]):
                 self.refuse(node, "takes as many entries of a table as there are rows")
             return
-        bounds = self._bounds(source, source.meta["val"].shape[dim])
+        length = source.meta["val"].shape[dim]
+        if step == 1 and begin == 0 and stop == _size(length):
+            return
+        bounds = _bounds(self.segments(source, length, (begin, stop)))
         self._expect(node, step == 1 and begin in bounds and stop in bounds)
 
     def _check_split(self, node: fx.Node, source: Any) -> None:
@@ -231,26 +251,21 @@ class Rows:
         sizes, dim, *_ = given
         dim %= source.meta["val"].ndim
         if dim in self.dims(source):
-            bounds, end = self._bounds(source, source.meta["val"].shape[dim]), sympy.Integer(0)
+            bounds, end = _bounds(self.segments(source, source.meta["val"].shape[dim])), sympy.Integer(0)
             for size in sizes:
                 end = sympy.expand(end + _size(size))
                 self._expect(node, end in bounds)
-
-    def _bounds(self, node: fx.Node, length: Any) -> list[sympy.Expr]:
-        """Where a segment begins or ends."""
-        found = [sympy.Integer(0)]
-        for segment in self.segments(node, length):
-            found.append(sympy.expand(found[-1] + written(segment.length)))
-        return found
 
     def _einsum(self, node: fx.Node) -> bool:
         """Whether every dimension that counts rows is one of the result's."""
         told, operands = node.args[:2]
         terms, _, result = str(told).replace(" ", "").partition("->")
-        if not result or "." in terms:
-            return False
-        pairs = zip(terms.split(","), operands, strict=True)  # type: ignore[arg-type]
-        return all(letters[dim] in result for letters, operand in pairs for dim in self.dims(operand))
+        held = [bool(result)]
+        for letters, operand in zip(terms.split(","), operands, strict=True):  # type: ignore[arg-type]
+            first, _, last = letters.partition("...")
+            spread = first + "." * (operand.meta["val"].ndim - len(first) - len(last)) + last
+            held += [spread[dim] in result for dim in self.dims(operand)]
+        return all(held)
 
     def _expect(self, node: fx.Node, held: bool) -> None:
         if not held:
@@ -303,6 +318,14 @@ def _padded(node: fx.Node, rank: int) -> list[int]:
     """The dimensions that are made longer, or shorter."""
     told: Any = node.args[1]
     return [rank - 1 - k // 2 for k, size in enumerate(told) if not isinstance(size, int) or size]
+
+
+def _bounds(segments: Iterable[Segment]) -> list[sympy.Expr]:
+    """Where a segment begins or ends."""
+    found = [sympy.Integer(0)]
+    for segment in segments:
+        found.append(sympy.expand(found[-1] + written(segment.length)))
+    return found
 
 
 def _before(one: sympy.Expr, other: sympy.Expr) -> bool:

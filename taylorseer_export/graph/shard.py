@@ -29,7 +29,7 @@ import torch
 from torch import fx
 
 from taylorseer_export.bundle.parallel import GROUP, RANK, Mode
-from taylorseer_export.bundle.shapes import is_linear, names, resolve
+from taylorseer_export.bundle.shapes import is_multiple, names, resolve
 from taylorseer_export.errors import ExportError
 from taylorseer_export.families.family import Input
 from taylorseer_export.graph.cut import Cut
@@ -61,7 +61,7 @@ def shard(trace: Trace, mode: Mode, ranks: int, dimension: str, family: str) -> 
     (symbol,) = (s for s, name in trace.names.items() if name == dimension)
     rows = Rows(trace.module.graph, symbol, dimension, family)
     for spec in trace.inputs:
-        if any(dimension in names(entry) and not is_linear(entry) for entry in spec.shape):
+        if any(dimension in names(entry) and not is_multiple(entry) for entry in spec.shape):
             raise ExportError(
                 f"input `{spec.name}` of family {family} is {list(spec.shape)}, expected `{dimension}` alone in a "
                 "dimension, to be cut along it; leave --parallel out"

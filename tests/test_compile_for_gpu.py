@@ -5,9 +5,10 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from compile_for_gpu import faults, read
+from compile_for_gpu import absent, faults, read
 from pretended_gpu import GPUS, Kernel, in_a_fork, usage, why_not
 from tiny_models import of_families
 
@@ -81,6 +82,11 @@ def test_resources_of_a_kernel_are_read():
 def test_every_family_and_generation_is_there():
     assert of_families().keys() == FAMILIES.keys()
     assert all(name == "{}.{}".format(*gpu.capability) for name, gpu in GPUS.items())
+
+
+def test_a_family_newer_than_the_diffusers_at_hand_is_left_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(FluxTransformer2DModel=object))
+    assert absent(["flux", "wan", "flux.1-dev"]) == {"wan": "WanTransformer3DModel"}
 
 
 def test_a_fork_answers_and_one_that_ends_early_is_an_error(capfd):

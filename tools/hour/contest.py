@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hour.goals import Goal, of_contest
+from hour.goals import of_contest
 from hour.machine import Machine, limited, short
 from hour.ours import ours
 from hour.report import Report
@@ -31,16 +31,13 @@ Contestant = Callable[[], dict[str, Any]]
 Choice = Callable[[Case, dict[str, float], Report], dict[str, Contestant]]
 
 
-def run(
-    name: str, args: Any, report: Report, chosen: Choice | None = None, judged: Callable[..., list[Goal]] = of_contest
-) -> None:
+def run(name: str, args: Any, report: Report, chosen: Choice | None = None) -> None:
     """Every contestant of one model, as far as time allows; a failure of one is noted and the rest goes on.
 
     Args:
         name: Of the model.
         args, report: Of the stage.
         chosen: Who takes part; all of `contestants` if left out.
-        judged: What makes goals of the results.
 
     Raises:
         RuntimeError: One of ours failed.
@@ -65,8 +62,8 @@ def run(
         machine.free()
         print(f"{name}: {label} took {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         compared(contest)
-        report.write(contest, judged(contest, args.trial))
-    report.write(contest, judged(contest, args.trial))
+        report.write(contest, of_contest(contest, args.trial))
+    report.write(contest, of_contest(contest, args.trial))
     print(table(contest), flush=True)
     lost = {label: result["failed"] for label, result in results.items() if "ours" in label and "failed" in result}
     if lost:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from hour import contest
-from hour.goals import of_few_bits
 from hour.ours import ours
 from hour.report import Report
 from hour.rivals import eager
@@ -24,7 +23,7 @@ def run(args: Any, report: Report) -> None:
     Raises:
         RuntimeError: One of them failed.
     """
-    contest.run("flux", args, report, contestants, of_few_bits)
+    contest.run("flux", args, report, contestants)
 
 
 def contestants(case: Case, floor: dict[str, float], report: Report) -> dict[str, contest.Contestant]:

@@ -51,7 +51,8 @@ def of_contest(contest: Mapping[str, Any], trial: str = "") -> list[Goal]:
 
     Args:
         contest: As `contest.run` fills it.
-        trial: Why speeds are not judged, where tiny models ran or nothing was compiled. Numbers and calls still are.
+        trial: Why speeds and bytes are not judged, where nothing was compiled or tiny models ran, whose weights are
+            mostly not of their blocks. Numbers and calls still are.
     """
     results, model = contest["results"], contest["model"]
     found: list[Goal] = []
@@ -59,23 +60,15 @@ def of_contest(contest: Mapping[str, Any], trial: str = "") -> list[Goal]:
         if not label.startswith("ours"):
             continue
         where = f"{model} {label.removeprefix('ours ')}"
-        found += of_ours(where, result, trial)
-        if missing(result):
-            continue
-        if "full_over_compiled" in result:
-            found.append(
-                at_most(f"{where}: full over compiled", FULL_OVER_COMPILED, result["full_over_compiled"], trial)
-            )
+        if why := missing(result):
+            found.append(not_run(f"{where}: every goal", why))
         else:
-            why = missing(results.get("compiled", {})) or "the compiled plain model has no time"
-            found.append(not_run(f"{where}: full over compiled", why))
+            found += _alone(where, result, trial) + _beside_plain(where, label, results, trial)
     return found + _over_rivals(results, model, trial)
 
 
-def of_ours(where: str, result: Mapping[str, Any], trial: str) -> list[Goal]:
-    """The goals of one configuration of ours that need no other contestant."""
-    if why := missing(result):
-        return [not_run(f"{where}: every goal", why)]
+def _alone(where: str, result: Mapping[str, Any], trial: str) -> list[Goal]:
+    """The goals of one of ours that need no other contestant."""
     floor, least = result["forecast_over_floor"], EFFICIENCY.get(result["granularity"], 0.97)
     found = [
         at_least(f"{where}: efficiency", least, result["efficiency"], trial),
@@ -89,30 +82,25 @@ def of_ours(where: str, result: Mapping[str, Any], trial: str) -> list[Goal]:
     return found
 
 
-def of_few_bits(contest: Mapping[str, Any], trial: str = "") -> list[Goal]:
-    """The goals of quantised weights: those of ours, and beside ours in bfloat16 their bytes and a full step.
-
-    Args:
-        contest: As `contest.run` fills it; results whose `weights` are not None are of the same label without its end.
-        trial: As for `of_contest`; bytes of a tiny model are not judged either, most of which are not of its blocks.
-    """
-    results, model = contest["results"], contest["model"]
-    found: list[Goal] = []
-    for label, result in results.items():
-        if not label.startswith("ours"):
-            continue
-        where = f"{model} {label.removeprefix('ours ')}"
-        found += of_ours(where, result, trial)
-        if missing(result) or result["weights"] is None:
-            continue
-        plain = results[label.removesuffix(f" {result['weights']}")]
+def _beside_plain(where: str, label: str, results: Mapping[str, Any], trial: str) -> list[Goal]:
+    """One of ours beside the compiled plain model, if that takes part; with quantised weights, beside ours in bfloat16,
+    whose label is the same without its end."""
+    result = results[label]
+    if form := result["weights"]:
+        plain = results[label.removesuffix(f" {form}")]
         if why := missing(plain):
-            found.append(not_run(f"{where}: weights and full step over those in bfloat16", why))
-            continue
+            return [not_run(f"{where}: weights and full step over those in bfloat16", why)]
         share, cost = (result[key] / plain[key] for key in ("weights_bytes", "full_ms"))
-        found.append(at_most(f"{where}: weights of the full graph over bfloat16", FEW_BITS_BYTES, share, trial))
-        found.append(at_most(f"{where}: full step over bfloat16", FEW_BITS_FULL, cost, trial))
-    return found
+        return [
+            at_most(f"{where}: weights of the full graph over bfloat16", FEW_BITS_BYTES, share, trial),
+            at_most(f"{where}: full step over bfloat16", FEW_BITS_FULL, cost, trial),
+        ]
+    if "compiled" not in results:
+        return []
+    goal = f"{where}: full over compiled"
+    if "full_over_compiled" not in result:
+        return [not_run(goal, missing(results["compiled"]) or "the compiled plain model has no time")]
+    return [at_most(goal, FULL_OVER_COMPILED, result["full_over_compiled"], trial)]
 
 
 def _over_rivals(results: Mapping[str, Any], model: str, trial: str) -> list[Goal]:

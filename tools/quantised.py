@@ -10,8 +10,8 @@ steps full against the unquantised bundle is the quantisation error; that of the
 is the forecast error; that of the plan against the unquantised all-full is both together.
 
 Cost, on a FLUX of the bench model's width, 512, with one block of each kind instead of twelve, since exports take most
-of the time: bytes on disk, memory of a process that has loaded the bundle and made full steps, without what is freed, and the time of a full
-step as the median of ratios to float32, measured in turns, so that a busy minute hits all.
+of the time: bytes on disk, memory of a process that has loaded the bundle and made full steps, without what is freed,
+and the time of a full step as the median of ratios to float32, measured in turns, so that a busy minute hits all.
 
 Calibrated, on the embedded FLUX: a plan and weights fitted on the engines of the format, the paper's plan of as many
 full steps and a loop of only as many, by the PSNR of their latents to the format's own all-full, on samples that took

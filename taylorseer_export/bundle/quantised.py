@@ -29,7 +29,7 @@ class Quantised(Part):
     )
     samples: Count | None = Field(
         default=None,
-        description="Requests that those constants were found on. None where the checkpoint or the caller brought them.",
+        description="Requests that those constants were found on; None where checkpoint or caller brought them.",
     )
     kept: bool = Field(default=False, description="Whether values and scales are those of the checkpoint.")
     layers: tuple[Text, ...] = Field(min_length=1, description="Names of the quantised weights.")

@@ -151,8 +151,8 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
         "--weights",
         choices=("fp8", "nvfp4", "int8", "keep", "auto"),
         help="format of the weights of the blocks' linear layers; keep: what a quantised checkpoint has; auto: the "
-        "widest that fits --memory-budget, if the precision does not; all others keep the precision (default: all). On a "
-        "CPU this is for memory: only int8 with --activations token in ONNX Runtime is faster too",
+        "widest that fits --memory-budget, if the precision does not. On a CPU this is for memory: only int8 with "
+        "--activations token in ONNX Runtime is faster too. All others keep the precision (default: all)",
     )
     engine.add_argument(
         "--activations",

@@ -18,7 +18,7 @@ from taylorseer_export.commands.evaluate import _unquantised
 from taylorseer_export.embedded import requests
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Forecasts, Plan
-from taylorseer_export.report.evaluate import Case, cases, evaluate, guarded_cases
+from taylorseer_export.report.evaluate import Case, Difference, cases, evaluate, guarded_cases, table_of_errors
 from taylorseer_export.report.metrics import Shown, metrics
 from taylorseer_export.report.page import page
 from taylorseer_export.report.samples import groups, random_inputs
@@ -253,11 +253,18 @@ def test_what_the_unquantised_model_needs_is_said(denoiser):
         _unquantised(denoiser, "x")
     entry = Quantised(weights="fp8", activations="none", layers=("a",), bytes=1, unquantised_bytes=4)
     elsewhere = denoiser.manifest.model.model_copy(update={"embedded": False})
-    for change, needs in (({}, "--model, the checkpoint"), ({"kept": True}, "that the checkpoint was quantised from")):
+    by_token = {"kept": True, "activations": "token"}
+    needed = "--model, the checkpoint"
+    for change, needs in (({}, needed), ({"kept": True}, "the checkpoint was quantised from"), (by_token, needed)):
         changed = {"quantised": entry.model_copy(update=change), "model": elsewhere}
         bundle = SimpleNamespace(manifest=denoiser.manifest.model_copy(update=changed))
         model, missing = _unquantised(bundle, None)
         assert model is None and needs in missing["quantisation error"]
+    row = SimpleNamespace(name="all full", unquantised=Difference(0.5, 30.0, 29.0, None))
+    against = bundle.manifest.quantised.compared_with
+    said = table_of_errors([row], against)
+    assert "weights dequantised, all steps full: `all full` is the quantisation error of activations alone, e" in said
+    assert "against the unquantised model" in table_of_errors([row])
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------

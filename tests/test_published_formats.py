@@ -1,29 +1,36 @@
 """Checkpoints in the quantised formats that are published: dequantised as those who publish them do, bit for bit."""
 
+import copy
 import json
 import math
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import oracle
 import pytest
 import torch
 from checkpoints import WEIGHTS, edit_json
-from harness import allowed, run
+from harness import allowed, eager_denoiser, run
 from published_formats import FORMATS, comfy_fp8, hint, quantised, save
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_layouts import WAN_NAMES, flux_layout
 from test_quantised import flux2_layout, one, packed, write
+from tiny_bundles import options_of
 from tiny_models import flux_inputs, tiny_flux, tiny_qwen_image, tiny_wan
 
 from taylorseer_export import load
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.checkpoint.quantised import plain_order
 from taylorseer_export.cli import main
+from taylorseer_export.compile import export
 from taylorseer_export.errors import CheckpointError
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.method import Forecasts, Plan
+from taylorseer_export.report import verify
+from taylorseer_export.runtime.trajectory import random_trajectory
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +41,33 @@ def models():
         "wan": tiny_wan(layers=1, head_dim=16, text_dim=32),
         "qwen-image": tiny_qwen_image(layers=1),
     }
+
+
+@pytest.fixture(scope="module")
+def drafts_of(tmp_path_factory):
+    """A model that is traced and split, whatever its weights; once for each family and width."""
+    made = {}
+
+    def find(family, model):
+        key = family, tuple(sorted((n, tuple(value.shape)) for n, value in model.state_dict().items()))
+        if key not in made:
+            model.save_pretrained(folder := tmp_path_factory.mktemp(family))
+            options = options_of("residual", order=1, latent_size=(2, 4, 4) if family == "wan" else (8, 8))
+            checkpoint = open_checkpoint(str(folder), FAMILIES[family])
+            made[key] = export.draft(export.trace_model(checkpoint, options), options)
+        return made[key]
+
+    return find
+
+
+def assert_computes_with(draft, checkpoint, model, expected):
+    """The graphs over a checkpoint are the untouched model that holds what it stands for, and not the one it is of."""
+    denoiser = eager_denoiser(replace(draft, checkpoint=checkpoint))
+    data, forecasts = random_trajectory(denoiser, 3), Forecasts(Plan.parse("FF."), 1)
+    exact, other = copy.deepcopy(model), copy.deepcopy(model)
+    exact.load_state_dict(expected)
+    assert verify.compare(exact.double(), denoiser, data, forecasts).ratio < 1
+    assert verify.compare(other.double(), denoiser, data, forecasts).ratio > 1
 
 
 def folder_of(path, model, format):
@@ -61,8 +95,8 @@ def assert_stands_for(checkpoint, expected, kept):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_folders(models, tmp_path, name):
-    """A tiny FLUX, Wan and Qwen-Image in every format."""
+def test_folders(models, drafts_of, tmp_path, name):
+    """A tiny FLUX, Wan and Qwen-Image in every format; a replay equals the model that holds these weights."""
     for family, model in models.items():
         expected, count = folder_of(tmp_path / family, model, FORMATS[name])
         assert count > 5
@@ -71,6 +105,7 @@ def test_folders(models, tmp_path, name):
         how = "tensors, cast to bf16" if name == "cast" else "tensors, dequantised to bf16"
         said = f"weights: {FORMATS[name].said}, {count} of {len(expected)} {how}"
         assert checkpoint.said_of_formats("bf16") == said
+        assert_computes_with(drafts_of(family, model), checkpoint, model, expected)
 
 
 def random_state(shapes, seed=0):
@@ -319,14 +354,22 @@ def blocks(kind, shape, rng):
     return found.reshape(*shape[:-1], -1)
 
 
-def test_gguf(tmp_path):
-    """Every type by diffusers' own arithmetic; names and sizes as city96 writes them, five sizes among them."""
+GGUFS = {
+    "flux": lambda: tiny_flux(double=1, single=1, heads=16),
+    "wan": lambda: tiny_wan(layers=1, heads=16, head_dim=16, text_dim=256),
+    "qwen-image": lambda: tiny_qwen_image(layers=1, heads=16),
+}
+
+
+@pytest.mark.parametrize("family", GGUFS)
+def test_gguf(drafts_of, tmp_path, family):
+    """Every type by diffusers' own arithmetic; Wan's names and sizes as city96 writes them, five sizes among them."""
     import gguf
     from diffusers.quantizers.gguf.utils import dequantize_functions
 
-    model = tiny_wan(layers=1, heads=16, head_dim=16, text_dim=256)
+    model, named = GGUFS[family](), wan_name if family == "wan" else str
     rng, expected, count = np.random.default_rng(0), {}, 0
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "wan")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", family)
     for name, value in model.state_dict().items():
         kind = KINDS[count % len(KINDS)] if value.ndim == 2 and value.shape[-1] == 256 else "F32"
         count += kind != "F32" or (value.ndim == 2 and value.shape[-1] == 256)
@@ -344,21 +387,22 @@ def test_gguf(tmp_path):
             numbers = dequantize_functions[type_](rows, size, bytes_, torch.float32)
             expected[name] = numbers.reshape(value.shape).float()
         if value.ndim == 5:
-            writer.add_array(f"comfy.gguf.orig_shape.{wan_name(name)}", list(value.shape))
+            writer.add_array(f"comfy.gguf.orig_shape.{named(name)}", list(value.shape))
             data = data.reshape(value.shape[0], -1)
-        writer.add_tensor(wan_name(name), data, raw_dtype=type_)
+        writer.add_tensor(named(name), data, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     assert count >= len(KINDS)
     model.save_pretrained(tmp_path / "model")
-    checkpoint = open_checkpoint(str(tmp_path / "model.gguf"), FAMILIES["wan"], config=str(tmp_path / "model"))
+    checkpoint = open_checkpoint(str(tmp_path / "model.gguf"), FAMILIES[family], config=str(tmp_path / "model"))
     assert_stands_for(checkpoint, expected, 0)
+    assert_computes_with(drafts_of(family, model), checkpoint, model, expected)
     said = checkpoint.said_of_formats("fp16")
     assert said.startswith("weights: GGUF's Q4_0, ") and "GGUF's Q8_0" in said and said.endswith("dequantised to fp16")
     whole = (tmp_path / "model.gguf").read_bytes()
     for length in (len(whole) - 100, 5000, 30, 5):
         (tmp_path / "cut.gguf").write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"cut.gguf (is damaged|ends within) .*; download it again"):
-            open_checkpoint(str(tmp_path / "cut.gguf"), FAMILIES["wan"], config=str(tmp_path / "model"))
+            open_checkpoint(str(tmp_path / "cut.gguf"), FAMILIES[family], config=str(tmp_path / "model"))

@@ -4,6 +4,7 @@ The oracle of the numbers is ml_dtypes, which rounds to e4m3 and e2m1 by itself;
 holds what the weights stand for.
 """
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -11,7 +12,9 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import onnx as onnx_library
+import oracle
 import pytest
+import readme
 import torch
 from harness import eager_denoiser
 from safetensors import safe_open
@@ -176,6 +179,19 @@ def test_a_pattern_that_keeps_nothing_or_all_is_refused(drafts):
         drafts("plain", "last", weights="fp8", keep_precision=("*",))
 
 
+def test_what_the_help_says_of_time_on_a_cpu_is_what_was_measured(capsys):
+    """By the newest record of each engine; the pages say it in a sentence of `tools/readme.py`."""
+    won = {
+        name: readme.faster(json.loads(readme.newest(name).read_text()))
+        for name in ("quantised-cost", "quantised-cost-inductor")
+    }
+    assert won == {"quantised-cost": ["int8 by token"], "quantised-cost-inductor": []}
+    with pytest.raises(SystemExit):
+        cli.main(["dit", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "On a CPU this is for memory: only int8 with --activations token in ONNX Runtime is faster too" in said
+
+
 # Checkpoints that are quantised already
 
 
@@ -205,7 +221,10 @@ def test_the_values_of_a_checkpoint_are_kept_as_they_are(drafts, tiny, tmp_path,
     denoiser = eager_denoiser(made)
     data, every = random_trajectory(denoiser, 2), Forecasts(Plan.all_full(2), 0)
     assert verify.compare(verify.reference_model(checkpoint), denoiser, data, every).ratio < 1
+    lost = verify.verify(denoiser, checkpoint, random_trajectory(denoiser, 4), lambda _: None)
+    assert (lost.against, lost.quantisation, lost.both) == (None, None, None) and lost.forecast > 0
     if form == "fp8":
+        assert_errors_are_of_activations_alone(export.draft(traced, replace(options, activations="token")), checkpoint)
         static = replace(options, activations="static")
         rounding, model = eager_denoiser(export.draft(traced, static)), verify.reference_model(checkpoint)
         assert rounding.manifest.quantised.input_scales == dict.fromkeys(names, 1.0)
@@ -223,6 +242,24 @@ def test_the_values_of_a_checkpoint_are_kept_as_they_are(drafts, tiny, tmp_path,
         export.draft(plain, options)
     with pytest.raises(ConfigError, match=r"--weights is keep, and .* is a config without weights, expected"):
         formats_of(replace(plain, weightless=True), names)
+
+
+def assert_errors_are_of_activations_alone(draft, checkpoint):
+    """As the untouched model that holds the checkpoint's values, dequantised, says by itself."""
+    denoiser, steps = eager_denoiser(draft), 4
+    data = random_trajectory(denoiser, steps)
+    lost = verify.verify(denoiser, checkpoint, data, lambda _: None)
+    assert lost.against == "the model with the checkpoint's weights dequantised"
+    assert str(lost).startswith("quantisation error of activations alone ")
+    slot = denoiser.slot(denoiser.sizes(data.latents.shape[1:], data.conditioning))
+    slot.start(data.conditioning, Forecasts(Plan.all_full(steps), 0), data.timesteps)
+    seen = np.stack([slot.step(latent) for latent in data.latents])
+    given = {name: torch.as_tensor(value) for name, value in data.conditioning.items()}
+    times = oracle.seen_by(torch.as_tensor(data.timesteps), torch.float32)
+    model = checkpoint.load(torch.float32).double()
+    plain = oracle.replay(model, torch.as_tensor(data.latents), times, given, "F" * steps, 1).numpy()
+    assert lost.quantisation == pytest.approx(np.linalg.norm(seen - plain) / np.linalg.norm(plain), rel=1e-3)
+    assert lost.quantisation > 2.0**-10 and 0 < lost.both <= lost.quantisation + lost.forecast
 
 
 # Bundles

@@ -46,7 +46,9 @@ def scales(traced):
 
     def find(form):
         options = options_of(weights=form, engine="inductor", **STATIC)
-        return input_scales(traced("dit"), options, SAMPLES)
+        found = input_scales(traced("dit"), options, SAMPLES)
+        assert found.samples == SAMPLES
+        return found.scales
 
     return cache(find)
 
@@ -125,6 +127,16 @@ def test_a_checkpoint_brings_its_own_and_classes_need_no_file():
     assert check_samples(replace(options, weights="fp8"), "labels", None, None, None)
 
 
+def test_the_manifest_says_what_constants_rest_on(made):
+    """How many samples; or the caller or the checkpoint, which say none."""
+    found = export.describe(made("fp8", samples=SAMPLES), "x").quantised
+    assert (found.samples, found.reads) == (2, "what they read by constants found on 2 samples")
+    assert export.describe(made("fp8", samples=SAMPLES, activations="token"), "x").quantised.samples is None
+    brought = found.model_copy(update={"samples": None})
+    assert brought.reads == "what they read by constants of the caller"
+    assert brought.model_copy(update={"kept": True}).reads == "what they read by constants of the checkpoint"
+
+
 def test_a_layer_without_a_constant_is_named(made, scales, traced):
     name, layer = "transformer_blocks.1.ff.net.2.weight", "transformer_blocks.1.ff.net.2"
     without = {n: s for n, s in scales("fp8").items() if n != name}
@@ -153,7 +165,8 @@ def test_the_command_line_finds_them(tiny, eager, tmp_path, capsys):
     given += ["--steps", "2", "--latent-size", "4x6"]
     assert cli.main([*given, "--inputs", str(file)]) == 0
     assert re.search(
-        r"quantised .* of weights in fp8, \d+ layers, what they read by constants;", capsys.readouterr().out
+        r"quantised .* of weights in fp8, \d+ layers, what they read by constants found on 2 samples;",
+        capsys.readouterr().out,
     )
     assert cli.main([*given, "--inputs", str(tmp_path / "x.safetensors")]) == 2
     assert "x.safetensors is missing" in capsys.readouterr().err
@@ -193,18 +206,20 @@ def test_engines_round_as_the_model_that_rounds(made, once, tiny, form, engine):
         assert kinds(folder / "full.onnx").count("QuantizeLinear") == 12
 
 
-@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("form", ["fp8", "nvfp4", "int8"])
 def test_tensorrt_rtx_multiplies_in_few_bits_by_constants(made, tmp_path, form):
     """As `test_tensorrt` sees it for activations by token: the builder's own list of layers."""
     pytest.importorskip("tensorrt_rtx")
     import test_tensorrt
 
     def static(name, *how, **changes):
-        return made(changes.pop("weights"), **{**dict(zip(("granularity",), how, strict=True)), **changes})
+        changes |= {"activations": "static", **dict(zip(("granularity",), how, strict=True))}
+        return made(changes.pop("weights"), **changes)
 
     test_tensorrt.test_quantised_layers_multiply_in_few_bits(static, tmp_path, "dit", form)
-    found, rounds = kinds(tmp_path / "full.onnx"), {"fp8": "QuantizeLinear", "nvfp4": "TRT_FP4DynamicQuantize"}
-    assert found.count(rounds[form]) == 12 and "ReduceMax" not in found  # queries, keys and values read one tensor
+    found = kinds(tmp_path / "full.onnx")
+    rounds = "TRT_FP4DynamicQuantize" if form == "nvfp4" else "QuantizeLinear"
+    assert found.count(rounds) == 12 and "ReduceMax" not in found  # queries, keys and values read one tensor
 
 
 # Products in few bits

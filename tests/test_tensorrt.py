@@ -77,8 +77,9 @@ def test_every_graph_of_every_family_builds(drafts, once, name, precision):
 
 
 # What the matrix units read where a layer is quantised, and the GPUs that have it. Bundles above are of nvfp4.
-FEW_BITS = {"fp8": ("FP8", ("8.9", "12.0")), "nvfp4": ("FP4E2M1", ("12.0",))}
-QUANTISED = [(name, "fp8") for name, precision in TENSORRT_RTX if precision == "bf16"] + [("dit", "nvfp4")]
+FEW_BITS = {"fp8": ("FP8", ("8.9", "12.0")), "nvfp4": ("FP4E2M1", ("12.0",)), "int8": ("Int8", ("8.0", "12.0"))}
+QUANTISED = [(name, "fp8") for name, precision in TENSORRT_RTX if precision == "bf16"]
+QUANTISED += [("dit", "nvfp4"), ("dit", "int8")]
 
 
 @pytest.mark.slow
@@ -91,6 +92,7 @@ def test_quantised_layers_multiply_in_few_bits(drafts, tmp_path, name, weights):
     _, capabilities = FEW_BITS[weights]
     how = {"gpu-arch": ",".join(capabilities), "profiling-verbosity": "detailed", "builder-optimization-level": 0}
     chosen = {**TENSORRT_RTX[name, "bf16"], "guards": (), "weights": weights, "engine_options": how}
+    chosen["activations"] = "token"  # which is not what int8 does if nothing is said
     draft = drafts(name, "residual", order=1, engine="tensorrt-rtx", precision="bf16", **chosen)
     cut = draft.split.full
     places = write_weights(tmp_path / WEIGHTS, {n: draft.stored[n] for n in cut.parameters()}, draft.read)

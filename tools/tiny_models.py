@@ -341,15 +341,15 @@ def z_image_inputs(model, steps, batch=1, height=4, width=4, text_tokens=6, seed
     return _trajectory(sigma, (batch, config.in_channels, 2 * height, 2 * width), rng), 1 - sigma, conditioning
 
 
-def tiny_qwen_image(seed=0, layers=2, pictures_at_zero=False):
-    """Qwen-Image of width 32, float32, eval; `pictures_at_zero` as Qwen-Image-Edit-2511."""
+def tiny_qwen_image(seed=0, layers=2, pictures_at_zero=False, heads=2):
+    """Qwen-Image of width 16 * heads, float32, eval; `pictures_at_zero` as Qwen-Image-Edit-2511."""
     return randomised(
         lambda: QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
             num_layers=layers,
             attention_head_dim=16,
-            num_attention_heads=2,
+            num_attention_heads=heads,
             joint_attention_dim=24,
             axes_dims_rope=(4, 6, 6),
             zero_cond_t=pictures_at_zero,

@@ -8,6 +8,7 @@ from pydantic import Field
 from taylorseer_export.bundle.entries import Count, Text
 from taylorseer_export.bundle.sealed import Part
 
+UNQUANTISED = "the unquantised model"
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -26,11 +27,32 @@ class Quantised(Part):
     input_scales: dict[Text, Scale] = Field(
         default={}, description="Weight -> what a value that its layer reads counts, where that is a constant."
     )
+    samples: Count | None = Field(
+        default=None,
+        description="Requests that those constants were found on; None where checkpoint or caller brought them.",
+    )
     kept: bool = Field(default=False, description="Whether values and scales are those of the checkpoint.")
     layers: tuple[Text, ...] = Field(min_length=1, description="Names of the quantised weights.")
     bytes: Count = Field(description="What their values and scales take.")
     unquantised_bytes: Count = Field(description="What they take in the bundle's precision.")
     keep_precision: tuple[Text, ...] = Field(default=(), description="Patterns of layers left out on purpose.")
+
+    @property
+    def reads(self) -> str:
+        """What its layers read, where that is quantised too, for people; else empty."""
+        if self.activations != "static":
+            return "what they read by token" if self.activations == "token" else ""
+        if self.samples is not None:
+            return f"what they read by constants found on {self.samples} sample{'s' if self.samples != 1 else ''}"
+        return f"what they read by constants of {'the checkpoint' if self.kept else 'the caller'}"
+
+    @property
+    def compared_with(self) -> str | None:
+        """The model that shows what quantising costs, for people; None where nothing is quantised but what the
+        checkpoint was already."""
+        if not self.kept:
+            return UNQUANTISED
+        return None if self.activations == "none" else "the model with the checkpoint's weights dequantised"
 
     def given(self) -> dict[str, str | None]:
         """The options that ask for it, as on the command line."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from taylorseer_export.bundle.atomic import replacing
+from taylorseer_export.bundle.quantised import UNQUANTISED
 from taylorseer_export.commands.options import bundle_options, plan_options, sample_options
 from taylorseer_export.commands.terminal import (
     check_out,
@@ -124,12 +125,13 @@ def run(given: argparse.Namespace) -> int:
         "in groups of": str(count),
     }
     if manifest.quantised:
-        facts["weights"] = manifest.quantised.weights
+        facts["weights"] = ", ".join(filter(None, (manifest.quantised.weights, manifest.quantised.reads)))
+    against = (manifest.quantised and manifest.quantised.compared_with) or UNQUANTISED
     with replacing(out) as partial:
-        partial.write_text(page(f"{name}: ways to sample", facts, rows, missing), encoding="utf-8")
+        partial.write_text(page(f"{name}: ways to sample", facts, rows, missing, against), encoding="utf-8")
     print(evaluate.table(rows))
     if unquantised:
-        print(evaluate.table_of_errors(rows))
+        print(evaluate.table_of_errors(rows, against))
     for name, what in missing.items():
         print(f"not measured: {name} (needs {what})")
     print(f"wrote {out}")
@@ -140,7 +142,7 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _unquantised(denoiser: Denoiser, reference: str | None) -> tuple[Unquantised | None, dict[str, str]]:
-    """The model that a bundle was quantised from, or what it would need.
+    """The model that shows what quantising a bundle cost, or what it would need.
 
     Raises:
         ConfigError: A model is given for a bundle that is not quantised.
@@ -156,9 +158,9 @@ def _unquantised(denoiser: Denoiser, reference: str | None) -> tuple[Unquantised
                 f"--model is {reference} for a bundle without quantised weights, expected none; leave it out"
             )
         return None, {}
-    if manifest.quantised.kept:
+    if manifest.quantised.compared_with is None:
         return None, {
-            "quantisation error": "the weights that the checkpoint was quantised from, which are in no bundle"
+            "quantisation error": "the weights that the checkpoint was quantised from, which are in no file here"
         }
     if reference is None and not manifest.model.embedded:
         return None, {"quantisation error": "--model, the checkpoint that the bundle was made from"}

@@ -60,6 +60,8 @@ def run(given: argparse.Namespace) -> int:
         lost = verify.verify(denoiser, checkpoint, data, on_plan)
     if lost is not None:
         print(lost)
-    held = "" if lost is None else f" with its {denoiser.manifest.quantised.weights} weights"  # type: ignore[union-attr]
+    held = ""
+    if (quantised := denoiser.manifest.quantised) is not None:
+        held = f" with its {quantised.weights} weights" + (f" ({quantised.reads})" if quantised.reads else "")
     print(f"{denoiser.manifest.family}-{denoiser.manifest.name} equals the eager model{held} within its bounds")
     return 0

@@ -55,6 +55,7 @@ class Options:
             does best.
         input_scales: Weight -> what a value that its layer reads counts, with `static`, in the place of the
             checkpoint's own; see `report/input_scales.py`.
+        samples: Requests that they were found on; None where they come from elsewhere.
         keep_precision: Patterns of layers whose weights stay in the precision.
         lora_rank: Highest rank of the LoRA that a request may bring, dimensionless; None takes none.
         lora_targets: Regular expression found in the names of the layers that it may change; None takes all.
@@ -82,6 +83,7 @@ class Options:
     weights: str | None = None
     activations: str | None = None
     input_scales: Mapping[str, float] = field(default_factory=dict)
+    samples: int | None = None
     keep_precision: tuple[str, ...] = ()
     lora_rank: int | None = None
     lora_targets: str | None = None

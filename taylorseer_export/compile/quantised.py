@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from taylorseer_export.graph.trace import Trace
 
 KEEP = "keep"
-# Format -> the first compute capability whose matrix units have it; int8 weights are widened before that.
+# Format -> the first compute capability whose matrix units have it.
 _SINCE = {"fp8": (8, 9), "nvfp4": (10, 0), "int8": (8, 0)}
 _PLANS = ("tensorrt", "tensorrt-rtx")
 # Kind of engine -> formats that it takes, the first of them what is named where another is asked for.
@@ -35,7 +35,8 @@ _TAKES = {
 # (kind of engine, format) -> how it takes what the layers read, the first if nothing is said.
 _ACTIVATIONS = {
     **{(kind, form): ("token", "none", "static") for kind in _PLANS for form in ("fp8", "nvfp4")},
-    **{(kind, form): ("none", "token", "static") for kind in ("onnxruntime", "inductor") for form in ("fp8", "int8")},
+    **{(kind, "int8"): ("none", "token", "static") for kind in (*_PLANS, "onnxruntime", "inductor")},
+    **{(kind, "fp8"): ("none", "token", "static") for kind in ("onnxruntime", "inductor")},
 }
 
 
@@ -153,12 +154,14 @@ def quantised_entry(plan: Draft) -> Entry | None:
     layers = tuple(dict.fromkeys(part.weight for part in read.values()))
     count = sum(part.count for part in read.values() if part.index == 0)
     first = next(iter(read.values()))
+    scales = {part.weight: part.input_scale for part in read.values() if part.input_scale is not None}
     return Entry(
         weights=first.form,  # type: ignore[arg-type]
         kept=first.kept,
         activations=activations_of(replace(plan.options, weights=first.form)),  # type: ignore[arg-type]
         layers=layers,
-        input_scales={part.weight: part.input_scale for part in read.values() if part.input_scale is not None},
+        input_scales=scales,
+        samples=plan.options.samples if scales else None,
         bytes=sum(stored[name][0].itemsize * math.prod(stored[name][1]) for name in read),
         unquantised_bytes=count * first.precision.itemsize,
         keep_precision=plan.options.keep_precision,

@@ -51,11 +51,10 @@ def card(manifest: Manifest) -> str:
         for kind, tensors in (("reads", graph.inputs), ("writes", graph.outputs)):
             lines += _wrapped(kind, tensors)
     if (quantised := manifest.quantised) is not None:
-        how = {"token": ", what they read by token", "static": ", what they read by constants"}
-        tokens = how.get(quantised.activations, "")
+        reads = f", {quantised.reads}" if quantised.reads else ""
         lines.append(
             f"  quantised  {size(quantised.bytes)} of weights in {quantised.weights}, {len(quantised.layers)} layers"
-            f"{tokens}; {size(quantised.unquantised_bytes)} in {manifest.precision}"
+            f"{reads}; {size(quantised.unquantised_bytes)} in {manifest.precision}"
         )
     for part, described in manifest.parts.items():
         lines += _of_part(part, described)

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from taylorseer_export.bundle.quantised import UNQUANTISED
 from taylorseer_export.embedded.picture import opaque
 from taylorseer_export.embedded.requests import frame_rate, pictures_of
 from taylorseer_export.method import Forecasts, Guard, Plan, Rule
@@ -311,11 +312,17 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def table_of_errors(rows: Sequence[Row]) -> str:
-    """The rows against the unquantised model, for a terminal; nothing where that was not run."""
+def table_of_errors(rows: Sequence[Row], against: str = UNQUANTISED) -> str:
+    """The rows against the unquantised model, for a terminal; nothing where that was not run.
+
+    Args:
+        rows: From `evaluate`.
+        against: What that model is, as `Quantised.compared_with` has it.
+    """
+    alone = "" if against == UNQUANTISED else " of activations alone"
     found = [(row.name, row.unquantised) for row in rows if row.unquantised]
     lines = [
-        "  against the unquantised model, all steps full: `all full` is the quantisation error, every other way both",
+        f"  against {against}, all steps full: `all full` is the quantisation error{alone}, every other way both",
         f"  {'way':<22}{'latent error':>14}{'PSNR dB':>10}{'worst':>8}{'SSIM':>8}",
     ]
     for name, off in found:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,18 @@ if TYPE_CHECKING:
 
 SAMPLES = 8  # as many as `calibrate` fits to, where nothing says how many there are
 _FIRST_SEED = 1_000_000  # far from the seeds people use
+
+
+class Constants(NamedTuple):
+    """What was found, and on how many samples.
+
+    Attributes:
+        scales: Weight -> what a value that its layer reads counts, of all layers that quantisation may choose.
+        samples: Requests that ran; those of a bundle of one batch size are rounded up to whole batches.
+    """
+
+    scales: dict[str, float]
+    samples: int
 
 
 def check_samples(options: Options, source: str, count: int | None, prompts: object, inputs: object) -> bool:
@@ -82,8 +94,8 @@ def input_scales(
     prompts: Sequence[str] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
     on_step: Callable[[int, int], object] = lambda done, total: None,
-) -> dict[str, float]:
-    """Weight -> what a value that its layer reads counts, of all layers that quantisation may choose.
+) -> Constants:
+    """The constants of a model.
 
     Needs memory for the unquantised model, and its time on the CPU.
 
@@ -129,10 +141,12 @@ def input_scales(
         requests = groups(denoiser, count, _FIRST_SEED, prompts, tensors)
         pool, done = Pool(denoiser), iter(range(1, 1 << 62))
         total = len(requests) * requests[0].loops * options.steps
-        forecasts = Forecasts(Plan.all_full(options.steps), 0)
+        forecasts, ran = Forecasts(Plan.all_full(options.steps), 0), 0
         for request in requests:
+            ran += len(request.latents)
             sample(denoiser, request, forecasts, pool.of(request), lambda _: on_step(next(done), total))
-    return {name: constant_scale(value, form, traced.trace.precision) for name, value in largest.items()}
+    scales = {name: constant_scale(value, form, traced.trace.precision) for name, value in largest.items()}
+    return Constants(scales, ran)
 
 
 def _rows(denoiser: Denoiser, tensors: Mapping[str, np.ndarray]) -> int:

@@ -11,6 +11,7 @@ from html import escape
 
 import numpy as np
 
+from taylorseer_export.bundle.quantised import UNQUANTISED
 from taylorseer_export.embedded.picture import png
 from taylorseer_export.report.evaluate import Row, number
 
@@ -103,7 +104,13 @@ class _Mark:
         )
 
 
-def page(title: str, facts: Mapping[str, str], rows: Sequence[Row], unmeasured: Mapping[str, str]) -> str:
+def page(
+    title: str,
+    facts: Mapping[str, str],
+    rows: Sequence[Row],
+    unmeasured: Mapping[str, str],
+    against: str = UNQUANTISED,
+) -> str:
     """The whole page.
 
     Args:
@@ -111,6 +118,7 @@ def page(title: str, facts: Mapping[str, str], rows: Sequence[Row], unmeasured: 
         facts: What the measurement depended on, by name.
         rows: The first is all-full.
         unmeasured: Metric -> the weights it would need.
+        against: The unquantised model of the rows, as `Quantised.compared_with` has it.
     """
     marks = {row.name: _Mark.of(k) for k, row in enumerate(rows)}
     compared = [row for row in rows[1:] if row.psnr is not None]
@@ -122,9 +130,10 @@ def page(title: str, facts: Mapping[str, str], rows: Sequence[Row], unmeasured: 
         _table(rows, marks),
     ]
     if rows[0].unquantised:
+        alone = "" if against == UNQUANTISED else " of activations alone"
         parts += [
-            "<h2>Against the unquantised model</h2><p>The same samples against that model with all its steps full: "
-            f"{escape(rows[0].name)} is the quantisation error, every other way both errors together.</p>",
+            f"<h2>Against {escape(against)}</h2><p>The same samples against that model with all its steps full: "
+            f"{escape(rows[0].name)} is the quantisation error{alone}, every other way both errors together.</p>",
             _table_of_errors(rows, marks),
         ]
     if unmeasured:

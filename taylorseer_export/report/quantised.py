@@ -3,9 +3,13 @@
 Shares of the norm of what the unquantised model predicts, over all steps of one trajectory, every model fed the same
 latents:
 
-    quantisation error    the model with dequantised weights, all steps full
+    quantisation error    the bundle with all steps full, against that model
     forecast error        the bundle by its plan, against the bundle with all steps full
-    both                  the bundle by its plan
+    both                  the bundle by its plan, against that model
+
+so that both are never more than the sum of the two. A bundle that keeps a checkpoint's own values has no unquantised
+model: what it is compared with has those values dequantised, and the quantisation error is that of activations alone.
+Where these are not quantised either there is none to tell.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 from torch import nn
 
 from taylorseer_export.bundle.manifest import Manifest
+from taylorseer_export.bundle.quantised import UNQUANTISED
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.draft import PRECISIONS
 from taylorseer_export.graph.formats import dequantised, quantised
@@ -29,30 +34,45 @@ Predictions = Sequence[np.ndarray]
 
 @dataclass(frozen=True)
 class Errors:
-    """Shares of the norm of the unquantised predictions, dimensionless."""
+    """Shares of the norm of the unquantised predictions, dimensionless.
 
-    quantisation: float
+    Attributes:
+        against: The model that made them; None where there is none but that of the bundle's own numbers.
+        quantisation, both: None there.
+    """
+
+    against: str | None
+    quantisation: float | None
     forecast: float
-    both: float
+    both: float | None
 
     def __str__(self) -> str:
+        if self.against is None:
+            return (
+                "quantisation error none beside that of the checkpoint, whose unquantised weights are in no file here; "
+                f"forecast error {self.forecast:.1e} of the prediction"
+            )
+        alone = "" if self.against == UNQUANTISED else " of activations alone"
         return (
-            f"quantisation error {self.quantisation:.1e}, forecast error {self.forecast:.1e}, both {self.both:.1e}: "
-            "shares of the unquantised model's prediction"
+            f"quantisation error{alone} {self.quantisation:.1e}, forecast error {self.forecast:.1e}, both "
+            f"{self.both:.1e}: shares of the prediction of {self.against}"
         )
 
 
-def errors(plain: Predictions, exact: Predictions, full: Predictions, by_plan: Predictions) -> Errors:
+def errors(against: str | None, plain: Predictions, full: Predictions, by_plan: Predictions) -> Errors:
     """The three errors.
 
     Args:
-        plain: Predictions of the unquantised model, all steps full, one for each step.
-        exact: Of the model with dequantised weights, all steps full.
+        against: As of `Errors`.
+        plain: Predictions of that model, all steps full, one for each step.
         full: Of the bundle, all steps full.
         by_plan: Of the bundle by its plan.
     """
     scale = _norm(plain, [np.zeros_like(p) for p in plain])
-    return Errors(_norm(exact, plain) / scale, _norm(by_plan, full) / scale, _norm(by_plan, plain) / scale)
+    forecast = _norm(by_plan, full) / scale
+    if against is None:
+        return Errors(None, None, forecast, None)
+    return Errors(against, _norm(full, plain) / scale, forecast, _norm(by_plan, plain) / scale)
 
 
 def _norm(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:

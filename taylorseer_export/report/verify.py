@@ -170,7 +170,7 @@ def verify(
     """Compare the plans that matter: all full, the default, order 0, an uneven one; and what every guard executes.
 
     Returns:
-        What quantised weights cost beside that; None where there are none, or the checkpoint has no others.
+        What quantised weights cost beside that; None where there are none.
 
     Raises:
         ParityError: A bound is broken.
@@ -178,9 +178,10 @@ def verify(
     model = reference_model(checkpoint)
     plain: list[np.ndarray] = []
     quantised = denoiser.manifest.quantised
-    if quantised is not None and not quantised.kept:  # else the checkpoint has no other weights to compare with
+    if quantised is not None:
         plain = _predictions(model, denoiser, data)
-        hold_quantised(model, checkpoint, denoiser.manifest)
+        if not quantised.kept:  # else that is what it holds
+            hold_quantised(model, checkpoint, denoiser.manifest)
     round_inputs(model, denoiser.manifest)
     state, steps = denoiser.manifest.state, len(data.timesteps)
     cases = plans(denoiser, steps)
@@ -197,10 +198,10 @@ def verify(
                 f"{forecasts.order}), "
                 f"expected at most {result.bound[step]:.3g}; export again, and report it if it stays"
             )
-    if not plain:
+    if quantised is None:
         return None
     full, regular = (_answers(denoiser, data, forecasts) for forecasts in cases[:2])
-    return errors(plain, _predictions(model, denoiser, data), full, regular)
+    return errors(quantised.compared_with, plain, full, regular)
 
 
 def _predictions(model: nn.Module, denoiser: Denoiser, data: Trajectory) -> list[np.ndarray]:

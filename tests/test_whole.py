@@ -76,6 +76,13 @@ def encoded(pipe, name, length):
                 return {"encoder_hidden_states": states, "pooled_projections": pooled}
             case "flux2" | "flux2-base":
                 return {"encoder_hidden_states": pipe.encode_prompt(PROMPT, **more, text_encoder_out_layers=LAYERS)[0]}
+            case "flux3":
+                embed = type(pipe.blocks.sub_blocks["text_encoder"])._get_qwen3_vl_prompt_embeds
+                return {
+                    "encoder_hidden_states": embed(
+                        pipe.text_encoder, pipe.tokenizer, PROMPT, hidden_states_layers=LAYERS
+                    )
+                }
             case "qwen-image" | "qwen-image-2.1":
                 return {"encoder_hidden_states": pipe.encode_prompt(PROMPT)[0]}
             case "chroma":

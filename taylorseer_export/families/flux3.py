@@ -3,17 +3,24 @@
 Words are modulated at timestep 0. The model modulates token by token, all of a kind alike; here one row serves them.
 As distilled it is a flow map: it is told the timestep of the next step too, which moves words and picture, and it needs
 no guidance.
+
+Its pipeline is modular, and has another model write a prompt anew first; here a prompt is encoded as it is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from taylorseer_export.families.autoencoders import picture_of_tokens
+from taylorseer_export.families.encoders import layers, one_place, told
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, instead, packed
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole
 
 _PLACES = 4  # of a token: time, row, column, and the number of a word
 _SPACING = 0.5  # between rows and columns
+_LONGEST = 8192  # tokens of a prompt
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -78,6 +85,27 @@ def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return _DISTILLED if config.get("flow_map") else {}
 
 
+def _encode(chosen: tuple[int, ...], encoders: Modules, given: Tensors) -> dict[str, Any]:
+    """The states of some layers of Qwen3-VL side by side, those of padding too, of which each has place 1."""
+    import torch
+
+    model, mask = encoders["text_encoder"].model.language_model, given["mask"]
+    places = torch.where(mask > 0, mask.cumsum(1) - 1, 1).expand(3, 1, -1)
+    with one_place(model):
+        states = layers(model, given["tokens"], attention_mask=mask, position_ids=places)
+    return {"encoder_hidden_states": torch.cat([states[layer] for layer in chosen], -1)}
+
+
+_TOKENS = Tokens(
+    "tokens",
+    "tokenizer",
+    _LONGEST,
+    size="text_tokens",
+    multiple=80,
+    side="right",
+    chat=told(add_generation_prompt=True),
+    mask="mask",
+)
 _DISTILLED = {
     "guidance": "none",
     "guidance_scale": 1.0,
@@ -93,7 +121,7 @@ FLUX3 = Family(
     stack_input=("mode_blocks.image.0", "hidden_states"),
     stack_output=("norm_out", "hidden_states"),
     inputs=_inputs,
-    dimensions=lambda config: {"batch": (1, 16), "image_tokens": (4, 16384), "text_tokens": (1, 1024)},
+    dimensions=lambda config: {"batch": (1, 16), "image_tokens": (4, 16384), "text_tokens": (1, _LONGEST)},
     latent_sizes=packed,
     defaults=Defaults(steps=50, interval=4, warmup=3, order=1),
     scheduler_config={"shift": 6.93},
@@ -101,6 +129,13 @@ FLUX3 = Family(
     guidance_scale=3.5,
     timestep_divisor=1000.0,
     pipeline=Pipeline(noise="tokens"),
+    whole=Whole(
+        decode=picture_of_tokens,
+        encoders=("text_encoder",),
+        tokens=(_TOKENS,),
+        encode=partial(_encode, (4, 8, 12, 16, 20, 24, 28, 32)),
+        negative="",
+    ),
     by_config=_by_config,
     patched=instead(_traced),
 )

@@ -50,6 +50,19 @@ def flux(model, timestep, hidden_states, img_ids, image_latents=None, image_ids=
     return plain(model, timestep, hidden_states=rows, img_ids=ids, **inputs)[:, : hidden_states.shape[1]]
 
 
+def flux3(model, timestep, target_timestep=None, **inputs):
+    """As Flux3DistilledLoopDenoiser where it is distilled."""
+    told = {} if target_timestep is None else {"target_timestep": target_timestep.expand(len(timestep))}
+    return plain(model, timestep, **told, **inputs)
+
+
+def next_timesteps(model, timestep):
+    """What a model that is told the next timestep too is told at each step, behind the last 0; else nothing."""
+    if not getattr(model.config, "flow_map", False):
+        return [{} for _ in timestep]
+    return [{"target_timestep": t} for t in [*timestep[1:], torch.zeros(())]]
+
+
 def keeps_pictures(model):
     """Whether it is a FLUX.2 klein KV, by the attention that its pipeline gives it."""
     return any(type(getattr(m, "processor", None)).__name__ == "Flux2KVAttnProcessor" for m in model.modules())
@@ -190,6 +203,7 @@ FAMILIES = {
             (r"single_transformer_blocks\.\d+\.(attn|ff)", None),  # text then image rows
         ),
         first="mode_blocks.image.0",
+        call=flux3,
     ),
     "ChromaTransformer2DModel": Family(
         (
@@ -408,8 +422,8 @@ def at(conditioning, step, others):
 def replay(model, latents, timestep, conditioning, plan, order, granularity="module", dtype=torch.float64):
     """noise_pred [S, ...] of the whole plan; conditioning under diffusers' names, no step axis."""
     oracle = Oracle(model, plan, order, granularity, dtype)
-    steps = zip(latents, timestep, plan, strict=True)
-    return torch.stack([oracle.step(x, t, conditioning) for x, t, _ in steps])
+    steps = zip(latents, timestep, next_timesteps(model, timestep), plan, strict=True)
+    return torch.stack([oracle.step(x, t, conditioning | told) for x, t, told, _ in steps])
 
 
 @torch.no_grad()

@@ -63,6 +63,7 @@ CASES = {
         picture=EDITED,
     ),
     "flux2": Case((16, 24), 48, asked={"text_encoder_out_layers": LAYERS}),
+    "flux3": Case((20, 28), None, 3.0, {"negative_prompt": OTHER, "text_encoder_out_layers": LAYERS}),
     "chroma": Case((16, 24), 16, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
     "z-image": Case((16, 24), None, 4.0, {"guidance_scale": 4.0, "negative_prompt": OTHER}),
     "hidream": Case((16, 16), None, 5.0, {"guidance_scale": 5.0, "negative_prompt": OTHER}),

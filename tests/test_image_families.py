@@ -477,11 +477,6 @@ def test_a_sana_with_places_has_one_size():
         changed["latent_sizes"](config, 64, 32)
 
 
-def test_flux3_distilled_is_refused():
-    with pytest.raises(ConfigError, match=r"`flow_map` is true, expected false; no family covers a model that is told"):
-        FAMILIES["flux3"].inputs({"flow_map": True})
-
-
 def test_places_of_flux3_s_tokens_are_the_pipeline_s(eager):
     constants, sizes = eager("flux3").constants, {"batch": 1, "image_tokens": 6, "text_tokens": 5}
     made = {n: value_from_fill(constants[n], sizes, (2, 3)) for n in ("img_ids", "txt_ids")}

@@ -6,6 +6,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.guiders import AutoGuidance, ClassifierFreeGuidance, SkipLayerGuidance
 from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
 from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3CoreDenoiseStep
+from diffusers.modular_pipelines.flux3.modular_blocks_flux3_distilled import Flux3DistilledCoreDenoiseStep
 from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage import QwenImageCoreDenoiseStep
 from recorder import Recorder
 from tiny_pipelines import flux_pipeline, qwen_image_pipeline
@@ -38,6 +39,13 @@ CASES = {
         {"cond", "uncond"},
     ),
     "flux3": (Flux3CoreDenoiseStep, {"shift": 6.93}, WORDS, 2.0, {"cond", "uncond"}),
+    "flux3-distilled": (
+        Flux3DistilledCoreDenoiseStep,
+        {"shift": 6.93},
+        {"prompt_embeds": text(6, 24)},
+        None,
+        {"0"},
+    ),
 }
 
 

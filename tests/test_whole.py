@@ -76,6 +76,13 @@ def encoded(pipe, name, length):
                 return {"encoder_hidden_states": states, "pooled_projections": pooled}
             case "flux2" | "flux2-base":
                 return {"encoder_hidden_states": pipe.encode_prompt(PROMPT, **more, text_encoder_out_layers=LAYERS)[0]}
+            case "flux3":
+                embed = type(pipe.blocks.sub_blocks["text_encoder"])._get_qwen3_vl_prompt_embeds
+                return {
+                    "encoder_hidden_states": embed(
+                        pipe.text_encoder, pipe.tokenizer, PROMPT, hidden_states_layers=LAYERS
+                    )
+                }
             case "qwen-image" | "qwen-image-2.1":
                 return {"encoder_hidden_states": pipe.encode_prompt(PROMPT)[0]}
             case "chroma":
@@ -336,6 +343,33 @@ def test_prompts_of_two_lengths_are_drawn_together(whole):
         oracle.assert_close(prompt, torch.from_numpy(made[k : k + 1]), torch.from_numpy(alone), limit)
 
 
+@pytest.mark.parametrize("name", ["flux3"])
+def test_prompts_that_fill_up_alike_are_drawn_together(whole, name):
+    """What fills up counts, so that others are refused: each picture is the one that the pipeline makes of its prompt
+    alone, guided away from none that anyone gave."""
+    (pipe, denoiser), size = whole(name), (28, 20)
+    prompts = [PROMPT, "b"]
+    request = prompt_request(denoiser, prompts, [1, 2], size, 3.0)
+    made = pictures_of(denoiser, request, sample(denoiser, request, denoiser.forecasts(plan="F" * STEPS)).latents)
+    for k, prompt in enumerate(prompts):
+        with torch.no_grad():
+            (expected,) = pipe(
+                prompt=prompt,
+                height=size[0],
+                width=size[1],
+                num_inference_steps=STEPS,
+                generator=torch.Generator().manual_seed(k + 1),
+                text_encoder_out_layers=LAYERS,
+                output_type="pt",
+            ).images
+        limit = bound_of_picture(expected, pipe, 2 * STEPS, 3.0)
+        seen = torch.from_numpy(made[k].copy()).movedim(-1, -3) / 255
+        oracle.assert_close(prompt, seen, expected, limit)
+        assert (torch.from_numpy(made[1 - k].copy()).movedim(-1, -3) / 255 - expected).abs().max() > limit
+    with pytest.raises(ConfigError, match=r"prompts are 80 and 160 tokens long, expected all of one length"):
+        prompt_request(denoiser, [PROMPT, "y " * 90], [1, 2], size)
+
+
 @pytest.mark.parametrize("name", ["flux", "sd3"])
 def test_prompts_that_are_kept_are_the_same_bits(whole, name, monkeypatch):
     """The prompt and, under guidance, the one that it leads away from are encoded once for all pictures."""
@@ -385,10 +419,19 @@ class Stop(Exception):
     """Raised by an encoder that was given its tokens."""
 
 
-PROMPTS = ("", "A b ", "z " * 600, """say 'a b' or "c\nd" it's""", "\u201cq r\u201dx\u2018s\u2019", "'don't", "a 'b c")
+PROMPTS = (
+    "",
+    "A b ",
+    "y " * 90,
+    "z " * 600,
+    """say 'a b' or "c\nd" it's""",
+    "\u201cq r\u201dx\u2018s\u2019",
+    "'don't",
+    "a 'b c",
+)
 
 
-@pytest.mark.parametrize("name", ["pixart", "sana", "ovis-image", "longcat-image", "krea-2"])
+@pytest.mark.parametrize("name", ["pixart", "sana", "ovis-image", "longcat-image", "krea-2", "flux3"])
 def test_any_prompt_has_the_tokens_of_its_pipeline(whole, name, monkeypatch):
     """In its template, in lower case, spelled in quotes, cut off and filled up as each pipeline does it."""
     (pipe, denoiser), told, given = whole(name), {}, {}
@@ -397,20 +440,24 @@ def test_any_prompt_has_the_tokens_of_its_pipeline(whole, name, monkeypatch):
         told.update(ids=input_ids, mask=attention_mask)
         raise Stop
 
-    def asked(prompt, negative):
+    def asked(prompt, negative, length):
+        if name == "flux3":
+            embed = pipe.blocks.sub_blocks["text_encoder"]._get_qwen3_vl_prompt_embeds
+            return embed(pipe.text_encoder, pipe.tokenizer, prompt, max_sequence_length=length)
         if name == "sana":
             most = {"max_sequence_length": 16}
             instruction = None if negative else inspect.signature(pipe.__call__).parameters["complex_human_instruction"]
             most |= {"complex_human_instruction": instruction and instruction.default}
             return pipe._get_gemma_prompt_embeds(prompt, "cpu", torch.float32, **most)
-        return pipe.encode_prompt(prompt, **({} if name == "longcat-image" else {"max_sequence_length": 16}))
+        return pipe.encode_prompt(prompt, **({} if length is None else {"max_sequence_length": length}))
 
     monkeypatch.setattr(pipe.text_encoder, "forward", stop)
     monkeypatch.setattr(type(denoiser.encoder.part), "__call__", lambda part, tokens: given.update(tokens))
     for prompt, negative in product(PROMPTS, (False, True)):
+        length = {"longcat-image": None, "flux3": 100 if negative else 170}.get(name, 16)  # no multiples of 80
         with pytest.raises(Stop):
-            asked(prompt, negative)
-        denoiser.encoder.encode(prompt, None if name == "longcat-image" else 16, negative=negative)
+            asked(prompt, negative, length)
+        denoiser.encoder.encode(prompt, length, negative=negative)
         ids, mask = (given[key] for key in ("t5" if name == "pixart" else "tokens", "mask"))
         if name == "sana":
             total = told["ids"].shape[1]
@@ -630,8 +677,28 @@ def test_a_folder_that_lacks_a_part_is_refused_before_any_work(whole_flux, tmp_p
     assert problem in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def _edit(folder, **entries):
-    path = folder / "model_index.json"
+@pytest.mark.parametrize("family", ["flux3"])
+def test_a_modular_folder_says_its_classes_otherwise(whole_bundles, tmp_path, capsys, family):
+    """Also of components that were not loaded when it was saved."""
+    index, folder = "modular_model_index.json", tmp_path / "pipeline"
+    shutil.copytree(whole_bundles(family).parent / "pipeline", folder)
+    asked = [family, "--model", str(folder), "--whole", "--out", str(tmp_path / "out")]
+    shutil.rmtree(folder / "vae")
+    kinds = {"type_hint": ["diffusers", "AutoencoderKLFlux2"]}
+    for entries, problem in (
+        ({"vae": [None, None, kinds]}, "has no folder `vae`, expected a whole diffusers pipeline"),
+        ({"vae": [None, None, {}]}, "`vae` of"),
+        ({"vae": ["mine", "Decoder", kinds]}, "`vae` of"),
+    ):
+        _edit(folder, index, **entries)
+        assert cli.main(asked) == 2 and problem in capsys.readouterr().err
+    (folder / index).unlink()
+    assert cli.main(asked) == 2 and "has no model_index.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def _edit(folder, index="model_index.json", **entries):
+    path = folder / index
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 

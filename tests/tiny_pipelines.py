@@ -6,7 +6,7 @@ Nothing is downloaded and nothing is trained: what matters is that a pipeline ru
 """
 
 import string
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import diffusers  # what is newer than the oldest versions asked for is looked up when it is built
 import torch
@@ -667,6 +667,47 @@ def whole_longcat_image(transformer):
     return _quiet(pipe)
 
 
+def whole_flux3(transformer):
+    """FLUX.3 from a prompt, as it is given, guided where the model was not distilled."""
+    from diffusers.modular_pipelines.flux3 import modular_blocks_flux3, modular_blocks_flux3_distilled
+
+    distilled = transformer.config.flow_map
+    blocks = (
+        modular_blocks_flux3_distilled.Flux3DistilledAutoBlocks()
+        if distilled
+        else modular_blocks_flux3.Flux3AutoBlocks()
+    )
+    blocks.sub_blocks.pop("prompt_upsampler")
+    tokenizer = chats(_Tokenizer)
+    tokenizer.chat_template = _chat()
+    pipe = blocks.init_pipeline()
+    pipe.update_components(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.93),
+        vae=tiny_flux2_vae(transformer.config.in_channels // 4),
+        text_encoder=tiny_qwen3_vl(transformer.config.joint_attention_dim // 3, "Qwen3VLForConditionalGeneration"),
+        tokenizer=tokenizer,
+        **({} if distilled else {"guider": ClassifierFreeGuidance(guidance_scale=3.0)}),
+    )
+    return Modular(_with_statistics(_quiet(pipe)))
+
+
+class Modular:
+    """A modular pipeline, called and saved as the others are."""
+
+    def __init__(self, pipe):
+        self._pipe = pipe
+
+    def __getattr__(self, name):
+        return getattr(self._pipe, name)
+
+    def __call__(self, **asked):
+        return SimpleNamespace(images=self._pipe(**asked, output="images"))
+
+    def save_pretrained(self, folder):
+        self._pipe.save_pretrained(str(folder), overwrite_modular_index=True)
+
+
 def whole_krea_2(transformer):
     """The same from a prompt."""
     pipe = krea_2_pipeline(transformer)
@@ -687,7 +728,7 @@ def whole_qwen_image_21(transformer):
     )
 
 
-class _Processor(PreTrainedTokenizerFast):
+class _Tokenizer(PreTrainedTokenizerFast):
     """A tokenizer as the processor that the pipeline has, of which it asks nothing but tokens."""
 
     __module__ = "transformers"
@@ -696,12 +737,19 @@ class _Processor(PreTrainedTokenizerFast):
     def tokenizer(self):
         return self
 
+
+class _Processor(_Tokenizer):
+    """That of Qwen-Image 2.1, which has parts in a message."""
+
+    __module__ = "transformers"
+
     def apply_chat_template(self, messages, **options):
         (message,) = messages
         return [self.encode(f"<|im_start|>system\n{message['content'][0]['text']}<|im_end|>\n")]
 
 
-_Processor.__name__ = "PreTrainedTokenizerFast"  # as an index of the pipeline is to say
+for _kind in (_Tokenizer, _Processor):
+    _kind.__name__ = "PreTrainedTokenizerFast"  # as an index of the pipeline is to say
 
 
 def _chat():

@@ -153,8 +153,8 @@ def tiny_flux2_kv(seed=3):
     return model
 
 
-def tiny_flux3(seed=0):
-    """FLUX.3 of width 32, float32, eval."""
+def tiny_flux3(seed=0, flow_map=False):
+    """FLUX.3 of width 32, or one that was distilled, float32, eval."""
     return randomised(
         lambda: diffusers.Flux3Transformer2DModel(
             in_channels=16,
@@ -165,6 +165,7 @@ def tiny_flux3(seed=0):
             num_attention_heads=2,
             joint_attention_dim=24,
             axes_dims_rope=(4, 4, 4, 4),
+            flow_map=flow_map,
         ),
         seed,
     )
@@ -910,6 +911,7 @@ MODELS = {
     "flux2-edit": ("flux2-edit", lambda: tiny_flux2(seed=2, double=1), flux2_edit_inputs),
     "flux2-kv": ("flux2-kv", tiny_flux2_kv, flux2_edit_inputs),
     "flux3": ("flux3", tiny_flux3, flux3_inputs),
+    "flux3-distilled": ("flux3", lambda: tiny_flux3(seed=1, flow_map=True), flux3_inputs),
     "chroma": ("chroma", tiny_chroma, chroma_inputs),
     "z-image": ("z-image", tiny_z_image, z_image_inputs),
     "krea-2": ("krea-2", tiny_krea_2, krea_2_inputs),

@@ -102,7 +102,7 @@ def _of_roles(manifest: Manifest) -> str | None:
     latents = latents_of(manifest.graphs["full"])
     many = max(len(latents), 1)
     counts: tuple[tuple[GraphName, str, str, int, int], ...] = (
-        ("prepare", "inputs", "step", 1, 1),
+        ("prepare", "inputs", "step", 1, 2),
         ("full", "inputs", "latent", 1, many),
         ("rest", "inputs", "latent", 0, many),
         ("probe", "inputs", "latent", 1, many),
@@ -175,9 +175,12 @@ def _of_one_name(manifest: Manifest) -> str | None:
 def _of_tables(manifest: Manifest) -> str | None:
     """Graph prepare writes `[steps, ...]`, and a step reads `[...]`."""
     prepare = manifest.graphs["prepare"]
-    (clock,) = (t for t in prepare.inputs if t.role == "step")
-    if clock.shape != (STEPS,):
-        return f"shape of `{clock.name}` is {shown(clock.shape)}, one number for each step is [{STEPS}]"
+    clocks = [t for t in prepare.inputs if t.role == "step"]
+    for clock in clocks:
+        if clock.shape != (STEPS,):
+            return f"shape of `{clock.name}` is {shown(clock.shape)}, one number for each step is [{STEPS}]"
+    if (fills := sorted(str(clock.fill) for clock in clocks)) not in (["None"], ["None", "next"]):
+        return f"graph prepare has step inputs of fill {', '.join(fills)}, it takes one of none, and one of next beside"
     tables = {t.name: t for t in prepare.outputs if t.role == "step"}
     read: set[str] = set()
     for graph, tensor in _tensors(manifest):

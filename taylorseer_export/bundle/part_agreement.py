@@ -235,6 +235,10 @@ def _of_text(manifest: Manifest) -> str | None:
                 return f"`{name}` is {seen.dtype} {shown(seen.shape)}, its tokenizer makes int64 {shown(made)}"
         if tokens.padding is None and (tokens.suffix is not None or tokens.kept is not None or tokens.spelled):
             return f"`{tokens.input}` has no padding, which a suffix, letters and states that are kept go with"
+        if tokens.multiple is not None and (
+            tokens.padding is None or tokens.size is None or tokens.side == "left" or tokens.suffix is not None
+        ):
+            return f"`{tokens.input}` is filled up to a multiple, which goes with padding behind it and a size"
         if tokens.spelled and tokens.suffix is None:
             return f"`{tokens.input}` is spelled in quotes, which goes with a suffix"
     return None

@@ -19,6 +19,9 @@ class Tokens(Part):
     length: Size = Field(description="Tokens that a prompt may have, without those that are dropped.")
     size: SizeName | None = Field(default=None, description="Dimension that this number is; null where it is fixed.")
     padding: Count | None = Field(default=None, description="Token that fills a prompt up to its length; or null.")
+    multiple: Size | None = Field(
+        default=None, description="It is filled up to a multiple of so many, its length at most; null: to its length."
+    )
     side: Literal["left", "right"] = Field(default="right", description="Where it is filled up.")
     template: Template = Field(default="{}", description="What the prompt is put into, in the place of {}.")
     special: bool = Field(default=True, description="Whether the tokenizer adds its own tokens around that.")

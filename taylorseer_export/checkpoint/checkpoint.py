@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from taylorseer_export.checkpoint.files import (
+    INDEX,
+    MODULAR_INDEX,
     PUBLISHED,
     published,
     read_json,
@@ -188,7 +190,7 @@ def _download(reference: str, family: Family, whole: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["transformer/*", "scheduler/*", "guider/*", "model_index.json", "vae/config.json"]
+        patterns = ["transformer/*", "scheduler/*", "guider/*", INDEX, MODULAR_INDEX, "vae/config.json"]
         if whole:
             patterns += ["vae/*", "text_encoder*/*.json", "text_encoder*/*.safetensors", "tokenizer*/*"]
             patterns += ["image_encoder/*.json", "image_encoder/*.safetensors"]

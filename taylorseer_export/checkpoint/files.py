@@ -15,6 +15,7 @@ from taylorseer_export.errors import CheckpointError, first_line
 
 PUBLISHED = Path(__file__).parent.parent / "families" / "configs"  # of the transformers of published models
 INDEX = "model_index.json"  # of a pipeline folder
+MODULAR_INDEX = "modular_model_index.json"  # of one that diffusers puts together of blocks
 SINGLE = "diffusion_pytorch_model.safetensors"
 _VARIANT = re.compile(
     r"diffusion_pytorch_model(?:\.safetensors\.index)?\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|json)$"

@@ -3,7 +3,9 @@
 `latents` are the rows of `hidden_states` that change with the step. Rows that a pipeline joins to them and never
 changes, like the conditioning picture of FLUX-Kontext, are an input of their own (`image_latents`) and are not in
 `noise_pred`. Where a model has further latents, they stand under their diffusers argument names, with a step axis too,
-and what is predicted of them under `noise_pred.` and that name.
+and what is predicted of them under `noise_pred.` and that name. A model that is told the timestep of the
+next step too takes the next one of the file, and behind the last that of no noise, unless the file has them under the
+name of that argument.
 """
 
 from __future__ import annotations
@@ -69,18 +71,29 @@ def run(given: argparse.Namespace) -> int:
     denoiser = open_denoiser(given, ranks=True)
     share = denoiser.share
     others = {name: _beside(tensors, tensor, latents) for name, tensor in denoiser.others.items()}
+    after = denoiser.next_timestep
+    following = None if after is None else tensors.pop(after.name, None)
+    if after is not None and following is not None and following.shape != timesteps.shape:
+        raise StepError(
+            f"tensor `{after.name}` is {list(following.shape)}, expected {list(timesteps.shape)}, one for each "
+            "timestep; correct it, or leave it out, and it is the next timestep of each, and that of no noise"
+        )
     forecasts = forecasts_of(denoiser, given, len(latents))
     plan, guard = forecasts.plan, forecasts.guard
     for group in share.groups:
         facts = {name: told(value) for name, value in tensors.items()}
+        facts |= {} if following is None else {"next timesteps": following.tolist()}
         group.agree({**facts, "latents": list(latents.shape), "timestep": timesteps.tolist(), "plan": forecasts})
     slot = denoiser.slot(denoiser.sizes(latents.shape[1:], tensors), own=True)
     latents, tensors = share.latents(latents), share.conditioning(tensors)
-    slot.start(tensors, forecasts, timesteps)
+    slot.start(tensors, forecasts, timesteps if following is None else None)
     predictions: dict[str, list[np.ndarray]] = {name: [] for name in denoiser.contract.predictions.values()}
     with progress("replaying", len(plan)) as advance:
         for step, latent in enumerate(latents):
-            first = slot.step(latent, others={name: values[step] for name, values in others.items()})
+            times = {}
+            if following is not None:
+                times = {"timestep": float(timesteps[step]), "next_timestep": float(following[step])}
+            first = slot.step(latent, others={name: values[step] for name, values in others.items()}, **times)
             for made, prediction in zip(predictions.values(), (first, *slot.others.values()), strict=True):
                 check_prediction(bool(np.isfinite(prediction).all()), step, plan)
                 made.append(prediction)

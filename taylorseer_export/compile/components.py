@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args
 
 from taylorseer_export.bundle.manifest import Filter, Shown, Tensor, Tokens
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
-from taylorseer_export.checkpoint.files import INDEX, read_json
+from taylorseer_export.checkpoint.files import INDEX, MODULAR_INDEX, read_json
 from taylorseer_export.compile.draft import PRECISIONS, Options
 from taylorseer_export.errors import CheckpointError, first_line
 from taylorseer_export.families.whole import Chat
@@ -21,14 +21,22 @@ FILTERS: tuple[Filter, ...] = get_args(Filter)  # in the order of Pillow's numbe
 
 
 def class_of(checkpoint: Checkpoint, name: str) -> tuple[str, str]:
-    """(library, class) of a component, by the index of the pipeline."""
-    path = checkpoint.root / INDEX
-    if not path.is_file():
+    """(library, class) of a component, by the index of the pipeline.
+
+    That of a modular one says behind them where a component is loaded from; of one that was not loaded, its class too.
+    """
+    paths = [checkpoint.root / name for name in (INDEX, MODULAR_INDEX)]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         raise CheckpointError(
             f"{checkpoint.root} has no {INDEX}, expected a whole diffusers pipeline for --whole; pass its folder, or "
             "leave --whole out"
         )
     entry = read_json(path).get(name)
+    if path.name == MODULAR_INDEX and isinstance(entry, list) and len(entry) == 3:
+        *entry, where = entry
+        if entry[0] is None and isinstance(where, dict):
+            entry = where.get("type_hint")
     if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in ("diffusers", "transformers"):
         raise CheckpointError(
             f"`{name}` of {path} is {entry}, expected a class of diffusers or transformers; download the pipeline again"
@@ -100,6 +108,7 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
         removed=declared.removed,
         lowered=declared.lowered,
         suffix=declared.suffix or None,
+        multiple=declared.multiple or None,
         spelled=declared.spelled,
         dropped=dropped,
         kept=declared.kept or None,

@@ -210,8 +210,9 @@ def _text(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) 
 
     card = checkpoint.card
     lengths = {one.size: min(int(card.get(one.size, one.length)), one.length) for one in tokens if one.size}
-    if cut is not None:
+    if cut is not None or any(one.multiple for one in tokens):  # prompts are seldom as long as they may be
         lengths = {name: min(checkpoint.family.typical.get(name, most), most) for name, most in lengths.items()}
+    if cut is not None:
         lengths[SEEN] = min(cut.patches.area, cut.patches.most) // (cut.patches.side * cut.patches.merged) ** 2
     graph, constants = trace_part("text", encoders, encode, inputs, ranges, lambda _: "constant")
     made = drafted(checkpoint, options, encoders, (graph,), constants, (ranges, lengths))

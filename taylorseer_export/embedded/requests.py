@@ -250,7 +250,11 @@ def _parted(
 
 
 def _together(denoiser: Denoiser, rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Conditioning of several prompts side by side: shorter ones filled up with zeros, and masks that say so."""
+    """Conditioning of several prompts side by side: shorter ones filled up with zeros, and masks that say so.
+
+    Raises:
+        ConfigError: They are of several lengths, and the model has no mask.
+    """
     made: dict[str, np.ndarray] = {}
     lengths: dict[str, list[int]] = {}  # dimension -> that of each prompt
     for name in rows[0]:
@@ -261,6 +265,13 @@ def _together(denoiser: Denoiser, rows: Sequence[Mapping[str, np.ndarray]]) -> d
                 lengths[entry] = [value.shape[axis] for value in values]
         filled = [np.pad(value, [(0, m - n) for m, n in zip(most, value.shape, strict=True)]) for value in values]
         made[name] = np.concatenate(filled, shape.index("batch"))
+    masked = {str(tensor.shape[-1]) for tensor in denoiser.constants.values() if tensor.fill == "ones"}
+    for size, counts in lengths.items():
+        if size not in masked and len(seen := sorted(set(counts))) > 1:
+            raise ConfigError(
+                f"prompts are {' and '.join(map(str, seen))} tokens long, expected all of one length, since "
+                "this model has no mask for what fills up; ask for those of each length alone"
+            )
     for name, tensor in denoiser.constants.items():
         counts = lengths.get(str(tensor.shape[-1]), [])
         if name not in made and tensor.fill == "ones" and str(tensor.shape[-1]) in lengths:

@@ -16,10 +16,11 @@ from functools import partial
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.autoencoders import of_tokens, picture_of_tokens
 from taylorseer_export.families.encoders import layers, told
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, no_entries, packed, replaced, unhooked
 from taylorseer_export.families.flux import FLUX, rows_behind
-from taylorseer_export.families.whole import Fitted, Modules, Tensors, Tokens, Whole, in_tokens, unit
+from taylorseer_export.families.whole import Fitted, Modules, Tensors, Tokens, Whole, in_tokens
 
 _PLACES = 4  # of a token: picture, row, column, and the number of a word
 _PICTURE = 10  # what the first picture to go by has for the first of them; the second has 20, and so on
@@ -112,22 +113,8 @@ def _encode(chosen: tuple[int, ...], encoders: Modules, given: Tensors) -> dict[
     return {"encoder_hidden_states": torch.cat([states[layer] for layer in chosen], -1)}
 
 
-def _norm(vae: Any) -> tuple[Any, Any]:
-    """Mean and deviation of each channel of a token, which is 2 x 2 latent pixels: `[4 C]` each."""
-    return vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
-
-
-def _picture(vae: Any, latents: Any) -> Any:
-    """Latents `[1, C, H, W]` -> `[1, 3, height, width]`. Every other row and column of pixels has one deviation."""
-    import torch
-
-    rows, columns = (torch.arange(extent) % 2 for extent in latents.shape[2:])
-    mean, deviation = (of.view(1, -1, 2, 2)[:, :, rows][:, :, :, columns] for of in _norm(vae))
-    return unit(vae.decode(latents * deviation + mean, return_dict=False)[0])
-
-
 def _see(vae: Any, picture: Any) -> dict[str, Any]:
-    mean, deviation = _norm(vae)
+    mean, deviation = of_tokens(vae)
     made = in_tokens(vae.encode(2 * picture - 1).latent_dist.mode())
     return {"image_latents": (made - mean) / deviation}
 
@@ -136,7 +123,7 @@ _TOKENS = Tokens("tokens", "tokenizer", 512, size="text_tokens", mask="mask")
 _MISTRAL = replace(_TOKENS, chat=told(_SYSTEM, in_parts=True), removed=("[IMG]",))
 _QWEN = replace(_TOKENS, chat=told(add_generation_prompt=True, enable_thinking=False))
 _DEV = Whole(
-    decode=_picture,
+    decode=picture_of_tokens,
     encoders=("text_encoder",),
     tokens=(_MISTRAL,),
     encode=partial(_encode, (10, 20, 30)),

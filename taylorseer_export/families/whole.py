@@ -27,6 +27,8 @@ class Tokens:
         length: Tokens that a prompt may have, without those of the template that are dropped.
         size: Dimension of the family that this number is; empty where it is the same for all requests.
         padded: Whether a prompt is filled up to its length.
+        multiple: What it is filled up to a multiple of instead, its length at most, where any other prompt is as long
+            as its own words make it; 0 if it is not.
         filled_with: The token for padding, or that for the end of a text.
         side: Where it is filled up; as the tokenizer says if empty.
         template: What the prompt is put into, in the place of `{}`.
@@ -55,6 +57,7 @@ class Tokens:
     length: int
     size: str = ""
     padded: bool = True
+    multiple: int = 0
     filled_with: Literal["pad", "end"] = "pad"
     side: Literal["", "left", "right"] = ""
     template: str = "{}"

@@ -150,22 +150,29 @@ class Builder:
 
 
 class StepBuilder:
-    """Copies step-time nodes into the prepare graph with S * B rows where the trace has B."""
+    """Copies step-time nodes into the prepare graph with S * B rows where the trace has B.
 
-    def __init__(self, times: dict[fx.Node, Time], request: Builder, timesteps: fx.Node, step_node: fx.Node) -> None:
+    `clocks` are the step inputs of the trace, `[B]`, and what stands for them in that graph, `[S]`.
+    """
+
+    def __init__(self, times: dict[fx.Node, Time], request: Builder, clocks: dict[fx.Node, fx.Node]) -> None:
         self.times, self.request, self.graph = times, request, request.graph
-        self.steps = self.graph.call_function(aten.sym_size.int, (timesteps, 0))
+        self.steps = self.graph.call_function(aten.sym_size.int, (next(iter(clocks.values())), 0))
         symbol = next((s for s, name in request.trace.names.items() if name == "batch"), None)
         self.batch = request.trace.example_sizes["batch"] if symbol is None else request.size_of(symbol)
-        rows = self._make(
-            aten.expand.default, (self._make(aten.unsqueeze.default, (timesteps, 1)), [self.steps, self.batch])
-        )
-        self.copies: dict[fx.Node, Any] = {step_node: self._make(aten.flatten.using_ints, (rows,))}
+        self.copies: dict[fx.Node, Any] = {node: self._rows(clock) for node, clock in clocks.items()}
         self.rows = self._make(operator.mul, (self.steps, self.batch))
         self.sizes = {} if symbol is None else {symbol: self.rows}  # of a batch of one size, the timestep alone
 
     def _make(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
         return self.graph.call_function(target, args)
+
+    def _rows(self, clock: fx.Node) -> fx.Node:
+        """Numbers of steps `[S]`, once for each sample: `[S * B]`."""
+        column = self._make(aten.unsqueeze.default, (clock, 1))
+        return self._make(
+            aten.flatten.using_ints, (self._make(aten.expand.default, (column, [self.steps, self.batch])),)
+        )
 
     def copy(self, node: fx.Node) -> Any:
         if node not in self.copies:

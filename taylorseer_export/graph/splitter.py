@@ -330,22 +330,21 @@ class Splitter:
         for node in self.trace.module.graph.nodes:
             if node.op == "placeholder" and self.times[node] is Time.REQUEST:
                 request.copies[node] = request.placeholder(self.declared(node))
-        (step_node,) = (
-            n for n in self.trace.module.graph.nodes if n.op == "placeholder" and self.times[n] is Time.STEP
-        )
-        timesteps = request.placeholder(
-            Tensor(name=str(step_node.target), dtype=_dtype_name(step_node), shape=(STEPS,), role="step")
-        )
+        clocks = {
+            node: request.placeholder(self.declared(node).model_copy(update={"shape": (STEPS,)}))
+            for node in self.trace.module.graph.nodes
+            if node.op == "placeholder" and self.times[node] is Time.STEP
+        }
         outputs = []
         for node in self.trace.module.graph.nodes:
             if node in early and node.op != "placeholder" and self.times[node] is Time.REQUEST:
                 outputs.append((self.tensor(self._request_name(node), node, "constant"), request.copy(node)))
-        step = StepBuilder(self.times, request, timesteps, step_node) if tables else None
+        step = StepBuilder(self.times, request, clocks) if tables else None
         for name, members in tables.items():
             assert step is not None
             columns = [
                 request.graph.call_function(aten.reshape.default, (step.copy(n), [-1, self._width(n)]))
-                if n is step_node
+                if n in clocks
                 else request.graph.call_function(aten.flatten.using_ints, (step.copy(n), 1))
                 for n in members
             ]

@@ -30,8 +30,9 @@ class Unquantised(Branches):
     def __init__(self, checkpoint: Checkpoint, denoiser: Denoiser) -> None:
         super().__init__([])
         self._reference = Reference(reference_model(checkpoint), denoiser, Forecasts(Plan("F"), 0))
+        self._contract = denoiser.contract
         self._conditioning: list[Mapping[str, Any]] = []
-        self._timesteps: np.ndarray = np.empty(0)
+        self._times: dict[str, np.ndarray] = {}
         self._step = 0
 
     def of(self, request: Request) -> Branches:
@@ -47,13 +48,13 @@ class Unquantised(Branches):
     ) -> None:
         """As of branches; all steps are full."""
         assert timesteps is not None, "bug in taylorseer-export: a loop that does not know its timesteps"
-        self._conditioning, self._timesteps = list(conditioning), np.asarray(timesteps)
+        self._conditioning, self._times = list(conditioning), self._contract.times(np.asarray(timesteps))
         self._executed, self._step = "", 0
 
     def step(self, latents: Any) -> np.ndarray:
         """`noise_pred` of all branches, one after the other along the batch, float32."""
-        timestep = float(self._timesteps[self._step])
-        answers = [self._reference.step(latents, timestep, own)[0] for own in self._conditioning]
+        times = {name: float(values[self._step]) for name, values in self._times.items()}
+        answers = [self._reference.step(latents, times, own)[0] for own in self._conditioning]
         self._executed += "F"
         self._step += 1
         return np.concatenate(answers).astype(np.float32)

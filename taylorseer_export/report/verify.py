@@ -137,8 +137,8 @@ def compare(model: nn.Module, denoiser: Denoiser, data: Trajectory, forecasts: F
     unit = roundoff_of(model, manifest)
     seen, bounds = [], []
     with Reference(model, denoiser, ran).hooked() as reference:
-        for step, (latent, timestep) in enumerate(zip(data.latents, data.timesteps, strict=True)):
-            expected = reference.step(latent, timestep, {**data.conditioning, **data.beside(step)})
+        for step, (latent, times) in enumerate(_steps(denoiser, data)):
+            expected = reference.step(latent, times, {**data.conditioning, **data.beside(step)})
             amplified = 1.0 if ran.plan.is_full(step) else gain(_weights(ran, step))
             pairs = [
                 (float(np.abs(found.astype(np.float64) - one).max()), unit * amplified * float(np.abs(one).max()))
@@ -208,8 +208,14 @@ def _predictions(model: nn.Module, denoiser: Denoiser, data: Trajectory) -> list
     """Of the eager model, all steps full."""
     every = Forecasts(Plan.all_full(len(data.timesteps)), 0)
     with Reference(model, denoiser, every).hooked() as reference:
-        pairs = enumerate(zip(data.latents, data.timesteps, strict=True))
+        pairs = enumerate(_steps(denoiser, data))
         return [_joined(reference.step(x, t, {**data.conditioning, **data.beside(step)})) for step, (x, t) in pairs]
+
+
+def _steps(denoiser: Denoiser, data: Trajectory) -> list[tuple[np.ndarray, dict[str, float]]]:
+    """(latent, what the model is told of the time, by name) of every step."""
+    times = denoiser.contract.times(data.timesteps)
+    return [(x, {name: float(of[step]) for name, of in times.items()}) for step, x in enumerate(data.latents)]
 
 
 def _answers(denoiser: Denoiser, data: Trajectory, forecasts: Forecasts) -> list[np.ndarray]:
@@ -259,8 +265,10 @@ class Reference:
     def __init__(self, model: nn.Module, denoiser: Denoiser, forecasts: Forecasts) -> None:
         self.model, self.forecasts = model, forecasts
         self.family = family_of(model, denoiser.manifest)
-        self.latent, self.timestep = denoiser.latent.name, denoiser.timestep.name
-        read = (denoiser.latent, denoiser.timestep, *denoiser.others.values(), *denoiser.constants.values())
+        self.latent, contract = denoiser.latent.name, denoiser.contract
+        clocks = [t for t in (contract.timestep, contract.next_timestep) if t is not None]
+        self.scaled = {"guidance", *(t.name for t in clocks)}
+        read = (denoiser.latent, *clocks, *denoiser.others.values(), *denoiser.constants.values())
         self.specs = {t.name: t for t in read}
         self.divisor = denoiser.manifest.sampling.timestep_divisor
         self.granularity = denoiser.manifest.state.granularity
@@ -272,9 +280,12 @@ class Reference:
         self.number = 0
         self.entering: dict[str, Tensor] = {}
 
-    def step(self, latent: np.ndarray, timestep: float, conditioning: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    def step(
+        self, latent: np.ndarray, times: Mapping[str, float], conditioning: Mapping[str, np.ndarray]
+    ) -> list[np.ndarray]:
         """The predictions of all latents; those beside the first are in `conditioning`."""
-        given = {self.latent: latent, self.timestep: np.full(len(latent), timestep, np.float32), **conditioning}
+        clocks = {name: np.full(len(latent), time, np.float32) for name, time in times.items()}
+        given = {self.latent: latent, **clocks, **conditioning}
         with torch.no_grad():
             inputs = {name: self._as_seen(name, value) for name, value in given.items()}
             result: Any = self.family.forward(self.model, inputs)
@@ -290,7 +301,7 @@ class Reference:
         if not value.is_floating_point():
             return value
         value = value.to(getattr(torch, self.specs[name].dtype))
-        if name in (self.timestep, "guidance") and self.divisor != 1:
+        if name in self.scaled and self.divisor != 1:
             return ((value * self.divisor).double() / self.divisor).to(self.dtype)
         return value.to(self.dtype)
 

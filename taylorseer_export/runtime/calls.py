@@ -89,13 +89,15 @@ class Context(NamedTuple):
 
 
 class TransformerCall(NamedTuple):
-    """One call of the transformer: its context, latents and their shape, timestep and conditioning."""
+    """One call of the transformer: its context, latents and their shape, timestep and conditioning, and the timestep of
+    the next step, where the model is told it."""
 
     context: Context | None
     latents: Seen
     shape: tuple[int, ...]
     timestep: float
     conditioning: dict[str, Seen]
+    next_timestep: float | None = None
 
 
 @dataclass

@@ -64,17 +64,21 @@ def check_engines(
     middle = last / 2 / manifest.sampling.timestep_divisor
     slot = Slot(contract, runner, contract.sizes(latents.shape, conditioning), lora)
     guards = [None, *(Guard(rule, _ANY_ERROR) for rule in manifest.state.guards[:1])]
+    # Known ahead, the next timesteps of both would differ.
+    ahead = np.full(2, middle, np.float32) if contract.next_timestep is None else None
     for guard in guards:
-        slot.start(conditioning, Forecasts(Plan("F."), 0, guard=guard), np.full(2, middle, np.float32))
-        _check_two_steps(contract, slot, latents, others)
+        slot.start(conditioning, Forecasts(Plan("F."), 0, guard=guard), ahead)
+        _check_two_steps(contract, slot, latents, others, middle)
 
 
-def _check_two_steps(contract: Contract, slot: Slot, latents: np.ndarray, others: Mapping[str, np.ndarray]) -> None:
+def _check_two_steps(
+    contract: Contract, slot: Slot, latents: np.ndarray, others: Mapping[str, np.ndarray], timestep: float
+) -> None:
     manifest = contract.manifest
     prepared = {tensor.name for tensor in manifest.graphs["prepare"].outputs}
     predictions = []
     for _ in range(2):
-        slot.stage(latents, others=others)
+        slot.stage(latents, timestep, others=others, next_timestep=timestep)
         graph = slot.graph
         tensors = manifest.graphs[graph]
         read = [(tensor, slot.source(tensor)) for tensor in tensors.inputs if tensor.name in prepared]

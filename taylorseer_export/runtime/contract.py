@@ -25,6 +25,7 @@ class Contract:
 
     Attributes:
         latent, timestep: The inputs that change with the step.
+        next_timestep: The one that is told the timestep of the next step; None where the model is told one alone.
         others: Further latents by name, where the model denoises several; they tell no sizes.
         predictions: Latent -> the name of its prediction.
         constants: Those that a request keeps constant, by their diffusers argument names.
@@ -38,7 +39,8 @@ class Contract:
         self.latent, *others = (t for t in manifest.graphs["full"].inputs if t.role == "latent")
         self.others = {tensor.name: tensor for tensor in others}
         self.predictions = predictions_of(manifest)
-        self.timestep = manifest.graphs["prepare"].input_of("step")
+        clocks = {t.fill: t for t in manifest.graphs["prepare"].inputs if t.role == "step"}
+        self.timestep, self.next_timestep = clocks[None], clocks.get("next")
         self.constants = request_constants(manifest)
         self.lora = lora_input(manifest)
         self.inputs = {name: frozenset(t.name for t in graph.inputs) for name, graph in manifest.graphs.items()}
@@ -47,6 +49,18 @@ class Contract:
     def arrays(self, conditioning: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The constant inputs among these, as the graphs take them; raises what `array_for` raises."""
         return {n: array_for(self.constants[n], value) for n, value in conditioning.items() if n in self.constants}
+
+    def times(self, timesteps: np.ndarray) -> dict[str, np.ndarray]:
+        """What prepare takes of the steps of a loop, `[S]` each, by name; the step behind the last is that of no noise.
+
+        Args:
+            timesteps: `[S]`, from `array_for`.
+        """
+        made = {self.timestep.name: timesteps}
+        if self.next_timestep is not None:
+            end = float(self.manifest.pipeline.timestep_reversed)
+            made[self.next_timestep.name] = np.append(timesteps[1:], timesteps.dtype.type(end))
+        return made
 
     def sizes(self, latents: tuple[int, ...], conditioning: Mapping[str, np.ndarray]) -> dict[str, int]:
         """Dimension sizes that a request's shapes imply, checked against the bundle's ranges.

@@ -160,6 +160,7 @@ class Denoiser:
         self.usual: Adapter | None = None
         self.contract = self.share.contract if self.manifest is manifest else Contract(self.manifest)
         self.latent, self.timestep = self.contract.latent, self.contract.timestep
+        self.next_timestep = self.contract.next_timestep
         self.others = self.contract.others
         self.constants, self.defaults = self.contract.constants, self.contract.defaults
 

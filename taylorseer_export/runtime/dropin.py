@@ -52,6 +52,7 @@ class Loaded(Protocol):
     latent: Tensor
     others: dict[str, Tensor]
     timestep: Tensor
+    next_timestep: Tensor | None
     constants: dict[str, Tensor]
     defaults: BundleDefaults
 
@@ -295,7 +296,8 @@ class DropIn(EngineModule):
         taken = latent_of(latents, branch.latent)
         stays = self._tensors and latents.is_cuda  # a GPU's values never come to the host
         first, *rest = (value if stays or value is None else host_array(value) for value in (taken, *others.values()))
-        prediction = slot.advance(first, call.timestep, request.decided, dict(zip(others, rest, strict=True)))
+        beside = dict(zip(others, rest, strict=True))
+        prediction = slot.advance(first, call.timestep, request.decided, beside, call.next_timestep)
         if request.forecasts.guard is not None:
             request.decided = slot.executed[-1]
         request.executed[name] = branch.before + slot.executed
@@ -326,7 +328,8 @@ class DropIn(EngineModule):
     def _call(self, context: Context | None, latents: torch.Tensor, inputs: dict[str, Any]) -> TransformerCall:
         """The call, its arguments checked by name."""
         clock, constants = self.denoiser.timestep.name, self.denoiser.constants
-        conditioning = {}
+        after, conditioning = self.denoiser.next_timestep, {}
+        following = None if after is None else self._timestep(after.name, inputs.pop(after.name, None))
         for name, value in inputs.items():
             if name in constants:
                 if value is not None:
@@ -342,17 +345,17 @@ class DropIn(EngineModule):
                 f"input `{self.denoiser.latent.name}` is {seen}, expected a tensor on `{self.device}`, where the "
                 "engines were loaded; move the pipeline there or load the bundle with another device"
             )
-        timestep = self._timestep(self._clock(latents, inputs.get(clock), inputs))
-        return TransformerCall(context, Seen.of(latents), latents.shape, timestep, conditioning)
+        timestep = self._timestep(clock, self._clock(latents, inputs.get(clock), inputs))
+        return TransformerCall(context, Seen.of(latents), latents.shape, timestep, conditioning, following)
 
-    def _timestep(self, given: Any) -> float:
+    def _timestep(self, name: str, given: Any) -> float:
         """The timestep of a call, whatever its shape."""
         if isinstance(given, torch.Tensor) and given.numel() == 1:
             return float(given)
         values = np.unique(host_array(given)) if given is not None else np.empty(0)
         if len(values) != 1:
             raise StepError(
-                f"input `{self.denoiser.timestep.name}` has {len(values)} different values, expected one for all "
+                f"input `{name}` has {len(values)} different values, expected one for all "
                 "samples and tokens; pass the timestep of the step"
             )
         return float(values[0])

@@ -26,9 +26,9 @@ from taylorseer_export.runtime.schedule import ForecastStep, FullStep
 
 
 class _Prepared(NamedTuple):
-    """The prepare graph bound for one number of steps: `clock` `[S]` goes in, `tables` `[S, B, W]` come out."""
+    """The prepare graph bound for one number of steps: `clocks` `[S]` go in, `tables` `[S, B, W]` come out."""
 
-    clock: Buffer
+    clocks: dict[str, Buffer]
     tables: dict[str, Buffer]
     call: Call
 
@@ -135,15 +135,20 @@ class Memory:
             return self.taylor[step.entry][_site(tensor)]
         return self.taylor[0][_site(tensor)].entry(step.entry)
 
-    def prepare(self, timesteps: np.ndarray) -> dict[str, Buffer]:
-        """Run the prepare graph for these timesteps `[S]`; what is constant for the request lands in `buffers`.
+    def prepare(self, times: Mapping[str, np.ndarray]) -> dict[str, Buffer]:
+        """Run the prepare graph for some steps; what is constant for the request lands in `buffers`.
+
+        Args:
+            times: Inputs of role step, `[S]` each, as of `Contract.times`.
 
         Returns:
             Tables `[S, B, W]` by name; they stay on the device.
         """
-        if self._prepared is None or self._prepared.clock.shape != timesteps.shape:
-            self._prepared = self._bind_prepare(len(timesteps))
-        self._prepared.clock.write(timesteps)
+        name = self._contract.timestep.name
+        if self._prepared is None or self._prepared.clocks[name].shape != times[name].shape:
+            self._prepared = self._bind_prepare(len(times[name]))
+        for name, clock in self._prepared.clocks.items():
+            clock.write(times[name])
         self._prepared.call()
         return self._prepared.tables
 
@@ -203,12 +208,12 @@ class Memory:
     def _bind_prepare(self, steps: int) -> _Prepared:
         """Bind the prepare graph for `steps` timesteps; kept until a request of another length comes."""
         graph, sizes = self._contract.manifest.graphs["prepare"], {**self._sizes, "steps": steps}
-        clock = self._runner.buffer((steps,), self._contract.timestep.dtype)
+        clocks = {t.name: self._runner.buffer((steps,), t.dtype) for t in graph.inputs if t.role == "step"}
         rows = [t for t in graph.outputs if t.role == "step"]
         tables = {t.name: self._runner.buffer(resolve(t.shape, sizes), t.dtype) for t in rows}
-        inputs = {t.name: clock if t.role == "step" else self.buffers[t.name] for t in graph.inputs}
+        inputs = {t.name: clocks[t.name] if t.role == "step" else self.buffers[t.name] for t in graph.inputs}
         outputs = {t.name: tables[t.name] if t.role == "step" else self.buffers[t.name] for t in graph.outputs}
-        return _Prepared(clock, tables, self._runner.bind("prepare", inputs, outputs))
+        return _Prepared(clocks, tables, self._runner.bind("prepare", inputs, outputs))
 
 
 def _site(tensor: Tensor) -> str:

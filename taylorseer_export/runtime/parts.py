@@ -229,7 +229,9 @@ class Encoder:
         with self._turn:  # a tokenizer is set to a length
             for tokens, tokenizer in self._tokenizers:
                 most = tokens.length
-                if tokens.size is not None:
+                if tokens.multiple is not None:
+                    most = most if length is None else length
+                elif tokens.size is not None:
                     most = self.part.described.dimensions[tokens.size].typical if length is None else length
                 given |= _tokens_of(prompt, tokens, tokenizer, most, negative)
         return self.part(given)
@@ -298,7 +300,8 @@ def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int, negative:
     tokenizer.enable_truncation(len(rows) if plain else most)
     tokenizer.no_padding()
     if tokens.padding is not None:
-        tokenizer.enable_padding(direction=tokens.side, pad_id=tokens.padding, length=most)
+        to = {"length": most} if tokens.multiple is None else {"pad_to_multiple_of": tokens.multiple}
+        tokenizer.enable_padding(direction=tokens.side, pad_id=tokens.padding, **to)
     text = quoted(prompt) if tokens.quoted else cleaned(prompt) if tokens.cleaned else prompt or tokens.blank
     if text is None:
         assert tokens.mask is not None and tokens.padding is not None, "bug in taylorseer-export: quotes without a mask"
@@ -311,7 +314,7 @@ def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int, negative:
     if tokens.suffix is None:
         template = "{}" if plain else tokens.template
         made = tokenizer.encode(template.replace("{}", text), add_special_tokens=tokens.special)
-        ids, mask = made.ids, made.attention_mask
+        ids, mask = made.ids[:most], made.attention_mask[:most]  # a multiple may be more
     else:
         ids, mask = _filled_before_its_end(text, tokens, tokenizer, most, tokens.suffix)
     given = {tokens.input: np.array([ids], np.int64)}

@@ -122,7 +122,7 @@ class Slot:
             assert self.memory.probe is not None
             self.memory.probe.start(forecasts)
         if not self.reused:
-            self._tables = {} if timesteps is None else self.memory.prepare(timesteps)
+            self._tables = {} if timesteps is None else self.memory.prepare(self.contract.times(timesteps))
             if self.reuses and timesteps is not None:
                 self._prepared = {name: array.copy() for name, array in arrays.items()}, timesteps.copy()
         self.plan = plan
@@ -169,13 +169,20 @@ class Slot:
         self._capacity.check(forecasts)
         return []
 
-    def step(self, latents: Any, timestep: float | None = None, others: Mapping[str, Any] | None = None) -> np.ndarray:
+    def step(
+        self,
+        latents: Any,
+        timestep: float | None = None,
+        others: Mapping[str, Any] | None = None,
+        next_timestep: float | None = None,
+    ) -> np.ndarray:
         """Run the next step of the plan.
 
         Args:
             latents: The transformer's `hidden_states`.
             timestep: Needed where `start` was not given the timesteps; checked against them where it was.
             others: Further latents by their diffusers argument names, where the model has some.
+            next_timestep: Of the step behind it, where the model is told that too; needed and checked alike.
 
         Returns:
             `noise_pred`, a new array. What is predicted of further latents is in `others`.
@@ -183,7 +190,7 @@ class Slot:
         Raises:
             StepError: No request was started, its plan is at its end, or the latents do not fit.
         """
-        return self.advance(latents, timestep, others=others).read()
+        return self.advance(latents, timestep, others=others, next_timestep=next_timestep).read()
 
     @property
     def others(self) -> dict[str, np.ndarray]:
@@ -196,13 +203,14 @@ class Slot:
         timestep: float | None = None,
         decided: str | None = None,
         others: Mapping[str, Any] | None = None,
+        next_timestep: float | None = None,
     ) -> Buffer:
         """As `step`, and all of it on the device: nothing comes back to the host but the error that a guard waits for.
 
         `latents` may be a tensor on a GPU, whose values are then not checked. `decided` is as of `stage`. Returns the
         buffer of `noise_pred`, which the next step overwrites.
         """
-        self.stage(latents, timestep, decided, others)
+        self.stage(latents, timestep, decided, others, next_timestep)
         self.run()
         return self._count()
 
@@ -212,6 +220,7 @@ class Slot:
         timestep: float | None = None,
         decided: str | None = None,
         others: Mapping[str, Any] | None = None,
+        next_timestep: float | None = None,
     ) -> None:
         """The first third of `step`: check the latents and put all inputs of the next step in place.
 
@@ -221,7 +230,7 @@ class Slot:
         number = self._number()
         given = {self.contract.latent.name: latents, **(others or {})}
         arrays = {name: self._array(tensor, given.get(name), number) for name, tensor in self._latents.items()}
-        self._write_rows(number, timestep)
+        self._write_rows(number, timestep, next_timestep)
         for name, array in arrays.items():
             self.memory.buffers[name].write(array)
         if self._guard is not None:
@@ -339,23 +348,40 @@ class Slot:
         """Noise amplification of every step of the plan; 1 on a full step."""
         return tuple(s.gain if isinstance(s, ForecastStep) else 1.0 for s in self._steps)
 
-    def _write_rows(self, number: int, timestep: float | None) -> None:
+    def _write_rows(self, number: int, timestep: float | None, next_timestep: float | None) -> None:
         if self._timesteps is None:
-            if timestep is None:
-                raise StepError(
-                    f"the timestep of step {number} is unknown, expected it from start() or step(); pass timestep="
-                )
-            tables, row = self.memory.prepare(number_for(self.contract.timestep, timestep)), 0
+            tables, row = self.memory.prepare(self._times(number, timestep, next_timestep)), 0
         else:
-            known = self._timesteps[number]
-            if timestep is not None and not abs(known - timestep) <= 1e-8 + 1e-5 * abs(timestep):
-                raise StepError(
-                    f"timestep is {timestep} at step {number}, expected {known} as prepared; leave timesteps out of "
-                    "start() when they are not known ahead"
-                )
+            _check_time("timestep", timestep, self._timesteps, number)
+            if next_timestep is not None and self.contract.next_timestep is not None:
+                known = self.contract.times(self._timesteps)[self.contract.next_timestep.name]
+                _check_time("next_timestep", next_timestep, known, number)
             tables, row = self._tables, number
         # The rows that the step's graph reads; all of them under a guard, which settles later which graph that is.
         read = tables.keys() if self._guard is not None else self.contract.inputs[self.graph]
         for name, table in tables.items():
             if name in read:
                 self.memory.buffers[name].copy(table.entry(row))
+
+    def _times(self, number: int, timestep: float | None, next_timestep: float | None) -> dict[str, np.ndarray]:
+        """What prepare takes of one step, `[1]` each, where the steps are not known ahead."""
+        told = {"timestep": (self.contract.timestep, timestep)}
+        if self.contract.next_timestep is not None:
+            told["next_timestep"] = self.contract.next_timestep, next_timestep
+        made = {}
+        for name, (tensor, value) in told.items():
+            if value is None:
+                raise StepError(
+                    f"the {name} of step {number} is unknown, expected it from start() or step(); pass {name}="
+                )
+            made[tensor.name] = number_for(tensor, value)
+        return made
+
+
+def _check_time(name: str, given: float | None, known: np.ndarray, number: int) -> None:
+    """Refuse another timestep at a step than the one that was prepared for it."""
+    if given is not None and not abs(known[number] - given) <= 1e-8 + 1e-5 * abs(given):
+        raise StepError(
+            f"{name} is {given} at step {number}, expected {known[number]} as prepared; leave timesteps out of "
+            "start() when they are not known ahead"
+        )

@@ -64,6 +64,7 @@ class WholeSlot(Slot):
         timestep: float | None = None,
         decided: str | None = None,
         others: Mapping[str, Any] | None = None,
+        next_timestep: float | None = None,
     ) -> None:
         """As `Slot.stage`, with the whole latents; before the first step ranks hold that theirs are the same."""
         values = host_array(latents)
@@ -74,7 +75,7 @@ class WholeSlot(Slot):
             )
         if not self.executed:
             self._ranks.agree({"latents (give all ranks one seed)": told(values)})
-        super().stage(self._share.latents(values), timestep, decided, others)
+        super().stage(self._share.latents(values), timestep, decided, others, next_timestep)
 
     def _count(self) -> Buffer:
         mine = super()._count().read()

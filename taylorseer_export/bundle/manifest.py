@@ -30,6 +30,7 @@ from taylorseer_export.bundle.entries import (
 from taylorseer_export.bundle.entries import Shape as Shape
 from taylorseer_export.bundle.low_rank import LowRank as LowRank
 from taylorseer_export.bundle.parallel import Parallel as Parallel
+from taylorseer_export.bundle.part_entries import Driven as Driven
 from taylorseer_export.bundle.part_entries import Filter as Filter
 from taylorseer_export.bundle.part_entries import Fitted as Fitted
 from taylorseer_export.bundle.part_entries import Patches as Patches
@@ -308,6 +309,7 @@ class PipelinePart(Part):
     )
     patches: Patches | None = Field(default=None, description="Of text, where its encoders see pictures in patches.")
     sections: Sections | None = Field(default=None, description="Of encode, where a video is several loops.")
+    driven: Driven | None = Field(default=None, description="Of encode, where others drive a video.")
     area: Size | None = Field(default=None, description="Of encode: pixels that a picture is brought to; see `sizes`.")
     sizes: tuple[tuple[Size, Size], ...] = Field(
         default=(),

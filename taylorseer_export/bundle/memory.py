@@ -56,13 +56,14 @@ def lora_bytes(manifest: Manifest) -> int:
 def video_bytes(described: PipelinePart, sizes: Mapping[str, int]) -> int:
     """Bytes of the buffers that decode videos, or encode what one has beside its noise, whatever their length.
 
-    They are what is read and written of the first latent frame and of a later one, of which both share what they read,
-    and two sets of caches: one is read while the other is written.
+    They are what is read and written of the first latent frame and of a later one, which share what they read where it
+    is of one size, and two sets of caches: one is read while the other is written.
     """
     first, later = described.graph, described.later
     assert later is not None, "bug in taylorseer-export: buffers of videos for a part of pictures"
     caches = role_bytes(later.outputs, "cache_out", sizes)
-    others = [t for t in (*first.inputs, *first.outputs, *later.outputs) if t.role != "cache_out"]
+    more = [t for t in later.inputs if t.role != "cache_in" and t not in first.inputs]
+    others = [t for t in (*first.inputs, *more, *first.outputs, *later.outputs) if t.role != "cache_out"]
     return 2 * caches + sum(role_bytes(others, role, sizes) for role in {t.role for t in others})
 
 

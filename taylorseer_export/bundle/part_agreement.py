@@ -88,6 +88,7 @@ def _of_encode(manifest: Manifest) -> str | None:
     if part is None:
         return None
     expected = ["picture"] if part.shown is None else ["picture", part.shown.input]
+    expected += [] if part.driven is None else [part.driven.pose, part.driven.scene]
     if [t.name for t in part.graph.inputs] != expected:
         return f"part encode takes {listed(t.name for t in part.graph.inputs)}, expected {listed(expected)}"
     if problem := _of_pictures("encode", part):
@@ -98,7 +99,7 @@ def _of_encode(manifest: Manifest) -> str | None:
     if part.sections is not None:
         return _of_sections(manifest, part, part.sections)
     if part.later is not None or [t.name for t in made] == [CONDITION]:
-        return _of_condition(manifest, part)
+        return _of_condition(manifest, part) or _of_driven(manifest, part)
     if made and (tuple(t.name for t in part.graph.outputs) != BEGINNING or made[0].shape != made[1].shape):
         return f"part encode makes {listed(t.name for t in part.graph.outputs)}, a loop begins with mean and deviation"
     return None
@@ -125,6 +126,8 @@ def _of_pictures(name: str, part: PipelinePart) -> str | None:
     """Pictures have three colours, and one that an image encoder is shown has one size."""
     for tensor in part.graph.inputs:
         if part.patches is not None and tensor.name == part.patches.input:
+            continue
+        if part.driven is not None and tensor.name in (part.driven.pose, part.driven.scene):
             continue
         if tensor.role == "picture" and (len(tensor.shape) != 4 or tensor.shape[:2] != (1, 3)):
             return f"`{tensor.name}` of part {name} is {shown(tensor.shape)}"
@@ -164,7 +167,8 @@ def _of_condition(manifest: Manifest, part: PipelinePart) -> str | None:
         if [t.name for t in made] != [CONDITION]:
             return f"part encode makes {listed(t.name for t in made)} in graph {name}, expected `{CONDITION}`"
         shape = made[0].shape
-        if len(latent) != 5 or len(shape) != 5 or (shape[0], shape[2]) != (1, 1):
+        frames = 1 if part.driven is None or graph is part.later else 1 + part.driven.ahead
+        if len(latent) != 5 or len(shape) != 5 or (shape[0], shape[2]) != (1, frames):
             return f"`{CONDITION}` of graph {name} is {shown(shape)}, the graphs take {shown(latent)}"
         if any(isinstance(n, str) for n in (shape[1], latent[1])) or not (
             shape[1] == latent[1] if replaces else int(shape[1]) < int(latent[1])
@@ -172,9 +176,44 @@ def _of_condition(manifest: Manifest, part: PipelinePart) -> str | None:
             return f"`{CONDITION}` of graph {name} is {shown(shape)}, the graphs take {shown(latent)}"
     if part.later is None:
         return None
-    if given := [t.name for t in part.later.inputs if t.role != "cache_in"]:
-        return f"graph later of part encode takes {listed(given)}, expected caches alone"
+    wanted = set() if part.driven is None else {part.driven.pose, part.driven.scene}
+    if (given := {t.name for t in part.later.inputs if t.role != "cache_in"}) != wanted:
+        beside = f"{listed(wanted)} and caches" if wanted else "caches alone"
+        return f"graph later of part encode takes {listed(given)}, expected {beside}"
     return _of_caches("encode", part.graph, part.later)
+
+
+def _of_driven(manifest: Manifest, part: PipelinePart) -> str | None:
+    """Frames of what drives a video have the size of the picture, as many as a latent frame has, and those of the face
+    are as many as those of a section. All that later latent frames make belongs to what the first ones make."""
+    if (driven := part.driven) is None:
+        return None
+    if part.later is None or part.cropped is not None:
+        return "part encode is driven, which goes with a graph `later` and a picture that is not cut"
+    sides = part.graph.inputs[0].shape[2:]
+    for graph, frames in ((part.graph, 1), (part.later, manifest.sampling.time_scale)):
+        shapes = {t.name: t.shape for t in graph.inputs}
+        for name, channels in ((driven.pose, 3), (driven.scene, 4)):
+            if shapes[name] != (wanted := (1, channels, frames, *sides)):
+                return f"`{name}` of graph {_label(part, graph)} is {shown(shapes[name])}, expected {shown(wanted)}"
+    made = {t.name: t.shape for t in part.graph.outputs if t.role != "cache_out"}
+    for tensor in part.later.outputs:
+        if tensor.role != "cache_out" and len(made.get(tensor.name, ())) != 5:
+            return f"`{tensor.name}` of graph later is {shown(tensor.shape)}, which no first latent frame begins"
+    shapes = {t.name: t.shape for graph in manifest.graphs.values() for t in graph.inputs if t.role == "constant"}
+    face, latent = shapes.get(driven.face, ()), manifest.graphs["full"].input_of("latent").shape
+    sizes = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
+    frames = manifest.sampling.time_scale * (resolve(latent, sizes)[2] - 1 - driven.ahead) + 1
+    one = len(face) == 5 and face[1] == 3 and isinstance(face[3], int) and isinstance(face[4], int)
+    if not one or resolve(face, sizes)[2] != frames:
+        return f"`{driven.face}` is {shown(face)}, expected {frames} frames of the face, of one size"
+    if "decode" in manifest.parts and manifest.parts["decode"].later is None:
+        return "part decode has no graph `later`, which sections that are driven are decoded by"
+    return None
+
+
+def _label(part: PipelinePart, graph: Graph) -> str:
+    return "later" if graph is part.later else "encode"
 
 
 def _of_sections(manifest: Manifest, part: PipelinePart, sections: Sections) -> str | None:

@@ -124,3 +124,19 @@ class Sections(Part):
         "nearest first, and in that the frame of the picture before all others.",
     )
     usual: Size = Field(description="Sections of a video where nobody asks for another length.")
+
+
+class Driven(Part):
+    """A video is driven by others frame for frame, and is several loops: each makes a section of its latent frames, as
+    many as the latent of the denoiser typically has, and is given the last frame of the one before.
+    """
+
+    pose: Text = Field(
+        description="Input of both graphs that holds frames of the pose, as many as a latent frame has, from 0 to 1."
+    )
+    scene: Text = Field(
+        description="Input of both graphs that holds what there is of the frames that are made, its fourth channel 1 "
+        "where that stays and 0 where it is made anew."
+    )
+    face: Text = Field(description="Input of the denoiser that holds frames of the face, from -1 to 1.")
+    ahead: Count = Field(description="Leading latent frames of a section that are none of the video.")

@@ -56,6 +56,13 @@ def options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="picture to edit, to animate or to begin with (whole bundles that take one; some take several)",
     )
+    for name in ("pose", "face"):
+        parser.add_argument(
+            f"--{name}",
+            type=Path,
+            help=f"video of a {name} that drives what is made of --image: a file, or a folder of its frames as "
+            "pictures (whole bundles that are driven by one)",
+        )
     parser.add_argument(
         "--strength",
         type=real(0),
@@ -117,18 +124,21 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
     import numpy as np
 
     from taylorseer_export.embedded import requests
+    from taylorseer_export.embedded.driving import DRIVING, with_videos
     from taylorseer_export.embedded.edits import given_picture, steps_that_run
     from taylorseer_export.embedded.picture import read_picture
-    from taylorseer_export.embedded.video import check_video
+    from taylorseer_export.embedded.video import check_video, read_video
     from taylorseer_export.method import forecasts_from_options
     from taylorseer_export.runtime import sampling
     from taylorseer_export.runtime.schedulers import own_scheduler
 
     first = denoiser.share.first  # of the ranks: it writes what one process writes
-    if given.image:
+    if given.image or given.pose or given.face:
         require_extra("whole", "PIL")
     pictures = [read_picture(path) for path in given.image or ()]
     picture = given_picture(denoiser.manifest, pictures[0] if pictures else None, given.strength, pictures[1:])
+    videos = {name: getattr(given, name) for name in DRIVING if getattr(given, name)}
+    picture = with_videos(denoiser.manifest, picture, {n: read_video(path, f"--{n}") for n, path in videos.items()})
     options, picture = steps_that_run(request_options(given), denoiser, picture)
     forecasts = forecasts_from_options(options, denoiser.defaults, denoiser.profiles)
     guard = forecasts.guard
@@ -265,7 +275,7 @@ def _preview(path: Path, number: int) -> Path:
 # What a request is made from -> the options that say it.
 _OPTIONS = {
     "labels": ("label",),
-    "prompts": ("prompt", "inputs", "image", "strength", "negative_prompt", "prompt_tokens"),
+    "prompts": ("prompt", "inputs", "image", "pose", "face", "strength", "negative_prompt", "prompt_tokens"),
     "tensors": ("inputs",),
 }
 
@@ -274,7 +284,7 @@ def _request(denoiser: Denoiser, given: argparse.Namespace, picture: Given | Non
     """The request, and a name for each picture of it where it has one."""
     manifest = denoiser.manifest
     source = manifest.sampling.source
-    for option in ("label", "prompt", "inputs", "image", "strength", "negative_prompt", "prompt_tokens"):
+    for option in dict.fromkeys(("label", *chain.from_iterable(_OPTIONS.values()))):
         if getattr(given, option) is not None and option not in _OPTIONS[source]:
             known = " or ".join(f"--{name}" for name in _OPTIONS[source][:2])
             raise ConfigError(

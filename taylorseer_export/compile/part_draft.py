@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from taylorseer_export.bundle.manifest import Fitted, Patches, PipelinePart, Sections, Shown, Tiles, Tokens
+from taylorseer_export.bundle.manifest import Driven, Fitted, Patches, PipelinePart, Sections, Shown, Tiles, Tokens
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.draft import BaseDraft, Options
 from taylorseer_export.graph.cut import Cut
@@ -37,6 +37,7 @@ class PartDraft(BaseDraft):
         fitted: See `Whole.fitted`.
         cropped: See `Whole.cropped`; None where it is 0.
         sections: How videos are made section by section; None where they are not.
+        driven: How videos are driven by others; None where they are not.
     """
 
     pipeline: Path
@@ -60,6 +61,7 @@ class PartDraft(BaseDraft):
     fitted: Fitted | None = None
     cropped: int | None = None
     sections: Sections | None = None
+    driven: Driven | None = None
 
     @property
     def graphs(self) -> tuple[Cut, ...]:
@@ -97,6 +99,7 @@ class PartDraft(BaseDraft):
             fitted=self.fitted,
             cropped=self.cropped,
             sections=self.sections,
+            driven=self.driven,
             sizes=self.shown_at,
             negative=self.negative,
         )

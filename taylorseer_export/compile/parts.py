@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from taylorseer_export.bundle.manifest import (
+    Driven,
     Fitted,
     PartName,
     PipelinePart,
@@ -265,7 +266,7 @@ def _animate(
     anything in it."""
     modules = {**modules, **{name: component(checkpoint, name, options) for name in whole.seers}}
     seen = None if whole.shown is None else look(checkpoint, whole.shown)
-    inputs = [picture, *shown_as(seen, _dtype(options))]
+    inputs = [picture, *shown_as(seen, _dtype(options)), *_driving(whole, picture, 1)]
 
     def animate(given: Mapping[str, Any]) -> Mapping[str, Any]:
         assert whole.animate is not None
@@ -282,12 +283,25 @@ def _animate(
     caches = [_read(tensor) for tensor in first.outputs if tensor.role == "cache_out"]
     graphs = [first]
     if caches:
+        caches += _driving(whole, picture, checkpoint.family.time_scale)
         later, more = trace_part("later", {VAE: modules[VAE]}, animate, caches, extents[0], role)
         graphs, constants = [first, later], constants | more
     made = drafted(checkpoint, options, modules, tuple(graphs), constants, extents)
     sections = None if whole.sections is None else Sections(**asdict(whole.sections))
+    driven = None if whole.driven is None else Driven(**asdict(whole.driven))
     shown = None if seen is None else seen.shown
-    return replace(made, shown=shown, sections=sections, cropped=whole.cropped or None)
+    return replace(made, shown=shown, sections=sections, driven=driven, cropped=whole.cropped or None)
+
+
+def _driving(whole: Whole, picture: Tensor, frames: int) -> list[Tensor]:
+    """So many frames, of the picture's size, of what drives a video; none where nothing does."""
+    if whole.driven is None:
+        return []
+    channels = ((whole.driven.pose, 3), (whole.driven.scene, 4))
+    return [
+        picture.model_copy(update={"name": name, "shape": (1, count, frames, *picture.shape[2:])})
+        for name, count in channels
+    ]
 
 
 def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) -> PartDraft:

@@ -10,9 +10,10 @@ Shapes: N samples, C channels, F latent frames, H and W latent pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from taylorseer_export.embedded.picture import covering, passed_on, resized, see
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.driven import DrivenCourse
 from taylorseer_export.runtime.frames import FrameEncoder
 from taylorseer_export.runtime.noise import Generator
 from taylorseer_export.runtime.parts import Cut, Part
@@ -46,12 +48,14 @@ class Given(NamedTuple):
         strength: Of a loop that begins with it, the share of its steps that run.
         steps: Those in all; as many as leave those of the plan if None. See `steps_that_run`.
         others: Those behind the first, for a model that takes several; each of a size of its own.
+        videos: For a model that they drive, by what they show, `pose` and `face`: `[F, height, width, 3]` uint8.
     """
 
     picture: np.ndarray
     strength: float = STRENGTH
     steps: int | None = None
     others: tuple[np.ndarray, ...] = ()
+    videos: Mapping[str, np.ndarray] = MappingProxyType({})
 
     @property
     def pictures(self) -> tuple[np.ndarray, ...]:
@@ -246,7 +250,7 @@ class Sectioned(NamedTuple):
     """
 
     tensors: dict[str, np.ndarray]
-    course: Course
+    course: Course | DrivenCourse
     noise: np.ndarray
 
 

@@ -153,6 +153,21 @@ def covering(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return made
 
 
+def on_black(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A picture `[..., ..., 3]` uint8 at another size, in its own shape, on black.
+
+    As diffusers does it for a character with `resize_mode="fill"`, where the Lanczos filter takes the place of the
+    bilinear one that is asked for: its class sets all options once more.
+    """
+    own = picture.shape[:2]
+    wide = width if width / height < own[1] / own[0] else own[1] * height // own[0]
+    high = height if width / height >= own[1] / own[0] else own[0] * width // own[1]
+    top, left = height // 2 - high // 2, width // 2 - wide // 2
+    made = np.zeros((height, width, 3), np.uint8)
+    made[top : top + high, left : left + wide] = resized(picture, high, wide)
+    return made
+
+
 def passed_on(picture: np.ndarray) -> np.ndarray:
     """A picture uint8 after diffusers made floats from -1 to 1 of it, and transformers bytes of these for Pillow.
 

@@ -12,6 +12,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.shapes import linear, resolve
 from taylorseer_export.embedded.conditioning import ConditioningCache, Encoded, Key
+from taylorseer_export.embedded.driving import POSE, check_videos, driven_by
 from taylorseer_export.embedded.edits import (
     Given,
     animated,
@@ -30,6 +31,7 @@ from taylorseer_export.embedded.picture import pictures_from_dit_latents
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.decoding import decoded, decoded_in_sections
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.driven import DrivenCourse, decoded_in_driven_sections, driven_of, frames_in_section
 from taylorseer_export.runtime.parts import Cut
 from taylorseer_export.runtime.places import ROWS, sides_of
 from taylorseer_export.runtime.runner import host_dtype
@@ -61,7 +63,7 @@ def prompt_request(
         length: Most tokens of a prompt, where the bundle leaves that open; its own if left out.
         cache: Where what prompts become is kept; the encoders run for each if left out.
         given: The picture, or for some models several, that a model is to edit or to animate, or that the loop of
-            another begins with.
+            another begins with; with it the videos that drive another.
 
     Raises:
         ConfigError: The size does not divide into tokens or is out of the bundle's range, or a negative prompt is given
@@ -76,6 +78,7 @@ def prompt_request(
         raise ConfigError(f"picture is missing for {name}, expected the one that it is to {what}; pass it")
     if given is not None:
         check_pictures(manifest, given)
+        check_videos(manifest, given.videos)
     size = size_of(manifest, given) if size is None else size
     sizes, sides = latent_sizes(manifest, size, "size")
     if isinstance(prompts, Mapping):
@@ -83,7 +86,10 @@ def prompt_request(
     else:
         tensors = _encoded(denoiser, prompts, guidance_scale, negative, length, cache, given)
     made = None
-    if given is not None and sections_of(manifest) is not None:
+    if given is not None and (driven := driven_of(manifest)) is not None:
+        made = driven_by(denoiser, driven, given, size, seeds, any(name.startswith(NEGATIVE) for name in tensors))
+        tensors |= made.tensors
+    elif given is not None and sections_of(manifest) is not None:
         made = in_sections(denoiser, given.picture, size, seeds)
         tensors |= made.tensors
     elif given is not None and needed:
@@ -115,6 +121,8 @@ def warm_parts(denoiser: Denoiser, size: tuple[int, ...] | None = None) -> None:
     denoiser.open_parts()
     manifest = denoiser.manifest
     if manifest.sampling.source != "prompts" or manifest.sampling.pictures != "decoder":
+        return
+    if driven_of(manifest) is not None:  # no server draws what videos drive
         return
     size = usual_size(manifest) if size is None else size
     given = black_for(manifest, size)
@@ -150,7 +158,7 @@ def size_of(manifest: Manifest, given: Given | None) -> tuple[int, ...]:
     Without a picture the bundle's usual one. With one that of the picture as it is encoded, of several the last, of
     fitted ones the first, as the published models have it; of a video made from it the usual area in the shape of the
     picture, as they have it too, each side rounded down to tokens and kept in the bundle's range; where a picture is
-    cut to a video, see `sides_of_shape`.
+    cut to a video, see `sides_of_shape`. One that a pose drives has that one's frames and shape.
     """
     usual = usual_size(manifest)
     if given is None:
@@ -160,6 +168,8 @@ def size_of(manifest: Manifest, given: Given | None) -> tuple[int, ...]:
         return brought_to(manifest, given.pictures[-1 if encode.fitted is None else 0])
     latent, made = manifest.graphs["full"].input_of("latent").shape, [*usual]
     high, wide = given.picture.shape[:2]
+    if POSE in given.videos:
+        made[0], high, wide, _ = given.videos[POSE].shape
     wished = [round(sqrt(usual[-2] * usual[-1] * ratio)) for ratio in (high / wide, wide / high)]
     if (square := encode.cropped) is not None:
         wished = [*sides_of_shape(square, manifest.sampling.latent_scale, high, wide)]
@@ -184,6 +194,8 @@ def usual_size(manifest: Manifest) -> tuple[int, ...]:
     frames = [manifest.sampling.time_scale * (count - 1) + 1 for count in latent[2:-2]]
     if (sections := sections_of(manifest)) is not None:
         frames = [frames_of_section(manifest) * sections.usual + 1]
+    if (driven := driven_of(manifest)) is not None:
+        frames = [frames_in_section(manifest, driven)]
     return *frames, side * rows, side * columns
 
 
@@ -315,6 +327,9 @@ def pictures_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np
     decoder = denoiser.manifest.sampling.pictures
     if decoder == "decoder":
         sections, packing = sections_of(denoiser.manifest), denoiser.manifest.pipeline.packing
+        if (driven := driven_of(denoiser.manifest)) is not None:
+            frames = request.course.frames if isinstance(request.course, DrivenCourse) else None
+            return decoded_in_driven_sections(denoiser, latents, driven, frames)
         if sections is not None:
             window = window_of(denoiser.manifest)
             if latents.shape[2] > window and (latents.shape[2] - 1) % window == 0:  # not one section from tensors

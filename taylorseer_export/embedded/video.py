@@ -1,4 +1,4 @@
-"""Videos as files: GIF and WebP by Pillow, MP4 by PyAV.
+"""Videos as files, written and read: GIF and WebP by Pillow, MP4 by PyAV.
 
 Shapes: F frames.
 """
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from taylorseer_export.bundle.atomic import replacing
-from taylorseer_export.errors import ConfigError
+from taylorseer_export.embedded.picture import opaque
+from taylorseer_export.errors import ConfigError, first_line
 
 MP4 = ".mp4"
 _ANIMATED = {".gif": 10, ".webp": 1}  # suffix -> milliseconds that its clock counts in
@@ -50,6 +51,52 @@ def check_mp4() -> None:
     """
     if find_spec("av") is None:
         raise ConfigError("av is not installed, expected it for videos; pip install 'taylorseer-export[video]'")
+
+
+def read_video(path: Path, option: str) -> np.ndarray:
+    """The video in a file, or that of the pictures in a folder by their names, `[F, height, width, 3]` uint8.
+
+    GIF, WebP and PNG are read by Pillow, anything else by PyAV; transparent pixels are on white.
+
+    Args:
+        path: The file or folder.
+        option: How it was named, for the error.
+
+    Raises:
+        ConfigError: There is none, it holds no frame that can be read, or frames of several sizes.
+    """
+    from PIL import Image, ImageSequence
+
+    try:
+        if not path.is_dir() and path.suffix.lower() not in (*_ANIMATED, ".png"):
+            frames = _read_by_av(path, option)
+        else:
+            files = sorted(one for one in path.iterdir() if not one.name.startswith(".")) if path.is_dir() else [path]
+            frames = []
+            for file in files:
+                with Image.open(file) as image:
+                    frames += [np.asarray(one.convert("RGBA")) for one in ImageSequence.Iterator(image)]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PyAV's are of these
+        raise ConfigError(
+            f"{option} is {path}, expected a video, or a folder of its frames as pictures ({first_line(error)}); check "
+            "the file"
+        ) from error
+    if len(sizes := {frame.shape[:2] for frame in frames}) != 1:
+        seen = ", ".join(f"{height}x{width}" for height, width in sorted(sizes)) or "no frame"
+        raise ConfigError(f"{option} is {path} with {seen}, expected frames of one size; mend it")
+    return opaque(np.stack(frames)) if frames[0].shape[2] == 4 else np.stack(frames)
+
+
+def _read_by_av(path: Path, option: str) -> list[np.ndarray]:
+    if find_spec("av") is None:
+        raise ConfigError(
+            f"{option} is {path}, which PyAV reads, and av is not installed; pip install 'taylorseer-export[video]', "
+            "or give .gif, .webp or a folder of frames"
+        )
+    import av
+
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
 def write_video(path: Path, frames: np.ndarray, rate: int) -> None:

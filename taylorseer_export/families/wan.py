@@ -76,17 +76,26 @@ def _animate(modules: Modules, given: Tensors, caches: Sequence[Any] | None) -> 
     scale = vae.config.scale_factor_temporal
     if caches is None:
         video = (2 * given["picture"] - 1).unsqueeze(2)
-        used: list[Any] = [None] * len(list(vae.encoder.modules()))
     else:
-        used = list(caches)
-        video = used[0].clamp(0, 0).repeat(1, 1, scale // 2, 1, 1)  # grey, and no constant: see `_filled`
-    mean = vae.quant_conv(vae.encoder(video, feat_cache=used, feat_idx=[0])).chunk(2, 1)[0]
+        video = caches[0].clamp(0, 0).repeat(1, 1, scale // 2, 1, 1)  # grey, and no constant: see `_filled`
+    latents, used = encoded(vae, video, caches)
     mark = 1 if caches is None else 0
-    mask = mean[:, :1].clamp(mark, mark).repeat(1, scale, 1, 1, 1)
+    mask = latents[:, :1].clamp(mark, mark).repeat(1, scale, 1, 1, 1)
     if caches is None and "image_encoder" in modules:
-        states = modules["image_encoder"](given["pixels"], output_hidden_states=True).hidden_states
-        made["encoder_hidden_states_image"] = states[-2]
-    return {**made, "condition": torch.cat([mask, scaled(vae, mean)], 1)}, _filled(used)
+        made["encoder_hidden_states_image"] = seen(modules, given)
+    return {**made, "condition": torch.cat([mask, latents], 1)}, used
+
+
+def encoded(vae: Any, video: Any, caches: Sequence[Any] | None) -> tuple[Any, list[Any]]:
+    """The latents `[N, C, 1, H, W]` of one latent frame of videos from -1 to 1, and the caches that it leaves."""
+    used = [None] * len(list(vae.encoder.modules())) if caches is None else list(caches)
+    mean = vae.quant_conv(vae.encoder(video, feat_cache=used, feat_idx=[0])).chunk(2, 1)[0]
+    return scaled(vae, mean), _filled(used)
+
+
+def seen(modules: Modules, given: Tensors) -> Any:
+    """What the image encoder makes of the picture that it is shown."""
+    return modules["image_encoder"](given["pixels"], output_hidden_states=True).hidden_states[-2]
 
 
 def _filled(caches: Sequence[Any]) -> list[Any]:

@@ -6,7 +6,7 @@ one segment of a video.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,8 @@ from taylorseer_export.families.family import (
     no_entries,
     replaced,
 )
-from taylorseer_export.families.wan import WAN
+from taylorseer_export.families.wan import WAN, encoded, seen
+from taylorseer_export.families.whole import Driven, Modules, Shown, Tensors
 
 _FACES = 1 << 14  # more than any bundle takes
 
@@ -81,6 +82,40 @@ def _motion(encoder: Any, faces: Any) -> Any:
     return (moved.float() @ encoder.directions.float().T).to(moved.dtype)
 
 
+def _animate(modules: Modules, given: Tensors, caches: Sequence[Any] | None) -> tuple[dict[str, Any], list[Any]]:
+    """One latent frame: what there is of it, a mask before its latents, and the latents of the pose.
+
+    Both go through the encoder side by side. Before the first one stands the character, under a mask of ones.
+    """
+    import torch
+
+    vae = modules["vae"]
+    side, pictures = vae.config.scale_factor_spatial, given["scene"][:, :3]
+    latents, used = encoded(vae, 2 * torch.cat([pictures, given["pose"]]) - 1, caches)
+    kept = given["scene"][:, 3:].unflatten(4, (-1, side))[..., 0].unflatten(3, (-1, side))[:, :, :, :, 0]
+    if caches is None:
+        kept = kept.repeat(1, 1, vae.config.scale_factor_temporal, 1, 1)  # the first frame is a whole latent frame
+    mask = kept.transpose(1, 2)
+    made = {"condition": torch.cat([mask, latents[:1]], 1), "pose_hidden_states": latents[1:]}
+    if caches is not None:
+        return made, used
+    character, _ = encoded(vae, (2 * given["picture"] - 1).unsqueeze(2), None)
+    whole = torch.cat([mask.clamp(1, 1), character], 1)
+    made["condition"] = torch.cat([whole, made["condition"]], 2)
+    return {**made, "encoder_hidden_states_image": seen(modules, given)}, used
+
+
+assert WAN.whole is not None
+_WHOLE = replace(
+    WAN.whole,
+    tokens=tuple(replace(one, size="") for one in WAN.whole.tokens),  # the transformer tells text and picture by it
+    animate=_animate,
+    driven=Driven("pose", "scene", "face_pixel_values", ahead=1),
+    seers=("image_encoder",),
+    shown=Shown("pixels", "image_processor"),
+    frame_rate=30,
+)
+
 WAN_ANIMATE = replace(
     WAN,
     name="wan-animate",
@@ -99,7 +134,7 @@ WAN_ANIMATE = replace(
         flow_steps="count", cast_inputs=("face_pixel_values",), ignored_inputs=("motion_encode_batch_size",)
     ),
     comfy=no_counterpart,
-    whole=None,
+    whole=_WHOLE,
     by_config=no_entries,
     variants={},
     forward=_at_once,

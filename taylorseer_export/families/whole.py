@@ -155,6 +155,28 @@ class Sections:
 
 
 @dataclass(frozen=True)
+class Driven:
+    """A video that is driven by others frame for frame: a pose and a face.
+
+    It is made a window of latent frames at a time, each by a loop of its own that is given the last frame of the one
+    before. Frames of `pose` and `scene` come to `animate` as many at a time as a latent frame has.
+
+    Attributes:
+        pose: Input of `animate` with frames of the pose, `[1, 3, F, height, width]` from 0 to 1.
+        scene: Its input with what there is of the frames that are made, `[1, 4, F, height, width]`: the fourth channel
+            is 1 where that stays, and 0 where it is made anew.
+        face: Input of the transformer with frames of the face, `[N, 3, F, side, side]` from -1 to 1. A call that
+            guidance leads away from is given -1 alone.
+        ahead: Latent frames of a window before those of the video; the first `condition` has as many more.
+    """
+
+    pose: str
+    scene: str
+    face: str
+    ahead: int
+
+
+@dataclass(frozen=True)
 class Tiling:
     """How the tiles of a video lie in its latents; neighbours are blended where they overlap.
 
@@ -201,6 +223,9 @@ class Whole:
             caches there are no later ones: they have zeros. With `sections` there is but one, which makes `mean` and
             `deviation` of its latents instead. None where videos are made of text alone.
         sections: How a video that is made from a picture is made section by section; None where one loop makes it.
+        driven: How others drive a video that is made from a picture. `animate` is given their frames too, any later
+            one as well, and what it makes of all of them is joined along the frames. The picture is then not stretched
+            but put on black. None where nothing drives it.
         cropped: Side of the square whose pixels a video from a picture has, if the pipeline lets the picture keep its
             shape and cuts off what is outside of the video; 0 where it is stretched.
         seers: Folders of the image encoders that `animate` has besides the VAE.
@@ -231,6 +256,7 @@ class Whole:
     see: Callable[[Any, Any], dict[str, Any]] | None = None
     animate: Callable[[Modules, Tensors, Sequence[Any] | None], tuple[dict[str, Any], list[Any]]] | None = None
     sections: Sections | None = None
+    driven: Driven | None = None
     cropped: int = 0
     seers: tuple[str, ...] = ()
     shown: Shown | None = None

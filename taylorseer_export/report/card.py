@@ -113,6 +113,8 @@ def _of_part(name: PartName, described: PipelinePart) -> list[str]:
     if (sections := described.sections) is not None:
         when = "first" if sections.direction == "forward" else "last"
         lines.append(f"{' ' * 13}a video is several loops, its {when} frames first; {sections.usual} of them as a rule")
+    if described.driven is not None:
+        lines.append(f"{' ' * 13}videos of a pose and a face drive it; each loop begins with the last frame before it")
     return lines
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from threading import Lock
 
@@ -14,7 +15,6 @@ import numpy as np
 
 from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import PartName, PipelinePart, Tensor
-from taylorseer_export.bundle.part_agreement import CONDITION
 from taylorseer_export.bundle.shapes import resolve
 from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.runtime.parts import Part, open_engines, open_part, refuse_unsound, sizes_of, smallest
@@ -28,11 +28,11 @@ class _Bound:
     """Calls for one size of videos, and their buffers.
 
     Attributes:
-        inputs: Of one latent frame; every call reads those that it has.
+        inputs: Of the first latent frame, and of any later one; buffers of one size are the same.
         calls: That of the first latent frame, and the two of later ones in turn, each with what it writes.
     """
 
-    inputs: dict[str, Buffer]
+    inputs: tuple[dict[str, Buffer], dict[str, Buffer]]
     calls: tuple[tuple[Call, dict[str, Buffer]], ...]
 
 
@@ -74,7 +74,7 @@ class Frames:
                 self._bound, self._sizes = self._bind(sizes), sizes
             for k, values in enumerate(chain([first], frames)):
                 for name, value in values.items():
-                    self._bound.inputs[name].write(value)
+                    self._bound.inputs[min(k, 1)][name].write(value)
                 call, made = self._bound.calls[0 if k == 0 else 1 + k % 2]
                 call()
                 take({name: buffer.read() for name, buffer in made.items()})
@@ -90,14 +90,15 @@ class Frames:
         read, alone, several = buffers(first.inputs), buffers(first.outputs), buffers(later.outputs)
         # Names as they are written; what reads them is called the same but for the role.
         even, odd = (buffers(first.outputs, caches=True) for _ in range(2))
-        own = {tensor.name: read[tensor.name] for tensor in later.inputs if tensor.name in read}
+        own = {t.name: read[t.name] for t in later.inputs if t in first.inputs}
+        own |= buffers(tuple(t for t in later.inputs if t not in first.inputs))
 
         def bound(before: Mapping[str, Buffer], after: Mapping[str, Buffer]) -> tuple[Call, dict[str, Buffer]]:
             caches = {name.replace("cache_out", "cache_in"): buffer for name, buffer in before.items()}
             return self._runner.bind("later", {**own, **caches}, {**several, **after}), several
 
         begin = self._runner.bind(self.name, read, {**alone, **even})
-        return _Bound(read, ((begin, alone), bound(odd, even), bound(even, odd)))
+        return _Bound((read, own), ((begin, alone), bound(odd, even), bound(even, odd)))
 
     def close(self) -> None:
         """Release its engines."""
@@ -115,30 +116,46 @@ class FrameEncoder:
     def __init__(self, frames: Frames) -> None:
         self.described, self._frames = frames.described, frames
 
-    def __call__(self, given: Given, frames: int) -> dict[str, np.ndarray]:
+    def __call__(
+        self, given: Given, frames: int, driving: Callable[[int], Given] | None = None
+    ) -> dict[str, np.ndarray]:
         """Inputs of the transformer by name, and `condition`, `[1, C, F, H, W]`.
 
         Args:
             given: The picture as each of its inputs, `[1, 3, height, width]` from 0 to 1.
             frames: Of the video, in latent frames.
+            driving: Of a video that others drive, what each latent frame is given of them, by its index.
 
         Raises:
             StepError: A size is out of range; nothing was allocated.
         """
-        made: dict[str, np.ndarray] = {}
-        condition: list[np.ndarray] = []
+        made: dict[str, list[np.ndarray]] = {}
 
         def take(outputs: dict[str, np.ndarray]) -> None:  # views of what the next call writes
-            copies = {name: np.array(value) for name, value in outputs.items()}
-            condition.append(copies.pop(CONDITION))
-            made.update(copies)
+            for name, value in outputs.items():
+                made.setdefault(name, []).append(np.array(value))
 
-        self._frames(({} if k else given for k in range(frames)), take)
-        return {**made, CONDITION: np.concatenate(condition, 2)}
+        def of(frame: int) -> Given:
+            own = {} if driving is None else driving(frame)
+            return own if frame else {**given, **own}
+
+        self._frames((of(k) for k in range(frames)), take)
+        # What is made of later latent frames as well is made of all of them.
+        assert self.described.later is not None
+        several = {tensor.name for tensor in self.described.later.outputs}
+        return {name: np.concatenate(values, 2) if name in several else values[0] for name, values in made.items()}
 
     def close(self) -> None:
         """Release its engines."""
         self._frames.close()
+
+
+def _noise(described: PipelinePart, frame: int) -> dict[str, np.ndarray]:
+    """What a latent frame is given beside a picture, at the smallest sizes."""
+    assert described.later is not None
+    graph = described.later if frame else described.graph
+    given = smallest(described.model_copy(update={"graph": graph}))
+    return {tensor.name: given[tensor.name] for tensor in graph.inputs if tensor.role != "cache_in"}
 
 
 def open_picture_encoder(bundle: Bundle, device: Device, threads: int = 0) -> Part | FrameEncoder:
@@ -148,7 +165,7 @@ def open_picture_encoder(bundle: Bundle, device: Device, threads: int = 0) -> Pa
         return open_part(bundle, "encode", device, threads)
     encoder = FrameEncoder(Frames("encode", *open_engines(bundle, "encode", device, threads)))
     try:
-        for output, values in encoder(smallest(described), 3).items():
+        for output, values in encoder(smallest(described), 3, partial(_noise, described)).items():
             refuse_unsound(bundle, "encode", output, values)
     except BaseException:
         encoder.close()

@@ -20,6 +20,7 @@ from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.combined import combined
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.driven import DrivenCourse
 from taylorseer_export.runtime.lead import beginning
 from taylorseer_export.runtime.noise import normals
 from taylorseer_export.runtime.one_branch import one_branch
@@ -113,7 +114,7 @@ class Request:
     negative: dict[str, np.ndarray] | None = None
     joined: Joined | None = None
     beginning: Beginning | None = None
-    course: Course | None = None
+    course: Course | DrivenCourse | None = None
     lora: Adapter | None = None
     previews: int = 0
 
@@ -276,13 +277,12 @@ class Loop:
     def _enter(self) -> None:
         """Go to the first step of the next loop: a scheduler at its start, noise, and what a section is given."""
         request, run, first = self.request, len(self.forecasts), self.request.beginning
-        self._joined = request.joined
-        noise, self.conditioning = request.latents, request.branches
+        noise, self.conditioning, self._joined = request.latents, request.branches, request.joined
         if request.course is not None:
             number, window = self.step // run, request.course.window
             noise = np.ascontiguousarray(noise[:, :, number * window : (number + 1) * window])
-            given = request.course.inputs(number, self._made)
-            self.conditioning = [{**branch, **given} for branch in request.branches]
+            of_request = self.conditioning, self._joined
+            self.conditioning, self._joined = request.course.enter(number, self._made, *of_request)
         steps = run if first is None else first.of(run)
         self._scheduler = scheduler_of(self._manifest)
         timesteps = clock(self._manifest, noise.shape, steps, request.sigmas, self._scheduler)

@@ -12,13 +12,17 @@ Shapes: N samples, C channels, F latent frames, H and W latent pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Sections
 from taylorseer_export.bundle.shapes import resolve
+
+if TYPE_CHECKING:
+    from taylorseer_export.runtime.sampling import Joined
 
 _TIME = 2  # axis
 _FIRST_AHEAD, _AHEAD = 3, 2  # sections that lie between the picture and those being made, at most
@@ -83,6 +87,18 @@ class Course:
         for names, values in zip(self.described.past, zip(history, places, strict=True), strict=True):
             given |= dict(zip(names, values, strict=True))
         return given
+
+    def enter(
+        self, number: int, made: np.ndarray, branches: Sequence[dict[str, np.ndarray]], joined: Joined | None
+    ) -> tuple[list[dict[str, np.ndarray]], Joined | None]:
+        """(constant inputs of each branch, what is joined to the noise) of a section.
+
+        Args:
+            number, made: As of `inputs`.
+            branches, joined: Of the request.
+        """
+        given = self.inputs(number, made)
+        return [{**branch, **given} for branch in branches], joined
 
     def joined(self, made: np.ndarray, section: np.ndarray) -> np.ndarray:
         """What is made once the next section is: frames in the order of the video."""

@@ -19,6 +19,7 @@ from taylorseer_export.bundle.part_agreement import CONDITION as CONDITION
 from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.driven import driven_of
 from taylorseer_export.runtime.places import sides_of, value_from_fill
 from taylorseer_export.runtime.sampling import Joined, Request, noise_of, tokens_of
 from taylorseer_export.runtime.sections import frames_of_section, sections_of, window_of
@@ -272,6 +273,8 @@ def latent_sizes(
             raise ConfigError(f"{option} {label} is {length}, expected a multiple of {side} (pixels); change it")
     if frames and sections_of(manifest) is not None:
         frames = _frames_of_section(manifest, frames[0], option)
+    if frames and driven_of(manifest) is not None:  # of any length: the last section is cut off
+        frames = [sampling.time_scale * (window_of(manifest) - 1) + 1]
     if frames and (frames[0] - 1) % sampling.time_scale:
         raise ConfigError(
             f"{option} frames is {frames[0]}, expected a multiple of {sampling.time_scale} and 1, like 81; change it"

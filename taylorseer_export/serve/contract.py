@@ -31,6 +31,7 @@ from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import Forecasts, Plan, RequestOptions, forecasts_from_options
 from taylorseer_export.runtime.contract import defaults_of, request_constants
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.driven import driven_of
 from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Loop, Request, preview_steps
 from taylorseer_export.runtime.sections import frames_of_section, sections_of
@@ -89,6 +90,7 @@ _STREAMED = (Port("previews", "INT32", (1,), True), Port("progress", "BOOL", (1,
 def roles(manifest: Manifest) -> tuple[Role, ...]:
     """What a bundle can be served as."""
     draws = manifest.sampling.pictures is not None and manifest.sampling.source != "tensors"
+    draws = draws and driven_of(manifest) is None  # requests bring no videos
     return ("picture", "denoiser") if draws else ("denoiser",)
 
 
@@ -246,8 +248,8 @@ def ask(
 
 def _pictured(manifest: Manifest) -> frozenset[str]:
     """Inputs of the role `denoiser` that may be made of `image`: of a video all that it has of a picture, unless it is
-    made in sections, of which that role runs one."""
-    if use_of(manifest) != "animates" or sections_of(manifest) is not None:
+    made in sections, of which that role runs one, or others drive it."""
+    if use_of(manifest) != "animates" or sections_of(manifest) is not None or driven_of(manifest) is not None:
         return frozenset()
     return frozenset(t.name for t in manifest.parts["encode"].graph.outputs if t.role != "cache_out")
 

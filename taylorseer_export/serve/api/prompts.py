@@ -17,6 +17,7 @@ from taylorseer_export.embedded.video import check_mp4
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.method import RequestOptions
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.driven import driven_of
 from taylorseer_export.runtime.sampling import Request
 from taylorseer_export.runtime.tensors import latent_sizes
 from taylorseer_export.serve.api.wishes import Takes, Wish, takes_of
@@ -26,9 +27,15 @@ def check_draws(manifest: Manifest) -> None:
     """Refuse a bundle that makes no picture or video of a prompt.
 
     Raises:
-        ConfigError: It takes tensors, has no decoder or several latents, or makes videos, which PyAV is missing for.
+        ConfigError: It takes tensors or videos, has no decoder or several latents, or makes videos, which PyAV is
+            missing for.
     """
     refuse_several(manifest, "the images API")
+    if driven_of(manifest) is not None:
+        raise ConfigError(
+            f"bundle {manifest.family}-{manifest.name} makes videos that others drive, expected one that draws from "
+            "prompts and pictures; make them with `taylorseer-export run`"
+        )
     if frame_rate(manifest) is not None:
         check_mp4()
     if manifest.sampling.pictures is None or manifest.sampling.source == "tensors":

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, replaced
@@ -54,19 +54,9 @@ def _rotated(x: Any, freqs: tuple[Any, Any]) -> Any:
     return (turned if x.ndim == 4 else turned.transpose(1, 2).flatten(2)).to(x.dtype)
 
 
-def _modulation(table: Any, temb: Any, batch_size: int) -> tuple[Any, ...]:
-    """`get_mod_params` of a block part by part: then those that all blocks share are seen to be the same."""
-    count = len(table)
-    values = table[None, None] + temb.reshape(batch_size, temb.shape[1], count, -1)
-    return tuple(values.select(2, k) for k in range(count))
-
-
 @contextmanager
 def _patched(model: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(replaced(sys.modules[type(model).__module__], apply_split_rotary_emb=_rotated))
-        for block in model.transformer_blocks:
-            stack.enter_context(replaced(block, get_mod_params=_modulation))
+    with replaced(sys.modules[type(model).__module__], apply_split_rotary_emb=_rotated):
         yield
 
 

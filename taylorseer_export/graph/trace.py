@@ -22,6 +22,7 @@ from taylorseer_export.bundle.latents import NOISE_PRED, endings
 from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.families.family import Family, Input, replaced
+from taylorseer_export.graph.alike import rows_alike
 from taylorseer_export.graph.casts import explicit_casts
 from taylorseer_export.graph.guards import settled
 from taylorseer_export.graph.masks import expanded_masks, small_masks
@@ -146,6 +147,8 @@ def trace(model: nn.Module, family: Family, precision: torch.dtype) -> Trace:
     small_masks(module.graph)
     eliminate_dead(module.graph)
     explicit_casts(module.graph)
+    rows_alike(module.graph)
+    eliminate_dead(module.graph)
     merge_equal(module.graph)
     symbols = _symbols(module.graph, inputs)
     weights = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}

@@ -29,6 +29,7 @@ from taylorseer_export.embedded.requests import pictures_of, prompt_request
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Guard
 from taylorseer_export.runtime.denoiser import Denoiser, load
+from taylorseer_export.runtime.denoiser import _hash as hash_of
 from taylorseer_export.runtime.eager import EagerRunner
 from taylorseer_export.runtime.following import follow
 from taylorseer_export.runtime.group import Group
@@ -312,6 +313,12 @@ def has_another_shape(denoiser, request, files):
     if denoiser.share.rank:
         request = request_of(denoiser, "flux", (3,))
     sample(denoiser, request, denoiser.forecasts(plan=PLAN))
+
+
+def test_the_order_in_which_a_lora_is_read_is_no_difference():
+    """It is another in each process."""
+    one, other = np.zeros(3, np.float32), np.ones((2, 2), np.float32)
+    assert hash_of({"a": one, "b": other}) == hash_of({"b": other, "a": one}) != hash_of({"a": one, "b": -other})
 
 
 GONE = r"rank 1 of 2 has died or is late after \d\.\d s at step 3 .*, expected all 2 ranks within 2 s"

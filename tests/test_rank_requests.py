@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -37,6 +38,7 @@ from taylorseer_export.runtime.sampling import Loop, denoise, preview_steps, sam
 from taylorseer_export.runtime.share import whole_of
 from taylorseer_export.runtime.tensors import NEGATIVE, tensor_request
 from taylorseer_export.runtime.trajectory import random_conditioning
+from taylorseer_export.serve.api import loaded
 
 PLAN, GUARDED, ORDER, PREVIEWS = "FF.F..", "FF......", 2, 2
 GUARDS = ("fbcache",)
@@ -263,6 +265,14 @@ def test_a_server_on_ranks_draws_what_rank_0_samples(shared, whole_flux, files):
     for event, picture in zip(events, pictures, strict=True):
         assert np.array_equal(picture_in(event.b64_json), picture)
     assert events[-1].model_extra["taylorseer"]["executed"] == result.executed
+
+
+def test_a_server_on_ranks_loads_one_model(drafts, monkeypatch):
+    one = eager_denoiser(drafts("flux", "module", "snapshots", ORDER, guards=GUARDS))
+    monkeypatch.setattr(loaded, "load", lambda *given, **more: one)
+    said = r"--lora is given for flux-eager on 2 ranks, expected a bundle that takes a LoRA with each request, .*-rank"
+    with pytest.raises(ConfigError, match=said):
+        loaded.load_models([Path("a")], loras={"style": "a.safetensors"}, group=SimpleNamespace(size=2))
 
 
 # Faults: what rank 1 does wrong -> what rank 0 says, and what rank 1 says.

@@ -270,7 +270,7 @@ def test_a_server_on_ranks_draws_what_rank_0_samples(shared, whole_flux, files):
 def test_a_server_on_ranks_loads_one_model(drafts, monkeypatch):
     one = eager_denoiser(drafts("flux", "module", "snapshots", ORDER, guards=GUARDS))
     monkeypatch.setattr(loaded, "load", lambda *given, **more: one)
-    said = r"--lora is given for flux-eager on 2 ranks, expected a bundle that takes a LoRA with each request, .*-rank"
+    said = r"--lora is given for flux-eager on 2 ranks, expected one that takes a LoRA with each request, .*-rank"
     with pytest.raises(ConfigError, match=said):
         loaded.load_models([Path("a")], loras={"style": "a.safetensors"}, group=SimpleNamespace(size=2))
 

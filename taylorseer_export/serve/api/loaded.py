@@ -264,8 +264,8 @@ def load_models(
                 manifest = denoiser.manifest
                 if loras and group is not None and manifest.lora is None:
                     raise ConfigError(
-                        f"--lora is given for {manifest.family}-{manifest.name} on {group.size} ranks, expected a "
-                        "bundle that takes a LoRA with each request, since they load it once; export it with --lora-rank"
+                        f"--lora is given for {manifest.family}-{manifest.name} on {group.size} ranks, expected one "
+                        "that takes a LoRA with each request, since they load it once; export it with --lora-rank"
                     )
                 check_draws(manifest)
                 for size in (None, *asked.warm):  # ready means that a prompt can be drawn

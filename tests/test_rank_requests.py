@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -29,6 +30,7 @@ from taylorseer_export.embedded.requests import pictures_of, prompt_request
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Guard
 from taylorseer_export.runtime.denoiser import Denoiser, load
+from taylorseer_export.runtime.denoiser import _hash as hash_of
 from taylorseer_export.runtime.eager import EagerRunner
 from taylorseer_export.runtime.following import follow
 from taylorseer_export.runtime.group import Group
@@ -36,6 +38,7 @@ from taylorseer_export.runtime.sampling import Loop, denoise, preview_steps, sam
 from taylorseer_export.runtime.share import whole_of
 from taylorseer_export.runtime.tensors import NEGATIVE, tensor_request
 from taylorseer_export.runtime.trajectory import random_conditioning
+from taylorseer_export.serve.api import loaded
 
 PLAN, GUARDED, ORDER, PREVIEWS = "FF.F..", "FF......", 2, 2
 GUARDS = ("fbcache",)
@@ -264,6 +267,14 @@ def test_a_server_on_ranks_draws_what_rank_0_samples(shared, whole_flux, files):
     assert events[-1].model_extra["taylorseer"]["executed"] == result.executed
 
 
+def test_a_server_on_ranks_loads_one_model(drafts, monkeypatch):
+    one = eager_denoiser(drafts("flux", "module", "snapshots", ORDER, guards=GUARDS))
+    monkeypatch.setattr(loaded, "load", lambda *given, **more: one)
+    said = r"--lora is given for flux-eager on 2 ranks, expected one that takes a LoRA with each request, .*-rank"
+    with pytest.raises(ConfigError, match=said):
+        loaded.load_models([Path("a")], loras={"style": "a.safetensors"}, group=SimpleNamespace(size=2))
+
+
 # Faults: what rank 1 does wrong -> what rank 0 says, and what rank 1 says.
 
 
@@ -312,6 +323,12 @@ def has_another_shape(denoiser, request, files):
     if denoiser.share.rank:
         request = request_of(denoiser, "flux", (3,))
     sample(denoiser, request, denoiser.forecasts(plan=PLAN))
+
+
+def test_the_order_in_which_a_lora_is_read_is_no_difference():
+    """It is another in each process."""
+    one, other = np.zeros(3, np.float32), np.ones((2, 2), np.float32)
+    assert hash_of({"a": one, "b": other}) == hash_of({"b": other, "a": one}) != hash_of({"a": one, "b": -other})
 
 
 GONE = r"rank 1 of 2 has died or is late after \d\.\d s at step 3 .*, expected all 2 ranks within 2 s"

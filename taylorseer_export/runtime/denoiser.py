@@ -86,7 +86,7 @@ def load(
     adapted = Merged() if taken else merged(given, bundle)
     usual = adapter_of(bundle.manifest, given) if taken and given else None
     if ranks is not None:
-        ranks.agree({"lora": _hash([*adapted.weights.values(), *([] if usual is None else [usual.matrices])])})
+        ranks.agree({"lora": _hash(adapted.weights if usual is None else {"lora": usual.matrices})})
     runner = open_runner(bundle, asked, threads, cuda_graphs, adapted.weights, ranks)
     places = {name: Device.parse(place) for name, place in (devices or {}).items()}
     denoiser = Denoiser(bundle.manifest, runner, bundle, runner.device, threads, places, ranks, guidance)
@@ -107,11 +107,12 @@ def load(
     return denoiser
 
 
-def _hash(values: Sequence[np.ndarray]) -> str:
-    """Of the numbers that LoRAs bring, in the order of the bundle."""
+def _hash(values: Mapping[str, np.ndarray]) -> str:
+    """Of the numbers that LoRAs bring, whatever the order in which they were read."""
     found = hashlib.sha256()
-    for value in values:
-        found.update(np.ascontiguousarray(value).data)
+    for name in sorted(values):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(values[name]).data)
     return found.hexdigest()
 
 

@@ -255,11 +255,6 @@ def load_models(
         for folder, name, lora in [*((folder, "", ()) for folder in folders), *adapted]:
             if name and models[0].takes.loras:  # it is loaded, and takes them with each request
                 break
-            if name and group is not None:
-                raise ConfigError(
-                    f"--lora is {name}={lora} for {models[0].name} on {group.size} ranks, expected a bundle that takes "
-                    "a LoRA with each request, since they load one model; export it with --lora-rank"
-                )
             denoiser = load(folder, device, threads, lora=lora, group=group)
             try:
                 follow(denoiser)
@@ -267,6 +262,11 @@ def load_models(
                     called = {"name": f"{denoiser.manifest.name}+{name}"}
                     denoiser.manifest = denoiser.manifest.model_copy(update=called)
                 manifest = denoiser.manifest
+                if loras and group is not None and manifest.lora is None:
+                    raise ConfigError(
+                        f"--lora is given for {manifest.family}-{manifest.name} on {group.size} ranks, expected one "
+                        "that takes a LoRA with each request, since they load it once; export it with --lora-rank"
+                    )
                 check_draws(manifest)
                 for size in (None, *asked.warm):  # ready means that a prompt can be drawn
                     warm_parts(denoiser, size)

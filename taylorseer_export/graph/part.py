@@ -21,6 +21,8 @@ from taylorseer_export.graph.sizes import example_sizes, shape_entry_from_expres
 from taylorseer_export.graph.trace import dimension, drop_noise, eliminate_dead, fold_constants
 from taylorseer_export.graph.writes import out_of_place
 
+aten = torch.ops.aten
+
 # Sizes at which a part is traced, where its ranges hold them: distinct.
 _EXAMPLE_SIZES = (10, 14, 22)
 
@@ -99,6 +101,7 @@ def trace_part(
                 f"{first_line(error)}"
             ) from error
     assert isinstance(module, fx.GraphModule)
+    _in_any_layout(module.graph)
     plain(module.graph)
     unseeing_rows(module.graph)
     eliminate_dead(module.graph)
@@ -112,6 +115,15 @@ def trace_part(
         for key, node in zip(made, results, strict=True)  # type: ignore[arg-type]
     )
     return Cut(name, module, tuple(inputs), outputs), constants
+
+
+def _in_any_layout(graph: fx.Graph) -> None:
+    """Views of what is transposed as reshapes: they held for the layout that attention's kernel gave at the sizes of
+    the trace, and at others torch may take another kernel."""
+    transposed = (aten.transpose.int, aten.permute.default)
+    for node in graph.nodes:
+        if node.target is aten.view.default and any(source.target in transposed for source in node.all_input_nodes[:1]):
+            node.target = aten.reshape.default
 
 
 def _symbols(module: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[sympy.Symbol, sympy.Symbol]:

@@ -16,7 +16,7 @@ from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.graph.casts import explicit_casts
 from taylorseer_export.graph.cut import Cut
-from taylorseer_export.graph.rewrite import mutates, plain, unseeing_rows
+from taylorseer_export.graph.rewrite import inlined, mutates, plain, unseeing_rows
 from taylorseer_export.graph.sizes import example_sizes, shape_entry_from_expression, simplified
 from taylorseer_export.graph.trace import dimension, drop_noise, eliminate_dead, fold_constants
 from taylorseer_export.graph.writes import out_of_place
@@ -90,6 +90,8 @@ def trace_part(
         try:
             program = torch.export.export(model, (), example, dynamic_shapes=dynamic, strict=False)
             module = program.module()
+            assert isinstance(module, fx.GraphModule)
+            inlined(module)
             drop_noise(module.graph)
             out_of_place(module.graph)
             if any(map(mutates, module.graph.nodes)):  # torch writes any anew, which takes as long as the trace

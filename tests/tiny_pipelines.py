@@ -911,7 +911,7 @@ def tiny_processor(tokenizer):
 
     # Named so that an index of a pipeline says what published ones say.
     own = {"__init__": made, "get_attributes": classmethod(attributes), "__module__": "transformers"}
-    own["attributes"] = attributes(None)  # of transformers 4
+    own |= {"attributes": attributes(None), "audio_tokenizer": None}  # of transformers 4
     return type("Qwen2VLProcessor", (Qwen2VLProcessor,), own)(tokenizer)
 
 

@@ -89,6 +89,13 @@ def test_a_family_newer_than_the_diffusers_at_hand_is_left_out(monkeypatch):
     assert absent(["flux", "wan", "flux.1-dev"]) == {"wan": "WanTransformer3DModel"}
 
 
+def test_nothing_of_ours_loads_the_compilers_before_a_gpu_is_pretended():
+    """What the tool imports before; torch keeps what it asked of the machine when they were loaded."""
+    code = "import sys, taylorseer_export.compile.inductor; print('torch._dynamo.device_interface' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
 def test_a_fork_answers_and_one_that_ends_early_is_an_error(capfd):
     assert in_a_fork(lambda: {"a": 1}) == {"a": 1}
     assert in_a_fork(lambda: {"a": 1 / 0}) == {"error": "its process ended with 1"}

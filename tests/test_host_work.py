@@ -53,3 +53,9 @@ def test_a_sampled_step_sends_the_latents_and_takes_the_prediction(found):
         on_the_device = found["slot"][kind]["per_step"]["on the device"] - 1
         crossing = {"to the device": 1, "to the host": 1}
         assert of_it["per_step"] == {"launches": 1, "on the device": on_the_device, **crossing}
+
+
+def test_what_stretches_of_forecast_steps_would_save_is_the_host_between_them():
+    ways = {"sampled": {"forecast": {"microseconds": 99.0}}, "slot": {"forecast": {"microseconds": 4.5}}}
+    saved = host_work.without_the_host(ways, host_work.Plan.parse("FF.F...F.."))
+    assert saved == {"longest_stretch": 3, "microseconds_of_a_step": 94.5, "microseconds_of_a_loop": 567.0}

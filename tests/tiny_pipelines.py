@@ -959,7 +959,11 @@ def tiny_processor(tokenizer):
 
     # Named so that an index of a pipeline says what published ones say.
     own = {"__init__": made, "get_attributes": classmethod(attributes), "__module__": "transformers"}
+    own |= {"attributes": attributes(None), "audio_tokenizer": None}  # of transformers 4
     return type("Qwen2VLProcessor", (Qwen2VLProcessor,), own)(tokenizer)
+
+
+ROPE = "rope_parameters" if int(transformers.__version__.split(".")[0]) >= 5 else "rope_scaling"
 
 
 def tiny_qwen(width, marks=MappingProxyType({}), layers=2, known=WORDS):
@@ -973,13 +977,14 @@ def tiny_qwen(width, marks=MappingProxyType({}), layers=2, known=WORDS):
         "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [width // 4 - 2 * third, third, third]},
+        ROPE: {"rope_type": "default", "mrope_section": [width // 4 - 2 * third, third, third]},
         "bos_token_id": WORDS["</s>"],
         "eos_token_id": WORDS["</s>"],
     }
     eyes = {"depth": 2 if marks else 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
     eyes |= {"out_hidden_size": width, "fullatt_block_indexes": [1]}
     more = {"image_token_id": marks[PICTURE]} if marks else {}
+    more["vision_start_token_id"] = 151652  # said by published models; transformers 4 has no default
     config = Qwen2_5_VLConfig(text_config=text, vision_config=eyes, **more)
     return _seeded(lambda: Qwen2_5_VLForConditionalGeneration(config))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -13,6 +14,7 @@ from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.checkpoint.files import INDEX, MODULAR_INDEX, read_json
 from taylorseer_export.compile.draft import PRECISIONS, Options
 from taylorseer_export.errors import CheckpointError, first_line
+from taylorseer_export.families.family import replaced
 from taylorseer_export.families.whole import Chat
 from taylorseer_export.families.whole import Shown as DeclaredShown
 from taylorseer_export.families.whole import Tokens as Declared
@@ -282,6 +284,29 @@ def normalised(seen: Look | None, given: Mapping[str, Any]) -> dict[str, Any]:
     pixels = given[seen.shown.input]
     mean, deviation = (pixels.new_tensor(of).view(1, 3, 1, 1) for of in (seen.mean, seen.deviation))
     return {**given, seen.shown.input: (pixels - mean) / deviation}
+
+
+@contextmanager
+def plain_masks() -> Iterator[None]:
+    """Let text encoders make their masks of whole rows and columns, as transformers 5 does.
+
+    Version 4 makes them position by position within a vmap, which is no operator of a traced graph.
+    """
+    from transformers import masking_utils
+
+    if "use_vmap" in signature(masking_utils.sdpa_mask).parameters:
+        yield
+        return
+
+    def whole(function: Callable[..., Any], bh_indices: bool = True) -> Callable[..., Any]:
+        def mask(batch: Any, head: Any, rows: Any, columns: Any) -> Any:
+            seen = function(batch[:, None, None, None], head[:, None, None], rows[:, None], columns)
+            return seen.expand(*(each.shape[0] for each in (batch, head, rows, columns)))
+
+        return mask
+
+    with replaced(masking_utils, _vmap_for_bhqkv=whole, TransformGetItemToIndex=nullcontext):
+        yield
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from taylorseer_export.compile.components import (
     look,
     normalised,
     numbers,
+    plain_masks,
     refuse_other_guider,
     shown_as,
     tokenizer,
@@ -215,7 +216,8 @@ def _text(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path) 
         lengths = {name: min(checkpoint.family.typical.get(name, most), most) for name, most in lengths.items()}
     if cut is not None:
         lengths[SEEN] = min(cut.patches.area, cut.patches.most) // (cut.patches.side * cut.patches.merged) ** 2
-    graph, constants = trace_part("text", encoders, encode, inputs, ranges, lambda _: "constant")
+    with plain_masks():
+        graph, constants = trace_part("text", encoders, encode, inputs, ranges, lambda _: "constant")
     made = drafted(checkpoint, options, encoders, (graph,), constants, (ranges, lengths))
     patches, shown = None if cut is None else cut.patches, None if seen is None else seen.shown
     return replace(made, tokens=tokens, negative=whole.negative, shown=shown, patches=patches)

@@ -16,10 +16,12 @@ from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.graph.casts import explicit_casts
 from taylorseer_export.graph.cut import Cut
-from taylorseer_export.graph.rewrite import mutates, plain, unseeing_rows
+from taylorseer_export.graph.rewrite import inlined, mutates, plain, unseeing_rows
 from taylorseer_export.graph.sizes import example_sizes, shape_entry_from_expression, simplified
 from taylorseer_export.graph.trace import dimension, drop_noise, eliminate_dead, fold_constants
 from taylorseer_export.graph.writes import out_of_place
+
+aten = torch.ops.aten
 
 # Sizes at which a part is traced, where its ranges hold them: distinct.
 _EXAMPLE_SIZES = (10, 14, 22)
@@ -88,6 +90,8 @@ def trace_part(
         try:
             program = torch.export.export(model, (), example, dynamic_shapes=dynamic, strict=False)
             module = program.module()
+            assert isinstance(module, fx.GraphModule)
+            inlined(module)
             drop_noise(module.graph)
             out_of_place(module.graph)
             if any(map(mutates, module.graph.nodes)):  # torch writes any anew, which takes as long as the trace
@@ -99,6 +103,7 @@ def trace_part(
                 f"{first_line(error)}"
             ) from error
     assert isinstance(module, fx.GraphModule)
+    _in_any_layout(module.graph)
     plain(module.graph)
     unseeing_rows(module.graph)
     eliminate_dead(module.graph)
@@ -112,6 +117,15 @@ def trace_part(
         for key, node in zip(made, results, strict=True)  # type: ignore[arg-type]
     )
     return Cut(name, module, tuple(inputs), outputs), constants
+
+
+def _in_any_layout(graph: fx.Graph) -> None:
+    """Views of what is transposed as reshapes: they held for the layout that attention's kernel gave at the sizes of
+    the trace, and at others torch may take another kernel."""
+    transposed = (aten.transpose.int, aten.permute.default)
+    for node in graph.nodes:
+        if node.target is aten.view.default and any(source.target in transposed for source in node.all_input_nodes[:1]):
+            node.target = aten.reshape.default
 
 
 def _symbols(module: fx.GraphModule, inputs: Sequence[Tensor]) -> dict[sympy.Symbol, sympy.Symbol]:

@@ -14,7 +14,7 @@ from typing import Any
 GIB = 1 << 30
 BASE = ("torch", "numpy", "pydantic", "safetensors", "tqdm")
 MODELS = (*BASE, "diffusers")
-TESTS = (*MODELS, "pytest", "hypothesis", "filelock", "onnxruntime", "onnxscript")
+TESTS = (*MODELS, "transformers", "pytest", "hypothesis", "filelock", "onnxruntime", "onnxscript")
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
     python tools/quantised.py --table cost                       less than three minutes on two idle cores
     python tools/quantised.py --table cost --engine inductor     the same as AOTInductor packages, which take longer
     python tools/quantised.py --table calibrated --way fp8       less than five
-    python tools/quantised.py --table fidelity --way fp8         float32 and fp8 alone
+    python tools/quantised.py --table fidelity --way fp8         float32 and fp8 alone; with --model dit of digits
 
-Fidelity, on the embedded FLUX with its defaults: the same noise and prompts in bundles of each format. PSNR of all
+Fidelity, on the embedded FLUX or DiT by default: the same noise and prompts in bundles of each format. PSNR of all
 steps full against the unquantised bundle is the quantisation error; that of the plan against the format's own all-full
 is the forecast error; that of the plan against the unquantised all-full is both together.
 
@@ -85,17 +85,17 @@ def psnr(seen: np.ndarray, expected: np.ndarray) -> float | None:
     return round(10 * np.log10(255.0**2 / square), 2) if square else None
 
 
-def embedded() -> tuple[Any, dict[str, Any]]:
-    """The embedded FLUX and its usual options."""
-    checkpoint = open_checkpoint(None, FAMILIES["flux"])
+def embedded(family: str) -> tuple[Any, dict[str, Any]]:
+    """The embedded model of a family and its usual options."""
+    checkpoint = open_checkpoint(None, FAMILIES[family])
     default = checkpoint.family.defaults
     options = {name: getattr(default, name) for name in ("order", "interval", "warmup", "steps")}
     return checkpoint, {**options, "parts": parts_asked(checkpoint, False)}
 
 
-def fidelity(folder: Path, ways: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each way, on the embedded FLUX, float32 first."""
-    checkpoint, options = embedded()
+def fidelity(folder: Path, ways: Sequence[str], family: str) -> list[dict[str, Any]]:
+    """A row for each way, on the embedded model, float32 first."""
+    checkpoint, options = embedded(family)
     rows: list[dict[str, Any]] = []
     exact: np.ndarray | None = None
     for name, bundle in written(checkpoint, options, folder, dict.fromkeys(("fp32", *ways))):
@@ -114,9 +114,9 @@ def fidelity(folder: Path, ways: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def calibrated(folder: Path, ways: Sequence[str], steps: int, full_steps: int) -> list[dict[str, Any]]:
-    """Three rows for each way, on the embedded FLUX: what `calibrate` finds, and what it has to beat."""
-    checkpoint, options = embedded()
+def calibrated(folder: Path, ways: Sequence[str], family: str, steps: int, full_steps: int) -> list[dict[str, Any]]:
+    """Three rows for each way, on the embedded model: what `calibrate` finds, and what it has to beat."""
+    checkpoint, options = embedded(family)
     rows = []
     for name, bundle in written(checkpoint, {**options, "order": ORDER}, folder, ways):
         with load(bundle, threads=1) as denoiser, tqdm(desc=name, unit="loop step", file=sys.stderr) as bar:
@@ -205,6 +205,7 @@ def main() -> int:
     parser.add_argument(
         "--way", choices=WAYS, nargs="+", help="formats to compare (default: all that the engine takes)"
     )
+    parser.add_argument("--model", choices=("flux", "dit"), default="flux", help="the embedded one (default: flux)")
     parser.add_argument("--engine", choices=ENGINES, default="onnxruntime", help="of the cost (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="of a calibrated loop (default: %(default)s)")
     parser.add_argument("--full-steps", type=int, default=12, help="of them that are full (default: %(default)s)")
@@ -214,20 +215,21 @@ def main() -> int:
         print(resident(args.resident))
         return 0
     ways = args.way or ENGINES[args.engine]
-    if others := set(ways) - set(ENGINES[args.engine]):
+    if unknown := set(ways) - set(ENGINES[args.engine]):
         parser.error(
-            f"--way is {', '.join(others)} with --engine {args.engine}, expected {', '.join(ENGINES[args.engine])}"
+            f"--way is {', '.join(unknown)} with --engine {args.engine}, expected {', '.join(ENGINES[args.engine])}"
         )
     record = circumstances(args.out, args.allow_dirty)
     tables = {
         "cost": partial(cost, repeats=args.repeats, engine=args.engine),
-        "fidelity": fidelity,
-        "calibrated": partial(calibrated, steps=args.steps, full_steps=args.full_steps),
+        "fidelity": partial(fidelity, family=args.model),
+        "calibrated": partial(calibrated, family=args.model, steps=args.steps, full_steps=args.full_steps),
     }
     for name in args.table:
         with tempfile.TemporaryDirectory() as folder:
             record[name] = tables[name](Path(folder), ways)
-    kinds = [*args.table, *([] if args.engine == "onnxruntime" else [args.engine])]
+    others = [one for one, usual in ((args.engine, "onnxruntime"), (args.model, "flux")) if one != usual]
+    kinds = [*args.table, *others]
     path = write_record(f"quantised-{'-'.join(kinds)}", record, args.out, args.allow_dirty)
     print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
     return 0

@@ -246,6 +246,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "quantised-cost": quantised_cost_table,
     "quantised-cost-inductor": quantised_cost_table,
     "quantised-fidelity": quantised_fidelity_table,
+    "quantised-fidelity-dit": quantised_fidelity_table,
     "quantised-calibrated": quantised_calibrated_table,
     "run-side": run_side_table,
     "structure": structure_table,

@@ -41,7 +41,6 @@ MODELS = {
     "flux2-edit": "flux2-edit",
     "flux2-kv": "flux2-kv",
     "flux3": "flux3",
-    "flux3-distilled": "flux3 (distilled)",
     "chroma": "chroma",
     "krea-2": "krea-2",
     "longcat-image": "longcat-image",

@@ -9,6 +9,10 @@ import os
 from functools import cache, partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub: no test may reach the net
+# What exports of tiny models pay for sizes that are symbols: torch's cache of shapes, which costs more than it spares,
+# and sympy's, which holds a thousand expressions by default and loses them before they are asked for again.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+os.environ.setdefault("SYMPY_CACHE_SIZE", "20000")
 
 import diffusers
 import onnxruntime

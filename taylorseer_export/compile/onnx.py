@@ -12,6 +12,7 @@ import torch
 from taylorseer_export.compile.collectives import with_nodes
 from taylorseer_export.compile.draft import BaseDraft
 from taylorseer_export.compile.engines import Progress
+from taylorseer_export.compile.exporter import done_once
 from taylorseer_export.compile.operators import taken_apart, traced_once
 from taylorseer_export.compile.program import exported_program, quiet_libraries, size_of
 from taylorseer_export.compile.weights import WEIGHTS, Stored
@@ -62,7 +63,7 @@ def write_onnx(draft: BaseDraft, cut: Cut, weights: Mapping[str, Stored], path: 
     apart = taken_apart(lowered(cut, _dequantise, _round))
     program = exported_program(apart, sizes, draft.ranges())
     try:
-        with torch.no_grad(), quiet_libraries():
+        with torch.no_grad(), quiet_libraries(), done_once():
             exported = torch.onnx.export(
                 traced_once(program), dynamo=True, optimize=False, opset_version=OPSET, verbose=False
             )
@@ -84,7 +85,7 @@ def write_onnx(draft: BaseDraft, cut: Cut, weights: Mapping[str, Stored], path: 
     for name in outside:
         graph.initializers[name].const_value = None
     _keep_small_terms(graph)
-    with quiet_libraries():
+    with quiet_libraries(), done_once():
         optimizer.optimize(model, onnx_shape_inference=True, input_size_limit=1024, output_size_limit=1 << 16)
         _without_sequences(graph)
         graph.sort()  # simplifiers before onnxscript 0.7 leave nodes before what they read

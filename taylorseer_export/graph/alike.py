@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from taylorseer_export.graph.rewrite import call
-from taylorseer_export.graph.sizes import equal, is_size, simplified
+from taylorseer_export.graph.sizes import equal, is_size, is_whole, simplified
 from taylorseer_export.graph.taps import tap_operator
 
 aten = torch.ops.aten
@@ -91,6 +91,8 @@ class _Pass:
             return _begun(self.graph, node)
         first, args = read[0], node.args
         if any(one.count != first.count for one in read):
+            return None
+        if node.kwargs and node.target not in _CASTS and not _pointwise(node):
             return None
         if node.target in _PARTS or node.target is operator.getitem or node.target is aten.squeeze.dim:
             return self._part(node, first) if len(read) == 1 else None
@@ -205,8 +207,12 @@ class _Pass:
         )
 
     def _spread(self, source: fx.Node, alike: _Alike) -> fx.Node | None:
-        """The rows, spread over tokens where they are of two kinds; None where batch and tokens are one dimension."""
-        if isinstance(source.meta["val"], tuple | list) or not equal(alike.rows[0].meta["val"].shape[alike.dim], 1):
+        """The rows, spread over tokens where they are of two kinds; None where they are already, or where batch and
+        tokens are one dimension."""
+        begun = source.target is aten.where.self and alike.rows == source.args[1:]
+        if begun or isinstance(source.meta["val"], tuple | list):
+            return None
+        if not equal(alike.rows[0].meta["val"].shape[alike.dim], 1):
             return None
         made, mask = alike.rows[0], alike.mask
         if mask is not None:
@@ -231,7 +237,7 @@ def _begun(graph: fx.Graph, node: fx.Node) -> _Alike | None:
         rows = tuple(rows_of_two)
     else:
         return None
-    if any(_rank(row) != value.ndim for row in rows):
+    if any(_rank(row) != value.ndim or row.meta["val"].dtype != value.dtype for row in rows):
         return None
     wider = [k for k, size in enumerate(value.shape) if any(not equal(row.meta["val"].shape[k], size) for row in rows)]
     if len(wider) != 1 or wider[0] == 0 or any(not equal(row.meta["val"].shape[wider[0]], 1) for row in rows):
@@ -252,7 +258,7 @@ def _reshaped(node: fx.Node, alike: _Alike) -> tuple[int | None, Any]:
     inner = _size(math.prod(before[alike.dim + 1 :]))
     for dim, size in enumerate(after):
         others = sympy.cancel(_size(size) / alike.count)
-        if _size(math.prod(after[dim + 1 :])) != inner or not others.is_polynomial(*others.free_symbols):
+        if _size(math.prod(after[dim + 1 :])) != inner or not is_whole(others):
             continue
         place = _SHAPES[node.target]
         sizes = [] if place is None else list(node.args[place])  # type: ignore[arg-type]

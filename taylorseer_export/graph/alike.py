@@ -154,7 +154,9 @@ class _Pass:
             elif one_for_all and (node.target is not aten.chunk.default or args[1] != values.shape[at]):
                 return None
             dim -= at < dim and node.target in (aten.unbind.int, aten.select.int, aten.squeeze.dim)
-        if not one_for_all:
+        if node.target is aten.squeeze.dim and at > 0:  # as a move, of those that the splitter leaves in the loop
+            rows = tuple(call(self.graph, aten.flatten.using_ints, [row, at - 1, at], like=node) for row in rows)
+        elif not one_for_all:
             rows = self._made(node, args, dim, [alike], alike.mask).rows
         table = alike.table
         if table is not None:
@@ -209,8 +211,8 @@ class _Pass:
     def _spread(self, source: fx.Node, alike: _Alike) -> fx.Node | None:
         """The rows, spread over tokens where they are of two kinds; None where they are already, or where batch and
         tokens are one dimension."""
-        begun = source.target is aten.where.self and alike.rows == source.args[1:]
-        if begun or isinstance(source.meta["val"], tuple | list):
+        own = {aten.where.self: source.args[1:], aten.expand.default: source.args[:1]}
+        if alike.rows == own.get(source.target) or isinstance(source.meta["val"], tuple | list):
             return None
         if not equal(alike.rows[0].meta["val"].shape[alike.dim], 1):
             return None

@@ -28,11 +28,16 @@ from taylorseer_export.graph.taps import tap_operator
 
 aten = torch.ops.aten
 # Operators that take parts of a tensor, and where they name the dimension.
-_PARTS = {
+_PARTS: dict[Any, int] = {
     aten.chunk.default: 2, aten.unbind.int: 1, aten.select.int: 1, aten.slice.Tensor: 1, aten.split.Tensor: 2,
     aten.split_with_sizes.default: 2,
 }  # fmt: skip
-_SHAPES = {aten.view.default: 1, aten.reshape.default: 1, aten.unflatten.int: 2, aten.flatten.using_ints: None}
+_SHAPES: dict[Any, int | None] = {
+    aten.view.default: 1,
+    aten.reshape.default: 1,
+    aten.unflatten.int: 2,
+    aten.flatten.using_ints: None,
+}
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 _CASTS = (aten.to.dtype, aten.clone.default)
 
@@ -142,7 +147,7 @@ class _Pass:
         if node.target is operator.getitem:
             one_for_all = not isinstance(inner, tuple | list)
         else:
-            at = (*node.args, *[0] * 3)[_PARTS.get(node.target, 1)] % values.ndim  # type: ignore[operator]
+            at = (*node.args, *[0] * 3)[_PARTS.get(node.target, 1)] % values.ndim
             if at == dim or len(node.all_input_nodes) > 1:
                 return None
             if alike.table is not None and not equal(alike.table.meta["val"].shape[at], values.shape[at]):
@@ -167,7 +172,7 @@ class _Pass:
         """Weights added to rows of two kinds stay apart: blocks have tables of their own and share the rows."""
         if node.target is not aten.add.Tensor or node.kwargs:
             return None
-        own, shared = sorted(node.args, key=lambda n: n in self.found)  # type: ignore[arg-type]
+        own, shared = sorted(node.args, key=lambda n: n in self.found)
         alike = self.found[shared]  # type: ignore[index]
         if alike.mask is None or own not in self.weights or _rank(own) > _rank(shared):
             return None
@@ -211,7 +216,7 @@ class _Pass:
     def _spread(self, source: fx.Node, alike: _Alike) -> fx.Node | None:
         """The rows, spread over tokens where they are of two kinds; None where they are already, or where batch and
         tokens are one dimension."""
-        own = {aten.where.self: source.args[1:], aten.expand.default: source.args[:1]}
+        own: dict[Any, Any] = {aten.where.self: source.args[1:], aten.expand.default: source.args[:1]}
         if alike.rows == own.get(source.target) or isinstance(source.meta["val"], tuple | list):
             return None
         if not equal(alike.rows[0].meta["val"].shape[alike.dim], 1):

@@ -23,16 +23,21 @@ import torch
 from torch import fx
 
 from taylorseer_export.graph.rewrite import call
-from taylorseer_export.graph.sizes import equal, is_size, simplified
+from taylorseer_export.graph.sizes import equal, is_size, is_whole, simplified
 from taylorseer_export.graph.taps import tap_operator
 
 aten = torch.ops.aten
 # Operators that take parts of a tensor, and where they name the dimension.
-_PARTS = {
+_PARTS: dict[Any, int] = {
     aten.chunk.default: 2, aten.unbind.int: 1, aten.select.int: 1, aten.slice.Tensor: 1, aten.split.Tensor: 2,
     aten.split_with_sizes.default: 2,
 }  # fmt: skip
-_SHAPES = {aten.view.default: 1, aten.reshape.default: 1, aten.unflatten.int: 2, aten.flatten.using_ints: None}
+_SHAPES: dict[Any, int | None] = {
+    aten.view.default: 1,
+    aten.reshape.default: 1,
+    aten.unflatten.int: 2,
+    aten.flatten.using_ints: None,
+}
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 _CASTS = (aten.to.dtype, aten.clone.default)
 
@@ -92,6 +97,8 @@ class _Pass:
         first, args = read[0], node.args
         if any(one.count != first.count for one in read):
             return None
+        if node.kwargs and node.target not in _CASTS and not _pointwise(node):
+            return None
         if node.target in _PARTS or node.target is operator.getitem or node.target is aten.squeeze.dim:
             return self._part(node, first) if len(read) == 1 else None
         if any(one.table for one in read):
@@ -140,7 +147,7 @@ class _Pass:
         if node.target is operator.getitem:
             one_for_all = not isinstance(inner, tuple | list)
         else:
-            at = (*node.args, *[0] * 3)[_PARTS.get(node.target, 1)] % values.ndim  # type: ignore[operator]
+            at = (*node.args, *[0] * 3)[_PARTS.get(node.target, 1)] % values.ndim
             if at == dim or len(node.all_input_nodes) > 1:
                 return None
             if alike.table is not None and not equal(alike.table.meta["val"].shape[at], values.shape[at]):
@@ -152,7 +159,9 @@ class _Pass:
             elif one_for_all and (node.target is not aten.chunk.default or args[1] != values.shape[at]):
                 return None
             dim -= at < dim and node.target in (aten.unbind.int, aten.select.int, aten.squeeze.dim)
-        if not one_for_all:
+        if node.target is aten.squeeze.dim and at > 0:  # as a move, of those that the splitter leaves in the loop
+            rows = tuple(call(self.graph, aten.flatten.using_ints, [row, at - 1, at], like=node) for row in rows)
+        elif not one_for_all:
             rows = self._made(node, args, dim, [alike], alike.mask).rows
         table = alike.table
         if table is not None:
@@ -163,7 +172,7 @@ class _Pass:
         """Weights added to rows of two kinds stay apart: blocks have tables of their own and share the rows."""
         if node.target is not aten.add.Tensor or node.kwargs:
             return None
-        own, shared = sorted(node.args, key=lambda n: n in self.found)  # type: ignore[arg-type]
+        own, shared = sorted(node.args, key=lambda n: n in self.found)
         alike = self.found[shared]  # type: ignore[index]
         if alike.mask is None or own not in self.weights or _rank(own) > _rank(shared):
             return None
@@ -205,8 +214,12 @@ class _Pass:
         )
 
     def _spread(self, source: fx.Node, alike: _Alike) -> fx.Node | None:
-        """The rows, spread over tokens where they are of two kinds; None where batch and tokens are one dimension."""
-        if isinstance(source.meta["val"], tuple | list) or not equal(alike.rows[0].meta["val"].shape[alike.dim], 1):
+        """The rows, spread over tokens where they are of two kinds; None where they are already, or where batch and
+        tokens are one dimension."""
+        own: dict[Any, Any] = {aten.where.self: source.args[1:], aten.expand.default: source.args[:1]}
+        if alike.rows == own.get(source.target) or isinstance(source.meta["val"], tuple | list):
+            return None
+        if not equal(alike.rows[0].meta["val"].shape[alike.dim], 1):
             return None
         made, mask = alike.rows[0], alike.mask
         if mask is not None:
@@ -231,7 +244,7 @@ def _begun(graph: fx.Graph, node: fx.Node) -> _Alike | None:
         rows = tuple(rows_of_two)
     else:
         return None
-    if any(_rank(row) != value.ndim for row in rows):
+    if any(_rank(row) != value.ndim or row.meta["val"].dtype != value.dtype for row in rows):
         return None
     wider = [k for k, size in enumerate(value.shape) if any(not equal(row.meta["val"].shape[k], size) for row in rows)]
     if len(wider) != 1 or wider[0] == 0 or any(not equal(row.meta["val"].shape[wider[0]], 1) for row in rows):
@@ -252,7 +265,7 @@ def _reshaped(node: fx.Node, alike: _Alike) -> tuple[int | None, Any]:
     inner = _size(math.prod(before[alike.dim + 1 :]))
     for dim, size in enumerate(after):
         others = sympy.cancel(_size(size) / alike.count)
-        if _size(math.prod(after[dim + 1 :])) != inner or not others.is_polynomial(*others.free_symbols):
+        if _size(math.prod(after[dim + 1 :])) != inner or not is_whole(others):
             continue
         place = _SHAPES[node.target]
         sizes = [] if place is None else list(node.args[place])  # type: ignore[arg-type]

@@ -29,9 +29,9 @@ def simplified(expression: sympy.Expr) -> sympy.Expr:
 def _quotient(division: sympy.Expr) -> sympy.Expr:
     above, below = division.args
     quotient = sympy.cancel(above / below)
-    if _is_whole(quotient):
+    if is_whole(quotient):
         return quotient
-    if below.is_Integer and (parts := [term for term in sympy.Add.make_args(above) if _is_whole(term / below)]):
+    if below.is_Integer and (parts := [term for term in sympy.Add.make_args(above) if is_whole(term / below)]):
         rest = type(division)(sympy.Add(above, *(-term for term in parts)), below)
         return sympy.Add(*(term / below for term in parts), simplified(rest))
     negative = all(term.could_extract_minus_sign() for term in sympy.Add.make_args(above))
@@ -40,7 +40,7 @@ def _quotient(division: sympy.Expr) -> sympy.Expr:
     return division
 
 
-def _is_whole(quotient: sympy.Expr) -> bool:
+def is_whole(quotient: sympy.Expr) -> bool:
     """Whether it is a whole number whatever the sizes are."""
     return bool(sympy.together(quotient).as_numer_denom()[1] == 1)
 

@@ -125,6 +125,11 @@ def traced_for_ranks(name: str, folder: Path) -> Traced:
     return trace_model(declared_for(checkpoint, asked), options_of())
 
 
+def fixed_size(whole: Traced, latents: torch.Tensor) -> tuple[int, ...] | None:
+    """That of the export, where the model is shared out at one size alone; none where it is at any."""
+    return (*latents.shape[-2:],) if whole.checkpoint.family.shared else None
+
+
 def crossed(name: str, folder: Path, ranks, granularities, layouts) -> Iterator[dict]:
     """Every case of a model; one that says why where it is not shared out.
 
@@ -145,7 +150,7 @@ def crossed(name: str, folder: Path, ranks, granularities, layouts) -> Iterator[
             for mode in MODES:
                 case = {"model": name, "mode": mode, "ranks": count, "along": size}
                 try:
-                    fixed = inputs[0].shape[-2:] if whole.checkpoint.family.shared else None
+                    fixed = fixed_size(whole, inputs[0])
                     shared = shared_out(usual(whole, inputs[0]), parallel_options(mode, count, latent_size=fixed))
                 except (ConfigError, ExportError) as error:
                     yield {**case, "refused": str(error)}

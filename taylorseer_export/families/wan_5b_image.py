@@ -67,8 +67,10 @@ def _forward(model: Any, hidden_states: Any, timestep: Any, encoder_hidden_state
     rows, columns = hidden_states.shape[3] // high, hidden_states.shape[4] // wide
     rotary = model.rope(hidden_states)
     states = model.patch_embedding(hidden_states).flatten(2).transpose(1, 2)
-    # Made of the latent, so that what is spread over tokens counts as of a step and is never kept for all of them.
-    later = torch.cat([hidden_states.new_zeros(1, first, 1), hidden_states.new_ones(1, (frames - 1) * first, 1)], 1)
+    # Made of the latent, so that what is spread over tokens counts as of a step and is never kept for all of them; by
+    # the places of frames, which are others on each rank.
+    later = hidden_states.new_zeros(frames, first) + (torch.arange(frames) > 0).to(hidden_states.dtype)[:, None]
+    later = later.reshape(1, frames * first, 1)
 
     def spread(of_step: Any, of_picture: Any) -> Any:
         return torch.where(later > 0, of_step, of_picture)

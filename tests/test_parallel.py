@@ -147,7 +147,7 @@ def test_state_and_tables_of_rows_are_of_one_rank(shared, drafts):
     assert one.sites == alone.sites
     for name in ("minimum", "typical", "maximum"):
         assert getattr(one.dimensions["image_tokens"], name) * 2 == getattr(alone.dimensions["image_tokens"], name)
-    assert "--parallel gather --degree 4" in one.command()
+    assert "--parallel gather --degree 2" in one.command()
 
 
 def test_what_is_not_shared_out_is_refused(shared, tiny):

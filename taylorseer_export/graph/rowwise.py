@@ -222,7 +222,7 @@ class Rows:
             along: Any = _argument(node, "dim", 0)
             self._expect(node, along is not None and along % max(rank, 1) not in dims)
         elif name == "topk":
-            self._expect(node, _argument(node, "dim", -1) % rank not in dims)  # type: ignore[operator]
+            self._expect(node, _argument(node, "dim", -1) % rank not in dims)
         elif name == "pad":
             self._expect(node, not set(dims) & set(_padded(node, rank)))
         elif name in _PATCHES:

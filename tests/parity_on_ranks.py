@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -49,6 +49,7 @@ KINDS = {"full": "F", "forecast": "."}
 # Entries of a config that grow with the number of heads.
 _WITH_HEADS = (
     "num_attention_heads", "n_heads", "n_kv_heads", "dim", "model_dim", "caption_projection_dim", "added_kv_proj_dim",
+    "cross_attention_dim", "num_cross_attention_heads", "audio_num_attention_heads", "audio_cross_attention_dim",
 )  # fmt: skip
 # Size of a latent -> what the inputs of a tiny model call it.
 _CALLED = {"image_tokens": "", "frames": "frames", "rows": "height", "columns": "width"}
@@ -125,17 +126,22 @@ def traced_for_ranks(name: str, folder: Path) -> Traced:
     return trace_model(declared_for(checkpoint, asked), options_of())
 
 
-def crossed(name: str, folder: Path, ranks, granularities, layouts) -> Iterator[dict]:
+def fixed_size(whole: Traced, latents: torch.Tensor) -> tuple[int, ...] | None:
+    """That of the export, where the model is shared out at one size alone; none where it is at any."""
+    return (*latents.shape[-2:],) if whole.checkpoint.family.shared else None
+
+
+def crossed(name: str, folder: Path, ranks, granularities, layouts, in_turn=False) -> Iterator[dict]:
     """Every case of a model; one that says why where it is not shared out.
 
-    Every granularity and layout where a rank's rows are those that they would be at the published size, and the first
-    ones where they are along another size.
+    Every granularity and layout where a rank's rows are those that they would be at the published size, and one of
+    them, in turn, where they are along another size; in turn everywhere if asked.
     """
     model = wide(name)
     model.save_pretrained(folder)
     whole = traced_for_ranks(name, folder)
     alone, sizes = draft(copied(whole), options_of()), open_sizes(whole.checkpoint)
-    how = list(product(granularities, layouts))
+    how, turns = list(product(granularities, layouts)), cycle(product(granularities, layouts))
     usually = {count: _usual_dimension(whole, count) for count in ranks}  # while the published size is the usual one
     for count, first in usually.items():
         for size in sorted(sizes, key=lambda size: size != first) or [first]:
@@ -145,12 +151,12 @@ def crossed(name: str, folder: Path, ranks, granularities, layouts) -> Iterator[
             for mode in MODES:
                 case = {"model": name, "mode": mode, "ranks": count, "along": size}
                 try:
-                    fixed = inputs[0].shape[-2:] if whole.checkpoint.family.shared else None
+                    fixed = fixed_size(whole, inputs[0])
                     shared = shared_out(usual(whole, inputs[0]), parallel_options(mode, count, latent_size=fixed))
                 except (ConfigError, ExportError) as error:
                     yield {**case, "refused": str(error)}
                     continue
-                for granularity, layout in how if size == first else how[:1]:
+                for granularity, layout in how if size == first and not in_turn else [next(turns)]:
                     made = draft(shared, parallel_options(mode, count, granularity, layout, fixed))
                     assert made.parallel.dimension == size, f"cut along {made.parallel.dimension}, expected {size}"
                     found = held(model, inputs, made, reference(granularity), (alone, whole))
@@ -233,16 +239,16 @@ def _worst(errors: torch.Tensor, bounds: torch.Tensor) -> dict[str, float]:
     return {"error": float(f"{errors[step]:.3g}"), "bound": float(f"{bounds[step]:.3g}")}
 
 
-def main(given: dict) -> None:
+def main(models: list[str], **asked) -> None:
     torch.set_num_threads(1)
-    for name in given["models"]:
+    for name in models:
         begin = time.monotonic()
         with TemporaryDirectory() as folder:
-            for case in crossed(name, Path(folder), given["ranks"], given["granularities"], given["layouts"]):
+            for case in crossed(name, Path(folder), **asked):
                 print(json.dumps({**case, "seconds": round(time.monotonic() - begin, 1)}), flush=True)
                 begin = time.monotonic()
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(json.loads(sys.argv[1]))
+    main(**json.loads(sys.argv[1]))

@@ -18,7 +18,7 @@ from images_api import GENERATIONS, asked, got, models_over, serving
 from kill_ranks import begun, killed, killed_under_torchrun
 from oracle import assert_close
 from parallel_page import rows_sent
-from parity_on_ranks import ORDER, PLAN, parallel_options, shared_out, usual, wide
+from parity_on_ranks import ORDER, PLAN, fixed_size, parallel_options, shared_out, traced_for_ranks, usual, wide
 from ranks import Counting, denoisers_on_ranks, following, on_ranks, replay_on_ranks, sound
 from recorder import Recorder
 from safetensors.torch import load_file, save_file
@@ -148,7 +148,7 @@ def test_state_and_tables_of_rows_are_of_one_rank(shared, drafts):
     assert one.sites == alone.sites
     for name in ("minimum", "typical", "maximum"):
         assert getattr(one.dimensions["image_tokens"], name) * 2 == getattr(alone.dimensions["image_tokens"], name)
-    assert "--parallel gather --degree 4" in one.command()
+    assert "--parallel gather --degree 2" in one.command()
 
 
 def test_what_is_not_shared_out_is_refused(shared, tiny):
@@ -160,7 +160,9 @@ def test_what_is_not_shared_out_is_refused(shared, tiny):
             check_options(options_of(parallel="gather", engine=engine))
     with pytest.raises(ConfigError, match="is 4096 image_tokens, expected a size that --degree 3 divides"):
         trace_of("flux", tiny("flux").folder, parallel_options("gather", 3))
-    with pytest.raises(StepError, match="size `image_tokens` is 15, expected a multiple of 2"):
+    with pytest.raises(ConfigError, match=r"without a size, expected one for family hidream, .* at one size .* --size"):
+        trace_of("hidream", tiny("hidream").folder, parallel_options("gather", 2))
+    with pytest.raises(StepError, match=r"size `image_tokens` is 15, expected a multiple of 2, .* another --degree"):
         replay_on_ranks(shared("flux", "gather", 2), tiny("flux").inputs(2, height=3, width=5), "FF")
     with pytest.raises(ConfigError, match="2 ranks run a bundle that is not shared out, expected one process"):
         check_ranks(manifest.model_copy(update={"parallel": None}), on_ranks(2, lambda group: group)[0])
@@ -189,8 +191,10 @@ FAMILIES = {
     "kandinsky-5": ("module", "derivatives", {"height": 12}),
     "cogvideox": ("residual", "snapshots", {"height": 12}),
     "wan": ("module", "snapshots", {"height": 12}),
-    "wan-5b-image": ("last", "snapshots", {"height": 3, "width": 12}),
+    "wan-5b-image": ("last", "snapshots", {"frames": 4}),  # the first of which is told by its place
     "wan-vace": ("module", "derivatives", {"height": 3, "width": 12}),
+    "wan-animate": ("last", "snapshots", {"height": 3, "width": 12}),
+    "hidream": ("residual", "derivatives", {"side": 12}),
 }
 
 
@@ -202,10 +206,10 @@ def test_every_family_that_is_shared_out_gives_what_its_model_gives(tmp_path, na
     inputs = MODELS[name][2](model, len(PLAN), batch=2, **sizes)
     reference = oracle.replay(model, *inputs, PLAN, ORDER, granularity)
     model.save_pretrained(tmp_path)
-    whole = usual(trace_of(name, tmp_path, options_of()), inputs[0])
+    whole = usual(traced_for_ranks(name, tmp_path), inputs[0])
     bound = allowed(model, reference, PLAN, ORDER)
     for mode in ("gather", "ulysses"):
-        options = parallel_options(mode, 4, granularity, layout)
+        options = parallel_options(mode, 4, granularity, layout, fixed_size(whole, inputs[0]))
         made = draft(shared_out(whole, options), options)
         seen = replay_on_ranks(made, inputs, PLAN, ORDER)
         assert_close(f"{name} by {mode}", seen[0], reference, bound)
@@ -220,7 +224,6 @@ def test_every_family_that_is_shared_out_gives_what_its_model_gives(tmp_path, na
         ("ltx-2", "has 2 latents, expected one, whose rows are shared out"),
         ("dit", "is of one size alone, expected a size that --degree 2 divides"),
         ("sana", r"operator `matmul` of `transformer_blocks.0.attn1` mixes rows along `rows`"),
-        ("hidream", r"operator `\w+` of `hidream` .* along `side`"),
         ("framepack", r"operator `pad` of `clean_x_embedder` .* along `rows`"),
     ],
 )
@@ -237,6 +240,9 @@ MIXING = {
         m.site(x) + torch.cat([x, text], 1).mean(2, True).sum() / torch.cat([x, text], 1).shape[1]
     ),
     "the first row": lambda m, x, t, text, label: m.site(x) + x[:, :1],
+    "all rows but the first": lambda m, x, t, text, label: (
+        m.site(x) + torch.cat([x.new_zeros(1, 1, 1), x.new_ones(1, x.shape[1] - 1, 1)], 1)
+    ),
     "rows turned around": lambda m, x, t, text, label: m.site(x).flip(1),
 }
 

@@ -1,10 +1,12 @@
 """Run every model that is shared out on 2 and 4 ranks, at every granularity and layout, and hold it to itself alone.
 
-    python tools/parallel_parity.py [--model NAME ...] [--ranks 2 4] [--granularity ...] [--layout ...] [--dry-run]
+    python tools/parallel_parity.py [--model NAME ...] [--ranks 2 4] [--granularity ...] [--layout ...] [--in-turn]
 
 The tiny models of the tests, with 4 heads, on ranks that are threads with groups of gloo and eager graphs, by gathers
 and by exchanges of heads: `tests/parity_on_ranks.py`, in a process of its own, says what a case is. Prints a line for
-each, files all under tools/results, and exits with 1 where one is not as it should be. Takes an hour on two slow cores.
+each, files what there is under tools/results after each model, and exits with 1 where one is not as it should be. Takes
+half an hour on two cores; a few minutes with `--in-turn`, where each mode, number of ranks and size of the latent has
+one granularity and layout, and the next one the next.
 """
 
 import argparse
@@ -76,27 +78,39 @@ def summary(found: list[Case]) -> dict[str, Any]:
     }
 
 
+def file(record: dict[str, Any], found: list[Case], begin: float, allow_dirty: bool) -> Path:
+    """The record of all cases so far."""
+    told = {**summary(found), "took_seconds": round(time.monotonic() - begin), "what": found}
+    return write_record("parallel-parity", {**record, **told}, allow_dirty=allow_dirty)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="of the tests (default: all)")
     parser.add_argument("--ranks", nargs="+", type=int, choices=(2, 4), default=[2, 4])
     parser.add_argument("--granularity", nargs="+", choices=GRANULARITIES, default=list(GRANULARITIES))
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument(
+        "--in-turn", action="store_true", help="not every granularity and layout, but one after another"
+    )
     parser.add_argument("--dry-run", action="store_true", help="file no record")
     dirty_option(parser)
     given = parser.parse_args()
     results = None if given.dry_run else ROOT / "tools" / "results"
     record, begin, found = circumstances(results, given.allow_dirty), time.monotonic(), []
     asked = {"models": given.model, "ranks": given.ranks, "granularities": given.granularity, "layouts": given.layout}
+    asked["in_turn"] = given.in_turn
     for case in cases(asked):
+        if results and found and found[-1]["model"] != case["model"]:
+            file(record, found, begin, given.allow_dirty)
         found.append(case)
         print(f"{len(found):4} {line(case)}", flush=True)
-    told = {**summary(found), "took_seconds": round(time.monotonic() - begin), "what": found}
+    told = summary(found)
     print(
         f"{told['hold']} of {told['cases']} hold, the largest error {told['largest_share_of_a_bound']:.2f} of its bound"
     )
     if results:
-        print("filed", write_record("parallel-parity", {**record, **told}, allow_dirty=given.allow_dirty).name)
+        print("filed", file(record, found, begin, given.allow_dirty).name)
     return int(told["hold"] < told["cases"])
 
 

@@ -36,9 +36,11 @@ def _from_picture(model: Any, inputs: dict[str, Any]) -> Any:
     import torch
 
     latents, time = inputs["hidden_states"], inputs["timestep"]
-    first = (latents.shape[3] // 2) * (latents.shape[4] // 2)  # tokens of a frame
-    # Made of the latent, so that what is spread over tokens counts as of a step and is never kept for all of them.
-    later = torch.cat([latents.new_zeros(1, first), latents.new_ones(1, (latents.shape[2] - 1) * first)], 1) > 0
+    frames, first = latents.shape[2], (latents.shape[3] // 2) * (latents.shape[4] // 2)  # tokens of a frame
+    # Made of the latent, so that what is spread over tokens counts as of a step and is never kept for all of them; by
+    # the places of frames, which are others on each rank.
+    later = latents.new_zeros(frames, first) + (torch.arange(frames) > 0).to(latents.dtype)[:, None]
+    later = later.reshape(1, frames * first) > 0
     still = inputs["encoder_hidden_states"].new_zeros(time.shape, dtype=time.dtype)  # a constant, looked at once
     return call(model, {**inputs, "timestep": torch.where(later, time[:, None], still[:, None])})
 

@@ -176,15 +176,20 @@ class Rows:
             if node in placed:
                 continue
             self._check_sizes(node)
+            if any(map(self._falls_short, _extents(node))):
+                self.refuse(node, "makes fewer rows than there are")
             read = [source for source in node.all_input_nodes if self.dims(source)]
             made = self._made(node)
             if read or made:
                 self._check(node, read)
 
     def _made(self, node: fx.Node) -> bool:
-        values = node.meta.get("val")
-        several = values if isinstance(values, tuple | list) else (values,)
-        return any(isinstance(v, torch.Tensor) and any(map(self.holds, v.shape)) for v in several)
+        return any(map(self.holds, _extents(node)))
+
+    def _falls_short(self, size: Any) -> bool:
+        """Whether an extent is a number of rows less some, such as of all but the first: on each rank others."""
+        terms = sympy.Add.make_args(sympy.expand(written(size))) if self.holds(size) else ()
+        return any(term.could_extract_minus_sign() for term in terms)
 
     def _check_sizes(self, node: fx.Node) -> None:
         """A number of rows may be the extent of something, and nothing that is computed with."""
@@ -217,7 +222,7 @@ class Rows:
             along: Any = _argument(node, "dim", 0)
             self._expect(node, along is not None and along % max(rank, 1) not in dims)
         elif name == "topk":
-            self._expect(node, _argument(node, "dim", -1) % rank not in dims)  # type: ignore[operator]
+            self._expect(node, _argument(node, "dim", -1) % rank not in dims)
         elif name == "pad":
             self._expect(node, not set(dims) & set(_padded(node, rank)))
         elif name in _PATCHES:
@@ -374,9 +379,14 @@ def _joined_of(node: fx.Node, length: Any) -> list[tuple[fx.Node, Any]] | None:
 
 def _has(node: fx.Node, length: Any) -> bool:
     """Whether a dimension of a node's tensor, or of one of its tensors, has that length."""
+    return any(_same(size, length) for size in _extents(node))
+
+
+def _extents(node: fx.Node) -> list[Any]:
+    """Of every dimension of a node's tensor, or tensors."""
     values = node.meta.get("val")
     several = values if isinstance(values, tuple | list) else (values,)
-    return any(isinstance(v, torch.Tensor) and any(_same(size, length) for size in v.shape) for v in several)
+    return [size for value in several if isinstance(value, torch.Tensor) for size in value.shape]
 
 
 def _size(value: Any) -> sympy.Expr:

@@ -107,14 +107,14 @@ def test_the_video_is_the_pipelines(whole, frames, scale):
         denoiser,
         request,
         denoiser.forecasts(plan="F" * STEPS),
-        on_step=lambda loop: given.append((loop.conditioning, loop.model_input())),
+        on_step=lambda loop: loop.step % STEPS == 1 and given.append((loop.conditioning, loop.model_input())),
     )
     assert made.executed == "F" * STEPS * request.loops
     seen = torch.from_numpy(pictures_of(denoiser, request, made.latents)[0].copy()).movedim(-1, -3) / 255
     limit = bound(expected, pipe, request.loops, scale)
     oracle.assert_close("video", seen, expected, limit)
     for number in range(request.loops):
-        conditioning, model_input = given[number * STEPS]  # after its first step
+        conditioning, model_input = given[number]  # after its first step
         for branch, own in enumerate(conditioning):
             call = calls[(number * STEPS + 1) * branches + branch]
             assert np.array_equal(own["face_pixel_values"], call["face_pixel_values"].numpy())
@@ -131,17 +131,18 @@ def test_all_that_is_given_counts(whole):
     pipe, denoiser = whole("wan-animate")
     plan = denoiser.forecasts(plan="F.")
     usual = sample(denoiser, request_of(denoiser, 8), plan).latents
+    expected = torch.from_numpy(usual[0])
+    limit = bound(expected, pipe, 2, 1.0, 0)
     behind = {"pose": VIDEOS["pose"].copy(), "face": VIDEOS["face"].copy()}
     for video in behind.values():
         video[6:] = 255 - video[6:]
     for name, video in behind.items():
         other = sample(denoiser, request_of(denoiser, 8, given=given_of(8, **{name: video})), plan).latents
         assert np.array_equal(other[:, :, :3], usual[:, :, :3])  # the second section alone
-        assert np.abs(other[:, :, 3:] - usual[:, :, 3:]).max() > 1e-2
+        assert np.abs(other[:, :, 3:] - usual[:, :, 3:]).max() > limit
     both = sample(denoiser, request_of(denoiser, 8, seeds=(4, SEED)), plan)
     assert both.executed == "F.F."
-    expected = torch.from_numpy(usual[0])
-    oracle.assert_close("second sample", torch.from_numpy(both.latents[1]), expected, bound(expected, pipe, 2, 1.0, 0))
+    oracle.assert_close("second sample", torch.from_numpy(both.latents[1]), expected, limit)
     assert pictures_of(denoiser, request_of(denoiser, 8), both.latents).shape == (2, 8, *SIDES, 3)
 
 
@@ -161,7 +162,8 @@ def test_frames_and_pictures_are_brought_to_size_as_the_pipeline_does(whole):
 
 
 def test_what_does_not_belong_is_refused(whole):
-    denoiser, plain = whole("wan-animate")[1], whole("wan-image")[1]
+    denoiser = whole("wan-animate")[1]
+    plain = denoiser.manifest.model_copy(update={"parts": {}})
     name = f"wan-animate-{denoiser.manifest.name}"
     for videos, said in (
         ({}, f"video of a pose is missing for {name}, expected it beside the picture, .* with --pose"),
@@ -174,12 +176,12 @@ def test_what_does_not_belong_is_refused(whole):
     with pytest.raises(ConfigError, match=f"picture is missing for {name}, expected the one that it is to animate"):
         with_videos(denoiser.manifest, None, VIDEOS)
     with pytest.raises(ConfigError, match=r"video of a face is given for wan-.*, expected none, since no video drives"):
-        with_videos(plain.manifest, Given(EDITED), VIDEOS)
-    assert with_videos(plain.manifest, None, {}) is None
+        with_videos(plain, Given(EDITED), VIDEOS)
+    assert with_videos(plain, None, {}) is None
     for size, said in (
         ((9, *SIDES), "size frames is 9, expected 2 to 8, as the videos have that drive it; change it"),
         ((1, *SIDES), "size frames is 1, expected 2 to 8"),
-        ((8, 30, 48), "size height is 30, expected a multiple of 16"),
+        ((8, 30, 48), "size height is 30, expected a multiple of 8"),
     ):
         with pytest.raises(ConfigError, match=said):
             prompt_request(denoiser, [PROMPT], [SEED], size, given=given_of(8))

@@ -23,8 +23,9 @@ from taylorseer_export.method import Forecasts, Guard, Plan
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.group import Left
+from taylorseer_export.runtime.joined import Joined
 from taylorseer_export.runtime.lead import END, Lead, ready
-from taylorseer_export.runtime.sampling import Beginning, Joined, Loop, Request, denoise
+from taylorseer_export.runtime.sampling import Beginning, Loop, Request, denoise
 
 _NUMBERS = ("guided", "guidance_scale", "height", "width")
 

@@ -38,8 +38,9 @@ from taylorseer_export.runtime.denoiser import Denoiser, load
 from taylorseer_export.runtime.eager import EagerRunner
 from taylorseer_export.runtime.following import decoded, encoded, follow
 from taylorseer_export.runtime.group import Group
+from taylorseer_export.runtime.joined import Joined
 from taylorseer_export.runtime.lead import leave
-from taylorseer_export.runtime.sampling import Beginning, Joined, Loop, Request, denoise, sample
+from taylorseer_export.runtime.sampling import Beginning, Loop, Request, denoise, sample
 from taylorseer_export.runtime.share import check_ranks, whole_of
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.tensors import tensor_request

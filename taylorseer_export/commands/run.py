@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from taylorseer_export.runtime.denoiser import Denoiser
     from taylorseer_export.runtime.sampling import Loop, Request
 
+_VIDEOS = ("pose", "face", "background", "mask")  # as of `embedded/driving.py`
 SUMMARY = "Sample with a bundle: a picture, a video, or tensors."
 
 
@@ -56,12 +57,13 @@ def options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="picture to edit, to animate or to begin with (whole bundles that take one; some take several)",
     )
-    for name in ("pose", "face"):
+    for name in _VIDEOS:
+        what = "that drives what is made of --image" if name in _VIDEOS[:2] else "that --image is put into"
         parser.add_argument(
             f"--{name}",
             type=Path,
-            help=f"video of a {name} that drives what is made of --image: a file, or a folder of its frames as "
-            "pictures (whole bundles that are driven by one)",
+            help=f"video of a {name} {what}: a file, or a folder of its frames as pictures (whole bundles that are "
+            "driven by one)",
         )
     parser.add_argument(
         "--strength",
@@ -124,7 +126,7 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
     import numpy as np
 
     from taylorseer_export.embedded import requests
-    from taylorseer_export.embedded.driving import DRIVING, with_videos
+    from taylorseer_export.embedded.driving import with_videos
     from taylorseer_export.embedded.edits import given_picture, steps_that_run
     from taylorseer_export.embedded.picture import read_picture
     from taylorseer_export.embedded.video import check_video, read_video
@@ -133,11 +135,11 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
     from taylorseer_export.runtime.schedulers import own_scheduler
 
     first = denoiser.share.first  # of the ranks: it writes what one process writes
-    if given.image or given.pose or given.face:
+    videos = {name: path for name in _VIDEOS if (path := getattr(given, name)) is not None}
+    if given.image or videos:
         require_extra("whole", "PIL")
     pictures = [read_picture(path) for path in given.image or ()]
     picture = given_picture(denoiser.manifest, pictures[0] if pictures else None, given.strength, pictures[1:])
-    videos = {name: getattr(given, name) for name in DRIVING if getattr(given, name)}
     picture = with_videos(denoiser.manifest, picture, {n: read_video(path, f"--{n}") for n, path in videos.items()})
     options, picture = steps_that_run(request_options(given), denoiser, picture)
     forecasts = forecasts_from_options(options, denoiser.defaults, denoiser.profiles)
@@ -275,7 +277,7 @@ def _preview(path: Path, number: int) -> Path:
 # What a request is made from -> the options that say it.
 _OPTIONS = {
     "labels": ("label",),
-    "prompts": ("prompt", "inputs", "image", "pose", "face", "strength", "negative_prompt", "prompt_tokens"),
+    "prompts": ("prompt", "inputs", "image", *_VIDEOS, "strength", "negative_prompt", "prompt_tokens"),
     "tensors": ("inputs",),
 }
 

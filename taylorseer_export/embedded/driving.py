@@ -12,7 +12,7 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Driven, Manifest
 from taylorseer_export.embedded.edits import Given, Sectioned, shown_to
-from taylorseer_export.embedded.picture import on_black, resized
+from taylorseer_export.embedded.picture import grey, on_black, resized
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.driven import DrivenCourse, driven_of, sections_for
@@ -20,9 +20,11 @@ from taylorseer_export.runtime.noise import Generator
 from taylorseer_export.runtime.sections import window_of
 from taylorseer_export.runtime.tensors import NEGATIVE
 
-POSE, FACE = "pose", "face"
+POSE, FACE, BACKGROUND, MASK = "pose", "face", "background", "mask"
 DRIVING = (POSE, FACE)
-"""Names of the videos that a request brings."""
+SCENE = (BACKGROUND, MASK)
+"""Names of the videos that a request brings: always, and where the character is put into another video. Of that the
+mask is white where the character comes, and black where it stays."""
 
 
 def with_videos(manifest: Manifest, given: Given | None, videos: Mapping[str, np.ndarray]) -> Given | None:
@@ -53,19 +55,21 @@ def check_videos(manifest: Manifest, videos: Mapping[str, np.ndarray]) -> None:
                 f"video of a {min(videos)} is given for {name}, expected none, since no video drives it; leave it out"
             )
         return
-    for wanted in DRIVING:
+    for wanted in (*DRIVING, *(SCENE if any(one in videos for one in SCENE) else ())):
         if wanted not in videos:
             raise ConfigError(
                 f"video of a {wanted} is missing for {name}, expected it beside the picture, since it drives what is "
                 f"made; pass it, on the command line with --{wanted}"
             )
-    frames, seen = len(videos[POSE]), len(videos[FACE])
+    frames = len(videos[POSE])
     if frames < 2:
         raise ConfigError(f"video of a {POSE} has {frames} frame, expected at least 2; give a longer one")
-    if frames != seen:
-        raise ConfigError(
-            f"video of a {FACE} has {seen} frames, expected {frames} as that of the {POSE}; cut the longer one"
-        )
+    for other, video in videos.items():
+        if len(video) != frames:
+            raise ConfigError(
+                f"video of a {other} has {len(video)} frames, expected {frames} as that of the {POSE}; cut the longer "
+                "one"
+            )
 
 
 def frames_asked(videos: Mapping[str, np.ndarray], frames: int) -> int:
@@ -96,7 +100,8 @@ def driven_by(
         guided: Whether guidance leads away from something, which then sees no face.
 
     Raises:
-        ConfigError: The videos are too short, or there are several sections and no decoder, which each is made with.
+        ConfigError: The videos are too short, or there are several sections and no decoder, which each is made with, or
+            several ranks.
     """
     manifest, (frames, height, width) = denoiser.manifest, size
     count, window = sections_for(manifest, driven, frames_asked(given.videos, frames)), window_of(manifest)
@@ -104,6 +109,11 @@ def driven_by(
         raise ConfigError(
             f"video of {frames} frames is {count} sections, each of which begins with a frame of the one before, "
             "expected a bundle with its decoder; export it without --without decode, or ask for fewer frames"
+        )
+    if count > 1 and denoiser.share.groups:
+        raise ConfigError(
+            f"video of {frames} frames is {count} sections, asked of several ranks, expected one section; run it on "
+            "one rank, or ask for fewer frames"
         )
     side = int(denoiser.constants[driven.face].shape[3])
     encoder = denoiser.picture_encoder
@@ -117,6 +127,7 @@ def driven_by(
         {"picture": character.astype(np.float32) / 255, **shown_to(encoder.described, given.picture)},
         np.stack([resized(frame, height, width) for frame in given.videos[POSE][:frames]]),
         np.stack([resized(frame, side, side) for frame in given.videos[FACE][:frames]]),
+        _scene(given.videos, *size),
     )
     tensors = course.inputs(0)
     if guided:
@@ -130,6 +141,15 @@ def driven_by(
         drawn = [generator.normals(math.prod(shape)).reshape(shape) for _ in range(count)]
         noise.append(np.concatenate(drawn, 2))
     return Sectioned(tensors, course, np.concatenate(noise))
+
+
+def _scene(videos: Mapping[str, np.ndarray], frames: int, height: int, width: int) -> np.ndarray | None:
+    """`[frames, height, width, 4]` uint8, what a character is put into, and in the fourth channel where that stays."""
+    if BACKGROUND not in videos:
+        return None
+    pairs = zip(videos[BACKGROUND][:frames], videos[MASK][:frames], strict=True)
+    both = [(resized(one, height, width), grey(resized(other, height, width))) for one, other in pairs]
+    return np.stack([np.concatenate([frame, 255 - mask[..., None]], 2) for frame, mask in both])
 
 
 def _channels(denoiser: Denoiser) -> int:

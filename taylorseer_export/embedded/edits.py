@@ -48,7 +48,8 @@ class Given(NamedTuple):
         strength: Of a loop that begins with it, the share of its steps that run.
         steps: Those in all; as many as leave those of the plan if None. See `steps_that_run`.
         others: Those behind the first, for a model that takes several; each of a size of its own.
-        videos: For a model that they drive, by what they show, `pose` and `face`: `[F, height, width, 3]` uint8.
+        videos: For a model that they drive, by what they show, `pose` and `face`, and `background` and
+            `mask` of one that it is put into: `[F, height, width, 3]` uint8.
     """
 
     picture: np.ndarray

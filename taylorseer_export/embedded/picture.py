@@ -138,6 +138,13 @@ def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
+def grey(picture: np.ndarray) -> np.ndarray:
+    """How bright a picture `[height, width, 3]` uint8 is, `[height, width]` uint8, as Pillow reckons it."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(picture).convert("L"))
+
+
 def covering(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     """A picture `[..., ..., 3]` uint8 at another size, in its own shape: what is outside of the middle is cut off.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,10 +19,8 @@ from taylorseer_export.bundle.part_agreement import CONDITION
 from taylorseer_export.runtime.decoding import FrameDecoder
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.frames import FrameEncoder
+from taylorseer_export.runtime.joined import Joined
 from taylorseer_export.runtime.sections import window_of
-
-if TYPE_CHECKING:
-    from taylorseer_export.runtime.sampling import Joined
 
 Rows = dict[str, np.ndarray]
 
@@ -58,6 +55,8 @@ class DrivenCourse:
         character: The picture as each input of the part `encode` that holds it.
         pose: `[frames, height, width, 3]` uint8, of the size of the video.
         face: `[frames, side, side, 3]` uint8.
+        scene: `[frames, height, width, 4]` uint8, what the character is put into: the fourth channel is 255 where that
+            stays, and 0 where the character comes. None where all is made anew.
     """
 
     denoiser: Denoiser
@@ -68,6 +67,7 @@ class DrivenCourse:
     character: Rows
     pose: np.ndarray
     face: np.ndarray
+    scene: np.ndarray | None = None
 
     def inputs(self, number: int, before: np.ndarray | None = None) -> Rows:
         """What a section of one sample is given, by name: inputs of the transformer, and `condition`.
@@ -85,8 +85,11 @@ class DrivenCourse:
         def driving(frame: int) -> Mapping[str, np.ndarray]:
             own = indices[scale * (frame - 1) + 1 :][:scale] if frame else indices[:1]
             pose = _unit(self.pose[own])
-            scene = np.full((1, 4, *pose.shape[2:]), _GREY, np.float32)
-            scene[:, 3] = 0
+            if self.scene is None:
+                scene = np.full((1, 4, *pose.shape[2:]), _GREY, np.float32)
+                scene[:, 3] = 0
+            else:
+                scene = _unit(self.scene[own])
             if frame == 0 and before is not None:
                 scene[:, :3], scene[:, 3] = before, 1
             return {self.described.pose: pose, self.described.scene: scene}
@@ -177,5 +180,5 @@ def _decoder(denoiser: Denoiser) -> Callable[[np.ndarray, Callable[[np.ndarray],
 
 
 def _unit(frames: np.ndarray) -> np.ndarray:
-    """Frames `[F, height, width, 3]` uint8 as `[1, 3, F, height, width]` float32 from 0 to 1."""
+    """Frames `[F, height, width, C]` uint8 as `[1, C, F, height, width]` float32 from 0 to 1."""
     return np.ascontiguousarray(frames.transpose(3, 0, 1, 2)[None].astype(np.float32) / 255)

@@ -24,8 +24,9 @@ from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.group import Group, Left
+from taylorseer_export.runtime.joined import Joined
 from taylorseer_export.runtime.lead import END, Lead, ready
-from taylorseer_export.runtime.sampling import Beginning, Joined, Loop, Request, denoise
+from taylorseer_export.runtime.sampling import Beginning, Loop, Request, denoise
 
 _NUMBERS = ("guided", "guidance_scale", "height", "width", "previews")
 

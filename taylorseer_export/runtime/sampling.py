@@ -21,27 +21,13 @@ from taylorseer_export.runtime.clock import clock
 from taylorseer_export.runtime.combined import combined
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.driven import DrivenCourse
+from taylorseer_export.runtime.joined import Joined
 from taylorseer_export.runtime.lead import beginning
 from taylorseer_export.runtime.noise import normals
 from taylorseer_export.runtime.one_branch import one_branch
 from taylorseer_export.runtime.schedulers import begun, own_scheduler, scheduler_of
 from taylorseer_export.runtime.sections import Course
 from taylorseer_export.runtime.values import check_prediction
-
-
-@dataclass(frozen=True)
-class Joined:
-    """What a model from pictures has beside the noise, the same at every step.
-
-    Attributes:
-        axis: Of channels that follow those of the latents, or of frames in the place of their first ones.
-        value: `[N, C, F, H, W]` float32, in latent pixels, or in what order the latents have it.
-        ahead: Whether it is frames.
-    """
-
-    axis: int
-    value: np.ndarray
-    ahead: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Sections
 from taylorseer_export.bundle.shapes import resolve
-
-if TYPE_CHECKING:
-    from taylorseer_export.runtime.sampling import Joined
+from taylorseer_export.runtime.joined import Joined
 
 _TIME = 2  # axis
 _FIRST_AHEAD, _AHEAD = 3, 2  # sections that lie between the picture and those being made, at most

@@ -20,8 +20,9 @@ from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.driven import driven_of
+from taylorseer_export.runtime.joined import Joined
 from taylorseer_export.runtime.places import sides_of, value_from_fill
-from taylorseer_export.runtime.sampling import Joined, Request, noise_of, tokens_of
+from taylorseer_export.runtime.sampling import Request, noise_of, tokens_of
 from taylorseer_export.runtime.sections import frames_of_section, sections_of, window_of
 
 NEGATIVE = "negative_"  # before the name of an input: its value for the unconditional half or branch

@@ -90,7 +90,7 @@ HEAVY: dict[str, frozenset[str]] = {
     "folder_paths": frozenset({"comfy/nodes.py"}),
     "onnx": frozenset({"compile/onnx.py"}),
     "onnx_ir": frozenset({"compile/onnx.py"}),
-    "onnxscript": frozenset({"compile/onnx.py"}),
+    "onnxscript": frozenset({"compile/exporter.py", "compile/onnx.py"}),
     "onnxruntime": frozenset({"runtime/onnxruntime.py"}),
     "polygraphy": frozenset({"compile/polygraphy.py", "report/polygraphy.py"}),
     "tensorrt": frozenset({"bundle/tensorrt.py"}),

@@ -17,6 +17,7 @@ from taylorseer_export.bundle.manifest import (
     SCHEMA_VERSION,
     Comfy,
     Dimension,
+    Driven,
     Engine,
     File,
     Fitted,
@@ -193,7 +194,21 @@ def test_published_schema_is_up_to_date():
 
 
 def test_every_field_is_described():
-    parts = (Comfy, Dimension, Engine, File, Fitted, Graph, Layer, LowRank, Manifest, Model, Parallel, PlanDefaults)
+    parts = (
+        Comfy,
+        Dimension,
+        Driven,
+        Engine,
+        File,
+        Fitted,
+        Graph,
+        Layer,
+        LowRank,
+        Manifest,
+        Model,
+        Parallel,
+        PlanDefaults,
+    )
     parts += (Quantised, Patches, Pipeline, PipelinePart, Sampling, Sections, Shown, Site, State, Tensor, Tiles, Tokens)
     assert {part.__name__ for part in parts} == {"Manifest", *schema()["$defs"]}
     fields = [(part.__name__, *item) for part in parts for item in part.model_fields.items()]

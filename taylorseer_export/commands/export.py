@@ -152,7 +152,7 @@ def options(parser: argparse.ArgumentParser, family: Family) -> None:
         choices=("fp8", "nvfp4", "int8", "keep", "auto"),
         help="format of the weights of the blocks' linear layers; keep: what a quantised checkpoint has; auto: the "
         "widest that fits --memory-budget, if the precision does not. On a CPU this is for memory: only int8 with "
-        "--activations token in ONNX Runtime is faster too. All others keep the precision (default: all)",
+        "--activations token is faster too. All others keep the precision (default: all)",
     )
     engine.add_argument(
         "--activations",

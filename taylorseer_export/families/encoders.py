@@ -63,11 +63,15 @@ def seen_by_qwen(eyes: Any, patches: Any, places: Any) -> Any:
     The original sorts patches by windows and splits them by numbers that are known when it runs. Here each stays in its
     place and attends to those of its window, or of its picture.
     """
+    import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     rotate = sys.modules[type(eyes).__module__].apply_rotary_pos_emb_vision
     states = eyes.patch_embed(patches)
-    turns = eyes.rotary_pos_emb(states, places[:, 2:])
+    # By row and by column; transformers 4 asks for all that there may be, 5 for those that there are.
+    angles = (places[:, 2:, None].float() * eyes.rotary_pos_emb.inv_freq.float()).flatten(1)
+    angles = torch.cat([angles, angles], -1)
+    turns = angles.cos(), angles.sin()
     picture, window = (places[:, k : k + 1] == places[:, k] for k in range(2))
     for number, block in enumerate(eyes.blocks):
         own = block.attn

@@ -35,6 +35,7 @@ from taylorseer_export.graph.shard import counted, sent, shard
 from taylorseer_export.method import Forecasts, Guard, Plan
 from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.denoiser import Denoiser, load
+from taylorseer_export.runtime.driven import DrivenCourse
 from taylorseer_export.runtime.eager import EagerRunner
 from taylorseer_export.runtime.following import decoded, encoded, follow
 from taylorseer_export.runtime.group import Group
@@ -374,6 +375,10 @@ def test_what_is_sent_is_what_is_asked():
         again, same = decoded(encoded(request, forecasts))
         assert same == forecasts and encoded(again, same) == encoded(request, forecasts)
         assert decoded(encoded(request, forecasts, request.lora), request.lora)[0].lora == request.lora
+        one = DrivenCourse(*[None] * 3, 1, 5, {}, value, value)  # a section of which the request has all
+        assert encoded(replace(request, course=one), forecasts) == encoded(request, forecasts)
+        with pytest.raises(ConfigError, match="a video in sections is asked of several ranks"):
+            encoded(replace(request, course=replace(one, count=2)), forecasts)
     assert decoded(encoded(Request(value, {}, False, 0.0, 0, 0), forecasts))[0].negative is None
 
 

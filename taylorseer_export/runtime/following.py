@@ -23,6 +23,7 @@ from taylorseer_export.method import Forecasts, Guard, Plan
 from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
+from taylorseer_export.runtime.driven import DrivenCourse
 from taylorseer_export.runtime.group import Group, Left
 from taylorseer_export.runtime.joined import Joined
 from taylorseer_export.runtime.lead import END, Lead, ready
@@ -101,9 +102,10 @@ def encoded(request: Request, forecasts: Forecasts, sent: Adapter | None = None)
         sent: The LoRA that all ranks have; of one with its matrices only the strength is sent.
 
     Raises:
-        ConfigError: It is of sections.
+        ConfigError: It is of sections, but for the one of a short video that others drive.
     """
-    if request.course is not None:
+    course = request.course  # of such a one the request itself has all that it is given
+    if course is not None and not (isinstance(course, DrivenCourse) and course.count == 1):
         raise ConfigError("a video in sections is asked of several ranks, expected none; run it on one")
     arrays: dict[str, np.ndarray] = {"latents": request.latents}
     arrays |= {f"conditioning/{name}": np.asarray(value) for name, value in request.conditioning.items()}

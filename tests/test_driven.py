@@ -3,6 +3,7 @@
 # Shapes: F frames
 
 import json
+import wave
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -231,6 +232,9 @@ def test_run_reads_videos(whole, monkeypatch, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     Image.fromarray(EDITED).save(tmp_path / "pose" / "of-another-size.png")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", None))
+        sound.writeframes(bytes(16000))
     out = ["--out", str(tmp_path / "none.webp")]
     for more, said in (
         ([*image, *face], "video of a pose is missing for wan-animate"),
@@ -239,6 +243,8 @@ def test_run_reads_videos(whole, monkeypatch, tmp_path, capsys):
         ([*image, *pose, *face], "pose with 26x38, 40x52, expected frames of one size; mend it"),
         ([*image, *face, "--pose", str(tmp_path / "no.gif")], "no.gif, expected a video, or a folder of its frames"),
         ([*image, *face, "--pose", str(tmp_path / "broken.mp4")], "broken.mp4, expected a video, or a folder"),
+        ([*image, *face, "--pose", str(tmp_path / "sound.wav")], "(there is sound alone); check the file"),
+        ([*image, *face, "--pose", str(tmp_path / "nowhere")], "No such file or directory"),
     ):
         assert cli.main([*wanted, *more, *out]) == 2
         told = capsys.readouterr().err

@@ -68,6 +68,7 @@ def read_video(path: Path, option: str) -> np.ndarray:
     from PIL import Image, ImageSequence
 
     try:
+        path.stat()  # what is not there is said so, whatever would read it
         if not path.is_dir() and path.suffix.lower() not in (*_ANIMATED, ".png"):
             frames = _read_by_av(path, option)
         else:
@@ -75,8 +76,10 @@ def read_video(path: Path, option: str) -> np.ndarray:
             frames = []
             for file in files:
                 with Image.open(file) as image:
-                    frames += [np.asarray(one.convert("RGBA")) for one in ImageSequence.Iterator(image)]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PyAV's are of these
+                    frames += [opaque(np.asarray(one.convert("RGBA"))) for one in ImageSequence.Iterator(image)]
+    except ConfigError:  # which is a ValueError, and says what is missing here
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(
             f"{option} is {path}, expected a video, or a folder of its frames as pictures ({first_line(error)}); check "
             "the file"
@@ -84,7 +87,7 @@ def read_video(path: Path, option: str) -> np.ndarray:
     if len(sizes := {frame.shape[:2] for frame in frames}) != 1:
         seen = ", ".join(f"{height}x{width}" for height, width in sorted(sizes)) or "no frame"
         raise ConfigError(f"{option} is {path} with {seen}, expected frames of one size; mend it")
-    return opaque(np.stack(frames)) if frames[0].shape[2] == 4 else np.stack(frames)
+    return np.stack(frames)
 
 
 def _read_by_av(path: Path, option: str) -> list[np.ndarray]:
@@ -95,8 +98,13 @@ def _read_by_av(path: Path, option: str) -> list[np.ndarray]:
         )
     import av
 
-    with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("there is sound alone")
+            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except av.error.FFmpegError as error:  # of which some are of no other class
+        raise ValueError(first_line(error)) from error
 
 
 def write_video(path: Path, frames: np.ndarray, rate: int) -> None:

@@ -140,7 +140,10 @@ def beginning(group: Group | None, lead: Lead | None, loop: Led) -> Iterator[Non
     elif loop.step == 0:
         given = {f"{name} of call {k}": v for k, one in enumerate(loop.conditioning) for name, v in one.items()}
         arrays = {"latents": loop.latents, "timesteps": loop.model_timesteps, **given}
-        facts = {"plan": loop.forecasts, "lora": loop.request.lora, "previews": loop.request.previews}
+        if (joined := loop.request.joined) is not None:
+            arrays["what is joined to the noise"] = joined.value
+        facts = {name: getattr(loop.request, name) for name in ("lora", "previews", "guidance_scale")}
+        facts["plan"] = loop.forecasts
         group.agree({**facts, **{name: told(value) for name, value in arrays.items()}})
     try:
         with ready(group):

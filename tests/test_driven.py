@@ -219,7 +219,7 @@ def test_run_reads_videos(whole, monkeypatch, tmp_path, capsys):
     Image.fromarray(EDITED).save(tmp_path / "given.png")
     (tmp_path / "pose").mkdir()
     for k, frame in enumerate(VIDEOS["pose"]):
-        Image.fromarray(frame).save(tmp_path / "pose" / f"{k:03}.png")
+        Image.fromarray(frame).save(tmp_path / "pose" / f"{k + 5}.png")
     first, *others = map(Image.fromarray, VIDEOS["face"])
     first.save(tmp_path / "face.webp", save_all=True, append_images=others, lossless=True, duration=40)
     wanted = ["run", "bundle", "--prompt", PROMPT, "--plan", "F.", "--seed", str(SEED), "--size", "8x32x48"]

@@ -5,6 +5,7 @@ Shapes: F frames.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from importlib.util import find_spec
@@ -56,7 +57,8 @@ def check_mp4() -> None:
 def read_video(path: Path, option: str) -> np.ndarray:
     """The video in a file, or that of the pictures in a folder by their names, `[F, height, width, 3]` uint8.
 
-    GIF, WebP and PNG are read by Pillow, anything else by PyAV; transparent pixels are on white.
+    Numbers in names count as such: 2 comes before 10. GIF, WebP and PNG are read by Pillow, anything else by PyAV;
+    transparent pixels are on white.
 
     Args:
         path: The file or folder.
@@ -72,7 +74,8 @@ def read_video(path: Path, option: str) -> np.ndarray:
         if not path.is_dir() and path.suffix.lower() not in (*_ANIMATED, ".png"):
             frames = _read_by_av(path, option)
         else:
-            files = sorted(one for one in path.iterdir() if not one.name.startswith(".")) if path.is_dir() else [path]
+            shown = (one for one in path.iterdir() if not one.name.startswith(".")) if path.is_dir() else [path]
+            files = sorted(shown, key=_in_order)
             frames = []
             for file in files:
                 with Image.open(file) as image:
@@ -88,6 +91,10 @@ def read_video(path: Path, option: str) -> np.ndarray:
         seen = ", ".join(f"{height}x{width}" for height, width in sorted(sizes)) or "no frame"
         raise ConfigError(f"{option} is {path} with {seen}, expected frames of one size; mend it")
     return np.stack(frames)
+
+
+def _in_order(file: Path) -> tuple[list[str | int], str]:
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", file.name))], file.name
 
 
 def _read_by_av(path: Path, option: str) -> list[np.ndarray]:

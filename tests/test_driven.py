@@ -163,6 +163,7 @@ def test_frames_and_pictures_are_brought_to_size_as_the_pipeline_does(whole):
         expected = pipe.vae_image_processor.preprocess(Image.fromarray(picture), *SIDES, resize_mode="fill")
         made = 2 * torch.from_numpy(on_black(picture, *SIDES)).float().permute(2, 0, 1)[None] / 255 - 1
         assert torch.equal(made, expected), shape
+    assert on_black(film(7, 1, 1, 999)[0], *SIDES).any()  # of less than a row, in its own shape
     manifest = denoiser.manifest
     assert usual_size(manifest) == (SECTION, *SIDES) and frame_rate(manifest) == 30
     wide = given_of(8, pose=film(1, 8, 20, 80))

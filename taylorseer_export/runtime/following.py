@@ -39,8 +39,8 @@ def follow(denoiser: Denoiser) -> bool:
         denoiser: Loaded by all ranks; each calls this once.
 
     Returns:
-        Whether this rank has followed, and has nothing more to do. False on rank 0, which goes on, and where no rows
-        are shared out.
+        Whether this rank has followed, and has nothing more to do. False on rank 0, which goes on, and on all ranks
+        where a loop shares no rows out, as where each runs one branch of guidance.
 
     Raises:
         RankError: A rank has died, is late, or is elsewhere; named within the group's timeout.

@@ -363,6 +363,29 @@ def test_rank_0_leads_and_the_others_follow(shared, request_):
     assert left == plan.index("F", 2)  # forecast steps went on, and the next full one did not
 
 
+def test_memory_that_one_rank_lacks_fails_that_request_alone(shared, request_):
+    """Torch says so by a RuntimeError."""
+
+    def work(denoiser):
+        buffer, full = denoiser.runner.buffer, [True] * denoiser.share.rank
+
+        def allocate(*given):
+            if full and full.pop():
+                raise RuntimeError("can't allocate memory")
+            return buffer(*given)
+
+        denoiser.runner.buffer = allocate
+        with denoiser:
+            if follow(denoiser):
+                return "followed"
+            forecasts = denoiser.forecasts(plan=PLAN)
+            with pytest.raises(StepError, match=r"rank 1 did not begin the request \(can't allocate"):
+                sample(denoiser, request_, forecasts)
+            return sample(denoiser, request_, forecasts).executed
+
+    assert denoisers_on_ranks(shared("flux", "gather", 2), work, timeout=10.0) == [PLAN, "followed"]
+
+
 def test_what_is_sent_is_what_is_asked():
     value = np.arange(6, dtype=np.float32).reshape(1, 6)
     request = Request(

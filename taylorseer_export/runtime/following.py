@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from taylorseer_export.errors import ConfigError, RankError, StepError, TaylorSeerError
+from taylorseer_export.errors import ConfigError, RankError, StepError
 from taylorseer_export.method import Forecasts, Guard, Plan
 from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
@@ -73,7 +73,7 @@ class _Follower:
                 loop, branches = self._begun(told)
         except RankError:
             raise
-        except (TaylorSeerError, MemoryError):  # rank 0 has been told, and answers for it
+        except Exception:  # rank 0 has been told, and answers for it
             return
         try:
             for _ in denoise(loop, branches):

@@ -14,7 +14,7 @@ from zlib import crc32
 
 import numpy as np
 
-from taylorseer_export.errors import RankError, StepError, TaylorSeerError, first_line
+from taylorseer_export.errors import RankError, StepError, first_line
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.group import Group, Left
 
@@ -168,7 +168,7 @@ def ready(group: Group) -> Iterator[None]:
         yield
     except RankError:
         raise
-    except (TaylorSeerError, MemoryError) as error:
+    except Exception as error:  # torch's of memory is a RuntimeError; whatever it is, the others wait to hear of it
         problem = error
     told = group.exchanged("" if problem is None else first_line(problem))
     if problem is not None:

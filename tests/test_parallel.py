@@ -386,6 +386,24 @@ def test_memory_that_one_rank_lacks_fails_that_request_alone(shared, request_):
     assert denoisers_on_ranks(shared("flux", "gather", 2), work, timeout=10.0) == [PLAN, "followed"]
 
 
+def test_a_forecast_that_fails_on_a_rank_that_follows_ends_it(shared, request_):
+    """It does not wait for the next request while the others are within this one."""
+
+    def fail(*tensors):
+        raise RuntimeError("no memory")
+
+    def work(denoiser):
+        if denoiser.share.rank:
+            denoiser.runner._functions["forecast"] = fail
+        with denoiser:
+            if not follow(denoiser):
+                sample(denoiser, request_, denoiser.forecasts(plan="FF.F"))
+
+    first, other = denoisers_on_ranks(shared("flux", "gather", 2), work, timeout=2.0)
+    assert isinstance(first, RankError) and "rank 1 of 2 has died or is late" in str(first)
+    assert isinstance(other, StepError) and "graph `forecast` failed (no memory)" in str(other)
+
+
 def test_what_is_sent_is_what_is_asked():
     value = np.arange(6, dtype=np.float32).reshape(1, 6)
     request = Request(

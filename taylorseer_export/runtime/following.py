@@ -24,7 +24,7 @@ from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.driven import DrivenCourse
-from taylorseer_export.runtime.group import Group, Left
+from taylorseer_export.runtime.group import Group
 from taylorseer_export.runtime.joined import Joined
 from taylorseer_export.runtime.lead import END, Lead, ready
 from taylorseer_export.runtime.sampling import Beginning, Loop, Request, denoise
@@ -80,8 +80,10 @@ class _Follower:
                 pass
         except RankError:
             raise
-        except (Left, StepError):  # on all ranks alike
-            pass
+        except StepError as error:
+            if error.__cause__ is not None:  # an engine call that failed here alone: rank 0 goes on without this one
+                raise
+            # Given up, or of numbers that are not finite: on all ranks alike.
 
     def _begun(self, told: bytes) -> tuple[Loop, Branches]:
         request, forecasts = decoded(told, self._lora)

@@ -74,7 +74,7 @@ def read_video(path: Path, option: str) -> np.ndarray:
         if not path.is_dir() and path.suffix.lower() not in (*_ANIMATED, ".png"):
             frames = _read_by_av(path, option)
         else:
-            shown = (one for one in path.iterdir() if not one.name.startswith(".")) if path.is_dir() else [path]
+            shown = [one for one in path.iterdir() if not one.name.startswith(".")] if path.is_dir() else [path]
             files = sorted(shown, key=_in_order)
             frames = []
             for file in files:

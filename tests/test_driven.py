@@ -3,6 +3,7 @@
 # Shapes: F frames
 
 import json
+import wave
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -162,6 +163,7 @@ def test_frames_and_pictures_are_brought_to_size_as_the_pipeline_does(whole):
         expected = pipe.vae_image_processor.preprocess(Image.fromarray(picture), *SIDES, resize_mode="fill")
         made = 2 * torch.from_numpy(on_black(picture, *SIDES)).float().permute(2, 0, 1)[None] / 255 - 1
         assert torch.equal(made, expected), shape
+    assert on_black(film(7, 1, 1, 999)[0], *SIDES).any()  # of less than a row, in its own shape
     manifest = denoiser.manifest
     assert usual_size(manifest) == (SECTION, *SIDES) and frame_rate(manifest) == 30
     wide = given_of(8, pose=film(1, 8, 20, 80))
@@ -218,7 +220,7 @@ def test_run_reads_videos(whole, monkeypatch, tmp_path, capsys):
     Image.fromarray(EDITED).save(tmp_path / "given.png")
     (tmp_path / "pose").mkdir()
     for k, frame in enumerate(VIDEOS["pose"]):
-        Image.fromarray(frame).save(tmp_path / "pose" / f"{k:03}.png")
+        Image.fromarray(frame).save(tmp_path / "pose" / f"{k + 5}.png")
     first, *others = map(Image.fromarray, VIDEOS["face"])
     first.save(tmp_path / "face.webp", save_all=True, append_images=others, lossless=True, duration=40)
     wanted = ["run", "bundle", "--prompt", PROMPT, "--plan", "F.", "--seed", str(SEED), "--size", "8x32x48"]
@@ -231,6 +233,9 @@ def test_run_reads_videos(whole, monkeypatch, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     Image.fromarray(EDITED).save(tmp_path / "pose" / "of-another-size.png")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", None))
+        sound.writeframes(bytes(16000))
     out = ["--out", str(tmp_path / "none.webp")]
     for more, said in (
         ([*image, *face], "video of a pose is missing for wan-animate"),
@@ -239,6 +244,8 @@ def test_run_reads_videos(whole, monkeypatch, tmp_path, capsys):
         ([*image, *pose, *face], "pose with 26x38, 40x52, expected frames of one size; mend it"),
         ([*image, *face, "--pose", str(tmp_path / "no.gif")], "no.gif, expected a video, or a folder of its frames"),
         ([*image, *face, "--pose", str(tmp_path / "broken.mp4")], "broken.mp4, expected a video, or a folder"),
+        ([*image, *face, "--pose", str(tmp_path / "sound.wav")], "(there is sound alone); check the file"),
+        ([*image, *face, "--pose", str(tmp_path / "nowhere")], "No such file or directory"),
     ):
         assert cli.main([*wanted, *more, *out]) == 2
         told = capsys.readouterr().err

@@ -35,6 +35,7 @@ from taylorseer_export.graph.shard import counted, sent, shard
 from taylorseer_export.method import Forecasts, Guard, Plan
 from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.denoiser import Denoiser, load
+from taylorseer_export.runtime.driven import DrivenCourse
 from taylorseer_export.runtime.eager import EagerRunner
 from taylorseer_export.runtime.following import decoded, encoded, follow
 from taylorseer_export.runtime.group import Group
@@ -362,6 +363,47 @@ def test_rank_0_leads_and_the_others_follow(shared, request_):
     assert left == plan.index("F", 2)  # forecast steps went on, and the next full one did not
 
 
+def test_memory_that_one_rank_lacks_fails_that_request_alone(shared, request_):
+    """Torch says so by a RuntimeError."""
+
+    def work(denoiser):
+        buffer, full = denoiser.runner.buffer, [True] * denoiser.share.rank
+
+        def allocate(*given):
+            if full and full.pop():
+                raise RuntimeError("can't allocate memory")
+            return buffer(*given)
+
+        denoiser.runner.buffer = allocate
+        with denoiser:
+            if follow(denoiser):
+                return "followed"
+            forecasts = denoiser.forecasts(plan=PLAN)
+            with pytest.raises(StepError, match=r"rank 1 did not begin the request \(can't allocate"):
+                sample(denoiser, request_, forecasts)
+            return sample(denoiser, request_, forecasts).executed
+
+    assert denoisers_on_ranks(shared("flux", "gather", 2), work, timeout=10.0) == [PLAN, "followed"]
+
+
+def test_a_forecast_that_fails_on_a_rank_that_follows_ends_it(shared, request_):
+    """It does not wait for the next request while the others are within this one."""
+
+    def fail(*tensors):
+        raise RuntimeError("no memory")
+
+    def work(denoiser):
+        if denoiser.share.rank:
+            denoiser.runner._functions["forecast"] = fail
+        with denoiser:
+            if not follow(denoiser):
+                sample(denoiser, request_, denoiser.forecasts(plan="FF.F"))
+
+    first, other = denoisers_on_ranks(shared("flux", "gather", 2), work, timeout=2.0)
+    assert isinstance(first, RankError) and "rank 1 of 2 has died or is late" in str(first)
+    assert isinstance(other, StepError) and "graph `forecast` failed (no memory)" in str(other)
+
+
 def test_what_is_sent_is_what_is_asked():
     value = np.arange(6, dtype=np.float32).reshape(1, 6)
     request = Request(
@@ -374,6 +416,10 @@ def test_what_is_sent_is_what_is_asked():
         again, same = decoded(encoded(request, forecasts))
         assert same == forecasts and encoded(again, same) == encoded(request, forecasts)
         assert decoded(encoded(request, forecasts, request.lora), request.lora)[0].lora == request.lora
+        one = DrivenCourse(*[None] * 3, 1, 5, {}, value, value)  # a section of which the request has all
+        assert encoded(replace(request, course=one), forecasts) == encoded(request, forecasts)
+        with pytest.raises(ConfigError, match="a video in sections is asked of several ranks"):
+            encoded(replace(request, course=replace(one, count=2)), forecasts)
     assert decoded(encoded(Request(value, {}, False, 0.0, 0, 0), forecasts))[0].negative is None
 
 

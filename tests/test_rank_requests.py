@@ -309,6 +309,17 @@ def has_another_lora(denoiser, request, files):
     load(bundle, lora=files[denoiser.share.rank], group=denoiser.share.group)
 
 
+def has_another_lora_of_a_request(denoiser, request, files):
+    """Of the same name, as on two machines."""
+    lora = replace(denoiser.adapter(files[denoiser.share.rank]), given=("style.safetensors",))
+    sample(denoiser, replace(request, lora=lora), denoiser.forecasts(plan=PLAN))
+
+
+def has_another_scale(denoiser, request, files):
+    request = replace(request, guidance_scale=3.0 + denoiser.share.rank)
+    sample(denoiser, request, denoiser.forecasts(plan=PLAN))
+
+
 def is_at_another_step(denoiser, request, files):
     """As where guards would decide otherwise: what a slot of one rank begins is not compared."""
     share, loop = denoiser.share, Loop(denoiser, request, denoiser.forecasts(plan=PLAN))
@@ -338,6 +349,9 @@ FAULTS = {
     has_another_plan: ("`plan` of rank 1 is .*'FF.'.*, expected .*'FF.F'.* as of rank 0",) * 2,
     has_another_bundle: (r"`bundle` of rank 1 is \w{64}, expected \w{64} as of rank 0; start all ranks alike",) * 2,
     has_another_lora: (r"`lora` of rank 1 is \w{64}, expected \w{64} as of rank 0; start all ranks alike",) * 2,
+    has_another_lora_of_a_request: (r"`lora` of rank 1 is style.safetensors of strength 1.0 \(numbers \d+\), expected",)
+    * 2,
+    has_another_scale: ("`guidance_scale` of rank 1 is 4.0, expected 3.0 as of rank 0",) * 2,
     is_at_another_step: ("rank 1 is at step 4, expected step 3 as rank 0; run one plan on all ranks",) * 2,
     has_another_shape: (r"`latents` of rank 1 is float32 \[1, 10, 16\] \d+, expected float32 \[2, 10, 16\] \d+ as",)
     * 2,

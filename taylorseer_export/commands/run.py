@@ -155,6 +155,7 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
     denoiser.open_parts(needed)  # before the work, and not in its times
     began = time.perf_counter()
     request, names = _request(denoiser, given, picture)
+    del picture  # the request has its videos in its own size
     request = replace(request, previews=given.previews)
     encode_ms, decode_ms = 1e3 * (time.perf_counter() - began), 0.0
     rate = requests.frame_rate(manifest)

@@ -167,8 +167,8 @@ def on_black(picture: np.ndarray, height: int, width: int) -> np.ndarray:
     bilinear one that is asked for: its class sets all options once more.
     """
     own = picture.shape[:2]
-    wide = width if width / height < own[1] / own[0] else own[1] * height // own[0]
-    high = height if width / height >= own[1] / own[0] else own[0] * width // own[1]
+    wide = width if width / height < own[1] / own[0] else max(1, own[1] * height // own[0])
+    high = height if width / height >= own[1] / own[0] else max(1, own[0] * width // own[1])
     top, left = height // 2 - high // 2, width // 2 - wide // 2
     made = np.zeros((height, width, 3), np.uint8)
     made[top : top + high, left : left + wide] = resized(picture, high, wide)

@@ -5,6 +5,7 @@ Shapes: F frames.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from importlib.util import find_spec
@@ -56,7 +57,8 @@ def check_mp4() -> None:
 def read_video(path: Path, option: str) -> np.ndarray:
     """The video in a file, or that of the pictures in a folder by their names, `[F, height, width, 3]` uint8.
 
-    GIF, WebP and PNG are read by Pillow, anything else by PyAV; transparent pixels are on white.
+    Numbers in names count as such: 2 comes before 10. GIF, WebP and PNG are read by Pillow, anything else by PyAV;
+    transparent pixels are on white.
 
     Args:
         path: The file or folder.
@@ -68,15 +70,19 @@ def read_video(path: Path, option: str) -> np.ndarray:
     from PIL import Image, ImageSequence
 
     try:
+        path.stat()  # what is not there is said so, whatever would read it
         if not path.is_dir() and path.suffix.lower() not in (*_ANIMATED, ".png"):
             frames = _read_by_av(path, option)
         else:
-            files = sorted(one for one in path.iterdir() if not one.name.startswith(".")) if path.is_dir() else [path]
+            shown = [one for one in path.iterdir() if not one.name.startswith(".")] if path.is_dir() else [path]
+            files = sorted(shown, key=_in_order)
             frames = []
             for file in files:
                 with Image.open(file) as image:
-                    frames += [np.asarray(one.convert("RGBA")) for one in ImageSequence.Iterator(image)]
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PyAV's are of these
+                    frames += [opaque(np.asarray(one.convert("RGBA"))) for one in ImageSequence.Iterator(image)]
+    except ConfigError:  # which is a ValueError, and says what is missing here
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(
             f"{option} is {path}, expected a video, or a folder of its frames as pictures ({first_line(error)}); check "
             "the file"
@@ -84,7 +90,11 @@ def read_video(path: Path, option: str) -> np.ndarray:
     if len(sizes := {frame.shape[:2] for frame in frames}) != 1:
         seen = ", ".join(f"{height}x{width}" for height, width in sorted(sizes)) or "no frame"
         raise ConfigError(f"{option} is {path} with {seen}, expected frames of one size; mend it")
-    return opaque(np.stack(frames)) if frames[0].shape[2] == 4 else np.stack(frames)
+    return np.stack(frames)
+
+
+def _in_order(file: Path) -> tuple[list[str | int], str]:
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", file.name))], file.name
 
 
 def _read_by_av(path: Path, option: str) -> list[np.ndarray]:
@@ -95,8 +105,13 @@ def _read_by_av(path: Path, option: str) -> list[np.ndarray]:
         )
     import av
 
-    with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("there is sound alone")
+            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except av.error.FFmpegError as error:  # of which some are of no other class
+        raise ValueError(first_line(error)) from error
 
 
 def write_video(path: Path, frames: np.ndarray, rate: int) -> None:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 
@@ -66,6 +67,10 @@ class Adapter:
 
     def __hash__(self) -> int:
         return hash((id(self.matrices), self.strength))
+
+    def __str__(self) -> str:
+        """What ranks compare: of the numbers a checksum, since files of one name may differ."""
+        return f"{', '.join(self.given)} of strength {self.strength} (numbers {crc32(self.matrices.tobytes())})"
 
 
 def adapter(given: Sequence[str | Path], low_rank: LowRank | None, dtype: str) -> Adapter:

@@ -155,11 +155,10 @@ def decoded_in_driven_sections(
             shown.append(np.rint(made[0].transpose(1, 2, 3, 0).clip(0, 1) * 255).astype(np.uint8))
 
         for begin in range(0, one.shape[2], window):
-            known = sum(map(len, shown))
+            known = len(shown)
             _decoder(denoiser)(one[:, :, begin + driven.ahead : begin + window], take)
             if begin:  # the frame that this section was given
-                together = np.concatenate(shown)
-                shown[:] = [together[:known], together[known + 1 :]]
+                shown[known] = shown[known][1:]
         videos.append(np.concatenate(shown)[:frames])
     return np.stack(videos)
 

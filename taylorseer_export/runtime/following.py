@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from taylorseer_export.errors import ConfigError, RankError, StepError, TaylorSeerError
+from taylorseer_export.errors import ConfigError, RankError, StepError
 from taylorseer_export.method import Forecasts, Guard, Plan
 from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.denoiser import Denoiser
-from taylorseer_export.runtime.group import Group, Left
+from taylorseer_export.runtime.driven import DrivenCourse
+from taylorseer_export.runtime.group import Group
 from taylorseer_export.runtime.joined import Joined
 from taylorseer_export.runtime.lead import END, Lead, ready
 from taylorseer_export.runtime.sampling import Beginning, Loop, Request, denoise
@@ -38,8 +39,8 @@ def follow(denoiser: Denoiser) -> bool:
         denoiser: Loaded by all ranks; each calls this once.
 
     Returns:
-        Whether this rank has followed, and has nothing more to do. False on rank 0, which goes on, and where no rows
-        are shared out.
+        Whether this rank has followed, and has nothing more to do. False on rank 0, which goes on, and on all ranks
+        where a loop shares no rows out, as where each runs one branch of guidance.
 
     Raises:
         RankError: A rank has died, is late, or is elsewhere; named within the group's timeout.
@@ -72,15 +73,17 @@ class _Follower:
                 loop, branches = self._begun(told)
         except RankError:
             raise
-        except (TaylorSeerError, MemoryError):  # rank 0 has been told, and answers for it
+        except Exception:  # rank 0 has been told, and answers for it
             return
         try:
             for _ in denoise(loop, branches):
                 pass
         except RankError:
             raise
-        except (Left, StepError):  # on all ranks alike
-            pass
+        except StepError as error:
+            if error.__cause__ is not None:  # an engine call that failed here alone: rank 0 goes on without this one
+                raise
+            # Given up, or of numbers that are not finite: on all ranks alike.
 
     def _begun(self, told: bytes) -> tuple[Loop, Branches]:
         request, forecasts = decoded(told, self._lora)
@@ -101,9 +104,10 @@ def encoded(request: Request, forecasts: Forecasts, sent: Adapter | None = None)
         sent: The LoRA that all ranks have; of one with its matrices only the strength is sent.
 
     Raises:
-        ConfigError: It is of sections.
+        ConfigError: It is of sections, but for the one of a short video that others drive.
     """
-    if request.course is not None:
+    course = request.course  # of such a one the request itself has all that it is given
+    if course is not None and not (isinstance(course, DrivenCourse) and course.count == 1):
         raise ConfigError("a video in sections is asked of several ranks, expected none; run it on one")
     arrays: dict[str, np.ndarray] = {"latents": request.latents}
     arrays |= {f"conditioning/{name}": np.asarray(value) for name, value in request.conditioning.items()}

@@ -14,7 +14,7 @@ from zlib import crc32
 
 import numpy as np
 
-from taylorseer_export.errors import RankError, StepError, TaylorSeerError, first_line
+from taylorseer_export.errors import RankError, StepError, first_line
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.group import Group, Left
 
@@ -140,7 +140,10 @@ def beginning(group: Group | None, lead: Lead | None, loop: Led) -> Iterator[Non
     elif loop.step == 0:
         given = {f"{name} of call {k}": v for k, one in enumerate(loop.conditioning) for name, v in one.items()}
         arrays = {"latents": loop.latents, "timesteps": loop.model_timesteps, **given}
-        facts = {"plan": loop.forecasts, "lora": loop.request.lora, "previews": loop.request.previews}
+        if (joined := loop.request.joined) is not None:
+            arrays["what is joined to the noise"] = joined.value
+        facts = {name: getattr(loop.request, name) for name in ("lora", "previews", "guidance_scale")}
+        facts["plan"] = loop.forecasts
         group.agree({**facts, **{name: told(value) for name, value in arrays.items()}})
     try:
         with ready(group):
@@ -165,7 +168,7 @@ def ready(group: Group) -> Iterator[None]:
         yield
     except RankError:
         raise
-    except (TaylorSeerError, MemoryError) as error:
+    except Exception as error:  # torch's of memory is a RuntimeError; whatever it is, the others wait to hear of it
         problem = error
     told = group.exchanged("" if problem is None else first_line(problem))
     if problem is not None:

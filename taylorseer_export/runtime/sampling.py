@@ -381,9 +381,11 @@ class Loop:
         """
         if self._share.ranks > 1 and self._seen is None:
             self._share.expect_one(f"a preview after step {self.step} that the request does not ask for")
-        if (course := self.request.course) is None:
-            return self._scheduler.estimate() if self._seen is None else self._seen
-        return course.video(self._made if self._place == 0 else course.joined(self._made, self._scheduler.estimate()))
+        course = self.request.course
+        if course is not None and self._place == 0:
+            return course.video(self._made)
+        seen = self._scheduler.estimate() if self._seen is None else self._seen
+        return seen if course is None else course.video(course.joined(self._made, seen))
 
 
 def preview_steps(steps: int, previews: int) -> set[int]:

@@ -423,7 +423,7 @@ def test_two_experts_begin_with_a_full_step_each(eager, tiny):
         ({"task_type": "sr"}, r"`task_type` is sr, expected t2v or i2v; pass another model"),
         (
             {"use_meanflow": True},
-            r"`use_meanflow` is true, expected false; no family covers a model that is told the time",
+            r"`use_meanflow` is true, expected false; this family covers no model that is told the time",
         ),
     ],
 )

@@ -18,7 +18,9 @@ from taylorseer_export import cli
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.errors import StepError
 from taylorseer_export.families import FAMILIES
-from taylorseer_export.runtime.sampling import sample
+from taylorseer_export.method import Forecasts, Plan
+from taylorseer_export.report.reuse import ReuseErrors, all_full
+from taylorseer_export.runtime.sampling import Loop, sample
 from taylorseer_export.runtime.tensors import tensor_request
 
 NAME, PLAN, ORDER = "flux3-distilled", "FF.F..", 2
@@ -126,3 +128,23 @@ def test_a_manifest_has_one_timestep_and_one_next(bundles):
     clocks["target_timestep"]["fill"] = None
     with pytest.raises(ValueError, match=r"graph prepare has step inputs of fill None, None, it takes one of none"):
         Manifest.model_validate(known, strict=False)
+
+
+def test_a_calibration_tells_what_follows_each_step(eager):
+    """Its short requests predict what the whole loop does whose last full step is theirs, the last steps too."""
+    denoiser, steps = eager(NAME), 4
+    words = np.random.default_rng(1).standard_normal((1, 7, 24), np.float32)
+    request = tensor_request(denoiser, {"encoder_hidden_states": words}, (3,), {"image_tokens": 15}, sides=(5, 3))
+    loop, errors = Loop(denoiser, request, denoiser.forecasts(plan="F" * steps)), ReuseErrors(steps, 2)
+    slot = loop.open(denoiser)
+    known = all_full(denoiser, slot, request, steps, lambda: None)
+    errors.add(denoiser, slot, known, lambda: None)
+    squares = {}
+    for source in range(steps - 1):
+        plan = Plan("F" * (source + 1) + "." * (steps - source - 1))
+        slot.start(request.branches, Forecasts(plan, 0), known.model_timesteps)
+        for step, latents in enumerate(known.latents[:-1]):
+            off = known.predictions[step] - loop.prediction(slot.step(loop.model_input(latents)))
+            squares[source, step] = float(np.square(known.reach[step] * off).sum())
+    expected = np.array([squares[pair] for pair in errors.index])
+    assert np.diag(errors.products) == pytest.approx(expected / expected.sum(), rel=1e-3)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import triton_server
 
+from taylorseer_export.families import FAMILIES
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +42,10 @@ def transcript(tmp_path_factory):
             assert result.returncode == 0, f"{command}: {result.stderr}"
             done.append((command, result.stdout))
     return folder, done
+
+
+def test_the_status_counts_the_families():
+    assert len(FAMILIES) == 30 and "| thirty model families;" in README
 
 
 def test_there_is_something_to_run():

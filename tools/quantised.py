@@ -13,7 +13,7 @@ Cost, on a FLUX of the bench model's width, 512, with one block of each kind ins
 of the time: bytes on disk, memory of a process that has loaded the bundle and made full steps, without what is freed,
 and the time of a full step as the median of ratios to float32, measured in turns, so that a busy minute hits all.
 
-Calibrated, on the embedded FLUX: a plan and weights fitted on the engines of the format, the paper's plan of as many
+Calibrated, on the same model: a plan and weights fitted on the engines of the format, the paper's plan of as many
 full steps and a loop of only as many, by the PSNR of their latents to the format's own all-full, on samples that took
 no part.
 """
@@ -219,6 +219,8 @@ def main() -> int:
         parser.error(
             f"--way is {', '.join(unknown)} with --engine {args.engine}, expected {', '.join(ENGINES[args.engine])}"
         )
+    if "cost" in args.table and args.model != "flux":
+        parser.error(f"--model is {args.model} with --table cost, which is of a FLUX alone, expected --table fidelity")
     record = circumstances(args.out, args.allow_dirty)
     tables = {
         "cost": partial(cost, repeats=args.repeats, engine=args.engine),

@@ -42,7 +42,7 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
         raise ConfigError(f"config entry `task_type` is {task}, expected {' or '.join(_TASKS)}; pass another model")
     if config.get("use_meanflow"):
         raise ConfigError(
-            "config entry `use_meanflow` is true, expected false; no family covers a model that is told the "
+            "config entry `use_meanflow` is true, expected false; this family covers no model that is told the "
             "timestep of the next step too: pass one that was not distilled so"
         )
     picture = ("rows", "columns") if side == 1 else (f"{side}*rows", f"{side}*columns")

@@ -7,9 +7,10 @@ latents:
     forecast error        the bundle by its plan, against the bundle with all steps full
     both                  the bundle by its plan, against that model
 
-so that both are never more than the sum of the two. A bundle that keeps a checkpoint's own values has no unquantised
-model: what it is compared with has those values dequantised, and the quantisation error is that of activations alone.
-Where these are not quantised either there is none to tell.
+so that both are never more than the sum of the two. What the bundle's precision rounds is in the first; in float32 it
+is little beside few bits. A bundle that keeps a checkpoint's own values has no unquantised model: what it is compared
+with has those values dequantised, and the quantisation error is that of activations alone. Where these are not
+quantised either there is none to tell.
 """
 
 from __future__ import annotations

@@ -71,11 +71,13 @@ class ReuseErrors:
         chosen = np.random.default_rng(0).permutation(size)[:_ELEMENTS]
         errors = np.zeros((samples, len(self.index), len(chosen)), np.float32)
         loop = Loop(denoiser, trajectory.request, Forecasts(Plan.all_full(self.steps), 0))
+        # One step more than any request runs, since a model may be told what follows each.
+        timesteps = np.append(trajectory.model_timesteps, np.float32(denoiser.contract.noiseless))
+        reuse = Forecasts(Plan("F" + "." * (self.window + 1)), 0)
         for source in range(self.steps - 1):
             # Of one length whatever the source, so that the prepare graph is bound once.
-            steps = np.minimum(np.arange(source, source + self.window + 1), self.steps - 1)
-            reuse = Forecasts(Plan("F" + "." * self.window), 0)
-            slot.start(trajectory.request.branches, reuse, trajectory.model_timesteps[steps])
+            steps = np.minimum(np.arange(source, source + self.window + 2), self.steps)
+            slot.start(trajectory.request.branches, reuse, timesteps[steps])
             for step in range(source, min(source + self.window, self.steps - 1) + 1):
                 found = loop.prediction(slot.step(loop.model_input(trajectory.latents[step])))
                 if step > source:

@@ -68,11 +68,11 @@ def check_engines(
     ahead = np.full(2, middle, np.float32) if contract.next_timestep is None else None
     for guard in guards:
         slot.start(conditioning, Forecasts(Plan("F."), 0, guard=guard), ahead)
-        _check_two_steps(contract, slot, latents, others, middle)
+        _check_two_steps(contract, slot, latents, others, middle if ahead is None else None)
 
 
 def _check_two_steps(
-    contract: Contract, slot: Slot, latents: np.ndarray, others: Mapping[str, np.ndarray], timestep: float
+    contract: Contract, slot: Slot, latents: np.ndarray, others: Mapping[str, np.ndarray], timestep: float | None
 ) -> None:
     manifest = contract.manifest
     prepared = {tensor.name for tensor in manifest.graphs["prepare"].outputs}

@@ -50,6 +50,11 @@ class Contract:
         """The constant inputs among these, as the graphs take them; raises what `array_for` raises."""
         return {n: array_for(self.constants[n], value) for n, value in conditioning.items() if n in self.constants}
 
+    @property
+    def noiseless(self) -> float:
+        """The timestep of no noise, which follows the last one of a loop."""
+        return float(self.manifest.pipeline.timestep_reversed)
+
     def times(self, timesteps: np.ndarray) -> dict[str, np.ndarray]:
         """What prepare takes of the steps of a loop, `[S]` each, by name; the step behind the last is that of no noise.
 
@@ -58,8 +63,7 @@ class Contract:
         """
         made = {self.timestep.name: timesteps}
         if self.next_timestep is not None:
-            end = float(self.manifest.pipeline.timestep_reversed)
-            made[self.next_timestep.name] = np.append(timesteps[1:], timesteps.dtype.type(end))
+            made[self.next_timestep.name] = np.append(timesteps[1:], timesteps.dtype.type(self.noiseless))
         return made
 
     def sizes(self, latents: tuple[int, ...], conditioning: Mapping[str, np.ndarray]) -> dict[str, int]:

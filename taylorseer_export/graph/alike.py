@@ -64,7 +64,8 @@ class _Alike:
 def rows_alike(graph: fx.Graph) -> None:
     """Compute what is equal for tokens once for all of them, in place; dead nodes are left.
 
-    Requires operators without side effects. Ensures that every value is what it was.
+    Requires operators without side effects. Ensures that every value is what it was, but for the order in which a
+    product of fewer rows sums.
     """
     _Pass(graph).run()
 

@@ -53,15 +53,17 @@ def _types() -> tuple[Any, str]:
 
 
 def _noted(run: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    from torch.onnx._internal.fx.passes.type_promotion import get_type_promotion_rule
+    from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter, get_type_promotion_rule
+
+    within, promote = _TypePromotionInterpreter._set_current_node, _TypePromotionInterpreter._maybe_promote_node
 
     def noted(interpreter: Any, node: Any) -> Any:
         if "val" not in node.meta:
             return run(interpreter, node)
         rule = get_type_promotion_rule(node, interpreter.type_promotion_table)
         if rule is not None:
-            with interpreter._set_current_node(node):
-                interpreter._maybe_promote_node(node, rule)  # notes anew what it changes, in the type noted before
+            with within(interpreter, node):
+                promote(interpreter, node, rule)  # notes anew what it changes, in the type noted before
         return node.meta["val"]
 
     return noted
@@ -77,10 +79,11 @@ def _by_operator(rewrite: Callable[..., Any]) -> Callable[..., Any]:
     from onnxscript.rewriter.pattern import SimplePatternMatcher
 
     def rewritten(rule: Any, model: Any, graph: Any, node: Any, **how: Any) -> Any:
-        if type(rule._matcher) is SimplePatternMatcher:
-            first = rule._target_pattern.output_nodes[0]
-            if not first.op.matches(node.op_type) or not first.domain.matches(node.domain):
-                return None
+        with suppress(AttributeError):
+            if type(rule._matcher) is SimplePatternMatcher:
+                first = rule._target_pattern.output_nodes[0]
+                if not first.op.matches(node.op_type) or not first.domain.matches(node.domain):
+                    return None
         return rewrite(rule, model, graph, node, **how)
 
     return rewritten

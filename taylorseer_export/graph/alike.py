@@ -64,7 +64,8 @@ class _Alike:
 def rows_alike(graph: fx.Graph) -> None:
     """Compute what is equal for tokens once for all of them, in place; dead nodes are left.
 
-    Requires operators without side effects. Ensures that every value is what it was.
+    Requires operators without side effects. Ensures that every value is what it was, but for the order in which a
+    product of fewer rows sums.
     """
     _Pass(graph).run()
 
@@ -148,12 +149,13 @@ class _Pass:
             one_for_all = not isinstance(inner, tuple | list)
         else:
             at = (*node.args, *[0] * 3)[_PARTS.get(node.target, 1)] % values.ndim
-            if at == dim or len(node.all_input_nodes) > 1:
+            # A mask says which tokens of each sample are of a kind: of some of the samples it would say so of others.
+            if at == dim or len(node.all_input_nodes) > 1 or (at < dim and alike.mask is not None):
                 return None
             if alike.table is not None and not equal(alike.table.meta["val"].shape[at], values.shape[at]):
                 return None
             # A table may have several where all share a row: then every part is of that.
-            one_for_all = not equal(inner.shape[at], values.shape[at])
+            one_for_all = alike.table is not None and not equal(inner.shape[at], values.shape[at])
             if one_for_all and node.target is aten.select.int:
                 one_for_all, args = False, (source, at, 0)
             elif one_for_all and (node.target is not aten.chunk.default or args[1] != values.shape[at]):
@@ -214,8 +216,8 @@ class _Pass:
         )
 
     def _spread(self, source: fx.Node, alike: _Alike) -> fx.Node | None:
-        """The rows, spread over tokens where they are of two kinds; None where they are already, or where batch and
-        tokens are one dimension."""
+        """The rows, spread over tokens where they are of two kinds; None where they are already, where batch and tokens
+        are one dimension, or where the mask is of other samples."""
         own: dict[Any, Any] = {aten.where.self: source.args[1:], aten.expand.default: source.args[:1]}
         if alike.rows == own.get(source.target) or isinstance(source.meta["val"], tuple | list):
             return None
@@ -223,7 +225,8 @@ class _Pass:
             return None
         made, mask = alike.rows[0], alike.mask
         if mask is not None:
-            if _rank(mask) != alike.dim + 1:
+            sizes = zip(mask.meta["val"].shape[:-1], made.meta["val"].shape, strict=False)
+            if _rank(mask) != alike.dim + 1 or any(not equal(one, 1) and not equal(one, own) for one, own in sizes):
                 return None
             for _ in range(_rank(source) - _rank(mask)):
                 mask = call(self.graph, aten.unsqueeze.default, [mask, -1], like=source)

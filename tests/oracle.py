@@ -58,7 +58,7 @@ def flux3(model, timestep, target_timestep=None, **inputs):
 
 def next_timesteps(model, timestep):
     """What a model that is told the next timestep too is told at each step, behind the last 0; else nothing."""
-    if not getattr(model.config, "flow_map", False):
+    if not getattr(getattr(model, "config", None), "flow_map", False):
         return [{} for _ in timestep]
     return [{"target_timestep": t} for t in [*timestep[1:], torch.zeros(())]]
 
@@ -455,8 +455,9 @@ def quantities(model, latents, timestep, conditioning, rule, dtype=torch.float64
     if rule != "teacache":
         first.register_forward_hook(block)
         model.get_submodule(family.last).register_forward_pre_hook(leave)
-    for step, (latent, t) in enumerate(zip(latents, timestep, strict=True)):
-        rest = {"hidden_states": latent, **at(conditioning, step, [name for name, _ in family.others])}
+    steps = zip(latents, timestep, next_timesteps(model, timestep), strict=True)
+    for step, (latent, t, told) in enumerate(steps):
+        rest = {"hidden_states": latent, **told, **at(conditioning, step, [name for name, _ in family.others])}
         rest = {k: v.to(dtype) if v.is_floating_point() else v for k, v in rest.items()}
         family.call(model, t.expand(latent.shape[0]), **rest)
         count = latent[0, 0].numel() // 4 if kind.startswith("ZImage") else None  # 2 x 2 pixels make a token

@@ -427,7 +427,8 @@ def test_gates_that_differ_in_weights_alone_share_a_buffer_and_one_of_what_the_w
     """
 
     def tabled(model, x, timestep, text, label):
-        e = (timestep[:, None] * label)[:, None].expand(-1, 3, -1)
+        e = timestep[:, None] * label
+        e = torch.stack([e, 2 * e, 3 * e], 1)
         for block, table in zip(model.blocks, (model.one, model.other), strict=True):
             _, gate, _ = (table + e).chunk(3, 1) if whole else (e[:, None] + table).unbind(-2)
             x = x + gate * block["a"](x.tanh())
@@ -441,7 +442,7 @@ def test_gates_that_differ_in_weights_alone_share_a_buffer_and_one_of_what_the_w
     pieces = split(traced, "module", "snapshots", 1)
     assert list(pieces.sites) == ["blocks.a", "ungated"]
     given = toy_inputs(batch=1)
-    x, e, hidden = given["hidden_states"], (given["timestep"] * given["label"])[:, None], given["hidden_states"]
+    x, e, hidden = given["hidden_states"], 2 * (given["timestep"] * given["label"])[:, None], given["hidden_states"]
     features = []
     for table in tables:
         features += [(hidden.tanh(), table[:, 1:2])]

@@ -36,8 +36,7 @@ def _from_picture(model: Any, inputs: dict[str, Any]) -> Any:
     import torch
 
     latents, time = inputs["hidden_states"], inputs["timestep"]
-    _, high, wide = model.config.patch_size
-    frames, first = latents.shape[2], (latents.shape[3] // high) * (latents.shape[4] // wide)  # tokens of a frame
+    frames, first = latents.shape[2], (latents.shape[3] // 2) * (latents.shape[4] // 2)  # tokens of a frame
     # Made of the latent, so that what is spread over tokens counts as of a step and is never kept for all of them; by
     # the places of frames, which are others on each rank.
     later = latents.new_zeros(frames, first) + (torch.arange(frames) > 0).to(latents.dtype)[:, None]

@@ -260,6 +260,9 @@ def test_what_the_unquantised_model_needs_is_said(denoiser):
         bundle = SimpleNamespace(manifest=denoiser.manifest.model_copy(update=changed))
         model, missing = _unquantised(bundle, None)
         assert model is None and needs in missing["quantisation error"]
+        if needs is not needed:
+            with pytest.raises(ConfigError, match=r"--model is x for a bundle that keeps .*; leave it out"):
+                _unquantised(bundle, "x")
     row = SimpleNamespace(name="all full", unquantised=Difference(0.5, 30.0, 29.0, None))
     against = bundle.manifest.quantised.compared_with
     said = table_of_errors([row], against)

@@ -221,6 +221,10 @@ def main() -> int:
         )
     if "cost" in args.table and args.model != "flux":
         parser.error(f"--model is {args.model} with --table cost, which is of a FLUX alone, expected --table fidelity")
+    if {*args.table} - {"cost"} and args.engine != "onnxruntime":
+        parser.error(
+            f"--engine is {args.engine} with --table {' '.join(args.table)}, expected it with --table cost alone"
+        )
     record = circumstances(args.out, args.allow_dirty)
     tables = {
         "cost": partial(cost, repeats=args.repeats, engine=args.engine),

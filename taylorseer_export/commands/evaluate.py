@@ -145,7 +145,7 @@ def _unquantised(denoiser: Denoiser, reference: str | None) -> tuple[Unquantised
     """The model that shows what quantising a bundle cost, or what it would need.
 
     Raises:
-        ConfigError: A model is given for a bundle that is not quantised.
+        ConfigError: A model is given for a bundle that is not quantised, or whose unquantised model is in no file.
         CheckpointError: It is not the one that the bundle was made from.
     """
     from taylorseer_export.report.unquantised import Unquantised
@@ -159,6 +159,11 @@ def _unquantised(denoiser: Denoiser, reference: str | None) -> tuple[Unquantised
             )
         return None, {}
     if manifest.quantised.compared_with is None:
+        if reference:
+            raise ConfigError(
+                f"--model is {reference} for a bundle that keeps the weights of a quantised checkpoint, expected none, "
+                "since what they were quantised from is in no file; leave it out"
+            )
         return None, {
             "quantisation error": "the weights that the checkpoint was quantised from, which are in no file here"
         }

@@ -159,9 +159,8 @@ def _tensorrt_rtx() -> dict[tuple[str, str], dict[str, Any]]:
     bfloat16, and with it the graphs `probe` and `rest`: two kinds of blocks, and guidance in one call.
 
     Each is built for one generation of GPU and without a search for the fastest kernels, but for one that is built as
-    the command line does by itself: what is parsed, typed and named is the same, and the builder's time falls. Most
-    hold nvfp4 where they are of bfloat16, and list their layers: their unquantised layers are typed as well. Of LTX-2's
-    38 tiny products in nvfp4 the builder multiplies two in bfloat16.
+    the command line does by itself: what is parsed, typed and named is the same, and the builder's time falls. All but
+    the DiT's hold nvfp4 where they are of bfloat16, and list their layers: their unquantised layers are typed as well.
     """
     names = of_families() | {"flux": "plain"}
     made: dict[tuple[str, str], dict[str, Any]] = {("plain", "fp16"): {}, ("dit", "fp16"): {}}
@@ -170,7 +169,7 @@ def _tensorrt_rtx() -> dict[tuple[str, str], dict[str, Any]]:
         guards = {"guards": ("cg",)} if name in ("plain", "dit") else {}
         # The DiT knows no other size than its own.
         made[name, "bf16"] = {"batch": 2, **({} if name == "dit" else latent), **guards}
-        if name not in ("dit", "ltx-2", "ltx-2-image"):
+        if name != "dit":
             made[name, "bf16"]["weights"] = "nvfp4"
     quick = {"gpu-arch": "8.9", "builder-optimization-level": 0}
     listed = {**quick, "gpu-arch": "12.0", "profiling-verbosity": "detailed"}

@@ -844,7 +844,7 @@ def hunyuan_15_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_t
     return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
 
 
-def tiny_ltx_2(seed=0, layers=2, heads=2, head_dim=12, channels=6):
+def tiny_ltx_2(seed=0, layers=2, heads=2, head_dim=24, channels=6):
     """LTX-2 with all that 2.3 has beside it: gates within attention, a modulated text. Float32, eval.
 
     The video is heads * head_dim wide and its sound 2/3 of that.

@@ -11,6 +11,7 @@ it keeps what that stream waits for, so that it refuses memory that two streams 
 | no capture on a default stream; no wait of the host for a stream within a capture | NVIDIA, "CUDA Graph constraints" |
 | other threads may allocate and copy during a capture in mode `thread_local` | torch 2.14 docs, torch.cuda.graph |
 | a wait for the device ends captures of every mode | NVIDIA/TensorRT issue 2888 |
+| a copy that the host does not wait for is from pinned memory, of the type and shape of its target | Tensor.copy_ |
 | freed memory is given out again on its own stream at once, but for streams that were recorded | Tensor.record_stream |
 """
 
@@ -85,6 +86,8 @@ class Watch(TorchDispatchMode):
         self.cuda = cuda
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is torch.ops.aten.copy_.default:
+            self.cuda.check_copy(*arguments, **(options or {}))
         made = function(*arguments, **(options or {}))
         for value in tree_leaves((arguments, options, made)):
             block = isinstance(value, torch.Tensor) and self.cuda.blocks.get(value.untyped_storage().data_ptr())
@@ -105,6 +108,7 @@ class FakeCuda:
         capturing: The graph that is being captured; None if none is.
         free: Bytes that are free on every GPU.
         blocks: Address -> what was allocated there and is not free again.
+        pinned: Addresses of what is pinned in the host's memory.
         torn: Streams whose work went on in memory that had been given back.
     """
 
@@ -113,7 +117,7 @@ class FakeCuda:
         self.capabilities, self.allocated, self.streams = capabilities, [], {}
         self.capturing, self.free = None, 1 << 30
         self._pools, self._last, self._last_in_pool = 0, {}, {}
-        self.blocks, self.torn = {}, []
+        self.blocks, self.torn, self.pinned = {}, [], set()
         self._defaults = [self._stream(gpu) for gpu in range(len(capabilities))]
         for stream in self._defaults:
             stream.name = "default"
@@ -124,6 +128,7 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         for name in ("zeros", "empty"):
             monkeypatch.setattr(torch, name, self._allocator(getattr(torch, name)))
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: self._pin(tensor.clone()))
 
     def note(self, event):
         self.events.append(event)
@@ -156,6 +161,16 @@ class FakeCuda:
     def check(self):
         """Refuse what a finaliser cannot: memory that was given out again while a stream used it."""
         assert not self.torn, f"memory is given out again that {', '.join(self.torn)} may still use"
+
+    def check_copy(self, target, source, non_blocking=False):
+        """Refuse a copy that the host waits for against its will: the driver has memory that it can read made first."""
+        if non_blocking and self._on_a_gpu(target) and not self._on_a_gpu(source):
+            assert source.data_ptr() in self.pinned, "a copy that nobody waits for, from memory that is not pinned"
+            alike = source.dtype == target.dtype and source.shape == target.shape
+            assert alike, "a copy that nobody waits for, from another type or shape"
+
+    def _on_a_gpu(self, tensor):
+        return tensor.untyped_storage().data_ptr() in self.blocks
 
     def is_available(self):
         return True
@@ -248,7 +263,9 @@ class FakeCuda:
         return stream
 
     def _allocator(self, real):
-        def allocate(shape, *more, device=None, dtype=torch.float32, **options):
+        def allocate(shape, *more, device=None, dtype=torch.float32, pin_memory=False, **options):
+            if pin_memory:
+                return self._pin(real(shape, *more, dtype=dtype, **options))
             if device is None or torch.device(device).type != "cuda":
                 return real(shape, *more, device=device, dtype=dtype, **options)
             self.check()
@@ -263,6 +280,13 @@ class FakeCuda:
             return tensor
 
         return allocate
+
+    def _pin(self, tensor):
+        """The tensor, which counts as pinned as long as it lives."""
+        self.note("pin")
+        self.pinned.add(tensor.data_ptr())
+        weakref.finalize(tensor, self.pinned.discard, tensor.data_ptr()).atexit = False
+        return tensor
 
     def _free(self, address, block):
         """Whatever is allocated next on its home stream may get this memory, once what is queued there is done."""

@@ -172,7 +172,10 @@ class TorchBuffer:
 
         if not isinstance(values, torch.Tensor):
             values = torch.from_numpy(np.require(values, requirements=["C", "W"]))
-        # From memory that is not pinned the driver takes its copy before it returns: nothing waits, nothing is torn.
+        if self._order is not None and values.device.type == "cpu":
+            # As it will lie there, so that it is one transfer, from pinned memory, so that nobody waits for it. Torch
+            # gives such memory out again when the copies from it are done: nothing is torn.
+            values = values.to(self.tensor.dtype).expand_as(self.tensor).contiguous().pin_memory()
         with self._queued:
             self.tensor.copy_(values, non_blocking=True)
 
@@ -190,7 +193,8 @@ class TorchBuffer:
         with self._queued:
             pass  # the copy comes after the last work; others need not wait until the host has it
         tensor = self.tensor.float() if self.tensor.dtype == torch.bfloat16 else self.tensor
-        result: np.ndarray = tensor.to("cpu", copy=True).numpy()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._order is not None)
+        result: np.ndarray = host.copy_(tensor).numpy()
         return result
 
 

@@ -49,9 +49,11 @@ from taylorseer_export.embedded.picture import opaque
 from taylorseer_export.embedded.requests import label_request, pictures_of, prompt_request
 from taylorseer_export.errors import BundleError, ConfigError, StepError, TaylorSeerError
 from taylorseer_export.method import Plan, RequestOptions
+from taylorseer_export.runtime import sampling
 from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.parts import Encoder
 from taylorseer_export.runtime.sampling import sample
+from taylorseer_export.runtime.share import Share
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.serve.api import prompts
 from taylorseer_export.serve.api.busy import Busy, chosen
@@ -210,13 +212,26 @@ def test_the_openai_client_streams(client, denoisers):
     assert last.model_extra["taylorseer"]["executed"] == executed
 
 
-def test_previews_are_those_of_the_command_line(client, embedded, tmp_path):
+def test_previews_are_those_of_the_command_line(client, embedded, tmp_path, monkeypatch):
     how = {"prompt": CAPTION, "stream": True, "partial_images": 3, "extra_body": {"seed": 5, "steps": 12}}
     streamed = list(client.images.generate(**how))
     asked_for = ["--prompt", CAPTION, "--seed", "5", "--steps", "12", "--previews", "3", "--threads", "1"]
     assert main(["run", str(embedded("shapes")), *asked_for, "--out", str(tmp_path / "a.png")]) == 0
     for event, name in zip(streamed, ("a-preview-1", "a-preview-2", "a-preview-3", "a"), strict=True):
         assert (np.asarray(Image.open(tmp_path / f"{name}.png")) == picture_in(event.b64_json)).all()
+
+    def whole(*given, **more):
+        result = sample(*given, **more)
+        assert not [*tmp_path.glob("b*")]
+        return result
+
+    # Over ranks, where others would wait while one decodes, they come after the loop.
+    monkeypatch.setattr(sampling, "sample", whole)
+    monkeypatch.setattr(Share, "groups", property(lambda share: (None,)))
+    assert main(["run", str(embedded("shapes")), *asked_for, "--out", str(tmp_path / "b.png")]) == 0
+    for number in (1, 2, 3):
+        a, b = (tmp_path / f"{name}-preview-{number}.png" for name in "ab")
+        assert a.read_bytes() == b.read_bytes()
 
 
 def test_a_stream_without_previews_is_one_picture(client):

@@ -22,7 +22,7 @@ from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.method import Guard
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.eager import EagerRunner
-from taylorseer_export.runtime.sampling import sample
+from taylorseer_export.runtime.sampling import Loop, sample
 from taylorseer_export.runtime.tensors import tensor_request
 from taylorseer_export.runtime.trajectory import random_conditioning
 
@@ -139,7 +139,27 @@ def test_what_two_ranks_cannot_do_is_refused_on_both(drafts):
         denoiser = ranks_of(made)(group)
         sample(denoiser, request_of(denoiser, SMALL["wan"]), denoiser.forecasts(plan="F." if group.rank else "FF"))
 
+    def other_scale(group):
+        denoiser = ranks_of(made)(group)
+        sample(denoiser, request_of(denoiser, SMALL["wan"], scale=2.0 + group.rank), denoiser.forecasts(plan="FF"))
+
+    def full(*given):
+        raise StepError("no room")
+
+    def no_room(group):
+        denoiser = ranks_of(made)(group)
+        loop = Loop(denoiser, request_of(denoiser, SMALL["wan"]), denoiser.forecasts(plan="FF"))
+        branches = loop.open(denoiser)
+        if group.rank:
+            branches.slots[0].start = full
+        loop.begin(branches)
+
     for work, said in (
+        (
+            other_scale,
+            r"`latents after a step \(give all ranks one guidance scale\)` of rank 1 is float32 .*, expected",
+        ),
+        (no_room, r"^(rank 1 did not begin the request \(no room\), expected all ranks to; mend that there|no room)$"),
         (off, r"guidance of this request is off .*, expected two predictions in a step"),
         (lambda group: ranks_of(made)(group).as_transformer(), r"a drop-in is asked of ranks that run one branch"),
         (other_noise, r"`latents` of rank 1 is float32 .*, expected float32 .* as of rank 0; start all ranks alike"),

@@ -472,6 +472,22 @@ def test_a_diffusers_pipeline_runs_on_every_rank(shared, tiny):
     assert "`latents (give all ranks one seed)` of rank 1 is float32 [1, 16, " in told
 
 
+def test_weights_are_tried_on_all_rows(shared, request_):
+    """Of whole latents; the step itself then runs with the last ones tried."""
+
+    def work(denoiser):
+        loop = Loop(denoiser, request_, forecasts := denoiser.forecasts(plan=PLAN[: PLAN.index(".") + 1]))
+        slot = denoiser.slot(loop.sizes)
+        slot.start(loop.conditioning[0], forecasts, loop.model_timesteps)
+        for _ in range(len(forecasts) - 1):
+            slot.step(request_.latents)
+        weights = np.linspace(-1, 2, PLAN.index("."))
+        return slot.try_weights(request_.latents, weights), slot.step(request_.latents)
+
+    (tried, made), (other, _) = sound(denoisers_on_ranks(shared("flux", "gather", 2), work))
+    assert made.shape == request_.latents.shape and np.array_equal(tried, made) and np.array_equal(tried, other)
+
+
 def test_a_server_on_ranks_answers_all_and_ends_when_one_is_killed(shared, whole_flux, monkeypatch):
     """Two pictures, one that is late in mid-loop between them, then rank 1 is killed: 503 with its name, no hang."""
     made, bundle = shared("flux", "gather", 2), open_bundle(whole_flux)

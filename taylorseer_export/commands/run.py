@@ -103,7 +103,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         type=whole(0),
         default=0,
         metavar="N",
-        help="previews of each picture while it is drawn, NAME-preview-K.png beside it (default: 0)",
+        help="previews of each picture while it is drawn, NAME-preview-K.png beside it; over several ranks they are "
+        "written at its end (default: 0)",
     )
 
 
@@ -170,17 +171,23 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
         check_out(path)
     steps = len(forecasts) * request.loops
     shown, due = 0, sampling.preview_steps(steps, given.previews)
+    seen: list[np.ndarray] = []  # over ranks, of which the others would wait while one decodes
+
+    def show(estimate: np.ndarray) -> None:
+        nonlocal shown
+        _write(previews[shown], requests.pictures_of(denoiser, request, estimate), manifest, names, None)
+        shown += 1
+
     with progress("sampling", steps, quiet=not first) as advance:
 
         def stepped(loop: Loop) -> None:
-            nonlocal shown
             if loop.step in due and first:
-                made = requests.pictures_of(denoiser, request, loop.estimate())
-                _write(previews[shown], made, manifest, names, None)
-                shown += 1
+                (seen.append if denoiser.share.groups else show)(loop.estimate())
             advance(loop.step, steps, f"{shown} of {given.previews} previews" if due else "")
 
         result = sampling.sample(denoiser, request, forecasts, on_step=stepped)
+    for estimate in seen:
+        show(estimate)
     if not first:
         return 0
     if out.suffix == ".safetensors":

@@ -12,7 +12,7 @@ from taylorseer_export.method import Forecasts
 from taylorseer_export.runtime.adapter import Adapter
 from taylorseer_export.runtime.branches import Branches
 from taylorseer_export.runtime.guidance import GuidedShare
-from taylorseer_export.runtime.lead import told
+from taylorseer_export.runtime.lead import ready, told
 from taylorseer_export.runtime.slot import Slot
 
 if TYPE_CHECKING:
@@ -42,17 +42,19 @@ class OneBranch(Branches):
         """Begin a request, with the constant inputs of all calls; the other arguments are those of `Slot.start`.
 
         Raises:
-            StepError: The ranks have not the same request.
+            StepError: The ranks have not the same request, or one of them could not begin it.
         """
         given = {f"{name} of call {k}": told(v) for k, call in enumerate(conditioning) for name, v in call.items()}
         times = None if timesteps is None else np.asarray(timesteps).tolist()
         self._share.everyone.agree({**given, "plan": forecasts, "timestep": times, "lora": lora})
-        super().start([self._share.of_branch(conditioning)], forecasts, timesteps, lora)
+        with ready(self._share.everyone):
+            super().start([self._share.of_branch(conditioning)], forecasts, timesteps, lora)
 
     def stage(self, latents: Any) -> None:
-        """As of several slots: all ranks have the same latents."""
-        if not self.slots[0].executed:
-            self._share.everyone.agree({"latents": told(latents)})
+        """As of several slots: all ranks have the same latents, after the first guided step too."""
+        if (number := len(self.slots[0].executed)) < 2:
+            what = "latents after a step (give all ranks one guidance scale)" if number else "latents"
+            self._share.everyone.agree({what: told(latents)})
         super().stage(self._share.latents_of_branch(latents, self._calls))
 
     def finish(self) -> np.ndarray:

@@ -77,6 +77,10 @@ class WholeSlot(Slot):
             self._ranks.agree({"latents (give all ranks one seed)": told(values)})
         super().stage(self._share.latents(values), timestep, decided, others, next_timestep)
 
+    def try_weights(self, latents: Any, weights: Sequence[float] | np.ndarray) -> np.ndarray:
+        """As `Slot.try_weights`, of all rows."""
+        return self._share.joined(super().try_weights(latents, weights))
+
     def _count(self) -> Buffer:
         mine = super()._count().read()
         self._answer.write(self._share.joined(mine))

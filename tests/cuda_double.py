@@ -12,6 +12,12 @@ it keeps what that stream waits for, so that it refuses memory that two streams 
 | other threads may allocate and copy during a capture in mode `thread_local` | torch 2.14 docs, torch.cuda.graph |
 | a wait for the device ends captures of every mode | NVIDIA/TensorRT issue 2888 |
 | freed memory is given out again on its own stream at once, but for streams that were recorded | Tensor.record_stream |
+| a copy that the host does not wait for is from pinned memory, of the type, shape and order of its target | 1 |
+| pinned memory is not written to before such a copy is done; freed, it is kept until then | 1 |
+
+1: torch's aten/native/cuda/Copy.cu, which converts and lays out on the host in memory that is not pinned, and
+aten/core/CachingHostAllocator.h. From memory that is not pinned the driver waits for the stream, then for the copy (CUDA
+driver API, "API synchronization behavior").
 """
 
 import contextlib
@@ -68,6 +74,7 @@ class FakeStream:
         self.cuda.note("synchronize")
         for stream in self.cuda.streams.values():  # what is queued later is queued after
             stream.wait_stream(self)
+        self.cuda.pinned |= {address: None for address, stream in self.cuda.pinned.items() if stream is self}
 
 
 class Block:
@@ -85,6 +92,7 @@ class Watch(TorchDispatchMode):
         self.cuda = cuda
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.cuda.check_host(function, *arguments)
         made = function(*arguments, **(options or {}))
         for value in tree_leaves((arguments, options, made)):
             block = isinstance(value, torch.Tensor) and self.cuda.blocks.get(value.untyped_storage().data_ptr())
@@ -106,6 +114,8 @@ class FakeCuda:
         free: Bytes that are free on every GPU.
         blocks: Address -> what was allocated there and is not free again.
         torn: Streams whose work went on in memory that had been given back.
+        copied: Bytes of every copy from pinned memory.
+        pinned: Address of pinned memory -> stream that a copy from it was queued on, None where that is done.
     """
 
     def __init__(self, fails=False, capabilities=((8, 0), (9, 0))):
@@ -113,7 +123,7 @@ class FakeCuda:
         self.capabilities, self.allocated, self.streams = capabilities, [], {}
         self.capturing, self.free = None, 1 << 30
         self._pools, self._last, self._last_in_pool = 0, {}, {}
-        self.blocks, self.torn = {}, []
+        self.blocks, self.torn, self.pinned, self.copied = {}, [], {}, []
         self._defaults = [self._stream(gpu) for gpu in range(len(capabilities))]
         for stream in self._defaults:
             stream.name = "default"
@@ -152,6 +162,24 @@ class FakeCuda:
     def watched(self):
         """Within it every operator is work on its tensors; see `use`."""
         return Watch(self)
+
+    def check_host(self, function, target=None, *given):
+        """Refuse to tear what is being copied to a GPU, and a copy that the host waits for in spite of what it asks."""
+        if not function._schema.is_mutable:
+            return
+        into = target.untyped_storage().data_ptr()
+        assert self.pinned.get(into) is None, "pinned memory is written to while it is copied to the GPU"
+        if function is not torch.ops.aten.copy_.default or into not in self.blocks or given[1:] != (True,):
+            return
+        source, start = given[0], given[0].untyped_storage().data_ptr()
+        if start in self.blocks:
+            return
+        assert start in self.pinned, "a copy that nobody waits for is from memory that is not pinned"
+        like = (target.dtype, target.shape, True, True)
+        seen = (source.dtype, source.shape, target.is_contiguous(), source.is_contiguous())
+        assert seen == like, "a copy from pinned memory goes by way of memory that is not"
+        self.pinned[start] = self.current_stream(self.blocks[into].home.gpu)
+        self.copied.append(source.nbytes)
 
     def check(self):
         """Refuse what a finaliser cannot: memory that was given out again while a stream used it."""
@@ -248,7 +276,14 @@ class FakeCuda:
         return stream
 
     def _allocator(self, real):
-        def allocate(shape, *more, device=None, dtype=torch.float32, **options):
+        def allocate(shape, *more, device=None, dtype=torch.float32, pin_memory=False, **options):
+            if pin_memory:
+                assert self.capturing is None, "memory is pinned within a capture"
+                tensor = real(shape, *more, dtype=dtype, **options)
+                memory, address = tensor.untyped_storage(), tensor.data_ptr()
+                self.pinned[address] = None
+                weakref.finalize(memory, self.pinned.pop, address).atexit = False
+                return tensor
             if device is None or torch.device(device).type != "cuda":
                 return real(shape, *more, device=device, dtype=dtype, **options)
             self.check()

@@ -28,6 +28,8 @@ from taylorseer_export.runtime.runner import Buffer, Call, check_binding
 if TYPE_CHECKING:
     import torch
 
+_MOST_PINNED = 64 << 20  # bytes; a LoRA may be larger, which comes at most once for a request
+
 
 class TorchRunner:
     """Runs functions over torch tensors.
@@ -141,6 +143,9 @@ def current(device: Device) -> AbstractContextManager[object]:
 class TorchBuffer:
     """A tensor as a buffer. Copies are queued in the order of the calls; only `read` waits.
 
+    On a GPU values from the host are put into pinned memory first, of the tensor's own type and shape: from there the
+    driver copies them while the host goes on, in one transfer. Values of more than 64 MiB are waited for.
+
     Args:
         tensor: On the device.
         order: That of its runner, on a GPU.
@@ -172,9 +177,11 @@ class TorchBuffer:
 
         if not isinstance(values, torch.Tensor):
             values = torch.from_numpy(np.require(values, requirements=["C", "W"]))
-        # From memory that is not pinned the driver takes its copy before it returns: nothing waits, nothing is torn.
+        if pinned := self._order is not None and values.device.type == "cpu" and self.nbytes <= _MOST_PINNED:
+            values = torch.empty(self.shape, dtype=self.tensor.dtype, pin_memory=True).copy_(values)
+        # torch keeps pinned memory that is let go until the copies from it are done (CachingHostAllocator.cpp).
         with self._queued:
-            self.tensor.copy_(values, non_blocking=True)
+            self.tensor.copy_(values, non_blocking=pinned or values.device.type != "cpu")
 
     def copy(self, source: Buffer) -> None:
         with self._queued:

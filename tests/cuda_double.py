@@ -16,8 +16,8 @@ it keeps what that stream waits for, so that it refuses memory that two streams 
 | pinned memory is not written to before such a copy is done; freed, it is kept until then | 1 |
 
 1: torch's aten/native/cuda/Copy.cu, which converts and lays out on the host in memory that is not pinned, and
-aten/core/CachingHostAllocator.h. From memory that is not pinned the driver waits for the stream, then for the copy (CUDA
-driver API, "API synchronization behavior").
+aten/core/CachingHostAllocator.h. From memory that is not pinned the driver waits for the stream, then for the copy
+(CUDA driver API, "API synchronization behavior").
 """
 
 import contextlib

@@ -11,8 +11,13 @@ it keeps what that stream waits for, so that it refuses memory that two streams 
 | no capture on a default stream; no wait of the host for a stream within a capture | NVIDIA, "CUDA Graph constraints" |
 | other threads may allocate and copy during a capture in mode `thread_local` | torch 2.14 docs, torch.cuda.graph |
 | a wait for the device ends captures of every mode | NVIDIA/TensorRT issue 2888 |
-| a copy that the host does not wait for is from pinned memory, of the type and shape of its target | Tensor.copy_ |
 | freed memory is given out again on its own stream at once, but for streams that were recorded | Tensor.record_stream |
+| a copy that the host does not wait for is from pinned memory, of the type, shape and order of its target | 1 |
+| pinned memory is not written to before such a copy is done; freed, it is kept until then | 1 |
+
+1: torch's aten/native/cuda/Copy.cu, which converts and lays out on the host in memory that is not pinned, and
+aten/core/CachingHostAllocator.h. From memory that is not pinned the driver waits for the stream, then for the copy
+(CUDA driver API, "API synchronization behavior").
 """
 
 import contextlib
@@ -69,6 +74,7 @@ class FakeStream:
         self.cuda.note("synchronize")
         for stream in self.cuda.streams.values():  # what is queued later is queued after
             stream.wait_stream(self)
+        self.cuda.pinned |= {address: None for address, stream in self.cuda.pinned.items() if stream is self}
 
 
 class Block:
@@ -86,8 +92,7 @@ class Watch(TorchDispatchMode):
         self.cuda = cuda
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function is torch.ops.aten.copy_.default:
-            self.cuda.check_copy(*arguments, **(options or {}))
+        self.cuda.check_host(function, *arguments)
         made = function(*arguments, **(options or {}))
         for value in tree_leaves((arguments, options, made)):
             block = isinstance(value, torch.Tensor) and self.cuda.blocks.get(value.untyped_storage().data_ptr())
@@ -108,8 +113,9 @@ class FakeCuda:
         capturing: The graph that is being captured; None if none is.
         free: Bytes that are free on every GPU.
         blocks: Address -> what was allocated there and is not free again.
-        pinned: Addresses of what is pinned in the host's memory.
         torn: Streams whose work went on in memory that had been given back.
+        copied: Bytes of every copy from pinned memory.
+        pinned: Address of pinned memory -> stream that a copy from it was queued on, None where that is done.
     """
 
     def __init__(self, fails=False, capabilities=((8, 0), (9, 0))):
@@ -117,7 +123,7 @@ class FakeCuda:
         self.capabilities, self.allocated, self.streams = capabilities, [], {}
         self.capturing, self.free = None, 1 << 30
         self._pools, self._last, self._last_in_pool = 0, {}, {}
-        self.blocks, self.torn, self.pinned = {}, [], set()
+        self.blocks, self.torn, self.pinned, self.copied = {}, [], {}, []
         self._defaults = [self._stream(gpu) for gpu in range(len(capabilities))]
         for stream in self._defaults:
             stream.name = "default"
@@ -128,7 +134,6 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         for name in ("zeros", "empty"):
             monkeypatch.setattr(torch, name, self._allocator(getattr(torch, name)))
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: self._pin(tensor.clone()))
 
     def note(self, event):
         self.events.append(event)
@@ -158,19 +163,27 @@ class FakeCuda:
         """Within it every operator is work on its tensors; see `use`."""
         return Watch(self)
 
+    def check_host(self, function, target=None, *given):
+        """Refuse to tear what is being copied to a GPU, and a copy that the host waits for in spite of what it asks."""
+        if not function._schema.is_mutable:
+            return
+        into = target.untyped_storage().data_ptr()
+        assert self.pinned.get(into) is None, "pinned memory is written to while it is copied to the GPU"
+        if function is not torch.ops.aten.copy_.default or into not in self.blocks or given[1:] != (True,):
+            return
+        source, start = given[0], given[0].untyped_storage().data_ptr()
+        if start in self.blocks:
+            return
+        assert start in self.pinned, "a copy that nobody waits for is from memory that is not pinned"
+        like = (target.dtype, target.shape, True, True)
+        seen = (source.dtype, source.shape, target.is_contiguous(), source.is_contiguous())
+        assert seen == like, "a copy from pinned memory goes by way of memory that is not"
+        self.pinned[start] = self.current_stream(self.blocks[into].home.gpu)
+        self.copied.append(source.nbytes)
+
     def check(self):
         """Refuse what a finaliser cannot: memory that was given out again while a stream used it."""
         assert not self.torn, f"memory is given out again that {', '.join(self.torn)} may still use"
-
-    def check_copy(self, target, source, non_blocking=False):
-        """Refuse a copy that the host waits for against its will: the driver has memory that it can read made first."""
-        if non_blocking and self._on_a_gpu(target) and not self._on_a_gpu(source):
-            assert source.data_ptr() in self.pinned, "a copy that nobody waits for, from memory that is not pinned"
-            alike = source.dtype == target.dtype and source.shape == target.shape
-            assert alike, "a copy that nobody waits for, from another type or shape"
-
-    def _on_a_gpu(self, tensor):
-        return tensor.untyped_storage().data_ptr() in self.blocks
 
     def is_available(self):
         return True
@@ -265,7 +278,12 @@ class FakeCuda:
     def _allocator(self, real):
         def allocate(shape, *more, device=None, dtype=torch.float32, pin_memory=False, **options):
             if pin_memory:
-                return self._pin(real(shape, *more, dtype=dtype, **options))
+                assert self.capturing is None, "memory is pinned within a capture"
+                tensor = real(shape, *more, dtype=dtype, **options)
+                memory, address = tensor.untyped_storage(), tensor.data_ptr()
+                self.pinned[address] = None
+                weakref.finalize(memory, self.pinned.pop, address).atexit = False
+                return tensor
             if device is None or torch.device(device).type != "cuda":
                 return real(shape, *more, device=device, dtype=dtype, **options)
             self.check()
@@ -280,13 +298,6 @@ class FakeCuda:
             return tensor
 
         return allocate
-
-    def _pin(self, tensor):
-        """The tensor, which counts as pinned as long as it lives."""
-        self.note("pin")
-        self.pinned.add(tensor.data_ptr())
-        weakref.finalize(tensor, self.pinned.discard, tensor.data_ptr()).atexit = False
-        return tensor
 
     def _free(self, address, block):
         """Whatever is allocated next on its home stream may get this memory, once what is queued there is done."""

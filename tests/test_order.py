@@ -227,3 +227,63 @@ def test_memory_may_come_back_where_the_allocator_knows(cuda, told):
     del tensor, after
     gc.collect()
     assert torch.zeros(4, device="cuda").tolist() == [0] * 4
+
+
+def sent(runner, values, watched, shape=(4,), dtype="float32"):
+    buffer = runner.buffer(shape, dtype)
+    with watched:
+        buffer.write(values)
+    return buffer
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [
+        (np.arange(4, dtype=np.float32), "bfloat16"),  # another type
+        (np.float32(3), "float32"),  # for all rows
+        (np.arange(8, dtype=np.float32)[::2], "float32"),  # not in order
+        (torch.arange(4, dtype=torch.float64), "float32"),  # of a pipeline on the CPU
+    ],
+)
+def test_values_from_the_host_go_by_pinned_memory(cuda, values, dtype):
+    buffer = sent(runner_on(cuda, False), values, cuda.watched(), dtype=dtype)
+    assert list(cuda.copied) == [buffer.nbytes]
+    assert np.array_equal(buffer.read(), np.broadcast_to(np.asarray(values, np.float32), (4,)))
+
+
+def test_values_that_are_not_pinned_are_waited_for(cuda, monkeypatch):
+    """The double refuses a copy that nobody waits for from such memory."""
+    monkeypatch.setattr("taylorseer_export.runtime.torch_runner._MOST_PINNED", 15)
+    buffer = sent(runner_on(cuda, False), np.arange(4, dtype=np.float32), cuda.watched())
+    assert not cuda.pinned and not cuda.copied and buffer.read().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        (lambda: torch.ones(4), "from memory that is not pinned"),
+        (lambda: torch.ones(4, dtype=torch.float64, pin_memory=True), "goes by way of memory that is not"),
+        (lambda: torch.empty(1, pin_memory=True), "goes by way of memory that is not"),
+    ],
+)
+def test_the_double_refuses_a_copy_that_is_not_what_it_says(cuda, source, problem, monkeypatch):
+    monkeypatch.setattr(torch, "ones", lambda *shape, **how: torch.empty(*shape, **how))
+    target = torch.zeros(4, device="cuda")
+    with cuda.watched(), pytest.raises(AssertionError, match=problem):
+        target.copy_(source(), non_blocking=True)
+
+
+def test_the_double_refuses_to_tear_a_copy(cuda):
+    """Until the host has waited for the stream, or the memory has gone back to the allocator."""
+    target, source = torch.zeros(4, device="cuda"), torch.empty(4, pin_memory=True)
+    with cuda.watched():
+        source.copy_(torch.ones(4))
+        target.copy_(source, non_blocking=True)
+        with pytest.raises(AssertionError, match="pinned memory is written to while it is copied to the GPU"):
+            source.fill_(2)
+        cuda.current_stream().synchronize()
+        source.fill_(2)
+    assert source.tolist() == [2] * 4
+    del source
+    gc.collect()
+    assert not cuda.pinned

@@ -12,8 +12,15 @@ is then read: its launches, where a call of a library counts as one, its allocat
 The bytes of a graph are those that its scheduled kernels read and write, with those of libraries apart; the floor is
 its weights, inputs and outputs, each once. What passes from kernel to kernel is not in it, which is most of a tiny
 model's full graph, whose weights weigh nothing beside it. A tiny model keeps its sizes symbolic, and its bytes are
-those of the sizes that it is exported with; a published one has its family's usual size. Exits with 1 where a graph
-does not compile or a goal is missed. Families that the diffusers at hand has no class of are left out, by name.
+those of the sizes that it is exported with; a published one has its family's usual size.
+
+Most of the time is Inductor's own, which decides and writes the kernels; Triton and ptxas take a sixth. `--once` lets
+it write them for the first GPU alone and compiles them for the others too: their registers and spills are their own,
+their launches and bytes those of the first, as the record says (`lowered_for`). Where a GPU with more multiprocessors
+would split a reduction, or another form of a kernel would spill less there, that is not seen.
+
+Exits with 1 where a graph does not compile or a goal is missed. Families that the diffusers at hand has no class of
+are left out, by name.
 """
 
 from __future__ import annotations
@@ -33,7 +40,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from pretended_gpu import GPUS, Pretence, in_a_fork, pretend, why_not
+from pretended_gpu import GPUS, Kernel, Pretence, in_a_fork, pretend, why_not
 from record import RESULTS, circumstances, write_record
 from weightless import add_choices, depth, draft_of, together
 
@@ -95,10 +102,17 @@ def compiled(made: Any, cut: Any, program: Any, pretence: Pretence, place: Path)
     (wrapper,) = place.glob("*.wrapper.cpp")
     return {
         **read(wrapper.read_text(encoding="utf-8")),
-        "spilled_words": {name: kernel.spilled for name, kernel in pretence.kernels.items() if kernel.spilled},
-        "most_registers": max((kernel.registers for kernel in pretence.kernels.values()), default=0),
+        **_resources(pretence.kernels),
         "bytes": pretence.bytes.total(),
         "bytes_libraries": pretence.bytes["libraries"],
+        "others": {gpu.name: _resources(pretence.kernels_of.get(gpu.name, {})) for gpu in pretence.others},
+    }
+
+
+def _resources(kernels: Mapping[str, Kernel]) -> dict[str, Any]:
+    return {
+        "spilled_words": {name: kernel.spilled for name, kernel in kernels.items() if kernel.spilled},
+        "most_registers": max((kernel.registers for kernel in kernels.values()), default=0),
     }
 
 
@@ -142,7 +156,11 @@ def one_model(given: argparse.Namespace) -> None:
                     print(json.dumps({**name, "capability": capability, "error": first_line(error)}), flush=True)
                 continue
             known["export_seconds"] = round(time.perf_counter() - began, 1)
-            for capability in given.gpu:
+            others = given.gpu[1:] if given.once else []
+            pretence.others = tuple(GPUS[capability] for capability in others)
+            if given.once:
+                known["lowered_for"] = given.gpu[0]
+            for capability in given.gpu[:1] if given.once else given.gpu:
                 began = time.perf_counter()
 
                 def work(capability: str = capability, cut: Any = cut, program: Any = program) -> dict[str, Any]:
@@ -155,7 +173,11 @@ def one_model(given: argparse.Namespace) -> None:
 
                 record = {**name, "capability": capability, **in_a_fork(work), **known, "linked": given.link}
                 record["seconds"] = round(time.perf_counter() - began, 1)
+                of_others = record.pop("others", {})
                 print(json.dumps(record), flush=True)
+                for other in others:
+                    own = {"capability": other, **of_others.get(GPUS[other].name, {})}
+                    print(json.dumps({**record, **own}), flush=True)
 
 
 def absent(models: Iterable[str]) -> dict[str, str]:
@@ -170,6 +192,7 @@ def in_a_process(model: str, given: argparse.Namespace) -> Iterator[dict[str, An
     """The records of `one_model` in a process of its own; one that ends early has an error for all that it lacks."""
     command = [sys.executable, __file__, "--here", "--model", model, "--gpu", *given.gpu]
     command += ["--granularity", given.granularity, "--graph", *given.graph, *(["--link"] if given.link else [])]
+    command += ["--once"] if given.once else []
     command += [] if given.layers is None else ["--layers", str(given.layers)]
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
@@ -201,6 +224,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_choices(parser, list(GPUS), "gpu-compiler")
     parser.add_argument("--link", action="store_true", help="compile the C++ of the wrapper too, a quarter minute each")
+    parser.add_argument("--once", action="store_true", help="lower for the first GPU alone, and compile for all")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, 3 GB each (default: 2)")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()

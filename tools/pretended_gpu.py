@@ -107,11 +107,15 @@ class Pretence:
         gpu: May be changed until the first compilation.
         kernels: Name -> kernel.
         bytes: What scheduled kernels read and write, by whose they are: `triton`, or those of `libraries`.
+        others: GPUs that each kernel, as it was written for `gpu`, is compiled for as well.
+        kernels_of: Name of such a GPU -> its kernels.
     """
 
     gpu: Gpu
     kernels: dict[str, Kernel] = field(default_factory=dict)
     bytes: Counter[str] = field(default_factory=Counter)
+    others: tuple[Gpu, ...] = ()
+    kernels_of: dict[str, dict[str, Kernel]] = field(default_factory=dict)
 
 
 def why_not() -> str | None:
@@ -343,8 +347,14 @@ def _watch(pretence: Pretence, link: bool) -> None:
         self.compile_results, self.configs = done, None
 
     def saving(self: Any, stream: object, launcher: Any) -> None:
-        found = Kernel(launcher.n_regs, launcher.n_spills, launcher.shared)
-        pretence.kernels[self.inductor_meta["kernel_name"]] = found
+        found, name = Kernel(launcher.n_regs, launcher.n_spills, launcher.shared), self.inductor_meta["kernel_name"]
+        pretence.kernels[name], own = found, self.device_props
+        for gpu in pretence.others:
+            self.device_props = own._replace(cc=gpu.number, major=gpu.capability[0])
+            kernel = resources(self._precompile_config(launcher.config).kernel.asm["cubin"])
+            assert kernel.shared <= gpu.shared, f"a kernel of {kernel.shared} bytes of shared memory for {gpu.name}"
+            pretence.kernels_of.setdefault(gpu.name, {})[name] = kernel
+        self.device_props = own
         save(self, stream, launcher)
 
     def tuning(self: Any) -> None:

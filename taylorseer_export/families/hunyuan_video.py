@@ -96,7 +96,8 @@ def _encode_with_picture(encoders: Modules, given: Tensors, every: int) -> dict[
     import torch
 
     llava, ids, mask = encoders["text_encoder"], given["llama"], given["mask"]
-    seen = llava.model.get_image_features(given["pixels"], return_dict=True).pooler_output[0].unsqueeze(0)
+    features = llava.model.get_image_features(given["pixels"], return_dict=True)
+    seen = getattr(features, "pooler_output", features)[0].unsqueeze(0)  # transformers 4 returns them alone
     count, words, behind = seen.shape[1], llava.get_input_embeddings()(ids), _PICTURE_AT + 1
     kept, ones = (ids != llava.config.pad_token_id).long(), torch.ones_like(seen[..., 0], dtype=torch.long)
     attended = torch.cat([kept[:, :_PICTURE_AT], ones, kept[:, behind:]], 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import sympy
@@ -16,6 +17,7 @@ from taylorseer_export.bundle.shapes import linear, names, resolve
 from taylorseer_export.errors import ExportError, first_line
 from taylorseer_export.graph.casts import explicit_casts
 from taylorseer_export.graph.cut import Cut
+from taylorseer_export.graph.guards import settled
 from taylorseer_export.graph.rewrite import inlined, mutates, plain, unseeing_rows
 from taylorseer_export.graph.sizes import example_sizes, shape_entry_from_expression, simplified
 from taylorseer_export.graph.trace import dimension, drop_noise, eliminate_dead, fold_constants
@@ -88,7 +90,7 @@ def trace_part(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pytree deprecations inside torch.export, not ours to mend
         try:
-            program = torch.export.export(model, (), example, dynamic_shapes=dynamic, strict=False)
+            program = settled(partial(torch.export.export, model, (), example, dynamic_shapes=dynamic, strict=False))
             module = program.module()
             assert isinstance(module, fx.GraphModule)
             inlined(module)

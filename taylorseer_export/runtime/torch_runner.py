@@ -28,6 +28,8 @@ from taylorseer_export.runtime.runner import Buffer, Call, check_binding
 if TYPE_CHECKING:
     import torch
 
+_MOST_PINNED = 64 << 20  # bytes; a LoRA may be larger, which comes at most once for a request
+
 
 class TorchRunner:
     """Runs functions over torch tensors.
@@ -141,6 +143,9 @@ def current(device: Device) -> AbstractContextManager[object]:
 class TorchBuffer:
     """A tensor as a buffer. Copies are queued in the order of the calls; only `read` waits.
 
+    On a GPU values from the host are put into pinned memory first, of the tensor's own type and shape: from there the
+    driver copies them while the host goes on, in one transfer. Values of more than 64 MiB are waited for.
+
     Args:
         tensor: On the device.
         order: That of its runner, on a GPU.
@@ -172,12 +177,11 @@ class TorchBuffer:
 
         if not isinstance(values, torch.Tensor):
             values = torch.from_numpy(np.require(values, requirements=["C", "W"]))
-        if self._order is not None and values.device.type == "cpu":
-            # As it will lie there, so that it is one transfer, from pinned memory, so that nobody waits for it. Torch
-            # gives such memory out again when the copies from it are done: nothing is torn.
-            values = values.to(self.tensor.dtype).expand_as(self.tensor).contiguous().pin_memory()
+        if pinned := self._order is not None and values.device.type == "cpu" and self.nbytes <= _MOST_PINNED:
+            values = torch.empty(self.shape, dtype=self.tensor.dtype, pin_memory=True).copy_(values)
+        # torch keeps pinned memory that is let go until the copies from it are done (CachingHostAllocator.cpp).
         with self._queued:
-            self.tensor.copy_(values, non_blocking=True)
+            self.tensor.copy_(values, non_blocking=pinned or values.device.type != "cpu")
 
     def copy(self, source: Buffer) -> None:
         with self._queued:
@@ -193,7 +197,9 @@ class TorchBuffer:
         with self._queued:
             pass  # the copy comes after the last work; others need not wait until the host has it
         tensor = self.tensor.float() if self.tensor.dtype == torch.bfloat16 else self.tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._order is not None)
+        host = torch.empty(
+            tensor.shape, dtype=tensor.dtype, pin_memory=self._order is not None and tensor.nbytes <= _MOST_PINNED
+        )
         result: np.ndarray = host.copy_(tensor).numpy()
         return result
 

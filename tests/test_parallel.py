@@ -3,11 +3,13 @@
 # Shapes: S steps, B batch
 
 import json
+import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -28,9 +30,10 @@ from tiny_pipelines import flux_pipeline
 from torch import distributed
 
 from taylorseer_export.bundle.store import open_bundle
+from taylorseer_export.compile import torch_tensorrt
 from taylorseer_export.compile.eager import eager_modules
 from taylorseer_export.compile.export import check_options, describe, draft, write_bundle
-from taylorseer_export.errors import BundleError, ConfigError, ExportError, RankError, StepError
+from taylorseer_export.errors import BuildError, BundleError, ConfigError, ExportError, RankError, StepError
 from taylorseer_export.graph.shard import counted, sent, shard
 from taylorseer_export.method import Forecasts, Guard, Plan
 from taylorseer_export.runtime.adapter import Adapter
@@ -157,9 +160,9 @@ def test_what_is_not_shared_out_is_refused(shared, tiny):
     manifest = describe(shared("flux", "gather", 2), "a")
     with pytest.raises(BundleError, match=r"1 rank runs a bundle .* over 2, expected 2; run it with `torchrun"):
         check_ranks(manifest, None)
-    for engine, why in (("onnxruntime", "ONNX Runtime's packages hold none"), ("torch-tensorrt", "Torch-TensorRT")):
-        with pytest.raises(ConfigError, match=rf"--engine {engine}, expected one .* inductor, tensorrt, .* \({why}"):
-            check_options(options_of(parallel="gather", engine=engine))
+    why = "inductor, tensorrt, tensorrt-rtx, torch-tensorrt \\(ONNX Runtime's packages hold none"
+    with pytest.raises(ConfigError, match=rf"--engine onnxruntime, expected one .* {why}"):
+        check_options(options_of(parallel="gather", engine="onnxruntime"))
     with pytest.raises(ConfigError, match="is 4096 image_tokens, expected a size that --degree 3 divides"):
         trace_of("flux", tiny("flux").folder, parallel_options("gather", 3))
     with pytest.raises(ConfigError, match=r"without a size, expected one for family hidream, .* at one size .* --size"):
@@ -292,6 +295,39 @@ def test_a_rank_that_is_killed_in_mid_loop_ends_the_other_with_its_name(shared, 
     said, seconds = killed(shared("flux", "gather", 2), tiny("flux").inputs(len(plan)), plan, rank, 20)
     assert f"rank {rank} of 2 has died or is late after " in said and "expected all 2 ranks within 20 s" in said
     assert seconds < 20
+
+
+@pytest.mark.parametrize("mode", ["gather", "ulysses"])
+def test_torch_tensorrt_finds_collectives_that_it_fuses(shared, tmp_path, monkeypatch, mode):
+    """On a double: its pass takes each of torch's with one wait behind it, and asks the environment for the ranks."""
+    known, found = ("all_gather_into_tensor", "all_to_all_single"), {}
+
+    def convert(program, arg_inputs, arg_input_binding_names, use_distributed_mode_trace, **asked):
+        assert (os.environ["WORLD_SIZE"], os.environ["RANK"]) == ("2", "0") and use_distributed_mode_trace
+        nodes = [n for n in program.graph.nodes if str(n.target).startswith("_c10d_functional.")]
+        sent = [n for n in nodes if "wait_tensor" not in str(n.target)]
+        for node in sent:
+            assert str(node.target).split(".")[1] in known
+            assert [str(user.target) for user in node.users] == ["_c10d_functional.wait_tensor.default"]
+            assert "single" not in str(node.target) or len({*node.args[1], *node.args[2]}) == 1  # it splits evenly
+        found[len(found)] = len(sent)
+        return b"plan"
+
+    library = SimpleNamespace(
+        Input=lambda **asked: asked,
+        dynamo=SimpleNamespace(convert_exported_program_to_serialized_trt_engine=convert),
+        ENABLED_FEATURES=SimpleNamespace(native_trt_collectives=False),
+        __version__="2.11.0",
+    )
+    monkeypatch.setattr(torch_tensorrt, "_library", lambda: library)
+    with pytest.raises(BuildError, match=r"^torch-tensorrt 2.11.0 has no collectives .*, or use --engine tensorrt$"):
+        torch_tensorrt.check(options_of(parallel=mode, engine="torch-tensorrt", device="cuda"))
+    monkeypatch.setattr(torch_tensorrt, "DEVICE", "cpu")
+    monkeypatch.setenv("RANK", "7")
+    made = shared("flux", mode, 2)
+    torch_tensorrt.build(made, tmp_path, lambda *_: None)
+    assert [*found.values()] == [*counted({cut.name: cut.module.graph for cut in made.graphs}).values()]
+    assert os.environ["RANK"] == "7" and "WORLD_SIZE" not in os.environ
 
 
 # Loops, and ranks that follow

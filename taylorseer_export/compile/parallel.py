@@ -13,12 +13,9 @@ from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.draft import Options
 from taylorseer_export.errors import ConfigError
 
-_ENGINES = ("inductor", "tensorrt", "tensorrt-rtx")
+_ENGINES = ("inductor", "tensorrt", "tensorrt-rtx", "torch-tensorrt")
 # Why others have no collectives here.
-_WITHOUT = {
-    "onnxruntime": "ONNX Runtime's packages hold none",
-    "torch-tensorrt": "Torch-TensorRT makes its own of torch's, which nobody has seen run here",
-}
+_WITHOUT = {"onnxruntime": "ONNX Runtime's packages hold none"}
 _Size = TypeVar("_Size", int, int | None)
 
 

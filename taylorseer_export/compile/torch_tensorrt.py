@@ -1,10 +1,15 @@
 """TensorRT plans through Torch-TensorRT: the same files with the same tensors, converted from torch's own graphs.
 
-Where its converters do better than the ONNX parser, or a model has an operator without an ONNX form.
+Where its converters do better than the ONNX parser, or a model has an operator without an ONNX form. What ranks send
+each other stays torch's collectives: the converter fuses each with its wait into one layer of TensorRT's (its pass
+`fuse_distributed_ops`).
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from taylorseer_export.bundle.tensorrt import extents
 from taylorseer_export.compile.draft import BaseDraft, Options
 from taylorseer_export.compile.eager import weighted
 from taylorseer_export.compile.engines import Progress, library_versions
+from taylorseer_export.compile.parallel import named_group
 from taylorseer_export.compile.program import exported_program
 from taylorseer_export.compile.tensorrt import engine as tensorrt_engine
 from taylorseer_export.compile.tensorrt import graph_file as graph_file
@@ -40,10 +46,15 @@ def check(options: Options) -> None:
 
     Raises:
         ConfigError: The device is none that TensorRT has.
-        BuildError: The library is not installed, or there is no GPU.
+        BuildError: The library is not installed, or has no collectives for `--parallel`; or there is no GPU.
     """
     refuse_cpu(options)
-    _library()
+    library = _library()
+    if options.parallel is not None and not library.ENABLED_FEATURES.native_trt_collectives:
+        raise BuildError(
+            f"torch-tensorrt {library.__version__} has no collectives of TensorRT's, expected a build with NCCL on "
+            "TensorRT 10.16 or newer for --parallel; install one, or use --engine tensorrt"
+        )
     this_gpu(options.engine)
 
 
@@ -65,7 +76,8 @@ def build(draft: BaseDraft, folder: Path, progress: Progress) -> None:
     for k, cut in enumerate(cuts):
         progress("graphs", k, len(cuts))
         try:
-            plan = _converted(library, draft, cut, weights)
+            with _one_of_ranks(draft.options), named_group(draft.parallel):
+                plan = _converted(library, draft, cut, weights)
         except BuildError:
             raise
         except Exception as error:
@@ -97,9 +109,31 @@ def _converted(library: Any, draft: BaseDraft, cut: Cut, weights: dict[str, torc
         require_full_compilation=True,
         min_block_size=1,
         disable_tf32="tf32" not in given,
+        use_distributed_mode_trace=draft.parallel is not None,
         **{_SETTINGS[name]: value for name, value in given.items() if name in _SETTINGS},
     )
     return plan
+
+
+@contextmanager
+def _one_of_ranks(options: Options) -> Iterator[None]:
+    """The converter of a collective asks the environment, as torchrun sets it, how many ranks there are.
+
+    A plan serves all of them: nothing in it is of one rank.
+    """
+    if options.parallel is None:
+        yield
+        return
+    before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK")}
+    os.environ.update(WORLD_SIZE=str(options.degree), RANK="0")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _library() -> Any:

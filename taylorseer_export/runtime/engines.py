@@ -35,7 +35,7 @@ _RUNNERS = {
 # Kinds whose weights can be others than the bundle's when they are loaded.
 _OPEN = ("onnxruntime", "inductor")
 # Kinds that send between ranks by themselves; torch finds the group by its name.
-_SENDING = ("tensorrt", "tensorrt-rtx")
+_SENDING = ("tensorrt", "tensorrt-rtx", "torch-tensorrt")
 
 
 def open_runner(

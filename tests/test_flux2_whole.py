@@ -114,6 +114,28 @@ def test_pictures_are_gone_by_as_in_the_pipeline(klein):
     assert unguided.guided and unguided.negative is not None  # away from an empty prompt, as the pipeline does
 
 
+def test_pictures_whose_keys_are_kept_are_gone_by_as_in_the_pipeline(whole):
+    """klein KV, which is distilled: no guidance, and pictures once for a request."""
+    pipe, denoiser = whole("flux2-kv")
+    height, width = SIZE
+    with torch.no_grad():
+        expected = pipe(
+            image=SHOWN,
+            prompt=PROMPT,
+            height=height,
+            width=width,
+            num_inference_steps=STEPS,
+            **HOW,
+            generator=torch.Generator().manual_seed(SEEDS[0]),
+            output_type="pt",
+        ).images[0]
+    request = prompt_request(denoiser, [PROMPT], SEEDS[:1], SIZE, length=LENGTH, given=GIVEN)
+    limit = bound_of_picture(expected, pipe, STEPS)
+    oracle.assert_close("klein KV, two pictures", drawn(denoiser, request, "F" * STEPS), expected, limit)
+    turned = prompt_request(denoiser, [PROMPT], SEEDS[:1], SIZE, length=LENGTH, given=Given(PICTURES[0]))
+    assert (drawn(denoiser, turned, "F" * STEPS) - expected).abs().max() > limit
+
+
 def test_pictures_become_what_the_pipeline_makes_of_them(klein):
     pipe, denoiser = klein
     request = prompt_request(denoiser, [PROMPT], SEEDS[:1], SIZE, length=LENGTH, given=GIVEN)

@@ -21,6 +21,7 @@ from tiny_pipelines import (
     whole_chroma,
     whole_flux2,
     whole_flux2_base,
+    whole_flux2_kv,
     whole_flux3,
     whole_framepack,
     whole_hidream,
@@ -89,6 +90,7 @@ WHOLE = {
     "kontext": kontext_pipeline,
     "flux2": whole_flux2,
     "flux2-base": whole_flux2_base,
+    "flux2-kv": whole_flux2_kv,
     "flux3": whole_flux3,
     "sd3": whole_sd3,
     "chroma": whole_chroma,
@@ -126,6 +128,7 @@ WHOLE_AREAS = {"qwen-image-edit": (160 * 192, 160 * 192), "qwen-image-edit-2511"
 WHOLE_USUAL = {
     "flux2": (8, 12),
     "flux2-base": (32, 48),  # the pictures that it goes by are no smaller
+    "flux2-kv": (32, 48),
     "flux3": (8, 12),
     "sd3": (8, 12),
     "chroma": (8, 12),

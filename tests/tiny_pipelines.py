@@ -30,6 +30,7 @@ from diffusers import (
     DiTPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinKVPipeline,
     Flux2KleinPipeline,
     Flux2Pipeline,
     FluxKontextPipeline,
@@ -157,14 +158,19 @@ def whole_flux2(transformer):
     return _with_statistics(flux2_pipeline(transformer, text_encoder=tiny_mistral(width), tokenizer=orders(512)))
 
 
-def whole_flux2_base(transformer):
+def whole_flux2_base(transformer, pipeline=Flux2KleinPipeline):
     """The same with Qwen3, which is asked without a thought."""
     width, tokenizer = transformer.config.joint_attention_dim // 3, words(512)
     thought = "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
     tokenizer.chat_template = _chat() + thought
     return _with_statistics(
-        flux2_base_pipeline(transformer, tiny_qwen3(width, max(LAYERS) + 1, Qwen3ForCausalLM), tokenizer)
+        flux2_pipeline(transformer, pipeline, tiny_qwen3(width, max(LAYERS) + 1, Qwen3ForCausalLM), tokenizer)
     )
+
+
+def whole_flux2_kv(transformer):
+    """klein KV, which keeps keys and values of pictures."""
+    return whole_flux2_base(transformer, Flux2KleinKVPipeline)
 
 
 def _with_statistics(pipe):

@@ -187,7 +187,7 @@ FLUX2_KV = replace(
     guidance="none",
     guidance_scale=1.0,
     defaults=Defaults(4, interval=6, warmup=3, order=1),
-    whole=None,
+    whole=replace(_KLEIN, negative=None, see=_see, fitted=_FITTED),
     by_config=no_entries,
     distilled="",
     variants={},

@@ -64,8 +64,8 @@ def plain_prompts(monkeypatch):
     monkeypatch.setattr(pipeline_wan_i2v, "ftfy", SimpleNamespace(fix_text=str), raising=False)
 
 
-def asked_of(pipe, picture, **more):
-    frames, height, width = SIZE
+def asked_of(pipe, picture, size=SIZE, **more):
+    frames, height, width = size
     with torch.no_grad():
         return pipe(
             image=Image.fromarray(picture),
@@ -91,6 +91,23 @@ def test_the_video_is_the_pipelines(whole):
     oracle.assert_close("video", seen, expected, limit)
     wrong = drawn(denoiser, request_of(denoiser, 255 - EDITED), "F" * STEPS)
     assert (wrong - expected).abs().max() > limit
+
+
+def test_a_video_whose_first_frame_is_the_picture_is_the_pipelines(whole):
+    """Wan 2.2 5B: latents of the picture in the place of the first frame's, whose tokens have timestep 0."""
+    pipe, denoiser = whole("wan-5b-image")
+    size = (9, 64, 96)
+    expected = asked_of(pipe, EDITED, size, max_sequence_length=32)
+    limit = bound_of_picture(expected, pipe, 2 * STEPS, SCALE)
+    for picture, same in ((EDITED, True), (255 - EDITED, False)):
+        request = prompt_request(denoiser, [PROMPT], [SEED], size, SCALE, OTHER, 32, given=Given(picture))
+        seen = drawn(denoiser, request, "F" * STEPS)
+        if same:
+            oracle.assert_close("video", seen, expected, limit)
+        else:
+            assert (seen - expected).abs().max() > limit
+    with pytest.raises(ConfigError, match="picture"):
+        prompt_request(denoiser, [PROMPT], [SEED], size, SCALE, OTHER, 32)
 
 
 def request_of(denoiser, picture, size=SIZE, seeds=(SEED,)):

@@ -39,6 +39,7 @@ from tiny_pipelines import (
     whole_qwen_image_edit_plus,
     whole_sana,
     whole_sd3,
+    whole_wan_5b_image,
     whole_z_image,
 )
 
@@ -109,6 +110,7 @@ WHOLE = {
     "wan": wan_pipeline,
     "wan-image": wan_image_pipeline,
     "wan-animate": wan_animate_pipeline,
+    "wan-5b-image": whole_wan_5b_image,
     "hunyuan": whole_hunyuan,
     "hunyuan-channels": whole_hunyuan_image,
     "hunyuan-replace": whole_hunyuan_image,
@@ -145,6 +147,7 @@ WHOLE_USUAL = {
     "wan": (2, 4, 6),
     "wan-image": (2, 4, 6),
     "wan-animate": (3, 4, 6),
+    "wan-5b-image": (2, 4, 6),
     "hunyuan": (2, 4, 6),
     "hunyuan-channels": (3, 4, 6),
     "hunyuan-replace": (3, 4, 6),

@@ -329,6 +329,14 @@ def wan_5b_image_pipeline(transformer):
     return pipe
 
 
+def whole_wan_5b_image(transformer):
+    """The same with a VAE of its kind: with shortcuts, and a square of pixels in the channels."""
+    square = {"patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
+    vae = tiny_wan_vae(transformer.config.out_channels, is_residual=True, **square)
+    parts = {name: part for name, part in wan_image_pipeline(transformer).components.items() if part is not None}
+    return _quiet(WanImageToVideoPipeline(**{**parts, "vae": vae}, expand_timesteps=True))
+
+
 def wan_vace_pipeline(transformer):
     """From a video, a mask and pictures."""
     return _quiet(
@@ -829,9 +837,10 @@ def tiny_qwen_image_21_vae(channels):
     )
 
 
-def tiny_wan_vae(channels):
+def tiny_wan_vae(channels, **kind):
     return _seeded(
         lambda: AutoencoderKLWan(
+            **kind,
             base_dim=3,
             z_dim=channels,
             dim_mult=[1, 1, 1, 1],

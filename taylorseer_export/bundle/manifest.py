@@ -398,6 +398,12 @@ class Manifest(Sealed):
         """What two predictions are guided with, where 1 is no guidance, for a scale as the family's pipeline counts."""
         return (self.sampling.guidance_scale if scale is None else scale) + self.pipeline.guidance_offset
 
+    @property
+    def replaces_first_frame(self) -> bool:
+        """Whether a picture comes as the first latent frame, in the place of the noise's."""
+        kind = self.model.config.get("image_condition_type")
+        return kind == "token_replace" or self.pipeline.arguments == "first-frame"
+
     @classmethod
     def rebuild(cls, raw: Mapping[str, Any]) -> str:
         """The command that builds a bundle of an older schema again, as far as that is in its manifest."""

@@ -159,7 +159,6 @@ def _of_condition(manifest: Manifest, part: PipelinePart) -> str | None:
     """What a video has beside the noise is made one latent frame at a time, as channels that the denoiser takes, or is
     the first frame itself."""
     latent = manifest.graphs["full"].input_of("latent").shape
-    replaces = manifest.model.config.get("image_condition_type") == "token_replace"
     for name, graph in (("encode", part.graph), ("later", part.later)):
         if graph is None and not any(t.role == "cache_out" for t in part.graph.outputs):
             continue
@@ -171,7 +170,7 @@ def _of_condition(manifest: Manifest, part: PipelinePart) -> str | None:
         if len(latent) != 5 or len(shape) != 5 or (shape[0], shape[2]) != (1, frames):
             return f"`{CONDITION}` of graph {name} is {shown(shape)}, the graphs take {shown(latent)}"
         if any(isinstance(n, str) for n in (shape[1], latent[1])) or not (
-            shape[1] == latent[1] if replaces else int(shape[1]) < int(latent[1])
+            shape[1] == latent[1] if manifest.replaces_first_frame else int(shape[1]) < int(latent[1])
         ):
             return f"`{CONDITION}` of graph {name} is {shown(shape)}, the graphs take {shown(latent)}"
     if part.later is None:

@@ -89,6 +89,11 @@ def _animate(modules: Modules, given: Tensors, caches: Sequence[Any] | None) -> 
 def encoded(vae: Any, video: Any, caches: Sequence[Any] | None) -> tuple[Any, list[Any]]:
     """The latents `[N, C, 1, H, W]` of one latent frame of videos from -1 to 1, and the caches that it leaves."""
     used = [None] * len(list(vae.encoder.modules())) if caches is None else list(caches)
+    side = vae.config.patch_size or 1
+    if side > 1:  # a square of pixels goes into the channels, its columns first
+        count, channels, frames, height, width = video.shape
+        video = video.reshape(count, channels, frames, height // side, side, width // side, side)
+        video = video.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
     mean = vae.quant_conv(vae.encoder(video, feat_cache=used, feat_idx=[0])).chunk(2, 1)[0]
     return scaled(vae, mean), _filled(used)
 

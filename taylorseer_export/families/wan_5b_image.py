@@ -5,13 +5,14 @@ The model modulates token by token; here two rows serve them, that of timestep 0
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families.family import Input, Pipeline, call, no_counterpart, no_entries
-from taylorseer_export.families.wan import WAN
+from taylorseer_export.families.wan import WAN, encoded
+from taylorseer_export.families.whole import Modules, Tensors
 
 _CHANNELS = 48  # of the one Wan that is told the timestep of each token
 
@@ -45,6 +46,14 @@ def _from_picture(model: Any, inputs: dict[str, Any]) -> Any:
     return call(model, {**inputs, "timestep": torch.where(later, time[:, None], still[:, None])})
 
 
+def _animate(modules: Modules, given: Tensors, caches: Sequence[Any] | None) -> tuple[dict[str, Any], list[Any]]:
+    """The latents of the picture, as the one frame that they replace."""
+    latents, _ = encoded(modules["vae"], (2 * given["picture"] - 1).unsqueeze(2), None)
+    return {"condition": latents}, []
+
+
+assert WAN.whole is not None
+
 WAN_5B_IMAGE = replace(
     WAN,
     name="wan-5b-image",
@@ -57,7 +66,7 @@ WAN_5B_IMAGE = replace(
     latent_size=(31, 44, 80),
     pipeline=Pipeline(flow_steps="count", arguments="first-frame"),
     comfy=no_counterpart,
-    whole=None,
+    whole=replace(WAN.whole, animate=_animate, frame_rate=24),
     by_config=no_entries,
     variants={},
     forward=_from_picture,

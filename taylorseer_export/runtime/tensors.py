@@ -158,16 +158,10 @@ def condition_shape(manifest: Manifest, latent: tuple[int, ...]) -> tuple[int, .
     """Shape of what an image-to-video model has beside the noise, for its latent `[N, C, F, H, W]`; None for others."""
     if len(latent) != 5:
         return None
-    if _replaces(manifest):
+    if manifest.replaces_first_frame:
         return (*latent[:2], 1, *latent[3:])
     axis, noise = channel_axis(manifest), noise_shape(manifest, latent)
     return None if noise == latent else (*latent[:axis], latent[axis] - noise[axis], *latent[axis + 1 :])
-
-
-def _replaces(manifest: Manifest) -> bool:
-    """Whether it is the first frame, in the place of the noise's."""
-    kind = manifest.model.config.get("image_condition_type")
-    return kind == "token_replace" or manifest.pipeline.arguments == "first-frame"
 
 
 def channel_axis(manifest: Manifest) -> int:
@@ -217,7 +211,7 @@ def joined_to(
     value = _rows(CONDITION, ("batch", *expected[1:]), np.asarray(condition, np.float32), expected[0])
     if value.shape != expected:
         raise ConfigError(f"input `{CONDITION}` is {list(value.shape)}, expected {list(expected)}; prepare it so")
-    if _replaces(manifest):
+    if manifest.replaces_first_frame:
         return Joined(2, value, ahead=True), latent
     return Joined(channel_axis(manifest), value), noise_shape(manifest, latent)
 

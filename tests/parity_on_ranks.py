@@ -223,8 +223,8 @@ def replayed(denoiser, inputs, plan) -> torch.Tensor:
 def plain(model, inputs, steps) -> torch.Tensor:
     """noise_pred [S, ...] of the untouched model in float32."""
     (latents, timestep, conditioning), call = inputs, oracle.FAMILIES[type(model).__name__].call
-    given = zip(latents[:steps], timestep[:steps], strict=True)
-    return torch.stack([call(model, t.expand(len(x)), hidden_states=x, **conditioning) for x, t in given])
+    given = zip(latents[:steps], timestep[:steps], oracle.next_timesteps(model, timestep[:steps]), strict=True)
+    return torch.stack([call(model, t.expand(len(x)), hidden_states=x, **conditioning, **n) for x, t, n in given])
 
 
 def _errors(seen: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

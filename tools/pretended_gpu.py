@@ -197,10 +197,22 @@ def _answer_for_torch(pretence: Pretence) -> None:
         setattr(torch.cuda, name, answer)
     torch._C._cuda_getCurrentRawStream = lambda device: 0
     fake_tensor.init_gpu_context = lambda device: None
-    # `~` alone turns to the driver before the dispatcher sees that its tensor is fake.
+    # These methods turn to the driver before the dispatcher sees that their tensor is fake.
     torch.Tensor.__invert__ = lambda value: torch.bitwise_not(value)
+    torch.Tensor.contiguous = lambda value, memory_format=torch.contiguous_format: torch.ops.aten.contiguous(
+        value, memory_format=memory_format
+    )
+    # So does a move to `cuda` without a number, which asks for the current one.
+    move = torch.ops.aten.to.device
+    moved = move._op
+    move._op = lambda value, device, *how, **named: moved(value, _numbered(device), *how, **named)
     attention = torch.ops.aten.scaled_dot_product_attention.default
     attention.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(_attention)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device with the number of the only GPU, where it is one."""
+    return torch.device("cuda", 0) if torch.device(device).type == "cuda" else device
 
 
 def _attention(

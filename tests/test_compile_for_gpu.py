@@ -124,6 +124,18 @@ def test_flux_compiles_for_a_gpu_that_is_not_there(records, capability):
     assert all(record["bytes"] >= record["floor_bytes"] for record in found)
 
 
+@pytest.mark.parametrize("graphs", [pytest.param(("full", "forecast"), marks=NEEDS_COMPILER)])
+def test_kernels_of_one_gpu_compile_for_the_others_as_theirs_do(records, graphs):
+    """What each has for itself is what it has of the first one's, down to its registers."""
+    timed, lowered = {"seconds", "export_seconds"}, {"lowered_for": next(iter(GPUS))}
+    each, once = (records("--graph", *graphs, "--gpu", *GPUS, *how) for how in ((), ("--once",)))
+    assert len(once) == len(graphs) * len(GPUS)
+    for one, other in zip(once, each, strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {
+            k: v for k, v in (other | lowered).items() if k not in timed
+        }
+
+
 @pytest.mark.parametrize("capability", [pytest.param("9.0", marks=NEEDS_COMPILER)])
 def test_a_library_links_for_a_gpu_that_is_not_there(records, capability):
     (found,) = records("--graph", "forecast", "--gpu", capability, "--link")

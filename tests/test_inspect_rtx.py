@@ -54,6 +54,14 @@ def test_a_missed_goal_is_a_fault(changes, fault):
     assert faults({**RECORD, **found(**changes)}) == [f"flux residual any for 8.9: {fault}"]
 
 
+def test_a_buffer_that_nothing_reads_or_two_layers_read_has_no_sum():
+    """Two buffers are those of two latents, with a sum each."""
+    one = layers(LOG.format(**GOOD))
+    for buffers, of, expected in ((1, one, True), (2, one, False), (1, [*one, one[-1]], False)):
+        names = ["taylor_in.residual", "taylor_in.other"][:buffers]
+        assert read(of, [], names)["weighted_sum_fused"] == expected
+
+
 def test_a_full_graph_without_attention_is_a_fault():
     it = read(layers(LOG.format(**GOOD)), [], [])
     assert faults({**RECORD, **it, "graph": "full"}) == [

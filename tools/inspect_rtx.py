@@ -10,7 +10,8 @@ that went into it. Weights are random. Exits with 1 where a graph does not build
 
 - Attention is one kernel: every softmax that a matrix product reads is in a layer whose kernel is of that kind, and no
   layer next to it does nothing but cast.
-- The weighted sum is one kernel: whatever reads a Taylor buffer reads the weights as well, and is one layer.
+- The weighted sum is one kernel: each Taylor buffer, of which a model with two latents has two, is read by one layer,
+  which reads the weights as well, or what another one took from them.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ def read(found: Sequence[Layer], softmaxes: Sequence[str], buffers: Sequence[str
         and any(layer.outputs.keys() & a.inputs.keys() or layer.inputs.keys() & a.outputs.keys() for a in fused)
     ]
     sums = [layer for layer in found if layer.inputs.keys() & set(buffers)]
+    weights = {"weights"}.union(*(layer.outputs for layer in found if "weights" in layer.inputs))
     return {
         "layers": len(found),
         "of_type": dict(sorted(Counter(layer.type for layer in found).items())),
@@ -107,7 +109,9 @@ def read(found: Sequence[Layer], softmaxes: Sequence[str], buffers: Sequence[str
         "casts_beside_attention": sum("Cast" in layer.parts for layer in beside),
         "moves_beside_attention": len(beside),
         "reads_of_buffers": len(sums),
-        "weighted_sum_fused": [layer.name for layer in sums if "weights" not in layer.inputs] == [] and len(sums) == 1,
+        "weighted_sum_fused": buffers != []
+        and all(layer.inputs.keys() & weights for layer in sums)
+        and all(sum(buffer in layer.inputs for layer in sums) == 1 for buffer in buffers),
         "kernels": [layer.name for layer in found] if buffers else [],
     }
 

@@ -143,7 +143,7 @@ def _without_sequences(graph: Any) -> None:
     import onnx_ir as ir
 
     for node in list(graph):
-        if node.op_type != "SplitToSequence" or node.attributes["keepdims"].as_int():
+        if node.op_type != "SplitToSequence" or node.attributes.get_int("keepdims", 1):
             continue
         for use in list(node.outputs[0].uses()):
             part = use.node

@@ -199,6 +199,8 @@ def _answer_for_torch(pretence: Pretence) -> None:
     fake_tensor.init_gpu_context = lambda device: None
     # These methods turn to the driver before the dispatcher sees that their tensor is fake.
     torch.Tensor.__invert__ = lambda value: torch.bitwise_not(value)
+    item = torch.Tensor.__getitem__
+    torch.Tensor.__getitem__ = lambda value, at: _indexed(item, value, at)
     torch.Tensor.contiguous = lambda value, memory_format=torch.contiguous_format: torch.ops.aten.contiguous(
         value, memory_format=memory_format
     )
@@ -208,6 +210,15 @@ def _answer_for_torch(pretence: Pretence) -> None:
     move._op = lambda value, device, *how, **named: moved(value, _numbered(device), *how, **named)
     attention = torch.ops.aten.scaled_dot_product_attention.default
     attention.py_impl(torch._C.DispatchKey.CompositeImplicitAutograd)(_attention)
+
+
+def _indexed(real: Any, value: torch.Tensor, at: Any) -> torch.Tensor:
+    """The entries at tensors of indices, of whole dimensions beside them; all else as `real` takes it."""
+    parts = at if isinstance(at, tuple) else (at,)
+    chosen = [isinstance(part, torch.Tensor) for part in parts]
+    if any(chosen) and all(one or part == slice(None) for one, part in zip(chosen, parts, strict=True)):
+        return torch.ops.aten.index(value, [part if one else None for one, part in zip(chosen, parts, strict=True)])
+    return real(value, at)
 
 
 def _numbered(device: torch.device) -> torch.device:

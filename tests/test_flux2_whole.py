@@ -82,24 +82,31 @@ def test_latents_of_dev_are_the_pipelines(whole):
     assert (made.flip(0) - expected).abs().max() > limit
 
 
+def drawn_of_pictures(pipe, seeds, **more):
+    """What the untouched pipeline draws of both pictures, a sample for each seed."""
+    height, width = SIZE
+    with torch.no_grad():
+        return pipe(
+            image=SHOWN,
+            prompt=PROMPT,
+            height=height,
+            width=width,
+            num_inference_steps=STEPS,
+            **HOW,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+            **more,
+        ).images
+
+
 def test_pictures_are_gone_by_as_in_the_pipeline(klein):
     """Two samples of two pictures to go by, guided away from a text."""
     pipe, denoiser = klein
     with torch.no_grad():
         away, _ = pipe.encode_prompt(OTHER, **HOW)
-        expected = pipe(
-            image=SHOWN,
-            prompt=PROMPT,
-            height=SIZE[0],
-            width=SIZE[1],
-            num_inference_steps=STEPS,
-            guidance_scale=SCALE,
-            negative_prompt_embeds=away,
-            num_images_per_prompt=2,
-            **HOW,
-            generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
-            output_type="pt",
-        ).images
+    expected = drawn_of_pictures(
+        pipe, SEEDS, guidance_scale=SCALE, negative_prompt_embeds=away, num_images_per_prompt=2
+    )
     asked = (SIZE, SCALE, OTHER, LENGTH)
     request = prompt_request(denoiser, [PROMPT] * 2, SEEDS, *asked, given=GIVEN)
     made = sample(denoiser, request, denoiser.forecasts(plan="F" * STEPS))
@@ -117,18 +124,7 @@ def test_pictures_are_gone_by_as_in_the_pipeline(klein):
 def test_pictures_whose_keys_are_kept_are_gone_by_as_in_the_pipeline(whole):
     """klein KV, which is distilled: no guidance, and pictures once for a request."""
     pipe, denoiser = whole("flux2-kv")
-    height, width = SIZE
-    with torch.no_grad():
-        expected = pipe(
-            image=SHOWN,
-            prompt=PROMPT,
-            height=height,
-            width=width,
-            num_inference_steps=STEPS,
-            **HOW,
-            generator=torch.Generator().manual_seed(SEEDS[0]),
-            output_type="pt",
-        ).images[0]
+    (expected,) = drawn_of_pictures(pipe, SEEDS[:1])
     request = prompt_request(denoiser, [PROMPT], SEEDS[:1], SIZE, length=LENGTH, given=GIVEN)
     limit = bound_of_picture(expected, pipe, STEPS)
     oracle.assert_close("klein KV, two pictures", drawn(denoiser, request, "F" * STEPS), expected, limit)

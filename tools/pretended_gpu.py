@@ -215,10 +215,11 @@ def _answer_for_torch(pretence: Pretence) -> None:
 def _indexed(real: Any, value: torch.Tensor, at: Any) -> torch.Tensor:
     """The entries at tensors of indices, of whole dimensions beside them; all else as `real` takes it."""
     parts = at if isinstance(at, tuple) else (at,)
-    chosen = [isinstance(part, torch.Tensor) for part in parts]
-    if any(chosen) and all(one or part == slice(None) for one, part in zip(chosen, parts, strict=True)):
-        return torch.ops.aten.index(value, [part if one else None for one, part in zip(chosen, parts, strict=True)])
-    return real(value, at)
+    chosen = [part if isinstance(part, torch.Tensor) else None for part in parts]
+    whole = (part == slice(None) for part, one in zip(parts, chosen, strict=True) if one is None)
+    if all(one is None for one in chosen) or not all(whole):
+        return real(value, at)
+    return torch.ops.aten.index(value, chosen)
 
 
 def _numbered(device: torch.device) -> torch.device:

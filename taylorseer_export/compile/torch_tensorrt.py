@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from taylorseer_export.bundle.manifest import Engine
+from taylorseer_export.bundle.parallel import Parallel
 from taylorseer_export.bundle.tensorrt import extents
 from taylorseer_export.compile.draft import BaseDraft, Options
 from taylorseer_export.compile.eager import weighted
@@ -76,7 +77,7 @@ def build(draft: BaseDraft, folder: Path, progress: Progress) -> None:
     for k, cut in enumerate(cuts):
         progress("graphs", k, len(cuts))
         try:
-            with _one_of_ranks(draft.options), named_group(draft.parallel):
+            with _one_of_ranks(draft.parallel), named_group(draft.parallel):
                 plan = _converted(library, draft, cut, weights)
         except BuildError:
             raise
@@ -116,24 +117,23 @@ def _converted(library: Any, draft: BaseDraft, cut: Cut, weights: dict[str, torc
 
 
 @contextmanager
-def _one_of_ranks(options: Options) -> Iterator[None]:
+def _one_of_ranks(parallel: Parallel | None) -> Iterator[None]:
     """The converter of a collective asks the environment, as torchrun sets it, how many ranks there are.
 
     A plan serves all of them: nothing in it is of one rank.
     """
-    if options.parallel is None:
+    if parallel is None:
         yield
         return
-    before = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK")}
-    os.environ.update(WORLD_SIZE=str(options.degree), RANK="0")
+    told = {"WORLD_SIZE": str(parallel.degree), "RANK": "0"}
+    before = {name: os.environ[name] for name in told if name in os.environ}
+    os.environ.update(told)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in told:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _library() -> Any:

@@ -177,7 +177,7 @@ class TorchBuffer:
 
         if not isinstance(values, torch.Tensor):
             values = torch.from_numpy(np.require(values, requirements=["C", "W"]))
-        if pinned := self._order is not None and values.device.type == "cpu" and self.nbytes <= _MOST_PINNED:
+        if pinned := values.device.type == "cpu" and self._pins(self.tensor):
             values = torch.empty(self.shape, dtype=self.tensor.dtype, pin_memory=True).copy_(values)
         # torch keeps pinned memory that is let go until the copies from it are done (CachingHostAllocator.cpp).
         with self._queued:
@@ -197,11 +197,13 @@ class TorchBuffer:
         with self._queued:
             pass  # the copy comes after the last work; others need not wait until the host has it
         tensor = self.tensor.float() if self.tensor.dtype == torch.bfloat16 else self.tensor
-        host = torch.empty(
-            tensor.shape, dtype=tensor.dtype, pin_memory=self._order is not None and tensor.nbytes <= _MOST_PINNED
-        )
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pins(tensor))
         result: np.ndarray = host.copy_(tensor).numpy()
         return result
+
+    def _pins(self, tensor: torch.Tensor) -> bool:
+        """Whether the host's side of a copy of this is pinned."""
+        return self._order is not None and tensor.nbytes <= _MOST_PINNED
 
 
 class Recorder:

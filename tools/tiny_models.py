@@ -723,7 +723,7 @@ def kandinsky_5_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_
     return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
 
 
-def tiny_cogvideox(seed=0, turned=True, layers=2, **more):
+def tiny_cogvideox(seed=0, turned=True, layers=2, frames=5, **more):
     """CogVideoX of width 32, patches of 2 x 2, float32, eval; `turned` has no table of places and any size."""
     config = {"in_channels": 4, "out_channels": 4, **more}
     return randomised(
@@ -735,7 +735,7 @@ def tiny_cogvideox(seed=0, turned=True, layers=2, **more):
             num_layers=layers,
             sample_width=6,
             sample_height=4,
-            sample_frames=5,
+            sample_frames=frames,
             max_text_seq_length=6,
             use_rotary_positional_embeddings=turned,
             **config,

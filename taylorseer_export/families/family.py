@@ -15,7 +15,7 @@ from taylorseer_export.families.whole import Whole
 Role = Literal["latent", "step", "constant", "lora"]
 Guidance = Literal["none", "embedded", "batched", "branches"]
 _PACKING = 2
-Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "guidance", "next"]
+Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "turns", "guidance", "next"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,13 @@ class Input:
             and `zeros`; `grid`, a row of (first, row, column) for each token, with zeros behind where it is longer;
             `line`, zeros but for the last column, which counts the tokens; `diagonal`, the same but for the first;
             `sides`, (1, rows, columns) of each picture in tokens, the latent first; `frames`, first, first + 1 and so
-            on; `guidance`, the guidance scale times `Pipeline.guidance_factor`; `next`, of a `step` input beside the
-            timestep, that of the next step, which for the last is that of no noise.
+            on; `turns`, cosines and sines `[2, frames, rows, columns, width]` of the angles by which places turn
+            queries and keys; `guidance`, the guidance scale times `Pipeline.guidance_factor`; `next`, of a `step` input
+            beside the timestep, that of the next step, which for the last is that of no noise.
         first: Where `grid` and `frames` begin.
         corner: (row, column) of the first token of `grid`, both the same.
         spacing: Between rows and columns of `grid`.
+        within: (rows, columns) that the places of `turns` are stretched into, around its middle; whole numbers if None.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Input:
     first: int = 0
     corner: int = 0
     spacing: float = 1.0
+    within: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

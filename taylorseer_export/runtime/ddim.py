@@ -163,6 +163,7 @@ class VelocityDDIM:
         count = self._count
         if steps > count:
             raise ValueError(f"`steps` is {steps}, expected at most {count}, the number of training timesteps")
+        spaced: np.ndarray
         if self._spacing == "linspace":
             spaced = np.linspace(0, count - 1, steps).round()[::-1]
         elif self._spacing == "leading":

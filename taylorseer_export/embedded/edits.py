@@ -245,7 +245,7 @@ def animated(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...]) -> 
 
 
 def _with_later_frames(denoiser: Denoiser, first: np.ndarray, frames: int) -> np.ndarray:
-    """A condition of so many latent frames, of which there is nothing behind the first; one that replaces it is alone."""
+    """A condition of so many latent frames, of which there is nothing behind the first, or of that alone."""
     if denoiser.manifest.replaces_first_frame:
         return first
     axis = frames_axis(denoiser.manifest)

@@ -128,7 +128,10 @@ def traced_for_ranks(name: str, folder: Path) -> Traced:
 
 def fixed_size(whole: Traced, latents: torch.Tensor) -> tuple[int, ...] | None:
     """That of the export, where the model is shared out at one size alone; none where it is at any."""
-    return (*latents.shape[-2:],) if whole.checkpoint.family.shared else None
+    checkpoint = whole.checkpoint
+    if not checkpoint.family.shared:
+        return None
+    return checkpoint.latent_size if len(checkpoint.latent_size) == 3 else (*latents.shape[-2:],)
 
 
 def crossed(name: str, folder: Path, ranks, granularities, layouts, in_turn=False) -> Iterator[dict]:

@@ -80,7 +80,7 @@ def declared_for(checkpoint: Checkpoint, options: Options) -> Checkpoint:
     family = checkpoint.family
     if options.parallel is None or not family.shared:
         return checkpoint
-    if options.latent_size is None:
+    if options.latent_size is None and family.latent_sizes(checkpoint.config, *checkpoint.latent_size):
         raise ConfigError(
             f"--parallel is {options.parallel} without a size, expected one for family {family.name}, whose pictures "
             "are square and so are shared out at one size alone; add --size"

@@ -20,16 +20,18 @@ from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, un
 _PLACES = "image_rotary_emb"
 
 
-def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
+def _inputs(config: Mapping[str, Any], shared: bool = False) -> tuple[Input, ...]:
     side, times, turned = config["patch_size"], config.get("patch_size_t") or 1, _turned(config)
     frames: int | str = f"{times}*frames" if times > 1 else "frames"
     sides: tuple[int | str, ...] = (f"{side}*rows", f"{side}*columns")
     text: int | str = "text_tokens"
     if _one_size(config):  # of video and of text, of which the table has rows of zeros
-        (frames, *sides), text = _size(config), config["max_text_seq_length"]  # type: ignore[assignment]
+        text = config["max_text_seq_length"]
+        if not shared:
+            frames, *sides = _size(config)  # type: ignore[assignment]
     ofs = (Input("ofs", (1,), "constant", fill="frames", first=2),) if config.get("ofs_embed_dim") else ()
     grid: tuple[int | str, ...] = ("frames", "rows", "columns")
-    if _one_size(config):
+    if _one_size(config) and not shared:
         grid = (frames // times, *(n // side for n in sides))  # type: ignore[operator]
     # In version 1.0 places are stretched into those of the size that it was trained at.
     within = None if times > 1 else (config["sample_height"] // side, config["sample_width"] // side)
@@ -145,6 +147,54 @@ _WHOLE = Whole(
 )
 
 
+def _ranges_shared(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {"batch": (1, 16), **{name: (1, most) for name, most in _tokens(config).items()}}
+
+
+def _sizes_shared(config: Mapping[str, Any], frames: int, height: int, width: int) -> dict[str, int]:
+    _latent_sizes(config, frames, height, width)
+    return _tokens(config)
+
+
+def _tokens(config: Mapping[str, Any]) -> dict[str, int]:
+    """Of the one size of a table."""
+    frames, height, width = _size(config)
+    return video_patches(config, frames // (config.get("patch_size_t") or 1), height, width)
+
+
+@contextmanager
+def _part_of_table(model: Any) -> Iterator[None]:
+    """The part of its table that is as large as what a rank has."""
+    import torch
+
+    embed, config = model.patch_embed, model.config
+    sides = [*_tokens(config).values()]
+    plain = {"use_positional_embeddings": False, "use_learned_positional_embeddings": False}
+
+    def forward(words: Any, video: Any) -> Any:
+        with replaced(embed, **plain):
+            tokens = type(embed).forward(embed, words, video)
+        table, text = embed.pos_embedding[0], words.shape[1]
+        frames, rows, columns = video.shape[1] // (embed.patch_size_t or 1), *_patches(embed, video)
+        part = table[text:].view(*sides, -1)[:frames, :rows, :columns]
+        return tokens + torch.cat([table[:text], part.flatten(0, 2)]).to(tokens.dtype)
+
+    with replaced(embed, forward=forward):
+        yield
+
+
+def _patches(embed: Any, video: Any) -> list[Any]:
+    return [side // embed.patch_size for side in video.shape[3:]]
+
+
+_SHARED = {
+    "inputs": partial(_inputs, shared=True),
+    "dimensions": _ranges_shared,
+    "latent_sizes": _sizes_shared,
+    "patched": _part_of_table,
+}
+
+
 def _call(model: Any, inputs: dict[str, Any]) -> Any:
     """The tables as two, a row for each token."""
     if _PLACES not in inputs:
@@ -165,7 +215,7 @@ def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _size_by_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if _one_size(config) and "sample_frames" in config:
-        return {"latent_size": _size(config)}
+        return {"latent_size": _size(config), "shared": _SHARED}
     return {"latent_size": (22, 96, 170)} if config.get("patch_size_t") else {}  # 1.5: 81 frames of 768 x 1360
 
 

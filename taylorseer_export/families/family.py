@@ -323,6 +323,7 @@ class Family:
         by_pipeline: Class name in `diffusers` of a pipeline -> what of this declaration is different in its folder.
         shared: What of this declaration is different where the latent's rows are shared out over ranks, which then is
             at one size alone; empty where nothing is.
+        undivided: Sizes of the latent that ranks do not share out, since the model tells their entries apart.
         derived: `config -> {name: tensor}` that the model gets for the length of the trace, to be used by `patched`.
         built: `model class -> context manager` in which a model is built that only is to be traced, without tables
             that would cost memory.
@@ -367,6 +368,7 @@ class Family:
     by_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = no_entries
     by_pipeline: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shared: Mapping[str, Any] = field(default_factory=dict)
+    undivided: tuple[str, ...] = ()
     derived: Callable[[Mapping[str, Any]], Mapping[str, Derived]] = no_entries
     built: Callable[[Any], AbstractContextManager[object]] = as_it_is
     patched: Callable[[Any], AbstractContextManager[object]] = as_it_is

@@ -100,7 +100,7 @@ class Placing:
     def _place_line(self, node: fx.Node) -> None:
         """`arange(R)`, or `arange(R + T)`, as places among all rows."""
         size: Any = node.args[-1]
-        if not self._counts_any(size) or not (self._counts_rows(size) or self._outermost):
+        if not self._counts_any(size) or not (self._counts_along(size) or self._outermost):
             return
         kind, later = node.meta["val"].dtype, node.next
         placed: fx.Node | None
@@ -194,6 +194,10 @@ class Placing:
     def _counts_rows(self, size: Any) -> bool:
         value = size.meta["val"] if isinstance(size, fx.Node) else size
         return isinstance(value, torch.SymInt) and written(value) == self.rows.symbol
+
+    def _counts_along(self, size: fx.Node) -> bool:
+        """Whether it counts what rows are made of along the dimension that is shared out: so many of each."""
+        return sympy.cancel(written(size.meta["val"]) / self.rows.symbol).is_number
 
     def _homogeneous(self, size: fx.Node) -> bool:
         """Whether N times the rows make it N times as large."""

@@ -11,7 +11,7 @@ leaves that dimension alone or it does not. So a model needs no mark of where it
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -44,6 +44,7 @@ _NORMS = ("layer_norm", "rms_norm")
 _ALONG = frozenset({"unbind", "select", "chunk", "split", "index_select", "repeat_interleave", "softmax", "cumsum"})
 _REDUCED = frozenset({"mean", "sum", "amax", "amin", "any", "all", "argmax", "argmin"})
 _PATCHES = ("conv1d", "conv2d", "conv3d")
+_POOLS = ("avg_pool1d", "avg_pool2d", "avg_pool3d")
 _EINSUM = "einsum"
 
 
@@ -264,7 +265,11 @@ class Rows:
         elif name == "pad":
             self._expect(node, not set(dims) & set(_padded(node, rank)))
         elif name in _PATCHES:
-            self._expect(node, _cuts_patches(node) and read == [source])
+            weight: Any = node.args[1]
+            self._expect(node, _cuts_patches(node, weight.meta["val"].shape[2:]) and read == [source])
+        elif name in _POOLS:
+            kernel: Any = node.args[1]
+            self._expect(node, _cuts_patches(node, kernel))
         elif name == "matmul":
             left, right = node.args[:2]
             inner = (self.dims(left), left.meta["val"].ndim - 1), (self.dims(right), max(right.meta["val"].ndim - 2, 0))  # type: ignore
@@ -364,7 +369,7 @@ def _reduced(node: fx.Node, rank: int) -> list[int]:
 def _padded(node: fx.Node, rank: int) -> list[int]:
     """The dimensions that are made longer, or shorter."""
     told: Any = node.args[1]
-    return [rank - 1 - k // 2 for k, size in enumerate(told) if not isinstance(size, int) or size]
+    return [rank - 1 - k // 2 for k, size in enumerate(told) if _size(size) != 0]
 
 
 def _bounds(segments: Iterable[Segment]) -> list[sympy.Expr]:
@@ -380,10 +385,9 @@ def _before(one: sympy.Expr, other: sympy.Expr) -> bool:
     return all(not term.could_extract_minus_sign() for term in sympy.Add.make_args(sympy.expand(other - one)))
 
 
-def _cuts_patches(node: fx.Node) -> bool:
-    """Whether a convolution takes every place once."""
-    weight: Any = node.args[1]
-    kernel = list(weight.meta["val"].shape[2:])
+def _cuts_patches(node: fx.Node, kernel: Sequence[int]) -> bool:
+    """Whether a convolution, or a mean of squares, takes every place once."""
+    kernel = list(kernel)
     stride: Any = _argument(node, "stride", 1)
     padding: Any = _argument(node, "padding", 0)
     dilation: Any = _argument(node, "dilation", 1)

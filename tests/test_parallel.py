@@ -206,6 +206,7 @@ FAMILIES = {
     "ltx-2-image": ("residual", "derivatives", {"height": 4, "width": 3}),
     "dit": ("module", "snapshots", {}),  # of one size
     "pixart": ("residual", "derivatives", {}),
+    "sana": ("module", "derivatives", {"height": 12}),  # sums over rows, and convolutions
     "cogvideox-table": ("last", "snapshots", {}),
 }
 
@@ -230,20 +231,11 @@ def test_every_family_that_is_shared_out_gives_what_its_model_gives(tmp_path, na
         assert collectives["full"] > 0 == collectives["prepare"] == collectives["forecast"]
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("sana", r"operator `matmul` of `transformer_blocks.0.attn1` mixes rows along `rows`"),
-    ],
-)
-def test_a_family_that_is_not_shared_out_says_why(tiny, traced, name, said):
-    with pytest.raises((ConfigError, ExportError), match=said):
-        shared_out(traced(name), parallel_options("gather", 2))
-
-
 MIXING = {
     "a mean over rows": lambda m, x, t, text, label: m.site(x) + x.mean(1, True),
-    "a product over rows": lambda m, x, t, text, label: m.site(x) + x @ (x.transpose(1, 2) @ x),
+    "a product over rows and words": lambda m, x, t, text, label: (
+        m.site(x) + x @ (torch.cat([x, text], 1).transpose(1, 2) @ torch.cat([x, text], 1))
+    ),
     "a sum of rows so far": lambda m, x, t, text, label: m.site(x).cumsum(1),
     "the number of rows and of words": lambda m, x, t, text, label: (
         m.site(x) + torch.cat([x, text], 1).mean(2, True).sum() / torch.cat([x, text], 1).shape[1]

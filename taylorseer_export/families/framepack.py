@@ -67,7 +67,9 @@ def _forward(model: Any, hidden_states: Any, timestep: Any, guidance: Any, retur
     image = model.image_projection(given["image_embeds"])
     text = torch.cat([image, model.context_embedder(given["encoder_hidden_states"], timestep, mask)], 1)
     words = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, dtype=torch.int)[:, None]
-    seen = torch.cat([words.new_ones(words.shape[0], of.shape[1]) for of in (tokens, image)] + [words], 1)[:, None, None]
+    seen = torch.cat([words.new_ones(words.shape[0], of.shape[1]) for of in (tokens, image)] + [words], 1)[
+        :, None, None
+    ]
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         tokens, text = block(tokens, text, temb, seen, rotary)
     tokens = model.proj_out(model.norm_out(tokens[:, -target.shape[1] :], temb))

@@ -258,10 +258,10 @@ class Rows:
         elif name in _REDUCED:
             self._expect(node, not set(dims) & set(_reduced(node, rank)))
         elif name in _ALONG:
-            along: Any = _argument(node, "dim", 0)
+            along: Any = argument(node, "dim", 0)
             self._expect(node, along is not None and along % max(rank, 1) not in dims)
         elif name == "topk":
-            self._expect(node, _argument(node, "dim", -1) % rank not in dims)
+            self._expect(node, argument(node, "dim", -1) % rank not in dims)
         elif name == "pad":
             self._expect(node, not set(dims) & set(_padded(node, rank)))
         elif name in _PATCHES:
@@ -361,7 +361,7 @@ def _pointwise(node: fx.Node) -> bool:
 
 
 def _reduced(node: fx.Node, rank: int) -> list[int]:
-    dims: Any = _argument(node, "dim", None)
+    dims: Any = argument(node, "dim", None)
     given = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     return [dim % max(rank, 1) for dim in given]
 
@@ -388,16 +388,16 @@ def _before(one: sympy.Expr, other: sympy.Expr) -> bool:
 def _cuts_patches(node: fx.Node, kernel: Sequence[int]) -> bool:
     """Whether a convolution, or a mean of squares, takes every place once."""
     kernel = list(kernel)
-    stride: Any = _argument(node, "stride", 1)
-    padding: Any = _argument(node, "padding", 0)
-    dilation: Any = _argument(node, "dilation", 1)
+    stride: Any = argument(node, "stride", 1)
+    padding: Any = argument(node, "padding", 0)
+    dilation: Any = argument(node, "dilation", 1)
     spread = [stride] * len(kernel) if isinstance(stride, int) else list(stride) * (len(kernel) // len(stride))
     none = all(p in (0, "valid") for p in (padding if isinstance(padding, list | tuple) else [padding]))
     close = all(d == 1 for d in (dilation if isinstance(dilation, list | tuple) else [dilation]))
     return kernel == spread and none and close
 
 
-def _argument(node: fx.Node, name: str, default: Any) -> Any:
+def argument(node: fx.Node, name: str, default: Any) -> Any:
     """An argument of a call by its name in the operator's schema."""
     if name in node.kwargs:
         return node.kwargs[name]

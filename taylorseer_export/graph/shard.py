@@ -35,7 +35,7 @@ from taylorseer_export.bundle.shapes import is_multiple, names, resolve
 from taylorseer_export.errors import ExportError
 from taylorseer_export.families.family import Input
 from taylorseer_export.graph.cut import Cut
-from taylorseer_export.graph.placing import Placing
+from taylorseer_export.graph.mixing import Mixing
 from taylorseer_export.graph.rewrite import call
 from taylorseer_export.graph.rowwise import Rows, Segment, attentions
 from taylorseer_export.graph.trace import Trace, eliminate_dead
@@ -74,6 +74,7 @@ def shard(trace: Trace, mode: Mode, ranks: int, dimension: str, family: str) -> 
     rows = Rows(trace.module.graph, symbol, dimension, family, None if outermost else symbol * inside)
     pass_ = _Pass(trace, mode, ranks, rows, outermost)
     pass_.place_rows()
+    pass_.mix()
     rows.check(pass_.placed)
     for node in attentions(trace.module.graph):
         pass_.share(node)
@@ -84,7 +85,7 @@ def shard(trace: Trace, mode: Mode, ranks: int, dimension: str, family: str) -> 
     return replace(trace, inputs=inputs)
 
 
-class _Pass(Placing):
+class _Pass(Mixing):
     """The changes to one graph."""
 
     def __init__(self, trace: Trace, mode: Mode, ranks: int, rows: Rows, outermost: bool) -> None:
@@ -177,9 +178,6 @@ class _Pass(Placing):
         told = [x, [1] * self.ranks, [1] * self.ranks, GROUP]
         return self._waited(torch.ops._c10d_functional.all_to_all_single.default, told)
 
-    def _waited(self, collective: Any, args: Sequence[Any]) -> fx.Node:
-        return self._call(torch.ops._c10d_functional.wait_tensor.default, self._call(collective, *args))
-
     def _seeing(self, mask: Any, node: fx.Node, dims: Sequence[int]) -> Any:
         """A mask over this rank's rows -> over all ranks', along some dimensions: those of the latent are seen alike.
 
@@ -240,11 +238,6 @@ class _Pass(Placing):
     def _extent(self, segment: Segment, times: int = 1) -> Any:
         extent = self._extent_of(segment.source, segment.dim)
         return extent if times == 1 else self._times(extent, times)
-
-    def _packed(self, x: fx.Node, order: Sequence[int] | None = None) -> fx.Node:
-        """In this order of dimensions, and so in memory, as collectives need it."""
-        moved = x if order is None else self._call(aten.permute.default, x, list(order))
-        return self._call(aten.clone.default, moved, memory_format=torch.contiguous_format)
 
 
 def counted(graphs: Mapping[str, fx.Graph]) -> dict[str, int]:

@@ -28,7 +28,7 @@ import oracle
 import torch
 from harness import allowed, as_arrays
 from kill_ranks import begun
-from parallel_page import EACH, copied, wire_by_shapes
+from parallel_page import copied, wire_by_shapes
 from randomised import randomised
 from ranks import Counting, denoisers_on_ranks, predicted, sound
 from tiny_bundles import options_of
@@ -51,7 +51,8 @@ _WITH_HEADS = (
     "cross_attention_dim", "num_cross_attention_heads", "audio_num_attention_heads", "audio_cross_attention_dim",
 )  # fmt: skip
 # Size of a latent -> what the inputs of a tiny model call it.
-_CALLED = {"image_tokens": "", "frames": "frames", "rows": "height", "columns": "width"}
+_CALLED = {"image_tokens": "", "video_tokens": "", "frames": "frames", "rows": "height", "columns": "width"}
+_OF_ONE_SIZE = ("dit", "pixart", "cogvideox-table")
 
 
 def wide(name):
@@ -72,7 +73,7 @@ def open_sizes(checkpoint) -> list[str]:
     told = [size for entry in _latent(checkpoint).shape for size in sorted(names(entry)) if size in _CALLED]
     found = [size for size in dict.fromkeys(told) if ranges[size][0] < ranges[size][1]]
     found = [size for size in found if size not in checkpoint.family.undivided]
-    return found[:1] if checkpoint.family.shared else found  # those of a square are divided alike
+    return found
 
 
 def sizes_along(name: str, sizes: list[str], dimension: str, ranks: int) -> dict[str, int]:
@@ -80,10 +81,14 @@ def sizes_along(name: str, sizes: list[str], dimension: str, ranks: int) -> dict
 
     Of Qwen-Image 2.1, whose tokens go by fours, into odd numbers of fours; HiDream's pictures are square.
     """
+    if name in _OF_ONE_SIZE:
+        return {}
     if name == "hidream":
         return {"side": 3 * ranks}
     if dimension == "image_tokens":
         return {"height": 2 * ranks, "width": 6} if name == "qwen-image-2.1" else {"height": ranks, "width": 5}
+    if dimension == "video_tokens":
+        return {"frames": 1, "height": ranks, "width": 5}
     return {_CALLED[size]: 3 * ranks if size == dimension else 3 for size in sizes}
 
 
@@ -147,7 +152,8 @@ def crossed(name: str, folder: Path, ranks, granularities, layouts, in_turn=Fals
     how, turns = list(product(granularities, layouts)), cycle(product(granularities, layouts))
     usually = {count: _usual_dimension(whole, count) for count in ranks}  # while the published size is the usual one
     for count, first in usually.items():
-        for size in sorted(sizes, key=lambda size: size != first) or [first]:
+        one = not sizes or whole.checkpoint.family.shared  # of those of one size each is divided where it can be
+        for size in [first] if one else sorted(sizes, key=lambda size: size != first):
             chosen = sizes_along(name, sizes, size, count)
             inputs = MODELS[name][2](model, len(PLAN), batch=BATCH, **chosen)
             reference = cache(partial(oracle.replay, model, *inputs, PLAN, ORDER))
@@ -162,7 +168,7 @@ def crossed(name: str, folder: Path, ranks, granularities, layouts, in_turn=Fals
                 for granularity, layout in how if size == first and not in_turn else [next(turns)]:
                     made = draft(shared, parallel_options(mode, count, granularity, layout, fixed))
                     assert made.parallel.dimension == size, f"cut along {made.parallel.dimension}, expected {size}"
-                    found = held(model, inputs, made, reference(granularity), (alone, whole))
+                    found = held(model, inputs, made, reference(granularity), (alone, whole), bool(chosen))
                     yield {**case, "granularity": granularity, "layout": layout, **found}
 
 
@@ -174,7 +180,7 @@ def _usual_dimension(whole: Traced, ranks: int) -> str:
         return next(iter(open_sizes(whole.checkpoint)), "")
 
 
-def held(model, inputs, made: Draft, reference: torch.Tensor, alone: tuple[Draft, Traced]) -> dict:
+def held(model, inputs, made: Draft, reference: torch.Tensor, alone: tuple[Draft, Traced], odd=True) -> dict:
     """What a case gave, and what was expected."""
     mode, ranks, dimension = made.parallel.mode, made.parallel.degree, made.parallel.dimension
     latents, timestep, conditioning = inputs
@@ -182,7 +188,7 @@ def held(model, inputs, made: Draft, reference: torch.Tensor, alone: tuple[Draft
 
     def one(denoiser):
         counting = Counting(denoiser.share.group)
-        sizes = denoiser.share.sizes(denoiser.sizes(latents.shape[1:], as_arrays(conditioning)))
+        sizes = denoiser.share.sizes(denoiser.sizes(latents.shape[1:], as_arrays(conditioning, denoiser.others)))
         seen = replayed(denoiser, inputs, PLAN)
         counts = sum(counting.calls.values()), counting.bytes
         return seen, replayed(denoiser, (latents[:2], timestep[:2], conditioning), "FF"), counts, sizes
@@ -209,9 +215,9 @@ def held(model, inputs, made: Draft, reference: torch.Tensor, alone: tuple[Draft
         ("ranks alike", not alike),
         *((what, found[what] != expected[what]) for what in expected),
         ("attentions", not formula["collectives"]),
-        ("rows even", mine[dimension] % 2 == 0 and mine[dimension] % 12),
+        ("rows even", odd and mine[dimension] % 2 == 0 and mine[dimension] % 12),
     ) if is_wrong]  # fmt: skip
-    numbers = {"collectives": graphs["full"], "attentions": formula["collectives"] // EACH[mode], "bytes": given}
+    numbers = {"collectives": graphs["full"], "bytes": given}
     told = {"found": found, "expected": expected} if wrong else {}
     return {"rows": mine[dimension], **held, **numbers, **told, "wrong": wrong}
 
@@ -225,9 +231,13 @@ def replayed(denoiser, inputs, plan) -> torch.Tensor:
 @torch.no_grad()
 def plain(model, inputs, steps) -> torch.Tensor:
     """noise_pred [S, ...] of the untouched model in float32."""
-    (latents, timestep, conditioning), call = inputs, oracle.FAMILIES[type(model).__name__].call
-    given = zip(latents[:steps], timestep[:steps], oracle.next_timesteps(model, timestep[:steps]), strict=True)
-    return torch.stack([call(model, t.expand(len(x)), hidden_states=x, **conditioning, **n) for x, t, n in given])
+    (latents, timestep, conditioning), family = inputs, oracle.FAMILIES[type(model).__name__]
+    others = [name for name, _ in family.others]
+    made = []
+    for step, told in enumerate(oracle.next_timesteps(model, timestep[:steps])):
+        given = {"hidden_states": latents[step], **oracle.at(conditioning, step, others), **told}
+        made.append(family.call(model, timestep[step].expand(len(latents[step])), **given))
+    return torch.stack(made)
 
 
 def _errors(seen: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

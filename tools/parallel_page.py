@@ -19,6 +19,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import prod
+from operator import attrgetter
 from typing import Any
 
 import cards
@@ -154,7 +156,7 @@ def by_shapes(made: Draft, traced: Traced, dimension: str, mine: Mapping[str, in
     one = replace(made, typical=dict(mine))
     layers = {str(node.args[1].target) for node in made.split.full.module.graph.nodes if _is_linear(node)}
     arithmetic = flops(one, made.split.full, traced.trace.names, layers)
-    for channels, rows, keys, local, _ in _attended(made, traced, dimension, mine, ranks):
+    for channels, rows, keys, local, *_ in _attended(made, traced, dimension, mine, ranks):
         all_keys = keys + (ranks - 1) * local
         alone = mode == "gather" or not local
         arithmetic += 4 * channels * (rows * all_keys if alone else all_keys * all_keys // ranks)
@@ -164,25 +166,60 @@ def by_shapes(made: Draft, traced: Traced, dimension: str, mine: Mapping[str, in
 def wire_by_shapes(
     made: Draft, traced: Traced, dimension: str, mine: Mapping[str, int], mode: str, ranks: int
 ) -> Counts:
-    """Collectives, and bytes that one rank sends, in a full step; from the attentions of the whole model."""
-    given = collectives = 0
-    for channels, rows, _, local, number in _attended(made, traced, dimension, mine, ranks):
-        if local:
+    """Collectives, and bytes that one rank sends, in a full step; from the attentions of the whole model.
+
+    Of one that looks from other rows at those of the latent, no queries are exchanged. A product over rows sends what
+    it makes, and a convolution the rows that it sees beyond both ends of a rank's.
+    """
+    given = collectives = Fraction(0)
+    for channels, rows, _, local, asking, number in _attended(made, traced, dimension, mine, ranks):
+        if local and asking:
             given += channels * number * rows_sent(mode, ranks, local, rows - local)
             collectives += EACH[mode]
-    return {"collectives": collectives, "sent": int(given)}
+        elif local:
+            back = (1, rows) if mode == "ulysses" else (0, 0)
+            given += channels * number * (ranks - 1) * Fraction(2 * local + back[1], ranks if back[0] else 1)
+            collectives += 2 + back[0]
+    for count in _mixed(made, traced, dimension, mine):
+        given += (ranks - 1) * count
+        collectives += 1
+    return {"collectives": int(collectives), "sent": int(given)}
+
+
+def _mixed(made: Draft, traced: Traced, dimension: str, mine: Mapping[str, int]) -> Iterator[int]:
+    """Bytes that a rank sends each other one for every product over rows of the latent, and for every convolution that
+    sees beyond its own row."""
+    one, two = (replace(made, typical={**mine, dimension: n * mine[dimension]}) for n in (1, 2))
+    for node in made.split.full.module.graph.nodes:
+        name = str(node.target)
+        if name not in ("aten.matmul.default", "aten.conv2d.default") or node.args[0].op == "placeholder":
+            continue
+        grows = [a != b for a, b in zip(*(_extents(node.args[0], sizes, traced) for sizes in (one, two)), strict=True)]
+        number = node.meta["val"].element_size()
+        if "matmul" in name and grows[-1]:
+            yield number * prod(_extents(node, one, traced))
+        elif "conv2d" in name and any(grows[2:]):
+            weight = attrgetter(str(node.args[1].target))(made.split.full.module)
+            beyond = weight.shape[2] // 2  # a patch is not seen beyond
+            patch = len(node.args) > 3 and node.args[3][0] > 1
+            if beyond and not patch:
+                pairs = zip(_extents(node.args[0], one, traced), grows, strict=True)
+                yield number * prod(2 * beyond if grew else size for size, grew in pairs)
 
 
 def _attended(
     made: Draft, traced: Traced, dimension: str, mine: Mapping[str, int], ranks: int
-) -> Iterator[tuple[int, int, int, int, int]]:
-    """Of every attention of a full step: batch x heads x width, rows, keys, how many of both are the latent's, and
-    bytes of a number."""
+) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """Of every attention of a full step: batch x heads x width, rows, keys, how many of the keys are the latent's, how
+    many of the rows, and bytes of a number."""
     one, every = (replace(made, typical={**mine, dimension: n * mine[dimension]}) for n in (1, ranks))
     for node in attentions(made.split.full.module.graph):
         (batch, heads, rows, width), (*_, keys, _) = (_extents(source, one, traced) for source in node.args[:2])
-        local = (_extents(node.args[1], every, traced)[2] - keys) // (ranks - 1)
-        yield batch * heads * width, rows, keys, local, node.args[1].meta["val"].element_size()
+        asking, local = (
+            (_extents(source, every, traced)[2] - count) // (ranks - 1)
+            for source, count in zip(node.args[:2], (rows, keys), strict=True)
+        )
+        yield batch * heads * width, rows, keys, local, asking, node.args[1].meta["val"].element_size()
 
 
 def rows_sent(mode: str, ranks: int, local: int, others: int) -> Fraction:

@@ -29,6 +29,7 @@ from tiny_models import MODELS
 from tiny_pipelines import flux_pipeline
 from torch import distributed
 
+from taylorseer_export.bundle.manifest import Sections
 from taylorseer_export.bundle.store import open_bundle
 from taylorseer_export.compile import torch_tensorrt
 from taylorseer_export.compile.eager import eager_modules
@@ -45,6 +46,7 @@ from taylorseer_export.runtime.group import Group
 from taylorseer_export.runtime.joined import Joined
 from taylorseer_export.runtime.lead import leave
 from taylorseer_export.runtime.sampling import Beginning, Loop, Request, denoise, sample
+from taylorseer_export.runtime.sections import Course
 from taylorseer_export.runtime.share import check_ranks, whole_of
 from taylorseer_export.runtime.slot import Slot
 from taylorseer_export.runtime.tensors import tensor_request
@@ -386,8 +388,9 @@ def test_rank_0_leads_and_the_others_follow(shared, request_):
                 loop.accept(branches.step(loop.model_input()))
             leave(denoiser.share.group, denoiser.share.lead, loop, branches)
             again = sample(denoiser, request_, forecasts)
-            with pytest.raises(ConfigError, match="a video in sections is asked of several ranks, expected none"):
-                encoded(replace(request_, course="one"), forecasts)
+            driven = DrivenCourse(*[None] * 3, 2, 5, {}, np.zeros(1), np.zeros(1))
+            with pytest.raises(ConfigError, match="a video in sections that others drive is asked of several ranks, e"):
+                encoded(replace(request_, course=driven), forecasts)
             return first.latents, again.latents, loop.step, again.executed
 
     (first, again, left, executed), other = sound(denoisers_on_ranks(shared("flux", "gather", 2), work))
@@ -450,8 +453,12 @@ def test_what_is_sent_is_what_is_asked():
         assert decoded(encoded(request, forecasts, request.lora), request.lora)[0].lora == request.lora
         one = DrivenCourse(*[None] * 3, 1, 5, {}, value, value)  # a section of which the request has all
         assert encoded(replace(request, course=one), forecasts) == encoded(request, forecasts)
-        with pytest.raises(ConfigError, match="a video in sections is asked of several ranks"):
+        with pytest.raises(ConfigError, match="a video in sections that others drive is asked of several ranks"):
             encoded(replace(request, course=replace(one, count=2)), forecasts)
+        past = Sections(direction="backward", new="new", past=(("a", "b"),), usual=4)
+        again, _ = decoded(encoded(replace(request, course=Course(past, (2, 2), 3, 4, value)), forecasts))
+        assert (again.course.described, again.course.held) == (past, (2, 2))
+        assert (again.course.window, again.course.count) == (3, 4) and np.array_equal(again.course.picture, value)
     assert decoded(encoded(Request(value, {}, False, 0.0, 0, 0), forecasts))[0].negative is None
 
 

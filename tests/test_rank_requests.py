@@ -4,7 +4,7 @@
 
 import re
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +23,13 @@ from tiny_bundles import options_of, trace_of
 from tiny_pipelines import flux_pipeline
 from torch import distributed
 
+from taylorseer_export.bundle.manifest import Sections
 from taylorseer_export.bundle.store import Bundle, open_bundle
 from taylorseer_export.compile.eager import eager_modules
 from taylorseer_export.compile.export import describe, draft
 from taylorseer_export.embedded.requests import pictures_of, prompt_request
 from taylorseer_export.errors import ConfigError, StepError
+from taylorseer_export.families import FAMILIES
 from taylorseer_export.method import Guard
 from taylorseer_export.runtime.denoiser import Denoiser, load
 from taylorseer_export.runtime.denoiser import _hash as hash_of
@@ -35,6 +37,7 @@ from taylorseer_export.runtime.eager import EagerRunner
 from taylorseer_export.runtime.following import follow
 from taylorseer_export.runtime.group import Group
 from taylorseer_export.runtime.sampling import Loop, denoise, preview_steps, sample
+from taylorseer_export.runtime.sections import course_of
 from taylorseer_export.runtime.share import whole_of
 from taylorseer_export.runtime.tensors import NEGATIVE, tensor_request
 from taylorseer_export.runtime.trajectory import random_conditioning
@@ -130,6 +133,51 @@ def test_a_request_on_ranks_is_that_of_one_process(shared, tiny, files, name, ra
     branches = [{n: torch.from_numpy(value) for n, value in branch.items()} for branch in request.branches]
     expected = torch.cat([oracle.replay(teller, given, times, branch, PLAN, ORDER) for branch in branches], 1)
     assert_close(name, torch.from_numpy(np.stack(answers)), expected, allowed(model, expected, PLAN, ORDER))
+
+
+def test_a_video_in_sections_on_ranks_is_that_of_one_process(tiny):
+    """FramePack: each section is told what all ranks made before it, where all call alike and where rank 0 leads.
+
+    Predictions of a section are the model's within the bound; what is made of them is what one process makes.
+    """
+    changes = {"engine": "inductor", "parallel": "gather", "degree": 2}
+    options = options_of("residual", "snapshots", ORDER, **changes)
+    made, model = draft(trace_of("framepack", tiny("framepack").folder, options), options), tiny("framepack").model
+    one, sizes = one_of(made), {"frames": 2, "rows": 2, "columns": 3, "text_tokens": 5, "batch": 1}
+    tensors = random_conditioning(one, {**{n: d.typical for n, d in one.manifest.dimensions.items()}, **sizes})
+    asked = tensor_request(one, tensors, [3], sizes)
+    (_, channels, _, *sides), count = asked.latents.shape, 2
+    picture = np.random.default_rng(5).normal(size=(1, channels, 1, *sides)).astype(np.float32)
+    described = Sections(**asdict(FAMILIES["framepack"].whole.sections))
+    course = replace(course_of(one.manifest, described, count, picture), window=sizes["frames"])
+    request = replace(asked, latents=np.concatenate([asked.latents, -asked.latents], 2), course=course)
+
+    def led(denoiser):
+        with denoiser:
+            forecasts = denoiser.forecasts(plan=PLAN, order=ORDER)
+            return "followed" if follow(denoiser) else sample(denoiser, request, forecasts)
+
+    seen = sound(denoisers_on_ranks(made, lambda denoiser: drawn(denoiser, request)))
+    result, other = sound(denoisers_on_ranks(made, led))
+    assert other == "followed" and result.executed == PLAN * count
+    loop, told = Loop(one, request, one.forecasts(plan=PLAN, order=ORDER)), []
+    for parts in zip(*(predictions for predictions, *_ in seen), strict=True):
+        if loop.begins:
+            told.append((loop.conditioning[0], loop.model_timesteps, [], []))
+        told[-1][2].append(loop.model_input())
+        told[-1][3].append(np.concatenate(parts, 3))  # rows
+        loop.accept(told[-1][3][-1])
+    for latents in (result.latents, *(latents for _, _, latents, _ in seen)):
+        assert np.array_equal(latents, loop.latents)
+    assert loop.latents.shape[2] == 1 + count * sizes["frames"] and len(told) == count
+    for number, (given, times, inputs, answers) in enumerate(told):
+        constants = {name: torch.from_numpy(np.asarray(value)) for name, value in given.items()}
+        expected = oracle.replay(
+            model, torch.from_numpy(np.stack(inputs)), torch.from_numpy(times.astype(np.float32)), constants, PLAN,
+            ORDER, "residual",
+        )  # fmt: skip
+        bound = allowed(model, expected, PLAN, ORDER)
+        assert_close(f"section {number}", torch.from_numpy(np.stack(answers)), expected, bound)
 
 
 def test_a_lora_is_sent_once_and_its_strength_each_time(shared, files):

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from taylorseer_export.bundle.manifest import Sections
 from taylorseer_export.errors import ConfigError, RankError, StepError
 from taylorseer_export.method import Forecasts, Guard, Plan
 from taylorseer_export.runtime.adapter import Adapter
@@ -28,6 +29,7 @@ from taylorseer_export.runtime.group import Group
 from taylorseer_export.runtime.joined import Joined
 from taylorseer_export.runtime.lead import END, Lead, ready
 from taylorseer_export.runtime.sampling import Beginning, Loop, Request, denoise
+from taylorseer_export.runtime.sections import Course
 
 _NUMBERS = ("guided", "guidance_scale", "height", "width", "previews")
 
@@ -104,11 +106,13 @@ def encoded(request: Request, forecasts: Forecasts, sent: Adapter | None = None)
         sent: The LoRA that all ranks have; of one with its matrices only the strength is sent.
 
     Raises:
-        ConfigError: It is of sections, but for the one of a short video that others drive.
+        ConfigError: It is of several sections that others drive, each of which is made with a decoder.
     """
-    course = request.course  # of such a one the request itself has all that it is given
-    if course is not None and not (isinstance(course, DrivenCourse) and course.count == 1):
-        raise ConfigError("a video in sections is asked of several ranks, expected none; run it on one")
+    course = request.course
+    if isinstance(course, DrivenCourse) and course.count > 1:
+        raise ConfigError(
+            "a video in sections that others drive is asked of several ranks, expected one; run it on one"
+        )
     arrays: dict[str, np.ndarray] = {"latents": request.latents}
     arrays |= {f"conditioning/{name}": np.asarray(value) for name, value in request.conditioning.items()}
     arrays |= {f"negative/{name}": np.asarray(value) for name, value in (request.negative or {}).items()}
@@ -116,6 +120,10 @@ def encoded(request: Request, forecasts: Forecasts, sent: Adapter | None = None)
     facts["negative"] = request.negative is not None
     if request.sigmas is not None:
         arrays["sigmas"] = request.sigmas
+    if isinstance(course, Course):  # of one section that others drive, the request itself has all that it is given
+        arrays["course"] = course.picture
+        facts["course"] = {name: getattr(course, name) for name in ("held", "window", "count")}
+        facts["course"]["described"] = course.described.model_dump(mode="json")
     if (joined := request.joined) is not None:
         arrays["joined"], facts["joined"] = joined.value, {"axis": joined.axis, "ahead": joined.ahead}
     if (begins := request.beginning) is not None:
@@ -153,6 +161,10 @@ def decoded(told: bytes, kept: Adapter | None = None) -> tuple[Request, Forecast
             arrays |= {"lora/matrices": kept.matrices, "lora/ups": kept.ups}
         matrices, ups = arrays["lora/matrices"], arrays["lora/ups"]
         lora = Adapter(tuple(one["given"]), matrices, ups, one["layers"], tuple(one["unread"]), one["strength"])
+    course = None
+    if (one := facts.pop("course", None)) is not None:
+        described = Sections.model_validate_json(json.dumps(one["described"]))
+        course = Course(described, tuple(one["held"]), one["window"], one["count"], arrays["course"])
     request = Request(
         arrays["latents"],
         _under("conditioning", arrays),
@@ -160,6 +172,7 @@ def decoded(told: bytes, kept: Adapter | None = None) -> tuple[Request, Forecast
         negative=_under("negative", arrays) if named else None,
         joined=joined,
         beginning=begins,
+        course=course,
         lora=lora,
         **facts,
     )

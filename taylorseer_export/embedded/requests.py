@@ -37,7 +37,7 @@ from taylorseer_export.runtime.places import ROWS, sides_of
 from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Request, Result, latents_of, noise_of
 from taylorseer_export.runtime.sections import frames_of_section, sections_of, window_of
-from taylorseer_export.runtime.tensors import NEGATIVE, latent_sizes, tensor_request
+from taylorseer_export.runtime.tensors import NEGATIVE, channel_axis, extents_of, latent_sizes, tensor_request
 
 
 def prompt_request(
@@ -189,9 +189,10 @@ def usual_size(manifest: Manifest) -> tuple[int, ...]:
         return tuple(manifest.sampling.latent_scale * side for side in shown)
     typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
     side = manifest.sampling.latent_scale * manifest.pipeline.packing
-    latent = resolve(manifest.graphs["full"].input_of("latent").shape, typical)
+    latent = extents_of(manifest, resolve(manifest.graphs["full"].input_of("latent").shape, typical))
     rows, columns = sides_of(typical[ROWS]) if manifest.pipeline.packing > 1 else latent[-2:]
-    frames = [manifest.sampling.time_scale * (count - 1) + 1 for count in latent[2:-2]]
+    pictured = "decode" in manifest.parts and frame_rate(manifest) is None
+    frames = [] if pictured else [manifest.sampling.time_scale * (count - 1) + 1 for count in latent[:-2]]
     if (sections := sections_of(manifest)) is not None:
         frames = [frames_of_section(manifest) * sections.usual + 1]
     if (driven := driven_of(manifest)) is not None:
@@ -336,7 +337,12 @@ def pictures_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np
                 return decoded_in_sections(denoiser.decoder, latents, window, sections)
         side = denoiser.manifest.sampling.latent_scale * packing
         sides = (request.height // side, request.width // side)
-        return decoded(denoiser.decoder, latents if packing == 1 else latents_of(latents, *sides, packing))
+        if packing > 1:
+            return decoded(denoiser.decoder, latents_of(latents, *sides, packing))
+        if latents.ndim == 5:
+            latents = np.moveaxis(latents, channel_axis(denoiser.manifest), 1)
+            latents = latents[:, :, 0] if frame_rate(denoiser.manifest) is None else latents
+        return decoded(denoiser.decoder, latents)
     if decoder is None:
         raise ConfigError(
             f"bundle {denoiser.manifest.family}-{denoiser.manifest.name} has no picture decoder, expected one "

@@ -26,6 +26,7 @@ from taylorseer_export.runtime.sampling import Request, noise_of, tokens_of
 from taylorseer_export.runtime.sections import frames_of_section, sections_of, window_of
 
 NEGATIVE = "negative_"  # before the name of an input: its value for the unconditional half or branch
+BLANK = "visual_cond"  # what a pipeline asks a transformer whose channels for a picture are zeros where there is none
 
 
 def tensor_request(
@@ -169,6 +170,12 @@ def channel_axis(manifest: Manifest) -> int:
     return {"rotary": 2, "channels-last": 4}.get(manifest.pipeline.arguments, 1)
 
 
+def extents_of(manifest: Manifest, latent: Sequence[Any]) -> tuple[Any, ...]:
+    """(frames, rows, columns) in latent pixels of the latent of a video, of a picture without frames, by its shape."""
+    axis = channel_axis(manifest)
+    return (*latent[1:axis], *latent[axis + 1 :])
+
+
 def noise_shape(manifest: Manifest, latent: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of what is sampled, for a transformer's latent of this shape, which may have more channels."""
     axis, graph = channel_axis(manifest), manifest.graphs["full"]
@@ -203,6 +210,8 @@ def joined_to(
                 f"input `{CONDITION}` is given, expected none for a model from text alone; leave it out of --inputs"
             )
         return None, latent
+    if condition is None and manifest.pipeline.attributes.get(BLANK):
+        condition = np.zeros((1, *expected[1:]), np.float32)
     if condition is None:
         raise ConfigError(
             f"input `{CONDITION}` is missing, expected float32 {list(expected)}, the picture that the video begins "
@@ -258,6 +267,8 @@ def latent_sizes(
     refuse_several(manifest, option)
     latent, sampling, packing = manifest.graphs["full"].input_of("latent"), manifest.sampling, manifest.pipeline.packing
     shown, video = "x".join(map(str, pixels)), len(latent.shape) == 5
+    if video and len(pixels) == 2 and extents_of(manifest, latent.shape)[0] == 1:  # a picture is the one frame
+        pixels = (1, *pixels)
     if len(pixels) != 2 + video:
         form = "FxHxW (frames first)" if video else "HxW"
         raise ConfigError(f"{option} is {shown}, expected {form} for family {manifest.family}; write it so")
@@ -276,8 +287,7 @@ def latent_sizes(
         )
     rows, columns = height // side, width // side
     made = [rows * columns] if packing > 1 else [*((f - 1) // sampling.time_scale + 1 for f in frames), rows, columns]
-    axis = 2 if packing > 1 else channel_axis(manifest)
-    shape = latent.shape[1:2] if packing > 1 else latent.shape[1:axis] + latent.shape[axis + 1 :]
+    shape = latent.shape[1:2] if packing > 1 else extents_of(manifest, latent.shape)
     try:
         sizes = match(shape, tuple(made), {}, option)
     except StepError as error:

@@ -19,6 +19,7 @@ import torch
 from diffusers import Kandinsky5T2IPipeline, Kandinsky5T2VPipeline
 from diffusers.models.transformers import transformer_kandinsky
 from harness import eager_denoiser
+from images_api import client_of, ended, frames_of, models_over, picture_in, serving
 from PIL import Image
 from pipelines_with_parts import OTHER, PROMPT, depth_and_length, drawn, encoders_of
 from test_families import Unrounded
@@ -33,11 +34,13 @@ from taylorseer_export.embedded.requests import pictures_of, prompt_request, usu
 from taylorseer_export.embedded.video import write_video
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.runtime.denoiser import load
 from taylorseer_export.runtime.places import value_from_fill
 from taylorseer_export.runtime.sampling import Loop, sample
 from taylorseer_export.serve import contract
 
-pytestmark = pytest.mark.slow
+# The client of videos says that its maker has ended them; see `test_whole_doors.py`.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")]
 
 VIDEO, PICTURE = "kandinsky-5", "kandinsky-5-t2i"
 SIZES = {VIDEO: (9, 32, 48), PICTURE: (32, 48)}
@@ -277,6 +280,36 @@ def test_run_draws_it_without_torch(whole, whole_bundles, name, tmp_path):
     else:
         write_video(tmp_path / "expected.webp", made, 24)
         assert out.read_bytes() == (tmp_path / "expected.webp").read_bytes()
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_door_draws_the_same(whole, whole_bundles, name, tmp_path):
+    """The HTTP API, which sends a video as MP4, and what Triton's model reads and says."""
+    denoiser, (*frames, height, width) = whole(name)[1], SIZES[name]
+    request = request_of(denoiser, name)
+    expected = pictures_of(denoiser, request, sample(denoiser, request, denoiser.forecasts(plan="FF")).latents)[0]
+    more = {"seed": SEED, "plan": "FF", "guidance_scale": SCALE, "negative_prompt": OTHER}
+    words = {"prompt": PROMPT, "model": "kandinsky-5-whole", "size": f"{width}x{height}"}
+    with load(whole_bundles(name), threads=1) as own:
+        with models_over(own, slots=1, queue=1, workers=1) as models, serving(models) as port:
+            client = client_of(port)
+            if name == PICTURE:
+                made = client.images.generate(**words, extra_body=more)
+                seen = picture_in(made.data[0].b64_json)
+            else:
+                job = client.videos.create(**words, extra_body={**more, "frames": frames[0]})
+                assert ended(client, job.id).status == "completed"
+                seen = frames_of(client.videos.download_content(job.id).read())
+                write_video(tmp_path / "expected.mp4", expected, 24)
+                expected = frames_of((tmp_path / "expected.mp4").read_bytes())
+    assert np.array_equal(seen, expected)
+    values = {"prompt": PROMPT.encode(), "negative_prompt": OTHER.encode()}
+    values = {key: np.array([value], object) for key, value in values.items()}
+    values |= {"seed": np.array([SEED]), "guidance_scale": np.array([SCALE]), "plan": np.array([b"FF"], object)}
+    values |= {key: np.array([value]) for key, value in contract.sides_named(SIZES[name]).items()}
+    asked = contract.ask(denoiser, "picture", values)
+    assert np.array_equal(asked.request.latents, request.latents)
+    assert ("frames" in {port.name for port in contract.inputs(denoiser.manifest, "picture")}) == (name == VIDEO)
 
 
 def test_a_picture_may_be_asked_for_as_one_frame(whole):

@@ -270,6 +270,7 @@ def test_run_draws_it_without_torch(whole, whole_bundles, name, tmp_path):
     start = "from taylorseer_export.cli import main; sys.exit(main(sys.argv[1:]))"
     asked = ["--prompt", PROMPT, "--negative-prompt", OTHER, "--guidance-scale", SCALE, "--seed", SEED, "--plan", "FF"]
     asked += ["--size", "x".join(map(str, SIZES[name])), "--threads", 1, "--out", out]
+    asked += ["--previews", 1] if name == PICTURE else []
     command = [sys.executable, "-c", absent + start, "run", whole_bundles(name), *asked]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -277,6 +278,7 @@ def test_run_draws_it_without_torch(whole, whole_bundles, name, tmp_path):
     (made,) = pictures_of(denoiser, request, sample(denoiser, request, denoiser.forecasts(plan="FF")).latents)
     if name == PICTURE:
         assert np.array_equal(np.asarray(Image.open(out)), made)
+        assert np.asarray(Image.open(tmp_path / "made-preview-1.png")).shape == made.shape
     else:
         write_video(tmp_path / "expected.webp", made, 24)
         assert out.read_bytes() == (tmp_path / "expected.webp").read_bytes()

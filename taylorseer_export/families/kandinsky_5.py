@@ -104,7 +104,8 @@ def _forward(
     return (made.flatten(1, 2).flatten(2, 3).flatten(3, 4),)
 
 
-# What its pipelines say to Qwen2.5-VL before the prompt, and how many tokens of it they leave out.
+# What its pipelines say to Qwen2.5-VL before the prompt, and how many tokens of it they leave out. Of diffusers 0.42:
+# older ones misspell a word, which is a token more.
 _VIDEO = (
     "You are a prompt engineer. Describe the video in detail.\n"
     "Describe how the camera moves or shakes, describe the zoom and view angle, whether it follows the objects.\n"

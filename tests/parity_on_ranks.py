@@ -24,14 +24,13 @@ from itertools import cycle, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import oracle
 import torch
 from harness import allowed, as_arrays
 from kill_ranks import begun
 from parallel_page import EACH, copied, wire_by_shapes
 from randomised import randomised
-from ranks import Counting, denoisers_on_ranks, sound
+from ranks import Counting, denoisers_on_ranks, predicted, sound
 from tiny_bundles import options_of
 from tiny_models import MODELS
 
@@ -72,6 +71,7 @@ def open_sizes(checkpoint) -> list[str]:
     ranges = checkpoint.family.dimensions(checkpoint.config)
     told = [size for entry in _latent(checkpoint).shape for size in sorted(names(entry)) if size in _CALLED]
     found = [size for size in dict.fromkeys(told) if ranges[size][0] < ranges[size][1]]
+    found = [size for size in found if size not in checkpoint.family.undivided]
     return found[:1] if checkpoint.family.shared else found  # those of a square are divided alike
 
 
@@ -128,7 +128,10 @@ def traced_for_ranks(name: str, folder: Path) -> Traced:
 
 def fixed_size(whole: Traced, latents: torch.Tensor) -> tuple[int, ...] | None:
     """That of the export, where the model is shared out at one size alone; none where it is at any."""
-    return (*latents.shape[-2:],) if whole.checkpoint.family.shared else None
+    checkpoint = whole.checkpoint
+    if not checkpoint.family.shared:
+        return None
+    return checkpoint.latent_size if len(checkpoint.latent_size) == 3 else (*latents.shape[-2:],)
 
 
 def crossed(name: str, folder: Path, ranks, granularities, layouts, in_turn=False) -> Iterator[dict]:
@@ -216,7 +219,7 @@ def held(model, inputs, made: Draft, reference: torch.Tensor, alone: tuple[Draft
 def replayed(denoiser, inputs, plan) -> torch.Tensor:
     """noise_pred [S, ...] of all ranks."""
     slot, latents = begun(denoiser, inputs, plan, ORDER)
-    return torch.from_numpy(denoiser.share.joined(np.stack([slot.step(latent) for latent in latents])))
+    return predicted(denoiser, slot, latents, inputs)
 
 
 @torch.no_grad()

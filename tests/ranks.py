@@ -87,10 +87,24 @@ def replay_on_ranks(draft, inputs, plan, order=None, work=None, guidance=False, 
         if work is not None:
             work(denoiser.share.group)
         slot, latents = begun(denoiser, inputs, plan, order, **options)
-        seen = torch.from_numpy(denoiser.share.joined(np.stack([slot.step(latent) for latent in latents])))
+        seen = predicted(denoiser, slot, latents, inputs)
         return (seen, slot.executed) if "guard" in options else seen
 
     return sound(denoisers_on_ranks(draft, one, guidance=guidance))
+
+
+def predicted(denoiser, slot, latents, inputs):
+    """noise_pred [S, ...] of all ranks, from this rank's latents of each step; of several latents one after the other,
+    flat, as those of a model that runs alone are compared."""
+    made, others = [], {n: denoiser.share.latents(inputs[2][n].numpy(), of) for n, of in denoiser.others.items()}
+    for step, latent in enumerate(latents):
+        beside = {name: values[step] for name, values in others.items()}
+        made.append([slot.step(latent, others=beside), *slot.others.values()])
+    taken = (denoiser.latent, *denoiser.others.values())
+    joined = [denoiser.share.joined(np.stack(one), of) for one, of in zip(zip(*made, strict=True), taken, strict=True)]
+    if len(joined) > 1:
+        joined = [one.reshape(*one.shape[:2], -1) for one in joined]
+    return torch.from_numpy(np.concatenate(joined, -1))
 
 
 def sound(results):

@@ -230,7 +230,7 @@ CASES = {
         {"0", "1"},
     ),
     "cogvideox": ("cogvideox", cogvideox_pipeline, VIDEO | {"width": 64} | EMBEDDED_WAN, {"cond_uncond"}),
-    "cogvideox-table": ("cogvideox-table", cogvideox_pipeline, VIDEO | EMBEDDED_WAN, {"cond_uncond"}),
+    "cogvideox-table": ("cogvideox-table", cogvideox_pipeline, VIDEO | {"width": 64} | EMBEDDED_WAN, {"cond_uncond"}),
     "cogvideox-image": (
         "cogvideox-image",
         cogvideox_image_pipeline,

@@ -192,6 +192,7 @@ FAMILIES = {
     "qwen-image-2.1": ("module", "derivatives", {"height": 8, "width": 6}),
     "sd3": ("residual", "snapshots", {"height": 12, "width": 3}),
     "hunyuan": ("module", "snapshots", {"height": 3, "width": 12}),
+    "hunyuan-replace": ("module", "derivatives", {"height": 12}),  # its first frame
     "hunyuan-1.5": ("last", "derivatives", {"height": 12}),
     "kandinsky-5": ("module", "derivatives", {"height": 12}),
     "cogvideox": ("residual", "snapshots", {"height": 12}),
@@ -200,6 +201,11 @@ FAMILIES = {
     "wan-vace": ("module", "derivatives", {"height": 3, "width": 12}),
     "wan-animate": ("last", "snapshots", {"height": 3, "width": 12}),
     "hidream": ("residual", "derivatives", {"side": 12}),
+    "ltx-2": ("module", "snapshots", {"height": 4, "width": 3}),  # its sound is whole on every rank
+    "ltx-2-image": ("residual", "derivatives", {"height": 4, "width": 3}),
+    "dit": ("module", "snapshots", {}),  # of one size
+    "pixart": ("residual", "derivatives", {}),
+    "cogvideox-table": ("last", "snapshots", {}),
 }
 
 
@@ -226,8 +232,6 @@ def test_every_family_that_is_shared_out_gives_what_its_model_gives(tmp_path, na
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("ltx-2", "has 2 latents, expected one, whose rows are shared out"),
-        ("dit", "is of one size alone, expected a size that --degree 2 divides"),
         ("sana", r"operator `matmul` of `transformer_blocks.0.attn1` mixes rows along `rows`"),
         ("framepack", r"operator `pad` of `clean_x_embedder` .* along `rows`"),
     ],

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.families import FAMILIES
+from taylorseer_export.runtime.ddim import DDIM, VelocityDDIM
 from taylorseer_export.runtime.noise import BLOCK, HIGHEST_SEED, LOWEST_SEED, normals
 from taylorseer_export.runtime.sampling import noise_of
 from taylorseer_export.runtime.schedulers import FlowEuler
-from taylorseer_export.runtime.solvers import DDIM, DPMSolver, UniPC, linear
+from taylorseer_export.runtime.solvers import DPMSolver, UniPC, linear
 
 UNIT = 2.0**-24  # half of what lies between 1 and the next float32
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -433,6 +434,89 @@ def test_more_steps_than_ddim_has():
         DDIM.of({**PLAIN, "num_train_timesteps": 7}).set(8)
 
 
+# CogVideoX's
+
+
+VELOCITY = {"prediction_type": "v_prediction"}
+
+
+def velocity_ddim(shares, after, noise, answers):
+    """(latents, end) after each step, by angles: `x = cos end + sin noise` and `v = cos noise - sin end`.
+
+    With them `x' = cos' end + sin' noise` is `sin' / sin x + sin(angle - angle') / sin end`. Each weight is rounded
+    once, for which two units leave what float64 rounds before.
+    """
+    latents, made = Rounded(noise), []
+    for share, then, answer in zip(shares, after, answers, strict=True):
+        now, next_ = np.arccos(np.sqrt(share)), np.arccos(np.sqrt(then))
+        weights = np.cos(now), np.sin(now), np.sin(next_) / np.sin(now), np.sin(now - next_) / np.sin(now)
+        cosine, sine, kept, added = (Rounded.of(value, 0.0, 2) for value in weights)
+        end = cosine * latents - sine * Rounded(answer)
+        latents = kept * latents + added * end
+        made.append((latents, end))
+    return made
+
+
+def both_velocity(steps, **config):
+    """(ours, diffusers'), set."""
+    ours, theirs = VelocityDDIM.of(VELOCITY | config), diffusers.CogVideoXDDIMScheduler(**VELOCITY, **config)
+    ours.set(steps)
+    theirs.set_timesteps(steps)
+    return ours, theirs
+
+
+def shares_of(theirs, steps):
+    """(share of each step, share of what comes after it), as diffusers looks them up."""
+    before = theirs.timesteps.numpy() - theirs.config.num_train_timesteps // steps
+    products = theirs.alphas_cumprod.numpy()
+    return products[theirs.timesteps.numpy()], np.where(before >= 0, products[before], 1.0)
+
+
+@given(
+    st.integers(1, 60),
+    st.sampled_from([60, 1000, 1001]),
+    st.tuples(st.floats(1e-4, 0.01), st.floats(1e-3, 0.05)),
+    st.tuples(st.sampled_from([1.0, 3.0, 0.7]), st.booleans(), st.sampled_from(["leading", "linspace", "trailing"])),
+    st.integers(0, 9),
+)
+@example(50, 1000, (0.00085, 0.012), (1.0, True, "trailing"), 0)
+@example(1, 1000, (0.00085, 0.012), (1.0, True, "trailing"), 0)
+def test_ddim_of_a_velocity_is_within_the_rounding_of_diffusers(steps, count, betas, kind, seed):
+    shift, to_zero, spacing = kind
+    ours, theirs = both_velocity(
+        steps, num_train_timesteps=count, beta_start=betas[0], beta_end=betas[1], snr_shift_scale=shift,
+        rescale_betas_zero_snr=to_zero, timestep_spacing=spacing,
+    )  # fmt: skip
+    np.testing.assert_array_equal(ours.timesteps, theirs.timesteps.numpy())
+    noise, answers = drawn(steps, seed)
+    expected = velocity_ddim(*shares_of(theirs, steps), noise, answers)
+    found, other = loop(ours, noise, answers), loop_of_diffusers(theirs, noise, answers)
+    for k, ((latents, end), (seen, output)) in enumerate(zip(found, other, strict=True)):
+        assert expected[k][0].holds(latents) and expected[k][1].holds(end), k
+        assert expected[k][0].holds(seen) and expected[k][1].holds(output.pred_original_sample[0].numpy()), k
+
+
+@pytest.mark.parametrize("change", ["betas", "shift", "answer"])
+def test_the_comparison_with_ddim_of_a_velocity_can_fail(change):
+    noise, answers = drawn(10, 0)
+    ours, theirs = both_velocity(10)
+    expected = velocity_ddim(*shares_of(theirs, 10), noise, answers)
+    if change == "betas":
+        ours, _ = both_velocity(10, beta_end=0.01201)
+    if change == "shift":
+        ours, _ = both_velocity(10, snr_shift_scale=3.001)
+    if change == "answer":
+        answers[4] *= 1 + 1e-4
+    assert not all(e.holds(latents) for (e, _), (latents, _) in zip(expected, loop(ours, noise, answers), strict=True))
+
+
+def test_steps_that_ddim_of_a_velocity_has_not():
+    with pytest.raises(ValueError, match=r"`steps` is 8, expected at most 7"):
+        VelocityDDIM.of({**VELOCITY, "num_train_timesteps": 7}).set(8)
+    with pytest.raises(ValueError, match=r"`steps_offset` is 5, expected timesteps below 7; lower it"):
+        VelocityDDIM.of({**VELOCITY, "num_train_timesteps": 7, "steps_offset": 5}).set(3)
+
+
 # Which configs
 
 
@@ -446,12 +530,9 @@ def declared():
 
 def test_every_scheduler_of_a_family_needs_no_diffusers():
     """Under its own config, and under all entries that diffusers stores of it."""
-    kinds = {kind.name: kind for kind in (FlowEuler, UniPC, DPMSolver, DDIM)}
+    kinds = {kind.name: kind for kind in (FlowEuler, UniPC, DPMSolver, DDIM, VelocityDDIM)}
     seen = set()
     for family, kind, config in declared():
-        if kind not in kinds:
-            assert family == "cogvideox"  # its DDIM is diffusers' own here
-            continue
         stored = dict(getattr(diffusers, kind)(**config).config)
         assert kinds[kind].of(config) is not None, family
         assert kinds[kind].of(stored) is not None, family
@@ -483,7 +564,13 @@ def test_every_scheduler_of_a_family_needs_no_diffusers():
         {"steps_offset": True}, {"beta_start": 0}, {"num_train_timesteps": 0}, {"flow_shift": 0},
         {"final_sigmas_type": None}, {"lower_order_final": 1},
     )),
-    (UniPC, {}), (UniPC, {"use_flow_sigmas": True}), (DDIM, {}),
+    *((VelocityDDIM, VELOCITY | change) for change in (
+        {"prediction_type": "epsilon"}, {"beta_schedule": "linear"}, {"trained_betas": [0.1]},
+        {"set_alpha_to_one": False}, {"steps_offset": -1}, {"timestep_spacing": "x"}, {"rescale_betas_zero_snr": 1},
+        {"beta_start": 0}, {"beta_end": 1}, {"snr_shift_scale": 0}, {"num_train_timesteps": 0},
+        {"num_train_timesteps": 1, "rescale_betas_zero_snr": True},
+    )),
+    (UniPC, {}), (UniPC, {"use_flow_sigmas": True}), (DDIM, {}), (VelocityDDIM, {}),
 ])  # fmt: skip
 def test_what_is_not_here_is_left_to_diffusers(kind, config):
     assert kind.of(config) is None
@@ -590,12 +677,14 @@ import sys, hashlib
 import numpy as np
 from taylorseer_export.runtime.noise import normals
 from taylorseer_export.runtime.schedulers import FlowEuler
-from taylorseer_export.runtime.solvers import DDIM, DPMSolver, UniPC
+from taylorseer_export.runtime.ddim import DDIM, VelocityDDIM
+from taylorseer_export.runtime.solvers import DPMSolver, UniPC
 
 flow = {"use_dynamic_shifting": True}
 unipc = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 print(np.__version__)
-others = UniPC.of(unipc), DPMSolver.of({}), DPMSolver.of(unipc), DDIM.of({"clip_sample": False})
+velocity = VelocityDDIM.of({"prediction_type": "v_prediction"})
+others = UniPC.of(unipc), DPMSolver.of({}), DPMSolver.of(unipc), DDIM.of({"clip_sample": False}), velocity
 for made, more in ((FlowEuler.of(flow), {"mu": 0.7}), *((one, {}) for one in others)):
     total = hashlib.sha256()
     for steps in (7, 35, 50):

@@ -324,16 +324,22 @@ def cogvideox_pipeline(transformer):
     return _quiet(CogVideoXPipeline(None, None, None, transformer, _cogvideox_scheduler()))
 
 
-def cogvideox_image_pipeline(transformer):
+def whole_cogvideox(transformer):
+    """The same from a prompt; it draws an odd number of latent frames, three or more."""
+    config = transformer.config
+    parts = letters(226), tiny_t5(config.text_embed_dim), tiny_cogvideox_vae(config.out_channels)
+    return _quiet(CogVideoXPipeline(*parts, transformer, _cogvideox_scheduler()))
+
+
+def whole_cogvideox_image(transformer):
     """The same from a picture."""
-    vae = _seeded(
-        lambda: AutoencoderKLCogVideoX(
-            block_out_channels=(2, 2, 2, 2),
-            latent_channels=transformer.config.out_channels,
-            layers_per_block=1,
-            norm_num_groups=2,
-        )
-    )
+    parts = [*whole_cogvideox(transformer).components.values()]
+    return _quiet(CogVideoXImageToVideoPipeline(*parts))
+
+
+def cogvideox_image_pipeline(transformer):
+    """The same; the prompt is given as embeddings."""
+    vae = tiny_cogvideox_vae(transformer.config.out_channels)
     return _quiet(CogVideoXImageToVideoPipeline(None, None, vae, transformer, _cogvideox_scheduler()))
 
 
@@ -858,6 +864,14 @@ def tiny_qwen_image_21_vae(channels):
             num_res_blocks=1,
             latents_mean=[0.1 * k - 0.1 for k in range(channels)],
             latents_std=[1.0 + 0.1 * k for k in range(channels)],
+        )
+    )
+
+
+def tiny_cogvideox_vae(channels):
+    return _seeded(
+        lambda: AutoencoderKLCogVideoX(
+            block_out_channels=(2, 2, 2, 2), latent_channels=channels, layers_per_block=1, norm_num_groups=2
         )
     )
 

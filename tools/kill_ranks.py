@@ -82,7 +82,7 @@ def begun(denoiser, inputs, plan, order=None, **options):
     latents, timesteps, conditioning = (
         inputs[0].numpy(),
         inputs[1],
-        {n: value.numpy() for n, value in inputs[2].items()},
+        {n: value.numpy() for n, value in inputs[2].items() if n not in denoiser.others},
     )
     share = denoiser.share
     slot = denoiser.slot(denoiser.sizes(latents.shape[1:], conditioning), own=True)

@@ -724,7 +724,7 @@ def kandinsky_5_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_
     return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
 
 
-def tiny_cogvideox(seed=0, turned=True, layers=2, **more):
+def tiny_cogvideox(seed=0, turned=True, layers=2, frames=5, width=6, **more):
     """CogVideoX of width 32, patches of 2 x 2, float32, eval; `turned` has no table of places and any size."""
     config = {"in_channels": 4, "out_channels": 4, **more}
     return randomised(
@@ -734,9 +734,9 @@ def tiny_cogvideox(seed=0, turned=True, layers=2, **more):
             time_embed_dim=24,
             text_embed_dim=20,
             num_layers=layers,
-            sample_width=6,
+            sample_width=width,
             sample_height=4,
-            sample_frames=5,
+            sample_frames=frames,
             max_text_seq_length=6,
             use_rotary_positional_embeddings=turned,
             **config,
@@ -745,9 +745,10 @@ def tiny_cogvideox(seed=0, turned=True, layers=2, **more):
     )
 
 
-def cogvideox_inputs(model, steps, batch=1, frames=2, height=2, width=3, text_tokens=6, seed=0):
+def cogvideox_inputs(model, steps, batch=1, frames=2, height=2, width=None, text_tokens=6, seed=0):
     """Latents [S, B, F, C, H, W], timesteps [S] (from 999 down), conditioning; sizes in patches."""
     config, rng = model.config, torch.Generator().manual_seed(seed)
+    width = width or config.sample_width // 2
     timestep = torch.linspace(999.0, 999.0 / steps, steps).round()
     conditioning = {"encoder_hidden_states": torch.randn(batch, text_tokens, config.text_embed_dim, generator=rng)}
     if config.ofs_embed_dim:
@@ -942,7 +943,7 @@ MODELS = {
     "kandinsky-5": ("kandinsky-5", tiny_kandinsky_5, kandinsky_5_inputs),
     "kandinsky-5-t2i": ("kandinsky-5", lambda: tiny_kandinsky_5(1, visual_cond=False), kandinsky_5_inputs),
     "cogvideox": ("cogvideox", tiny_cogvideox, cogvideox_inputs),
-    "cogvideox-table": ("cogvideox", lambda: tiny_cogvideox(1, turned=False, layers=1), cogvideox_inputs),
+    "cogvideox-table": ("cogvideox", lambda: tiny_cogvideox(1, turned=False, layers=1, width=8), cogvideox_inputs),
     "cogvideox-image": (
         "cogvideox",
         lambda: tiny_cogvideox(2, layers=1, in_channels=8, patch_size_t=2, ofs_embed_dim=24),

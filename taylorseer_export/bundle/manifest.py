@@ -54,7 +54,7 @@ Role = Literal[
     "latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred",
     "probe_in", "probe_out", "error", "carried", "tokens", "picture", "cache_in", "cache_out", "lora",
 ]  # fmt: skip
-Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "scales", "guidance", "next"]
+Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "scales", "turns", "guidance", "next"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
 
 
@@ -87,12 +87,16 @@ class Tensor(Part):
         "grid: (first, row, column) of each token, and zeros. line: zeros, and the number of each token. diagonal: a "
         "zero, and that number in all other places. sides: (1, rows, columns) of each picture in tokens, the latent "
         "first. frames: first, first + 1 and so on. scales: (1, 2, 2) where rows and columns are 30 to 53 each, else "
-        "(1, 3.16, 3.16). guidance: the guidance scale times the pipeline's guidance_factor. next: of an input of role "
-        "step, the timestep of the next step, that of no noise behind the last.",
+        "(1, 3.16, 3.16). turns: cosines and sines of the places of tokens. guidance: the guidance scale times the "
+        "pipeline's guidance_factor. next: of an input of role step, the timestep of the next step, that of no noise "
+        "behind the last.",
     )
     first: int = Field(default=0, description="Where the fills grid and frames begin.")
     corner: int = Field(default=0, description="Row and column of the first token of the fill grid.")
     spacing: float = Field(default=1.0, description="Between rows and columns of the fill grid.")
+    within: tuple[Size, Size] | None = Field(
+        default=None, description="Sides that places of the fill turns are within."
+    )
 
 
 class Graph(Part):
@@ -295,12 +299,13 @@ class PipelinePart(Part):
         "same, or mean and deviation of latents that a loop begins with; of a video the first latent frame of what it "
         "has beside the noise, any other being zeros where there is no graph `later`, or with sections mean and "
         "deviation of the latents of that frame. decode: latents of a sample in, its picture out; of a video its first "
-        "latent frame alone, or one tile."
+        "latent frame alone, as many as its shape says, or one tile."
     )
-    later: Graph | None = Field(default=None, description="Of videos: any later latent frame, by caches.")
+    later: Graph | None = Field(default=None, description="Of videos: any later ones, by caches.")
     tiles: Tiles | None = Field(default=None, description="Of decode of videos that are decoded in tiles.")
     frame_rate: Size | None = Field(default=None, description="Of decode of videos: frames per second.")
     dropped: Count = Field(default=0, description="Of decode of videos: leading frames that are left out of the video.")
+    skipped: Count = Field(default=0, description="Of decode of videos: leading latent frames that it is not given.")
     dimensions: dict[SizeName, Dimension] = Field(description="Range of every symbolic size of its own, by name.")
     tokens: tuple[Tokens, ...] = Field(default=(), description="Of text: how a prompt becomes its inputs.")
     shown: Shown | None = Field(

@@ -286,8 +286,8 @@ def _of_decode(manifest: Manifest) -> str | None:
     part = manifest.parts.get("decode")
     if part is None:
         return None
-    if part.dropped and part.frame_rate is None:
-        return f"part decode leaves {part.dropped} frames out of a video, and makes pictures"
+    if (part.dropped or part.skipped) and part.frame_rate is None:
+        return f"part decode leaves {part.dropped or part.skipped} frames out of a video, and makes pictures"
     if [part.later, part.tiles, part.frame_rate].count(None) != (3 if part.frame_rate is None else 1):
         return f"frame_rate of part decode is {part.frame_rate}, which goes with a graph `later` or with tiles"
     for graph in (part.graph, part.later):
@@ -304,7 +304,11 @@ def _of_decode(manifest: Manifest) -> str | None:
             return f"`latents` and `picture` of part decode are {shown(latents)} and {shown(picture)}"
     if (problem := _of_tiles(part) or _of_caches("decode", part.graph, part.later)) or part.later is None:
         return problem
-    if (read := _one(part.later.inputs, "latent")) != _one(part.graph.inputs, "latent"):
+    read, first = _one(part.later.inputs, "latent"), _one(part.graph.inputs, "latent")
+    frames = [isinstance(one.shape[2], int) and one.shape[2] > 0 for one in (first, read)]
+    if not all(frames) or read != first.model_copy(
+        update={"shape": (*first.shape[:2], *read.shape[2:3], *first.shape[3:])}
+    ):
         return f"`{read.name}` of graph later is {shown(read.shape)}, which it is not for the first latent frame"
     return None
 

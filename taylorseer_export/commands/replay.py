@@ -82,10 +82,12 @@ def run(given: argparse.Namespace) -> int:
     plan, guard = forecasts.plan, forecasts.guard
     for group in share.groups:
         facts = {name: told(value) for name, value in tensors.items()}
+        facts |= {name: told(value) for name, value in others.items()}
         facts |= {} if following is None else {"next timesteps": following.tolist()}
         group.agree({**facts, "latents": list(latents.shape), "timestep": timesteps.tolist(), "plan": forecasts})
     slot = denoiser.slot(denoiser.sizes(latents.shape[1:], tensors), own=True)
     latents, tensors = share.latents(latents), share.conditioning(tensors)
+    others = {name: share.latents(values, denoiser.others[name]) for name, values in others.items()}
     slot.start(tensors, forecasts, timesteps if following is None else None)
     predictions: dict[str, list[np.ndarray]] = {name: [] for name in denoiser.contract.predictions.values()}
     with progress("replaying", len(plan)) as advance:
@@ -98,7 +100,11 @@ def run(given: argparse.Namespace) -> int:
                 check_prediction(bool(np.isfinite(prediction).all()), step, plan)
                 made.append(prediction)
             advance(step + 1, len(plan))
-    stacked = {name: share.joined(np.stack(made)) for name, made in predictions.items()}
+    taken = (denoiser.latent, *denoiser.others.values())
+    stacked = {
+        name: share.joined(np.stack(made), latent)
+        for (name, made), latent in zip(predictions.items(), taken, strict=True)
+    }
     if not share.first:
         return 0  # what one process writes, rank 0 does
     write_tensors(given.outputs, stacked, {"plan": slot.executed})

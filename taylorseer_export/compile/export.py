@@ -161,7 +161,10 @@ def _sizes(checkpoint: Checkpoint, options: Options) -> dict[str, int | None]:
     family, config = checkpoint.family, checkpoint.config
     ranges = family.dimensions(config)
     sizes: dict[str, int | None] = {name: low if low == high else None for name, (low, high) in ranges.items()}
-    fixed = {} if options.latent_size is None else family.latent_sizes(config, *options.latent_size)
+    asked = options.latent_size
+    if options.parallel and family.shared:  # at one size alone
+        asked = asked or checkpoint.latent_size
+    fixed = {} if asked is None else family.latent_sizes(config, *asked)
     if options.batch is not None:
         fixed["batch"] = options.batch
     for name, size in fixed.items():

@@ -40,8 +40,9 @@ def check_parallel(options: Options) -> None:
 def parallel_of(checkpoint: Checkpoint, options: Options) -> Parallel | None:
     """How a model is shared out: by the first size of its latent that the ranks divide, as it is fixed or usual.
 
-    The rows of a latent need not follow on each other, so a video of 21 latent frames may be cut along its height. A
-    size that is in some input with others, such as `frames+1`, is not cut.
+    Of several latents it is the first, and all ranks have the rows of the others. Rows need not follow on each other,
+    so a video of 21 latent frames may be cut along its height. A size that is in some input with others, such as
+    `frames+1`, is not cut.
 
     Raises:
         ConfigError: They divide none.
@@ -50,14 +51,10 @@ def parallel_of(checkpoint: Checkpoint, options: Options) -> Parallel | None:
         return None
     family, config = checkpoint.family, checkpoint.config
     inputs = family.inputs(config)
-    latent, *others = (spec for spec in inputs if spec.role == "latent")
-    if others:
-        raise ConfigError(
-            f"the model of family {family.name} has {1 + len(others)} latents, expected one, whose rows are shared out "
-            "over ranks; leave --parallel out"
-        )
+    latent = next(spec for spec in inputs if spec.role == "latent")
     together = {name for spec in inputs for entry in spec.shape if not is_multiple(entry) for name in names(entry)}
-    counted = [name for entry in latent.shape for name in sorted(names(entry) - together) if name != "batch"]
+    together |= {"batch", *family.undivided}
+    counted = [name for entry in latent.shape for name in sorted(names(entry) - together)]
     ranges = family.dimensions(config)
     sizes = family.latent_sizes(config, *(options.latent_size or checkpoint.latent_size))
     open_ = [name for name in counted if name in ranges and ranges[name][0] < ranges[name][1]]
@@ -80,7 +77,7 @@ def declared_for(checkpoint: Checkpoint, options: Options) -> Checkpoint:
     family = checkpoint.family
     if options.parallel is None or not family.shared:
         return checkpoint
-    if options.latent_size is None:
+    if options.latent_size is None and family.latent_sizes(checkpoint.config, *checkpoint.latent_size):
         raise ConfigError(
             f"--parallel is {options.parallel} without a size, expected one for family {family.name}, whose pictures "
             "are square and so are shared out at one size alone; add --size"

@@ -29,7 +29,7 @@ class PartDraft(BaseDraft):
         negative: See `Whole.negative`.
         tiles: Of the decoder of a video in tiles; None for any other part.
         frame_rate: Frames per second of videos; None where it decodes none.
-        dropped: See `Whole.dropped`.
+        dropped, skipped: See `Whole`.
         shown_at: See `Whole.seen_at`.
         shown: How an image encoder is shown a picture; None where there is none.
         patches: How text encoders are shown any pictures; None where they are not.
@@ -54,6 +54,7 @@ class PartDraft(BaseDraft):
     tiles: Tiles | None = None
     frame_rate: int | None = None
     dropped: int = 0
+    skipped: int = 0
     shown_at: tuple[tuple[int, int], ...] = ()
     shown: Shown | None = None
     patches: Patches | None = None
@@ -91,6 +92,7 @@ class PartDraft(BaseDraft):
             tiles=self.tiles,
             frame_rate=self.frame_rate,
             dropped=self.dropped,
+            skipped=self.skipped,
             dimensions=self.dimensions(),
             tokens=self.tokens,
             shown=self.shown,

@@ -315,7 +315,7 @@ def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
         return _tile(checkpoint, options, whole, vae, channels)
     fold = _fold(checkpoint, channels)
     extents = [name if fold == 1 else f"{fold}*{name}" for name in ("height", "width")]
-    shape = (1, channels // fold**2, *(() if whole.frames is None else (1,)), *extents)
+    shape = (1, channels // fold**2, *(() if whole.frames is None else whole.at_once[:1]), *extents)
     latents = Tensor(name="latents", dtype=_dtype(options), shape=shape, role="latent")
     sides = [side // fold for side in (options.latent_size or checkpoint.latent_size)[-2:]]
     least, most = 2 // fold, _LARGEST_SIDE // fold
@@ -337,10 +337,12 @@ def _decode(checkpoint: Checkpoint, options: Options, whole: Whole, folder: Path
     first, constants = trace_part("decode", modules, decode, [latents], ranges, _role_of_decoded)
     if whole.frames is None:
         return drafted(checkpoint, options, modules, (first,), constants, (ranges, typical))
-    inputs = [latents, *(_read(tensor) for tensor in first.outputs if tensor.role == "cache_out")]
+    shape = (*shape[:2], whole.at_once[1], *extents)
+    inputs = [latents.model_copy(update={"shape": shape})]
+    inputs += [_read(tensor) for tensor in first.outputs if tensor.role == "cache_out"]
     later, more = trace_part("later", modules, decode, inputs, ranges, _role_of_decoded)
     made = drafted(checkpoint, options, modules, (first, later), constants | more, (ranges, typical))
-    return replace(made, frame_rate=whole.frame_rate, dropped=whole.dropped)
+    return replace(made, frame_rate=whole.frame_rate, dropped=whole.dropped, skipped=whole.skipped)
 
 
 def _fold(checkpoint: Checkpoint, channels: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Driven, Manifest
-from taylorseer_export.embedded.edits import Given, Sectioned, shown_to
+from taylorseer_export.embedded.edits import Drawn, Given, shown_to
 from taylorseer_export.embedded.picture import grey, on_black, resized
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser
@@ -87,7 +87,7 @@ def frames_asked(videos: Mapping[str, np.ndarray], frames: int) -> int:
 
 def driven_by(
     denoiser: Denoiser, driven: Driven, given: Given, size: tuple[int, ...], seeds: Sequence[int], guided: bool
-) -> Sectioned:
+) -> Drawn:
     """What a request of a video of a size has of a picture and the videos that drive it.
 
     Args:
@@ -140,7 +140,7 @@ def driven_by(
         generator = Generator(seed)
         drawn = [generator.normals(math.prod(shape)).reshape(shape) for _ in range(count)]
         noise.append(np.concatenate(drawn, 2))
-    return Sectioned(tensors, course, np.concatenate(noise))
+    return Drawn(tensors, course, np.concatenate(noise))
 
 
 def _scene(videos: Mapping[str, np.ndarray], frames: int, height: int, width: int) -> np.ndarray | None:

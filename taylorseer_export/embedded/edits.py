@@ -20,7 +20,7 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Fitted, Manifest, PipelinePart
 from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
-from taylorseer_export.bundle.shapes import linear
+from taylorseer_export.bundle.shapes import linear, resolve
 from taylorseer_export.embedded.patches import cut, sides_of_area
 from taylorseer_export.embedded.picture import covering, passed_on, resized, seen_by_encoder
 from taylorseer_export.errors import ConfigError
@@ -33,7 +33,7 @@ from taylorseer_export.runtime.parts import Cut, Part
 from taylorseer_export.runtime.places import grid
 from taylorseer_export.runtime.sampling import Beginning, Request, steps_at, tokens_of
 from taylorseer_export.runtime.sections import Course, course_of, frames_of_section, sections_of, window_of
-from taylorseer_export.runtime.tensors import condition_shape
+from taylorseer_export.runtime.tensors import frames_axis, joins, latent_sizes, noise_shape
 
 STRENGTH = 0.6  # as diffusers' pipelines
 
@@ -69,9 +69,17 @@ def use_of(manifest: Manifest) -> Use | None:
     part = manifest.parts.get("encode")
     if part is None:
         return None
-    if part.sections is not None or any(tensor.name == CONDITION for tensor in part.graph.outputs):
+    made = tuple(tensor.name for tensor in part.graph.outputs)
+    if part.sections is not None or CONDITION in made or draws_condition(manifest):
         return "animates"
     return "edits" if part.graph.outputs[0].role == "constant" else "begins"
+
+
+def draws_condition(manifest: Manifest) -> bool:
+    """Whether what a video has of a picture is drawn, since the encoder leaves its latents open."""
+    part = manifest.parts.get("encode")
+    made = () if part is None or part.sections is not None else tuple(tensor.name for tensor in part.graph.outputs)
+    return made == BEGINNING and joins(manifest)
 
 
 def most_pictures(manifest: Manifest) -> int:
@@ -233,29 +241,59 @@ def animated(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...]) -> 
     if isinstance(encoder, FrameEncoder):
         return encoder(given, frames)
     made = encoder(given)
-    first = made[CONDITION]
-    expected = condition_shape(denoiser.manifest, (1, int(denoiser.latent.shape[1]), frames, *first.shape[3:]))
-    assert expected is not None, "bug in taylorseer-export: a picture for a model from text alone"
-    condition = np.zeros(expected, first.dtype)  # of later frames there is nothing
-    condition[:, :, :1] = first
-    return {**made, CONDITION: condition}
+    return {**made, CONDITION: _with_later_frames(denoiser, made[CONDITION], frames)}
 
 
-class Sectioned(NamedTuple):
-    """What a picture becomes for a video that is made in sections.
+def _with_later_frames(denoiser: Denoiser, first: np.ndarray, frames: int) -> np.ndarray:
+    """A condition of so many latent frames, of which there is nothing behind the first, or of that alone."""
+    if denoiser.manifest.replaces_first_frame:
+        return first
+    axis = frames_axis(denoiser.manifest)
+    condition = np.zeros((*first.shape[:axis], frames, *first.shape[axis + 1 :]), first.dtype)
+    condition[(slice(None),) * axis + (slice(1),)] = first
+    return condition
+
+
+class Drawn(NamedTuple):
+    """What a picture becomes where more than the noise is drawn, or noise more than once.
 
     Attributes:
-        tensors: What the first section is given of it, by name.
-        course: How one section follows another.
-        noise: `[N, C, F, H, W]` float32, of all of them as a request has it.
+        tensors: What the transformer is given of it, by name; of a video in sections what the first one is.
+        course: How one section follows another; None where there is one loop.
+        noise: `[N, ...]` float32, of all sections as a request has it.
     """
 
     tensors: dict[str, np.ndarray]
-    course: Course | DrivenCourse
+    course: Course | DrivenCourse | None
     noise: np.ndarray
 
 
-def in_sections(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...], seeds: Sequence[int]) -> Sectioned:
+def drawn_from(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...], seeds: Sequence[int]) -> Drawn:
+    """What a video of a size has of a picture whose latents the encoder leaves open.
+
+    Args:
+        denoiser: The loaded bundle.
+        picture: `[height, width, 3]` uint8, treated as in `animated`.
+        size: (frames, height, width) in pixels.
+        seeds: One per sample; the latents and then the noise are drawn from one generator, as diffusers' pipeline does.
+    """
+    encoder, manifest = denoiser.picture_encoder, denoiser.manifest
+    assert isinstance(encoder, Part), "bug in taylorseer-export: an encoder of one latent frame after the other"
+    made = encoder({"picture": _unit(picture, size[-2:]), **shown_to(encoder.described, picture, size[-2:])})
+    mean, deviation = (made.pop(name) for name in BEGINNING)
+    sizes, _ = latent_sizes(manifest, size, "size")
+    shape = noise_shape(manifest, resolve(denoiser.latent.shape, {**sizes, "batch": 1}))
+    first, noise = [], []
+    for seed in seeds:
+        generator = Generator(seed)
+        first.append(mean + deviation * generator.normals(mean.size).reshape(mean.shape))
+        noise.append(generator.normals(math.prod(shape)).reshape(shape))
+    condition = np.concatenate(first).astype(np.float32)
+    condition = _with_later_frames(denoiser, condition, shape[frames_axis(manifest)])
+    return Drawn({**made, CONDITION: condition}, None, np.concatenate(noise))
+
+
+def in_sections(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...], seeds: Sequence[int]) -> Drawn:
     """What a request of a video of a size, made in sections, has of a picture.
 
     Args:
@@ -279,7 +317,7 @@ def in_sections(denoiser: Denoiser, picture: np.ndarray, size: tuple[int, ...], 
         noise.append(np.concatenate([generator.normals(math.prod(shape)).reshape(shape) for _ in range(count)], 2))
     latents, noisy = (np.concatenate(values).astype(np.float32) for values in (clean, noise))
     course = course_of(manifest, sections, count, latents)
-    return Sectioned({**made, **course.inputs(0, latents[:, :, :0])}, course, noisy)
+    return Drawn({**made, **course.inputs(0, latents[:, :, :0])}, course, noisy)
 
 
 def shown_to(part: PipelinePart, picture: np.ndarray, size: Sequence[int] = ()) -> dict[str, np.ndarray]:

@@ -21,6 +21,8 @@ from taylorseer_export.embedded.edits import (
     brought_to,
     check_pictures,
     cut_for,
+    drawn_from,
+    draws_condition,
     in_sections,
     seen,
     shown_to,
@@ -37,7 +39,14 @@ from taylorseer_export.runtime.places import ROWS, sides_of
 from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Request, Result, latents_of, noise_of
 from taylorseer_export.runtime.sections import frames_of_section, sections_of, window_of
-from taylorseer_export.runtime.tensors import NEGATIVE, channel_axis, extents_of, latent_sizes, tensor_request
+from taylorseer_export.runtime.tensors import (
+    CONDITION,
+    NEGATIVE,
+    channel_axis,
+    extents_of,
+    latent_sizes,
+    tensor_request,
+)
 
 
 def prompt_request(
@@ -89,8 +98,9 @@ def prompt_request(
     if given is not None and (driven := driven_of(manifest)) is not None:
         made = driven_by(denoiser, driven, given, size, seeds, any(name.startswith(NEGATIVE) for name in tensors))
         tensors |= made.tensors
-    elif given is not None and sections_of(manifest) is not None:
-        made = in_sections(denoiser, given.picture, size, seeds)
+    elif given is not None and (sections_of(manifest) is not None or draws_condition(manifest)):
+        draw = drawn_from if sections_of(manifest) is None else in_sections
+        made = draw(denoiser, given.picture, size, seeds)
         tensors |= made.tensors
     elif given is not None and needed:
         tensors |= seen(denoiser, given.pictures, sides) if use == "edits" else animated(denoiser, given.picture, size)
@@ -105,10 +115,11 @@ def _holds_a_picture(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> b
     """Whether tensors have all that the picture for a model that edits or animates one becomes; of a video in sections
     what one of them has of it."""
     made, sections = manifest.parts["encode"].graph.outputs, sections_of(manifest)
-    if sections is None:
+    if sections is None and not draws_condition(manifest):
         return all(tensor.name in tensors for tensor in made if tensor.role != "cache_out")
     names = [tensor.name for tensor in made if tensor.role == "constant"]
-    return all(name in tensors for name in (*names, *(frames for frames, _ in sections.past)))
+    beside = [CONDITION] if sections is None else [frames for frames, _ in sections.past]
+    return all(name in tensors for name in (*names, *beside))
 
 
 def warm_parts(denoiser: Denoiser, size: tuple[int, ...] | None = None) -> None:
@@ -166,7 +177,7 @@ def size_of(manifest: Manifest, given: Given | None) -> tuple[int, ...]:
     encode = manifest.parts["encode"]
     if use_of(manifest) != "animates":
         return brought_to(manifest, given.pictures[-1 if encode.fitted is None else 0])
-    latent, made = manifest.graphs["full"].input_of("latent").shape, [*usual]
+    latent, made = extents_of(manifest, manifest.graphs["full"].input_of("latent").shape), [*usual]
     high, wide = given.picture.shape[:2]
     if POSE in given.videos:
         made[0], high, wide, _ = given.videos[POSE].shape
@@ -189,15 +200,17 @@ def usual_size(manifest: Manifest) -> tuple[int, ...]:
         return tuple(manifest.sampling.latent_scale * side for side in shown)
     typical = {name: dimension.typical for name, dimension in manifest.dimensions.items()}
     side = manifest.sampling.latent_scale * manifest.pipeline.packing
-    latent = extents_of(manifest, resolve(manifest.graphs["full"].input_of("latent").shape, typical))
-    rows, columns = sides_of(typical[ROWS]) if manifest.pipeline.packing > 1 else latent[-2:]
-    pictured = "decode" in manifest.parts and frame_rate(manifest) is None
-    frames = [] if pictured else [manifest.sampling.time_scale * (count - 1) + 1 for count in latent[:-2]]
+    latent = resolve(manifest.graphs["full"].input_of("latent").shape, typical)
+    sides = extents_of(manifest, latent) if manifest.pipeline.packing == 1 else sides_of(typical[ROWS])
+    skipped = manifest.parts["decode"].skipped if "decode" in manifest.parts else 0
+    pictured = "decode" in manifest.parts and frame_rate(manifest) is None  # one frame, which is not counted
+    counts = () if pictured else sides[:-2]
+    frames = [manifest.sampling.time_scale * (count - skipped - 1) + 1 for count in counts]
     if (sections := sections_of(manifest)) is not None:
         frames = [frames_of_section(manifest) * sections.usual + 1]
     if (driven := driven_of(manifest)) is not None:
         frames = [frames_in_section(manifest, driven)]
-    return *frames, side * rows, side * columns
+    return *frames, *(side * extent for extent in sides[-2:])
 
 
 def _encoded(
@@ -339,10 +352,9 @@ def pictures_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np
         sides = (request.height // side, request.width // side)
         if packing > 1:
             return decoded(denoiser.decoder, latents_of(latents, *sides, packing))
-        if latents.ndim == 5:
-            latents = np.moveaxis(latents, channel_axis(denoiser.manifest), 1)
-            latents = latents[:, :, 0] if frame_rate(denoiser.manifest) is None else latents
-        return decoded(denoiser.decoder, latents)
+        latents = np.moveaxis(latents, channel_axis(denoiser.manifest), 1)
+        pictured = latents.ndim == 5 and frame_rate(denoiser.manifest) is None
+        return decoded(denoiser.decoder, latents[:, :, 0] if pictured else latents)
     if decoder is None:
         raise ConfigError(
             f"bundle {denoiser.manifest.family}-{denoiser.manifest.name} has no picture decoder, expected one "

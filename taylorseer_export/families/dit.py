@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from taylorseer_export.families.family import Defaults, Family, Input, fixed
+from taylorseer_export.families.apart import apart, in_table, of_table, side_of_table
+from taylorseer_export.families.family import Defaults, Family, Input, fixed, instead, uncut
 from taylorseer_export.families.whole import Whole, picture
 
 
@@ -21,6 +22,21 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
 
 def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return {"batch": (1, 64)}
+
+
+def _forward(model: Any, hidden_states: Any, timestep: Any, class_labels: Any, return_dict: bool) -> Any:
+    """As the model's own, of rows and columns, where that knows squares alone."""
+    from torch.nn.functional import silu
+
+    patch, states = model.config.patch_size, in_table(model.pos_embed, hidden_states)
+    counts = [side // patch for side in hidden_states.shape[2:]]
+    for block in model.transformer_blocks:
+        states = block(states, timestep=timestep, class_labels=class_labels)
+    embed = model.transformer_blocks[0].norm1.emb
+    told = model.proj_out_1(silu(embed(timestep, class_labels, hidden_dtype=states.dtype)))
+    shift, scale = told[:, None].chunk(2, dim=2)
+    made = model.proj_out_2(model.norm_out(states) * (1 + scale) + shift)
+    return (uncut(made, counts, (patch, patch), channels_last=True),)
 
 
 DIT = Family(
@@ -42,4 +58,5 @@ DIT = Family(
     latent_size=(32, 32),
     whole=Whole(decode=picture),
     source="labels",
+    shared=apart(_inputs, _dimensions, of_table, side_of_table, patched=instead(_forward)),
 )

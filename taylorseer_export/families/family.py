@@ -15,7 +15,7 @@ from taylorseer_export.families.whole import Whole
 Role = Literal["latent", "step", "constant", "lora"]
 Guidance = Literal["none", "embedded", "batched", "branches"]
 _PACKING = 2
-Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "scales", "guidance", "next"]
+Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "scales", "turns", "guidance", "next"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class Input:
             `line`, zeros but for the last column, which counts the tokens; `diagonal`, the same but for the first;
             `sides`, (1, rows, columns) of each picture in tokens, the latent first; `frames`, first, first + 1 and so
             on; `scales`, what places in time and along both sides are divided by, as Kandinsky 5 has it: 1, and 2 for
-            each side where both are 30 to 53 tokens, else 3.16; `guidance`, the guidance scale times
+            each side where both are 30 to 53 tokens, else 3.16; `turns`, cosines and sines `[2, frames, rows, columns,
+            width]` of the angles by which places turn queries and keys; `guidance`, the guidance scale times
             `Pipeline.guidance_factor`; `next`, of a `step` input beside the timestep, that of the next step, which for
             the last is that of no noise.
         first: Where `grid` and `frames` begin.
         corner: (row, column) of the first token of `grid`, both the same.
         spacing: Between rows and columns of `grid`.
+        within: (rows, columns) that the places of `turns` are stretched into, around its middle; whole numbers if None.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Input:
     first: int = 0
     corner: int = 0
     spacing: float = 1.0
+    within: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -322,6 +325,7 @@ class Family:
         by_pipeline: Class name in `diffusers` of a pipeline -> what of this declaration is different in its folder.
         shared: What of this declaration is different where the latent's rows are shared out over ranks, which then is
             at one size alone; empty where nothing is.
+        undivided: Sizes of the latent that ranks do not share out, since the model tells their entries apart.
         derived: `config -> {name: tensor}` that the model gets for the length of the trace, to be used by `patched`.
         built: `model class -> context manager` in which a model is built that only is to be traced, without tables
             that would cost memory.
@@ -366,6 +370,7 @@ class Family:
     by_config: Callable[[Mapping[str, Any]], Mapping[str, Any]] = no_entries
     by_pipeline: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     shared: Mapping[str, Any] = field(default_factory=dict)
+    undivided: tuple[str, ...] = ()
     derived: Callable[[Mapping[str, Any]], Mapping[str, Derived]] = no_entries
     built: Callable[[Any], AbstractContextManager[object]] = as_it_is
     patched: Callable[[Any], AbstractContextManager[object]] = as_it_is

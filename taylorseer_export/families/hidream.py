@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.apart import apart
 from taylorseer_export.families.encoders import layers
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, patches, replaced, uncut
 from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
@@ -31,8 +31,11 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
 
 
 def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    longest = max(config["max_resolution"]) // config["patch_size"]
-    return {"batch": (1, 16), "side": (2, longest), "text_tokens": (1, 512)}
+    return {"batch": (1, 16), "side": _extents(config), "text_tokens": (1, 512)}
+
+
+def _extents(config: Mapping[str, Any]) -> tuple[int, int]:
+    return 2, max(config["max_resolution"]) // config["patch_size"]
 
 
 def _latent_sizes(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
@@ -42,22 +45,6 @@ def _latent_sizes(config: Mapping[str, Any], height: int, width: int) -> dict[st
             "its largest and lets attention see the padding; change --size"
         )
     return {"side": patches(config, height, width)["rows"]}
-
-
-def _inputs_apart(config: Mapping[str, Any]) -> tuple[Input, ...]:
-    """Rows and columns by themselves, of which ranks share the rows."""
-    latent, *others = _inputs(config)
-    patch = config["patch_size"]
-    return (replace(latent, shape=(*latent.shape[:2], f"{patch}*rows", f"{patch}*columns")), *others)
-
-
-def _dimensions_apart(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    made = _dimensions(config)
-    return {"batch": made["batch"], **dict.fromkeys(("rows", "columns"), made["side"]), "text_tokens": (1, 512)}
-
-
-def _sizes_apart(config: Mapping[str, Any], height: int, width: int) -> dict[str, int]:
-    return dict.fromkeys(("rows", "columns"), _latent_sizes(config, height, width)["side"])
 
 
 def _attributes(config: Mapping[str, Any]) -> dict[str, int]:
@@ -170,6 +157,6 @@ HIDREAM = Family(
         },
     },
     # At the one size that is exported, where both are fixed: a picture that is no square is none of its sizes.
-    shared={"inputs": _inputs_apart, "dimensions": _dimensions_apart, "latent_sizes": _sizes_apart},
+    shared=apart(_inputs, _dimensions, _extents, lambda *latent: _latent_sizes(*latent)["side"]),
     patched=_static,
 )

@@ -194,6 +194,8 @@ def _by_config(config: Mapping[str, Any]) -> dict[str, Any]:
         dropped=4 if channels else 0,
     )
     made: dict[str, Any] = {"guidance_scale": 1.0, "whole": whole, "comfy": no_counterpart}
+    if not channels:
+        made["undivided"] = ("frames",)  # of which the first is modulated by itself
     # For a replaced frame diffusers takes more states of the picture with a negative prompt than with the prompt.
     return {**made, "guidance": "branches"} if channels and not config.get("guidance_embeds") else made
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
+from taylorseer_export.families.apart import apart, of_table, part_of_table, side_of_table
 from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, fixed
 from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, picture
 
@@ -39,6 +40,11 @@ def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
 _TOKENS = Tokens("t5", "tokenizer", 300, size="text_tokens", mask="mask", lowered=True)
 _WHOLE = Whole(decode=picture, encoders=("text_encoder",), tokens=(_TOKENS,), encode=_encode, negative="")
 
+
+def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {"batch": (1, 16), "text_tokens": (2, 512)}
+
+
 PIXART = Family(
     name="pixart",
     title="PixArt-Sigma, and PixArt-Alpha up to 512 pixels",
@@ -48,7 +54,7 @@ PIXART = Family(
     stack_input=("transformer_blocks.0", "hidden_states"),
     stack_output=("norm_out", "input"),
     inputs=_inputs,
-    dimensions=lambda config: {"batch": (1, 16), "text_tokens": (2, 512)},
+    dimensions=_dimensions,
     latent_sizes=fixed,
     defaults=Defaults(steps=20, interval=4, warmup=3, order=1),
     scheduler="DPMSolverMultistepScheduler",
@@ -57,5 +63,6 @@ PIXART = Family(
     typical={"text_tokens": 300},
     pipeline=Pipeline(ignored_inputs=("added_cond_kwargs",)),
     whole=_WHOLE,
+    shared=apart(_inputs, _dimensions, of_table, side_of_table, patched=part_of_table),
     by_pipeline={"PixArtAlphaPipeline": {"whole": replace(_WHOLE, tokens=(replace(_TOKENS, length=120),))}},
 )

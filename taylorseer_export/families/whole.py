@@ -208,15 +208,17 @@ class Whole:
     Attributes:
         decode: `(vae, latents [1, C, H, W]) -> picture [1, 3, height, width]` from 0 to 1, or with transparency `[1, 4,
             height, width]`; the latents as the scheduler leaves them, unpacked. None where no graph decodes them.
-        frames: `(vae, latents [1, C, 1, H, W], caches of the latent frame before, or None for the first) -> (pictures
-            [1, 3, F, height, width] from 0 to 1, caches)`: the decoder of a causal video VAE, one latent frame at a
-            time. None where pictures are no videos, or no graph decodes them.
+        frames: `(vae, latents [1, C, F, H, W], caches of the latent frames before, or None for the first) -> (pictures
+            [1, 3, frames, height, width] from 0 to 1, caches)`: the decoder of a causal video VAE, as many latent
+            frames at a time as `at_once` says. None where pictures are no videos, or no graph decodes them.
+        at_once: Latent frames of the first call of `frames`, and of any later one.
         tile: `(vae, latents [1, C, F, H, W]) -> pictures [1, 3, frames, height, width]` from 0 to 1 and beyond: one
             tile of a video VAE that decodes in tiles, of as many latent frames and pixels as `Tiling` says. None as
             above.
         tiling: `vae -> Tiling`, how its tiles lie.
         frame_rate: Frames per second that the family's videos are usually shown at; 0 where they are none.
         dropped: Leading frames of what is decoded that the pipeline leaves out of its video.
+        skipped: Leading latent frames that it does not decode.
         see: `(vae, picture [1, 3, height, width] from 0 to 1) -> inputs of the transformer by name`, each `[1, ...]`:
             what a picture that is to be edited becomes. None where the pipeline takes none, or no graph encodes it.
         animate: `(modules, pictures by name, caches of the latent frame before, or None for the first) -> (made by
@@ -224,8 +226,9 @@ class Whole:
             one gets `picture`, as above, and what `shown` names, and makes inputs of the transformer by name, each
             `[1, ...]`; any later one, whose frames are grey, gets nothing. Each makes `condition`, `[1, C, 1, H, W]`,
             the channels that follow those of the noise, or the frame that replaces its first. Where the first leaves no
-            caches there are no later ones: they have zeros. With `sections` there is but one, which makes `mean` and
-            `deviation` of its latents instead. None where videos are made of text alone.
+            caches there are no later ones: they have zeros, and it may make `mean` and `deviation` of `condition`
+            instead, which is then drawn. With `sections` it makes these of its latents. None where videos are made of
+            text alone.
         sections: How a video that is made from a picture is made section by section; None where one loop makes it.
         driven: How others drive a video that is made from a picture. `animate` is given their frames too, any later
             one as well, and what it makes of all of them is joined along the frames. The picture is then not stretched
@@ -256,7 +259,9 @@ class Whole:
     tile: Callable[[Any, Any], Any] | None = None
     tiling: Callable[[Any], Tiling] | None = None
     frame_rate: int = 0
+    at_once: tuple[int, int] = (1, 1)
     dropped: int = 0
+    skipped: int = 0
     see: Callable[[Any, Any], dict[str, Any]] | None = None
     animate: Callable[[Modules, Tensors, Sequence[Any] | None], tuple[dict[str, Any], list[Any]]] | None = None
     sections: Sections | None = None

@@ -47,7 +47,7 @@ class Placing:
         self._outermost = outermost
         self._lines: dict[fx.Node, Any] = {}  # places of rows -> the size that the model counts up to
         self._rank: fx.Node | None = None
-        (latent,) = (spec.name for spec in trace.inputs if spec.role == "latent")
+        latent = next(spec.name for spec in trace.inputs if spec.role == "latent")
         placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
         (shown,) = (n for n in placeholders if n.target == latent)
         self._last, self._fakes = placeholders[-1], shown.meta["val"].fake_mode

@@ -31,7 +31,7 @@ _MOVES = frozenset(
     {
         "view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "unsqueeze", "squeeze", "expand",
         "expand_as", "to", "clone", "contiguous", "detach", "alias", "stack", "cat", "meshgrid", "embedding", "outer",
-        "repeat", "dropout", "broadcast_to", "sym_size", "view_as_complex", "view_as_real",
+        "repeat", "dropout", "broadcast_to", "swapaxes", "sym_size", "view_as_complex", "view_as_real",
     }
 )  # fmt: skip
 _LIKE_POINTWISE = frozenset(
@@ -71,10 +71,14 @@ class Rows:
         symbol: Of the trace: the size that counts them.
         name: Of that size in the family.
         family: What refusals call the model.
+        block: Rows that follow on each other on a rank, such as those of one frame, where what is outside of the size
+            that is shared out, such as the frames, is whole on every rank; None where nothing is.
     """
 
-    def __init__(self, graph: fx.Graph, symbol: sympy.Symbol, name: str, family: str) -> None:
-        self.graph, self.symbol, self.name, self.family = graph, symbol, name, family
+    def __init__(
+        self, graph: fx.Graph, symbol: sympy.Symbol, name: str, family: str, block: sympy.Expr | None = None
+    ) -> None:
+        self.graph, self.symbol, self.name, self.family, self._block = graph, symbol, name, family, block
 
     def holds(self, size: Any) -> bool:
         """Whether a size is computed from the number of rows."""
@@ -101,15 +105,16 @@ class Rows:
             ExportError: It was not joined so by a concatenation.
         """
         left, seen, ends = [node], {node}, list[fx.Node]()
+        ends_at = {end for end in ends_at if not self._of_blocks(end)}
         while self.holds(length) and sympy.expand(written(length)).coeff(self.symbol, 0) != 0:
             if not left:
                 self.refuse(ends[0], "makes rows of the latent and others at once")
             node = left.pop()
             if (parts := _joined_of(node, length)) is not None:
-                found = [one for part, extent in parts for one in self.segments(part, extent)]
+                found = self._merged([one for part, extent in parts for one in self.segments(part, extent)])
             else:
                 found = self._within(node, length) or []
-            if found and set(ends_at) <= set(_bounds(found)):
+            if found and ends_at <= set(_bounds(found)):
                 return found
             sources = [source for source in node.all_input_nodes if _has(source, length)]
             if not found and (told := [source for source in sources if not is_constant(source)]):
@@ -122,6 +127,34 @@ class Rows:
         dim = next(k for k, size in enumerate(node.meta["val"].shape) if _same(size, length))
         # Of the latent where every term counts its rows.
         return [Segment(length, self.holds(length), node, dim, is_constant(node))]
+
+    def _of_blocks(self, count: sympy.Expr) -> bool:
+        """Whether so many rows are whole frames, or the like: on each rank its own rows of them."""
+        if self._block is None:
+            return False
+        share = sympy.cancel(count / self._block)
+        return bool(share.is_polynomial()) and self.symbol not in share.free_symbols
+
+    def _merged(self, found: list[Segment]) -> list[Segment]:
+        """Rows of the latent that were cut into frames and joined again, as they were before."""
+        made: list[Segment] = []
+        for segment in found:
+            last = made[-1] if made else None
+            if last is not None and last.local and segment.local and self._of_blocks(written(last.length)):
+                whole = self._with_extent(sympy.expand(written(last.length) + written(segment.length)))
+                if whole is not None:
+                    made[-1] = replace(whole, constant=last.constant and segment.constant)
+                    continue
+            made.append(segment)
+        return made
+
+    def _with_extent(self, extent: sympy.Expr) -> Segment | None:
+        """So many rows of the latent, as the first tensor has them; None if there is no such tensor."""
+        for node in self.graph.nodes:
+            for dim in self.dims(node):
+                if _size(length := node.meta["val"].shape[dim]) == extent:
+                    return Segment(length, True, node, dim)
+        return None
 
     def joined_as(self, length: Any) -> list[bool] | None:
         """How rows of the latent and others that are so many together follow on each other, where all do alike."""
@@ -141,9 +174,14 @@ class Rows:
             return None
         found, at = [], sympy.Integer(0)
         for segment in self.segments(source, source.meta["val"].shape[dim], (begin, stop)):
-            if _before(begin, at) and _before(sympy.expand(at + written(segment.length)), stop):
+            end = sympy.expand(at + written(segment.length))
+            if _before(begin, at) and _before(end, stop):
                 found.append(segment)
-            at = sympy.expand(at + written(segment.length))
+            elif at == 0 and segment.local and (self._of_blocks(begin) or self._of_blocks(stop)):
+                kept = self._with_extent(sympy.expand((end if _before(end, stop) else stop) - begin))
+                found += [] if kept is None else [replace(kept, constant=segment.constant)]
+                begin = end  # what follows is kept from its beginning
+            at = end
         total = sympy.expand(sum((written(segment.length) for segment in found), sympy.Integer(0)))
         return found if total == sympy.expand(written(length)) else None
 
@@ -189,7 +227,7 @@ class Rows:
     def _falls_short(self, size: Any) -> bool:
         """Whether an extent is a number of rows less some, such as of all but the first: on each rank others."""
         terms = sympy.Add.make_args(sympy.expand(written(size))) if self.holds(size) else ()
-        return any(term.could_extract_minus_sign() for term in terms)
+        return not all(self._of_blocks(-term) for term in terms if term.could_extract_minus_sign())
 
     def _check_sizes(self, node: fx.Node) -> None:
         """A number of rows may be the extent of something, and nothing that is computed with."""
@@ -248,18 +286,22 @@ class Rows:
         length = source.meta["val"].shape[dim]
         if step == 1 and begin == 0 and stop == _size(length):
             return
-        bounds = _bounds(self.segments(source, length, (begin, stop)))
-        self._expect(node, step == 1 and begin in bounds and stop in bounds)
+        segments = self.segments(source, length, (begin, stop))
+        self._expect(node, step == 1 and all(self._bounds_in(segments, bound) for bound in (begin, stop)))
+
+    def _bounds_in(self, segments: list[Segment], bound: sympy.Expr) -> bool:
+        """Whether a segment begins or ends there, or of the first one whole frames do."""
+        return bound in _bounds(segments) or (segments[0].local and self._of_blocks(bound))
 
     def _check_split(self, node: fx.Node, source: Any) -> None:
         given: Any = (*node.args[1:], 0)
         sizes, dim, *_ = given
         dim %= source.meta["val"].ndim
         if dim in self.dims(source):
-            bounds, end = _bounds(self.segments(source, source.meta["val"].shape[dim])), sympy.Integer(0)
+            segments, end = self.segments(source, source.meta["val"].shape[dim]), sympy.Integer(0)
             for size in sizes:
                 end = sympy.expand(end + _size(size))
-                self._expect(node, end in bounds)
+                self._expect(node, self._bounds_in(segments, end))
 
     def _einsum(self, node: fx.Node) -> bool:
         """Whether every dimension that counts rows is one of the result's."""

@@ -22,9 +22,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from operator import attrgetter
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -59,16 +61,17 @@ def shard(trace: Trace, mode: Mode, ranks: int, dimension: str, family: str) -> 
         ExportError: Something but attention mixes rows; the heads do not divide by N.
     """
     (symbol,) = (s for s, name in trace.names.items() if name == dimension)
-    rows = Rows(trace.module.graph, symbol, dimension, family)
     for spec in trace.inputs:
         if any(dimension in names(entry) and not is_multiple(entry) for entry in spec.shape):
             raise ExportError(
                 f"input `{spec.name}` of family {family} is {list(spec.shape)}, expected `{dimension}` alone in a "
                 "dimension, to be cut along it; leave --parallel out"
             )
-    (latent,) = (spec for spec in trace.inputs if spec.role == "latent")
-    counted = [name for entry in latent.shape for name in sorted(names(entry) & set(trace.names.values()))]
-    outermost = next(name for name in counted if name != "batch") == dimension
+    latent = next(spec for spec in trace.inputs if spec.role == "latent")
+    counted = [name for entry in latent.shape for name in sorted(names(entry) & set(trace.names.values()) - {"batch"})]
+    outermost, inner = counted[0] == dimension, counted[counted.index(dimension) + 1 :]
+    inside = prod((s for s, name in trace.names.items() if name in inner), start=sympy.Integer(1))
+    rows = Rows(trace.module.graph, symbol, dimension, family, None if outermost else symbol * inside)
     pass_ = _Pass(trace, mode, ranks, rows, outermost)
     pass_.place_rows()
     rows.check(pass_.placed)

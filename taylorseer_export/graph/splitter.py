@@ -170,6 +170,7 @@ class Splitter:
             "first": spec.first,
             "corner": spec.corner,
             "spacing": spec.spacing,
+            "within": spec.within,
         }
         # As declared: to the trace a product of sizes is one size, and a size that it was made at no size at all.
         shape = [

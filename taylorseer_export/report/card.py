@@ -97,6 +97,7 @@ def _of_part(name: PartName, described: PipelinePart) -> list[str]:
     rate = "" if described.frame_rate is None else f"; {described.frame_rate} frames per second"
     rate += f", the first {described.dropped} left out" if described.dropped else ""
     when = "once per video, its first latent frame" if video else "once per tile" if tiles else _WHEN_PART[name]
+    rate += f", {described.skipped} latent frames ahead of them not decoded" if described.skipped else ""
     lines = []
     for label, graph, often in ((name, described.graph, when), ("later", described.later, "every later latent frame")):
         if graph is None:

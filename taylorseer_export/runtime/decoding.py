@@ -12,7 +12,7 @@ import numpy as np
 from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import Sections
 from taylorseer_export.bundle.store import Bundle
-from taylorseer_export.runtime.frames import Frames
+from taylorseer_export.runtime.frames import Frames, frames_at_once
 from taylorseer_export.runtime.parts import Part, open_engines, open_part, refuse_unsound, smallest
 from taylorseer_export.runtime.sections import spans
 from taylorseer_export.runtime.tiles import TileDecoder
@@ -21,7 +21,7 @@ Take = Callable[[np.ndarray], None]
 
 
 class FrameDecoder:
-    """The decoder of videos, one latent frame at a time, called with arrays of the host; its calls take turns.
+    """The decoder of videos, some latent frames at a time, called with arrays of the host; its calls take turns.
 
     Args:
         frames: Its graphs.
@@ -35,12 +35,14 @@ class FrameDecoder:
 
         Args:
             latents: `[1, C, F, H, W]`.
-            take: Given the pictures of each latent frame in turn, `[1, 3, frames, height, width]` from 0 to 1.
+            take: Given the pictures of each call in turn, `[1, 3, frames, height, width]` from 0 to 1.
 
         Raises:
             StepError: A size is out of range; nothing was allocated.
         """
-        given = ({"latents": latents[:, :, k : k + 1]} for k in range(latents.shape[2]))
+        first, later = frames_at_once(self.described)
+        begins = [0, *range(first, latents.shape[2], later)]
+        given = ({"latents": latents[:, :, at : at + (later if at else first)]} for at in begins)
         self._frames(given, lambda made: take(made["picture"]))
 
     def close(self) -> None:
@@ -58,9 +60,12 @@ def open_decoder(bundle: Bundle, device: Device, threads: int = 0) -> Decoder:
         part = open_part(bundle, "decode", device, threads)
         return part if part.described.tiles is None else TileDecoder(part)
     decoder = FrameDecoder(Frames("decode", *open_engines(bundle, "decode", device, threads)))
-    noise = smallest(described)["latents"]
+    noise, (first, later) = smallest(described)["latents"], frames_at_once(described)
     try:
-        decoder(noise.repeat(3, 2), lambda pictures: refuse_unsound(bundle, "decode", "picture", pictures))
+        decoder(
+            noise.take(np.arange(first + 2 * later) % first, 2),
+            lambda pictures: refuse_unsound(bundle, "decode", "picture", pictures),
+        )
     except BaseException:
         decoder.close()
         raise
@@ -119,6 +124,7 @@ def _blended(decoder: TileDecoder, parts: Sequence[np.ndarray], shared: int) -> 
 def _video(decoder: FrameDecoder | TileDecoder, latents: np.ndarray) -> np.ndarray:
     """`[frames, height, width, 3]` uint8 of `[1, C, F, H, W]`; its pictures are floats a few at a time."""
     frames: list[np.ndarray] = []
+    latents = latents[:, :, decoder.described.skipped :]
     decoder(latents, lambda pictures: frames.append(_bytes(pictures[0].transpose(1, 2, 3, 0))))
     return np.concatenate(frames)[decoder.described.dropped :]
 

@@ -150,6 +150,13 @@ class FrameEncoder:
         self._frames.close()
 
 
+def frames_at_once(described: PipelinePart) -> tuple[int, int]:
+    """Latent frames of a video that the first call of its decoder takes, and any later one."""
+    assert described.later is not None, "bug in taylorseer-export: a part of pictures asked about videos"
+    first, later = (int(graph.input_of("latent").shape[2]) for graph in (described.graph, described.later))
+    return first, later
+
+
 def _noise(described: PipelinePart, frame: int) -> dict[str, np.ndarray]:
     """What a latent frame is given beside a picture, at the smallest sizes."""
     assert described.later is not None

@@ -85,9 +85,9 @@ class GuidedShare(Share):
         if self.owned and self.group is None:
             self.everyone.close()
 
-    def latents(self, values: np.ndarray) -> np.ndarray:
+    def latents(self, values: np.ndarray, latent: Tensor | None = None) -> np.ndarray:
         """This rank's rows of its half of latents, or of several in their leading dimensions."""
-        return super().latents(self._half(self.contract.latent, values))
+        return super().latents(self._half(latent or self.contract.latent, values), latent)
 
     def conditioning(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's rows of its half of what has one entry for each sample."""
@@ -104,13 +104,14 @@ class GuidedShare(Share):
         """This rank's rows of what one process gives to each of its calls of a step."""
         return self.latents(values) if calls == 1 else super().latents(values)
 
-    def joined(self, predictions: np.ndarray) -> np.ndarray:
+    def joined(self, predictions: np.ndarray, latent: Tensor | None = None) -> np.ndarray:
         """Both branches' predictions of all rows, or several in their leading dimensions, from this rank's."""
         with self.everyone.together():
             parts = self.everyone.gathered(predictions)
-        rows, count = self._dims(self.contract.latent, predictions.ndim), self.everyone.size // 2
+        latent = latent or self.contract.latent
+        rows, count = self._dims(latent, predictions.ndim), self.everyone.size // 2
         branches = [np.concatenate(one, axis=rows[0]) if rows else one[0] for one in (parts[:count], parts[count:])]
-        return np.concatenate(branches, axis=predictions.ndim - len(self.contract.latent.shape))
+        return np.concatenate(branches, axis=predictions.ndim - len(latent.shape))
 
     def decide(self, slot: Slot, calls: int = 1) -> Slot:
         """Let the guard of a slot decide as one process does: of one call by all its samples, of two by the first."""

@@ -52,6 +52,8 @@ def value_from_fill(
             line = np.zeros(shape, dtype)
             line[..., (-1 if tensor.fill == "line" else 1) :] = np.arange(shape[-2])[:, None]
             return line
+        case "turns":
+            return turns(shape[1:4], shape[4], tensor.within)
     return None
 
 
@@ -90,6 +92,52 @@ def grid(first: int, rows: int, columns: int, width: int = 3, corner: int = 0) -
     ids[:, 0] = first
     ids[:, 1], ids[:, 2] = corner + np.array(np.divmod(np.arange(rows * columns), columns))
     return ids
+
+
+def turns(sides: tuple[int, ...], width: int, within: tuple[int, int] | None = None) -> np.ndarray:
+    """Cosines and sines of the angles by which places turn queries and keys, `[2, frames, rows, columns, width]`.
+
+    A quarter of the width is of the frame, the rest of row and column by halves. In a part of width w, two neighbours k
+    turn by `place / 10000^(2 k / w)`, computed in float32 as diffusers does.
+
+    Args:
+        sides: (frames, rows, columns) in tokens.
+        width: Of a head.
+        within: (rows, columns) that the places are stretched into, the longer side whole and around the middle of the
+            other; whole numbers if None.
+
+    Source: Su et al. 2021 (arXiv 2104.09864), equation 34; `get_3d_rotary_pos_embed` of diffusers.
+    """
+    places = [np.arange(side, dtype=np.float32) for side in sides]
+    if within is not None:
+        places[1:] = [_stretched(*span, side) for span, side in zip(_spans(within, *sides[1:]), sides[1:], strict=True)]
+    angles = []
+    for axis, (place, part) in enumerate(zip(places, (width // 4, width // 8 * 3, width // 8 * 3), strict=True)):
+        powers = np.float32(10000) ** (np.arange(0, part, 2, dtype=np.float32) / np.float32(part))
+        turned = np.repeat(np.outer(place, np.float32(1) / powers), 2, axis=1)
+        shape = [1, 1, 1, turned.shape[1]]
+        shape[axis] = len(place)
+        angles.append(np.broadcast_to(turned.reshape(shape), (*sides, turned.shape[1])))
+    whole = np.concatenate(angles, -1)
+    return np.stack([np.cos(whole), np.sin(whole)])
+
+
+def _spans(within: tuple[int, int], rows: int, columns: int) -> list[tuple[int, int]]:
+    """(begin, end) of rows and of columns of a picture that is as large as fits, in the middle."""
+    high, wide = within
+    made = (
+        (high, round(high / rows * columns)) if rows / columns > high / wide else (round(wide / columns * rows), wide)
+    )
+    return [(start := round((whole - side) / 2), start + side) for whole, side in zip(within, made, strict=True)]
+
+
+def _stretched(begin: int, end: int, count: int) -> np.ndarray:
+    """`[count]` float32 from `begin` on, evenly, of which `end` would be the next; each half from its own end."""
+    last = np.float32(end * (count - 1) / count)
+    if count == 1:
+        return np.full(1, begin, np.float32)
+    gap, place = (last - np.float32(begin)) / np.float32(count - 1), np.arange(count, dtype=np.float32)
+    return np.where(place < count // 2, np.float32(begin) + gap * place, last - gap * (np.float32(count - 1) - place))
 
 
 def sides_of(count: int) -> tuple[int, int]:

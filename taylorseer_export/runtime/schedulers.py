@@ -1,8 +1,8 @@
 """Schedulers: what turns a prediction into the next latents.
 
 The Euler step of flow matching, which most families use, is one product and one sum, and is taken here in numpy;
-`solvers.py` has the three classes that the other families use. Every other class is diffusers' own, and so are these
-under a config of which they lack a part.
+`solvers.py` and `ddim.py` have those that the other families use. Every other class is diffusers' own, and so
+are these under a config of which they lack a part.
 
 Shapes: S steps.
 """
@@ -21,7 +21,8 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.errors import BundleError, ConfigError, first_line
-from taylorseer_export.runtime.solvers import DDIM, DPMSolver, UniPC
+from taylorseer_export.runtime.ddim import DDIM, VelocityDDIM
+from taylorseer_export.runtime.solvers import DPMSolver, UniPC
 
 
 class Scheduler(Protocol):
@@ -91,7 +92,7 @@ def begun(scheduler: Scheduler, noise: np.ndarray, clean: np.ndarray, skipped: i
 def own_scheduler(manifest: Manifest) -> Scheduler | None:
     """A new scheduler of a bundle, not set yet, where it needs neither torch nor diffusers; None where it does."""
     name, config = manifest.sampling.scheduler, manifest.sampling.config
-    found = {kind.name: kind for kind in (FlowEuler, UniPC, DPMSolver, DDIM)}.get(name)
+    found = {kind.name: kind for kind in (FlowEuler, UniPC, DPMSolver, DDIM, VelocityDDIM)}.get(name)
     return None if found is None else found.of(config)
 
 

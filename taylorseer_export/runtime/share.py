@@ -103,9 +103,14 @@ class Share:
         if self.owned and self.group is not None:
             self.group.close()
 
-    def latents(self, values: np.ndarray) -> np.ndarray:
-        """This rank's rows of latents, or of several in their leading dimensions."""
-        return self._rows(self.contract.latent, values)
+    def latents(self, values: np.ndarray, latent: Tensor | None = None) -> np.ndarray:
+        """This rank's rows of latents, or of several in their leading dimensions.
+
+        Args:
+            values: `[..., *latent]`.
+            latent: Which one they are, the first if left out.
+        """
+        return self._rows(latent or self.contract.latent, values)
 
     def conditioning(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's rows of what has one entry for each row of the latent, and all of the rest."""
@@ -113,11 +118,16 @@ class Share:
         mine = {n: self._rows(constants[n], np.asarray(v)) if n in constants else v for n, v in given.items()}
         return {**mine, RANK: np.array([self.rank])} if RANK in constants and self.ranks > 1 else mine
 
-    def joined(self, predictions: np.ndarray) -> np.ndarray:
-        """All ranks' rows of predictions, or of several in their leading dimensions, from this rank's; sent once."""
-        if self.group is None or self.ranks == 1:
+    def joined(self, predictions: np.ndarray, latent: Tensor | None = None) -> np.ndarray:
+        """All ranks' rows of predictions, or of several in their leading dimensions, from this rank's; sent once.
+
+        Args:
+            predictions: `[..., *latent]`.
+            latent: Whose they are, the first one's if left out; of one that is whole on every rank nothing is sent.
+        """
+        dims = self._dims(latent or self.contract.latent, predictions.ndim)
+        if self.group is None or not dims:
             return predictions
-        dims = self._dims(self.contract.latent, predictions.ndim)
         with self.group.together():
             parts = self.group.gathered(predictions)
         return np.concatenate(parts, axis=dims[0])

@@ -1,6 +1,7 @@
-"""Schedulers of diffusers that take more than one product, in numpy: UniPC under flow matching, DPM-Solver++, and DDIM.
+"""Schedulers of diffusers that look back, in numpy: UniPC under flow matching, and DPM-Solver++.
 
-Each is here as the families use it. A config that asks for more is left to diffusers, see `of`.
+Each is here as the families use it. A config that asks for more is left to diffusers, see `of`. `ddim.py` has those
+that do not look back.
 
 Shapes: S steps, T training timesteps.
 """
@@ -34,11 +35,6 @@ _DPM_KNOWN: dict[str, tuple[Any, ...]] = {
     "use_flow_sigmas": (False, True), "prediction_type": ("epsilon", "flow_prediction"),
     "timestep_spacing": ("linspace", "leading", "trailing"), "final_sigmas_type": ("zero", "sigma_min"),
     "lower_order_final": (True, False), "euler_at_final": (False, True),
-}  # fmt: skip
-_DDIM_ASKED = {"clip_sample": False}
-_DDIM_USUAL: dict[str, Any] = {
-    "prediction_type": "epsilon", "beta_schedule": "linear", "trained_betas": None, "set_alpha_to_one": True,
-    "steps_offset": 0, "thresholding": False, "timestep_spacing": "leading", "rescale_betas_zero_snr": False,
 }  # fmt: skip
 
 
@@ -91,7 +87,7 @@ class UniPC:
     def of(cls, config: Mapping[str, Any]) -> UniPC | None:
         """Under a config of diffusers; None where it asks for what is not here, or is none of that class."""
         count, shift = config.get("num_train_timesteps", 1000), config.get("flow_shift", 1.0)
-        if not _fits(config, _UNIPC_ASKED, _UNIPC_USUAL) or not _is_count(count) or not _is_positive(shift):
+        if not fits(config, _UNIPC_ASKED, _UNIPC_USUAL) or not is_count(count) or not is_positive(shift):
             return None
         return cls(count, float(shift))
 
@@ -215,18 +211,18 @@ class DPMSolver:
             any(type(known[name]) is type(value) and known[name] == value for value in values)
             for name, values in _DPM_KNOWN.items()
         )
-        if not _fits(config, {}, _DPM_USUAL) or not all(alike) or not _is_count(count) or not _is_positive(shift):
+        if not fits(config, {}, _DPM_USUAL) or not all(alike) or not is_count(count) or not is_positive(shift):
             return None
         if known["use_flow_sigmas"] != (known["prediction_type"] == "flow_prediction"):
             return None
-        if not all(_is_positive(beta) and beta < 1 for beta in betas) or not (offset == 0 or _is_count(offset)):
+        if not all(is_positive(beta) and beta < 1 for beta in betas) or not (offset == 0 or is_count(offset)):
             return None
         return cls(known, count, (float(betas[0]), float(betas[1])), float(shift), int(offset))
 
     def set(self, steps: int, sigmas: np.ndarray | None = None, mu: float | None = None) -> None:
         """Fix the steps; it takes a number of them alone."""
-        products = _products(*self._betas, self._count)
-        added = np.sqrt((_ONE - products) / products)  # noise to a picture
+        shares = products(*self._betas, self._count)
+        added = np.sqrt((_ONE - shares) / shares)  # noise to a picture
         if self._flow:
             even = 1.0 - np.linspace(1, 1 / self._count, steps + 1)
             levels = (self._shift * even / (1 + (self._shift - 1) * even))[:0:-1]
@@ -305,83 +301,6 @@ class DPMSolver:
         return step == steps - 1 and (short or known["euler_at_final"] or known["final_sigmas_type"] == "zero")
 
 
-class DDIM:
-    """Denoising by DDIM without added noise, from a prediction of the noise.
-
-    With `a[t]` the product of `1 - beta` up to t, and p the timestep after t, `a[p] = 1` after the last one:
-
-        end = (x[t] - sqrt(1 - a[t]) v) / sqrt(a[t]),   x[p] = sqrt(a[p]) end + sqrt(1 - a[p]) v
-
-    The steps are those of diffusers, operation by operation. Its bits are the same where torch's square roots are the
-    nearest numbers, which those of MKL are not on every CPU, and where torch spaces the betas with one rounding each,
-    as its builds for CPUs with fused products do. Elsewhere they agree within the rounding of that.
-
-    Source: Song et al. 2021 (arXiv 2010.02502), equation 12; `DDIMScheduler` of diffusers.
-    """
-
-    name = "DDIMScheduler"
-
-    def __init__(self, count: int, betas: tuple[float, float]) -> None:
-        self._count, self._betas = count, betas
-        self.config: Mapping[str, Any] = {
-            **_DDIM_ASKED, **_DDIM_USUAL, "num_train_timesteps": count, "beta_start": betas[0], "beta_end": betas[1]
-        }  # fmt: skip
-        self.timesteps = np.empty(0, np.int64)
-        self._products = self._after = np.empty(0, np.float32)
-        self._end: np.ndarray | None = None
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> DDIM | None:
-        """Under a config of diffusers; None where it asks for what is not here, or is none of that class."""
-        count = config.get("num_train_timesteps", 1000)
-        betas = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-        if not _fits(config, _DDIM_ASKED, _DDIM_USUAL) or not _is_count(count):
-            return None
-        if not all(_is_positive(beta) and beta < 1 for beta in betas):
-            return None
-        return cls(count, (float(betas[0]), float(betas[1])))
-
-    def set(self, steps: int, sigmas: np.ndarray | None = None, mu: float | None = None) -> None:
-        """Fix the steps; it takes a number of them alone.
-
-        Raises:
-            ValueError: There are more of them than training timesteps.
-        """
-        if steps > self._count:
-            raise ValueError(f"`steps` is {steps}, expected at most {self._count}, the number of training timesteps")
-        self.timesteps = (np.arange(steps) * (self._count // steps))[::-1].copy()
-        self._products = _products(*self._betas, self._count)[self.timesteps]
-        self._after = np.append(self._products[1:], np.float32(1))
-        self._end = None
-
-    def start(self, noise: np.ndarray) -> np.ndarray:
-        return noise.copy()
-
-    def model_input(self, latents: np.ndarray, step: int) -> np.ndarray:
-        return latents
-
-    def advance(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
-        self._end = self._end_of(answer, step, latents)
-        return self._following(answer, step, self._end)
-
-    def ahead(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
-        return self._following(answer, step, self._end_of(answer, step, latents))
-
-    def estimate(self) -> np.ndarray:
-        assert self._end is not None, "bug in taylorseer-export: no step was taken"
-        return self._end
-
-    def _end_of(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
-        product = self._products[step]
-        end: np.ndarray = (latents - np.sqrt(_ONE - product) * answer) / np.sqrt(product)
-        return end
-
-    def _following(self, answer: np.ndarray, step: int, end: np.ndarray) -> np.ndarray:
-        after = self._after[step]
-        following: np.ndarray = np.sqrt(after) * end + np.sqrt(_ONE - after) * answer
-        return following
-
-
 def linear(first: float, last: float, count: int) -> np.ndarray:
     """`[count]` float32, evenly spaced from first to last, each half from its own end, in one rounding."""
     ends = np.array([first, last], np.float32)
@@ -394,12 +313,12 @@ def linear(first: float, last: float, count: int) -> np.ndarray:
     return spaced.astype(np.float32)
 
 
-def _products(first: float, last: float, count: int) -> np.ndarray:
+def products(first: float, last: float, count: int) -> np.ndarray:
     """`[T]` float32: of 1 - beta up to each timestep, betas evenly spaced from first to last."""
     return np.cumprod((1 - linear(first, last, count)).astype(np.float64)).astype(np.float32)
 
 
-def _fits(config: Mapping[str, Any], asked: Mapping[str, Any], usual: Mapping[str, Any]) -> bool:
+def fits(config: Mapping[str, Any], asked: Mapping[str, Any], usual: Mapping[str, Any]) -> bool:
     """Whether entries are what they must be, those of `usual` where they are there."""
     found = {name: config[name] for name in (*asked, *usual) if name in config}
     wanted = {**asked, **usual}
@@ -408,10 +327,10 @@ def _fits(config: Mapping[str, Any], asked: Mapping[str, Any], usual: Mapping[st
     )
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_positive(value: object) -> bool:
+def is_positive(value: object) -> bool:
     """Whether it is a number above 0 that float64 holds."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= float(np.finfo(float).max)

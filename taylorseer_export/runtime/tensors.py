@@ -9,7 +9,7 @@ tokens, the guidance that the model takes as an input, and the second set of con
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,10 +20,13 @@ from taylorseer_export.bundle.shapes import match, resolve
 from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.runtime.denoiser import Denoiser
 from taylorseer_export.runtime.driven import driven_of
+from taylorseer_export.runtime.frames import frames_at_once
 from taylorseer_export.runtime.joined import Joined
 from taylorseer_export.runtime.places import sides_of, value_from_fill
 from taylorseer_export.runtime.sampling import Request, noise_of, tokens_of
 from taylorseer_export.runtime.sections import frames_of_section, sections_of, window_of
+
+_Extent = TypeVar("_Extent", int, int | str)
 
 NEGATIVE = "negative_"  # before the name of an input: its value for the unconditional half or branch
 BLANK = "visual_cond"  # what a pipeline asks a transformer whose channels for a picture are zeros where there is none
@@ -170,19 +173,33 @@ def channel_axis(manifest: Manifest) -> int:
     return {"rotary": 2, "channels-last": 4}.get(manifest.pipeline.arguments, 1)
 
 
-def extents_of(manifest: Manifest, latent: Sequence[Any]) -> tuple[Any, ...]:
-    """(frames, rows, columns) in latent pixels of the latent of a video, of a picture without frames, by its shape."""
+def extents_of(manifest: Manifest, shape: tuple[_Extent, ...]) -> tuple[_Extent, ...]:
+    """(frames, rows, columns) of the latent of a video, (rows, columns) of that of a picture, of its shape."""
     axis = channel_axis(manifest)
-    return (*latent[1:axis], *latent[axis + 1 :])
+    return shape[1:axis] + shape[axis + 1 :]
+
+
+def frames_axis(manifest: Manifest) -> int:
+    """Where the frames of the latent of a video stand."""
+    return 2 if channel_axis(manifest) == 1 else 1
+
+
+def joins(manifest: Manifest) -> bool:
+    """Whether a video has something beside the noise along the channels."""
+    latent = manifest.graphs["full"].input_of("latent").shape
+    return len(latent) == 5 and latent[channel_axis(manifest)] != _channels(manifest)
 
 
 def noise_shape(manifest: Manifest, latent: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of what is sampled, for a transformer's latent of this shape, which may have more channels."""
-    axis, graph = channel_axis(manifest), manifest.graphs["full"]
-    (made,) = (t.shape for t in graph.outputs if t.role == "noise_pred")
-    if len(latent) != 5 or graph.input_of("latent").shape[axis] == made[axis]:
-        return latent
-    return (*latent[:axis], int(made[axis]), *latent[axis + 1 :])
+    axis = channel_axis(manifest)
+    return (*latent[:axis], _channels(manifest), *latent[axis + 1 :]) if joins(manifest) else latent
+
+
+def _channels(manifest: Manifest) -> int:
+    """Of a prediction for videos."""
+    (made,) = (t.shape for t in manifest.graphs["full"].outputs if t.role == "noise_pred")
+    return int(made[channel_axis(manifest)])
 
 
 def _rows(name: str, shape: tuple[int | str, ...], value: np.ndarray, count: int) -> np.ndarray:
@@ -237,6 +254,22 @@ def _frames_of_section(manifest: Manifest, frames: int, option: str) -> list[int
     return [manifest.sampling.time_scale * (window_of(manifest) - 1) + 1]
 
 
+def _latent_frames(manifest: Manifest, frames: int, option: str) -> int:
+    """Those of a video of so many frames, with any that are not decoded."""
+    scale, decode = manifest.sampling.time_scale, manifest.parts.get("decode")
+    first, later = (1, 1) if decode is None or decode.later is None else frames_at_once(decode)
+    count, rest = divmod(frames - 1, scale)
+    if rest or count + 1 < first or (count + 1 - first) % later:
+        least = scale * (first - 1) + 1
+        known = (
+            f"a multiple of {scale} and 1, like 81"
+            if first == later == 1
+            else (f"{least}, {least + scale * later}, {least + 2 * scale * later} and so on, which its decoder takes")
+        )
+        raise ConfigError(f"{option} frames is {frames}, expected {known}; change it")
+    return count + 1 + (0 if decode is None else decode.skipped)
+
+
 def _noise(shape: tuple[int, ...], pipeline: Pipeline, sides: tuple[int, int] | None, seed: int) -> np.ndarray:
     """`[1, ...]`; of packed latents as the pipelines draw it, before it is packed."""
     if pipeline.packing == 1:
@@ -281,12 +314,8 @@ def latent_sizes(
         frames = _frames_of_section(manifest, frames[0], option)
     if frames and driven_of(manifest) is not None:  # of any length: the last section is cut off
         frames = [sampling.time_scale * (window_of(manifest) - 1) + 1]
-    if frames and (frames[0] - 1) % sampling.time_scale:
-        raise ConfigError(
-            f"{option} frames is {frames[0]}, expected a multiple of {sampling.time_scale} and 1, like 81; change it"
-        )
     rows, columns = height // side, width // side
-    made = [rows * columns] if packing > 1 else [*((f - 1) // sampling.time_scale + 1 for f in frames), rows, columns]
+    made = [rows * columns] if packing > 1 else [*(_latent_frames(manifest, f, option) for f in frames), rows, columns]
     shape = latent.shape[1:2] if packing > 1 else extents_of(manifest, latent.shape)
     try:
         sizes = match(shape, tuple(made), {}, option)

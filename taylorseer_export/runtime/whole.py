@@ -74,7 +74,8 @@ class WholeSlot(Slot):
                 "the slot was opened; open a slot of that size"
             )
         if not self.executed:
-            self._ranks.agree({"latents (give all ranks one seed)": told(values)})
+            beside = {name: told(value) for name, value in (others or {}).items()}
+            self._ranks.agree({"latents (give all ranks one seed)": told(values), **beside})
         super().stage(self._share.latents(values), timestep, decided, others, next_timestep)
 
     def try_weights(self, latents: Any, weights: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -82,7 +82,16 @@ def matched(model, patterns):
 # Blocks of FLUX.3 stand in a dict of lists, which are not looked through; LTX-2 has two latents, and one is looked for;
 # VACE's hints are what follows its blocks; no rule tells of Animate's faces; and of Kandinsky 5 the tokens are a video
 # again behind them, which its declaration leaves for later.
-APART = ("flux3", "flux3-distilled", "ltx-2", "ltx-2-image", "wan-vace", "wan-animate", "kandinsky-5")
+APART = (
+    "flux3",
+    "flux3-distilled",
+    "ltx-2",
+    "ltx-2-image",
+    "wan-vace",
+    "wan-animate",
+    "kandinsky-5",
+    "kandinsky-5-t2i",
+)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in APART])

@@ -31,6 +31,8 @@ from tiny_pipelines import (
     whole_hunyuan_15,
     whole_hunyuan_15_image,
     whole_hunyuan_image,
+    whole_kandinsky_5,
+    whole_kandinsky_5_picture,
     whole_krea_2,
     whole_longcat_image,
     whole_ovis_image,
@@ -119,6 +121,8 @@ WHOLE = {
     "hunyuan-channels": whole_hunyuan_image,
     "hunyuan-replace": whole_hunyuan_image,
     "framepack": whole_framepack,
+    "kandinsky-5": whole_kandinsky_5,
+    "kandinsky-5-t2i": whole_kandinsky_5_picture,
     "hunyuan-1.5": whole_hunyuan_15,
     "hunyuan-1.5-i2v": whole_hunyuan_15_image,
 }
@@ -158,6 +162,8 @@ WHOLE_USUAL = {
     "hunyuan-channels": (3, 4, 6),
     "hunyuan-replace": (3, 4, 6),
     "framepack": (2, 16, 24),
+    "kandinsky-5": (2, 4, 6),
+    "kandinsky-5-t2i": (4, 6),
     "hunyuan-1.5": (2, 2, 3),
     "hunyuan-1.5-i2v": (2, 2, 3),
 }

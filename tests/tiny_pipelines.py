@@ -41,6 +41,7 @@ from diffusers import (
     HunyuanVideoFramepackPipeline,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
+    Kandinsky5T2IPipeline,
     Kandinsky5T2VPipeline,
     LongCatImagePipeline,
     LTX2Pipeline,
@@ -292,6 +293,30 @@ def kandinsky_5_pipeline(transformer, pipeline=Kandinsky5T2VPipeline):
     """Videos of 4 n + 1 frames and a multiple of 16 pixels; the prompt is given as embeddings."""
     vae, scheduler = tiny_hunyuan_vae(transformer.config.in_visual_dim), FlowMatchEulerDiscreteScheduler(shift=5.0)
     return _quiet(pipeline(transformer, vae, None, None, None, None, scheduler))
+
+
+def whole_kandinsky_5(transformer, pipeline=kandinsky_5_pipeline):
+    """The same from a prompt."""
+    pipe, config = pipeline(transformer), transformer.config
+    pipe.register_modules(
+        text_encoder=tiny_qwen(config.in_text_dim, known=CHATS),
+        tokenizer=tiny_processor(chats()),
+        text_encoder_2=tiny_clip(config.in_text_dim2),
+        tokenizer_2=letters(77),
+    )
+    return pipe
+
+
+def whole_kandinsky_5_picture(transformer):
+    """A picture, from a prompt; of 32 x 48 pixels, since the sizes of its pipeline are of a megapixel."""
+    vae, scheduler = tiny_vae(transformer.config.in_visual_dim, 4, 0.1), FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+    def build(transformer):
+        return _quiet(Kandinsky5T2IPipeline(transformer, vae, None, None, None, None, scheduler))
+
+    pipe = whole_kandinsky_5(transformer, build)
+    pipe.resolutions = [(48, 32)]
+    return pipe
 
 
 def cogvideox_pipeline(transformer):
@@ -779,15 +804,15 @@ def _chat():
     return f"{{% for m in messages %}}{turn}{{% endfor %}}{answer}"
 
 
-def tiny_vae(channels):
+def tiny_vae(channels, levels=2, shift=0.0):
     return _seeded(
         lambda: AutoencoderKL(
-            block_out_channels=(4, 4),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(4,) * levels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
             latent_channels=channels,
             norm_num_groups=2,
-            shift_factor=0.0,
+            shift_factor=shift,
         )
     )
 

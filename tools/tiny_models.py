@@ -692,8 +692,8 @@ def wan_animate_inputs(model, steps, frames=3, **sizes):
     return latents, timestep, {**conditioning, "pose_hidden_states": pose, "face_pixel_values": face}
 
 
-def tiny_kandinsky_5(seed=0):
-    """Kandinsky 5 of width 32, patches of 2 x 2, with channels for a picture, float32, eval."""
+def tiny_kandinsky_5(seed=0, visual_cond=True):
+    """Kandinsky 5 of width 32, patches of 2 x 2, if not said otherwise with channels for a picture, float32, eval."""
     return randomised(
         lambda: Kandinsky5Transformer3DModel(
             in_text_dim=20,
@@ -704,7 +704,7 @@ def tiny_kandinsky_5(seed=0):
             num_text_blocks=1,
             num_visual_blocks=2,
             axes_dims=(4, 6, 6),
-            visual_cond=True,
+            visual_cond=visual_cond,
         ),
         seed,
     )
@@ -719,7 +719,8 @@ def kandinsky_5_inputs(model, steps, batch=1, frames=2, height=3, width=2, text_
         "pooled_projections": torch.randn(batch, config.in_text_dim2, generator=rng),
         "scale_factor": torch.tensor([1.0, 2.0, 2.0]),
     }
-    shape = (batch, frames, 2 * height, 2 * width, 2 * config.in_visual_dim + 1)
+    channels = 2 * config.in_visual_dim + 1 if config.visual_cond else config.in_visual_dim
+    shape = (batch, frames, 2 * height, 2 * width, channels)
     return _trajectory(timestep / 1000, shape, rng), timestep, conditioning
 
 
@@ -940,6 +941,7 @@ MODELS = {
     "hunyuan-1.5": ("hunyuan-video-1.5", tiny_hunyuan_15, hunyuan_15_inputs),
     "hunyuan-1.5-i2v": ("hunyuan-video-1.5", lambda: tiny_hunyuan_15(1, "i2v"), hunyuan_15_inputs),
     "kandinsky-5": ("kandinsky-5", tiny_kandinsky_5, kandinsky_5_inputs),
+    "kandinsky-5-t2i": ("kandinsky-5", lambda: tiny_kandinsky_5(1, visual_cond=False), kandinsky_5_inputs),
     "cogvideox": ("cogvideox", tiny_cogvideox, cogvideox_inputs),
     "cogvideox-table": ("cogvideox", lambda: tiny_cogvideox(1, turned=False, layers=1, width=8), cogvideox_inputs),
     "cogvideox-image": (

@@ -54,7 +54,7 @@ Role = Literal[
     "latent", "step", "constant", "weights", "taylor_in", "taylor_out", "noise_pred",
     "probe_in", "probe_out", "error", "carried", "tokens", "picture", "cache_in", "cache_out", "lora",
 ]  # fmt: skip
-Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "turns", "guidance", "next"]
+Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "scales", "turns", "guidance", "next"]
 Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
 
 
@@ -86,9 +86,10 @@ class Tensor(Part):
         description="What it holds where that follows from the sizes, so that a request may leave it out. ones, zeros. "
         "grid: (first, row, column) of each token, and zeros. line: zeros, and the number of each token. diagonal: a "
         "zero, and that number in all other places. sides: (1, rows, columns) of each picture in tokens, the latent "
-        "first. frames: first, first + 1 and so on. turns: cosines and sines of the places of tokens. guidance: the "
-        "guidance scale times the pipeline's guidance_factor. next: of an input of role step, the timestep of the next "
-        "step, that of no noise behind the last.",
+        "first. frames: first, first + 1 and so on. scales: (1, 2, 2) where rows and columns are 30 to 53 each, else "
+        "(1, 3.16, 3.16). turns: cosines and sines of the places of tokens. guidance: the guidance scale times the "
+        "pipeline's guidance_factor. next: of an input of role step, the timestep of the next step, that of no noise "
+        "behind the last.",
     )
     first: int = Field(default=0, description="Where the fills grid and frames begin.")
     corner: int = Field(default=0, description="Row and column of the first token of the fill grid.")

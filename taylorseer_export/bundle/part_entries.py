@@ -46,6 +46,11 @@ class Tokens(Part):
         description='Whether it is what the prompt has in quotes, each as `Text "...". `; without any all is padding.',
     )
     blank: Text = Field(default="", description="What stands for a prompt that is empty.")
+    shortened: bool = Field(
+        default=False,
+        description="Whether one that has more tokens, in its template, first loses characters at its end: as many as "
+        "the text has of its tokens from the last but one that it may have to the third last of all.",
+    )
 
 
 class Tiles(Part):

@@ -134,6 +134,7 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
     from taylorseer_export.method import forecasts_from_options
     from taylorseer_export.runtime import sampling
     from taylorseer_export.runtime.schedulers import own_scheduler
+    from taylorseer_export.runtime.tensors import extents_of
 
     first = denoiser.share.first  # of the ranks: it writes what one process writes
     videos = {name: path for name in _VIDEOS if (path := getattr(given, name)) is not None}
@@ -163,7 +164,7 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
     drawn = f"{manifest.family}-{manifest.name}.{'png' if rate is None else 'webp'}"
     out = given.out or Path(drawn if manifest.sampling.pictures else "latents.safetensors")
     if rate is not None and out.suffix != ".safetensors":
-        frames = manifest.sampling.time_scale * (request.latents.shape[2] - 1) + 1
+        frames = manifest.sampling.time_scale * (extents_of(manifest, request.latents.shape)[0] - 1) + 1
         check_video(out, frames - requests.frames_dropped(manifest))
     files = _files(out, manifest, len(request.latents))
     previews = [[_preview(path, k) for path in files] for k in range(1, given.previews + 1)]

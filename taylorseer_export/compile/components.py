@@ -117,6 +117,7 @@ def tokenizer(checkpoint: Checkpoint, declared: Declared, folder: Path) -> Token
         cleaned=declared.cleaned,
         quoted=declared.quoted,
         blank=declared.blank,
+        shortened=declared.shortened,
         special=special,
     )
 

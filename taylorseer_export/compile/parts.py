@@ -27,6 +27,7 @@ from taylorseer_export.bundle.manifest import (
 from taylorseer_export.bundle.part_agreement import BEGINNING, CONDITION
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.checkpoint.files import INDEX
+from taylorseer_export.checkpoint.recognise import pipeline_of
 from taylorseer_export.compile.components import (
     class_of,
     component,
@@ -102,9 +103,10 @@ def parts_of(checkpoint: Checkpoint, without: Sequence[str] = ()) -> tuple[PartN
             )
     left = tuple(name for name in found if name not in without)
     if not left:
+        of = " of ".join(filter(None, (checkpoint.family.name, pipeline_of(checkpoint.folder))))
         raise ConfigError(
-            f"--whole is given for {checkpoint.family.name}, expected a family whose pipeline this version exports, "
-            "and a part of it; leave --whole out"
+            f"--whole is given for {of}, expected a family whose pipeline this version exports, and a part "
+            "of it; leave --whole out"
         )
     whole = checkpoint.family.whole
     if whole is not None and whole.read is not None and "text" in left and "encode" not in left:

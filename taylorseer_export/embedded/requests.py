@@ -203,7 +203,9 @@ def usual_size(manifest: Manifest) -> tuple[int, ...]:
     latent = resolve(manifest.graphs["full"].input_of("latent").shape, typical)
     sides = extents_of(manifest, latent) if manifest.pipeline.packing == 1 else sides_of(typical[ROWS])
     skipped = manifest.parts["decode"].skipped if "decode" in manifest.parts else 0
-    frames = [manifest.sampling.time_scale * (count - skipped - 1) + 1 for count in sides[:-2]]
+    pictured = "decode" in manifest.parts and frame_rate(manifest) is None  # one frame, which is not counted
+    counts = () if pictured else sides[:-2]
+    frames = [manifest.sampling.time_scale * (count - skipped - 1) + 1 for count in counts]
     if (sections := sections_of(manifest)) is not None:
         frames = [frames_of_section(manifest) * sections.usual + 1]
     if (driven := driven_of(manifest)) is not None:
@@ -350,7 +352,9 @@ def pictures_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np
         sides = (request.height // side, request.width // side)
         if packing > 1:
             return decoded(denoiser.decoder, latents_of(latents, *sides, packing))
-        return decoded(denoiser.decoder, np.moveaxis(latents, channel_axis(denoiser.manifest), 1))
+        latents = np.moveaxis(latents, channel_axis(denoiser.manifest), 1)
+        pictured = latents.ndim == 5 and frame_rate(denoiser.manifest) is None
+        return decoded(denoiser.decoder, latents[:, :, 0] if pictured else latents)
     if decoder is None:
         raise ConfigError(
             f"bundle {denoiser.manifest.family}-{denoiser.manifest.name} has no picture decoder, expected one "

@@ -15,7 +15,7 @@ from taylorseer_export.families.whole import Whole
 Role = Literal["latent", "step", "constant", "lora"]
 Guidance = Literal["none", "embedded", "batched", "branches"]
 _PACKING = 2
-Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "turns", "guidance", "next"]
+Fill = Literal["ones", "zeros", "grid", "line", "diagonal", "sides", "frames", "scales", "turns", "guidance", "next"]
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,11 @@ class Input:
             and `zeros`; `grid`, a row of (first, row, column) for each token, with zeros behind where it is longer;
             `line`, zeros but for the last column, which counts the tokens; `diagonal`, the same but for the first;
             `sides`, (1, rows, columns) of each picture in tokens, the latent first; `frames`, first, first + 1 and so
-            on; `turns`, cosines and sines `[2, frames, rows, columns, width]` of the angles by which places turn
-            queries and keys; `guidance`, the guidance scale times `Pipeline.guidance_factor`; `next`, of a `step` input
-            beside the timestep, that of the next step, which for the last is that of no noise.
+            on; `scales`, what places in time and along both sides are divided by, as Kandinsky 5 has it: 1, and 2 for
+            each side where both are 30 to 53 tokens, else 3.16; `turns`, cosines and sines `[2, frames, rows, columns,
+            width]` of the angles by which places turn queries and keys; `guidance`, the guidance scale times
+            `Pipeline.guidance_factor`; `next`, of a `step` input beside the timestep, that of the next step, which for
+            the last is that of no noise.
         first: Where `grid` and `frames` begin.
         corner: (row, column) of the first token of `grid`, both the same.
         spacing: Between rows and columns of `grid`.

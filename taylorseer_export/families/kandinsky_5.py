@@ -1,4 +1,4 @@
-"""Kandinsky 5.0 Lite: blocks over the words, then blocks over the video that attend to them; channels stand last.
+"""Kandinsky 5.0: blocks over the words, then blocks over the video that attend to them; channels stand last.
 
 Its code rounds turned queries and keys to bfloat16 in any precision, so that float32 is no more exact than that there.
 """
@@ -6,10 +6,23 @@ Its code rounds turned queries and keys to bfloat16 in any precision, so that fl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from taylorseer_export.errors import ConfigError
-from taylorseer_export.families.family import Defaults, Family, Input, Pipeline, instead, unless_traced, video_patches
+from taylorseer_export.families.encoders import DESCRIBE, asked, layers
+from taylorseer_export.families.family import (
+    Defaults,
+    Family,
+    Input,
+    Pipeline,
+    instead,
+    patches,
+    unless_traced,
+    video_patches,
+)
+from taylorseer_export.families.hunyuan_video import HUNYUAN_VIDEO
+from taylorseer_export.families.whole import Modules, Tensors, Tokens, Whole, unit
 
 
 def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
@@ -25,8 +38,19 @@ def _inputs(config: Mapping[str, Any]) -> tuple[Input, ...]:
         Input("encoder_hidden_states", ("batch", "text_tokens", config["in_text_dim"]), "constant"),
         Input("timestep", ("batch",), "step"),
         Input("pooled_projections", ("batch", config["in_text_dim2"]), "constant"),
-        Input("scale_factor", (3,), "constant", "float32", fill="ones"),
+        Input("scale_factor", (3,), "constant", "float32", fill="scales"),
     )
+
+
+def _inputs_of_picture(config: Mapping[str, Any]) -> tuple[Input, ...]:
+    """One frame; its pipeline divides no places and adds no channels."""
+    if config["visual_cond"]:
+        raise ConfigError(
+            "config entry `visual_cond` is true, expected false for Kandinsky5T2IPipeline, which passes a model no "
+            "channels of a picture; pass a model that draws from text alone"
+        )
+    latent, *between, scale = _inputs(config)
+    return (replace(latent, shape=("batch", 1, *latent.shape[2:])), *between, replace(scale, fill="ones"))
 
 
 def _call(model: Any, inputs: dict[str, Any]) -> Any:
@@ -80,6 +104,84 @@ def _forward(
     return (made.flatten(1, 2).flatten(2, 3).flatten(3, 4),)
 
 
+# What its pipelines say to Qwen2.5-VL before the prompt, and how many tokens of it they leave out. Of diffusers 0.42:
+# older ones misspell a word, which is a token more.
+_VIDEO = (
+    "You are a prompt engineer. Describe the video in detail.\n"
+    "Describe how the camera moves or shakes, describe the zoom and view angle, whether it follows the objects.\n"
+    "Describe the location of the video, main characters or objects and their action.\n"
+    "Describe the dynamism of the video and presented actions.\n"
+    "Name the visual style of the video: whether it is a professional footage, user generated content, some kind of "
+    "animation, video game or scren content.\n"
+    "Describe the visual effects, postprocessing and transitions if they are presented in the video.\n"
+    "Pay attention to the order of key actions shown in the scene."
+)
+_VIDEO_DROPPED, _PICTURE_DROPPED = 128, 40
+_NEGATIVE = (
+    "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, deformed, walking "
+    "backwards"
+)
+
+
+def _tokens(said: str, dropped: int) -> tuple[Tokens, ...]:
+    qwen = Tokens(
+        "qwen",
+        "tokenizer",
+        512,
+        size="text_tokens",
+        padded=False,
+        template=f"{asked(said)}{{}}<|im_end|>",
+        dropped=dropped,
+        cleaned=True,
+        shortened=True,
+    )
+    return qwen, Tokens("clip", "tokenizer_2", 77, cleaned=True)
+
+
+def _encode(encoders: Modules, given: Tensors) -> dict[str, Any]:
+    return {
+        "encoder_hidden_states": layers(encoders["text_encoder"], given["qwen"])[-1][:, given["qwen_dropped"] :],
+        "pooled_projections": encoders["text_encoder_2"](given["clip"]).pooler_output,
+    }
+
+
+def _decode(vae: Any, latents: Any) -> Any:
+    """As its pipeline: what FLUX's VAE shifts latents by is left out."""
+    return unit(vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0])
+
+
+assert HUNYUAN_VIDEO.whole is not None
+
+# The VAE is HunyuanVideo's.
+_WHOLE = replace(
+    HUNYUAN_VIDEO.whole, tokens=_tokens(_VIDEO, _VIDEO_DROPPED), encode=_encode, negative=_NEGATIVE, frame_rate=24
+)
+
+
+def _dimensions(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {"batch": (1, 8), "frames": (1, 128), "rows": (2, 128), "columns": (2, 128), "text_tokens": (1, 1024)}
+
+
+def _dimensions_of_picture(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {name: extents for name, extents in _dimensions(config).items() if name != "frames"}
+
+
+_OF_PICTURE = {
+    "title": "Kandinsky 5.0, pictures from text",
+    "inputs": _inputs_of_picture,
+    "dimensions": _dimensions_of_picture,
+    "latent_sizes": patches,
+    "latent_size": (128, 128),
+    "guidance_scale": 3.5,
+    "whole": Whole(
+        decode=_decode,
+        encoders=_WHOLE.encoders,
+        tokens=_tokens(f"You are a prompt engineer. {DESCRIBE}", _PICTURE_DROPPED),
+        encode=_encode,
+        negative="",
+    ),
+}
+
 KANDINSKY_5 = Family(
     name="kandinsky-5",
     title="Kandinsky 5.0 of full attention, from text and from a picture",
@@ -89,13 +191,7 @@ KANDINSKY_5 = Family(
     stack_input=("visual_transformer_blocks.0", "visual_embed"),
     stack_output=("out_layer.norm", "input"),
     inputs=_inputs,
-    dimensions=lambda config: {
-        "batch": (1, 8),
-        "frames": (1, 128),
-        "rows": (2, 128),
-        "columns": (2, 128),
-        "text_tokens": (2, 1024),
-    },
+    dimensions=_dimensions,
     latent_sizes=video_patches,
     defaults=Defaults(steps=50, interval=5, warmup=1, order=1),
     scheduler_config={"shift": 5.0},
@@ -104,10 +200,17 @@ KANDINSKY_5 = Family(
     latent_size=(31, 64, 96),
     typical={"text_tokens": 512},
     pipeline=Pipeline(
+        flow_steps="count",
         arguments="channels-last",
         cast_inputs=("encoder_hidden_states", "pooled_projections"),
         ignored_inputs=("visual_rope_pos", "text_rope_pos"),
     ),
+    whole=_WHOLE,
+    by_pipeline={
+        "Kandinsky5T2IPipeline": _OF_PICTURE,
+        "Kandinsky5I2VPipeline": {"whole": None},
+        "Kandinsky5I2IPipeline": {"whole": None},
+    },
     attributes=lambda config: {"visual_cond": int(config["visual_cond"])},
     lora_loader="KandinskyLoraLoaderMixin",
     rounded=(r"(text|visual)_transformer_blocks\.\d+\.self_attention",),

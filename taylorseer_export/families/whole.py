@@ -50,6 +50,9 @@ class Tokens:
         sought: Tokens that `encode` looks for: it is given their numbers, by these names.
         quoted: Whether what the prompt has in quotes is meant, each as `Text "...". `; without any all is padding.
         blank: What stands for a prompt that is empty.
+        shortened: Whether a prompt that has more tokens, in its template, first loses characters at its end: as many as
+            the text has of its tokens from the last but one that it may have to the third last of all. It is then cut
+            off like any other.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Tokens:
     sought: tuple[str, ...] = ()
     quoted: bool = False
     blank: str = ""
+    shortened: bool = False
 
 
 @dataclass(frozen=True)

@@ -312,8 +312,9 @@ def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int, negative:
     if tokens.lowered:
         text = text.lower().strip()
     if tokens.suffix is None:
-        template = "{}" if plain else tokens.template
-        made = tokenizer.encode(template.replace("{}", text), add_special_tokens=tokens.special)
+        asked = ("{}" if plain else tokens.template).replace("{}", text)
+        asked = _shortened(asked, tokens, tokenizer, most) if tokens.shortened else asked
+        made = tokenizer.encode(asked, add_special_tokens=tokens.special)
         ids, mask = made.ids[:most], made.attention_mask[:most]  # a multiple may be more
     else:
         ids, mask = _filled_before_its_end(text, tokens, tokenizer, most, tokens.suffix)
@@ -324,6 +325,17 @@ def _tokens_of(prompt: str, tokens: Tokens, tokenizer: Any, most: int, negative:
         rows[1:] += 0 if plain else tokens.dropped
         given[tokens.kept] = rows[None]
     return given
+
+
+def _shortened(text: str, tokens: Tokens, tokenizer: Any, most: int) -> str:
+    """A prompt in its template, without as many characters at its end as what is over has, as diffusers reckons that
+    for Kandinsky 5: the template's own end counts among those."""
+    tokenizer.no_truncation()
+    ids = tokenizer.encode(text, add_special_tokens=tokens.special).ids
+    tokenizer.enable_truncation(most)
+    over = ids[most - 2 : -2] if len(ids) > most else []
+    removed = tokenizer.decode(over, skip_special_tokens=False) if over else ""
+    return text[: len(text) - len(removed)]
 
 
 def _filled_before_its_end(

@@ -14,6 +14,9 @@ from taylorseer_export.runtime.runner import host_dtype
 
 ROWS = "image_tokens"  # the dimension that counts the tokens of a packed latent
 BEHIND = "condition_tokens"  # that of the pictures behind it
+# Tokens along a side of the videos that Kandinsky 5 takes for small: 480 to 854 pixels, 16 a token. What it divides the
+# places along the sides of those by, and of all others.
+_SMALL, _SCALE, _OTHER_SCALE = (30, 53), 2.0, 3.16
 
 
 def value_from_fill(
@@ -35,6 +38,9 @@ def value_from_fill(
             return np.zeros(shape, dtype)
         case "frames":
             return np.arange(tensor.first, tensor.first + shape[0], dtype=dtype)
+        case "scales":
+            small = all(_SMALL[0] <= sizes[side] <= _SMALL[1] for side in ("rows", "columns"))
+            return np.array([1.0, *2 * [_SCALE if small else _OTHER_SCALE]], dtype)
         case "sides":
             return np.broadcast_to(_pictures(shape[-2], sizes, sides), shape).astype(dtype)
         case "grid":

@@ -29,6 +29,7 @@ from taylorseer_export.runtime.sections import frames_of_section, sections_of, w
 _Extent = TypeVar("_Extent", int, int | str)
 
 NEGATIVE = "negative_"  # before the name of an input: its value for the unconditional half or branch
+BLANK = "visual_cond"  # what a pipeline asks a transformer whose channels for a picture are zeros where there is none
 
 
 def tensor_request(
@@ -226,6 +227,8 @@ def joined_to(
                 f"input `{CONDITION}` is given, expected none for a model from text alone; leave it out of --inputs"
             )
         return None, latent
+    if condition is None and manifest.pipeline.attributes.get(BLANK):
+        condition = np.zeros((1, *expected[1:]), np.float32)
     if condition is None:
         raise ConfigError(
             f"input `{CONDITION}` is missing, expected float32 {list(expected)}, the picture that the video begins "
@@ -297,6 +300,8 @@ def latent_sizes(
     refuse_several(manifest, option)
     latent, sampling, packing = manifest.graphs["full"].input_of("latent"), manifest.sampling, manifest.pipeline.packing
     shown, video = "x".join(map(str, pixels)), len(latent.shape) == 5
+    if video and len(pixels) == 2 and extents_of(manifest, latent.shape)[0] == 1:  # a picture is the one frame
+        pixels = (1, *pixels)
     if len(pixels) != 2 + video:
         form = "FxHxW (frames first)" if video else "HxW"
         raise ConfigError(f"{option} is {shown}, expected {form} for family {manifest.family}; write it so")

@@ -36,6 +36,7 @@ from taylorseer_export.runtime.runner import host_dtype
 from taylorseer_export.runtime.sampling import Loop, Request, preview_steps
 from taylorseer_export.runtime.sections import frames_of_section, sections_of
 from taylorseer_export.runtime.tensors import (
+    BLANK,
     CONDITION,
     NEGATIVE,
     channel_axis,
@@ -152,7 +153,8 @@ def inputs(manifest: Manifest, role: Role, streams: bool = False) -> tuple[Port,
     constants = [
         Port(name, _datatype(t), _dims(t), name in pictured) for name, t in request_constants(manifest).items()
     ]
-    joined = () if beside is None else (Port(CONDITION, "FP32", beside, CONDITION in pictured),)
+    blank = bool(manifest.pipeline.attributes.get(BLANK))
+    joined = () if beside is None else (Port(CONDITION, "FP32", beside, blank or CONDITION in pictured),)
     joined = (*joined, Port("image", "UINT8", (-1, -1, 3), True)) if pictured else joined
     sigmas = (Port("sigmas", "FP32", (-1,), True),) if "FlowMatch" in manifest.sampling.scheduler else ()
     negative = [Port(NEGATIVE + c.name, c.datatype, c.dims, True) for c in constants]
@@ -294,10 +296,10 @@ def _loop_request(
     guided = manifest.sampling.guidance == "batched" and branches == {2 * len(latents)}
     negative = {**conditioning, **twins} if twins and scale != 1.0 else None
     joined = None
-    if CONDITION in values:
+    if CONDITION in values or manifest.pipeline.attributes.get(BLANK):
         axis = channel_axis(manifest)
         whole = (*latents.shape[:axis], int(denoiser.latent.shape[axis]), *latents.shape[axis + 1 :])
-        joined, sampled = joined_to(manifest, whole, values[CONDITION])
+        joined, sampled = joined_to(manifest, whole, values.get(CONDITION))
         if latents.shape != sampled:
             raise ConfigError(f"input `latents` is {list(latents.shape)}, expected {list(sampled)}; send them so")
     return Request(latents, conditioning, guided or negative is not None, scale, 0, 0, sigmas, negative, joined)

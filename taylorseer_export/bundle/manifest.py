@@ -30,6 +30,7 @@ from taylorseer_export.bundle.entries import (
 from taylorseer_export.bundle.entries import Shape as Shape
 from taylorseer_export.bundle.low_rank import LowRank as LowRank
 from taylorseer_export.bundle.parallel import Parallel as Parallel
+from taylorseer_export.bundle.part_entries import Controlled as Controlled
 from taylorseer_export.bundle.part_entries import Driven as Driven
 from taylorseer_export.bundle.part_entries import Filter as Filter
 from taylorseer_export.bundle.part_entries import Fitted as Fitted
@@ -87,9 +88,8 @@ class Tensor(Part):
         "grid: (first, row, column) of each token, and zeros. line: zeros, and the number of each token. diagonal: a "
         "zero, and that number in all other places. sides: (1, rows, columns) of each picture in tokens, the latent "
         "first. frames: first, first + 1 and so on. scales: (1, 2, 2) where rows and columns are 30 to 53 each, else "
-        "(1, 3.16, 3.16). turns: cosines and sines of the places of tokens. guidance: the guidance scale times the "
-        "pipeline's guidance_factor. next: of an input of role step, the timestep of the next step, that of no noise "
-        "behind the last.",
+        "(1, 3.16, 3.16). turns: cosines and sines of the places of tokens. guidance: the scale times guidance_factor. "
+        "next: of an input of role step, the timestep of the next step, that of no noise behind the last.",
     )
     first: int = Field(default=0, description="Where the fills grid and frames begin.")
     corner: int = Field(default=0, description="Row and column of the first token of the fill grid.")
@@ -316,6 +316,7 @@ class PipelinePart(Part):
     patches: Patches | None = Field(default=None, description="Of text, where its encoders see pictures in patches.")
     sections: Sections | None = Field(default=None, description="Of encode, where a video is several loops.")
     driven: Driven | None = Field(default=None, description="Of encode, where others drive a video.")
+    controlled: Controlled | None = Field(default=None, description="Of encode, where a video goes by another.")
     area: Size | None = Field(default=None, description="Of encode: pixels that a picture is brought to; see `sizes`.")
     sizes: tuple[tuple[Size, Size], ...] = Field(
         default=(),

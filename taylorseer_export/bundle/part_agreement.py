@@ -14,7 +14,8 @@ from taylorseer_export.bundle.shapes import linear, names, resolve
 
 if TYPE_CHECKING:
     from taylorseer_export.bundle.manifest import Graph, Manifest, PartName, PipelinePart, Tensor
-    from taylorseer_export.bundle.part_entries import Fitted, Sections
+    from taylorseer_export.bundle.part_entries import Controlled, Fitted, Sections
+    from taylorseer_export.bundle.shapes import Entry
 
 # Part -> (roles its inputs may have, roles its outputs may have).
 _PART_ROLES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -89,6 +90,7 @@ def _of_encode(manifest: Manifest) -> str | None:
         return None
     expected = ["picture"] if part.shown is None else ["picture", part.shown.input]
     expected += [] if part.driven is None else [part.driven.pose, part.driven.scene]
+    expected += [] if part.controlled is None else [part.controlled.mask, part.controlled.shown]
     if [t.name for t in part.graph.inputs] != expected:
         return f"part encode takes {listed(t.name for t in part.graph.inputs)}, expected {listed(expected)}"
     if problem := _of_pictures("encode", part):
@@ -96,6 +98,8 @@ def _of_encode(manifest: Manifest) -> str | None:
     made = [t for t in part.graph.outputs if t.role == "latent"]
     if part.fitted is not None:
         return _of_fitted(part, part.fitted)
+    if part.controlled is not None:
+        return _of_controlled(manifest, part, part.controlled)
     if part.sections is not None:
         return _of_sections(manifest, part, part.sections)
     if part.later is not None or [t.name for t in made] == [CONDITION]:
@@ -128,6 +132,8 @@ def _of_pictures(name: str, part: PipelinePart) -> str | None:
         if part.patches is not None and tensor.name == part.patches.input:
             continue
         if part.driven is not None and tensor.name in (part.driven.pose, part.driven.scene):
+            continue
+        if part.controlled is not None and tensor.name in (part.controlled.mask, part.controlled.shown):
             continue
         if tensor.role == "picture" and (len(tensor.shape) != 4 or tensor.shape[:2] != (1, 3)):
             return f"`{tensor.name}` of part {name} is {shown(tensor.shape)}"
@@ -209,6 +215,27 @@ def _of_driven(manifest: Manifest, part: PipelinePart) -> str | None:
     if "decode" in manifest.parts and manifest.parts["decode"].later is None:
         return "part decode has no graph `later`, which sections that are driven are decoded by"
     return None
+
+
+def _of_controlled(manifest: Manifest, part: PipelinePart, by: Controlled) -> str | None:
+    """Frames of what a video goes by have the size of the picture, and what is made of them is one latent frame of what
+    the denoiser takes."""
+    if part.later is None or part.sections or part.driven or part.shown or part.cropped:
+        return "part encode goes by another video, which goes with a graph `later` and with nothing else"
+    sides, scale = part.graph.inputs[0].shape[2:], manifest.sampling.time_scale
+    for graph, frames in ((part.graph, 1), (part.later, scale)):
+        wanted: dict[str, tuple[Entry, ...]] = {by.video: (1, 3, frames, *sides)} if graph is part.later else {}
+        wanted |= {by.mask: (1, 1, frames, *sides), by.shown: (1, 1, 1, *sides)}
+        seen = {t.name: t.shape for t in graph.inputs if t.role != "cache_in" and t.name != "picture"}
+        if seen != wanted:
+            return f"graph {_label(part, graph)} takes {listed(seen)} of other sizes than {listed(wanted)} has"
+        made = {t.name: t.shape for t in graph.outputs if t.role != "cache_out"}
+        if [*made] != [by.control] or len(made[by.control]) != 5 or made[by.control][2] != 1:
+            return f"graph {_label(part, graph)} makes {listed(made)}, expected one latent frame of `{by.control}`"
+        channels = made[by.control][1]
+        if not isinstance(channels, int) or channels < 2 * by.latents:
+            return f"`{by.control}` of part encode is {shown(made[by.control])}, with {by.latents} channels of latents"
+    return _of_caches("encode", part.graph, part.later)
 
 
 def _label(part: PipelinePart, graph: Graph) -> str:

@@ -131,6 +131,20 @@ class Sections(Part):
     usual: Size = Field(description="Sections of a video where nobody asks for another length.")
 
 
+class Controlled(Part):
+    """A video goes by another frame for frame, and by pictures whose latents stand ahead of it."""
+
+    video: Text = Field(
+        description="Input of graph `later` with frames of the other, as many as a latent frame has, from 0 to 1; the "
+        "first is `picture`."
+    )
+    mask: Text = Field(description="Input of both graphs with so many frames of a mask: 1 where it is made anew.")
+    shown: Text = Field(description="Input of both graphs with the frame of the mask that a latent frame is told of.")
+    control: Text = Field(description="What both make, an input of the denoiser, joined along the frames.")
+    latents: Size = Field(description="Its channels that hold latents of what stays; a picture has no others.")
+    pictures: Size = Field(description="How many pictures a request may bring.")
+
+
 class Driven(Part):
     """A video is driven by others frame for frame, and is several loops: each makes a section of its latent frames, as
     many as the latent of the denoiser typically has, and is given the last frame of the one before.

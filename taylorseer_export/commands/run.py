@@ -38,7 +38,13 @@ if TYPE_CHECKING:
     from taylorseer_export.runtime.denoiser import Denoiser
     from taylorseer_export.runtime.sampling import Loop, Request
 
-_VIDEOS = ("pose", "face", "background", "mask")  # as of `embedded/driving.py`
+_VIDEOS = {  # by what they show, as of `embedded/driving.py` and `controlling.py`
+    "pose": "of a pose that drives what is made of --image",
+    "face": "of a face that drives it",
+    "background": "that --image is put into",
+    "mask": "that is white where --image comes, or where --video is made anew",
+    "video": "to go by",
+}
 SUMMARY = "Sample with a bundle: a picture, a video, or tensors."
 
 
@@ -57,13 +63,11 @@ def options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="picture to edit, to animate or to begin with (whole bundles that take one; some take several)",
     )
-    for name in _VIDEOS:
-        what = "that drives what is made of --image" if name in _VIDEOS[:2] else "that --image is put into"
+    for name, what in _VIDEOS.items():
         parser.add_argument(
             f"--{name}",
             type=Path,
-            help=f"video of a {name} {what}: a file, or a folder of its frames as pictures (whole bundles that are "
-            "driven by one)",
+            help=f"video {what}: a file, or a folder of its frames as pictures (whole bundles that take one)",
         )
     parser.add_argument(
         "--strength",
@@ -128,7 +132,7 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
 
     from taylorseer_export.embedded import requests
     from taylorseer_export.embedded.driving import with_videos
-    from taylorseer_export.embedded.edits import given_picture, steps_that_run
+    from taylorseer_export.embedded.edits import given_picture, steps_that_run, use_of
     from taylorseer_export.embedded.picture import read_picture
     from taylorseer_export.embedded.video import check_video, read_video
     from taylorseer_export.method import forecasts_from_options
@@ -152,7 +156,7 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
     _check_fps(manifest, given)
     _check_previews(manifest, given, len(forecasts))
     needed: list[PartName] = [] if given.inputs else ["text"]
-    needed += ["encode"] if given.image else []
+    needed += ["encode"] if given.image or use_of(manifest) == "controls" else []
     needed += [] if not first or (given.out and given.out.suffix == ".safetensors") else ["decode"]
     denoiser.open_parts(needed)  # before the work, and not in its times
     began = time.perf_counter()
@@ -164,7 +168,8 @@ def _sampled(given: argparse.Namespace, denoiser: Denoiser) -> int:
     drawn = f"{manifest.family}-{manifest.name}.{'png' if rate is None else 'webp'}"
     out = given.out or Path(drawn if manifest.sampling.pictures else "latents.safetensors")
     if rate is not None and out.suffix != ".safetensors":
-        frames = manifest.sampling.time_scale * (extents_of(manifest, request.latents.shape)[0] - 1) + 1
+        frames = extents_of(manifest, request.latents.shape)[0] - request.ahead
+        frames = manifest.sampling.time_scale * (frames - 1) + 1
         check_video(out, frames - requests.frames_dropped(manifest))
     files = _files(out, manifest, len(request.latents))
     previews = [[_preview(path, k) for path in files] for k in range(1, given.previews + 1)]

@@ -10,7 +10,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from taylorseer_export.bundle.manifest import Driven, Fitted, Patches, PipelinePart, Sections, Shown, Tiles, Tokens
+from taylorseer_export.bundle.manifest import (
+    Controlled,
+    Driven,
+    Fitted,
+    Patches,
+    PipelinePart,
+    Sections,
+    Shown,
+    Tiles,
+    Tokens,
+)
 from taylorseer_export.checkpoint.checkpoint import Checkpoint
 from taylorseer_export.compile.draft import BaseDraft, Options
 from taylorseer_export.graph.cut import Cut
@@ -38,6 +48,7 @@ class PartDraft(BaseDraft):
         cropped: See `Whole.cropped`; None where it is 0.
         sections: How videos are made section by section; None where they are not.
         driven: How videos are driven by others; None where they are not.
+        controlled: How videos go by others; None where they do not.
     """
 
     pipeline: Path
@@ -63,6 +74,7 @@ class PartDraft(BaseDraft):
     cropped: int | None = None
     sections: Sections | None = None
     driven: Driven | None = None
+    controlled: Controlled | None = None
 
     @property
     def graphs(self) -> tuple[Cut, ...]:
@@ -102,6 +114,7 @@ class PartDraft(BaseDraft):
             cropped=self.cropped,
             sections=self.sections,
             driven=self.driven,
+            controlled=self.controlled,
             sizes=self.shown_at,
             negative=self.negative,
         )

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from taylorseer_export.bundle.manifest import (
+    Controlled,
     Driven,
     Fitted,
     PartName,
@@ -293,18 +294,23 @@ def _animate(
     made = drafted(checkpoint, options, modules, tuple(graphs), constants, extents)
     sections = None if whole.sections is None else Sections(**asdict(whole.sections))
     driven = None if whole.driven is None else Driven(**asdict(whole.driven))
+    controlled = None if whole.controlled is None else Controlled(**asdict(whole.controlled))
     shown = None if seen is None else seen.shown
-    return replace(made, shown=shown, sections=sections, driven=driven, cropped=whole.cropped or None)
+    made = replace(made, sections=sections, driven=driven, controlled=controlled)
+    return replace(made, shown=shown, cropped=whole.cropped or None)
 
 
 def _driving(whole: Whole, picture: Tensor, frames: int) -> list[Tensor]:
-    """So many frames, of the picture's size, of what drives a video; none where nothing does."""
-    if whole.driven is None:
-        return []
-    channels = ((whole.driven.pose, 3), (whole.driven.scene, 4))
+    """So many frames, of the picture's size, of what drives a video or is gone by; none where nothing is."""
+    beside: list[tuple[str, int, int]] = []
+    if (driven := whole.driven) is not None:
+        beside = [(driven.pose, 3, frames), (driven.scene, 4, frames)]
+    if (by := whole.controlled) is not None:  # whose first frame is the picture
+        beside = [(by.video, 3, frames)] if frames > 1 else []
+        beside += [(by.mask, 1, frames), (by.shown, 1, 1)]
     return [
-        picture.model_copy(update={"name": name, "shape": (1, count, frames, *picture.shape[2:])})
-        for name, count in channels
+        picture.model_copy(update={"name": name, "shape": (1, channels, count, *picture.shape[2:])})
+        for name, channels, count in beside
     ]
 
 

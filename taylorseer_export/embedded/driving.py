@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Driven, Manifest
+from taylorseer_export.embedded.controlling import check_control, controlled_of
 from taylorseer_export.embedded.edits import Drawn, Given, shown_to
 from taylorseer_export.embedded.picture import grey, on_black, resized
 from taylorseer_export.errors import ConfigError
@@ -36,6 +37,8 @@ def with_videos(manifest: Manifest, given: Given | None, videos: Mapping[str, np
     if given is None and not videos:
         return None
     check_videos(manifest, videos)
+    if given is None and controlled_of(manifest) is not None:
+        return Given(np.zeros((0, 0, 3), np.uint8), videos=videos)
     if given is None:
         name = f"{manifest.family}-{manifest.name}"
         raise ConfigError(f"picture is missing for {name}, expected the one that it is to animate; pass it")
@@ -49,12 +52,19 @@ def check_videos(manifest: Manifest, videos: Mapping[str, np.ndarray]) -> None:
         ConfigError: As it says, or they are not of as many frames as each other.
     """
     name = f"{manifest.family}-{manifest.name}"
+    if controlled_of(manifest) is not None:
+        check_control(name, videos)
+        return
     if driven_of(manifest) is None:
         if videos:
             raise ConfigError(
                 f"video of a {min(videos)} is given for {name}, expected none, since no video drives it; leave it out"
             )
         return
+    for other in videos:
+        if other not in (*DRIVING, *SCENE):
+            known = ", ".join((*DRIVING, *SCENE))
+            raise ConfigError(f"video of a {other} is given for {name}, expected {known}; leave it out")
     for wanted in (*DRIVING, *(SCENE if any(one in videos for one in SCENE) else ())):
         if wanted not in videos:
             raise ConfigError(

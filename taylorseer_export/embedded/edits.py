@@ -37,14 +37,14 @@ from taylorseer_export.runtime.tensors import frames_axis, joins, latent_sizes, 
 
 STRENGTH = 0.6  # as diffusers' pipelines
 
-Use = Literal["edits", "animates", "begins"]
+Use = Literal["edits", "animates", "begins", "controls"]
 
 
 class Given(NamedTuple):
     """A picture that comes with a request.
 
     Attributes:
-        picture: `[height, width, 3]` uint8; of several the first.
+        picture: `[height, width, 3]` uint8; of several the first. Of no pixels where videos come alone.
         strength: Of a loop that begins with it, the share of its steps that run.
         steps: Those in all; as many as leave those of the plan if None. See `steps_that_run`.
         others: Those behind the first, for a model that takes several; each of a size of its own.
@@ -61,14 +61,17 @@ class Given(NamedTuple):
     @property
     def pictures(self) -> tuple[np.ndarray, ...]:
         """All of them, in the order that they were given in."""
-        return self.picture, *self.others
+        return (self.picture, *self.others) if self.picture.size else ()
 
 
 def use_of(manifest: Manifest) -> Use | None:
-    """What a bundle does with a picture: it `edits` or `animates` it and needs one, `begins` with one, or None."""
+    """What a bundle does with a picture: it `edits` or `animates` it and needs one, `begins` with one, `controls` what
+    it makes by some, and by a video, or None."""
     part = manifest.parts.get("encode")
     if part is None:
         return None
+    if part.controlled is not None:
+        return "controls"
     made = tuple(tensor.name for tensor in part.graph.outputs)
     if part.sections is not None or CONDITION in made or draws_condition(manifest):
         return "animates"
@@ -87,6 +90,8 @@ def most_pictures(manifest: Manifest) -> int:
     text, encode = manifest.parts.get("text"), manifest.parts.get("encode")
     if text is not None and text.patches is not None:
         return text.patches.pictures
+    if encode is not None and encode.controlled is not None:
+        return encode.controlled.pictures
     return 1 if encode is None or encode.fitted is None else encode.fitted.pictures
 
 
@@ -425,7 +430,7 @@ def cut_to(fitted: Fitted, picture: np.ndarray, height: int, width: int) -> np.n
 def black_for(manifest: Manifest, size: tuple[int, ...]) -> Given | None:
     """A black picture that a bundle takes, for a request of a size in pixels; None where it takes none."""
     part = manifest.parts.get("encode")
-    if part is None:
+    if part is None or part.controlled is not None:
         return None
     sides = size[-2:]
     if part.fitted is not None:  # a picture of any size goes by one of a shape that it may have

@@ -12,6 +12,7 @@ import numpy as np
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.shapes import linear, resolve
 from taylorseer_export.embedded.conditioning import ConditioningCache, Encoded, Key
+from taylorseer_export.embedded.controlling import VIDEO, control, controlled_of
 from taylorseer_export.embedded.driving import POSE, check_videos, driven_by
 from taylorseer_export.embedded.edits import (
     Given,
@@ -94,8 +95,13 @@ def prompt_request(
         tensors = dict(prompts)
     else:
         tensors = _encoded(denoiser, prompts, guidance_scale, negative, length, cache, given)
-    made = None
-    if given is not None and (driven := driven_of(manifest)) is not None:
+    made, ahead = None, 0
+    if (by := controlled_of(manifest)) is not None and (given is not None or by.control not in tensors):
+        ahead = 0 if given is None else len(given.pictures)
+        tensors[by.control] = control(denoiser, by, given, size)
+        frames = str(extents_of(manifest, denoiser.latent.shape)[0])
+        sizes = {**sizes, frames: sizes[frames] + ahead} if frames in sizes else sizes
+    elif given is not None and (driven := driven_of(manifest)) is not None:
         made = driven_by(denoiser, driven, given, size, seeds, any(name.startswith(NEGATIVE) for name in tensors))
         tensors |= made.tensors
     elif given is not None and (sections_of(manifest) is not None or draws_condition(manifest)):
@@ -105,10 +111,10 @@ def prompt_request(
     elif given is not None and needed:
         tensors |= seen(denoiser, given.pictures, sides) if use == "edits" else animated(denoiser, given.picture, size)
     request = tensor_request(denoiser, tensors, seeds, sizes, sides, guidance_scale)
-    request = replace(request, height=size[-2], width=size[-1])
+    request = replace(request, height=size[-2], width=size[-1], ahead=ahead)
     if made is not None:
         request = replace(request, latents=made.noise, course=made.course)
-    return request if given is None or needed else begun_with(denoiser, request, given, seeds)
+    return request if given is None or use != "begins" else begun_with(denoiser, request, given, seeds)
 
 
 def _holds_a_picture(manifest: Manifest, tensors: Mapping[str, np.ndarray]) -> bool:
@@ -174,13 +180,18 @@ def size_of(manifest: Manifest, given: Given | None) -> tuple[int, ...]:
     usual = usual_size(manifest)
     if given is None:
         return usual
-    encode = manifest.parts["encode"]
-    if use_of(manifest) != "animates":
+    encode, use = manifest.parts["encode"], use_of(manifest)
+    if use == "controls" and VIDEO not in given.videos:
+        return usual
+    if use not in ("animates", "controls"):
         return brought_to(manifest, given.pictures[-1 if encode.fitted is None else 0])
     latent, made = extents_of(manifest, manifest.graphs["full"].input_of("latent").shape), [*usual]
     high, wide = given.picture.shape[:2]
-    if POSE in given.videos:
-        made[0], high, wide, _ = given.videos[POSE].shape
+    for name in (POSE, VIDEO):
+        if name in given.videos:
+            made[0], high, wide, _ = given.videos[name].shape
+    if use == "controls":
+        made[0] -= (made[0] - 1) % manifest.sampling.time_scale
     wished = [round(sqrt(usual[-2] * usual[-1] * ratio)) for ratio in (high / wide, wide / high)]
     if (square := encode.cropped) is not None:
         wished = [*sides_of_shape(square, manifest.sampling.latent_scale, high, wide)]
@@ -353,6 +364,7 @@ def pictures_of(denoiser: Denoiser, request: Request, latents: np.ndarray) -> np
         if packing > 1:
             return decoded(denoiser.decoder, latents_of(latents, *sides, packing))
         latents = np.moveaxis(latents, channel_axis(denoiser.manifest), 1)
+        latents = latents[:, :, request.ahead :] if request.ahead else latents
         pictured = latents.ndim == 5 and frame_rate(denoiser.manifest) is None
         return decoded(denoiser.decoder, latents[:, :, 0] if pictured else latents)
     if decoder is None:

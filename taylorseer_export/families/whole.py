@@ -181,6 +181,32 @@ class Driven:
 
 
 @dataclass(frozen=True)
+class Controlled:
+    """A video that goes by another frame for frame, of which a mask says what is made anew, and by pictures.
+
+    What `animate` makes of all latent frames is joined along the frames. The latents of a picture stand ahead of those,
+    without a mask; the noise has as many latent frames more, which are no part of the video. Where no video is given
+    there is grey, all of which is made anew.
+
+    Attributes:
+        video: Input of `animate` with frames of the other behind the first, which is `picture`: `[1, 3, F, height,
+            width]` from 0 to 1, as many at a time as a latent frame has.
+        mask: Its input with so many frames of the mask, `[1, 1, F, height, width]`, 1 where it is made anew, else 0.
+        shown: Its input with the one frame of the mask that a latent frame is told of, `[1, 1, 1, height, width]`.
+        control: What it makes, an input of the transformer `[1, C, 1, H, W]`.
+        latents: Of its channels, those of the latents of what stays.
+        pictures: How many a request may bring.
+    """
+
+    video: str
+    mask: str
+    shown: str
+    control: str
+    latents: int
+    pictures: int
+
+
+@dataclass(frozen=True)
 class Tiling:
     """How the tiles of a video lie in its latents; neighbours are blended where they overlap.
 
@@ -233,6 +259,7 @@ class Whole:
         driven: How others drive a video that is made from a picture. `animate` is given their frames too, any later
             one as well, and what it makes of all of them is joined along the frames. The picture is then not stretched
             but put on black. None where nothing drives it.
+        controlled: How a video goes by another, and by pictures; None where it does not.
         cropped: Side of the square whose pixels a video from a picture has, if the pipeline lets the picture keep its
             shape and cuts off what is outside of the video; 0 where it is stretched.
         seers: Folders of the image encoders that `animate` has besides the VAE.
@@ -266,6 +293,7 @@ class Whole:
     animate: Callable[[Modules, Tensors, Sequence[Any] | None], tuple[dict[str, Any], list[Any]]] | None = None
     sections: Sections | None = None
     driven: Driven | None = None
+    controlled: Controlled | None = None
     cropped: int = 0
     seers: tuple[str, ...] = ()
     shown: Shown | None = None

@@ -31,7 +31,7 @@ from taylorseer_export.runtime.lead import END, Lead, ready
 from taylorseer_export.runtime.sampling import Beginning, Loop, Request, denoise
 from taylorseer_export.runtime.sections import Course
 
-_NUMBERS = ("guided", "guidance_scale", "height", "width", "previews")
+_NUMBERS = ("guided", "guidance_scale", "height", "width", "previews", "ahead")
 
 
 def follow(denoiser: Denoiser) -> bool:

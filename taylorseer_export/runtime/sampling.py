@@ -87,6 +87,7 @@ class Request:
         beginning: What the loop begins with beside the noise; noise alone if left out.
         course: How one section follows another; None where there is one loop.
         lora: From `Denoiser.adapter`; what the bundle was loaded with if left out.
+        ahead: Leading latent frames of a video that are made and are no part of it.
         previews: How many are asked for while the loop runs, see `preview_steps`; several ranks know when by this.
     """
 
@@ -103,6 +104,7 @@ class Request:
     course: Course | DrivenCourse | None = None
     lora: Adapter | None = None
     previews: int = 0
+    ahead: int = 0
 
     @property
     def branches(self) -> list[dict[str, np.ndarray]]:

@@ -143,8 +143,9 @@ def inputs(manifest: Manifest, role: Role, streams: bool = False) -> tuple[Port,
             what = (*what, *((Port("negative_prompt", "BYTES", (1,), True),) if guided else (_SCALE,)))
         if (use := use_of(manifest)) is not None:
             begins = use == "begins"
+            optional = use in ("begins", "controls")
             more = [Port(name, "UINT8", (-1, -1, 3), True) for name in _named(most_pictures(manifest))[1:]]
-            what = (*what, Port("image", "UINT8", (-1, -1, 3), begins), *more)
+            what = (*what, Port("image", "UINT8", (-1, -1, 3), optional), *more)
             what = (*what, Port("strength", "FP64", (1,), True)) if begins else what
         size = _SIZE if frame_rate(manifest) is None else (_FRAMES, *_SIZE)
         return (*what, *size, Port("seed", "INT64", (1,), True), *asked, *(_STREAMED if streams else ()))

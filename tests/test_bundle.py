@@ -16,6 +16,7 @@ from taylorseer_export.bundle.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     Comfy,
+    Controlled,
     Dimension,
     Driven,
     Engine,
@@ -194,9 +195,22 @@ def test_published_schema_is_up_to_date():
 
 
 def test_every_field_is_described():
-    parts = (Comfy, Dimension, Driven, Engine, File, Fitted, Graph, Layer, LowRank, Manifest, Model, Parallel, Patches)
-    parts += (Pipeline, PipelinePart, PlanDefaults, Quantised, Sampling, Sections, Shown, Site, State, Tensor, Tiles)
-    parts += (Tokens,)
+    parts = (Comfy, Controlled, Dimension, Driven, Engine, File, Fitted, Graph, Layer, LowRank, Manifest, Model)
+    parts += (
+        Parallel,
+        Patches,
+        Pipeline,
+        PipelinePart,
+        PlanDefaults,
+        Quantised,
+        Sampling,
+        Sections,
+        Shown,
+        Site,
+        State,
+        Tensor,
+    )
+    parts += (State, Tensor, Tiles, Tokens)
     assert {part.__name__ for part in parts} == {"Manifest", *schema()["$defs"]}
     fields = [(part.__name__, *item) for part in parts for item in part.model_fields.items()]
     assert [f"{part}.{name}" for part, name, field in fields if not field.description] == []

@@ -27,8 +27,9 @@ from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.commands import run
 from taylorseer_export.compile.components import numbers
+from taylorseer_export.embedded.animating import animated
 from taylorseer_export.embedded.conditioning import ConditioningCache
-from taylorseer_export.embedded.edits import Given, animated, given_picture, shown_to
+from taylorseer_export.embedded.edits import Given, given_picture, shown_to
 from taylorseer_export.embedded.requests import pictures_of, prompt_request
 from taylorseer_export.embedded.video import write_video
 from taylorseer_export.errors import CheckpointError, ConfigError

@@ -43,7 +43,8 @@ from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.commands import run
 from taylorseer_export.compile.components import look
 from taylorseer_export.compile.export import draft
-from taylorseer_export.embedded.edits import Given, animated, given_picture
+from taylorseer_export.embedded.animating import animated
+from taylorseer_export.embedded.edits import Given, given_picture
 from taylorseer_export.embedded.picture import seen_by_encoder
 from taylorseer_export.embedded.requests import prompt_request, size_of, usual_size
 from taylorseer_export.embedded.video import write_video

@@ -37,7 +37,8 @@ from taylorseer_export.bundle.store import Bundle
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.commands import run
 from taylorseer_export.compile.export import draft
-from taylorseer_export.embedded.edits import Given, given_picture, in_sections
+from taylorseer_export.embedded.animating import in_sections
+from taylorseer_export.embedded.edits import Given, given_picture
 from taylorseer_export.embedded.requests import frame_rate, pictures_of, prompt_request, size_of, usual_size
 from taylorseer_export.embedded.video import write_video
 from taylorseer_export.errors import ConfigError

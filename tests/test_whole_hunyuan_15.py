@@ -15,7 +15,8 @@ from tiny_pipelines import tiny_hunyuan_15_vae
 from taylorseer_export import cli
 from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile.parts import parts_of, refuse_missing
-from taylorseer_export.embedded.edits import Given, animated, given_picture
+from taylorseer_export.embedded.animating import animated
+from taylorseer_export.embedded.edits import Given, given_picture
 from taylorseer_export.embedded.patches import sides_of_shape
 from taylorseer_export.embedded.picture import covering
 from taylorseer_export.embedded.requests import pictures_of, prompt_request

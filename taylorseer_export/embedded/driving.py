@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from taylorseer_export.bundle.manifest import Driven, Manifest
+from taylorseer_export.embedded.animating import Drawn
 from taylorseer_export.embedded.controlling import check_control, controlled_of
-from taylorseer_export.embedded.edits import Drawn, Given, shown_to
+from taylorseer_export.embedded.edits import Given, shown_to
 from taylorseer_export.embedded.picture import grey, on_black, resized
 from taylorseer_export.errors import ConfigError
 from taylorseer_export.runtime.denoiser import Denoiser

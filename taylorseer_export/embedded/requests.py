@@ -11,20 +11,18 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest
 from taylorseer_export.bundle.shapes import linear, resolve
+from taylorseer_export.embedded.animating import animated, drawn_from, in_sections
 from taylorseer_export.embedded.conditioning import ConditioningCache, Encoded, Key
 from taylorseer_export.embedded.controlling import VIDEO, control, controlled_of
 from taylorseer_export.embedded.driving import POSE, check_videos, driven_by
 from taylorseer_export.embedded.edits import (
     Given,
-    animated,
     begun_with,
     black_for,
     brought_to,
     check_pictures,
     cut_for,
-    drawn_from,
     draws_condition,
-    in_sections,
     seen,
     shown_to,
     use_of,

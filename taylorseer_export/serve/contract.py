@@ -15,8 +15,9 @@ import numpy as np
 
 from taylorseer_export.bundle.manifest import Manifest, Tensor
 from taylorseer_export.bundle.profile import Profile
+from taylorseer_export.embedded.animating import animated
 from taylorseer_export.embedded.conditioning import ConditioningCache
-from taylorseer_export.embedded.edits import animated, given_picture, most_pictures, steps_that_run, use_of
+from taylorseer_export.embedded.edits import given_picture, most_pictures, steps_that_run, use_of
 from taylorseer_export.embedded.requests import (
     channels_drawn,
     frame_rate,

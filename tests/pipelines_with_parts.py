@@ -119,6 +119,24 @@ def drawn(denoiser, request, plan):
     return torch.from_numpy(pictures_of(denoiser, request, made.latents)[0].copy()).movedim(-1, -3) / 255
 
 
+def filmed(pipe, size, steps, scale, seed, **more):
+    """The video `[F, 3, height, width]` from 0 to 1 that an untouched pipeline makes, away from `OTHER`."""
+    frames, height, width = size
+    with torch.no_grad():
+        return pipe(
+            prompt=PROMPT,
+            negative_prompt=OTHER,
+            num_frames=frames,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="pt",
+            **more,
+        ).frames[0]
+
+
 def bound_of_picture(expected, pipe, calls, scale=None):
     """What a picture or video may be away from that of the pipeline, in which the transformer was called so often."""
     depth, length = depth_and_length(*encoders_of(pipe), *[pipe.transformer] * calls, pipe.vae)

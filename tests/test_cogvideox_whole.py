@@ -5,7 +5,6 @@
 import numpy as np
 import oracle
 import pytest
-import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from PIL import Image
@@ -16,6 +15,7 @@ from pipelines_with_parts import (
     bound_of_picture,
     denoiser_with_parts,
     drawn,
+    filmed,
     write_pipeline,
 )
 from tiny_bundles import options_of
@@ -35,20 +35,7 @@ SIZE = (17, 32, 48)
 
 
 def asked_of(pipe, size=SIZE, **more):
-    frames, height, width = size
-    with torch.no_grad():
-        return pipe(
-            prompt=PROMPT,
-            negative_prompt=OTHER,
-            num_frames=frames,
-            height=height,
-            width=width,
-            num_inference_steps=STEPS,
-            guidance_scale=SCALE,
-            generator=torch.Generator().manual_seed(SEED),
-            output_type="pt",
-            **more,
-        ).frames[0]
+    return filmed(pipe, size, STEPS, SCALE, SEED, **more)
 
 
 def test_a_video_is_the_pipelines(whole):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.pipelines.wan import pipeline_wan_vace
 from PIL import Image
-from pipelines_with_parts import EDITED, OTHER, PROMPT, bound_of_picture, depth_and_length, drawn
+from pipelines_with_parts import EDITED, OTHER, PROMPT, bound_of_picture, depth_and_length, drawn, filmed
 
 from taylorseer_export import cli
 from taylorseer_export.embedded.controlling import MASK, VIDEO, control, controlled_of, on_white
@@ -34,21 +34,7 @@ def plain_prompts(monkeypatch):
 
 
 def asked_of(pipe, **more):
-    frames, height, width = SIZE
-    with torch.no_grad():
-        return pipe(
-            prompt=PROMPT,
-            negative_prompt=OTHER,
-            num_frames=frames,
-            height=height,
-            width=width,
-            num_inference_steps=STEPS,
-            guidance_scale=SCALE,
-            generator=torch.Generator().manual_seed(SEED),
-            max_sequence_length=32,
-            output_type="pt",
-            **more,
-        ).frames[0]
+    return filmed(pipe, SIZE, STEPS, SCALE, SEED, max_sequence_length=32, **more)
 
 
 def pictured(frames):

@@ -27,7 +27,44 @@ _VELOCITY_USUAL: dict[str, Any] = {"beta_schedule": "scaled_linear", "trained_be
 _SPACINGS = ("leading", "linspace", "trailing")
 
 
-class DDIM:
+class _Stepper:
+    """What both have in common: a step is where the loop will end, and what follows from that.
+
+    Attributes:
+        timesteps: `[S]` int64, once they are set.
+    """
+
+    def __init__(self) -> None:
+        self.timesteps = np.empty(0, np.int64)
+        self._end: np.ndarray | None = None
+
+    def start(self, noise: np.ndarray) -> np.ndarray:
+        return noise.copy()
+
+    def model_input(self, latents: np.ndarray, step: int) -> np.ndarray:
+        return latents
+
+    def advance(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
+        self._end = self._end_of(answer, step, latents)
+        return self._following(answer, step, latents, self._end)
+
+    def ahead(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
+        return self._following(answer, step, latents, self._end_of(answer, step, latents))
+
+    def estimate(self) -> np.ndarray:
+        assert self._end is not None, "bug in taylorseer-export: no step was taken"
+        return self._end
+
+    def _end_of(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
+        """Where a step thinks that the loop will end."""
+        raise NotImplementedError
+
+    def _following(self, answer: np.ndarray, step: int, latents: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """The latents after it."""
+        raise NotImplementedError
+
+
+class DDIM(_Stepper):
     """Denoising by DDIM without added noise, from a prediction of the noise.
 
     With `a[t]` the product of `1 - beta` up to t, and p the timestep after t, `a[p] = 1` after the last one:
@@ -44,13 +81,12 @@ class DDIM:
     name = "DDIMScheduler"
 
     def __init__(self, count: int, betas: tuple[float, float]) -> None:
+        super().__init__()
         self._count, self._betas = count, betas
         self.config: Mapping[str, Any] = {
             **_ASKED, **_USUAL, "num_train_timesteps": count, "beta_start": betas[0], "beta_end": betas[1]
         }  # fmt: skip
-        self.timesteps = np.empty(0, np.int64)
         self._products = self._after = np.empty(0, np.float32)
-        self._end: np.ndarray | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> DDIM | None:
@@ -76,35 +112,18 @@ class DDIM:
         self._after = np.append(self._products[1:], np.float32(1))
         self._end = None
 
-    def start(self, noise: np.ndarray) -> np.ndarray:
-        return noise.copy()
-
-    def model_input(self, latents: np.ndarray, step: int) -> np.ndarray:
-        return latents
-
-    def advance(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
-        self._end = self._end_of(answer, step, latents)
-        return self._following(answer, step, self._end)
-
-    def ahead(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
-        return self._following(answer, step, self._end_of(answer, step, latents))
-
-    def estimate(self) -> np.ndarray:
-        assert self._end is not None, "bug in taylorseer-export: no step was taken"
-        return self._end
-
     def _end_of(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
         product = self._products[step]
         end: np.ndarray = (latents - np.sqrt(_ONE - product) * answer) / np.sqrt(product)
         return end
 
-    def _following(self, answer: np.ndarray, step: int, end: np.ndarray) -> np.ndarray:
+    def _following(self, answer: np.ndarray, step: int, latents: np.ndarray, end: np.ndarray) -> np.ndarray:
         after = self._after[step]
         following: np.ndarray = np.sqrt(after) * end + np.sqrt(_ONE - after) * answer
         return following
 
 
-class VelocityDDIM:
+class VelocityDDIM(_Stepper):
     """CogVideoX's DDIM, from a prediction of the velocity.
 
     With the share `a[t]` of the picture, squared, p the timestep `T // S` before t, and `a[p] = 1` where there is none:
@@ -124,6 +143,7 @@ class VelocityDDIM:
     def __init__(
         self, count: int, betas: tuple[float, float], shift: float, to_zero: bool, spacing: str, offset: int
     ) -> None:
+        super().__init__()
         self._count, self._spacing, self._offset = count, spacing, offset
         self.config: Mapping[str, Any] = {
             **_VELOCITY_ASKED, **_VELOCITY_USUAL, "num_train_timesteps": count, "beta_start": betas[0],
@@ -136,8 +156,6 @@ class VelocityDDIM:
             roots = np.sqrt(shares)
             shares = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
         self._shares = shares
-        self.timesteps = np.empty(0, np.int64)
-        self._end: np.ndarray | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> VelocityDDIM | None:
@@ -181,29 +199,12 @@ class VelocityDDIM:
         self._weights = weights.astype(np.float32)
         self._end = None
 
-    def start(self, noise: np.ndarray) -> np.ndarray:
-        return noise.copy()
-
-    def model_input(self, latents: np.ndarray, step: int) -> np.ndarray:
-        return latents
-
-    def advance(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
-        self._end = self._end_of(answer, step, latents)
-        return self._following(step, latents, self._end)
-
-    def ahead(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
-        return self._following(step, latents, self._end_of(answer, step, latents))
-
-    def estimate(self) -> np.ndarray:
-        assert self._end is not None, "bug in taylorseer-export: no step was taken"
-        return self._end
-
     def _end_of(self, answer: np.ndarray, step: int, latents: np.ndarray) -> np.ndarray:
         share, noise = self._weights[:2, step]
         end: np.ndarray = share * latents - noise * answer
         return end
 
-    def _following(self, step: int, latents: np.ndarray, end: np.ndarray) -> np.ndarray:
+    def _following(self, answer: np.ndarray, step: int, latents: np.ndarray, end: np.ndarray) -> np.ndarray:
         kept, added = self._weights[2:, step]
         following: np.ndarray = kept * latents + added * end
         return following

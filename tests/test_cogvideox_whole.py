@@ -26,7 +26,7 @@ from taylorseer_export.checkpoint.checkpoint import open_checkpoint
 from taylorseer_export.compile.export import draft
 from taylorseer_export.embedded.edits import Given
 from taylorseer_export.embedded.requests import prompt_request, usual_size
-from taylorseer_export.errors import ConfigError
+from taylorseer_export.errors import ConfigError, StepError
 from taylorseer_export.families import FAMILIES
 from taylorseer_export.runtime.places import turns
 
@@ -95,6 +95,14 @@ def test_frames_that_its_decoder_does_not_take(whole):
         wanted = rf"size frames is {frames}, expected 9, 17, 25 and so on, which its decoder takes; change it"
         with pytest.raises(ConfigError, match=wanted):
             prompt_request(denoiser, [PROMPT], [SEED], (frames, 32, 48), SCALE, OTHER)
+
+
+def test_latents_that_its_decoder_does_not_take(whole):
+    denoiser = whole("cogvideox")[1]
+    for frames in (1, 2, 4):
+        said = rf"latents have {frames} latent frames, expected 3, 5, 7 and so on, as many as the decoder takes"
+        with pytest.raises(StepError, match=said):
+            denoiser.decoder(np.zeros((1, 4, frames, 4, 6), np.float32), lambda pictures: None)
 
 
 def test_a_size_that_nobody_asks_for(whole):

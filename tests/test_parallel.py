@@ -511,6 +511,32 @@ def test_a_diffusers_pipeline_runs_on_every_rank(shared, tiny):
     assert "`latents (give all ranks one seed)` of rank 1 is float32 [1, 16, " in told
 
 
+def test_whole_latents_of_two_kinds_are_taken_on_every_rank(tmp_path):
+    """LTX-2, as the drop-in calls it: rows of the video are joined at each step, the sound is whole as it is."""
+    model = MODELS["ltx-2"][1]()
+    inputs = MODELS["ltx-2"][2](model, len(PLAN), batch=2, height=4, width=3)
+    latents, timesteps, conditioning = inputs
+    model.save_pretrained(tmp_path)
+    made = draft(
+        shared_out(traced_for_ranks("ltx-2", tmp_path), parallel_options("gather", 2)), parallel_options("gather", 2)
+    )
+
+    def work(denoiser):
+        given = as_arrays(conditioning, denoiser.others)
+        slot = denoiser.slot(denoiser.sizes(tuple(latents.shape[1:]), given))
+        slot.start(given, denoiser.forecasts(plan=PLAN, order=ORDER), timesteps.float().numpy())
+        made = []
+        for step, latent in enumerate(latents.numpy()):
+            beside = {name: conditioning[name][step].numpy() for name in denoiser.others}
+            made.append([slot.step(latent, others=beside), *slot.others.values()])
+        return np.stack([np.concatenate([one.reshape(2, -1) for one in of_step], 1) for of_step in made])
+
+    first, other = sound(denoisers_on_ranks(made, work))
+    reference = oracle.replay(model, *inputs, PLAN, ORDER)
+    assert np.array_equal(first, other)
+    assert_close("video and sound", torch.from_numpy(first), reference, allowed(model, reference, PLAN, ORDER))
+
+
 def test_weights_are_tried_on_all_rows(shared, request_):
     """Of whole latents; the step itself then runs with the last ones tried."""
 

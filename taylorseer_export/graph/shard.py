@@ -10,9 +10,10 @@ Whatever treats each row alone runs as it is (`rowwise.py` holds that). An atten
     ulysses     4: every rank gives away rows of queries, keys and values and gets all rows of its share of the heads;
                 what it attended to goes back the same way.
 
-Rows that are not the latent's, such as a text's, are on every rank, which computes them alike: their keys are joined
-once. The graphs do not say which rank runs them: where they need it they read the input `rank` `[1]`, so one bundle
-serves all. A forecast step has no attention, and so nothing to send.
+Sums over rows, and convolutions that see rows beside their own, are in `mixing.py`. Rows that are not the latent's, as
+those of a text or of another latent, are on every rank, which computes them alike: their keys are joined once. The
+graphs do not say which rank runs them: where they need it they read the input `rank` `[1]`, so one bundle serves all. A
+forecast step has no attention, and so nothing to send.
 
 Shapes: N ranks, B batch, H heads, h = H / N, R rows of the latent on one rank, T other rows, D head.
 """

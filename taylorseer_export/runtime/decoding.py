@@ -12,6 +12,7 @@ import numpy as np
 from taylorseer_export.bundle.device import Device
 from taylorseer_export.bundle.manifest import Sections
 from taylorseer_export.bundle.store import Bundle
+from taylorseer_export.errors import StepError
 from taylorseer_export.runtime.frames import Frames, frames_at_once
 from taylorseer_export.runtime.parts import Part, open_engines, open_part, refuse_unsound, smallest
 from taylorseer_export.runtime.sections import spans
@@ -38,9 +39,15 @@ class FrameDecoder:
             take: Given the pictures of each call in turn, `[1, 3, frames, height, width]` from 0 to 1.
 
         Raises:
-            StepError: A size is out of range; nothing was allocated.
+            StepError: A size is out of range, or the latent frames are not as many; nothing was allocated.
         """
         first, later = frames_at_once(self.described)
+        if latents.shape[2] < first or (latents.shape[2] - first) % later:
+            known = ", ".join(str(first + k * later) for k in range(3))
+            raise StepError(
+                f"latents have {latents.shape[2]} latent frames, expected {known} and so on, as many as the decoder "
+                "takes at a time; sample another number of them"
+            )
         begins = [0, *range(first, latents.shape[2], later)]
         given = ({"latents": latents[:, :, at : at + (later if at else first)]} for at in begins)
         self._frames(given, lambda made: take(made["picture"]))

@@ -36,8 +36,9 @@ class WholeSlot(Slot):
         super().__init__(share.contract, runner, share.sizes(sizes), lora, share.group)
         self._share, self.whole = share, dict(sizes)
         graph = share.whole.graphs["full"]
-        (made,) = (tensor for tensor in graph.outputs if tensor.role == "noise_pred")
-        self._given = resolve(graph.input_of("latent").shape, sizes)
+        made = next(tensor for tensor in graph.outputs if tensor.role == "noise_pred")
+        latent = next(tensor for tensor in graph.inputs if tensor.role == "latent")
+        self._given = resolve(latent.shape, sizes)
         self._answer = runner.buffer(resolve(made.shape, sizes), made.dtype)
 
     def start(

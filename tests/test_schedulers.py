@@ -481,6 +481,8 @@ def shares_of(theirs, steps):
 )
 @example(50, 1000, (0.00085, 0.012), (1.0, True, "trailing"), 0)
 @example(1, 1000, (0.00085, 0.012), (1.0, True, "trailing"), 0)
+@example(13, 60, (0.0078125, 0.03125), (1.0, False, "trailing"), 0)
+@example(13, 60, (0.0078125, 0.03125), (3.0, True, "trailing"), 0)
 def test_ddim_of_a_velocity_is_within_the_rounding_of_diffusers(steps, count, betas, kind, seed):
     shift, to_zero, spacing = kind
     ours, theirs = both_velocity(
@@ -488,7 +490,7 @@ def test_ddim_of_a_velocity_is_within_the_rounding_of_diffusers(steps, count, be
         rescale_betas_zero_snr=to_zero, timestep_spacing=spacing,
     )  # fmt: skip
     np.testing.assert_array_equal(ours.timesteps, theirs.timesteps.numpy())
-    noise, answers = drawn(steps, seed)
+    noise, answers = drawn(len(ours.timesteps), seed)  # of some numbers diffusers makes one more; `clock` refuses those
     expected = velocity_ddim(*shares_of(theirs, steps), noise, answers)
     found, other = loop(ours, noise, answers), loop_of_diffusers(theirs, noise, answers)
     for k, ((latents, end), (seen, output)) in enumerate(zip(found, other, strict=True)):
